@@ -1,0 +1,29 @@
+"""Offline, quiet, and with the project importable; `launch` (ranks.py) starts the processes of a run."""
+
+import os
+import sys
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",  # before transformers is imported: a Hub that cannot be reached costs a minute a try
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests"), os.environ.get("PYTHONPATH", "")]),
+}
+sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """One token cache for all tests that do not look at it."""
+    os.environ["TOKEN_CACHE"] = str(tmp_path_factory.mktemp("token_cache"))
+    return Path(os.environ["TOKEN_CACHE"])
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch, cache):
+    """Every test runs in a folder of its own, so that runs/ never lands in the project."""
+    monkeypatch.chdir(tmp_path)

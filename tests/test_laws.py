@@ -1,0 +1,218 @@
+"""The house laws (DESIGN section 2) on every script. A script joins SCRIPTS (ranks.py) and SHORT the day it is born."""
+
+import json
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import SCRIPTS, launch, newest, result, run
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+SHORT = {  # some thirty steps with several saves and evaluations, and a short last slice on 2 and 3 ranks
+    "run_preference": [
+        *("--smoke", "--max_documents", 200, "--batch", 10, "--epochs", 2),
+        *("--eval_every", 8, "--save_every", 5, "--log_every", 4),
+    ],
+}
+AUTO = ("--resume_timestamp", "auto")
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory):
+    """What an uninterrupted run on `size` ranks ends with: (result, curve of TensorBoard)."""
+    known = {}
+
+    def reference(script, size):
+        if (script, size) not in known:
+            here, folder = Path.cwd(), tmp_path_factory.mktemp(f"straight_{script}_{size}")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
+                known[script, size] = run(script, *SHORT[script], size=size), curves(newest())
+            assert Path.cwd() == here
+        return known[script, size]
+
+    return reference
+
+
+def curves(folder) -> dict[str, list]:
+    """tag -> [(step, value)] as TensorBoard shows it."""
+    events = EventAccumulator(str(folder / "tb"))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def same_outcome(got, want):
+    assert got["status"] == "finished"
+    assert got["weights_sha256"] == want["weights_sha256"]
+    tests = [name for name in want if name.startswith("test/")]
+    assert tests and {name: got[name] for name in tests} == {name: want[name] for name in tests}
+
+
+def same_curves(got, want):
+    for tag, points in want.items():
+        steps = [step for step, _ in got[tag]]
+        assert steps == sorted(set(steps)), f"{tag} is forked"
+        if tag != "examples_per_second":
+            np.testing.assert_allclose(got[tag], points, rtol=1e-6, err_msg=tag)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("place", "nth", "who", "size"),
+    [
+        ("caching", 1, 0, 1),
+        ("step", 1, 0, 1),
+        ("step", 13, 0, 1),
+        ("evaluation", 30, 0, 1),
+        ("save", 3, 0, 1),
+        ("best", 2, 0, 1),
+        ("caching", 1, "all", 2),
+        ("evaluation", 33, 1, 2),
+        ("save", 2, 0, 2),
+        ("step", 11, 2, 3),
+        ("save", 4, "all", 3),
+    ],
+)
+def test_killed_and_resumed_ends_in_the_same_weights(script, place, nth, who, size, straight):
+    want, want_curves = straight(script, size)
+    codes = launch(script, "--out", "out", *SHORT[script], *AUTO, size=size, kill=(place, nth, who))
+    assert -9 in codes, Path("out.txt").read_text()
+    same_outcome(run(script, *SHORT[script], *AUTO, size=size), want)
+    assert len(list(Path("out").iterdir())) == 1
+    same_curves(curves(newest()), want_curves)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_again_and_again_at_random_moments(script, size, seed, straight):
+    want, want_curves = straight(script, size)
+    rng, kills = random.Random(1000 * size + seed), 0
+    most = {"caching": 1, "step": 6, "evaluation": 20, "save": 2, "time": 4.0}  # calls, or seconds
+    while kills < 6:
+        place = "caching" if kills == 0 else rng.choice(["step", "evaluation", "save", "time"])
+        nth = rng.uniform(0.5, most[place]) if place == "time" else rng.randint(1, most[place])
+        kill = (place, nth, rng.choice([*range(size), "all"]))
+        codes = launch(script, "--out", "out", *SHORT[script], *AUTO, size=size, kill=kill)
+        if -9 not in codes:  # the run was over before the moment came
+            assert codes == [0] * size, Path("out.txt").read_text()
+            break
+        kills += 1
+    assert kills >= 3
+    same_outcome(run(script, *SHORT[script], *AUTO, size=size), want)
+    same_curves(curves(newest()), want_curves)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("number", "place", "nth", "size"),
+    [
+        (signal.SIGTERM, "step", 7, 1),
+        (signal.SIGINT, "evaluation", 30, 1),
+        (signal.SIGHUP, "step", 9, 2),
+        (signal.SIGINT, "evaluation", 40, 2),
+    ],
+)
+def test_a_signal_saves_and_leaves_within_ten_seconds(script, number, place, nth, size, straight):
+    codes = launch(script, "--out", "out", *SHORT[script], *AUTO, size=size, sent=(place, nth, number))
+    left = time.time() - Path("signalled").stat().st_ctime
+    assert codes == [0] * size, Path("out.txt").read_text()
+    assert left < 10
+    assert result()["status"] == "stopped" and result()["checkpoint"]
+    same_outcome(run(script, *SHORT[script], *AUTO, size=size), straight(script, size)[0])
+    same_curves(curves(newest()), straight(script, size)[1])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "incomplete", "manifest"])
+def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(script, damage, straight):
+    launch(script, "--out", "out", *SHORT[script], size=1, kill=("step", 18, 0))
+    older, newest_one = sorted((newest() / "checkpoints").glob("step_*"))
+    weights = newest_one / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    if damage == "flipped":
+        data = bytearray(weights.read_bytes())
+        data[len(data) // 2] ^= 1
+        weights.write_bytes(data)
+    if damage == "incomplete":
+        (newest_one / "state.pt").unlink()
+    if damage == "manifest":
+        text = (newest_one / "manifest.json").read_text()
+        (newest_one / "manifest.json").write_text(text.replace('"step": 1', '"step": 2'))
+    same_outcome(run(script, *SHORT[script], *AUTO), straight(script, 1)[0])
+    log = (newest() / "log.txt").read_text()
+    assert f"checkpoint {newest_one.name} is broken" in log and f"from {older.name}" in log
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_whole_checkpoint_is_an_error_not_a_restart(script):
+    launch(script, "--out", "out", *SHORT[script], size=1, kill=("step", 18, 0))
+    for manifest in newest().glob("checkpoints/*/manifest.json"):
+        manifest.unlink()
+    assert launch(script, "--out", "out", *SHORT[script], *AUTO) == [2]
+    assert "is whole" in Path("out.txt").read_text()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_weights_do_not_depend_on_ranks_or_accumulation(script):
+    """Law 1, proved in fp64: 1, 2, 3 ranks x micro-batches of all, 1 and 3 rows, to 1e-9."""
+    flags = ["--dtype", "fp64", "--max_steps", 12, "--test_weights", "last", *SHORT[script]]
+    reference = None
+    for size, micro_batch in [(1, "none"), (1, 1), (1, 3), (2, "none"), (2, 3), (3, "none"), (3, 1)]:
+        got = run(script, *flags, "--micro_batch", micro_batch, size=size)
+        weights = load_file(newest() / "checkpoints" / got["checkpoint"] / "model.safetensors")
+        reference = reference or (weights, got)
+        for name, value in weights.items():
+            torch.testing.assert_close(value, reference[0][name], rtol=0, atol=1e-9, msg=f"{size} {micro_batch} {name}")
+        assert got["test/log_loss"] == pytest.approx(reference[1]["test/log_loss"], abs=1e-9)
+        shutil.rmtree("out")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_losses_agree_in_fp32_on_another_number_of_ranks(script, straight):
+    losses = [dict(straight(script, size)[1]["train/loss"]) for size in (1, 2, 3)]
+    assert list(losses[1].values())[0] == pytest.approx(list(losses[0].values())[0], rel=1e-5)
+    assert list(losses[2].values())[0] == pytest.approx(list(losses[0].values())[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_evaluation_counts_every_row_once(script):
+    """Law 2: the same figures on 1, 2, 3 ranks and batches that leave one row over, one short, or are single."""
+    figures = []
+    rows = run(script, "--smoke", "--max_documents", 90, "--epochs", 0)["test/rows"]
+    for size in (1, 2, 3):
+        for batch in (1, (rows - 1) // size, (rows + size) // size * size + 1):
+            got = run(script, "--smoke", "--max_documents", 90, "--epochs", 0, "--eval_batch", max(1, batch), size=size)
+            figures.append((got["test/rows"], got["test/accuracy"], got["test/log_loss"]))
+    assert all(count == rows for count, _, _ in figures)
+    np.testing.assert_allclose([f[1:] for f in figures], [figures[0][1:]] * len(figures), rtol=1e-5)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_resume_on_another_number_of_ranks_is_close(script, straight):
+    launch(script, "--out", "out", *SHORT[script], size=2, kill=("step", 13, 0))
+    got = run(script, *SHORT[script], *AUTO, size=3)
+    assert got["val/log_loss"] == pytest.approx(straight(script, 1)[0]["val/log_loss"], rel=0.02)  # fp32, 30 steps
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_run_folder_is_complete(script, straight, tmp_path):
+    run(script, *SHORT[script], "--note", "a word")
+    folder = newest()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["constants"]["note"] == "a word" and config["smoke"] and config["versions"]["torch"]
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "source", "log.txt", "metrics.jsonl", "tb", "checkpoints", "result.json"} <= names
+    assert {f"{script}.py", "core.py"} <= {path.name for path in (folder / "source").iterdir()}
+    assert len(list(folder.glob("checkpoints/step_*"))) == 2
+    log = (folder / "log.txt").read_text()
+    assert max(map(len, log.splitlines())) <= 100, max(log.splitlines(), key=len)
+    assert "\r" not in log
