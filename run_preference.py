@@ -1,4 +1,5 @@
-"""Which of two answers does a person prefer? A / B / tie with a BERT-family encoder (journal 000, LMSYS Arena).
+"""Which of two answers does a person prefer? A / B / tie with a BERT-family encoder (journal 000, LMSYS
+Arena).
 
 An encoder reads side A and side B (prompt and answer), the two first-token vectors go through an MLP head.
 
@@ -7,8 +8,9 @@ An encoder reads side A and side B (prompt and answer), the two first-token vect
     python run_preference.py --smoke
     python run_preference.py --data train.csv --model bert-base-uncased --folds 5
 
---data takes a Hub id, a CSV, JSON, JSONL or Parquet file (also in Kaggle's zip), a folder, or python-pairs (built in).
-Each run is a folder under runs/run_preference/; result.json and predictions.jsonl hold its outcome.
+--data takes a Hub id, a CSV, JSON, JSONL or Parquet file (also in Kaggle's zip), a folder, or python-pairs
+(built in). Each run is a folder under runs/run_preference/; result.json and predictions.jsonl hold its
+outcome.
 """
 
 import hashlib
@@ -24,6 +26,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import core
+import runs
 
 
 @dataclass(frozen=True)
@@ -74,22 +77,20 @@ class Config:
 
 
 PRESETS = {
-    "journal": dict(
-        schedule="constant", warmup=0.0, clip=None, test_weights="last"
-    ),  # as journal 000 trained
+    "journal": {"schedule": "constant", "warmup": 0.0, "clip": None, "test_weights": "last"},  # as it trained
 }
-SMOKE = dict(
-    data="python-pairs",
-    model=core.tiny,
-    max_length=48,
-    dropout=0.0,
-    encoder_dropout=0.0,
-    batch=24,
-    epochs=8,
-    lr=1e-3,
-    warmup=0.1,
-    log_every=50,
-)
+SMOKE = {
+    "data": "python-pairs",
+    "model": core.tiny,
+    "max_length": 48,
+    "dropout": 0.0,
+    "encoder_dropout": 0.0,
+    "batch": 24,
+    "epochs": 8,
+    "lr": 1e-3,
+    "warmup": 0.1,
+    "log_every": 50,
+}
 
 LABELS = {
     "A": "winner_model_a",
@@ -105,7 +106,9 @@ CACHE_VERSION = 1  # of the layout that write_cache writes: change both together
 
 
 def turns(row, column) -> list[str]:
-    """One cell: a JSON list of strings, one per turn, null for an empty one. ValueError says what is wrong."""
+    """One cell: a JSON list of strings, one per turn, null for an empty one. ValueError says what is
+    wrong.
+    """
     cell = row[column]
     if cell is None or cell == "":
         raise ValueError(f"{column} is empty")
@@ -177,7 +180,9 @@ def load_data(cfg, world) -> Preferences:
 
 
 def write_cache(folder, rows, tokenizer, name, fingerprint):
-    """Usable rows -> a folder of token ids, labels, groups and the tokenizer; unusable ones counted and named."""
+    """Usable rows -> a folder of token ids, labels, groups and the tokenizer; unusable ones counted and
+    named.
+    """
     core.require_columns(rows, COLUMNS, name)
     bad, usable = core.BadRows(), []
     for number, row in enumerate(rows, start=1):
@@ -189,8 +194,8 @@ def write_cache(folder, rows, tokenizer, name, fingerprint):
     texts = [text for _, row_turns, _ in usable for turn in row_turns for text in turn]
     tokenizer = tokenizer or core.load_tokenizer("tiny:", texts)
     empty = sum(not any(turn[side] for turn in row_turns) for _, row_turns, _ in usable for side in (1, 2))
-    with core.written_aside(folder) as aside:
-        kind = core.write_texts(aside, texts, tokenizer, len(texts))
+    with core.whole_folder(folder) as aside:
+        kind = core.write_texts(aside, texts, tokenizer)
         tokenizer.save_pretrained(aside / "tokenizer")
         meta = {
             "ids": [row_id for row_id, _, _ in usable],
@@ -238,8 +243,8 @@ def topic_words(topic) -> list[str]:
 def python_pairs(n=1500, seed=0) -> list[dict]:
     """Built-in rows: which answer names things of the module that the prompt asks for?
 
-    A and B come from different modules, drawn whatever the label: the answers alone say nothing. A tie is a prompt
-    about a third module (both wrong) or about both (both right).
+    A and B come from different modules, drawn whatever the label: the answers alone say nothing. A tie is a
+    prompt about a third module (both wrong) or about both (both right).
     """
     rng = np.random.default_rng(seed)
     words = {topic: topic_words(topic) for topic in TOPICS}
@@ -266,7 +271,9 @@ SHORTEST = 16  # tokens that a cut piece keeps at least: with more turns than fi
 
 
 def allot(lengths, budget) -> list[int]:
-    """Tokens kept of each piece: short pieces whole, long ones cut to one common length. Sums to <= budget."""
+    """Tokens kept of each piece: short pieces whole, long ones cut to one common length. Sums to <=
+    budget.
+    """
     kept = list(lengths)
     if sum(lengths) > budget:
         for done, piece in enumerate(sorted(range(len(lengths)), key=lengths.__getitem__)):
@@ -276,10 +283,11 @@ def allot(lengths, budget) -> list[int]:
 
 
 def lay_out(data, row, side, inputs, max_length) -> tuple[list[tuple[int, int, int]], bool, bool]:
-    """Side 1 (A) or 2 (B) of a row: (first token, one past the last, kept) of each piece it shows, in reading order.
+    """Side 1 (A) or 2 (B) of a row: (first token, one past the last, kept) of each piece it shows, in reading
+    order.
 
-    With it, whether the prompt lost tokens and whether the response did. Prompt and response share max_length over
-    all turns, so both stay visible (the original cut the response away behind a long prompt).
+    With it, whether the prompt lost tokens and whether the response did. Prompt and response share max_length
+    over all turns, so both stay visible (the original cut the response away behind a long prompt).
     """
     start, stop = data.first[row], data.first[row + 1]
     shown = (0, side) if inputs == "prompt+responses" else (side,)
@@ -332,7 +340,7 @@ def collate(data, rows, cfg, device) -> tuple[torch.Tensor, list[int]]:
     return input_ids.to(device), lengths
 
 
-# ------------------------------------------------------------------------------------- the model and its measure
+# ----------------------------------------------------------------------------------- the model and its measure
 
 
 def build_model(cfg, data, world):
@@ -352,7 +360,7 @@ def evaluate(model, data, rows, cfg, world, poll=lambda: None) -> np.ndarray:
     """Log-probabilities (N, 3) in fp64 of `rows`, each row once, on every rank. `model` is unwrapped."""
     model.eval()
     precision = core.Precision(cfg.dtype, world)
-    batches = core.ShardedBatches(len(rows), cfg.eval_batch, world, lengths=data.lengths[rows].sum(1))
+    batches = core.ShardedBatches(data.lengths[rows].sum(1), cfg.eval_batch, world)
     log_probs = torch.zeros(len(rows), len(LABELS), dtype=torch.float64)
     with core.progress(len(batches), "evaluating", world) as bar:
         for step in range(len(batches)):
@@ -369,7 +377,9 @@ def evaluate(model, data, rows, cfg, world, poll=lambda: None) -> np.ndarray:
 
 
 def measure(log_probs, data, rows, train_rows) -> dict:
-    """log_loss, accuracy and their company for these rows; the prior is the class shares of the training rows."""
+    """log_loss, accuracy and their company for these rows; the prior is the class shares of the training
+    rows.
+    """
     prior = np.bincount(data.labels[train_rows], minlength=len(LABELS)) / len(train_rows)
     return core.classification_metrics(log_probs, data.labels[rows], data.groups[rows], prior, list(LABELS))
 
@@ -378,13 +388,15 @@ def measure(log_probs, data, rows, train_rows) -> dict:
 
 
 def train(run, cfg, world, data, rows, fold) -> dict:
-    """Trains a model on rows["train"]; returns log-probabilities of its val and test rows, and its weights' hash."""
+    """Trains a model on rows["train"]; returns log-probabilities of its val and test rows, and its weights'
+    hash.
+    """
     core.reseed(cfg.seed, "init", fold)
     precision = core.Precision(cfg.dtype, world)
     model = precision.prepare(build_model(cfg, data, world))
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.lr, cfg.weight_decay)
     lengths = data.lengths[rows["train"]].sum(1)
-    batches = core.ShardedBatches(len(rows["train"]), cfg.batch, world, seed=cfg.seed, lengths=lengths)
+    batches = core.ShardedBatches(lengths, cfg.batch, world, seed=cfg.seed)
     total_steps = (
         cfg.epochs * len(batches) if cfg.max_steps is None else min(cfg.epochs * len(batches), cfg.max_steps)
     )
@@ -407,7 +419,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
         return loss_sum
 
     core.reseed(cfg.seed, "worst case", fold)
-    worst = batches.longest(math.ceil(cfg.batch / world.size))
+    worst = batches.longest()[: math.ceil(cfg.batch / world.size)].tolist()
     at_once = cfg.micro_batch or len(worst)
     run.forecast(
         model,
@@ -421,7 +433,8 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     while True:
         ends = step >= total_steps
         evaluates = ends or (step > 0 and step % (cfg.eval_every or len(batches)) == 0)
-        where = f"{f'fold {fold + 1}/{cfg.folds}  ' if cfg.folds else ''}epoch {step / len(batches):.3g}/{cfg.epochs}"
+        where = f"epoch {step / len(batches):.3g}/{cfg.epochs}"
+        where = f"fold {fold + 1}/{cfg.folds}  {where}" if cfg.folds else where
         if evaluates or (step > 0 and cfg.save_every and step % cfg.save_every == 0):
             run.save(step, model, optimizer, precision, must=ends)
         if evaluates:
@@ -448,7 +461,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
         if step % cfg.log_every == 0 or step == total_steps:
             run.log_training(where, step, total_steps, {"lr": lr, "grad_norm": grad_norm})
 
-    weights = core.weights_sha256(model)
+    weights = runs.weights_sha256(model)
     if cfg.test_weights == "best":
         run.load_best(model)
     parts = ("val", "test") if cfg.final_eval else ("val",)
@@ -493,7 +506,7 @@ def report(run, cfg, data, splits, outcomes):
             rows = np.concatenate([split[part] for split in splits])
             log_probs = np.concatenate([outcome["log_probs"][part] for outcome in outcomes])
             prior = np.concatenate(
-                [[core.shares(data.labels[s["train"]], len(LABELS))] * len(s[part]) for s in splits]
+                [[core.class_shares(data.labels[s["train"]], len(LABELS))] * len(s[part]) for s in splits]
             )
             metrics = core.classification_metrics(
                 log_probs, data.labels[rows], data.groups[rows], prior, list(LABELS)
@@ -518,7 +531,8 @@ def report_lines(run, part, m):
     for text in (
         f"log loss {core.plus_minus(m['log_loss'], m['log_loss_interval'], 4)}   "
         f"uniform {m['uniform_log_loss']:.4f}   class shares {m['prior_log_loss']:.4f}",
-        f"accuracy {core.plus_minus(m['accuracy'], m['accuracy_interval'])}   most frequent class {m['prior_accuracy']:.3f}",
+        f"accuracy {core.plus_minus(m['accuracy'], m['accuracy_interval'])}   "
+        f"most frequent class {m['prior_accuracy']:.3f}",
         f"predicts {histogram['predicted']}   truth {histogram['truth']}   rows {m['rows']}",
         *([m["alarm"]] if m["alarm"] else []),
     ):
@@ -529,7 +543,9 @@ def report_lines(run, part, m):
 
 
 def split_rows(data, cfg, fold) -> dict[str, np.ndarray]:
-    """Row numbers of train, val and test; with folds, fold `fold` is the test part and the next one validates."""
+    """Row numbers of train, val and test; with folds, fold `fold` is the test part and the next one
+    validates.
+    """
     parts = core.split_by_group(
         data.groups, data.labels, [1] * cfg.folds if cfg.folds else [8, 1, 1], cfg.split_seed
     )
@@ -546,12 +562,14 @@ def announce(run, cfg, data, lost, splits):
         run.say(line)
     run.say("cut to fit  " + "  ".join(f"{name} in {share:.1%} of rows" for name, share in lost.items()))
     if left := len(splits[0]["train"]) % cfg.batch:
-        run.say(f"each epoch leaves out {left} training rows, others each time: they do not fill a batch of {cfg.batch}")
+        run.say(
+            f"each epoch leaves out {left} training rows, others each time: they fill no batch of {cfg.batch}"
+        )
 
 
 @record
 def main(cfg, world):
-    with core.Run(cfg, world, __file__) as run:
+    with runs.Run(cfg, world, __file__) as run:
         cfg = run.cfg
         data = load_data(cfg, world)
         run.pin("fingerprint", data.fingerprint)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
 os.environ |= {
-    "HF_HUB_OFFLINE": "1",  # before transformers is imported: a Hub that cannot be reached costs a minute a try
+    "HF_HUB_OFFLINE": "1",  # set before transformers is imported: an unreachable Hub costs a minute
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests"), os.environ.get("PYTHONPATH", "")]),

@@ -1,5 +1,6 @@
-"""Starts a script's processes the way torchrun does, a hundred times faster: forked off a server that has already
-imported torch. Can kill a process at a named place, which a timer cannot hit."""
+"""Starts a script's processes the way torchrun does, a hundred times faster: forked off a server that has
+already imported torch. Can kill a process at a named place, which a timer cannot hit.
+"""
 
 import importlib
 import json
@@ -14,14 +15,14 @@ from pathlib import Path
 SCRIPTS = ["run_preference"]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["core", *SCRIPTS, "transformers.models.distilbert.modeling_distilbert", "torch.utils.tensorboard"]
+    ["runs", *SCRIPTS, "transformers.models.distilbert.modeling_distilbert", "torch.utils.tensorboard"]
 )
 
 PLACES = {  # where a kill can be made to strike: the function that is about to run
     "step": ("core", "optimizer_step"),
     "evaluation": ("core", "all_reduce_sum"),
-    "save": ("core", "write_manifest"),
-    "best": ("core", "_remove_checkpoint"),
+    "save": ("runs", "write_manifest"),
+    "best": ("runs", "_remove_checkpoint"),
     "caching": ("core", "write_texts"),
 }
 
@@ -29,14 +30,15 @@ PLACES = {  # where a kill can be made to strike: the function that is about to 
 def launch(script, *argv, size=1, kill=None, sent=None, timeout=120, env=None) -> list[int]:
     """Runs `script argv` on `size` ranks in the current folder; returns their exit codes (-9: killed).
 
-    kill: (place, n-th call, rank or "all") dies by SIGKILL there, and the others are killed as torchrun would;
-    ("time", seconds, rank or "all") dies whatever it is doing then.
-    sent: (place, n-th call, signal): rank 0 sends it to all ranks there.
-    Output of all ranks goes to out.txt.
+    kill: (place, n-th call, rank or "all") dies by SIGKILL there, and the others are killed as torchrun
+    would; ("time", seconds, rank or "all") dies whatever it is doing then. sent: (place, n-th call, signal):
+    rank 0 sends it to all ranks there. Output of all ranks goes to out.txt.
     """
     port = _free_port()
     ranks = [
-        _context.Process(target=_rank, args=(script, argv, rank, size, port, kill, sent, os.getcwd(), env or {}))
+        _context.Process(
+            target=_rank, args=(script, argv, rank, size, port, kill, sent, os.getcwd(), env or {})
+        )
         for rank in range(size)
     ]
     Path("out.txt").write_text("")
@@ -54,7 +56,9 @@ def launch(script, *argv, size=1, kill=None, sent=None, timeout=120, env=None) -
         if time.monotonic() - began > timeout:
             for rank in ranks:
                 rank.kill()
-            raise TimeoutError(f"{script} {argv} on {size} ranks: over {timeout} s\n{Path('out.txt').read_text()}")
+            raise TimeoutError(
+                f"{script} {argv} on {size} ranks: over {timeout} s\n{Path('out.txt').read_text()}"
+            )
         if sent and Path("signal").exists():
             for rank in ranks:
                 os.kill(rank.pid, sent[2])
