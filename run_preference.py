@@ -17,6 +17,7 @@ import hashlib
 import importlib
 import json
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -340,7 +341,7 @@ def collate(data, rows, cfg, device) -> tuple[torch.Tensor, list[int]]:
     return input_ids.to(device), lengths
 
 
-# ----------------------------------------------------------------------------------- the model and its measure
+# ---------------------------------------------------------------------------------- the model and its measure
 
 
 def build_model(cfg, data, world):
@@ -353,6 +354,20 @@ def build_model(cfg, data, world):
             f"--max_length {cfg.max_length} is more than the {most} positions of {cfg.model}"
         )
     return core.ResponseScorer(encoder, cfg.dropout, len(LABELS))
+
+
+def load_model(folder, world):
+    """(Config, model, tokenizer) of a finished run, from its folder alone: the weights that made its test
+    figures.
+    """
+    from transformers import AutoConfig
+
+    config, result = runs.read_config(folder), json.loads((Path(folder) / "result.json").read_text())
+    cfg = Config(**config["constants"])
+    encoder = core.encoder_from_config(AutoConfig.from_pretrained(Path(folder) / "encoder"))
+    model = core.ResponseScorer(encoder, cfg.dropout, len(LABELS))
+    runs.load_weights(Path(folder) / "checkpoints" / result["test_checkpoints"][0], model)
+    return cfg, model.to(world.device).eval(), core.load_tokenizer(str(Path(folder) / "encoder"))
 
 
 @torch.no_grad()
@@ -401,6 +416,8 @@ def train(run, cfg, world, data, rows, fold) -> dict:
         cfg.epochs * len(batches) if cfg.max_steps is None else min(cfg.epochs * len(batches), cfg.max_steps)
     )
     step = run.load(model, optimizer, precision, fold=fold)
+    if world.is_main:  # with the tokenizer, it lets the folder alone rebuild the model: no Hub, no cache
+        model.encoder.config.save_pretrained(run.folder / "encoder")
     if cfg.compile:
         model.compile(dynamic=True)
     ddp = core.wrap_ddp(model, world)
@@ -421,27 +438,25 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     core.reseed(cfg.seed, "worst case", fold)
     worst = batches.longest()[: math.ceil(cfg.batch / world.size)].tolist()
     at_once = cfg.micro_batch or len(worst)
-    run.forecast(
-        model,
-        optimizer,
-        steps=total_steps - step,
-        seconds=core.worst_case(world, ddp, lambda: forward_backward(worst, cfg.batch), optimizer, at_once),
-        typical=lengths.mean() / lengths[worst].mean(),
-    )
-    if step == 0:
-        run.say(f"the loss sees  {describe_row(data, rows['train'][0], cfg)}")
+    seconds = core.worst_case(world, ddp, lambda: forward_backward(worst, cfg.batch), optimizer, at_once)
+    if fold == 0 or step > 0:  # later folds look the same
+        steps = ((cfg.folds or 1) - fold) * total_steps - step
+        run.forecast(model, optimizer, steps, seconds, typical=lengths.mean() / lengths[worst].mean())
+        run.say(describe_row(data, rows["train"][0], cfg))
+
+    def where():
+        return f"{f'fold {fold + 1} ' if cfg.folds else ''}epoch {step / len(batches):.3g}/{cfg.epochs}"
+
     while True:
         ends = step >= total_steps
         evaluates = ends or (step > 0 and step % (cfg.eval_every or len(batches)) == 0)
-        where = f"epoch {step / len(batches):.3g}/{cfg.epochs}"
-        where = f"fold {fold + 1}/{cfg.folds}  {where}" if cfg.folds else where
         if evaluates or (step > 0 and cfg.save_every and step % cfg.save_every == 0):
             run.save(step, model, optimizer, precision, must=ends)
         if evaluates:
             val = measure(
                 evaluate(model, data, rows["val"], cfg, world, run.poll), data, rows["val"], rows["train"]
             )
-            report_validation(run, step, val, where, run.save_best(step, val["log_loss"], model))
+            report_validation(run, step, val, where(), run.save_best(step, val["log_loss"], model))
         if ends:
             break
         mine = batches.rank_batch(step)
@@ -459,35 +474,34 @@ def train(run, cfg, world, data, rows, fold) -> dict:
         run.step_done(loss_sum, targets, examples=cfg.batch)
         step += 1
         if step % cfg.log_every == 0 or step == total_steps:
-            run.log_training(where, step, total_steps, {"lr": lr, "grad_norm": grad_norm})
+            run.log_training(where(), step, total_steps, {"lr": lr, "grad_norm": grad_norm})
 
-    weights = runs.weights_sha256(model)
+    sha256, measured = runs.weights_sha256(model), run.checkpoint
     if cfg.test_weights == "best":
-        run.load_best(model)
+        measured = run.load_best(model)
     parts = ("val", "test") if cfg.final_eval else ("val",)
     log_probs = {part: evaluate(model, data, rows[part], cfg, world, run.poll).tolist() for part in parts}
-    return {"weights_sha256": weights, "log_probs": log_probs}
+    return {"weights_sha256": sha256, "measured": measured, "log_probs": log_probs}
 
 
 def describe_row(data, row, cfg) -> str:
     """Both sides of a row as the encoder reads them, shortened, and the label that the loss wants."""
+    lines = [f"the loss sees row {data.ids[row]} -> {list(LABELS)[data.labels[row]]}; padding is masked"]
+    for side, name in ((1, "A"), (2, "B")):
+        text = data.tokenizer.decode(side_ids(data, row, side, cfg.inputs, cfg.max_length)).replace("\n", " ")
+        lines.append(f"  {name}: {text if len(text) <= 95 else f'{text[:45]} ... {text[-45:]}'}")
+    return "\n".join(lines)
 
-    def shorten(text):
-        return text if len(text) <= 62 else f"{text[:29]} ... {text[-28:]}"
 
-    sides = [
-        f"  {name}: {shorten(data.tokenizer.decode(side_ids(data, row, side, cfg.inputs, cfg.max_length)))}"
-        for side, name in ((1, "A"), (2, "B"))
-    ]
-    return "\n".join([f"row {data.ids[row]} -> {list(LABELS)[data.labels[row]]} (padding is masked)", *sides])
+def histogram(shares) -> str:
+    return " ".join(f"{name} {share:.0%}" for name, share in shares.items())
 
 
 def report_validation(run, step, val, where, is_best):
-    predicted = " ".join(f"{name} {share:.2f}" for name, share in val["predicted"].items())
     run.say(
         f"{where}  val  loss {core.plus_minus(val['log_loss'], val['log_loss_interval'], 4)}  "
         f"accuracy {core.plus_minus(val['accuracy'], val['accuracy_interval'])}  "
-        f"predicts {predicted}{'  -> best' if is_best else ''}"
+        f"{histogram(val['predicted'])}{'  -> best' if is_best else ''}"
     )
     if val["alarm"]:
         run.say(f"{where}  val  {val['alarm']}")
@@ -497,46 +511,43 @@ def report_validation(run, step, val, where, is_best):
 # ----------------------------------------------------------------------------------------------------- report
 
 
-def report(run, cfg, data, splits, outcomes):
-    """Final metrics of val and test (with folds: every row, predicted by the model that had not seen it)."""
-    parts = outcomes[0]["log_probs"]
-    result = {"weights_sha256": core.joint_hash([outcome["weights_sha256"] for outcome in outcomes])}
+def report(run, cfg, data, splits, outcomes) -> dict:
+    """Final metrics of val and test (with folds: every row, predicted by the model that had not seen it).
+    Rank 0.
+    """
+    result, names = {}, list(LABELS)
     with core.whole_file(run.folder / "predictions.jsonl") as file:
-        for part in parts:
+        for part in outcomes[0]["log_probs"]:
             rows = np.concatenate([split[part] for split in splits])
             log_probs = np.concatenate([outcome["log_probs"][part] for outcome in outcomes])
-            prior = np.concatenate(
-                [[core.class_shares(data.labels[s["train"]], len(LABELS))] * len(s[part]) for s in splits]
+            priors = [core.class_shares(data.labels[split["train"]], len(names)) for split in splits]
+            prior = np.repeat(priors, [len(split[part]) for split in splits], axis=0)
+            m = core.classification_metrics(log_probs, data.labels[rows], data.groups[rows], prior, names)
+            result |= {f"{part}/{name}": value for name, value in m.items()}
+            where = "out of fold" if cfg.folds and part == "test" else part
+            run.say(
+                f"{where:11} log loss {core.plus_minus(m['log_loss'], m['log_loss_interval'], 4)}   "
+                f"uniform {m['uniform_log_loss']:.4f}   class shares {m['prior_log_loss']:.4f}\n"
+                f"{where:11} accuracy {core.plus_minus(m['accuracy'], m['accuracy_interval'])}   "
+                f"most frequent class {m['prior_accuracy']:.3f}\n"
+                f"{where:11} predicts {histogram(m['predicted'])}   truth {histogram(m['truth'])}   "
+                f"rows {m['rows']}" + (f"\n{where:11} {m['alarm']}" if m["alarm"] else "")
             )
-            metrics = core.classification_metrics(
-                log_probs, data.labels[rows], data.groups[rows], prior, list(LABELS)
-            )
-            result |= {f"{part}/{name}": value for name, value in metrics.items()}
-            report_lines(run, part if not cfg.folds or part == "val" else "out of fold", metrics)
             for row, log_prob in zip(rows, log_probs, strict=True):
-                probabilities = dict(zip(LABELS, np.exp(log_prob).tolist(), strict=True))
-                line = {"id": data.ids[row], "group": str(data.groups[row]), "split": part}
-                file.write(
-                    json.dumps(line | {"label": list(LABELS)[data.labels[row]], **probabilities}) + "\n"
-                )
+                line = {
+                    "id": data.ids[row],
+                    "group": data.groups[row],
+                    "split": part,
+                    "label": names[data.labels[row]],
+                }
+                file.write(json.dumps(line | dict(zip(names, np.exp(log_prob).tolist(), strict=True))) + "\n")
+    accuracy, minutes = (
+        core.plus_minus(m["accuracy"], m["accuracy_interval"]),
+        (time.time() - run.started) / 60,
+    )
+    run.say(f"done  {where} loss {m['log_loss']:.4f}  accuracy {accuracy}  {minutes:.1f} min")
+    run.say(f"next: tensorboard --logdir {run.folder.parent}")
     return result
-
-
-def report_lines(run, part, m):
-    """The part's figures beside what guessing gets."""
-    histogram = {
-        key: " ".join(f"{name} {share:.2f}" for name, share in m[key].items())
-        for key in ("predicted", "truth")
-    }
-    for text in (
-        f"log loss {core.plus_minus(m['log_loss'], m['log_loss_interval'], 4)}   "
-        f"uniform {m['uniform_log_loss']:.4f}   class shares {m['prior_log_loss']:.4f}",
-        f"accuracy {core.plus_minus(m['accuracy'], m['accuracy_interval'])}   "
-        f"most frequent class {m['prior_accuracy']:.3f}",
-        f"predicts {histogram['predicted']}   truth {histogram['truth']}   rows {m['rows']}",
-        *([m["alarm"]] if m["alarm"] else []),
-    ):
-        run.say(f"{part:11} {text}")
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -576,6 +587,7 @@ def main(cfg, world):
         lost = measure_sides(data, cfg.inputs, cfg.max_length)
         splits = [split_rows(data, cfg, fold) for fold in range(cfg.folds or 1)]
         announce(run, cfg, data, lost, splits)
+        core.on_main(world, lambda: data.tokenizer.save_pretrained(run.folder / "encoder") and None)
         outcomes = []
         for fold, rows in enumerate(splits):
             done = run.folder / "folds" / f"fold_{fold + 1}.json"
@@ -584,7 +596,11 @@ def main(cfg, world):
                 continue
             outcomes.append(train(run, cfg, world, data, rows, fold))
             core.on_main(world, lambda done=done: core.write_json(done, outcomes[-1]))
-        run.result = report(run, cfg, data, splits, outcomes) | {"truncated": lost}
+        run.result = core.on_main(world, lambda: report(run, cfg, data, splits, outcomes)) | {
+            "weights_sha256": core.joint_hash([outcome["weights_sha256"] for outcome in outcomes]),
+            "test_checkpoints": [outcome["measured"] for outcome in outcomes],  # one a fold
+            "truncated": lost,
+        }
     return run.result
 
 

@@ -116,9 +116,10 @@ class Run:
         """The line every script prints each log_every steps; the same numbers go to metrics."""
         loss, rate, step_seconds = self.meter.read()
         values = {"train/loss": loss, **values, "examples_per_second": rate}
+        eta = clock((total_steps - step) * step_seconds)
         self.say(
             f"{where}  step {step:{len(str(total_steps))}}/{total_steps}  loss {loss:.4f}  "
-            f"lr {values['lr']:.1e}  grad {values['grad_norm']:.2f}  {rate:.0f}/s  eta {clock((total_steps - step) * step_seconds)}"
+            f"lr {values['lr']:.1e}  grad {values['grad_norm']:.2f}  {rate:.0f}/s  eta {eta}"
         )
         self.metrics(step, values)
 
@@ -179,10 +180,14 @@ class Run:
             precision.scaler.load_state_dict(tensors["scaler"])
         return self._last_step - self.first_step
 
-    def load_best(self, model):
-        """The fold's best weights so far, if any were saved."""
-        if best := self.bests.get(str(self.fold)):
+    def load_best(self, model) -> str:
+        """The fold's best weights so far, or if none could be saved those in `model`; returns their
+        checkpoint.
+        """
+        best = self.bests.get(str(self.fold))
+        if best:
             load_weights(self.folder / "checkpoints" / best["name"], model)
+        return best["name"] if best else self.checkpoint
 
     def save(self, step, model, optimizer, precision, must=False):
         """checkpoints/step_…: weights, optimizer, position; whole or not at all; once per step. All ranks
@@ -291,6 +296,8 @@ class Run:
             )
         memory_gb = (peak_memory_mb(self.world) + (0 if optimizer.state else 8 * trainable / 1e6)) / 1e3
         hours, price = steps * seconds * typical / 3600, self.cfg.price_per_hour
+        millions = f"{total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M trainable"
+        self.say(f"model {self.cfg.model}  {millions}")
         self.say(
             f"forecast  {steps} steps  training {clock(3600 * hours)}  peak memory {memory_gb:.2f} GB  "
             f"disk {disk_mb:.0f} MB" + (f"  ${price * hours:.2f}" if price else "")
