@@ -500,12 +500,11 @@ def _table_files(folder, prefer) -> list[Path]:
 
 def _preferred(names, prefer, where) -> list[str]:
     tables = [name for name in names if Path(name).suffix in TABLES]
-    chosen = [name for name in tables if Path(name).name.startswith(prefer)] or tables
-    if not chosen or len(chosen) == len(tables) > 1:
-        raise UserError(
-            f"{where} holds {', '.join(tables) or 'no table'}: name one file, or call one {prefer}.csv"
-        )
-    return chosen
+    chosen = [name for name in tables if Path(name).name.startswith(prefer)]
+    if not chosen and len(tables) != 1:
+        found = ", ".join(tables) or f"none of {', '.join(TABLES)}"
+        raise UserError(f"{where} holds {found}: name one file, or call one {prefer}.csv")
+    return chosen or tables
 
 
 def _read_table(stream, suffix, where):
@@ -563,6 +562,15 @@ def from_hub(what, name, load, instead):
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         reason = reason if online else "the Hub does not answer and HF_HOME holds no copy"
         raise UserError(f"{what} {name} cannot be fetched ({reason}): use {instead}") from error
+
+
+def _quietly(load):
+    """Other libraries' bars belong on a terminal, not as carriage returns in a file."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    return load()
 
 
 def _hub_answers(seconds=5) -> bool:
@@ -846,7 +854,7 @@ def _local_or_hub(what, name, load):
             raise UserError(f"no such folder: {name}")
         return from_hub(what, name, load, "a local folder, or tiny:bert (built in)")
     try:
-        return load()
+        return _quietly(load)
     except (OSError, ValueError) as error:
         raise UserError(f"{what} in folder {name} cannot be loaded: {str(error).splitlines()[0]}") from error
 

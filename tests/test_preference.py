@@ -1,0 +1,415 @@
+"""run_preference.py as its user meets it: data, truncation, bad input line by line, smoke, interruption."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import PROJECT
+from ranks import launch, newest, result, run
+
+import core
+import run_preference as script
+from core import World
+
+SHARED = PROJECT.parent / "shared" / "data" / "preference" / "pandalm_part1.csv"
+
+
+def command(*argv, torchrun=0, **options):
+    """The script as it is typed."""
+    start = [sys.executable]
+    if torchrun:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"]
+    argv = [*start, str(PROJECT / "run_preference.py"), *map(str, argv)]
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def row(number=0, winner="winner_model_a", **changes):
+    texts = {"prompt": ["hello there", None], "response_a": ["general", "no"], "response_b": ["who?", "yes"]}
+    flags = {column: int(column == winner) for column in script.LABELS.values()}
+    return {"id": number, **{k: json.dumps(v) for k, v in texts.items()}, **flags, **changes}
+
+
+def write_csv(rows, name="train.csv"):
+    with open(name, "w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    return name
+
+
+# data
+
+
+def test_a_row_is_turns_and_a_class_in_the_order_of_LABELS():
+    assert script.parse(row()) == ([["hello there", "general", "who?"], ["", "no", "yes"]], 0)
+    assert script.parse(row(winner="winner_model_b"))[1] == 1
+    assert script.parse(row(winner="winner_tie"))[1] == 2
+    assert script.parse({**row(), "prompt": ["as", "lists"]})[0][0][0] == "as"  # Parquet holds lists
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"prompt": '["half'}, "prompt is no JSON"),
+        ({"response_a": ""}, "response_a is empty"),
+        ({"response_b": "[]"}, "response_b is no list of strings"),
+        ({"response_b": '["x", 3]'}, "response_b is no list of strings"),
+        ({"response_a": '["\\ud83d", "x"]'}, "response_a has odd Unicode"),
+        ({"response_a": '["only one turn"]'}, "differ in their number of turns"),
+        ({"winner_model_a": 0}, "no winner"),
+        ({"winner_tie": 1}, "several winners"),
+    ],
+)
+def test_unusable_rows_are_told_apart(changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        script.parse({**row(), **changes})
+
+
+def test_bad_rows_are_counted_and_named_and_many_are_an_error():
+    rows = [row(n, prompt=json.dumps([f"prompt {n}", ""])) for n in range(250)]
+    rows[7]["prompt"] = "broken"
+    rows[99]["winner_model_a"] = 0
+    assert launch("run_preference", "--smoke", "--data", write_csv(rows), "--epochs", 0) == [0]
+    said = Path("out.txt").read_text()
+    assert "left out 1 row(s), prompt is no JSON: 8" in said and "left out 1 row(s), no winner: 100" in said
+    for number in (3, 4, 5):
+        rows[number]["response_a"] = ""
+    assert launch("run_preference", "--smoke", "--data", write_csv(rows), "--epochs", 0) == [2]
+    error = (
+        "train.csv: 5 of 250 rows are unusable, e.g. row 4: response_a is empty; row 5: response_a is empty"
+    )
+    assert error in Path("out.txt").read_text()
+
+
+def data_of(lengths_by_row):
+    """Preferences whose piece p of a row holds tokens 1000 * p, 1000 * p + 1, ..."""
+    sizes = [n for lengths in lengths_by_row for n in lengths]
+    tokens = [1000 * (p % len(lengths_by_row[0])) + i for p, n in enumerate(sizes) for i in range(n)]
+    return SimpleNamespace(
+        first=np.concatenate([[0], np.cumsum([len(lengths) for lengths in lengths_by_row])]),
+        tokens=np.array(tokens),
+        offsets=np.concatenate([[0], np.cumsum(sizes)]),
+        labels=np.zeros(len(lengths_by_row)),
+        tokenizer=SimpleNamespace(cls_token_id=-1, sep_token_id=-2, pad_token_id=-3),
+    )
+
+
+def test_room_is_shared_so_that_prompt_and_response_stay_visible():
+    assert script.allot([3, 4], 10) == [3, 4]
+    assert script.allot([3, 400], 10) == [3, 7]
+    assert script.allot([300, 400], 10) == [5, 5]
+    assert script.allot([1, 100, 3, 100], 21) == [1, 8, 3, 9]
+    data = data_of([[2000, 30, 600]])  # the journal's case: a prompt longer than max_length
+    a = script.side_ids(data, 0, 1, "prompt+responses", 512)
+    b = script.side_ids(data, 0, 2, "prompt+responses", 512)
+    assert len(a) == len(b) == 512
+    assert [t for t in a if 1000 <= t < 2000 and t not in range(1000, 3000)] == []
+    assert a[-31:] == [*range(1000 + 0, 1000 + 30), -2] or a[-31:-1] == list(data.tokens[2000:2030])
+    assert b.count(-2) == 2 and a != b
+    shares = script.measure_sides(data, "prompt+responses", 512)
+    assert shares == {"prompt": 1.0, "response_a": 0.0, "response_b": 1.0}
+    assert data.lengths.tolist() == [[512, 512]]
+
+
+def test_a_cut_piece_keeps_its_beginning_and_its_end():
+    data = data_of([[4, 100, 5]])
+    ids = script.side_ids(data, 0, 1, "responses", 12)
+    assert ids == [-1, 1000, 1001, 1002, 1003, 1004, 1095, 1096, 1097, 1098, 1099, -2]
+    assert script.side_ids(data, 0, 2, "responses", 12) == [-1, 2000, 2001, 2002, 2003, 2004, -2]
+
+
+def test_with_more_turns_than_fit_the_last_ones_are_kept():
+    data = data_of([[20] * 90])
+    ids = script.side_ids(data, 0, 1, "prompt+responses", 128)
+    assert len(ids) <= 128 and ids.count(-2) == 6  # three turns, 16 tokens or more of each piece
+    assert max(ids) // 1000 == 88  # the last answer of A
+    assert script.measure_sides(data, "prompt+responses", 128)["prompt"] == 1.0
+
+
+def test_lengths_are_those_of_the_ids():
+    rng = np.random.default_rng(0)
+    rows = [[int(n) for n in rng.integers(0, 90, 6)] for _ in range(60)]
+    for inputs in ("responses", "prompt+responses"):
+        for most in (32, 64, 512):
+            data = data_of(rows)
+            script.measure_sides(data, inputs, most)
+            got = [[len(script.side_ids(data, r, side, inputs, most)) for side in (1, 2)] for r in range(60)]
+            assert data.lengths.tolist() == got and np.max(got) <= most
+
+
+def test_the_built_in_pairs_need_the_prompt():
+    rows = script.python_pairs(3000)
+    words = {topic: set(script.topic_words(topic)) for topic in script.TOPICS}
+    assert all(len(w) == 20 for w in words.values()) and len(set.union(*words.values())) == 80
+    by_topics = {}
+    for line in rows:
+        turns, label = script.parse(line)
+        prompt, a, b = turns[0]
+        topic_a, topic_b = ([t for t in words if set(text.split()) <= words[t]] for text in (a, b))
+        assert len(topic_a) == len(topic_b) == 1 and topic_a != topic_b
+        right = [topic_a[0] in prompt, topic_b[0] in prompt]
+        assert label == (2 if right[0] == right[1] else right.index(True))
+        by_topics.setdefault((*topic_a, *topic_b), []).append(label)
+    for labels in by_topics.values():  # given the two answers, every label is as likely
+        np.testing.assert_allclose(np.bincount(labels) / len(labels), 1 / 3, atol=0.12)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="small real data is not here")
+def test_real_rows_split_by_prompt(cache):
+    cfg = script.Config(data=str(SHARED), model="tiny:bert")
+    data = script.load_data(cfg, World())
+    assert len(data.labels) == 499 and np.bincount(data.labels).tolist() == [211, 223, 65]
+    split = script.split_rows(data, cfg, 0)
+    assert sum(map(len, split.values())) == 499
+    prompts = [set(data.groups[rows]) for rows in split.values()]
+    assert len(set.union(*prompts)) == sum(map(len, prompts)) == 82
+
+
+# bad input: one line, exit code 2, nothing left behind
+
+BAD_INPUT = {
+    "missing file": (["--data", "absent.csv"], ["no such file or folder: absent.csv"]),
+    "missing column": (
+        ["--data", "column.csv"],
+        ["column.csv lacks column(s) response_a, response_b", "found: id, prompt"],
+    ),
+    "empty file": (["--data", "empty.csv"], ["empty.csv has no rows", "response_a"]),
+    "batch and ranks": (
+        ["--batch", 1],
+        ["batch 1 is smaller than 2 ranks: use --nproc_per_node=1 or --batch 2"],
+    ),
+    "batch and rows": (["--batch", 5000], ["training rows do not fill a batch of 5000", "--batch"]),
+    "unknown flag": (["--epoch", 3], ["unknown flag --epoch: did you mean --epochs?"]),
+    "unknown preset": (["--preset", "jurnal"], ["jurnal", "journal"]),
+    "bad type": (["--lr", "fast"], ["--lr", "fast", "float"]),
+    "tiny family": (["--model", "tiny:gpt"], ["tiny:gpt", "distilbert"]),
+    "no folder": (["--model", "./nowhere"], ["no such folder: ./nowhere"]),
+    "no model": (["--model", "model_folder"], ["model_folder cannot be loaded"]),
+    "too long": (["--max_length", 600], ["--max_length 600 is more than the 512 positions"]),
+    "out is a file": (["--out", "file"], ["file is a file: use a folder"]),
+    "out in a file": (["--out", "file/x"], ["out file/x cannot be written"]),
+    "resume latest": (["--resume_timestamp", "latest"], ["--resume_timestamp latest: no unfinished run in"]),
+    "resume time": (
+        ["--resume_timestamp", "20200101_000000"],
+        ["20200101_000000: 0 such runs in", "there: none"],
+    ),
+    "resume step": (["--resume_step", 5], ["--resume_step 5 needs --resume_timestamp"]),
+    "too few prompts": (["--max_documents", 8, "--folds", 9], ["cannot be split into 9 parts"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_before_training(case, cache):
+    flags, words = BAD_INPUT[case]
+    Path("file").write_text("")
+    Path("model_folder").mkdir()
+    write_csv([{"id": 1, "prompt": "[]"}], "column.csv")
+    Path("empty.csv").write_text(",".join(script.COLUMNS) + "\n")
+    size = 2 if case == "batch and ranks" else 1
+    env = {"TOKEN_CACHE": str(cache)}
+    assert launch("run_preference", "--smoke", *flags, size=size, env=env) == [2] * size
+    said = Path("out.txt").read_text()
+    lines = [line for line in said.splitlines() if "error:" in line]
+    assert len(lines) == 1 and all(word in lines[0] for word in words), said
+    assert "Traceback" not in said and not list(Path().glob("runs/*/*/*"))
+
+
+def test_a_hub_name_that_cannot_be_fetched_is_refused_within_15_seconds():
+    """The address is one that never answers; HF_HUB_OFFLINE, which the other tests set, is not."""
+    env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {
+        "HF_ENDPOINT": "http://127.0.0.1:9"
+    }
+    for flags in (
+        ["--model", "distilbert-base-uncased"],
+        ["--data", "lmsys/lmsys-arena-human-preference-55k"],
+    ):
+        began = time.monotonic()
+        process = command("--smoke", *flags, env=env)
+        said = process.communicate(timeout=60)[0]
+        assert process.returncode == 2 and time.monotonic() - began < 15 + 10 * bool(os.environ.get("CI"))
+        last = said.strip().splitlines()[-1]
+        assert f"{flags[1]} cannot be fetched (the Hub does not answer" in last and "use a local" in last, (
+            said
+        )
+
+
+def test_a_resume_that_contradicts_the_run_is_refused_and_lists_it():
+    flags = ["--smoke", "--max_documents", 200, "--epochs", 1, "--out", "out"]
+    assert launch("run_preference", *flags) == [0]
+    before = (newest() / "result.json").read_text()
+    stamp = newest().name
+    codes = launch(
+        "run_preference", *flags, "--resume_timestamp", stamp, "--seed", 5, "--batch", 12, "--lr", "0.5"
+    )
+    said = Path("out.txt").read_text()
+    assert codes == [2] and "--batch 24, not 12; --lr 0.001, not 0.5; --seed 0, not 5" in said
+    assert (newest() / "result.json").read_text() == before
+    assert launch("run_preference", *flags, "--resume_timestamp", "auto") == [0]
+    assert "is finished: nothing to do" in Path("out.txt").read_text()
+    assert launch("run_preference", *flags, "--resume_timestamp", "auto", "--seed", 5) == [
+        0
+    ]  # a loop over seeds
+    assert len(list(Path("out").iterdir())) == 2
+
+
+def test_edited_constants_do_not_change_a_resumed_run_but_length_may(monkeypatch):
+    flags = ["--smoke", "--max_documents", 200, "--out", "out"]
+    launch("run_preference", *flags, "--lr", "0.002", "--epochs", 1)
+    stamp = newest().name
+    assert launch("run_preference", *flags, "--resume_timestamp", stamp, "--epochs", 2) == [0]
+    said = Path("out.txt").read_text()
+    assert "resumed: lr stays 0.002 (the script now says 0.001)" in said and "epoch 2/2" in said
+    config = json.loads((newest() / "config.json").read_text())
+    assert config["constants"]["lr"] == 0.002 and config["constants"]["epochs"] == 2
+    assert [resume["step"] for resume in config["resumes"]] == [6]
+
+
+def test_a_resume_on_other_data_is_refused():
+    rows = [row(n, prompt=json.dumps([f"prompt {n}", ""])) for n in range(120)]
+    flags = ["--smoke", "--data", write_csv(rows), "--epochs", 1, "--out", "out"]
+    assert launch("run_preference", *flags) == [0]
+    write_csv(rows[:-1])
+    assert launch("run_preference", *flags, "--resume_timestamp", newest().name) == [2]
+    assert "fingerprint is not what" in Path("out.txt").read_text()
+
+
+def test_an_older_checkpoint_can_be_resumed():
+    flags = ["--smoke", "--max_documents", 200, "--epochs", 2, "--save_every", 4, "--keep", 9]
+    first = run("run_preference", *flags)
+    assert launch(
+        "run_preference", *flags, "--out", "out", "--resume_timestamp", newest().name, "--resume_step", 5
+    ) == [2]
+    assert "--resume_step 5: there are step_00000004, step_00000006" in Path("out.txt").read_text()
+    second = run("run_preference", *flags, "--resume_timestamp", newest().name, "--resume_step", 4)
+    assert second["weights_sha256"] == first["weights_sha256"]
+
+
+def test_too_little_disk_is_refused_at_the_start_and_survived_later(monkeypatch):
+    import shutil as system
+
+    import runs
+
+    free = iter([10**12, 10**12, 10**12] + [1000] * 3 + [10**12] * 99)
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: system._ntuple_diskusage(1, 1, next(free)))
+    monkeypatch.setattr(sys, "argv", ["run_preference.py"])
+    flags = ["--smoke", "--max_documents", "200", "--epochs", "2", "--save_every", "2", "--out", "out"]
+    cfg = core.parse_config(script.Config, script.PRESETS, script.SMOKE, "", flags)
+    outcome = script.main(cfg, World())
+    assert outcome["status"] == "finished" and "WARNING not saved" in (newest() / "log.txt").read_text()
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: system._ntuple_diskusage(1, 1, 1000))
+    with pytest.raises(core.UserError, match=r"checkpoints need \d+ MB"):
+        script.main(cfg, World())
+
+
+# the smoke run, as typed
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smoke")
+    process = command("--smoke", "--out", "out", cwd=folder)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    return folder, said
+
+
+def test_smoke_learns_what_the_journals_second_run_learned(smoke):
+    got = result(smoke[0] / "out")
+    assert got["status"] == "finished" and got["test/accuracy_interval"][0] >= 0.6
+    assert got["test/alarm"] is None and "next: " in smoke[1].splitlines()[-1]
+
+
+def test_smoke_without_the_prompt_is_chance_as_in_the_journals_first_run():
+    got = run("run_preference", "--smoke", "--inputs", "responses")
+    low, high = got["test/accuracy_interval"]
+    assert low <= 1 / 3 <= high and got["test/alarm"].startswith("NOT LEARNING")
+
+
+def test_smoke_under_torchrun_gives_the_same_loss(smoke, tmp_path):
+    process = command("--smoke", "--out", "out", torchrun=2)
+    said = process.communicate(timeout=180)[0]
+    assert process.returncode == 0, said
+    assert result()["test/log_loss"] == pytest.approx(result(smoke[0] / "out")["test/log_loss"], abs=1e-5)
+    assert said.count("done  ") == 1 and "2 ranks gloo fp32  batch 24 = 2 x 12" in said
+
+
+def test_a_finished_run_is_rebuilt_from_its_folder_alone(smoke, cache):
+    got = result(smoke[0] / "out")
+    cfg, model, tokenizer = script.load_model(newest(smoke[0] / "out"), World())
+    data = script.load_data(cfg, World())
+    script.measure_sides(data, cfg.inputs, cfg.max_length)
+    split = script.split_rows(data, cfg, 0)
+    again = script.measure(
+        script.evaluate(model, data, split["test"], cfg, World()), data, split["test"], split["train"]
+    )
+    assert again["log_loss"] == pytest.approx(got["test/log_loss"], rel=1e-5)
+    assert tokenizer.get_vocab() == data.tokenizer.get_vocab()
+    lines = [
+        json.loads(line) for line in (newest(smoke[0] / "out") / "predictions.jsonl").read_text().splitlines()
+    ]
+    tests = [line for line in lines if line["split"] == "test"]
+    assert [line["id"] for line in tests] == [data.ids[i] for i in split["test"]]
+    loss = -np.mean([np.log(line[line["label"]]) for line in tests])
+    assert loss == pytest.approx(got["test/log_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("torchrun", [0, 2])
+def test_ctrl_c_then_the_same_command_with_auto_ends_in_the_same_weights(torchrun):
+    flags = ["--smoke", "--max_documents", 600, "--epochs", 6, "--log_every", 5]
+    straight = command(*flags, "--out", "straight", torchrun=torchrun)
+    assert straight.wait(timeout=120) == 0
+    process = command(*flags, "--out", "out", "--resume_timestamp", "auto", torchrun=torchrun)
+    while "step  20/" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    said = process.communicate(timeout=60)[0]
+    assert time.monotonic() - began < 10
+    assert result()["status"] == "stopped" and "stopped  Stop: SIGINT" in said
+    if not torchrun:
+        assert process.returncode == 0
+    again = command(*flags, "--out", "out", "--resume_timestamp", "auto", torchrun=torchrun)
+    assert again.wait(timeout=120) == 0
+    assert len(list(Path("out").iterdir())) == 1
+    assert result()["weights_sha256"] == result("straight")["weights_sha256"]
+
+
+def test_folds_predict_every_row_once_and_survive_a_kill():
+    flags = ["--smoke", "--max_documents", 120, "--epochs", 1, "--batch", 12, "--folds", 3]
+    whole = run("run_preference", *flags, "--out", "out")
+    lines = [json.loads(line) for line in (newest() / "predictions.jsonl").read_text().splitlines()]
+    ids = [line["id"] for line in lines if line["split"] == "test"]
+    assert len(ids) == len(set(ids)) == 120 == whole["test/rows"]
+    assert launch("run_preference", *flags, "--out", "killed", kill=("step", 7, 0)) == [-9]
+    assert launch("run_preference", *flags, "--out", "killed", "--resume_timestamp", "auto") == [0]
+    again = result("killed")
+    assert (
+        again["weights_sha256"] == whole["weights_sha256"]
+        and again["test/log_loss"] == whole["test/log_loss"]
+    )
+    assert len(again["test_checkpoints"]) == 3
+
+
+def test_a_clock_ends_the_run_and_the_schedule_with_it():
+    got = run("run_preference", "--smoke", "--epochs", 500, "--max_minutes", "0.03", "--log_every", 1)
+    lines = [json.loads(line) for line in (newest() / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["lr"] for line in lines if "lr" in line]
+    assert got["status"] == "finished" and 1.5 < got["train_seconds"] < 3
+    assert max(rates) > 8e-4 and rates[-1] < 1e-4  # warmed up and annealed, on whatever machine this is
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp64"])
+def test_the_other_precisions_train_and_resume(dtype):
+    flags = ["--smoke", "--max_documents", 120, "--epochs", 2, "--dtype", dtype, "--save_every", 2]
+    launch("run_preference", *flags, "--out", "out", kill=("step", 5, 0))
+    got = run("run_preference", *flags, "--resume_timestamp", "auto")
+    assert got["status"] == "finished" and np.isfinite(got["test/log_loss"])
+    assert ("has no fast fp16" in Path("out.txt").read_text().replace("this CPU ", "")) == (dtype == "fp16")
