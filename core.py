@@ -25,6 +25,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -54,8 +55,15 @@ class UserError(Exception):
     """Bad input. The text is one line: what, the value, and what would work. Exit code 2."""
 
 
-class Stop(Exception):
-    """All ranks agreed to end before the work is complete; what was computed is saved. Exit code 0."""
+class Stop(BaseException):
+    """All ranks agreed to end before the work is complete; what was computed is saved. Exit code 0.
+
+    No Exception: a library that retries or reports whatever fails must not catch it.
+    """
+
+
+class LostRanks(RuntimeError):
+    """Another rank did not come to a reduction."""
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -64,7 +72,10 @@ class Stop(Exception):
 
 LIMITS = {  # constants: lowest and highest legal value, in whichever script they appear
     "batch micro_batch eval_batch max_documents log_every save_every eval_every": (1, math.inf),
-    "epochs max_steps max_minutes lr min_lr weight_decay clip price_per_hour seed resume_step": (0, math.inf),
+    "epochs max_steps max_minutes lr min_lr weight_decay price_per_hour resume_step": (0, math.inf),
+    "seed split_seed": (0, 2**31),
+    "clip": (1e-6, math.inf),
+    "max_length": (16, math.inf),
     "dropout encoder_dropout warmup": (0, 1),
     "keep": (2, math.inf),  # law 4 falls back to the checkpoint before the newest
     "folds": (3, math.inf),  # train, val and test
@@ -82,8 +93,7 @@ class Typed:
 
 
 def parse_config(config_class, presets, smoke, doc, argv=None):
-    """The script's constants: defaults < preset < `smoke` < flags; a callable in `smoke` maps the value so
-    far.
+    """The script's constants: defaults < preset < `smoke` < flags; a callable maps the value so far.
 
     Anything wrong is one line on stderr and exit code 2. `typed(cfg)` tells what stood on the command line.
     """
@@ -137,13 +147,11 @@ def _parser(config_class, defaults, presets, hints, doc) -> argparse.ArgumentPar
 
 
 def _flag(hint) -> dict:
-    """What argparse needs to know of an annotation: int, float, str, bool, Literal, or one of these |
-    None.
-    """
+    """What argparse needs to know of an annotation that _check_type lets pass."""
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(hint) is Literal:
-        return {"choices": typing.get_args(hint), "metavar": "|".join(typing.get_args(hint))}
+        return {"choices": typing.get_args(hint), "metavar": "|".join(map(str, typing.get_args(hint)))}
     kinds = typing.get_args(hint) or (hint,)
 
     def convert(text):
@@ -166,8 +174,8 @@ def _check_type(where, name, value, hints):
         typing.get_origin(hints[name]) is Literal,
         typing.get_args(hints[name]) or (hints[name],),
     )
-    if not literal and not set(allowed) <= {int, float, str, bool, types.NoneType}:
-        raise UserError(f"{where}.{name}: use int, float, str, bool, Literal or one of these | None")
+    if not literal and allowed != (bool,) and not set(allowed) <= {int, float, str, types.NoneType}:
+        raise UserError(f"{where}.{name}: use bool, Literal, or int, float, str and these | None")
     fits = (
         value in allowed if literal else type(value) in allowed or (type(value) is int and float in allowed)
     )
@@ -213,19 +221,23 @@ def distributed(backend="auto", timeout_minutes=30):
     auto: nccl on CUDA, xccl on XPU, gloo on CPU; CPU tensors (counts, stop flags) always travel over gloo.
     A UserError is printed once, without traceback, and exits with 2.
     """
-    env = {name: int(os.environ.get(name, "01"["SIZE" in name])) for name in _LAUNCH}
-    world = World()
+    env = {name: int(os.environ.get(name, default)) for name, default in _LAUNCH.items()}
+    world = World(env["RANK"])
     try:
         device = _pick_device(env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"])
+        native = {"cuda": "nccl", "xpu": "xccl"}.get(device.type, "gloo")
+        if backend not in ("auto", "gloo", native):
+            raise UserError(f"--backend {backend} does not fit {device.type}: use auto, {native} or gloo")
         world = World(device=device)
         if device.type == "cpu":
             _keep_freed_memory()
         if env["WORLD_SIZE"] > 1:
             # torchrun gives each process one thread; ranks x threads should fill the cores, no more
             torch.set_num_threads(max(1, _cores() // env["LOCAL_WORLD_SIZE"]))
-            if backend == "auto":
-                backend = {"cuda": "nccl", "xpu": "xccl"}.get(device.type, "gloo")
+            backend = native if backend == "auto" else backend
             store, rank, size = next(dist.rendezvous("env://"))
+            # torchrun keeps its store when it restarts workers: they must not meet the keys of the dead
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             dist.init_process_group(
                 "gloo" if backend == "gloo" else f"cpu:gloo,{device.type}:{backend}",
                 **{"store": store, "rank": rank, "world_size": size},
@@ -235,20 +247,22 @@ def distributed(backend="auto", timeout_minutes=30):
         yield world
         barrier(world)  # rank 0 may host the store: nobody leaves while another still reads it
     except UserError as error:
-        first = world.size == 1 or world.store.add("user_errors", 1) == 1
-        if first:
+        if world.store.add("user_errors", 1) == 1 if world.store else world.is_main:
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stop as stop:  # before there was a run to note it
+        if world.is_main:
+            print(f"stopped  {stop}", file=sys.stderr)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-_LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+_LAUNCH = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}  # set by torchrun
 
 
 def _keep_freed_memory():
-    """On a CPU: reuse large blocks instead of returning them to the kernel and faulting them in at every step.
+    """On a CPU: reuse large blocks instead of returning them to the kernel and faulting them in at each step.
 
     PandaLM's longest batches took 29 s with glibc's defaults and 11 s so (2 cores, MiniLM); see JOURNAL.md.
     """
@@ -273,16 +287,14 @@ def _pick_device(local_rank, local_size) -> torch.device:
 
 
 def all_reduce_sum(world, values: torch.Tensor) -> torch.Tensor:
-    """Sums a CPU tensor over the ranks, in place. After a time-out the error names the rank that is
-    missing.
-    """
+    """Sums a CPU tensor over the ranks, in place; LostRanks names the rank that is missing."""
     if world.size > 1:
         call = next(_reductions)
         world.store.set(f"reduction/{world.rank}", str(call))
         try:
             dist.all_reduce(values)
         except RuntimeError as error:
-            raise RuntimeError(f"{_who_is_missing(world, call)}: {error}") from error
+            raise LostRanks(f"{_who_is_missing(world, call)}: {error}") from error
     return values
 
 
@@ -310,7 +322,7 @@ def on_main(world, function):
     """
     if world.size == 1:
         return function()
-    key, reply = f"on_main/{next(_main_calls)}", {"error": "rank 0 was stopped", "kind": "RuntimeError"}
+    key, reply = f"on_main/{next(_main_calls)}", {"error": "rank 0 was interrupted", "kind": "Stop"}
     if not world.is_main:
         reply = json.loads(_wait_for_main(world.store, key))
         if "error" in reply:
@@ -318,13 +330,23 @@ def on_main(world, function):
         return reply["result"]
     try:
         with _heartbeat(world.store):
+            _alone.set()
             reply = {"result": function()}
         return reply["result"]
-    except Exception as error:
+    except BaseException as error:
         reply = {"error": str(error), "kind": type(error).__name__}
         raise
     finally:
+        _alone.clear()
         world.store.set(key, json.dumps(reply))
+
+
+_alone = threading.Event()
+
+
+def may_leave(world) -> bool:
+    """Whether this rank can raise Stop on its own: alone, or in on_main, which tells the others."""
+    return world.size == 1 or _alone.is_set()
 
 
 _main_calls = itertools.count()
@@ -380,15 +402,10 @@ def wrap_ddp(model, world):
 
 
 def micro_batches(model, rows, size=None):
-    """Slices of `size` rows (none: all at once); ranks exchange gradients in the backward of the last one
-    only.
-
-    No rows still give one empty slice: every rank has to take part in the exchange.
-    """
-    size = size or max(len(rows), 1)
-    starts = range(0, max(len(rows), 1), size)
-    for start in starts:
-        alone = start != starts[-1] and isinstance(model, DistributedDataParallel)
+    """Slices of `size` rows (none: all at once); ranks exchange gradients in the last one's backward only."""
+    size = size or len(rows)
+    for start in range(0, len(rows), size):
+        alone = start + size < len(rows) and isinstance(model, DistributedDataParallel)
         with model.no_sync() if alone else nullcontext():
             yield rows[start : start + size]
 
@@ -464,28 +481,27 @@ TABLES = (".csv", ".json", ".jsonl", ".parquet")
 
 
 def read_rows(name, max_documents=None, prefer="train") -> list[dict]:
-    """Rows of a table by name: a file (CSV, JSON, JSONL, Parquet, or in a zip), a folder of them, or a Hub
-    id.
+    """Rows of a table: a file (CSV, JSON, JSONL, Parquet, or in a zip), a folder of them, or a Hub id.
 
     Of several files in a zip or folder those whose name starts with `prefer` are read. A Hub id may be
-    written `owner/name:config@revision`; its `prefer` split is read. Raises UserError for whatever is not
-    there.
+    written `owner/name:config@revision`; its `prefer` split is read. UserError for what is not there.
     """
     rows = itertools.chain.from_iterable(_tables(name, prefer))
     return list(itertools.islice(rows, max_documents))
 
 
 def data_fingerprint(name, prefer="train") -> str:
-    """SHA-256 over the files that read_rows would read: it names caches, and a resume that sees others is
-    refused.
-    """
+    """SHA-256 over the files that read_rows would read: it names caches and shows a resume changed data."""
     if Path(name).is_dir():
         files = _table_files(Path(name), prefer)
     elif Path(name).exists():
         files = [name]
     else:
         files = [file["filename"] for file in _hub_dataset(name, prefer).cache_files]
-    return joint_hash([sha256_file(file) for file in files])
+    try:
+        return joint_hash([sha256_file(file) for file in files])
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror}") from None
 
 
 def _tables(name, prefer):
@@ -543,8 +559,14 @@ def _read_table(stream, suffix, where):
                 raise UserError(
                     f"{where} is no table: use {', '.join(TABLES)}, one of these in a .zip, or a Hub id"
                 )
-    except (ValueError, OSError, csv.Error) as error:  # pyarrow's errors are ValueErrors and OSErrors
-        raise UserError(f"{where} cannot be read as {suffix[1:]}: {str(error).splitlines()[0]}") from None
+    except (
+        ValueError,
+        OSError,
+        csv.Error,
+        zipfile.BadZipFile,
+        RuntimeError,
+    ) as error:  # RuntimeError: encrypted
+        raise UserError(f"{where} cannot be read as {suffix[1:]}: {_first_line(error)}") from None
 
 
 def _hub_dataset(name, split):
@@ -564,18 +586,17 @@ def _hub_dataset(name, split):
 
 
 def from_hub(what, name, load, instead):
-    """`load()`, with the Hub's many ways to fail turned, within seconds, into one line that says what to
-    do.
-    """
+    """`load()`, with the Hub's many ways to fail turned into one line, within seconds."""
     online = _hub_answers()
     try:
-        return load()
-    except (
-        Exception
-    ) as error:  # every library on the way has its own kinds: the line keeps the first one's text
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        reason = reason if online else "the Hub does not answer and HF_HOME holds no copy"
+        return _quietly(load)
+    except Exception as error:  # every library on the way has its own kinds
+        reason = _first_line(error) if online else "the Hub does not answer and HF_HOME holds no copy"
         raise UserError(f"{what} {name} cannot be fetched ({reason}): use {instead}") from error
+
+
+def _first_line(error) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def _quietly(load):
@@ -617,9 +638,7 @@ def require_columns(rows, columns, where):
 
 
 class BadRows:
-    """Counts unusable rows by reason and row number; more than `limit` of all rows is an error that shows
-    three.
-    """
+    """Counts unusable rows by reason; more than `limit` of all rows is an error that shows three."""
 
     def __init__(self, limit=0.01):
         self.limit, self.rows = limit, []
@@ -647,8 +666,7 @@ def is_clean(text) -> bool:
 
 
 def split_by_group(groups, labels, shares, seed) -> np.ndarray:
-    """Part number of every row: parts in the proportions `shares`, no group in two parts, labels spread
-    evenly.
+    """Part number of every row: in the proportions `shares`, no group in two parts, labels spread evenly.
 
     Largest groups first, ties in the order of a hash of (seed, group), each into the part that its labels
     fill least so far. A pure function of its arguments: the same on every rank and machine.
@@ -668,6 +686,10 @@ def split_by_group(groups, labels, shares, seed) -> np.ndarray:
         crowding = ((filled + counts[group]) / room * counts[group]).sum(1)
         part[group] = np.argmin(crowding + 1e-3 * filled.sum(1) / room.sum(1))
         filled[part[group]] += counts[group]
+    if len(set(part)) < len(shares):
+        raise UserError(
+            f"{len(names)} prompts leave one of {len(shares)} parts empty: use more data or --folds"
+        )
     return part[index]
 
 
@@ -684,9 +706,7 @@ def cache_root() -> Path:
 
 
 def write_texts(folder, texts, tokenizer) -> str:
-    """Token ids of the list `texts` -> folder/tokens.bin and offsets.npy; returns the kind of integer
-    used.
-    """
+    """Token ids of the list `texts` -> folder/tokens.bin and offsets.npy; returns the kind of integer."""
     kind, offsets = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32, [0]
     with open(folder / "tokens.bin", "wb") as file, progress(len(texts), "tokenising") as bar:
         for start in range(0, len(texts), 1000):
@@ -700,9 +720,7 @@ def write_texts(folder, texts, tokenizer) -> str:
 
 
 def read_texts(folder, kind) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, offsets) of write_texts: text i is tokens[offsets[i] : offsets[i + 1]], read when it is
-    used.
-    """
+    """(tokens, offsets) of write_texts: text i is tokens[offsets[i] : offsets[i + 1]], read when used."""
     offsets = np.load(folder / "offsets.npy")
     empty = np.zeros(0, kind)  # no file of length 0 can be mapped
     return np.memmap(folder / "tokens.bin", dtype=kind, mode="r") if offsets[-1] else empty, offsets
@@ -714,7 +732,7 @@ def whole_file(path):
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(exist_ok=True)
     try:
-        with open(aside, "w") as file:
+        with open(aside, "w", encoding="utf-8") as file:
             yield file
         _flush(aside)
         os.replace(aside, path)
@@ -729,14 +747,13 @@ def write_json(path, content):
 
 @contextmanager
 def whole_folder(folder):
-    """A folder that appears under its name only when complete and on the disk; what killed ones left is
-    removed.
-    """
-    for leftover in folder.parent.glob(f".{folder.name}.*"):
-        if not Path("/proc", leftover.name.rpartition(".")[2]).exists():
-            shutil.rmtree(leftover)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    aside.mkdir(parents=True)
+    """A folder that appears under its name only when whole and on the disk; yesterday's leftovers go."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.parent.glob(f".{folder.name}.*"):  # a younger one may be another run's work
+        if time.time() - leftover.stat().st_mtime > 86_400:
+            shutil.rmtree(leftover, ignore_errors=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    aside.chmod(0o755)  # mkdtemp's are private
     try:
         yield aside
         for path in (*aside.rglob("*"), aside):
@@ -767,11 +784,28 @@ def joint_hash(hashes) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
+class Terminal:
+    """A stream that outlives its terminal (SSH lost, tmux killed) and a locale without ± in it."""
+
+    def __init__(self, stream):
+        self.stream, self.isatty = stream, stream.isatty
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            try:
+                self.stream.write(text)
+            except UnicodeEncodeError:
+                self.stream.write(text.encode("ascii", "replace").decode())
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
 def progress(total, what, world=World()):
-    """A bar for work that logs no lines: rank 0, interactive terminals only (no carriage returns in
-    files).
-    """
-    return tqdm(total=total, desc=what, leave=False, disable=None if world.is_main else True)
+    """A bar for work that logs no lines: rank 0, interactive terminals only."""
+    hide = None if world.is_main else True
+    return tqdm(total=total, desc=what, leave=False, disable=hide, file=Terminal(sys.stderr))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -869,8 +903,8 @@ def _local_or_hub(what, name, load):
         return from_hub(what, name, load, "a local folder, or tiny:bert (built in)")
     try:
         return _quietly(load)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{what} in folder {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # as many kinds as there are ways to damage a folder
+        raise UserError(f"{what} in folder {name} cannot be loaded: {_first_line(error)}") from error
 
 
 def _with_dropout(config, dropout):
@@ -881,28 +915,25 @@ def _with_dropout(config, dropout):
 
 
 def _without_pooler(model):
-    """Only the last hidden state is used: a pooler's weights would get no gradient, and DDP would wait for
-    them.
-    """
+    """Only the last hidden state is used: a pooler's weights would get no gradient, and DDP would wait."""
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
     return model.train()
 
 
 def position_limit(encoder) -> int:
-    """How many tokens the position table holds; RoBERTa's starts behind the padding index."""
-    config = encoder.config
-    return config.max_position_embeddings - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)
+    """Tokens that the position table holds; that of RoBERTa's kin starts behind the padding index."""
+    tables = [m for name, m in encoder.named_modules() if name.endswith("position_embeddings")]
+    skipped = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
+    return encoder.config.max_position_embeddings - max(skipped, default=0)
 
 
 class ResponseScorer(nn.Module):
-    """Encoder applied to side A and to side B, first-token vectors concatenated, MLP head -> logits (B,
-    3).
-    """
+    """Encoder applied to side A and to side B, first-token vectors concatenated, MLP head -> (B, 3)."""
 
     GROUPS = 4  # sides are encoded in groups of similar length: padding costs as much as text
 
-    def __init__(self, encoder, dropout=0.1, classes=3):
+    def __init__(self, encoder, dropout, classes):
         super().__init__()
         h = encoder.config.hidden_size
         self.encoder = encoder
@@ -913,9 +944,7 @@ class ResponseScorer(nn.Module):
         )
 
     def forward(self, input_ids, lengths):
-        """input_ids (2B, T): B rows of side A, then of side B, padded; lengths: a list of their 2B
-        lengths.
-        """
+        """input_ids (2B, T): B rows of side A, then of side B, padded; lengths: a list of their lengths."""
         a, b = self.encode(input_ids, lengths).chunk(2)
         return self.head(torch.cat([a, b], dim=-1))
 
@@ -948,11 +977,9 @@ def count_parameters(model) -> tuple[int, int]:
 
 
 def lr_at(cfg, step, total_steps) -> float:
-    """Rate of step `step` (from 0) of `total_steps`: linear warm-up to cfg.lr, then cfg.schedule to
-    cfg.min_lr.
+    """Rate of step `step` (from 0): linear warm-up to cfg.lr, then cfg.schedule down to cfg.min_lr.
 
-    cfg.warmup is a fraction of all steps; 0 and 1 are legal. The first warm-up step has lr / warm-up steps,
-    not 0.
+    cfg.warmup is a fraction of `total_steps`; 0 and 1 are legal. The first step has lr / warm-up steps.
     """
     rising = round(cfg.warmup * total_steps)
     if step < rising:
@@ -964,18 +991,16 @@ def lr_at(cfg, step, total_steps) -> float:
     return cfg.min_lr + (cfg.lr - cfg.min_lr) * left
 
 
-def make_optimizer(model, optimizer, lr, weight_decay) -> torch.optim.Optimizer:
-    """adamw (0.9/0.999, fused) or sgd (momentum 0.9) over what trains; matrices decay, biases and norms do
-    not.
-    """
+def make_optimizer(model, optimizer, weight_decay) -> torch.optim.Optimizer:
+    """adamw (0.9/0.999, fused) or sgd (momentum 0.9); only matrices decay. optimizer_step sets the lr."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
     if optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, fused=True)
-    return torch.optim.SGD(groups, lr=lr, momentum=0.9)
+        return torch.optim.AdamW(groups, fused=True)
+    return torch.optim.SGD(groups, momentum=0.9)
 
 
 class Precision:
@@ -984,6 +1009,7 @@ class Precision:
     def __init__(self, dtype, world):
         self.dtype, self.world = dtype, world
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == "fp16")
+        self.skipped, self.skipped_in_a_row = 0, 0  # steps that overflowed in fp16
 
     def prepare(self, model):
         return model.to(self.world.device, torch.float64 if self.dtype == "fp64" else torch.float32)
@@ -1002,16 +1028,13 @@ class Precision:
 
 
 def sum_cross_entropy(logits, labels) -> torch.Tensor:
-    """Summed, not averaged: the caller divides by the global count of targets. Without a target 0, never
-    NaN.
-    """
+    """Summed, not averaged: the caller divides by the global count. Without a target 0, never NaN."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def scaled_backward(loss_sum, world, targets, precision):
-    """Backward of a micro-batch's summed loss such that the exchanged gradient is that of sum / global
-    targets.
+    """Backward of a micro-batch's summed loss: the exchanged gradient is that of sum / global targets.
 
     DDP averages over ranks, hence the world size; no targets at all give zero gradients.
     """
@@ -1019,18 +1042,22 @@ def scaled_backward(loss_sum, world, targets, precision):
 
 
 def optimizer_step(optimizer, precision, clip, lr) -> float:
-    """Unscale, clip to the global norm `clip` (none: do not), step at `lr`, zero; returns the norm before
-    clipping.
+    """Unscale, clip to the global norm `clip` (none: do not), step at `lr`, zero; returns the whole norm.
 
-    The norm is read off the exchanged gradients: all ranks see the same. fp16 overflow skips the step and
-    gives inf; otherwise a norm that is not finite raises FloatingPointError before any weight is touched.
+    The norm is the exchanged gradients': all ranks see the same. An fp16 overflow skips the step and gives
+    inf; otherwise, or 51 times in a row, it raises FloatingPointError, and no weight is touched.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
     precision.scaler.unscale_(optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     norm = float(nn.utils.clip_grad_norm_(params, math.inf if clip is None else clip))
-    if not math.isfinite(norm) and not precision.scaler.is_enabled():
+    overflow = not math.isfinite(norm)
+    precision.skipped_in_a_row = precision.skipped_in_a_row + 1 if overflow else 0
+    precision.skipped += overflow
+    if precision.skipped_in_a_row > (
+        50 if precision.scaler.is_enabled() else 0
+    ):  # 65,536 is halved 16 times to 1
         raise FloatingPointError(
             f"gradient norm is {norm}: try a lower lr, more warm-up, clipping, or dtype fp32"
         )
@@ -1041,8 +1068,7 @@ def optimizer_step(optimizer, precision, clip, lr) -> float:
 
 
 def worst_case(world, model, step, optimizer, rows) -> float:
-    """Two discarded steps, `step()` being forward and backward of the `rows` longest rows: the second's
-    seconds.
+    """Two discarded steps, `step()` being forward and backward of the `rows` longest rows; seconds of one.
 
     The first exchanges nothing, so that running out of memory on one rank can be agreed on; the second makes
     DDP settle its buckets, without which a resumed run on 3 and more ranks would add up in another order.
@@ -1055,12 +1081,12 @@ def worst_case(world, model, step, optimizer, rows) -> float:
         failed += 1
     optimizer.zero_grad(set_to_none=True)
     if all_reduce_sum(world, failed).item():
-        better = max(1, rows // 2)
-        raise UserError(f"out of memory with {rows} of the longest rows at once: use --micro_batch {better}")
+        better = f"--micro_batch {rows // 2}" if rows > 1 else "shorter rows or a smaller model"
+        raise UserError(f"out of memory with {rows} of the longest rows at once: use {better}")
     began = time.perf_counter()
     step()
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
+    if world.device.type != "cpu":
+        getattr(torch, world.device.type).synchronize()
     idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     if idle:
         raise RuntimeError(f"{len(idle)} trainable parameters get no gradient, e.g. {idle[0]}: freeze them")

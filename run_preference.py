@@ -17,7 +17,6 @@ import hashlib
 import importlib
 import json
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -76,6 +75,12 @@ class Config:
     resume_step: int | None = None  # an older checkpoint than the newest
     backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"
 
+    def __post_init__(self):
+        if self.folds and self.max_minutes is not None:
+            raise core.UserError(
+                "--folds and --max_minutes do not go together: use --max_steps, which is per fold"
+            )
+
 
 PRESETS = {
     "journal": {"schedule": "constant", "warmup": 0.0, "clip": None, "test_weights": "last"},  # as it trained
@@ -107,10 +112,8 @@ CACHE_VERSION = 1  # of the layout that write_cache writes: change both together
 
 
 def turns(row, column) -> list[str]:
-    """One cell: a JSON list of strings, one per turn, null for an empty one. ValueError says what is
-    wrong.
-    """
-    cell = row[column]
+    """One cell: a JSON list of strings, one per turn, null for an empty one. ValueError names the fault."""
+    cell = row.get(column)
     if cell is None or cell == "":
         raise ValueError(f"{column} is empty")
     try:
@@ -126,7 +129,7 @@ def turns(row, column) -> list[str]:
 
 def winner(row) -> int:
     """Class number in the order of LABELS."""
-    flags = [str(row[column]).strip().lower() in ("1", "1.0", "true") for column in LABELS.values()]
+    flags = [str(row.get(column)).strip().lower() in ("1", "1.0", "true") for column in LABELS.values()]
     if sum(flags) != 1:
         raise ValueError("no winner" if not any(flags) else "several winners")
     return flags.index(True)
@@ -134,6 +137,8 @@ def winner(row) -> int:
 
 def parse(row) -> tuple[list[list[str]], int]:
     """([prompt, a, b] of every turn, class number)"""
+    if not isinstance(row, dict) or row.get("id") is None:
+        raise ValueError("no id")
     texts = [turns(row, column) for column in TEXTS]
     if len({len(text) for text in texts}) != 1:
         raise ValueError("prompt and responses differ in their number of turns")
@@ -153,7 +158,8 @@ class Preferences:
     tokenizer: object
     fingerprint: dict
     lines: list[str]  # what to tell the user about unusable rows
-    lengths: np.ndarray | None = None  # (N, 2) tokens of side A and side B, set by lay_out
+    lengths: np.ndarray | None = None  # (N, 2) tokens of side A and side B; measure_sides sets it, and
+    truncated: dict[str, float] | None = None  # the share of rows in which prompt, A or B lost tokens
 
 
 def load_data(cfg, world) -> Preferences:
@@ -181,14 +187,13 @@ def load_data(cfg, world) -> Preferences:
 
 
 def write_cache(folder, rows, tokenizer, name, fingerprint):
-    """Usable rows -> a folder of token ids, labels, groups and the tokenizer; unusable ones counted and
-    named.
-    """
+    """Usable rows -> a folder of token ids, labels, groups, tokenizer; unusable ones counted and named."""
     core.require_columns(rows, COLUMNS, name)
     bad, usable = core.BadRows(), []
     for number, row in enumerate(rows, start=1):
         try:
-            usable.append((str(row["id"]), *parse(row)))
+            texts, label = parse(row)
+            usable.append((str(row["id"]), texts, label))
         except ValueError as error:
             bad.add(number, error)
     lines = bad.report(len(rows), name)
@@ -272,9 +277,7 @@ SHORTEST = 16  # tokens that a cut piece keeps at least: with more turns than fi
 
 
 def allot(lengths, budget) -> list[int]:
-    """Tokens kept of each piece: short pieces whole, long ones cut to one common length. Sums to <=
-    budget.
-    """
+    """Tokens kept of each piece: short ones whole, long ones cut to one common length, `budget` in all."""
     kept = list(lengths)
     if sum(lengths) > budget:
         for done, piece in enumerate(sorted(range(len(lengths)), key=lengths.__getitem__)):
@@ -284,8 +287,7 @@ def allot(lengths, budget) -> list[int]:
 
 
 def lay_out(data, row, side, inputs, max_length) -> tuple[list[tuple[int, int, int]], bool, bool]:
-    """Side 1 (A) or 2 (B) of a row: (first token, one past the last, kept) of each piece it shows, in reading
-    order.
+    """Side 1 (A) or 2 (B) of a row: (first token, one past the last, kept) of each piece, in reading order.
 
     With it, whether the prompt lost tokens and whether the response did. Prompt and response share max_length
     over all turns, so both stay visible (the original cut the response away behind a long prompt).
@@ -315,8 +317,8 @@ def side_ids(data, row, side, inputs, max_length) -> list[int]:
     return ids
 
 
-def measure_sides(data, inputs, max_length) -> dict[str, float]:
-    """Sets data.lengths; returns the share of rows in which prompt, A or B lost tokens."""
+def measure_sides(data, inputs, max_length):
+    """Sets data.lengths and data.truncated."""
     lengths, lost = (
         np.zeros((len(data.labels), 2), dtype=np.int64),
         np.zeros((len(data.labels), 3), dtype=bool),
@@ -327,8 +329,7 @@ def measure_sides(data, inputs, max_length) -> dict[str, float]:
             lengths[row, side - 1] = 1 + sum(kept + 1 for _, _, kept in spans)
             lost[row, 0] |= prompt_lost
             lost[row, side] = response_lost
-    data.lengths = lengths
-    return dict(zip(TEXTS, lost.mean(0).tolist(), strict=True))
+    data.lengths, data.truncated = lengths, dict(zip(TEXTS, lost.mean(0).tolist(), strict=True))
 
 
 def collate(data, rows, cfg, device) -> tuple[torch.Tensor, list[int]]:
@@ -357,9 +358,7 @@ def build_model(cfg, data, world):
 
 
 def load_model(folder, world):
-    """(Config, model, tokenizer) of a finished run, from its folder alone: the weights that made its test
-    figures.
-    """
+    """(Config, model, tokenizer) of a finished run, from its folder alone; the weights it was tested with."""
     from transformers import AutoConfig
 
     config, result = runs.read_config(folder), json.loads((Path(folder) / "result.json").read_text())
@@ -383,7 +382,7 @@ def evaluate(model, data, rows, cfg, world, poll=lambda: None) -> np.ndarray:
             if mine := batches.rank_batch(step):
                 with precision.autocast():
                     logits = model(*collate(data, rows[mine], cfg, world.device))
-                log_probs[mine] = logits.double().log_softmax(-1).cpu()
+                log_probs[mine] = logits.cpu().double().log_softmax(-1)
             bar.update()
     model.train()
     return core.all_reduce_sum(
@@ -392,9 +391,7 @@ def evaluate(model, data, rows, cfg, world, poll=lambda: None) -> np.ndarray:
 
 
 def measure(log_probs, data, rows, train_rows) -> dict:
-    """log_loss, accuracy and their company for these rows; the prior is the class shares of the training
-    rows.
-    """
+    """log_loss, accuracy and their company; the prior is the class shares of the training rows."""
     prior = np.bincount(data.labels[train_rows], minlength=len(LABELS)) / len(train_rows)
     return core.classification_metrics(log_probs, data.labels[rows], data.groups[rows], prior, list(LABELS))
 
@@ -403,43 +400,42 @@ def measure(log_probs, data, rows, train_rows) -> dict:
 
 
 def train(run, cfg, world, data, rows, fold) -> dict:
-    """Trains a model on rows["train"]; returns log-probabilities of its val and test rows, and its weights'
-    hash.
-    """
+    """Trains a model on rows["train"]; returns log-probabilities of its val and test rows, hash, name."""
     core.reseed(cfg.seed, "init", fold)
     precision = core.Precision(cfg.dtype, world)
     model = precision.prepare(build_model(cfg, data, world))
-    optimizer = core.make_optimizer(model, cfg.optimizer, cfg.lr, cfg.weight_decay)
+    optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay)
     lengths = data.lengths[rows["train"]].sum(1)
     batches = core.ShardedBatches(lengths, cfg.batch, world, seed=cfg.seed)
     total_steps = (
         cfg.epochs * len(batches) if cfg.max_steps is None else min(cfg.epochs * len(batches), cfg.max_steps)
     )
+    if fold == run.position.get("fold", 0):
+        announce(run, cfg, data, rows, model)
     step = run.load(model, optimizer, precision, fold=fold)
     if world.is_main:  # with the tokenizer, it lets the folder alone rebuild the model: no Hub, no cache
         model.encoder.config.save_pretrained(run.folder / "encoder")
+        data.tokenizer.save_pretrained(run.folder / "encoder")
     if cfg.compile:
-        model.compile(dynamic=True)
+        model.encoder.compile(dynamic=True)
     ddp = core.wrap_ddp(model, world)
 
-    def forward_backward(mine, targets):
+    def forward_backward(mine, targets) -> float:
         """Gradients of the summed loss / targets; returns this rank's summed loss."""
-        loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-        for part in core.micro_batches(ddp, mine, cfg.micro_batch):
-            # a rank without rows computes one that counts for nothing: it has to take part in the exchange
-            labels = data.labels[rows["train"][part]] if part else [core.IGNORE_INDEX]
+        losses = []
+        for part in core.micro_batches(ddp, rows["train"][mine], cfg.micro_batch):
+            labels = torch.as_tensor(data.labels[part], device=world.device)
             with precision.autocast():
-                logits = ddp(*collate(data, rows["train"][part or [0]], cfg, world.device))
-                loss = core.sum_cross_entropy(logits, torch.as_tensor(labels, device=world.device))
-            core.scaled_backward(loss, world, targets, precision)
-            loss_sum += loss.detach()
-        return loss_sum
+                losses.append(core.sum_cross_entropy(ddp(*collate(data, part, cfg, world.device)), labels))
+            core.scaled_backward(losses[-1], world, targets, precision)
+        return sum(loss.item() for loss in losses)
 
     core.reseed(cfg.seed, "worst case", fold)
-    worst = batches.longest()[: math.ceil(cfg.batch / world.size)].tolist()
-    at_once = cfg.micro_batch or len(worst)
+    worst = batches.longest()[: math.ceil(cfg.batch / world.size)]
+    at_once = min(cfg.micro_batch or len(worst), len(worst))
     seconds = core.worst_case(world, ddp, lambda: forward_backward(worst, cfg.batch), optimizer, at_once)
-    if fold == 0 or step > 0:  # later folds look the same
+    run.poll()
+    if fold == run.position.get("fold", 0):  # later folds look the same
         steps = ((cfg.folds or 1) - fold) * total_steps - step
         run.forecast(model, optimizer, steps, seconds, typical=lengths.mean() / lengths[worst].mean())
         run.say(describe_row(data, rows["train"][0], cfg))
@@ -476,12 +472,14 @@ def train(run, cfg, world, data, rows, fold) -> dict:
         if step % cfg.log_every == 0 or step == total_steps:
             run.log_training(where(), step, total_steps, {"lr": lr, "grad_norm": grad_norm})
 
-    sha256, measured = runs.weights_sha256(model), run.checkpoint
+    outcome = {"weights_sha256": runs.weights_sha256(model), "parameters": core.count_parameters(model)[0]}
     if cfg.test_weights == "best":
-        measured = run.load_best(model)
+        outcome["measured"] = run.load_best(model)
+    else:
+        outcome["measured"] = run.keep_weights(step, model, "last") if cfg.folds else run.checkpoint
     parts = ("val", "test") if cfg.final_eval else ("val",)
     log_probs = {part: evaluate(model, data, rows[part], cfg, world, run.poll).tolist() for part in parts}
-    return {"weights_sha256": sha256, "measured": measured, "log_probs": log_probs}
+    return outcome | {"log_probs": log_probs}
 
 
 def describe_row(data, row, cfg) -> str:
@@ -512,9 +510,7 @@ def report_validation(run, step, val, where, is_best):
 
 
 def report(run, cfg, data, splits, outcomes) -> dict:
-    """Final metrics of val and test (with folds: every row, predicted by the model that had not seen it).
-    Rank 0.
-    """
+    """Rank 0: final metrics of val and test (with folds: every row by the model that had not seen it)."""
     result, names = {}, list(LABELS)
     with core.whole_file(run.folder / "predictions.jsonl") as file:
         for part in outcomes[0]["log_probs"]:
@@ -543,7 +539,7 @@ def report(run, cfg, data, splits, outcomes) -> dict:
                 file.write(json.dumps(line | dict(zip(names, np.exp(log_prob).tolist(), strict=True))) + "\n")
     accuracy, minutes = (
         core.plus_minus(m["accuracy"], m["accuracy_interval"]),
-        (time.time() - run.started) / 60,
+        run.seconds / 60,
     )
     run.say(f"done  {where} loss {m['log_loss']:.4f}  accuracy {accuracy}  {minutes:.1f} min")
     run.say(f"next: tensorboard --logdir {run.folder.parent}")
@@ -554,9 +550,7 @@ def report(run, cfg, data, splits, outcomes) -> dict:
 
 
 def split_rows(data, cfg, fold) -> dict[str, np.ndarray]:
-    """Row numbers of train, val and test; with folds, fold `fold` is the test part and the next one
-    validates.
-    """
+    """Row numbers of train, val and test; with folds, fold `fold` is tested and the next one validates."""
     parts = core.split_by_group(
         data.groups, data.labels, [1] * cfg.folds if cfg.folds else [8, 1, 1], cfg.split_seed
     )
@@ -565,14 +559,19 @@ def split_rows(data, cfg, fold) -> dict[str, np.ndarray]:
     return {part: np.flatnonzero(rows) for part, rows in chosen.items()}
 
 
-def announce(run, cfg, data, lost, splits):
+def announce(run, cfg, data, rows, model):
     """What is about to be trained on what, and everything that was left out or cut."""
-    parts = "  ".join(f"{part} {len(rows)}" for part, rows in splits[0].items())
-    run.say(f"data {cfg.data}  {len(data.labels)} rows, {len(set(data.groups))} prompts  {parts}")
+    total, trainable = core.count_parameters(model)
+    parts = "  ".join(f"{part} {len(numbers)}" for part, numbers in rows.items())
+    run.say(f"model {cfg.model}  {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M trainable   {parts}")
+    run.begin()
+    run.say(f"data {cfg.data}  {len(data.labels)} rows, {len(set(data.groups))} prompts")
     for line in data.lines:
         run.say(line)
-    run.say("cut to fit  " + "  ".join(f"{name} in {share:.1%} of rows" for name, share in lost.items()))
-    if left := len(splits[0]["train"]) % cfg.batch:
+    run.say(
+        "cut to fit  " + "  ".join(f"{name} in {share:.1%} of rows" for name, share in data.truncated.items())
+    )
+    if left := len(rows["train"]) % cfg.batch:
         run.say(
             f"each epoch leaves out {left} training rows, others each time: they fill no batch of {cfg.batch}"
         )
@@ -584,10 +583,8 @@ def main(cfg, world):
         cfg = run.cfg
         data = load_data(cfg, world)
         run.pin("fingerprint", data.fingerprint)
-        lost = measure_sides(data, cfg.inputs, cfg.max_length)
+        measure_sides(data, cfg.inputs, cfg.max_length)
         splits = [split_rows(data, cfg, fold) for fold in range(cfg.folds or 1)]
-        announce(run, cfg, data, lost, splits)
-        core.on_main(world, lambda: data.tokenizer.save_pretrained(run.folder / "encoder") and None)
         outcomes = []
         for fold, rows in enumerate(splits):
             done = run.folder / "folds" / f"fold_{fold + 1}.json"
@@ -599,7 +596,8 @@ def main(cfg, world):
         run.result = core.on_main(world, lambda: report(run, cfg, data, splits, outcomes)) | {
             "weights_sha256": core.joint_hash([outcome["weights_sha256"] for outcome in outcomes]),
             "test_checkpoints": [outcome["measured"] for outcome in outcomes],  # one a fold
-            "truncated": lost,
+            "truncated": data.truncated,
+            "parameters": outcomes[0]["parameters"],
         }
     return run.result
 

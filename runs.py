@@ -1,19 +1,22 @@
-"""A run's life on the disk: its folder, log, metrics and curves, checkpoints, signals, resume, provenance,
-result.
+"""A run's life on the disk: folder, log, metrics, checkpoints, signals, resume, provenance, result.
 
 <out>/<timestamp>[-<tag>]/
-    config.json     every constant, command line, versions, device, git commit and diff, fingerprints, resumes
-    source/         the script and what it imports, as they ran
-    log.txt         what the terminal showed
-    metrics.jsonl   the numbers; tb/ shows the same ones in TensorBoard
-    checkpoints/    step_00001234/ (weights, optimizer, position), best_step_00001200/ (weights)
-    result.json     written last: status, final metrics with intervals, weights_sha256
+    config.json        every constant, command line, versions, device, git state, fingerprints, resumes
+    source/            the script and what it imports, as they ran
+    log.txt            what the terminal showed
+    metrics.jsonl      the numbers; tb/ shows the same ones in TensorBoard
+    checkpoints/       step_00001234/ (weights, optimizer, position), best_step_00001200/ (weights)
+    result.json        written last: status, final metrics with intervals, weights_sha256
+    and what the script adds (predictions.jsonl, encoder/, folds/)
 """
 
+import contextlib
 import dataclasses
 import datetime
+import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import resource
@@ -30,19 +33,24 @@ from tqdm import tqdm
 
 import core
 
-MAY_CHANGE = {  # what a resumed run may be told anew: length, cadence, bookkeeping, how it is computed
+MAY_CHANGE = {  # what a flag may tell a resumed run anew: length, cadence, bookkeeping, how it is computed
     *("epochs", "max_steps", "max_minutes", "eval_batch", "eval_every", "final_eval", "save_every", "keep"),
-    *("log_every", "price_per_hour", "note", "out", "tag", "resume_timestamp", "resume_step", "backend"),
-    *("micro_batch", "compile"),
+    *("log_every", "price_per_hour", "note", "micro_batch", "compile"),
 }
+OF_THE_CALL = {
+    "out",
+    "tag",
+    "resume_timestamp",
+    "resume_step",
+    "backend",
+}  # not of the run: never stored ones
 
 
 class Run:
-    """One run folder (see README): constants, log, metrics, checkpoints, signals, result.
+    """One run folder. A context manager: Stop ends its body quietly as `stopped`, an error as `failed`.
 
-    A context manager: core.Stop ends the body quietly as `stopped`, any other error is recorded as `failed`
-    and goes on; a core.UserError before the first training step removes a new folder, which holds nothing
-    yet.
+    Until `begin` nothing of an earlier run is touched: a UserError leaves a resumed folder as it was and
+    removes a new one.
     """
 
     def __init__(self, cfg, world, script):
@@ -50,43 +58,50 @@ class Run:
         if cfg.batch < world.size:
             better = f"use --nproc_per_node={cfg.batch} or --batch {world.size} or more"
             raise core.UserError(f"batch {cfg.batch} is smaller than {world.size} ranks: {better}")
-        self._signal, self._training, self._install = None, False, {}
+        self._signal, self._signal_time, self._deferring, self._handlers = None, 0.0, False, {}
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # what nohup ignores stays ignored
-                self._install[number] = signal.signal(number, self._on_signal)
-        plan = core.on_main(world, lambda: _plan(cfg, self.script))
+                self._handlers[number] = signal.signal(number, self._on_signal)
+        self._lock = self._log = self._metrics = self._tensorboard = None
+        plan = core.on_main(world, lambda: self._plan(cfg))
         self.folder, self.resumed, self.checkpoint = Path(plan["folder"]), plan["resumed"], plan["checkpoint"]
         if plan["finished"]:
-            print(f"{self.folder} is finished: nothing to do") if world.is_main else None
+            if world.is_main:
+                print("\n".join([*plan["lines"], f"{self.folder} is finished: nothing to do"]))
             sys.exit(0)
         self.cfg = dataclasses.replace(cfg, **plan["constants"])
         object.__setattr__(self.cfg, "typed", core.typed(cfg))
-        self.position = plan[
-            "position"
-        ]  # of the checkpoint: step, fold, first_step, bests, sums, train_seconds
+        self.position = plan["position"]  # of the checkpoint: step, fold, first_step, best, sums, seconds ...
+        self.seconds_before = self.position.get("seconds", 0.0)  # of earlier processes of this run
         self.train_seconds = self.position.get("train_seconds", 0.0)
-        self.bests = self.position.get("bests", {})  # fold -> name, step, loss of its lowest validation loss
+        self.kept = self.position.get("kept", {})  # "best <fold>" -> name, step, loss of weights to keep
         self.fold, self.first_step, self._last_step = 0, 0, 0  # folds follow each other on one axis of steps
         self.result, self.clock_share, self.stopping, self.meter = {}, 0.0, None, Meter(world)
+        self._lines = plan["lines"]
         if world.is_main:
-            self._open(plan["lines"])
+            self._log = open(self.folder / "log.txt", "a", encoding="utf-8")
+            if not self.resumed:
+                _write_provenance(self)
+        transport = world.device.type if world.size == 1 else world.backend
+        ranks = f"{world.size} rank{'s' * (world.size > 1)} {transport}"
+        share = f"batch {cfg.batch} = {world.size} x {self.cfg.batch / world.size:g}"
+        self.say(f"{self.script.stem}  {ranks} {self.cfg.dtype}  {share}  {self.folder}")
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
-        if kind is RuntimeError and self._signal:  # another rank got it, too, and left first
-            kind, error = core.Stop, core.Stop(self._signal)
         status = "finished" if kind is None else "stopped" if kind is core.Stop else "failed"
-        unborn = kind is core.UserError and not self.resumed and not self._training
+        unborn = kind is core.UserError and not self.resumed and self.checkpoint is None
         if self.world.is_main:
-            if not unborn:
+            if not unborn and (self._deferring or not self.resumed):
                 self._write_result(status, error)
-            for stream in (self._log, self._metrics, self._tensorboard):
-                stream.close()
+            for stream in (self._log, self._metrics, self._tensorboard, self._lock):
+                if stream:
+                    stream.close()
             if unborn:
                 shutil.rmtree(self.folder)
-        for number, handler in self._install.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
         return status == "stopped"
 
@@ -98,19 +113,19 @@ class Run:
             return
         self._log.write(text + "\n")
         self._log.flush()
-        try:
-            tqdm.write(text, file=sys.stdout)  # past a bar, if there is one
-            sys.stdout.flush()
-        except OSError:  # the terminal is gone (SSH lost, tmux killed): the run goes on, the log has the line
-            sys.stdout = open(os.devnull, "w")
+        terminal = core.Terminal(sys.stdout)
+        tqdm.write(text, file=terminal)  # past a bar, if there is one
+        terminal.flush()
 
     def metrics(self, step, values):
         """Numbers of a step to metrics.jsonl and TensorBoard, rank 0 only."""
         if self.world.is_main:
-            record = {"step": self.first_step + step, "time": time.time(), **values}
+            record = {"step": self.first_step + step, "time": time.time()}
+            record |= {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON knows no inf
             self._metrics.write(json.dumps(record) + "\n")
             self._metrics.flush()
             self._to_tensorboard(record)
+            self._tensorboard.flush()
 
     def log_training(self, where, step, total_steps, values):
         """The line every script prints each log_every steps; the same numbers go to metrics."""
@@ -125,20 +140,18 @@ class Run:
 
     def _to_tensorboard(self, record):
         for name, value in record.items():
-            if name not in ("step", "time"):
+            if name not in ("step", "time") and value is not None:
                 self._tensorboard.add_scalar(name, value, record["step"], walltime=record["time"])
-        self._tensorboard.flush()
 
     # -- what all ranks decide together --------------------------------------------------------------------
 
     def agree(self, targets=0) -> int:
         """The step's one small reduction: returns the global count of targets and settles stop and clock.
 
-        Afterwards `stopping` says why all ranks must save and stop now (or None), and `clock_share` is the
-        spent share of max_minutes, rank 0's, the same on all ranks. From its first call on, signals wait for
-        it.
+        Afterwards `stopping` says why all ranks must save and stop now (or None); `clock_share` is the spent
+        share of max_minutes: rank 0's, the same on all ranks.
         """
-        self._training, self._step_began = True, time.perf_counter()
+        self._step_began = time.perf_counter()
         minutes = self.cfg.max_minutes if self.world.is_main else None
         share = 0.0 if minutes is None else self.train_seconds / (60 * minutes + 1e-9)
         sums = torch.tensor([targets, bool(self._signal), share], dtype=torch.float64)
@@ -153,19 +166,32 @@ class Run:
             raise core.Stop(self.stopping)
 
     def _on_signal(self, number, frame):
-        if self._signal:
+        name, now = signal.Signals(number).name, time.monotonic()
+        if self._signal is None:
+            self._signal, self._signal_time = name, now
+            if not self._deferring and core.may_leave(
+                self.world
+            ):  # nothing to save: leave from wherever this is
+                raise core.Stop(name)
+        elif (
+            name == self._signal or now - self._signal_time > 1
+        ):  # TERM and HUP come together when a session ends
             os.write(2, b"second signal: out at once, the newest checkpoint stands\n")
             os._exit(1)
-        self._signal = signal.Signals(number).name
-        if not self._training:  # nothing to save yet: leave from wherever this is
-            raise core.Stop(self._signal)
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 
+    def begin(self):
+        """All input is good: from now on signals wait for an agreement, and a resumed folder is changed."""
+        if not self._deferring:
+            self._deferring = True
+            core.on_main(self.world, self._open)
+            for line in filter(None, [*self._lines, core.Precision(self.cfg.dtype, self.world).warning()]):
+                self.say(line)
+            self.poll()
+
     def load(self, model, optimizer, precision, fold=0) -> int:
-        """Begins a fold: returns 0, or the step this run resumes at, all state restored. Before DDP, all
-        ranks.
-        """
+        """Starts a fold: returns 0, or the step to resume at, state restored. All ranks, before DDP."""
         self.fold = fold
         if not self.position or self.position["fold"] != fold:
             self.first_step, self.meter = self._last_step, Meter(self.world)
@@ -180,18 +206,8 @@ class Run:
             precision.scaler.load_state_dict(tensors["scaler"])
         return self._last_step - self.first_step
 
-    def load_best(self, model) -> str:
-        """The fold's best weights so far, or if none could be saved those in `model`; returns their
-        checkpoint.
-        """
-        best = self.bests.get(str(self.fold))
-        if best:
-            load_weights(self.folder / "checkpoints" / best["name"], model)
-        return best["name"] if best else self.checkpoint
-
     def save(self, step, model, optimizer, precision, must=False):
-        """checkpoints/step_…: weights, optimizer, position; whole or not at all; once per step. All ranks
-        call it.
+        """checkpoints/step_…: weights, optimizer, position; whole or not at all; once a step. All ranks.
 
         Too little disk is a warning that is repeated at every save, an error where it `must` succeed.
         """
@@ -200,24 +216,43 @@ class Run:
         if self.checkpoint == name:
             return
         position = {"step": self._last_step, "fold": self.fold, "first_step": self.first_step, "sums": sums}
-        position |= {"train_seconds": self.train_seconds, "bests": self.bests}
+        position |= {"train_seconds": self.train_seconds, "seconds": self.seconds, "kept": self.kept}
         tensors = {"optimizer": optimizer.state_dict(), "scaler": precision.scaler.state_dict()}
         if core.on_main(self.world, lambda: self._save(name, model, tensors, position, must)):
             self.checkpoint = name
 
     def save_best(self, step, loss, model) -> bool:
-        """Weights only, beside the checkpoints, when `loss` is the fold's lowest so far. Returns whether it
-        is.
-        """
-        step, key = self.first_step + step, str(self.fold)
-        if key in self.bests and loss >= self.bests[key]["loss"]:
+        """Weights only, when `loss` is the fold's lowest so far. Returns whether it is."""
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"validation loss is {loss}: try a lower lr, clipping, or dtype fp32")
+        best = self.kept.get(f"best {self.fold}")
+        if best and loss >= best["loss"]:
             return False
-        bests = self.bests | {key: {"name": f"best_{_step_name(step)}", "step": step, "loss": loss}}
-        if core.on_main(
-            self.world, lambda: self._save(bests[key]["name"], model, {}, {"step": step, "bests": bests})
-        ):
-            self.bests = bests
+        self.keep_weights(step, model, "best", loss)
         return True
+
+    def keep_weights(self, step, model, kind, loss=None) -> str:
+        """<kind>_step_…: the fold's weights of this kind, in the place of earlier ones. Returns the name."""
+        step = self.first_step + step
+        entry = {"name": f"{kind}_{_step_name(step)}", "step": step, "loss": loss}
+        kept = self.kept | {f"{kind} {self.fold}": entry}
+        if core.on_main(
+            self.world, lambda: self._save(entry["name"], model, {}, {"step": step, "kept": kept})
+        ):
+            self.kept = kept
+        return entry["name"]
+
+    def load_best(self, model) -> str:
+        """The fold's best weights, or as they are if none could be kept. Returns their checkpoint's name."""
+        name = self.kept.get(f"best {self.fold}", {}).get("name")
+        reason = core.on_main(
+            self.world, lambda: broken(self.folder / "checkpoints" / name) if name else "never saved"
+        )
+        if reason:
+            self.say(f"WARNING the best weights are {name} ({reason}): the last ones are used")
+            return self.checkpoint
+        load_weights(self.folder / "checkpoints" / name, model)
+        return name
 
     def _save(self, name, model, tensors, position, must=False) -> bool:
         import safetensors.torch
@@ -240,41 +275,38 @@ class Run:
             safetensors.torch.save_file(weights, aside / "model.safetensors")
             if tensors:
                 torch.save(tensors, aside / "state.pt")
+            os.fsync(self._metrics.fileno())  # the manifest says how much of it counts
             write_manifest(aside, position | {"metrics_bytes": self._metrics.tell()})
-        self._prune(name, position)
+        self._prune(position)
         return True
 
-    def _prune(self, newest, position):
-        """Keeps the last `keep` checkpoints up to this one, and every best that one of them or this one
-        names.
-        """
+    def _prune(self, position):
+        """Keeps the last `keep` checkpoints, and every kept weights that one of them or this one names."""
         checkpoints = self.folder / "checkpoints"
         steps = sorted(checkpoints.glob("step_*"))
-        if newest.startswith("step_"):  # later ones belong to a future that --resume_step went back from
-            kept = [path for path in steps if path.name <= newest][-self.cfg.keep :]
-            for path in set(steps) - set(kept):
-                _remove_checkpoint(path)
-            steps = kept
-        manifests = [position, *filter(None, map(read_manifest, steps))]
-        named = {best["name"] for manifest in manifests for best in manifest["bests"].values()}
-        for path in checkpoints.glob("best_*"):
+        for path in steps[: -self.cfg.keep]:
+            _remove_checkpoint(path)
+        manifests = [position, *filter(None, map(read_manifest, steps[-self.cfg.keep :]))]
+        named = {entry["name"] for manifest in manifests for entry in manifest["kept"].values()}
+        for path in checkpoints.glob("*_step_*"):
             if path.name not in named:
                 _remove_checkpoint(path)
 
     # -- time, memory, money -------------------------------------------------------------------------------
 
+    @property
+    def seconds(self) -> float:
+        """Of this run so far, over all its processes."""
+        return self.seconds_before + time.time() - self.started
+
     def step_done(self, loss_sum, targets, examples):
-        """Counts a step: its loss for the next log line, its seconds for max_minutes, which knows nothing
-        else.
-        """
+        """Counts a step: its loss for the next log line, its seconds for max_minutes."""
         seconds = time.perf_counter() - self._step_began
         self.train_seconds += seconds
         self.meter.add(loss_sum, targets, examples, seconds)
 
     def schedule_length(self, step, total_steps) -> int:
-        """Steps the schedule should span: `total_steps`, or fewer where the clock will end the run
-        earlier.
-        """
+        """Steps the schedule should span: `total_steps`, or fewer where the clock ends the run earlier."""
         if not self.clock_share:
             return total_steps
         return min(total_steps, max(step + 1, round(step / self.clock_share)))
@@ -282,22 +314,18 @@ class Run:
     def forecast(self, model, optimizer, steps, seconds, typical):
         """One line from the worst-case step's seconds; `typical` is an average step's share of its length.
 
-        Raises core.UserError where the disk cannot hold the checkpoints of a new run.
+        Raises UserError where the disk cannot hold the checkpoints of a new run.
         """
         total, trainable = core.count_parameters(model)
         checkpoint_mb = 4 * (total + 2 * trainable) / 1e6  # fp32 weights and AdamW's two moments
-        disk_mb, free_mb = (
-            (self.cfg.keep + 1) * checkpoint_mb + 8 * total / 1e6,
-            shutil.disk_usage(self.folder).free / 1e6,
-        )
+        kept = (getattr(self.cfg, "folds", None) or 1) + 1  # while one is being written
+        disk_mb = (self.cfg.keep + 1) * checkpoint_mb + 4 * kept * total / 1e6
+        free_mb = core.on_main(self.world, lambda: shutil.disk_usage(self.folder).free / 1e6)
         if not self.resumed and free_mb < disk_mb:
-            raise core.UserError(
-                f"checkpoints need {disk_mb:.0f} MB, {self.folder} has {free_mb:.0f} MB free: free some"
-            )
+            room = f"checkpoints need {disk_mb:.0f} MB, {self.folder} has {free_mb:.0f} MB free"
+            raise core.UserError(f"{room}: free some, or use another --out")
         memory_gb = (peak_memory_mb(self.world) + (0 if optimizer.state else 8 * trainable / 1e6)) / 1e3
         hours, price = steps * seconds * typical / 3600, self.cfg.price_per_hour
-        millions = f"{total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M trainable"
-        self.say(f"model {self.cfg.model}  {millions}")
         self.say(
             f"forecast  {steps} steps  training {clock(3600 * hours)}  peak memory {memory_gb:.2f} GB  "
             f"disk {disk_mb:.0f} MB" + (f"  ${price * hours:.2f}" if price else "")
@@ -311,47 +339,83 @@ class Run:
 
     # -- opening and closing -------------------------------------------------------------------------------
 
-    def _open(self, lines):
+    def _plan(self, cfg) -> dict:
+        """Rank 0's decision, as JSON: a new folder, or one to resume; checkpoint, position, constants."""
+        out = Path(cfg.out or f"runs/{'smoke/' if core.typed(cfg).smoke else ''}{self.script.stem}")
+        folder, constants, lines = (
+            _resume_folder(cfg, self.script, out),
+            dataclasses.asdict(cfg),
+            _override_lines(cfg),
+        )
+        plan = {"folder": str(folder), "resumed": True, "finished": False, "checkpoint": None, "position": {}}
+        if not folder:
+            folder = _new_folder(out, cfg.tag)
+            self._lock = _locked(folder)
+            return plan | {"folder": str(folder), "resumed": False, "constants": constants, "lines": lines}
+        stored = read_config(folder)["constants"]
+        if clash := _contradictions(cfg, stored):
+            raise core.UserError(
+                f"{folder} ran with {'; '.join(clash)}: drop these flags, or start a new run"
+            )
+        for name, old in stored.items():
+            if name in OF_THE_CALL or name not in constants or old == constants[name]:
+                continue
+            if name in MAY_CHANGE & core.typed(cfg).flags:
+                lines.append(f"resumed: {name} is now {constants[name]} (it was {old})")
+            else:
+                lines.append(f"resumed: {name} stays {old} (the script now says {constants[name]})")
+                constants[name] = old
+        plan |= {"constants": constants, "lines": lines}
+        if cfg.resume_timestamp == "auto" and _status(folder) == "finished":
+            return plan | {"finished": True}
+        self._lock = _locked(folder)
+        name, notes = _choose_checkpoint(folder / "checkpoints", cfg.resume_step)
+        notes.append(f"resumes {folder.name} from {name or 'step 0: there is no checkpoint yet'}")
+        position = read_manifest(folder / "checkpoints" / name) if name else {}
+        return plan | {"checkpoint": name, "position": position, "lines": notes + lines}
+
+    def _open(self):
+        """Rank 0: the folder becomes that of the checkpoint resumed from; what came after it goes."""
         from torch.utils.tensorboard import SummaryWriter
 
-        folder, metrics = self.folder, self.folder / "metrics.jsonl"
-        self._log = open(folder / "log.txt", "a")
+        if self.resumed:
+            _write_provenance(self)
+        (self.folder / "result.json").unlink(missing_ok=True)
+        for path in (self.folder / "checkpoints").glob(".*"):  # what killed saves left
+            shutil.rmtree(path)
+        for path in sorted(
+            (self.folder / "checkpoints").glob("step_*")
+        ):  # broken ones, or --resume_step went back
+            if path.name > (self.checkpoint or ""):
+                _remove_checkpoint(path)
+        metrics = self.folder / "metrics.jsonl"
         metrics.touch()
-        os.truncate(metrics, self.position.get("metrics_bytes", 0))
-        self._metrics = open(metrics, "a")
+        os.truncate(metrics, min(metrics.stat().st_size, self.position.get("metrics_bytes", 0)))
+        self._metrics = open(metrics, "a", encoding="utf-8")
         # metrics.jsonl is the truth: TensorBoard's file is written anew from it, so no resume forks a curve;
         # purge_step=0 tells a TensorBoard that is watching to forget the old file
-        shutil.rmtree(folder / "tb", ignore_errors=True)
-        self._tensorboard = SummaryWriter(folder / "tb", purge_step=0)
+        shutil.rmtree(self.folder / "tb", ignore_errors=True)
+        self._tensorboard = SummaryWriter(self.folder / "tb", purge_step=0)
         for line in metrics.read_text().splitlines():
             self._to_tensorboard(json.loads(line))
-        (folder / "result.json").unlink(missing_ok=True)
-        _write_provenance(self)
-        w, batch = self.world, self.cfg.batch
-        ranks = f"{w.size} rank{'s' * (w.size > 1)} {w.device.type if w.size == 1 else w.backend}"
-        share = f"batch {batch} = {w.size} x {batch / w.size:g}"
-        self.say(f"{self.script.stem}  {ranks} {self.cfg.dtype}  {share}  {folder}")
-        for line in filter(None, [*lines, core.Precision(self.cfg.dtype, w).warning()]):
-            self.say(line)
+        self._tensorboard.flush()
 
     def pin(self, name, value):
         """Notes a fact (a fingerprint) in config.json; a resume that finds another value is refused."""
         config = read_config(self.folder)
         if config["facts"].setdefault(name, value) != value:
             raise core.UserError(f"{name} is not what {self.folder} began with: start a new run")
-        if self.world.is_main:
+        if self.world.is_main and not self.resumed:
             core.write_json(self.folder / "config.json", config)
 
     def _write_result(self, status, error):
         why = None if error is None else " ".join(f"{type(error).__name__}: {error}".split())
+        if isinstance(error, torch.OutOfMemoryError):
+            why += " (resume with a smaller --micro_batch or --eval_batch)"
         self.result = {
             **{"status": status, "why": why, "script": self.script.stem, "checkpoint": self.checkpoint},
-            **{
-                "step": self._last_step,
-                "seconds": time.time() - self.started,
-                "train_seconds": self.train_seconds,
-            },
-            **{"peak_memory_mb": peak_memory_mb(self.world), **self.result},
+            **{"step": self._last_step, "seconds": self.seconds, "train_seconds": self.train_seconds},
+            **{"peak_memory_mb": peak_memory_mb(self.world), **self.meter.totals(), **self.result},
         }
         core.write_json(self.folder / "result.json", self.result)
         if status != "finished":
@@ -363,35 +427,39 @@ class Run:
 
 
 class Meter:
-    """Loss, targets and time since the last log line; its sums travel in checkpoints, so that no curve
-    forks.
-    """
+    """Loss, targets and time since the last log line; the sums travel in checkpoints: no curve forks."""
 
     def __init__(self, world, sums=(0.0, 0)):
-        self.world, self.steps, self.examples, self.seconds, self.targets = world, 0, 0, 0.0, sums[1]
-        loss = float(sums[0]) if world.is_main else 0.0  # the restored sum is global: one rank carries it
-        self.loss = torch.tensor(loss, dtype=torch.float64, device=world.device)
+        self.world, self.all_examples, self.all_seconds = world, 0, 0.0
+        self._restart(
+            sums[0] if world.is_main else 0.0, sums[1]
+        )  # the stored sum is global: one rank carries it
+
+    def _restart(self, loss=0.0, targets=0):
+        self.loss, self.targets, self.steps, self.examples, self.seconds = loss, targets, 0, 0, 0.0
 
     def add(self, loss_sum, targets, examples, seconds):
-        """This rank's summed loss (a tensor, so nothing waits for the device); global targets and
-        examples.
-        """
-        self.loss += loss_sum.detach()
-        self.targets, self.examples = self.targets + targets, self.examples + examples
-        self.steps, self.seconds = self.steps + 1, self.seconds + seconds
+        """This rank's summed loss; global targets and examples."""
+        self.loss, self.targets, self.steps = self.loss + loss_sum, self.targets + targets, self.steps + 1
+        self.examples, self.seconds = self.examples + examples, self.seconds + seconds
+        self.all_examples, self.all_seconds = self.all_examples + examples, self.all_seconds + seconds
 
     def sums(self) -> list:
         """[global loss sum, targets]; every rank calls it."""
-        return [core.all_reduce_sum(self.world, self.loss.cpu().clone()).item(), self.targets]
+        return [
+            core.all_reduce_sum(self.world, torch.tensor(self.loss, dtype=torch.float64)).item(),
+            self.targets,
+        ]
 
     def read(self) -> tuple[float, float, float]:
-        """(mean loss per target, examples per second, seconds per step) since the last reading; starts
-        anew.
-        """
+        """(mean loss per target, examples per second, seconds per step) since the last reading."""
         loss, targets = self.sums()
         rates = self.examples / max(self.seconds, 1e-9), self.seconds / max(self.steps, 1)
-        self.__init__(self.world)
+        self._restart()
         return loss / max(targets, 1), *rates
+
+    def totals(self) -> dict[str, float]:
+        return {"examples_per_second": self.all_examples / self.all_seconds} if self.all_seconds else {}
 
 
 # What a checkpoint is made of
@@ -454,41 +522,29 @@ def weights_sha256(model) -> str:
     """SHA-256 over the weights in name order: two runs ended in the same place or they did not."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 # Which folder, which checkpoint, which constants
 
 
-def _plan(cfg, script) -> dict:
-    """Rank 0's decision, as JSON: a new folder, or one to resume with its checkpoint, position and
-    constants.
-    """
-    out = Path(cfg.out or f"runs/{'smoke/' if core.typed(cfg).smoke else ''}{script.stem}")
-    folder, constants, lines = _resume_folder(cfg, script, out), dataclasses.asdict(cfg), _override_lines(cfg)
-    plan = {"folder": str(folder), "resumed": True, "finished": False, "checkpoint": None, "position": {}}
-    if not folder:
-        return plan | {
-            "folder": str(_new_folder(out, cfg.tag)),
-            "resumed": False,
-            "constants": constants,
-            "lines": lines,
-        }
-    if cfg.resume_timestamp == "auto" and _status(folder) == "finished":
-        return plan | {"finished": True}
-    stored = read_config(folder)["constants"]
-    if clash := _contradictions(cfg, stored):
-        raise core.UserError(f"{folder} ran with {'; '.join(clash)}: drop these flags, or start a new run")
-    kept = {name: stored[name] for name in constants if name in stored and name not in MAY_CHANGE}
-    for name in kept:
-        if kept[name] != constants[name]:
-            lines.append(f"resumed: {name} stays {kept[name]} (the script now says {constants[name]})")
-    name, notes = _choose_checkpoint(folder / "checkpoints", cfg.resume_step)
-    position = read_manifest(folder / "checkpoints" / name) if name else {}
-    notes.append(f"resumes {folder.name} from {name or 'step 0: there is no checkpoint yet'}")
-    plan |= {"constants": constants | kept, "checkpoint": name, "position": position}
-    return plan | {"lines": notes + lines}
+def _locked(folder):
+    """An open file that says who writes here; UserError if another process does. It ends with this one."""
+    try:
+        lock = open(folder / ".lock", "a+")
+        for _ in range(50):  # a killed process lets go a moment later
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock.truncate(0)
+                lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+                lock.flush()
+                return lock
+            time.sleep(0.1)
+    except OSError as error:
+        raise core.UserError(f"{folder} cannot be written ({error.strerror}): use another --out") from None
+    lock.seek(0)
+    raise core.UserError(f"{folder} is being written by {lock.read()}: stop it first")
 
 
 def _override_lines(cfg) -> list[str]:
@@ -530,8 +586,9 @@ def _resume_folder(cfg, script, out) -> Path | None:
         if cfg.resume_step is not None:
             raise core.UserError(f"--resume_step {cfg.resume_step} needs --resume_timestamp")
         return None
+    runs = [run for run in runs if read_config(run)["script"] == script.stem]
     if wanted in ("auto", "latest"):
-        runs = [run for run in runs if run.name[15:] == tag and read_config(run)["script"] == script.stem]
+        runs = [run for run in runs if run.name[15:] == tag]
         if wanted == "auto":  # a loop over seeds types the same words: another seed is another run
             runs = [run for run in runs if not _contradictions(cfg, read_config(run)["constants"])]
             return runs[-1] if runs else None
@@ -550,7 +607,7 @@ def _resume_folder(cfg, script, out) -> Path | None:
 
 
 def _contradictions(cfg, stored) -> list[str]:
-    names = sorted((core.typed(cfg).flags - MAY_CHANGE) & set(stored))
+    names = sorted((core.typed(cfg).flags - MAY_CHANGE - OF_THE_CALL) & set(stored))
     return [f"--{n} {stored[n]}, not {getattr(cfg, n)}" for n in names if stored[n] != getattr(cfg, n)]
 
 
@@ -603,7 +660,7 @@ def _write_provenance(run):
         config |= {"launcher": _launcher(), "constants": dataclasses.asdict(run.cfg)}
     else:
         (run.folder / "source").mkdir()
-        for path in (run.script, core.PROJECT / "core.py", core.PROJECT / "gpt_scratch.py"):
+        for path in (run.script, *(core.PROJECT / name for name in ("core.py", "runs.py", "gpt_scratch.py"))):
             shutil.copy(path, run.folder / "source") if path.exists() else None
         t = core.typed(run.cfg)
         config = {"script": run.script.stem, "constants": dataclasses.asdict(run.cfg), **now}
@@ -628,9 +685,7 @@ def _device_name(world) -> str:
 
 
 def git_state() -> dict[str, str]:
-    """Commit and uncommitted changes of the project, since constants are edited in place; empty without
-    git.
-    """
+    """Commit and uncommitted changes of the project: constants are edited in place. Empty without git."""
 
     def git(*args):
         if not shutil.which("git"):
@@ -652,9 +707,9 @@ def _launcher() -> str | None:
 
 
 def peak_memory_mb(world) -> float:
-    """Peak so far: allocated on the GPU, or resident on the CPU."""
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
+    """Peak so far: allocated on the accelerator, or resident on the CPU."""
+    if world.device.type != "cpu":
+        return getattr(torch, world.device.type).max_memory_allocated() / 1e6
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 

@@ -2,7 +2,7 @@
 
 Same model, rows and batch, one process; the two take turns, so that a drift of the machine meets both.
 
-    python benchmarks/preference_padding.py --data FILE --model FOLDER [--steps 4] [--batch 16] [--max_length 512]
+    python benchmarks/preference_padding.py --data FILE --model FOLDER [--steps 4] [--batch 16]
 """
 
 import argparse

@@ -18,26 +18,27 @@ _context.set_forkserver_preload(
     ["runs", *SCRIPTS, "transformers.models.distilbert.modeling_distilbert", "torch.utils.tensorboard"]
 )
 
-PLACES = {  # where a kill can be made to strike: the function that is about to run
-    "step": ("core", "optimizer_step"),
-    "evaluation": ("core", "all_reduce_sum"),
-    "save": ("runs", "write_manifest"),
-    "best": ("runs", "_remove_checkpoint"),
+PLACES = {  # where a kill or a signal can be made to strike: the function that is about to run
     "caching": ("core", "write_texts"),
+    "step": ("core", "optimizer_step"),
+    "evaluation": ("runs.Run", "poll"),
+    "save": ("runs", "write_manifest"),
+    "pruning": ("runs", "_remove_checkpoint"),
+    "worst case": ("core", "worst_case"),
 }
 
 
-def launch(script, *argv, size=1, kill=None, sent=None, timeout=120, env=None) -> list[int]:
+def launch(script, *argv, size=1, kill=None, sent=None, crash=None, timeout=120, env=None) -> list[int]:
     """Runs `script argv` on `size` ranks in the current folder; returns their exit codes (-9: killed).
 
     kill: (place, n-th call, rank or "all") dies by SIGKILL there, and the others are killed as torchrun
     would; ("time", seconds, rank or "all") dies whatever it is doing then. sent: (place, n-th call, signal):
     rank 0 sends it to all ranks there. Output of all ranks goes to out.txt.
     """
-    port = _free_port()
+    port = free_port()
     ranks = [
         _context.Process(
-            target=_rank, args=(script, argv, rank, size, port, kill, sent, os.getcwd(), env or {})
+            target=_rank, args=(script, argv, rank, size, port, kill, sent, crash, os.getcwd(), env or {})
         )
         for rank in range(size)
     ]
@@ -46,8 +47,9 @@ def launch(script, *argv, size=1, kill=None, sent=None, timeout=120, env=None) -
         rank.start()
     began = time.monotonic()
     while any(rank.is_alive() for rank in ranks):
-        if any(rank.exitcode not in (None, 0) for rank in ranks):
-            time.sleep(0.5)  # the others may be about to leave on their own
+        if any(
+            rank.exitcode not in (None, 0, 2) for rank in ranks
+        ):  # after a user error all leave on their own
             for rank in ranks:
                 rank.kill()
         if kill and kill[0] == "time" and time.monotonic() - began > kill[1]:
@@ -60,7 +62,7 @@ def launch(script, *argv, size=1, kill=None, sent=None, timeout=120, env=None) -
                 f"{script} {argv} on {size} ranks: over {timeout} s\n{Path('out.txt').read_text()}"
             )
         if sent and Path("signal").exists():
-            for rank in ranks:
+            for rank in ranks if len(sent) == 3 else [ranks[sent[3]]]:
                 os.kill(rank.pid, sent[2])
             Path("signal").rename("signalled")
         time.sleep(0.01)
@@ -82,7 +84,7 @@ def newest(out="out") -> Path:
     return sorted(Path(out).glob("*/config.json"))[-1].parent
 
 
-def _rank(script, argv, rank, size, port, kill, sent, folder, env):
+def _rank(script, argv, rank, size, port, kill, sent, crash, folder, env):
     os.chdir(folder)
     out = os.open("out.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(out, 1)
@@ -97,16 +99,31 @@ def _rank(script, argv, rank, size, port, kill, sent, folder, env):
 
     torch.set_num_threads(1)
     if kill and kill[0] != "time" and kill[2] in (rank, "all"):
-        _strike(kill[0], kill[1], lambda: os.kill(os.getpid(), signal.SIGKILL))
+        strike(kill[0], kill[1], lambda: os.kill(os.getpid(), signal.SIGKILL))
+    if crash and crash[2] == rank:
+        strike(*crash[:2], _crash)
     if sent and rank == 0:
-        _strike(sent[0], sent[1], lambda: Path("signal").touch())
+        strike(sent[0], sent[1], _send_and_wait)
     main(script)
 
 
-def _strike(place, nth, action):
-    module, name = PLACES[place]
+def _crash():
+    raise RuntimeError("crashed by the test")
+
+
+def _send_and_wait():
+    Path("signal").touch()
+    deadline = time.monotonic() + 5
+    while not Path("signalled").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def strike(place, nth, action):
+    (path, name), calls = PLACES[place], []
+    module, _, cls = path.partition(".")
     module = importlib.import_module(module)
-    original, calls = getattr(module, name), []
+    module = getattr(module, cls) if cls else module
+    original = getattr(module, name)
 
     def struck(*args, **kwargs):
         calls.append(1)
@@ -127,7 +144,7 @@ def main(script):
         module.main(cfg, world)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

@@ -2,10 +2,13 @@
 is born.
 """
 
+import fcntl
 import json
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -69,13 +72,13 @@ def same_curves(got, want):
     ("place", "nth", "who", "size"),
     [
         ("caching", 1, 0, 1),
-        ("step", 1, 0, 1),
+        ("worst case", 1, 0, 1),
         ("step", 13, 0, 1),
-        ("evaluation", 30, 0, 1),
+        ("evaluation", 7, 0, 1),
         ("save", 3, 0, 1),
-        ("best", 2, 0, 1),
+        ("pruning", 2, 0, 1),
         ("caching", 1, "all", 2),
-        ("evaluation", 33, 1, 2),
+        ("evaluation", 6, 1, 2),
         ("save", 2, 0, 2),
         ("step", 11, 2, 3),
         ("save", 4, "all", 3),
@@ -97,7 +100,7 @@ def test_killed_and_resumed_ends_in_the_same_weights(script, place, nth, who, si
 def test_killed_again_and_again_at_random_moments(script, size, seed, straight):
     want, want_curves = straight(script, size)
     rng, kills = random.Random(1000 * size + seed), 0
-    most = {"caching": 1, "step": 6, "evaluation": 20, "save": 2, "time": 1.2}  # calls, or seconds
+    most = {"caching": 1, "step": 6, "evaluation": 4, "save": 2, "time": 1.2}  # calls, or seconds
     for attempt in range(10):
         place = "caching" if attempt == 0 else rng.choice(["step", "evaluation", "save", "time"])
         nth = rng.uniform(0.3, most[place]) if place == "time" else rng.randint(1, most[place])
@@ -119,9 +122,10 @@ def test_killed_again_and_again_at_random_moments(script, size, seed, straight):
     ("number", "place", "nth", "size"),
     [
         (signal.SIGTERM, "step", 7, 1),
-        (signal.SIGINT, "evaluation", 30, 1),
+        (signal.SIGINT, "evaluation", 5, 1),
         (signal.SIGHUP, "step", 9, 2),
-        (signal.SIGINT, "evaluation", 40, 2),
+        (signal.SIGINT, "evaluation", 6, 2),
+        (signal.SIGTERM, "save", 3, 3),
     ],
 )
 def test_a_signal_saves_and_leaves_within_ten_seconds(script, number, place, nth, size, straight):
@@ -129,9 +133,44 @@ def test_a_signal_saves_and_leaves_within_ten_seconds(script, number, place, nth
     left = time.time() - Path("signalled").stat().st_ctime
     assert codes == [0] * size, Path("out.txt").read_text()
     assert left < 10
-    assert result()["status"] == "stopped" and result()["checkpoint"]
+    stopped = result()
+    assert stopped["status"] == "stopped" and stopped["why"] == f"Stop: {signal.Signals(number).name}"
+    if place == "step":  # the signal came before step nth was made: it is made, then saved
+        assert stopped["checkpoint"] == f"step_{nth:08d}"
     same_outcome(run(script, *SHORT[script], *AUTO, size=size), straight(script, size)[0])
     same_curves(curves(newest()), straight(script, size)[1])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_signal_to_one_rank_stops_all(script, straight):
+    codes = launch(script, "--out", "out", *SHORT[script], *AUTO, size=3, sent=("step", 6, signal.SIGTERM, 2))
+    assert codes == [0, 0, 0] and result()["checkpoint"] == "step_00000006", Path("out.txt").read_text()
+    same_outcome(run(script, *SHORT[script], *AUTO, size=3), straight(script, 3)[0])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(("place", "size"), [("caching", 1), ("caching", 2), ("worst case", 2)])
+def test_a_signal_before_the_first_step_leaves_on_all_ranks(script, place, size, straight):
+    codes = launch(script, "--out", "out", *SHORT[script], *AUTO, size=size, sent=(place, 1, signal.SIGINT))
+    assert codes == [0] * size, Path("out.txt").read_text()
+    assert result()["status"] == "stopped" and "Traceback" not in Path("out.txt").read_text()
+    same_outcome(run(script, *SHORT[script], *AUTO, size=size), straight(script, size)[0])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_crashed_rank_is_a_failure_not_a_stop(script):
+    launch(script, "--out", "out", *SHORT[script], size=2, crash=("step", 6, 1))
+    assert not (newest() / "result.json").exists() or result()["status"] == "failed"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_that_is_being_written_is_not_resumed_by_another_process(script, straight):
+    launch(script, "--out", "out", *SHORT[script], kill=("step", 7, 0))
+    with open(newest() / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert launch(script, "--out", "out", *SHORT[script], *AUTO) == [2]
+        assert "is being written by process" in Path("out.txt").read_text()
+    same_outcome(run(script, *SHORT[script], *AUTO), straight(script, 1)[0])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -184,16 +223,14 @@ def test_weights_do_not_depend_on_ranks_or_accumulation(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_losses_agree_in_fp32_on_another_number_of_ranks(script, straight):
-    losses = [dict(straight(script, size)[1]["train/loss"]) for size in (1, 2, 3)]
-    assert next(iter(losses[1].values())) == pytest.approx(next(iter(losses[0].values())), rel=1e-5)
-    assert next(iter(losses[2].values())) == pytest.approx(next(iter(losses[0].values())), rel=1e-5)
+    losses = [[loss for _, loss in straight(script, size)[1]["train/loss"][:4]] for size in (1, 2, 3)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_evaluation_counts_every_row_once(script):
-    """Law 2: the same figures on 1, 2, 3 ranks and batches that leave one row over, one short, or are
-    single.
-    """
+    """Law 2: the same figures on 1, 2, 3 ranks and batches that leave a row over or one short."""
     figures = []
     rows = run(script, "--smoke", "--max_documents", 90, "--epochs", 0)["test/rows"]
     for size in (1, 2, 3):
@@ -215,12 +252,17 @@ def test_evaluation_counts_every_row_once(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_resume_on_another_number_of_ranks_is_close(script, straight):
-    launch(script, "--out", "out", *SHORT[script], size=2, kill=("step", 13, 0))
-    got = run(script, *SHORT[script], *AUTO, size=3)
-    assert got["val/log_loss"] == pytest.approx(
-        straight(script, 1)[0]["val/log_loss"], rel=0.02
-    )  # fp32, 30 steps
+def test_a_resume_on_another_number_of_ranks_ends_in_the_same_weights(script):
+    """Law 1 holds over a resume: to 1e-9 in fp64."""
+    flags = ["--dtype", "fp64", "--test_weights", "last", *SHORT[script]]
+    want = run(script, *flags)
+    weights = load_file(newest() / "checkpoints" / want["checkpoint"] / "model.safetensors")
+    shutil.rmtree("out")
+    launch(script, "--out", "out", *flags, size=2, kill=("step", 13, 0))
+    got = run(script, *flags, *AUTO, size=3)
+    for name, value in load_file(newest() / "checkpoints" / got["checkpoint"] / "model.safetensors").items():
+        torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-9, msg=name)
+    assert got["test/log_loss"] == pytest.approx(want["test/log_loss"], abs=1e-9)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -231,8 +273,45 @@ def test_the_run_folder_is_complete(script, straight, tmp_path):
     assert config["constants"]["note"] == "a word" and config["smoke"] and config["versions"]["torch"]
     names = {path.name for path in folder.iterdir()}
     assert {"config.json", "source", "log.txt", "metrics.jsonl", "tb", "checkpoints", "result.json"} <= names
-    assert {f"{script}.py", "core.py"} <= {path.name for path in (folder / "source").iterdir()}
+    assert {f"{script}.py", "core.py", "runs.py"} <= {path.name for path in (folder / "source").iterdir()}
     assert len(list(folder.glob("checkpoints/step_*"))) == 2
+    keys = {
+        "status",
+        "step",
+        "seconds",
+        "train_seconds",
+        "peak_memory_mb",
+        "parameters",
+        "examples_per_second",
+    }
+    assert keys | {"weights_sha256"} <= set(result())
     log = (folder / "log.txt").read_text()
     assert max(map(len, log.splitlines())) <= 100, max(log.splitlines(), key=len)
     assert "\r" not in log
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_torchrun_that_restarts_its_workers_goes_on_with_its_own_run(script, straight):
+    """--max-restarts 1: rank 1 is killed in its ninth step; nobody passes --resume_timestamp."""
+    Path("struck.py").write_text(f"""
+import os, signal, sys
+import ranks
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
+    ranks.strike("step", 9, lambda: os.kill(os.getpid(), signal.SIGKILL))
+sys.argv[0] = "{script}.py"
+ranks.main("{script}")
+""")
+    start = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "--max-restarts=1",
+    ]
+    command = [*start, "struck.py", "--out", "out", *map(str, SHORT[script])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(list(Path("out").iterdir())) == 1 and "resumes " in done.stdout
+    same_outcome(result(), straight(script, 2)[0])
+    same_curves(curves(newest()), straight(script, 2)[1])

@@ -17,6 +17,7 @@ from ranks import launch, newest, result, run
 
 import core
 import run_preference as script
+import runs
 from core import World
 
 SHARED = PROJECT.parent / "shared" / "data" / "preference" / "pandalm_part1.csv"
@@ -66,11 +67,18 @@ def test_a_row_is_turns_and_a_class_in_the_order_of_LABELS():
         ({"response_a": '["only one turn"]'}, "differ in their number of turns"),
         ({"winner_model_a": 0}, "no winner"),
         ({"winner_tie": 1}, "several winners"),
+        ({"id": None}, "no id"),
     ],
 )
 def test_unusable_rows_are_told_apart(changes, reason):
     with pytest.raises(ValueError, match=reason):
         script.parse({**row(), **changes})
+
+
+@pytest.mark.parametrize("odd", [{"id": 3}, ["a"], 7, None])
+def test_a_row_of_another_shape_is_unusable_not_a_crash(odd):
+    with pytest.raises(ValueError):
+        script.parse(odd)
 
 
 def test_bad_rows_are_counted_and_named_and_many_are_an_error():
@@ -111,11 +119,13 @@ def test_room_is_shared_so_that_prompt_and_response_stay_visible():
     a = script.side_ids(data, 0, 1, "prompt+responses", 512)
     b = script.side_ids(data, 0, 2, "prompt+responses", 512)
     assert len(a) == len(b) == 512
-    assert [t for t in a if 1000 <= t < 2000 and t not in range(1000, 3000)] == []
-    assert a[-31:] == [*range(1000 + 0, 1000 + 30), -2] or a[-31:-1] == list(data.tokens[2000:2030])
+    assert a[-31:] == [*range(1000, 1030), -2] and a[:2] == [
+        -1,
+        0,
+    ]  # the whole answer, the prompt's beginning
     assert b.count(-2) == 2 and a != b
-    shares = script.measure_sides(data, "prompt+responses", 512)
-    assert shares == {"prompt": 1.0, "response_a": 0.0, "response_b": 1.0}
+    script.measure_sides(data, "prompt+responses", 512)
+    assert data.truncated == {"prompt": 1.0, "response_a": 0.0, "response_b": 1.0}
     assert data.lengths.tolist() == [[512, 512]]
 
 
@@ -131,7 +141,8 @@ def test_with_more_turns_than_fit_the_last_ones_are_kept():
     ids = script.side_ids(data, 0, 1, "prompt+responses", 128)
     assert len(ids) <= 128 and ids.count(-2) == 6  # three turns, 16 tokens or more of each piece
     assert max(ids) // 1000 == 88  # the last answer of A
-    assert script.measure_sides(data, "prompt+responses", 128)["prompt"] == 1.0
+    script.measure_sides(data, "prompt+responses", 128)
+    assert data.truncated["prompt"] == 1.0
 
 
 def test_lengths_are_those_of_the_ids():
@@ -202,6 +213,11 @@ BAD_INPUT = {
         ["20200101_000000: 0 such runs in", "there: none"],
     ),
     "resume step": (["--resume_step", 5], ["--resume_step 5 needs --resume_timestamp"]),
+    "folds by the clock": (["--folds", 3, "--max_minutes", 1], ["--folds and --max_minutes", "--max_steps"]),
+    "backend": (["--backend", "nccl"], ["--backend nccl does not fit cpu: use auto, gloo or gloo"]),
+    "clip": (["--clip", 0], ["--clip 0"]),
+    "short": (["--max_length", 3], ["--max_length 3 is out of range: use 16 or more"]),
+    "too few for a split": (["--max_documents", 9, "--batch", 2], ["prompts leave one of 3 parts empty"]),
     "too few prompts": (["--max_documents", 8, "--folds", 9], ["cannot be split into 9 parts"]),
 }
 
@@ -267,18 +283,34 @@ def test_edited_constants_do_not_change_a_resumed_run_but_length_may(monkeypatch
     assert launch("run_preference", *flags, "--resume_timestamp", stamp, "--epochs", 2) == [0]
     said = Path("out.txt").read_text()
     assert "resumed: lr stays 0.002 (the script now says 0.001)" in said and "epoch 2/2" in said
+    assert "resumed: epochs is now 2 (it was 1)" in said
     config = json.loads((newest() / "config.json").read_text())
     assert config["constants"]["lr"] == 0.002 and config["constants"]["epochs"] == 2
     assert [resume["step"] for resume in config["resumes"]] == [6]
 
 
-def test_a_resume_on_other_data_is_refused():
+def test_a_resume_without_the_original_flags_keeps_the_runs_own_length():
+    flags = ["--smoke", "--max_documents", 200, "--out", "out", "--epochs", 3, "--note", "mine"]
+    launch("run_preference", *flags, kill=("step", 8, 0))
+    assert launch("run_preference", "--smoke", "--out", "out", "--resume_timestamp", "latest") == [0]
+    constants = json.loads((newest() / "config.json").read_text())["constants"]
+    assert constants["epochs"] == 3 and constants["note"] == "mine" and result()["step"] == 18
+    assert "epochs stays 3 (the script now says 8)" in Path("out.txt").read_text()
+
+
+def test_a_resume_on_other_data_is_refused_and_the_finished_run_stays_as_it_was():
     rows = [row(n, prompt=json.dumps([f"prompt {n}", ""])) for n in range(120)]
     flags = ["--smoke", "--data", write_csv(rows), "--epochs", 1, "--out", "out"]
     assert launch("run_preference", *flags) == [0]
+    kept = {
+        path: path.read_bytes() for path in newest().rglob("*") if path.is_file() and path.name != "log.txt"
+    }
     write_csv(rows[:-1])
     assert launch("run_preference", *flags, "--resume_timestamp", newest().name) == [2]
     assert "fingerprint is not what" in Path("out.txt").read_text()
+    Path("train.csv").unlink()
+    assert launch("run_preference", *flags, "--resume_timestamp", newest().name) == [2]
+    assert kept.items() <= {path: path.read_bytes() for path in newest().rglob("*") if path.is_file()}.items()
 
 
 def test_an_older_checkpoint_can_be_resumed():
@@ -288,16 +320,39 @@ def test_an_older_checkpoint_can_be_resumed():
         "run_preference", *flags, "--out", "out", "--resume_timestamp", newest().name, "--resume_step", 5
     ) == [2]
     assert "--resume_step 5: there are step_00000004, step_00000006" in Path("out.txt").read_text()
-    second = run("run_preference", *flags, "--resume_timestamp", newest().name, "--resume_step", 4)
+    back = ("--resume_timestamp", newest().name, "--resume_step", 4)
+    assert launch("run_preference", *flags, "--out", "out", *back, kill=("step", 1, 0)) == [-9]
+    second = run("run_preference", *flags, "--resume_timestamp", "auto")  # not in the abandoned future
+    assert json.loads((newest() / "config.json").read_text())["resumes"][-1]["step"] == 4
     assert second["weights_sha256"] == first["weights_sha256"]
+
+
+def test_after_a_broken_checkpoint_two_whole_ones_are_kept():
+    flags = ["--smoke", "--max_documents", 200, "--epochs", 3, "--save_every", 2, "--out", "out"]
+    launch("run_preference", *flags, kill=("step", 9, 0))
+    first, second = sorted((newest() / "checkpoints").glob("step_*"))
+    (second / "state.pt").write_bytes(b"")
+    launch("run_preference", *flags, "--resume_timestamp", "auto", kill=("step", 3, 0))
+    assert [runs.broken(path) for path in (newest() / "checkpoints").glob("step_*")] == [None, None]
+    assert first.exists()
+
+
+def test_damaged_best_weights_are_named_and_the_last_ones_tested():
+    flags = ["--smoke", "--max_documents", 200, "--epochs", 2, "--out", "out"]
+    assert launch("run_preference", *flags) == [0]
+    (best,) = (newest() / "checkpoints").glob("best_*")
+    (best / "model.safetensors").write_bytes(b"damaged")
+    assert launch("run_preference", *flags, "--resume_timestamp", newest().name) == [0]
+    assert (
+        f"WARNING the best weights are {best.name} (model.safetensors is not" in Path("out.txt").read_text()
+    )
+    assert result()["test_checkpoints"] == ["step_00000012"]
 
 
 def test_too_little_disk_is_refused_at_the_start_and_survived_later(monkeypatch):
     import shutil as system
 
-    import runs
-
-    free = iter([10**12, 10**12, 10**12] + [1000] * 3 + [10**12] * 99)
+    free = iter([10**12] * 2 + [1000] * 3 + [10**12] * 99)
     monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: system._ntuple_diskusage(1, 1, next(free)))
     monkeypatch.setattr(sys, "argv", ["run_preference.py"])
     flags = ["--smoke", "--max_documents", "200", "--epochs", "2", "--save_every", "2", "--out", "out"]
@@ -396,6 +451,45 @@ def test_folds_predict_every_row_once_and_survive_a_kill():
         and again["test/log_loss"] == whole["test/log_loss"]
     )
     assert len(again["test_checkpoints"]) == 3
+
+
+def test_a_second_signal_leaves_at_once_but_a_hangup_beside_it_is_the_same_event(monkeypatch):
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    run = runs.Run.__new__(runs.Run)
+    run.world, run._signal, run._deferring = World(), None, True
+    run._on_signal(signal.SIGTERM, None)
+    run._on_signal(signal.SIGHUP, None)  # a session that ends sends both
+    assert run._signal == "SIGTERM" and left == []
+    run._on_signal(signal.SIGTERM, None)
+    assert left == [1]
+
+
+def test_folds_with_the_journals_preset_keep_the_weights_they_tested():
+    run(
+        "run_preference",
+        "--smoke",
+        "--preset",
+        "journal",
+        "--max_documents",
+        120,
+        "--batch",
+        12,
+        "--folds",
+        3,
+    )
+    names = result()["test_checkpoints"]
+    assert len(names) == 3 and all((newest() / "checkpoints" / name).is_dir() for name in names)
+    script.load_model(newest(), World())
+
+
+def test_the_journal_preset_is_how_the_journal_trained():
+    cfg = core.parse_config(script.Config, script.PRESETS, script.SMOKE, "", ["--preset", "journal"])
+    row = {"model": "distilbert-base-uncased", "batch": 32, "epochs": 3, "lr": 1e-5, "schedule": "constant"}
+    row |= {"warmup": 0.0, "clip": None, "optimizer": "adamw", "weight_decay": 0.01, "max_length": 512}
+    row |= {"dtype": "fp32", "dropout": 0.1, "encoder_dropout": None, "inputs": "prompt+responses"}
+    row |= {"test_weights": "last", "tag": "journal", "split_seed": 42}
+    assert {name: getattr(cfg, name) for name in row} == row
 
 
 def test_a_clock_ends_the_run_and_the_schedule_with_it():
