@@ -185,6 +185,8 @@ def _check_type(where, name, value, hints):
 
 
 def _check_limits(cfg):
+    if not re.fullmatch(r"[\w.-]*", cfg.tag or ""):
+        raise UserError(f"--tag {cfg.tag!r} becomes part of a folder's name: use letters, digits, . _ -")
     for names, (low, high) in LIMITS.items():
         for name in names.split():
             value = getattr(cfg, name, None)
@@ -227,7 +229,7 @@ def distributed(backend="auto", timeout_minutes=30):
         device = _pick_device(env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"])
         native = {"cuda": "nccl", "xpu": "xccl"}.get(device.type, "gloo")
         if backend not in ("auto", "gloo", native):
-            raise UserError(f"--backend {backend} does not fit {device.type}: use auto, {native} or gloo")
+            raise UserError(f"--backend {backend} does not fit {device.type}: use auto or gloo")
         world = World(device=device)
         if device.type == "cpu":
             _keep_freed_memory()
@@ -554,18 +556,18 @@ def _read_table(stream, suffix, where):
                 yield from json.loads("[" + text.read())
             elif suffix in (".json", ".jsonl"):  # one object per line
                 text.seek(0)
-                yield from (json.loads(line) for line in text if line.strip())
+                for number, line in enumerate(text, start=1):
+                    try:
+                        yield from [json.loads(line)] if line.strip() else []
+                    except ValueError:
+                        raise UserError(f"{where} line {number} is no JSON: mend or remove it") from None
             else:
                 raise UserError(
                     f"{where} is no table: use {', '.join(TABLES)}, one of these in a .zip, or a Hub id"
                 )
-    except (
-        ValueError,
-        OSError,
-        csv.Error,
-        zipfile.BadZipFile,
-        RuntimeError,
-    ) as error:  # RuntimeError: encrypted
+    except UnicodeDecodeError:
+        raise UserError(f"{where} cannot be read as {suffix[1:]}: it is not UTF-8, save it as such") from None
+    except (ValueError, OSError, csv.Error, zipfile.BadZipFile, RuntimeError) as error:  # the last: encrypted
         raise UserError(f"{where} cannot be read as {suffix[1:]}: {_first_line(error)}") from None
 
 
@@ -634,7 +636,10 @@ def require_columns(rows, columns, where):
         raise UserError(f"{where} has no rows: use a file with the columns {', '.join(columns)}")
     found = list(rows[0]) if isinstance(rows[0], dict) else [type(rows[0]).__name__]
     if missing := [column for column in columns if column not in found]:
-        raise UserError(f"{where} lacks column(s) {', '.join(missing)}; found: {', '.join(map(str, found))}")
+        hint = " (is it separated by ';'?)" if len(found) == 1 and ";" in str(found[0]) else ""
+        raise UserError(
+            f"{where} lacks column(s) {', '.join(missing)}; found: {', '.join(map(str, found))}{hint}"
+        )
 
 
 class BadRows:
@@ -650,7 +655,8 @@ class BadRows:
         """Lines to print; raises UserError above the limit."""
         if len(self.rows) > self.limit * total:
             named = "; ".join(f"row {number}: {reason}" for number, reason in self.rows[:3])
-            raise UserError(f"{where}: {len(self.rows)} of {total} rows are unusable, e.g. {named}")
+            share = f"{len(self.rows)} of {total} rows are unusable, more than {self.limit:.0%}"
+            raise UserError(f"{where}: {share}: mend or remove them, e.g. {named}")
         lines = []
         for reason, count in Counter(reason for _, reason in self.rows).items():
             numbers = [str(number) for number, why in self.rows if why == reason]
@@ -675,7 +681,7 @@ def split_by_group(groups, labels, shares, seed) -> np.ndarray:
     kinds = np.unique(labels, return_inverse=True)[1]
     if len(names) < len(shares):
         raise UserError(
-            f"{len(names)} different prompts cannot be split into {len(shares)} parts: use more data"
+            f"{len(names)} prompts cannot be split into {len(shares)} parts: use more data or fewer --folds"
         )
     counts = np.zeros((len(names), kinds.max() + 1))  # (groups, labels)
     np.add.at(counts, (index, kinds), 1)
@@ -688,7 +694,7 @@ def split_by_group(groups, labels, shares, seed) -> np.ndarray:
         filled[part[group]] += counts[group]
     if len(set(part)) < len(shares):
         raise UserError(
-            f"{len(names)} prompts leave one of {len(shares)} parts empty: use more data or --folds"
+            f"{len(names)} prompts leave one of {len(shares)} parts empty: use more data or other --folds"
         )
     return part[index]
 

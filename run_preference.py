@@ -69,7 +69,7 @@ class Config:
     price_per_hour: float | None = None  # dollars for the whole box
     note: str = ""
     # run
-    out: str | None = None  # none = runs/run_preference
+    out: str | None = None  # none = runs/run_preference below the current folder
     tag: str | None = None  # none = the preset's name
     resume_timestamp: str | None = None  # a timestamp, latest, or auto (resume, skip if finished, else start)
     resume_step: int | None = None  # an older checkpoint than the newest
@@ -94,8 +94,6 @@ SMOKE = {
     "batch": 24,
     "epochs": 8,
     "lr": 1e-3,
-    "warmup": 0.1,
-    "log_every": 50,
 }
 
 LABELS = {
@@ -199,6 +197,8 @@ def write_cache(folder, rows, tokenizer, name, fingerprint):
     lines = bad.report(len(rows), name)
     texts = [text for _, row_turns, _ in usable for turn in row_turns for text in turn]
     tokenizer = tokenizer or core.load_tokenizer("tiny:", texts)
+    if twice := len(usable) - len({row_id for row_id, _, _ in usable}):
+        lines.append(f"{twice} row(s) have an id that another row has, too")
     empty = sum(not any(turn[side] for turn in row_turns) for _, row_turns, _ in usable for side in (1, 2))
     with core.whole_folder(folder) as aside:
         kind = core.write_texts(aside, texts, tokenizer)
@@ -452,7 +452,9 @@ def train(run, cfg, world, data, rows, fold) -> dict:
             val = measure(
                 evaluate(model, data, rows["val"], cfg, world, run.poll), data, rows["val"], rows["train"]
             )
-            report_validation(run, step, val, where(), run.save_best(step, val["log_loss"], model))
+            report_validation(
+                run, step, val, where(), run.save_best(step, val["log_loss"], model), 2 * step >= total_steps
+            )
         if ends:
             break
         mine = batches.rank_batch(step)
@@ -495,13 +497,14 @@ def histogram(shares) -> str:
     return " ".join(f"{name} {share:.0%}" for name, share in shares.items())
 
 
-def report_validation(run, step, val, where, is_best):
+def report_validation(run, step, val, where, is_best, late):
+    """`late`: half of the steps are done, so that having learnt nothing is worth a line."""
     run.say(
         f"{where}  val  loss {core.plus_minus(val['log_loss'], val['log_loss_interval'], 4)}  "
         f"accuracy {core.plus_minus(val['accuracy'], val['accuracy_interval'])}  "
         f"{histogram(val['predicted'])}{'  -> best' if is_best else ''}"
     )
-    if val["alarm"]:
+    if val["alarm"] and late:
         run.say(f"{where}  val  {val['alarm']}")
     run.metrics(step, {"val/loss": val["log_loss"], "val/accuracy": val["accuracy"]})
 
@@ -542,6 +545,7 @@ def report(run, cfg, data, splits, outcomes) -> dict:
         run.seconds / 60,
     )
     run.say(f"done  {where} loss {m['log_loss']:.4f}  accuracy {accuracy}  {minutes:.1f} min")
+    run.say(f"all figures: {run.folder}/result.json")
     run.say(f"next: tensorboard --logdir {run.folder.parent}")
     return result
 

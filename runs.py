@@ -95,7 +95,10 @@ class Run:
         unborn = kind is core.UserError and not self.resumed and self.checkpoint is None
         if self.world.is_main:
             if not unborn and (self._deferring or not self.resumed):
-                self._write_result(status, error)
+                try:
+                    self._write_result(status, error)
+                except OSError as full:  # the lines above it have been said
+                    self.say(f"WARNING result.json is not written: {full}")
             for stream in (self._log, self._metrics, self._tensorboard, self._lock):
                 if stream:
                     stream.close()
@@ -111,9 +114,9 @@ class Run:
         """Lines to the terminal and log.txt, rank 0 only."""
         if not self.world.is_main:
             return
-        self._log.write(text + "\n")
-        self._log.flush()
-        terminal = core.Terminal(sys.stdout)
+        terminal, log = core.Terminal(sys.stdout), core.Terminal(self._log)  # a full disk must not end a run
+        log.write(text + "\n")
+        log.flush()
         tqdm.write(text, file=terminal)  # past a bar, if there is one
         terminal.flush()
 
@@ -169,13 +172,13 @@ class Run:
         name, now = signal.Signals(number).name, time.monotonic()
         if self._signal is None:
             self._signal, self._signal_time = name, now
-            if not self._deferring and core.may_leave(
-                self.world
-            ):  # nothing to save: leave from wherever this is
-                raise core.Stop(name)
+            if not self._deferring and core.may_leave(self.world):
+                raise core.Stop(name)  # nothing to save: leave from wherever this is
+            if self.world.is_main:
+                os.write(2, f"{name}: saving after this step; once more leaves at once, without\n".encode())
         elif (
             name == self._signal or now - self._signal_time > 1
-        ):  # TERM and HUP come together when a session ends
+        ):  # a session that ends sends TERM and HUP together
             os.write(2, b"second signal: out at once, the newest checkpoint stands\n")
             os._exit(1)
 
@@ -267,7 +270,7 @@ class Run:
             )
             if must:
                 raise core.UserError(f"{line}: free some, then --resume_timestamp {self.folder.name[:15]}")
-            self.say(f"WARNING {line}; the newest checkpoint is {self.checkpoint}")
+            self.say(f"WARNING {line}: free some; the newest checkpoint is {self.checkpoint}")
             return False
         if folder.exists():  # of the same step: it was passed over as broken, or --resume_step went back
             _remove_checkpoint(folder)
@@ -369,6 +372,10 @@ class Run:
         if cfg.resume_timestamp == "auto" and _status(folder) == "finished":
             return plan | {"finished": True}
         self._lock = _locked(folder)
+        if (
+            cfg.resume_timestamp == "auto" and _status(folder) == "finished"
+        ):  # while this one waited for the lock
+            return plan | {"finished": True}
         name, notes = _choose_checkpoint(folder / "checkpoints", cfg.resume_step)
         notes.append(f"resumes {folder.name} from {name or 'step 0: there is no checkpoint yet'}")
         position = read_manifest(folder / "checkpoints" / name) if name else {}
@@ -417,13 +424,15 @@ class Run:
             **{"step": self._last_step, "seconds": self.seconds, "train_seconds": self.train_seconds},
             **{"peak_memory_mb": peak_memory_mb(self.world), **self.meter.totals(), **self.result},
         }
-        core.write_json(self.folder / "result.json", self.result)
         if status != "finished":
             saved = (
                 f"the newest checkpoint is {self.checkpoint}" if self.checkpoint else "there is no checkpoint"
             )
             self.say(f"{status}  {why}; {saved}")
             self.say(f"next: the same command with --resume_timestamp {self.folder.name[:15]}")
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                self.say("(torchrun reports every stop with a traceback of its own)")
+        core.write_json(self.folder / "result.json", self.result)
 
 
 class Meter:
@@ -579,7 +588,7 @@ def _new_folder(out, tag) -> Path:
 def _resume_folder(cfg, script, out) -> Path | None:
     """The run to resume, None for a new one. core.UserError if a resume was asked for and there is none."""
     wanted, tag = cfg.resume_timestamp, f"-{cfg.tag}" if cfg.tag else ""
-    runs = sorted(path.parent for path in out.glob("*/config.json"))
+    runs = sorted(path.parent for path in out.glob("*/config.json") if _readable(path.parent))
     if wanted is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:  # torchrun --max-restarts
         return next((run for run in reversed(runs) if read_config(run)["launcher"] == _launcher()), None)
     if wanted is None:
@@ -606,6 +615,14 @@ def _resume_folder(cfg, script, out) -> Path | None:
     return found[0]
 
 
+def _readable(folder) -> bool:
+    try:
+        return bool(read_config(folder))
+    except core.UserError as error:
+        print(f"WARNING passed over: {error}", file=sys.stderr)
+        return False
+
+
 def _contradictions(cfg, stored) -> list[str]:
     names = sorted((core.typed(cfg).flags - MAY_CHANGE - OF_THE_CALL) & set(stored))
     return [f"--{n} {stored[n]}, not {getattr(cfg, n)}" for n in names if stored[n] != getattr(cfg, n)]
@@ -626,7 +643,7 @@ def _choose_checkpoint(checkpoints, step=None) -> tuple[str | None, list[str]]:
             return name, lines
         lines.append(f"checkpoint {name} is broken ({reason}): the one before it is used")
     if lines:
-        raise core.UserError(f"no checkpoint in {checkpoints} is whole ({lines[0]}): start a new run")
+        raise core.UserError(f"no checkpoint in {checkpoints} is whole ({', '.join(names)}): start a new run")
     return None, lines
 
 
@@ -639,8 +656,10 @@ def read_config(folder) -> dict:
 
 
 def _status(folder) -> str:
-    path = folder / "result.json"
-    return json.loads(path.read_text())["status"] if path.exists() else "running or killed"
+    try:
+        return json.loads((folder / "result.json").read_text())["status"]
+    except (OSError, ValueError, KeyError):  # absent, or half of it on a full disk
+        return "running or killed"
 
 
 # Provenance
@@ -656,17 +675,25 @@ def _write_provenance(run):
     }
     if run.resumed:
         config = read_config(run.folder)
-        config["resumes"].append({"step": run.position.get("step", 0), **now, "git": git_state()["commit"]})
+        config["resumes"].append({"step": run.position.get("step", 0), **now, "git": git_state()})
+        for path in _sources(run.script):
+            if core.sha256_file(path) != core.sha256_file(run.folder / "source" / path.name):
+                run.say(f"WARNING {path.name} is not the one this run began with (that one is in source/)")
         config |= {"launcher": _launcher(), "constants": dataclasses.asdict(run.cfg)}
     else:
         (run.folder / "source").mkdir()
-        for path in (run.script, *(core.PROJECT / name for name in ("core.py", "runs.py", "gpt_scratch.py"))):
-            shutil.copy(path, run.folder / "source") if path.exists() else None
+        for path in _sources(run.script):
+            shutil.copy(path, run.folder / "source")
         t = core.typed(run.cfg)
         config = {"script": run.script.stem, "constants": dataclasses.asdict(run.cfg), **now}
         config |= {"preset": t.preset, "smoke": t.smoke, "versions": _versions(), "git": git_state()}
         config |= {"host": socket.gethostname(), "launcher": _launcher(), "facts": {}, "resumes": []}
     core.write_json(run.folder / "config.json", config)
+
+
+def _sources(script) -> list[Path]:
+    paths = [script, *(core.PROJECT / name for name in ("core.py", "runs.py", "gpt_scratch.py"))]
+    return [path for path in paths if path.exists()]
 
 
 def _versions() -> dict[str, str]:

@@ -8,7 +8,7 @@ WHEELS=https://download.pytorch.org/whl
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=${VENV:-$here/.venv} python=${PYTHON:-python3} gpu=cpu
 fail() { echo "setup.sh: $1" >&2; exit 1; }
-if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then gpu=cuda; fi
+if [[ $(nvidia-smi -L 2>/dev/null || true) == *GPU* ]]; then gpu=cuda; fi
 
 torch_fits() { # $1: a python. Has it a torch >= 2.6, one that can use the GPU if there is one?
     "$1" - "$gpu" 2>/dev/null <<'PY'

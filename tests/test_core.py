@@ -224,11 +224,11 @@ def test_a_field_may_be_longer_than_the_csv_module_allows(tmp_path):
     [
         ("missing.csv", None, ["no such file", "missing.csv"]),
         ("./nowhere/x", None, ["no such file", "nowhere"]),
-        ("broken.jsonl", '{"id": 1}\n{"id"', ["broken.jsonl", "cannot be read as jsonl"]),
+        ("broken.jsonl", '{"id": 1}\n{"id"', ["broken.jsonl line 2 is no JSON"]),
         ("broken.zip", "not a zip", ["broken.zip", "whole zip"]),
         ("broken.parquet", "not parquet", ["broken.parquet", "cannot be read as parquet"]),
         ("notes.txt", "hello", ["notes.txt", "no table", ".csv"]),
-        ("latin.csv", b"id\n\xe9\n", ["latin.csv", "cannot be read as csv"]),
+        ("latin.csv", b"id\n\xe9\n", ["latin.csv cannot be read as csv: it is not UTF-8"]),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, monkeypatch, name, content, words):
@@ -253,7 +253,10 @@ def test_bad_rows_are_named_and_too_many_are_an_error():
     bad.add(9, "no winner")
     assert bad.report(1000, "x.csv") == ["left out 2 row(s), no winner: 7, 9"]
     bad.add(12, "prompt is empty")
-    with pytest.raises(UserError, match=r"x.csv: 3 of 100 rows.*row 7: no winner.*row 12: prompt is empty"):
+    with pytest.raises(
+        UserError,
+        match=r"x.csv: 3 of 100 rows are unusable, more than 1%.*row 7: no winner.*row 12: prompt is empty",
+    ):
         bad.report(100, "x.csv")
 
 

@@ -91,9 +91,7 @@ def test_bad_rows_are_counted_and_named_and_many_are_an_error():
     for number in (3, 4, 5):
         rows[number]["response_a"] = ""
     assert launch("run_preference", "--smoke", "--data", write_csv(rows), "--epochs", 0) == [2]
-    error = (
-        "train.csv: 5 of 250 rows are unusable, e.g. row 4: response_a is empty; row 5: response_a is empty"
-    )
+    error = "5 of 250 rows are unusable, more than 1%: mend or remove them, e.g. row 4: response_a is empty"
     assert error in Path("out.txt").read_text()
 
 
@@ -214,7 +212,8 @@ BAD_INPUT = {
     ),
     "resume step": (["--resume_step", 5], ["--resume_step 5 needs --resume_timestamp"]),
     "folds by the clock": (["--folds", 3, "--max_minutes", 1], ["--folds and --max_minutes", "--max_steps"]),
-    "backend": (["--backend", "nccl"], ["--backend nccl does not fit cpu: use auto, gloo or gloo"]),
+    "backend": (["--backend", "nccl"], ["--backend nccl does not fit cpu: use auto or gloo"]),
+    "tag": (["--tag", "a/b"], ["--tag 'a/b'", "use letters"]),
     "clip": (["--clip", 0], ["--clip 0"]),
     "short": (["--max_length", 3], ["--max_length 3 is out of range: use 16 or more"]),
     "too few for a split": (["--max_documents", 9, "--batch", 2], ["prompts leave one of 3 parts empty"]),
