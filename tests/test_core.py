@@ -274,7 +274,7 @@ def test_splits_keep_groups_whole_and_labels_even():
     order = rng.permutation(3000)  # the file's order does not matter
     assert (core.split_by_group(groups[order], labels[order], [8, 1, 1], 42) == part[order]).all()
     assert (core.split_by_group(groups, labels, [8, 1, 1], 43) != part).any()
-    with pytest.raises(UserError, match="2 different prompts cannot be split into 3 parts"):
+    with pytest.raises(UserError, match="2 prompts cannot be split into 3 parts"):
         core.split_by_group([1, 2], [0, 1], [8, 1, 1], 0)
 
 
