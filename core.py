@@ -232,7 +232,7 @@ def distributed(backend="auto", timeout_minutes=30):
             raise UserError(f"--backend {backend} does not fit {device.type}: use auto or gloo")
         world = World(device=device)
         if device.type == "cpu":
-            _keep_freed_memory()
+            keep_freed_memory()
         if env["WORLD_SIZE"] > 1:
             # torchrun gives each process one thread; ranks x threads should fill the cores, no more
             torch.set_num_threads(max(1, _cores() // env["LOCAL_WORLD_SIZE"]))
@@ -263,7 +263,7 @@ def distributed(backend="auto", timeout_minutes=30):
 _LAUNCH = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}  # set by torchrun
 
 
-def _keep_freed_memory():
+def keep_freed_memory():
     """On a CPU: reuse large blocks instead of returning them to the kernel and faulting them in at each step.
 
     PandaLM's longest batches took 29 s with glibc's defaults and 11 s so (2 cores, MiniLM); see JOURNAL.md.

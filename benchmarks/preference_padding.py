@@ -44,6 +44,7 @@ def main():
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--max_length", type=int, default=512)
     args = parser.parse_args()
+    core.keep_freed_memory()  # as core.distributed does, for both
     world = core.World()
     cfg = run_preference.Config(
         data=args.data, model=args.model, batch=args.batch, max_length=args.max_length
