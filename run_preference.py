@@ -400,16 +400,14 @@ def measure(log_probs, data, rows, train_rows) -> dict:
 
 
 def train(run, cfg, world, data, rows, fold) -> dict:
-    """Trains a model on rows["train"]; returns log-probabilities of its val and test rows, hash, name."""
+    """Trains a model on rows["train"] and returns its outcome (see predict)."""
     core.reseed(cfg.seed, "init", fold)
     precision = core.Precision(cfg.dtype, world)
     model = precision.prepare(build_model(cfg, data, world))
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay)
     lengths = data.lengths[rows["train"]].sum(1)
     batches = core.ShardedBatches(lengths, cfg.batch, world, seed=cfg.seed)
-    total_steps = (
-        cfg.epochs * len(batches) if cfg.max_steps is None else min(cfg.epochs * len(batches), cfg.max_steps)
-    )
+    total_steps = min(n for n in (cfg.epochs * len(batches), cfg.max_steps) if n is not None)
     if fold == run.position.get("fold", 0):
         announce(run, cfg, data, rows, model)
     step = run.load(model, optimizer, precision, fold=fold)
@@ -420,19 +418,13 @@ def train(run, cfg, world, data, rows, fold) -> dict:
         model.encoder.compile(dynamic=True)
     ddp = core.wrap_ddp(model, world)
 
-    def forward_backward(mine, targets) -> float:
-        """Gradients of the summed loss / targets; returns this rank's summed loss."""
-        losses = []
-        for part in core.micro_batches(ddp, rows["train"][mine], cfg.micro_batch):
-            labels = torch.as_tensor(data.labels[part], device=world.device)
-            with precision.autocast():
-                losses.append(core.sum_cross_entropy(ddp(*collate(data, part, cfg, world.device)), labels))
-            core.scaled_backward(losses[-1], world, targets, precision)
-        return sum(loss.item() for loss in losses)
-
     core.reseed(cfg.seed, "worst case", fold)
     worst = batches.longest()[: math.ceil(cfg.batch / world.size)]
     at_once = min(cfg.micro_batch or len(worst), len(worst))
+
+    def forward_backward(mine, targets):
+        return backward_of_sum(ddp, precision, data, rows["train"][mine], targets, cfg, world)
+
     seconds = core.worst_case(world, ddp, lambda: forward_backward(worst, cfg.batch), optimizer, at_once)
     run.poll()
     if fold == run.position.get("fold", 0):  # later folds look the same
@@ -449,12 +441,10 @@ def train(run, cfg, world, data, rows, fold) -> dict:
         if evaluates or (step > 0 and cfg.save_every and step % cfg.save_every == 0):
             run.save(step, model, optimizer, precision, must=ends)
         if evaluates:
-            val = measure(
-                evaluate(model, data, rows["val"], cfg, world, run.poll), data, rows["val"], rows["train"]
-            )
-            report_validation(
-                run, step, val, where(), run.save_best(step, val["log_loss"], model), 2 * step >= total_steps
-            )
+            log_probs = evaluate(model, data, rows["val"], cfg, world, run.poll)
+            val = measure(log_probs, data, rows["val"], rows["train"])
+            is_best = run.save_best(step, val["log_loss"], model)
+            report_validation(run, step, val, where(), is_best, late=2 * step >= total_steps)
         if ends:
             break
         mine = batches.rank_batch(step)
@@ -474,14 +464,31 @@ def train(run, cfg, world, data, rows, fold) -> dict:
         if step % cfg.log_every == 0 or step == total_steps:
             run.log_training(where(), step, total_steps, {"lr": lr, "grad_norm": grad_norm})
 
-    outcome = {"weights_sha256": runs.weights_sha256(model), "parameters": core.count_parameters(model)[0]}
+    return predict(run, cfg, world, data, rows, model, step)
+
+
+def backward_of_sum(ddp, precision, data, rows, targets, cfg, world) -> float:
+    """Gradients of this rank's share of the summed loss / targets; returns the share's sum."""
+    losses = []
+    for part in core.micro_batches(ddp, rows, cfg.micro_batch):
+        labels = torch.as_tensor(data.labels[part], device=world.device)
+        with precision.autocast():
+            losses.append(core.sum_cross_entropy(ddp(*collate(data, part, cfg, world.device)), labels))
+        core.scaled_backward(losses[-1], world, targets, precision)
+    return sum(loss.item() for loss in losses)
+
+
+def predict(run, cfg, world, data, rows, model, step) -> dict:
+    """The fold's outcome: hash of the final weights; what the weights to be measured say of val and test."""
+    sha256, measured = runs.weights_sha256(model), run.checkpoint
     if cfg.test_weights == "best":
-        outcome["measured"] = run.load_best(model)
-    else:
-        outcome["measured"] = run.keep_weights(step, model, "last") if cfg.folds else run.checkpoint
+        measured = run.load_best(model)
+    elif cfg.folds:  # later folds push this one's checkpoints out
+        measured = run.keep_weights(step, model, "last")
     parts = ("val", "test") if cfg.final_eval else ("val",)
     log_probs = {part: evaluate(model, data, rows[part], cfg, world, run.poll).tolist() for part in parts}
-    return outcome | {"log_probs": log_probs}
+    parameters = core.count_parameters(model)[0]
+    return {"weights_sha256": sha256, "measured": measured, "parameters": parameters, "log_probs": log_probs}
 
 
 def describe_row(data, row, cfg) -> str:
