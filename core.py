@@ -28,6 +28,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import types
 import typing
 import urllib.error
@@ -255,6 +256,12 @@ def distributed(backend="auto", timeout_minutes=30):
     except Stop as stop:  # before there was a run to note it
         if world.is_main:
             print(f"stopped  {stop}", file=sys.stderr)
+    except Exception:
+        if world.size == 1:
+            raise
+        traceback.print_exc()  # then out at once: taking the process group down may hang, and the others with it
+        sys.stderr.flush()
+        os._exit(1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
