@@ -259,8 +259,8 @@ def distributed(backend="auto", timeout_minutes=30):
     except Exception:
         if world.size == 1:
             raise
-        traceback.print_exc()  # then out at once: taking the process group down may hang, and the others with it
-        sys.stderr.flush()
+        traceback.print_exc()
+        sys.stderr.flush()  # then out at once: taking the process group down may hang, and the others with it
         os._exit(1)
     finally:
         if dist.is_initialized():
