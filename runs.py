@@ -37,13 +37,8 @@ MAY_CHANGE = {  # what a flag may tell a resumed run anew: length, cadence, book
     *("epochs", "max_steps", "max_minutes", "eval_batch", "eval_every", "final_eval", "save_every", "keep"),
     *("log_every", "price_per_hour", "note", "micro_batch", "compile"),
 }
-OF_THE_CALL = {
-    "out",
-    "tag",
-    "resume_timestamp",
-    "resume_step",
-    "backend",
-}  # not of the run: never stored ones
+# of the call, not of the run: what was stored of these never counts
+OF_THE_CALL = {"out", "tag", "resume_timestamp", "resume_step", "backend"}
 
 
 class Run:
@@ -677,7 +672,8 @@ def _write_provenance(run):
         config = read_config(run.folder)
         config["resumes"].append({"step": run.position.get("step", 0), **now, "git": git_state()})
         for path in _sources(run.script):
-            if core.sha256_file(path) != core.sha256_file(run.folder / "source" / path.name):
+            began = run.folder / "source" / path.name  # absent where the project has grown a file since
+            if began.exists() and core.sha256_file(path) != core.sha256_file(began):
                 run.say(f"WARNING {path.name} is not the one this run began with (that one is in source/)")
         config |= {"launcher": _launcher(), "constants": dataclasses.asdict(run.cfg)}
     else:
