@@ -9,6 +9,7 @@ obvious thing, so no script asks whether it is distributed.
 """
 
 import argparse
+import ast
 import contextlib
 import csv
 import ctypes
@@ -25,6 +26,7 @@ import os
 import re
 import shutil
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -74,6 +76,11 @@ class LostRanks(RuntimeError):
 LIMITS = {  # constants: lowest and highest legal value, in whichever script they appear
     "batch micro_batch eval_batch max_documents log_every save_every eval_every": (1, math.inf),
     "epochs max_steps max_minutes lr min_lr weight_decay price_per_hour resume_step": (0, math.inf),
+    "n_layer n_head n_embd n_inner block_size top_k max_new_tokens find_steps": (1, math.inf),
+    "temperature sample_tokens": (0, math.inf),
+    "find_from find_to eps": (1e-30, math.inf),
+    "top_p": (1e-6, 1),
+    "beta1 beta2 find_smoothing val_share test_share": (0, 0.9999),
     "seed split_seed": (0, 2**31),
     "clip": (1e-6, math.inf),
     "max_length": (16, math.inf),
@@ -495,8 +502,12 @@ def read_rows(name, max_documents=None, prefer="train") -> list[dict]:
     Of several files in a zip or folder those whose name starts with `prefer` are read. A Hub id may be
     written `owner/name:config@revision`; its `prefer` split is read. UserError for what is not there.
     """
-    rows = itertools.chain.from_iterable(_tables(name, prefer))
-    return list(itertools.islice(rows, max_documents))
+    return list(itertools.islice(stream_rows(name, prefer), max_documents))
+
+
+def stream_rows(name, prefer="train"):
+    """read_rows one by one: in flat memory, but for one JSON list."""
+    return itertools.chain.from_iterable(_tables(name, prefer))
 
 
 def data_fingerprint(name, prefer="train") -> str:
@@ -554,7 +565,8 @@ def _read_table(stream, suffix, where):
             if suffix == ".parquet":
                 import pyarrow.parquet
 
-                yield from pyarrow.parquet.read_table(io.BytesIO(stream.read())).to_pylist()
+                for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=1000):
+                    yield from batch.to_pylist()
                 return
             text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
             if suffix == ".csv":
@@ -647,6 +659,43 @@ def require_columns(rows, columns, where):
         raise UserError(
             f"{where} lacks column(s) {', '.join(missing)}; found: {', '.join(map(str, found))}{hint}"
         )
+
+
+# Text that every Python installation carries: a fresh machine may have no network.
+
+BUILT_IN = ("python-docs", "python-code")
+
+
+def built_in_texts(name):
+    """Yields the texts of python-docs (help topics, docstrings) or python-code (sources of the library)."""
+    if name == "python-docs":
+        from pydoc_data.topics import topics
+
+        yield from (topics[topic] for topic in sorted(topics))
+    for path in _library_files():
+        source = path.read_text(encoding="utf-8", errors="replace")
+        if name == "python-code":
+            yield source
+        else:
+            yield from _docstrings(source)
+
+
+def _library_files() -> list[Path]:
+    """Modules of the standard library: no tests, no installed packages."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
+    files = (path.relative_to(folder) for path in sorted(folder.rglob("*.py")))
+    return [folder / path for path in files if not skipped & set(path.parts)]
+
+
+def _docstrings(source):
+    """Those of modules, classes and functions with at least three words."""
+    with contextlib.suppress(SyntaxError):
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                text = ast.get_docstring(node) or ""
+                if len(text.split()) > 2:
+                    yield text
 
 
 class BadRows:
@@ -849,15 +898,23 @@ def load_tokenizer(name, texts=()):
     """A fast tokenizer with cls and sep tokens: Hub id, folder, or (tiny:*) the words of `texts`."""
     if name.startswith("tiny:"):
         return _word_tokenizer(texts)
+    tokenizer = pretrained_tokenizer(name, "tiny:bert (built in)")
+    if None in (tokenizer.cls_token_id, tokenizer.sep_token_id):
+        raise UserError(f"tokenizer of {name} has no cls and sep token: use an encoder of the BERT family")
+    return tokenizer
+
+
+def pretrained_tokenizer(name, built_in):
+    """The fast tokenizer of a Hub id or folder; `built_in` is what an error recommends instead."""
 
     def load():
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(name, use_fast=True)
 
-    tokenizer = _local_or_hub("tokenizer", name, load)
-    if not getattr(tokenizer, "is_fast", False) or None in (tokenizer.cls_token_id, tokenizer.sep_token_id):
-        raise UserError(f"tokenizer of {name} has no cls and sep token: use an encoder of the BERT family")
+    tokenizer = local_or_hub("tokenizer", name, load, built_in)
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"tokenizer of {name} is not a fast one: use one with a tokenizer.json")
     return tokenizer
 
 
@@ -896,7 +953,7 @@ def load_encoder(name, tokenizer, dropout=None) -> nn.Module:
         config = _with_dropout(AutoConfig.from_pretrained(name), dropout)
         return AutoModel.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
 
-    model, info = _local_or_hub("model", name, load)
+    model, info = local_or_hub("model", name, load, "tiny:bert (built in)")
     if missing := sorted(key for key in info["missing_keys"] if not key.startswith("pooler.")):
         raise UserError(f"model {name} lacks {len(missing)} weights, e.g. {missing[0]}: is it an encoder?")
     return _without_pooler(model)
@@ -909,11 +966,12 @@ def encoder_from_config(config) -> nn.Module:
     return _without_pooler(AutoModel.from_config(config, dtype=torch.float32))
 
 
-def _local_or_hub(what, name, load):
+def local_or_hub(what, name, load, built_in):
+    """`load()` of a folder or Hub id, with every failure in one line."""
     if not Path(name).is_dir():
-        if name[0] in "./~":
-            raise UserError(f"no such folder: {name}")
-        return from_hub(what, name, load, "a local folder, or tiny:bert (built in)")
+        if name[:1] in ("", ".", "/", "~"):
+            raise UserError(f"no such folder: {name!r}")
+        return from_hub(what, name, load, f"a local folder, or {built_in}")
     try:
         return _quietly(load)
     except Exception as error:  # as many kinds as there are ways to damage a folder
@@ -993,26 +1051,49 @@ def lr_at(cfg, step, total_steps) -> float:
     """Rate of step `step` (from 0): linear warm-up to cfg.lr, then cfg.schedule down to cfg.min_lr.
 
     cfg.warmup is a fraction of `total_steps`; 0 and 1 are legal. The first step has lr / warm-up steps.
+    one_cycle: by cosine from lr / 25 up during the warm-up, then down to lr / 250,000 (Smith 2018; torch's
+    OneCycleLR); gpt3: cosine to lr / 10 at 260/300 of the steps, constant from there (Brown et al. 2020).
     """
+    if cfg.schedule == "one_cycle":
+        return _one_cycle(cfg.lr / 25, cfg.lr, cfg.lr / 25e4, step, cfg.warmup * total_steps, total_steps)
     rising = round(cfg.warmup * total_steps)
     if step < rising:
         return cfg.lr * (step + 1) / rising
     if cfg.schedule == "constant":
         return cfg.lr
-    done = (step - rising) / max(1, total_steps - rising)
+    end, low = total_steps, cfg.min_lr
+    if cfg.schedule == "gpt3":
+        end, low = 260 / 300 * total_steps, 0.1 * cfg.lr
+    done = min(1, (step - rising) / max(1, end - rising))
     left = 1 - done if cfg.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return cfg.min_lr + (cfg.lr - cfg.min_lr) * left
+    return low + (cfg.lr - low) * left
 
 
-def make_optimizer(model, optimizer, weight_decay) -> torch.optim.Optimizer:
-    """adamw (0.9/0.999, fused) or sgd (momentum 0.9); only matrices decay. optimizer_step sets the lr."""
+def beta1_at(cfg, step, total_steps) -> float:
+    """Adam's first beta of a step: one_cycle moves it against the rate, 0.95 -> 0.85 -> 0.95, if it may."""
+    if cfg.schedule == "one_cycle" and cfg.cycle_beta1:
+        return _one_cycle(0.95, 0.85, 0.95, step, cfg.warmup * total_steps, total_steps)
+    return cfg.beta1
+
+
+def _one_cycle(start, peak, end, step, rising, total_steps) -> float:
+    """Two half cosines; like torch's, the peak is at step rising - 1 and the end at total_steps - 1."""
+    if step <= rising - 1:
+        low, high, done = start, peak, step / max(rising - 1, 1e-9)
+    else:
+        low, high, done = peak, end, (step - rising + 1) / max(total_steps - rising, 1e-9)
+    return high + (low - high) * 0.5 * (1 + math.cos(math.pi * min(1, done)))
+
+
+def make_optimizer(model, optimizer, weight_decay, betas=(0.9, 0.999), eps=1e-8) -> torch.optim.Optimizer:
+    """adamw (fused) or sgd (momentum 0.9); only matrices decay. optimizer_step sets the lr."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
     if optimizer == "adamw":
-        return torch.optim.AdamW(groups, fused=True)
+        return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
     return torch.optim.SGD(groups, momentum=0.9)
 
 
@@ -1046,6 +1127,84 @@ def sum_cross_entropy(logits, labels) -> torch.Tensor:
     return F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
+def linear_cross_entropy(hidden, weight, bias, labels) -> torch.Tensor:
+    """sum_cross_entropy(hidden @ weight.T + bias, labels), without ever holding all logits: a scalar.
+
+    hidden (..., C), weight (V, C), bias (V,) or None, labels (...); positions without a target cost nothing.
+    Gradients are made with each chunk of logits, so backward only scales them (one backward, no second).
+    """
+    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    if not (counted := labels != IGNORE_INDEX).all():
+        hidden, labels = hidden[counted], labels[counted]
+    if torch.is_grad_enabled():
+        return _LinearCrossEntropy.apply(hidden, weight, bias, labels)
+    return -token_log_probs(hidden, weight, bias, labels)[0].sum()
+
+
+@torch.no_grad()
+def token_log_probs(hidden, weight, bias, labels) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of every target in `labels` (N,): its log-probability in fp64, and whether it was the likeliest."""
+    log_probs, hits = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.bool)]
+    for chunk in _chunks(hidden, weight):
+        scores = F.linear(hidden[chunk], weight, bias)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(-1)
+        log_probs.append(scores.gather(1, labels[chunk, None])[:, 0].double().cpu())
+        hits.append((scores.argmax(-1) == labels[chunk]).cpu())
+    return torch.cat(log_probs), torch.cat(hits)
+
+
+def _chunks(hidden, weight) -> list[slice]:
+    """Slices of rows whose logits fit a cache (CPU) or keep an accelerator busy."""
+    rows = max(16, (1 << 24 if hidden.device.type == "cpu" else 1 << 26) // len(weight))
+    return [slice(start, start + rows) for start in range(0, len(hidden), rows)]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """With e = exp(logits - top) and Z its row sums, the loss is top + log Z - logit of the target.
+
+    Its slope by the logits is e / Z - one-hot. e is the one large array, made in place of the logits; the
+    division and the one-hot go into the products: to_x = e w / Z - w[y], to_w = e^T (x / Z) - x at rows y.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels):
+        kind, ctx.kind = hidden.device.type, hidden.dtype
+        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        x, w = (hidden.to(half), weight.to(half)) if half else (hidden, weight)
+        to_x, to_w = torch.empty_like(hidden), torch.zeros_like(weight)
+        to_b = None if bias is None else torch.zeros_like(bias)
+        with torch.autocast(kind, enabled=False):
+            parts = [_add_chunk(x[c], w, bias, labels[c], to_x[c], to_w, to_b) for c in _chunks(x, w)]
+        to_w.index_add_(0, labels, hidden.to(to_w.dtype), alpha=-1)
+        if to_b is not None:
+            to_b -= torch.bincount(labels, minlength=len(bias))
+        ctx.slopes = to_x, to_w, to_b
+        return torch.stack(parts).sum() if parts else weight.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, scale):
+        slopes, ctx.slopes = ctx.slopes, None
+        return *(None if slope is None else slope.mul_(scale) for slope in slopes), None
+
+
+def _add_chunk(x, w, bias, y, to_x, to_w, to_b) -> torch.Tensor:
+    """The summed loss of some rows; writes their to_x, adds their share of to_w and to_b (one-hots aside)."""
+    logits = F.linear(x, w).to(to_w.dtype)
+    if bias is not None:
+        logits += bias
+    targets, top = logits.gather(1, y[:, None]), logits.amax(1, keepdim=True)
+    e = logits.sub_(top).exp_()
+    total = e.sum(1, keepdim=True)
+    if to_b is not None:
+        to_b += (e / total).sum(0)
+    to_x.copy_(e.to(x.dtype) @ w).div_(total).sub_(w[y])
+    if x.dtype == to_w.dtype:
+        to_w.addmm_(e.t(), x / total)
+    else:  # 16 bits: chunks are added up in fp32
+        to_w += e.to(x.dtype).t() @ (x / total).to(x.dtype)
+    return (top + total.log() - targets).sum()
+
+
 def scaled_backward(loss_sum, world, targets, precision):
     """Backward of a micro-batch's summed loss: the exchanged gradient is that of sum / global targets.
 
@@ -1054,7 +1213,7 @@ def scaled_backward(loss_sum, world, targets, precision):
     precision.scaler.scale(loss_sum * (world.size / max(targets, 1))).backward()
 
 
-def optimizer_step(optimizer, precision, clip, lr) -> float:
+def optimizer_step(optimizer, precision, clip, lr, beta1=None) -> float:
     """Unscale, clip to the global norm `clip` (none: do not), step at `lr`, zero; returns the whole norm.
 
     The norm is the exchanged gradients': all ranks see the same. An fp16 overflow skips the step and gives
@@ -1062,6 +1221,8 @@ def optimizer_step(optimizer, precision, clip, lr) -> float:
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
+        if beta1 is not None and "betas" in group:
+            group["betas"] = (beta1, group["betas"][1])
     precision.scaler.unscale_(optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     norm = float(nn.utils.clip_grad_norm_(params, math.inf if clip is None else clip))
@@ -1112,16 +1273,18 @@ def worst_case(world, model, step, optimizer, rows) -> float:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def bootstrap(values, groups, *, samples=2000, seed=0) -> np.ndarray:
+def bootstrap(values, groups, *, weights=None, samples=2000, seed=0) -> np.ndarray:
     """95 % percentile intervals (columns, 2) of the column means of `values` (rows, columns).
 
-    Whole groups (prompts, documents) are redrawn, since rows of one group are not independent. A column of
-    nothing but zeros or ones would get width 0: it gets the rule of three, 3 / number of groups.
+    `weights` (rows,) count a row that often: the targets of which its values are means. Whole groups (prompts,
+    documents) are redrawn, since rows of one group are not independent. A column of nothing but zeros or ones
+    would get width 0: it gets the rule of three, 3 / number of groups.
     """
     values = np.asarray(values, dtype=np.float64)
+    weights = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=np.float64)
     index = np.unique(np.asarray(groups), return_inverse=True)[1]
-    sums = np.zeros((index.max() + 1, values.shape[1] + 1))  # per group: of every column, and its rows
-    np.add.at(sums, index, np.c_[values, np.ones(len(values))])
+    sums = np.zeros((index.max() + 1, values.shape[1] + 1))  # per group: of every column, and its weight
+    np.add.at(sums, index, np.c_[values * weights[:, None], weights])
     rng, n = np.random.default_rng(seed), len(sums)
     draws = np.stack([sums[rng.integers(n, size=n)].sum(0) for _ in range(samples)])
     # few groups: Hesterberg's expanded percentiles (2015), with Student's t to first order in 1 / (n - 1)
