@@ -80,7 +80,8 @@ LIMITS = {  # constants: lowest and highest legal value, in whichever script the
     "temperature sample_tokens": (0, math.inf),
     "find_from find_to eps": (1e-30, math.inf),
     "top_p": (1e-6, 1),
-    "beta1 beta2 find_smoothing val_share test_share": (0, 0.9999),
+    "beta1 beta2 find_smoothing test_share": (0, 0.9999),
+    "val_share": (1e-4, 0.9999),
     "seed split_seed": (0, 2**31),
     "clip": (1e-6, math.inf),
     "max_length": (16, math.inf),
@@ -864,10 +865,11 @@ class Terminal:
             self.stream.flush()
 
 
-def progress(total, what, world=World()):
-    """A bar for work that logs no lines: rank 0, interactive terminals only."""
-    hide = None if world.is_main else True
-    return tqdm(total=total, desc=what, leave=False, disable=hide, file=Terminal(sys.stderr))
+def progress(total, what, world=World(), unit="it"):
+    """A bar for work that logs no lines: rank 0, interactive terminals only. total none: only counts."""
+    hide, scaled = None if world.is_main else True, unit != "it"
+    stream = Terminal(sys.stderr)
+    return tqdm(total=total, desc=what, leave=False, disable=hide, file=stream, unit=unit, unit_scale=scaled)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1154,8 +1156,9 @@ def token_log_probs(hidden, weight, bias, labels) -> tuple[torch.Tensor, torch.T
 
 
 def _chunks(hidden, weight) -> list[slice]:
-    """Slices of rows whose logits fit a cache (CPU) or keep an accelerator busy."""
-    rows = max(16, (1 << 24 if hidden.device.type == "cpu" else 1 << 26) // len(weight))
+    """Equal slices of rows whose logits are 64 MB in fp32 (a CPU: smaller is slower) or 256 MB at most."""
+    most = 1 << 24 if hidden.device.type == "cpu" else 1 << 26
+    rows = max(1, math.ceil(len(hidden) / math.ceil(max(1, len(hidden) * len(weight)) / most)))
     return [slice(start, start + rows) for start in range(0, len(hidden), rows)]
 
 

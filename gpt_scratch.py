@@ -11,6 +11,7 @@ Top: the model, generation, weights in and out, tokenizers, the token cache, for
 Bottom: the experiment; its constants stand in Config. Each run is a folder under runs/gpt_scratch/.
 """
 
+import copy
 import functools
 import hashlib
 import heapq
@@ -23,9 +24,9 @@ import platform
 import re
 import string
 import sys
+import textwrap
 import time
 from collections import Counter, defaultdict
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -272,10 +273,9 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top
     first, ended, cache = [0] * len(rows), [None] * len(rows), None
     for _ in range(max_new_tokens):
         poll()
-        if max(map(len, rows)) - min(first) > size or cache is None or not use_cache:
-            if any(len(row) - start > size for row, start in zip(rows, first, strict=True)):
-                first = [max(start, len(row) - max(1, size // 2)) for row, start in zip(rows, first, strict=True)]
-                cache = None
+        if max(len(row) - start for row, start in zip(rows, first, strict=True)) > size:
+            first = [max(start, len(row) - (size + 1) // 2) for row, start in zip(rows, first, strict=True)]
+            cache = None
         if cache is None or not use_cache:
             input_ids, padding = left_padded([row[start:] for row, start in zip(rows, first, strict=True)])
             cache = KVCache(len(model.h), size, None if padding is None else padding.to(device))
@@ -437,3 +437,1112 @@ def llama_config(name, c) -> GPTConfig:
         c.intermediate_size, positions="rotary", norm="rmsnorm", activation="swiglu", bias=False, qkv_bias=False,
         tie_head=c.tie_word_embeddings, norm_eps=c.rms_norm_eps, rope_theta=rope["rope_theta"],
     )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------- tokenizers
+
+END = "<|endoftext|>"  # stands between documents; GPT-2's own name for it
+
+
+def make_tokenizer(name, texts):
+    """The transformers tokenizer of a name; `texts()` yields the training text that chars and bpe learn from.
+
+    chars | ascii | bytes | bpe:<size> | bpe_scratch:<size> | Hub id or folder. eos_token_id ends a document.
+    """
+    kind, _, size = name.partition(":")
+    if kind in ("bpe", "bpe_scratch") and not (size.isdigit() and int(size) > 256):
+        raise core.UserError(f"--tokenizer {name}: use {kind}:<size> with a size over 256, e.g. {kind}:2048")
+    if kind == "chars":
+        return characters(sorted(set().union(*texts())))
+    if kind == "ascii":
+        return characters(sorted(set(string.printable.lower())), plain=True)
+    if kind == "bytes":
+        return byte_level({symbol: i for i, symbol in enumerate([END, *sorted(BYTES.values())])}, [])
+    if kind == "bpe":
+        return trained_bpe(texts(), int(size))
+    if kind == "bpe_scratch":
+        scratch = ScratchBPE.train(texts(), int(size))
+        return byte_level(scratch.vocabulary, list(scratch.merges))
+    tokenizer = core.pretrained_tokenizer(name, "chars, ascii, bytes or bpe:2048 (built in)")
+    if tokenizer.eos_token_id is None:
+        raise core.UserError(f"tokenizer of {name} has no end-of-text token: use one of a language model")
+    return tokenizer
+
+
+def characters(symbols, plain=False):
+    """One id per character. plain: accents and case go, and what is not ASCII then becomes `?` (journal 003
+    also lower-cased ASCII); otherwise a character the training text lacks is <unk>."""
+    import tokenizers
+    from tokenizers import normalizers
+
+    vocabulary = {symbol: i for i, symbol in enumerate([*symbols, END, *([] if plain else ["<unk>"])])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?" if plain else "<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    if plain:
+        steps = [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]
+        steps.append(normalizers.Replace(tokenizers.Regex(r"[^\x20-\x7e\t-\r]"), "?"))
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    return fast(tokenizer, unk_token=None if plain else "<unk>")
+
+
+def byte_level(vocabulary, merges):
+    import tokenizers
+
+    return fast(byte_level_rules(tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))))
+
+
+def trained_bpe(texts, size):
+    import tokenizers
+
+    tokenizer = byte_level_rules(tokenizers.Tokenizer(tokenizers.models.BPE()))
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=sys.stderr.isatty()
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return fast(tokenizer)
+
+
+def byte_level_rules(tokenizer):
+    from tokenizers import decoders, pre_tokenizers
+
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def fast(tokenizer, **special):
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, **special)
+
+
+def byte_symbols() -> dict[int, str]:
+    """GPT-2's printable stand-ins: a byte that prints stands for itself, the others for 256 and on."""
+    printing = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (byte for byte in range(256) if byte not in printing)
+    return {byte: chr(byte) for byte in printing} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+BYTES = byte_symbols()
+WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's: no merge crosses
+
+
+class ScratchBPE:
+    """Byte-level byte-pair encoding by hand (Sennrich et al. 2016): the merges that `tokenizers` finds.
+
+    Training keeps, for every pair of neighbours, its count and the words it stands in, so that a merge only
+    touches those words; the heap's counts may be stale and are corrected when they come up.
+    """
+
+    def __init__(self, vocabulary, merges):
+        import regex  # comes with transformers; re knows no \p{L}
+
+        self.split = regex.compile(WORDS).findall
+        self.vocabulary, self.merges = vocabulary, {tuple(pair): i for i, pair in enumerate(merges)}
+
+    @classmethod
+    def train(cls, texts, size):
+        self = cls({symbol: i for i, symbol in enumerate([END, *sorted(BYTES.values())])}, [])
+        counts = Counter(word for text in texts for word in self.split(text))
+        self.words = [([BYTES[byte] for byte in word.encode()], n) for word, n in counts.items()]
+        self.pairs, self.places = Counter(), defaultdict(set)
+        for place in range(len(self.words)):
+            self._count(place, +1)
+        heap = [self._entry(pair) for pair in self.pairs]
+        heapq.heapify(heap)
+        while len(self.vocabulary) < size and heap:
+            entry = heapq.heappop(heap)
+            pair = entry[-1]
+            if entry != self._entry(pair):  # stale
+                if self.pairs[pair] > 0:
+                    heapq.heappush(heap, self._entry(pair))
+            elif self.pairs[pair] < 1:
+                break
+            else:
+                for new in self._merge(pair):
+                    heapq.heappush(heap, self._entry(new))
+        del self.words, self.pairs, self.places
+        return self
+
+    def _entry(self, pair):
+        """Most frequent first; of equals the one with the smaller ids, as in `tokenizers`."""
+        return -self.pairs[pair], self.vocabulary[pair[0]], self.vocabulary[pair[1]], pair
+
+    def _count(self, place, sign) -> set:
+        symbols, n = self.words[place]
+        found = set(itertools.pairwise(symbols))
+        for pair in itertools.pairwise(symbols):
+            self.pairs[pair] += sign * n
+        for pair in found:
+            self.places[pair].add(place)
+        return found
+
+    def _merge(self, pair) -> set:
+        """Learns the pair and applies it to every word; returns the pairs that are new or more frequent."""
+        self.merges[pair] = len(self.merges)
+        self.vocabulary.setdefault("".join(pair), len(self.vocabulary))
+        changed = set()
+        for place in self.places.pop(pair):
+            self._count(place, -1)
+            self.words[place] = joined(self.words[place][0], pair), self.words[place][1]
+            changed |= {new for new in self._count(place, +1) if "".join(pair) in new}
+        return changed - {pair}
+
+    @functools.lru_cache(1 << 18)  # noqa: B019 (words repeat; the tokenizer lives as long as the program)
+    def _word(self, word) -> list[int]:
+        symbols = [BYTES[byte] for byte in word.encode()]
+        while known := [pair for pair in itertools.pairwise(symbols) if pair in self.merges]:
+            symbols = joined(symbols, min(known, key=self.merges.get))
+        return [self.vocabulary[symbol] for symbol in symbols]
+
+    def encode(self, text) -> list[int]:
+        return [token for word in self.split(text) for token in self._word(word)]
+
+
+def joined(symbols, pair) -> list[str]:
+    """`symbols` with every occurrence of the pair, from the left, as one."""
+    result, i = [], 0
+    while i < len(symbols):
+        both = tuple(symbols[i : i + 2]) == pair
+        result.append("".join(pair) if both else symbols[i])
+        i += 1 + both
+    return result
+
+
+# -------------------------------------------------------------------------------------------- token cache
+# text -> train.bin, val.bin, test.bin: streams of token ids, mapped into memory, END before and behind each
+# document. Built once by rank 0; a killed build goes on where it was.
+
+CACHE_VERSION = 1  # of the layout: change both together
+PARTS = ("train", "val", "test")
+PIECE = 1 << 16  # characters of a document that are read and encoded at once
+TEXT_FILES = (".txt", ".text", ".md", ".rst", ".py")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Which text, how split, how tokenised: everything that decides what a token cache holds."""
+
+    data: str  # file or folder of text, a table with a column of text, a Hub id, python-docs, python-code
+    tokenizer: str
+    text_column: str = "text"
+    max_documents: int | None = None
+    val_share: float = 0.05
+    test_share: float = 0.05
+    split_seed: int = 42
+
+
+@dataclass
+class Tokens:
+    """An opened token cache."""
+
+    parts: dict[str, np.ndarray]
+    tokenizer: object
+    unigram: np.ndarray  # how often each id occurs in train, (V,)
+    documents: dict[str, int]
+    fingerprint: dict
+    lines: list[str]  # what to tell the user about unusable documents
+
+
+def open_corpus(corpus, world) -> Tokens:
+    """The tokens of a Corpus, from the cache or built into it by rank 0."""
+    return open_cache(Path(core.on_main(world, lambda: str(token_cache(corpus)))))
+
+
+def token_cache(corpus) -> Path:
+    """The folder with the tokens of `corpus`; built under a lock if it is not there. One process calls it."""
+    source = data_fingerprint(corpus)
+    key = json.dumps([CACHE_VERSION, source, asdict(corpus)])
+    folder = core.cache_root() / f"tokens_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if not (folder / "meta.json").exists():
+        aside = folder.with_name(f".{folder.name}.partial")  # kept when killed
+        aside.mkdir(parents=True, exist_ok=True)
+        with runs.locked(aside):
+            if not (folder / "meta.json").exists():  # another run may have built it meanwhile
+                build_cache(corpus, source, aside)
+                os.rename(aside, folder)
+    return folder
+
+
+def open_cache(folder) -> Tokens:
+    """Maps the streams. UserError if a file is not what the cache was built with."""
+    meta = json.loads((folder / "meta.json").read_text())
+    path, kind = folder / "tokenizer" / "tokenizer.json", np.dtype(meta["kind"])
+    sizes = {part: (folder / f"{part}.bin").stat().st_size // kind.itemsize for part in PARTS}
+    if core.sha256_file(path) != meta["fingerprint"]["tokenizer"] or sizes != meta["tokens"]:
+        raise core.UserError(f"token cache {folder} is not what was built (tokenizer or tokens changed): delete it")
+    parts = {part: np.memmap(folder / f"{part}.bin", dtype=kind, mode="r") for part in PARTS}
+    unigram = np.load(folder / "unigram.npy")
+    tokenizer = core.pretrained_tokenizer(str(folder / "tokenizer"), "")
+    return Tokens(parts, tokenizer, unigram, meta["documents"], meta["fingerprint"], meta["lines"])
+
+
+def data_fingerprint(corpus) -> str:
+    """Of the text itself: it names the cache, and shows a resume that the data changed."""
+    if corpus.data in core.BUILT_IN:
+        return f"{corpus.data} of Python {platform.python_version()}"
+    if files := text_files(corpus.data):
+        return core.joint_hash([core.sha256_file(file) for file in files])
+    return core.data_fingerprint(corpus.data)
+
+
+def text_files(name) -> list[Path]:
+    """The text files that a name stands for; none where it is a table or on the Hub."""
+    path = Path(name)
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.suffix in TEXT_FILES)
+    return [path] if path.is_file() and path.suffix not in (*core.TABLES, ".zip") else []
+
+
+def documents(corpus, bad):
+    """Yields, for each document, a function that opens it as a stream of text."""
+    column = corpus.text_column
+    if corpus.data in core.BUILT_IN:
+        rows = ({column: text} for text in core.built_in_texts(corpus.data))
+    elif files := text_files(corpus.data):
+        for file in files[: corpus.max_documents]:
+            yield functools.partial(open, file, encoding="utf-8-sig", newline="")
+        return
+    else:
+        rows = core.stream_rows(corpus.data)
+    for number, row in enumerate(itertools.islice(rows, corpus.max_documents), start=1):
+        if number == 1:
+            core.require_columns([row], [column], corpus.data)
+        text = row.get(column)
+        if not isinstance(text, str) or not text or not core.is_clean(text):
+            bad.add(number, "no text" if not text or not isinstance(text, str) else "odd Unicode (a lone surrogate)")
+            continue
+        yield functools.partial(io.StringIO, text, newline="")
+
+
+def pieces(stream, name="text"):
+    """A document in pieces of some PIECE characters, cut where GPT-2's rules cut anyway: x\\n | x."""
+    rest = ""
+    try:
+        while chunk := stream.read(PIECE):
+            rest += chunk
+            cut = re.match(r"(?s:.*)\S\n(?=\S)", rest)
+            cut = cut.end() if cut else 0 if len(rest) < 16 * PIECE else len(rest)  # one endless line
+            if cut:
+                yield rest[:cut]
+            rest = rest[cut:]
+    except UnicodeDecodeError:
+        raise core.UserError(f"{stream.name} is not UTF-8: save it as such, or take it out") from None
+    if rest:
+        yield rest
+
+
+def split_pieces(corpus, bad):
+    """Yields (part, text, whether a document begins). Equal documents share a part; a single one is cut."""
+    found = documents(corpus, bad)
+    first, second = next(found, None), next(found, None)
+    if first is None:
+        raise core.UserError(f"{corpus.data} holds no text: use text files, a table with a column, or python-docs")
+    if second is None:
+        yield from cut_document(first, corpus)
+        return
+    for number, opens in enumerate(itertools.chain([first, second], found)):
+        with opens() as stream:
+            for i, text in enumerate(pieces(stream)):
+                if i == 0:
+                    drawn = hashlib.sha256(f"{corpus.split_seed}/{text}".encode()).digest()
+                    part = "train" if number == 0 else part_of(int.from_bytes(drawn[:6]) / 2**48, corpus)
+                yield part, text, i == 0
+
+
+def part_of(share, corpus) -> str:
+    """0 ... 1 -> train, val, test, in this order."""
+    train = 1 - corpus.val_share - corpus.test_share
+    return "train" if share < train else "val" if share < train + corpus.val_share else "test"
+
+
+def cut_document(opens, corpus):
+    """A single document: its last parts are held out, to the character."""
+    with opens() as stream:
+        length = sum(len(text) for text in pieces(stream))
+    ends = [int(length * share) for share in (1 - corpus.val_share - corpus.test_share, 1 - corpus.test_share, 1)]
+    at, begins = 0, set(PARTS)
+    with opens() as stream:
+        for text in pieces(stream):
+            for part, start, end in zip(PARTS, [0, *ends], ends, strict=False):
+                if inside := text[max(0, start - at) : max(0, end - at)]:
+                    yield part, inside, part in begins
+                    begins.discard(part)
+            at += len(text)
+
+
+def build_cache(corpus, source, folder):
+    """Tokenizer, streams, counts, meta.json (last) into `folder`, going on from what a killed build left."""
+    bad, path = core.BadRows(), folder / "tokenizer"
+    if not (path / "done").exists():
+        def train_texts():
+            return (text for part, text, _ in split_pieces(corpus, core.BadRows()) if part == "train")
+
+        make_tokenizer(corpus.tokenizer, train_texts).save_pretrained(path)
+        (path / "done").touch()
+    tokenizer = core.pretrained_tokenizer(str(path), "")
+    kind = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+    state = write_tokens(folder, corpus, tokenizer, kind, bad)
+    counts = np.zeros(len(tokenizer), dtype=np.int64)
+    train = np.memmap(folder / "train.bin", dtype=kind, mode="r")
+    for start in range(0, len(train), 1 << 24):
+        counts += np.bincount(train[start : start + (1 << 24)], minlength=len(tokenizer))
+    np.save(folder / "unigram.npy", counts)
+    total = sum(state["documents"].values()) + len(bad.rows)
+    core.write_json(folder / "meta.json", {
+        "fingerprint": {"data": source, "tokenizer": core.sha256_file(path / "tokenizer.json")},
+        "kind": kind.name, "corpus": asdict(corpus), "documents": state["documents"],
+        "tokens": {part: size // kind.itemsize for part, size in state["bytes"].items()},
+        "lines": bad.report(total, corpus.data) if bad.rows else [],
+    })  # fmt: skip
+
+
+def write_tokens(folder, corpus, tokenizer, kind, bad) -> dict:
+    """Appends to the streams piece by piece; progress.json says every few seconds how much of them counts."""
+    encode, end = encoder(corpus.tokenizer, tokenizer), np.array([tokenizer.eos_token_id], kind).tobytes()
+    path = folder / "progress.json"
+    state = {"pieces": 0, "bytes": dict.fromkeys(PARTS, 0), "documents": dict.fromkeys(PARTS, 0), "closed": False}
+    state = json.loads(path.read_text()) if path.exists() else state
+    files = {part: open(folder / f"{part}.bin", "ab") for part in PARTS}
+    for part, file in files.items():
+        file.truncate(state["bytes"][part])
+    found, saved = itertools.islice(split_pieces(corpus, bad), state["pieces"], None), time.monotonic()
+    sizes = [file.stat().st_size for file in text_files(corpus.data)]
+    with core.progress(sum(sizes) or None, "tokenising", unit="B") as bar:
+        while not state["closed"]:
+            group = list(up_to(found, 1 << 20))
+            for (part, _, begins), ids in zip(group, encode([text for _, text, _ in group]), strict=True):
+                files[part].write(end * begins + np.asarray(ids, dtype=kind).tobytes())
+                state["documents"][part] += begins
+            bar.update(sum(len(text) for _, text, _ in group))
+            state["pieces"], state["closed"] = state["pieces"] + len(group), not group
+            if state["closed"]:
+                [file.write(end) for file in files.values()]
+            if state["closed"] or time.monotonic() - saved > 5:
+                for part, file in files.items():
+                    file.flush()
+                    os.fsync(file.fileno())
+                    state["bytes"][part] = file.tell()
+                core.write_json(path, state)
+                saved = time.monotonic()
+    return state
+
+
+def up_to(found, characters):
+    """The next pieces that together have about so many characters: a batch for all cores, flat in memory."""
+    for piece in found:
+        yield piece
+        characters -= len(piece[1])
+        if characters <= 0:
+            return
+
+
+def encoder(name, tokenizer):
+    """texts -> a list of ids each. Rust, on all cores; characters by a table; bpe_scratch by its own code."""
+    rust = tokenizer.backend_tokenizer
+    if name in ("chars", "ascii"):
+        table = np.full(0x110000, tokenizer.vocab.get("<unk>", 0), dtype=np.uint32)
+        for symbol, i in tokenizer.vocab.items():
+            if len(symbol) == 1:
+                table[ord(symbol)] = i
+        plain = rust.normalizer.normalize_str if rust.normalizer else str
+        return lambda texts: [table[np.frombuffer(plain(text).encode("utf-32-le"), "<u4")] for text in texts]
+    if name.startswith("bpe_scratch"):
+        model = json.loads(rust.to_str())["model"]
+        scratch = ScratchBPE(model["vocab"], model["merges"])
+        return lambda texts: [scratch.encode(text) for text in texts]
+    return lambda texts: [e.ids for e in rust.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+class Blocks:
+    """A stream in blocks that do not overlap: block i predicts the block_size tokens after token i block_size."""
+
+    def __init__(self, tokens, block_size):
+        self.tokens, self.block_size = tokens, block_size
+
+    def __len__(self):
+        return math.ceil((len(self.tokens) - 1) / self.block_size)
+
+    def targets(self, rows) -> np.ndarray:
+        """How many tokens each block predicts: block_size, less in the last one."""
+        return np.minimum(self.block_size, len(self.tokens) - 1 - np.asarray(rows, dtype=int) * self.block_size)
+
+    def batch(self, rows, device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(input_ids, labels), both (B, block_size); what a short block lacks is no target."""
+        ids = np.zeros((len(rows), self.block_size + 1), dtype=np.int64)
+        for i, (row, n) in enumerate(zip(rows, self.targets(rows), strict=True)):
+            ids[i, : n + 1] = self.tokens[row * self.block_size : row * self.block_size + n + 1]
+            ids[i, n + 1 :] = core.IGNORE_INDEX
+        ids = torch.from_numpy(ids)
+        return ids[:, :-1].clamp(min=0).to(device), ids[:, 1:].to(device)
+
+
+# ------------------------------------------------------------------------- the experiment and its constants
+
+
+@dataclass(frozen=True)
+class Config:
+    # data
+    data: str = "python-docs"  # text file or folder, table, Hub id, python-docs or python-code (built in)
+    text_column: str = "text"  # of a table or Hub set
+    max_documents: int | None = None  # none = all
+    tokenizer: str = "chars"  # chars, ascii, bytes, bpe:<size>, bpe_scratch:<size>, Hub id or folder
+    val_share: float = 0.05  # of the documents; of a single document, its end
+    test_share: float = 0.05
+    split_seed: int = 42
+    block_size: int = 64  # tokens of context
+    # model
+    model: str = "new"  # or where to start from: a run folder, a GPT-2 or Llama folder, a Hub id
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    n_inner: int | None = None  # none = 4 n_embd; swiglu: 8/3 n_embd, rounded up to a multiple of 256
+    positions: Literal["learned", "rotary"] = "rotary"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    activation: Literal["gelu", "relu", "swiglu"] = "gelu"
+    bias: bool = False  # of linear layers and LayerNorms
+    qkv_bias: bool = False
+    tie_head: bool = True
+    head_bias: bool = False
+    dropout: float = 0.0
+    checkpointing: bool = False  # recompute blocks in the backward: more time, less memory
+    # optimisation
+    batch: int = 12  # blocks per optimizer step, over all ranks
+    micro_batch: int | None = None  # blocks per forward and rank; none = all of the rank's blocks
+    epochs: int = 1
+    max_steps: int | None = None  # optimizer steps
+    max_minutes: float | None = None  # of training, over resumes
+    lr: float = 4e-3  # peak; GPT-3's sizes and rates lie near 1.95 parameters^-0.437 (journal 003)
+    min_lr: float = 0.0
+    warmup: float = 0.05  # fraction of all steps; of one_cycle its rise (the usual is 0.3)
+    schedule: Literal["linear", "cosine", "constant", "one_cycle", "gpt3"] = "linear"
+    cycle_beta1: bool = True  # one_cycle moves beta1 between 0.95 and 0.85, against the rate
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # of matrices
+    clip: float | None = 1.0  # global gradient norm; none = off
+    dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    compile: bool = False
+    seed: int = 0
+    # learning-rate finder
+    find_from: float = 1e-6
+    find_to: float = 1.0
+    find_steps: int = 100
+    find_smoothing: float = 0.8  # weight of the past in the running mean of the loss
+    # evaluation and logging
+    eval_batch: int = 64  # blocks per evaluation step, over all ranks
+    eval_every: int | None = None  # steps; none = each epoch
+    final_eval: bool = True  # the test part, once, at the end
+    test_weights: Literal["best", "last"] = "best"  # lowest validation loss, or the final ones
+    save_every: int | None = None  # steps; none = at each evaluation, before it
+    keep: int = 2  # checkpoints
+    log_every: int = 50  # steps
+    price_per_hour: float | None = None  # dollars for the whole box
+    note: str = ""
+    # samples and generation
+    prompt: str | None = None  # none = an end-of-text token in training, a prompt loop in mode generate
+    sample_tokens: int = 300  # of each of three samples after an evaluation; 0 = none
+    max_new_tokens: int = 300  # in mode generate
+    temperature: float = 0.8  # 0 = greedy
+    top_k: int | None = None
+    top_p: float | None = None
+    stop: str | None = None  # a token that ends a continuation, beside end-of-text
+    # run
+    mode: Literal["train", "find_lr", "generate", "profile", "export"] = "train"
+    dirty: bool = True  # --no-dirty refuses to start with uncommitted changes
+    out: str | None = None  # none = runs/gpt_scratch below the current folder
+    tag: str | None = None  # none = the preset's name
+    resume_timestamp: str | None = None  # a timestamp, latest, or auto (resume, skip if finished, else start)
+    resume_step: int | None = None  # an older checkpoint than the newest
+    backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"
+
+    def __post_init__(self):
+        if self.mode != "train" and self.resume_timestamp:
+            raise core.UserError(f"--resume_timestamp goes with mode train, not with {self.mode}")
+        if self.val_share + self.test_share >= 1:
+            raise core.UserError(f"val_share {self.val_share} + test_share {self.test_share} leave nothing to train on")
+        if self.schedule in ("one_cycle", "gpt3") and self.min_lr:
+            raise core.UserError(f"min_lr {self.min_lr}: schedule {self.schedule} has an end of its own, leave it 0")
+        if self.find_from >= self.find_to:
+            raise core.UserError(f"find_from {self.find_from} is not below find_to {self.find_to}")
+
+
+JOURNAL = {  # what journal 003's code trained: articles of Wikipedia, 1 % held out, AdamW as torch has it
+    **{"data": "wikimedia/wikipedia:20231101.en", "max_documents": 75_000, "val_share": 0.01, "test_share": 0.01},
+    **{"positions": "learned", "activation": "relu", "bias": True, "qkv_bias": False, "tie_head": False},
+    **{"head_bias": True, "dropout": 0.2, "lr": 1e-3, "schedule": "constant", "warmup": 0.0, "beta2": 0.999},
+    **{"weight_decay": 0.01, "clip": None, "dtype": "bf16", "eval_every": 1000, "tokenizer": "ascii"},
+}
+SMALL = JOURNAL | {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 2048, "batch": 2, "lr": 6e-4}
+MINI = JOURNAL | {"n_layer": 10, "n_head": 8, "n_embd": 512, "block_size": 256, "batch": 128}
+PRESETS = {  # rates as the journal meant them: its code ran all of them at 1e-3 (seeds' bug D8)
+    "cpu": {},
+    "baby": JOURNAL | {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch": 64},
+    "mini_v0": MINI,
+    "mini_v1": MINI | {"batch": 180},
+    "gpt3_small": SMALL | {"tokenizer": "gpt2"},
+    "gpt3_small_char": SMALL,
+    "gpt3_small_char_one_cycle": SMALL | {"schedule": "one_cycle", "warmup": 0.3},
+    "gpt3_small_large_batch": SMALL | {"tokenizer": "gpt2", "batch": 128, "micro_batch": 2, "lr": 1e-5},
+}
+SMOKE = {
+    "data": "python-docs",
+    "max_documents": 60,
+    "tokenizer": lambda name: "bpe:512" if name == "gpt2" else name,  # as the preset, without a network
+    "block_size": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_embd": 64,
+    "dropout": 0.0,
+    "batch": 24,
+    "micro_batch": None,
+    "max_steps": 200,
+    "lr": 4e-3,
+    "dtype": "fp32",
+    "val_share": 0.1,
+    "test_share": 0.1,
+    "eval_every": 100,
+    "sample_tokens": 80,
+    "find_steps": 60,
+}
+SAMPLES = 3  # after each evaluation
+RATIO = 20  # tokens per parameter that Hoffmann et al. 2022 find best
+
+
+def corpus_of(cfg, world) -> Corpus:
+    """What cfg says of the text; a model that is not new brings its own tokenizer."""
+    name = cfg.tokenizer
+    if cfg.model != "new":
+        name = str(Path(cfg.model) / "tokenizer") if is_run(cfg.model) else cfg.model
+    values = {field.name: getattr(cfg, field.name) for field in fields(Corpus)}
+    return Corpus(**values | {"tokenizer": name})
+
+
+def is_run(name) -> bool:
+    return (Path(name) / "gpt.json").exists()
+
+
+def build_model(cfg, tokens, world) -> GPT:
+    """cfg's shape with random weights, or the weights of cfg.model."""
+    if cfg.model == "new":
+        shape = {field.name: getattr(cfg, field.name) for field in fields(GPTConfig) if hasattr(cfg, field.name)}
+        return GPT(GPTConfig(vocab_size=len(tokens.tokenizer), **shape))
+    model = core.main_first(world, lambda: open_model(cfg.model, cfg.dropout, cfg.checkpointing)[0])
+    if cfg.block_size > model.config.block_size:
+        raise core.UserError(f"--block_size {cfg.block_size} is over the {model.config.block_size} of {cfg.model}")
+    return model
+
+
+def open_model(name, dropout=0.0, checkpointing=False):
+    """(model, tokenizer) of a run folder, a GPT-2 or Llama folder, or a Hub id; fp32, on the CPU."""
+    if not is_run(name):
+        return load_pretrained(name, dropout, checkpointing), core.pretrained_tokenizer(name, "a run folder")
+    folder = Path(name)
+    config = GPTConfig(**json.loads((folder / "gpt.json").read_text()))
+    model = GPT(replace(config, dropout=dropout, checkpointing=checkpointing))
+    runs.load_weights(folder / "checkpoints" / runs.chosen_checkpoint(folder), model)
+    return model, core.pretrained_tokenizer(str(folder / "tokenizer"), "")
+
+
+def load_model(folder, world):
+    """(Config, model, tokenizer) of a run, from its folder alone; the weights it was tested with."""
+    cfg = Config(**runs.read_config(folder)["constants"])
+    model, tokenizer = open_model(folder)
+    return cfg, model.to(world.device).eval(), tokenizer
+
+
+# ------------------------------------------------------------------------------------------- one step of it
+
+
+@dataclass
+class Setup:
+    """What train, find_lr and profile share."""
+
+    cfg: Config
+    world: core.World
+    tokens: Tokens
+    blocks: dict[str, Blocks]
+    batches: core.ShardedBatches
+    total_steps: int
+    model: GPT
+    ddp: nn.Module
+    optimizer: torch.optim.Optimizer
+    precision: core.Precision
+    step: int = 0  # where a resumed run stands
+
+
+def set_up(run, cfg, world) -> Setup:
+    """Data, model, optimizer, the state of a resumed run, two discarded steps; says what is about to run."""
+    tokens = open_corpus(corpus_of(cfg, world), world)
+    run.pin("fingerprint", tokens.fingerprint)
+    blocks = {part: Blocks(tokens.parts[part], cfg.block_size) for part in PARTS}
+    for part in ("train", "val", *(("test",) if cfg.test_share else ())):
+        if not len(blocks[part]):
+            raise core.UserError(f"{cfg.data} leaves no {part} text: use more documents or a larger {part}_share")
+    batches = core.ShardedBatches(np.full(len(blocks["train"]), cfg.block_size), cfg.batch, world, seed=cfg.seed)
+    total_steps = min(n for n in (cfg.epochs * len(batches), cfg.max_steps) if n is not None)
+    core.reseed(cfg.seed, "init")
+    precision = core.Precision(cfg.dtype, world)
+    model = precision.prepare(build_model(cfg, tokens, world))
+    optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.eps)
+    announce(run, cfg, tokens, blocks, batches, total_steps, model)
+    step = run.load(model, optimizer, precision)
+    if world.is_main:  # they let the folder alone rebuild the model
+        core.write_json(run.folder / "gpt.json", asdict(model.config))
+        tokens.tokenizer.save_pretrained(run.folder / "tokenizer")
+    if cfg.compile:
+        for block in model.h:
+            block.compile()
+    ddp = core.wrap_ddp(model, world)
+    s = Setup(cfg, world, tokens, blocks, batches, total_steps, model, ddp, optimizer, precision, step)
+    if step == 0:
+        first = Blocks(blocks["val"].tokens[: 16 * cfg.block_size + 1], cfg.block_size)
+        loss, _, targets = evaluate(model, first, cfg, world).sum(0)
+        run.say(f"initial loss {loss / targets:.4f}  ln V {math.log(model.config.vocab_size):.4f}")
+    core.reseed(cfg.seed, "worst case")
+    worst = batches.longest()[: math.ceil(cfg.batch / world.size)].tolist()
+    at_once = min(cfg.micro_batch or len(worst), len(worst))
+    targets = cfg.batch * cfg.block_size
+    seconds = core.worst_case(world, ddp, lambda: forward_backward(s, worst, targets), optimizer, at_once)
+    run.poll()
+    run.forecast(model, optimizer, total_steps - step, seconds, typical=1.0)
+    run.say(describe_block(tokens.tokenizer, blocks["train"]))
+    return s
+
+
+def forward_backward(s, rows, targets) -> float:
+    """Gradients of this rank's share of the summed loss / targets; returns the share's sum."""
+    losses = []
+    for part in core.micro_batches(s.ddp, rows, s.cfg.micro_batch):
+        input_ids, labels = s.blocks["train"].batch(part, s.world.device)
+        with s.precision.autocast():
+            losses.append(s.ddp(input_ids, labels))
+        core.scaled_backward(losses[-1], s.world, targets, s.precision)
+    return sum(loss.item() for loss in losses)
+
+
+def take_step(s, step, targets, lr, beta1) -> tuple[float, float]:
+    """Global batch `step`: (this rank's summed loss before the update, norm of the whole gradient)."""
+    core.reseed(s.cfg.seed, step, s.world.rank)
+    loss_sum = forward_backward(s, s.batches.rank_batch(step), targets)
+    return loss_sum, core.optimizer_step(s.optimizer, s.precision, s.cfg.clip, lr, beta1)
+
+
+def count_targets(s, step) -> int:
+    """Of this rank's share of global batch `step`."""
+    return int(s.blocks["train"].targets(s.batches.rank_batch(step)).sum())
+
+
+@torch.no_grad()
+def evaluate(model, blocks, cfg, world, poll=lambda: None) -> np.ndarray:
+    """(blocks, 3) on every rank: summed loss, hits of the likeliest token, targets. `model` is unwrapped."""
+    model.eval()
+    precision = core.Precision(cfg.dtype, world)
+    batches = core.ShardedBatches(blocks.targets(range(len(blocks))), cfg.eval_batch, world)
+    sums = torch.zeros(len(blocks), 3, dtype=torch.float64)
+    with core.progress(len(batches), "evaluating", world) as bar:
+        for step in range(len(batches)):
+            poll()
+            if mine := batches.rank_batch(step):
+                input_ids, labels = blocks.batch(mine, world.device)
+                counted = labels != core.IGNORE_INDEX
+                with precision.autocast():
+                    hidden = model.hidden(input_ids)[counted]
+                    log_probs, hits = core.token_log_probs(hidden, *model.head(), labels[counted])
+                rows = torch.tensor(mine)[counted.cpu().nonzero()[:, 0]]
+                sums.index_add_(0, rows, torch.stack([-log_probs, hits.double(), torch.ones_like(log_probs)], 1))
+            bar.update()
+    model.train()
+    return core.all_reduce_sum(world, sums).numpy()
+
+
+def measure(sums, blocks, unigram) -> dict:
+    """Loss per token, perplexity, accuracy with 95 % intervals, beside the loss of the training frequencies.
+
+    Neighbouring blocks resemble each other: the intervals redraw 100 stretches of the text.
+    """
+    targets, stretches = sums[:, 2], np.arange(len(sums)) * min(100, len(sums)) // len(sums)
+    log_share = np.log((unigram + 1) / (unigram.sum() + len(unigram)))
+    plain = -np.add.reduceat(log_share[blocks.tokens[1:]], np.arange(0, len(blocks.tokens) - 1, blocks.block_size))
+    values = np.c_[sums[:, 0], sums[:, 1], sums[:, 0] - plain] / targets[:, None]
+    intervals = core.bootstrap(values, stretches, weights=targets).tolist()
+    loss, accuracy, _ = (values * targets[:, None]).sum(0) / targets.sum()
+    metrics = {"loss": loss, "loss_interval": intervals[0], "perplexity": math.exp(min(loss, 700))}
+    metrics |= {"accuracy": accuracy, "accuracy_interval": intervals[1], "targets": int(targets.sum())}
+    metrics |= {"unigram_loss": plain.sum() / targets.sum(), "above_unigram_interval": intervals[2]}
+    learnt = intervals[2][1] < 0
+    sentence = f"NOT LEARNING: loss {loss:.4f} cannot be told from the token frequencies' {metrics['unigram_loss']:.4f}"
+    return metrics | {"alarm": None if learnt else sentence}
+
+
+# ---------------------------------------------------------------------------------------------------- train
+
+
+def train(run, cfg, world) -> dict:
+    s = set_up(run, cfg, world)
+    step, total_steps, model = s.step, s.total_steps, s.model
+    saved = (model, s.optimizer, s.precision)
+
+    def where():
+        return f"epoch {step / len(s.batches):.3g}/{cfg.epochs}"
+
+    while True:
+        ends = step >= total_steps
+        evaluates = ends or (step > 0 and step % (cfg.eval_every or len(s.batches)) == 0)
+        if evaluates or (step > 0 and cfg.save_every and step % cfg.save_every == 0):
+            run.save(step, *saved, must=ends)
+        if evaluates:
+            sums = evaluate(model, s.blocks["val"], cfg, world, run.poll)
+            val = measure(sums, s.blocks["val"], s.tokens.unigram)
+            is_best = run.save_best(step, val["loss"], model)
+            report_validation(run, step, val, where(), is_best, late=2 * step >= total_steps)
+            core.on_main(world, lambda: sample(run, cfg, step, model, s.tokens.tokenizer))
+        if ends:
+            break
+        targets = run.agree(count_targets(s, step))
+        if run.stopping:
+            run.save(step, *saved, must=True)
+            raise core.Stop(run.stopping)
+        if run.clock_share >= 1:  # max_minutes are spent
+            total_steps = step
+            continue
+        length = run.schedule_length(step, total_steps)
+        lr, beta1 = core.lr_at(cfg, step, length), core.beta1_at(cfg, step, length)
+        loss_sum, grad_norm = take_step(s, step, targets, lr, beta1)
+        run.step_done(loss_sum, targets, targets)
+        step += 1
+        if step % cfg.log_every == 0 or step == total_steps:
+            run.log_training(where(), step, total_steps, {"lr": lr, "grad_norm": grad_norm})
+    return finish(run, cfg, world, s)
+
+
+def finish(run, cfg, world, s) -> dict:
+    """Measures the chosen weights on val and test; final figures, and how many sampled words are known."""
+    sha256, measured, result = runs.weights_sha256(s.model), run.checkpoint, {}
+    if cfg.test_weights == "best":
+        measured = run.load_best(s.model)
+    for part in ("val", "test") if cfg.final_eval and cfg.test_share else ("val",):
+        sums = evaluate(s.model, s.blocks[part], cfg, world, run.poll)
+        m = measure(sums, s.blocks[part], s.tokens.unigram)
+        result |= {f"{part}/{name}": value for name, value in m.items()}
+        run.say(
+            f"{part:5} loss {core.plus_minus(m['loss'], m['loss_interval'], 4)}   perplexity {m['perplexity']:.2f}   "
+            f"accuracy {core.plus_minus(m['accuracy'], m['accuracy_interval'])}   "
+            f"token frequencies {m['unigram_loss']:.4f}" + (f"\n{part:5} {m['alarm']}" if m["alarm"] else "")
+        )
+    known = core.on_main(world, lambda: known_words(run.folder / "samples.jsonl", s.tokens))
+    if known is not None:
+        run.say(f"samples  {known:.0%} of their words occur in the training text")
+    run.say(f"done  {part} loss {m['loss']:.4f}  perplexity {m['perplexity']:.2f}  {run.seconds / 60:.1f} min")
+    run.say(f"all figures: {run.folder}/result.json")
+    run.say(f"next: python gpt_scratch.py --mode generate --model {run.folder}")
+    return result | {
+        "weights_sha256": sha256,
+        "test_checkpoints": [measured],
+        "parameters": core.count_parameters(s.model)[0],
+        "known_words": known,
+    }
+
+
+def announce(run, cfg, tokens, blocks, batches, total_steps, model):
+    """What is about to be trained on what."""
+    total, trainable = core.count_parameters(model)
+    sizes = "  ".join(f"{part} {len(tokens.parts[part])}" for part in PARTS)
+    run.say(f"model {cfg.model}  {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M trainable   {sizes} tokens")
+    run.begin()
+    counts = "  ".join(f"{part} {n}" for part, n in tokens.documents.items())
+    run.say(f"data {cfg.data}  documents {counts}  tokenizer {cfg.tokenizer} of {len(tokens.tokenizer)}")
+    for line in tokens.lines:
+        run.say(line)
+    seen = total_steps * cfg.batch * cfg.block_size
+    run.say(f"tokens per parameter  {len(tokens.parts['train']) / total:.2f} in the data, {seen / total:.2f} "
+            f"will be seen in {total_steps} steps ({RATIO} are said to be best)")  # fmt: skip
+    if left := len(blocks["train"]) % cfg.batch:
+        run.say(f"each epoch leaves out {left} of {len(blocks['train'])} blocks, others each time: "
+                f"they fill no batch of {cfg.batch}")  # fmt: skip
+
+
+def describe_block(tokenizer, blocks) -> str:
+    """The first block, decoded from its ids: garbage here is garbage in training (journal 003, v0.0.11)."""
+    text = one_line(tokenizer.decode(blocks.tokens[: min(blocks.block_size, 200) + 1].tolist()))
+    return f"the loss sees, in {blocks.targets([0])[0]} targets (all but the first token):\n  {text[:96]}"
+
+
+def one_line(text) -> str:
+    return "".join(c if c.isprintable() else " " for c in text.replace("\n", " / "))
+
+
+def report_validation(run, step, val, where, is_best, late):
+    """`late`: half of the steps are done, so that having learnt nothing is worth a line."""
+    run.say(
+        f"{where}  val  loss {core.plus_minus(val['loss'], val['loss_interval'], 4)}  "
+        f"perplexity {val['perplexity']:.2f}  accuracy {core.plus_minus(val['accuracy'], val['accuracy_interval'])}"
+        f"{'  -> best' if is_best else ''}"
+    )
+    if val["alarm"] and late:
+        run.say(f"{where}  val  {val['alarm']}")
+    run.metrics(step, {f"val/{name}": val[name] for name in ("loss", "perplexity", "accuracy")})
+
+
+def sample(run, cfg, step, model, tokenizer):
+    """Rank 0: a few continuations of the prompt to log, TensorBoard and samples.jsonl."""
+    if cfg.sample_tokens:
+        texts = continuations(model, tokenizer, cfg, [cfg.prompt or ""] * SAMPLES, cfg.sample_tokens, seed=step)
+        run.samples(step, texts)
+        for text in texts[:1]:
+            run.say("\n".join(f"  | {line}" for line in textwrap.wrap(one_line(text), 95)[:4]))
+
+
+def continuations(model, tokenizer, cfg, prompts, max_new_tokens, seed) -> list[str]:
+    """Text behind each prompt; an empty prompt is an end-of-text token: a new document begins."""
+    ids = [tokenizer(prompt).input_ids or [tokenizer.eos_token_id] for prompt in prompts]
+    stop = {tokenizer.eos_token_id}
+    if cfg.stop is not None:
+        wanted = tokenizer(cfg.stop.encode().decode("unicode_escape"), add_special_tokens=False).input_ids
+        if len(wanted) != 1:
+            raise core.UserError(f"--stop {cfg.stop!r} is {len(wanted)} tokens: use one that is one")
+        stop.add(wanted[0])
+    choice = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
+    rows = generate(model, ids, max_new_tokens, stop=stop, seed=seed, vocab_size=len(tokenizer), **choice)
+    return [tokenizer.decode(row) for row in rows]
+
+
+def known_words(path, tokens, most=5_000_000) -> float | None:
+    """Share of the last samples' words that occur in the training text (its first `most` tokens)."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    sampled = [word for line in lines[-SAMPLES:] for word in words(json.loads(line)["text"])[:-1]]  # one is cut
+    text = tokens.tokenizer.decode(tokens.parts["train"][:most].tolist()) if sampled else ""
+    vocabulary = set(words(text))
+    return sum(word in vocabulary for word in sampled) / len(sampled) if sampled else None
+
+
+def words(text) -> list[str]:
+    return re.findall(r"[^\W\d_]+", text.lower())
+
+
+# ------------------------------------------------------------------------------------- learning-rate finder
+
+DIVERGED = 4  # times the lowest smoothed loss so far, as in fastai and Lightning
+
+
+def find_lr(run, cfg, world) -> dict:
+    """Which rate? Loss against a rate that grows at every step, under exactly the conditions of training."""
+    s = set_up(run, cfg, world)
+
+    def take(step, lr):
+        targets = run.agree(count_targets(s, step))
+        if run.stopping:
+            raise core.Stop(run.stopping)
+        loss_sum, _ = take_step(s, step, targets, lr, core.beta1_at(cfg, 0, s.total_steps))
+        return core.all_reduce_sum(world, torch.tensor(loss_sum, dtype=torch.float64)).item() / targets
+
+    lrs = np.geomspace(cfg.find_from, cfg.find_to, cfg.find_steps)
+    curve = sweep(take, lrs, cfg.find_smoothing, s.model, s.optimizer, s.precision)
+    suggestions = suggest(curve["lr"], curve["smoothed"])
+    core.on_main(world, lambda: show_curve(run, curve, suggestions))
+    best = suggestions["valley"]
+    run.say(f"next: python gpt_scratch.py --lr {best:.1e}" if best else "the curve does not fall: no suggestion")
+    return {"lr_finder": suggestions, "weights_sha256": runs.weights_sha256(s.model)}
+
+
+def sweep(take, lrs, smoothing, model, optimizer, precision) -> dict:
+    """`take(step, lr)` makes a step and returns its loss before the update, for each of `lrs` in turn.
+
+    The loss of a rate is the one its update leads to: that of the next step. Smoothed by a running mean
+    divided by 1 - smoothing^n (n losses seen, from 1), without which a constant loss would be drawn as a
+    rise (the journal's plot). Ends early on divergence. Weights, optimizer and scaler are put back as they were.
+    """
+    kept = copy.deepcopy((model.state_dict(), optimizer.state_dict(), precision.scaler.state_dict()))
+    losses, smoothed, mean = [], [], 0.0
+    try:
+        for step, lr in enumerate([*lrs, 0.0]):
+            try:
+                loss = take(step, float(lr))
+            except FloatingPointError:
+                break
+            if step == 0:
+                continue
+            if not math.isfinite(loss):
+                break
+            mean = smoothing * mean + (1 - smoothing) * loss
+            losses.append(loss)
+            smoothed.append(mean / (1 - smoothing ** len(losses)))
+            if smoothed[-1] > DIVERGED * min(smoothed):
+                break
+    finally:
+        model.load_state_dict(kept[0])
+        optimizer.load_state_dict(kept[1])
+        if precision.scaler.is_enabled():
+            precision.scaler.load_state_dict(kept[2])
+        optimizer.zero_grad(set_to_none=True)
+    return {"lr": [float(lr) for lr in lrs[: len(losses)]], "loss": losses, "smoothed": smoothed}
+
+
+def suggest(lrs, smoothed) -> dict[str, float | None]:
+    """Three rules side by side; None where the curve never falls by a thousandth.
+
+    steepest: where the loss falls fastest per factor of the rate; valley: the middle of the longest fall;
+    minimum/10: a tenth of where it is lowest (Gugger: up to the minimum itself with one_cycle).
+    """
+    y = np.asarray(smoothed)
+    lowest = int(y.argmin()) if len(y) else 0
+    if lowest < 2 or y[:lowest].max() - y[lowest] < 1e-3 * abs(y[lowest]):
+        return {"steepest": None, "valley": None, "minimum/10": None}
+    slope = np.gradient(y, np.log(lrs))[: lowest + 1]
+    start, end = longest_fall(y)
+    steepest, middle = int(slope.argmin()), (start + end) // 2
+    return {"steepest": lrs[steepest], "valley": lrs[middle], "minimum/10": lrs[lowest] / 10}
+
+
+def longest_fall(y) -> tuple[int, int]:
+    """First and last index of the longest decreasing subsequence: noise between does not end a fall."""
+    length, before = np.ones(len(y), dtype=int), np.arange(len(y))
+    for i in range(1, len(y)):
+        higher = np.flatnonzero(y[:i] > y[i])
+        if len(higher):
+            before[i] = higher[length[higher].argmax()]
+            length[i] = length[before[i]] + 1
+    end = start = int(length.argmax())
+    while before[start] != start:
+        start = before[start]
+    return int(start), end
+
+
+def show_curve(run, curve, suggestions):
+    """lr_finder.json, lr_finder.png, and the same plot in the terminal."""
+    core.write_json(run.folder / "lr_finder.json", curve | {"suggestions": suggestions})
+    for step, (lr, loss, smooth) in enumerate(zip(curve["lr"], curve["loss"], curve["smoothed"], strict=True)):
+        run.metrics(step, {"find/lr": lr, "find/loss": loss, "find/smoothed": smooth})
+    run.say(text_plot(curve["lr"], curve["smoothed"], suggestions))
+    run.say("suggested lr  " + "   ".join(f"{name} {lr:.2e}" for name, lr in suggestions.items() if lr))
+    plot_curve(curve, suggestions, run.folder / "lr_finder.png")
+    run.say(f"the curve: {run.folder}/lr_finder.png")
+
+
+def plot_curve(curve, suggestions, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    axes.plot(curve["lr"], curve["loss"], ".", color="0.7", label="loss after a step at this rate")
+    axes.plot(curve["lr"], curve["smoothed"], label="smoothed")
+    for (name, lr), color in zip(suggestions.items(), ("C1", "C2", "C3"), strict=True):
+        if lr:
+            axes.axvline(lr, color=color, linestyle="--", label=f"{name}: {lr:.1e}")
+    low, high = min(curve["smoothed"]), curve["smoothed"][0]
+    axes.set(xscale="log", xlabel="learning rate", ylabel="loss per token", title="Learning-rate finder")
+    axes.set_ylim(low - 0.2 * (high - low + 0.1), high + 0.5 * (high - low + 0.1))
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def text_plot(lrs, values, marks, width=80, height=12) -> str:
+    """values over log lrs in `height` lines; a letter under the axis for each mark, and what it stands for."""
+    x = np.log10(lrs)
+    columns = np.round((x - x[0]) / max(x[-1] - x[0], 1e-9) * (width - 1)).astype(int)
+    low, high = min(values), max(values[0], min(values) + 1e-9)
+    top = high + 0.25 * (high - low)  # what shoots above is cut off
+    canvas = [[" "] * width for _ in range(height)]
+    for column, value in zip(columns, values, strict=True):
+        if value <= top:
+            canvas[round((top - value) / (top - low) * (height - 1))][column] = "*"
+    lines = [f"{top - (top - low) * i / (height - 1):8.4f} |{''.join(row)}".rstrip() for i, row in enumerate(canvas)]
+    axis, under = ["-"] * width, [" "] * (width + 6)
+    for exponent in range(math.ceil(x[0]), math.floor(x[-1]) + 1):
+        column = round((exponent - x[0]) / (x[-1] - x[0]) * (width - 1))
+        axis[column], under[column : column + 5] = "+", f"1e{exponent:<3}"[:5]
+    for name, lr in marks.items():
+        if lr:
+            axis[np.clip(round((math.log10(lr) - x[0]) / (x[-1] - x[0]) * (width - 1)), 0, width - 1)] = name[0].upper()
+    letters = "  ".join(f"{name[0].upper()} {name}" for name, lr in marks.items() if lr)
+    return "\n".join([*lines, " " * 9 + "+" + "".join(axis), (" " * 10 + "".join(under)).rstrip(), " " * 10 + letters])
+
+
+# ----------------------------------------------------------------------------- generate, export and profile
+
+
+def talk(cfg, world):
+    """Mode generate: continues --prompt, or each line typed (an empty one starts a new document)."""
+    name = cfg.model if cfg.model != "new" else str(runs.newest_run(cfg, __file__))
+    model, tokenizer = open_model(name)
+    model.to(world.device)
+    print(f"{name}  {core.count_parameters(model)[0] / 1e6:.1f}M parameters  block_size {model.config.block_size}")
+    interactive = cfg.prompt is None and sys.stdin.isatty()
+    prompts = [cfg.prompt] if cfg.prompt is not None else prompt_loop(interactive)
+    for count, prompt in enumerate(prompts):
+        began = time.perf_counter()
+        text = continuations(model, tokenizer, cfg, [prompt], cfg.max_new_tokens, cfg.seed + count)[0]
+        print(prompt + text)
+        if interactive:
+            print(f"({len(tokenizer(text).input_ids) / (time.perf_counter() - began):.0f} tokens/s)")
+
+
+def prompt_loop(interactive):
+    """Lines until end of file; Ctrl-C or Ctrl-D leave."""
+    while True:
+        try:
+            yield input("prompt> " if interactive else "")
+        except (EOFError, KeyboardInterrupt):
+            return
+
+
+def export(cfg, world):
+    """Mode export: the weights of --model (a run folder) as a folder that transformers loads."""
+    if not is_run(cfg.model):
+        raise core.UserError(f"--mode export needs --model with a run folder of gpt_scratch.py, not {cfg.model}")
+    folder = Path(cfg.out or Path(cfg.model) / "transformers")
+    save_pretrained(*open_model(cfg.model), folder)
+    print(f"written: {folder}")
+
+
+def profile(run, cfg, world) -> dict:
+    """Mode profile: where ten steps spend their time; a table, and trace.json for a browser (perfetto.dev)."""
+    from torch.profiler import profile as profiler
+
+    s = set_up(run, cfg, world)
+    with profiler() as seen:
+        for step in range(10):
+            targets = run.agree(count_targets(s, step))
+            if run.stopping:
+                raise core.Stop(run.stopping)
+            take_step(s, step, targets, core.lr_at(cfg, step, s.total_steps), core.beta1_at(cfg, step, s.total_steps))
+    kind = "self_device_time_total" if world.device.type != "cpu" else "self_cpu_time_total"
+    rows = sorted(seen.key_averages(), key=lambda row: -getattr(row, kind))
+    total = sum(getattr(row, kind) for row in rows)
+    run.say(f"{'self time':60} {'calls a step':>12} {'ms a step':>10} {'share':>7}")
+    for row in rows[:20]:
+        spent = getattr(row, kind)
+        run.say(f"{row.key[:60]:60} {row.count / 10:12.1f} {spent / 1e4:10.2f} {spent / total:7.1%}")
+    if world.is_main:
+        seen.export_chrome_trace(str(run.folder / "trace.json"))
+    run.say(f"trace: {run.folder}/trace.json (open it at ui.perfetto.dev)")
+    return {"profile": {row.key: getattr(row, kind) / 1e4 for row in rows[:20]}}
+
+
+# ----------------------------------------------------------------------------------------------------- main
+
+
+@record
+def main(cfg, world):
+    if not cfg.dirty:
+        core.on_main(world, runs.refuse_dirty)
+    if cfg.mode in ("generate", "export"):
+        if world.size > 1:
+            raise core.UserError(f"--mode {cfg.mode} runs in one process: start it with python")
+        return (talk if cfg.mode == "generate" else export)(cfg, world)
+    with runs.Run(cfg, world, __file__, unit="tokens") as run:
+        run.result = {"train": train, "find_lr": find_lr, "profile": profile}[cfg.mode](run, run.cfg, world)
+    return run.result
+
+
+if __name__ == "__main__":
+    cfg = core.parse_config(Config, PRESETS, SMOKE, __doc__)
+    with core.distributed(cfg.backend) as world:
+        main(cfg, world)

@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import fcntl
 import hashlib
+import html
 import json
 import math
 import os
@@ -48,7 +49,7 @@ class Run:
     removes a new one.
     """
 
-    def __init__(self, cfg, world, script):
+    def __init__(self, cfg, world, script, unit="examples"):
         self.world, self.script, self.started = world, Path(script), time.time()
         if cfg.batch < world.size:
             better = f"use --nproc_per_node={cfg.batch} or --batch {world.size} or more"
@@ -72,6 +73,7 @@ class Run:
         self.kept = self.position.get("kept", {})  # "best <fold>" -> name, step, loss of weights to keep
         self.fold, self.first_step, self._last_step = 0, 0, 0  # folds follow each other on one axis of steps
         self.result, self.clock_share, self.stopping, self.meter = {}, 0.0, None, Meter(world)
+        self.unit = unit  # what rates count
         self._lines = plan["lines"]
         if world.is_main:
             self._log = open(self.folder / "log.txt", "a", encoding="utf-8")
@@ -128,13 +130,25 @@ class Run:
     def log_training(self, where, step, total_steps, values):
         """The line every script prints each log_every steps; the same numbers go to metrics."""
         loss, rate, step_seconds = self.meter.read()
-        values = {"train/loss": loss, **values, "examples_per_second": rate}
+        values = {"train/loss": loss, **values, f"{self.unit}_per_second": rate}
         eta = clock((total_steps - step) * step_seconds)
         self.say(
             f"{where}  step {step:{len(str(total_steps))}}/{total_steps}  loss {loss:.4f}  "
             f"lr {values['lr']:.1e}  grad {values['grad_norm']:.2f}  {rate:.0f}/s  eta {eta}"
         )
         self.metrics(step, values)
+
+    def samples(self, step, texts):
+        """Generated texts to samples.jsonl and TensorBoard, rank 0 only."""
+        if self.world.is_main:
+            with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
+                for number, text in enumerate(texts):
+                    file.write(json.dumps({"step": step, "number": number, "text": text}) + "\n")
+            self._texts_to_tensorboard(step, texts)
+
+    def _texts_to_tensorboard(self, step, texts):
+        for number, text in enumerate(texts):
+            self._tensorboard.add_text(f"sample/{number}", f"<pre>{html.escape(text)}</pre>", step)
 
     def _to_tensorboard(self, record):
         for name, value in record.items():
@@ -348,7 +362,7 @@ class Run:
         plan = {"folder": str(folder), "resumed": True, "finished": False, "checkpoint": None, "position": {}}
         if not folder:
             folder = _new_folder(out, cfg.tag)
-            self._lock = _locked(folder)
+            self._lock = locked(folder)
             return plan | {"folder": str(folder), "resumed": False, "constants": constants, "lines": lines}
         stored = read_config(folder)["constants"]
         if clash := _contradictions(cfg, stored):
@@ -366,7 +380,7 @@ class Run:
         plan |= {"constants": constants, "lines": lines}
         if cfg.resume_timestamp == "auto" and _status(folder) == "finished":
             return plan | {"finished": True}
-        self._lock = _locked(folder)
+        self._lock = locked(folder)
         if (
             cfg.resume_timestamp == "auto" and _status(folder) == "finished"
         ):  # while this one waited for the lock
@@ -400,7 +414,20 @@ class Run:
         self._tensorboard = SummaryWriter(self.folder / "tb", purge_step=0)
         for line in metrics.read_text().splitlines():
             self._to_tensorboard(json.loads(line))
+        self._restore_samples()
         self._tensorboard.flush()
+
+    def _restore_samples(self):
+        """Those that were drawn before the checkpoint; what came after it will be drawn again."""
+        path, texts = self.folder / "samples.jsonl", {}
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError):  # half a line of a killed process
+                row = json.loads(line)
+                if row["step"] < self.position.get("step", 0):
+                    texts.setdefault(row["step"], []).append(row["text"])
+        path.unlink(missing_ok=True)
+        for step, some in texts.items():
+            self.samples(step, some)
 
     def pin(self, name, value):
         """Notes a fact (a fingerprint) in config.json; a resume that finds another value is refused."""
@@ -417,7 +444,7 @@ class Run:
         self.result = {
             **{"status": status, "why": why, "script": self.script.stem, "checkpoint": self.checkpoint},
             **{"step": self._last_step, "seconds": self.seconds, "train_seconds": self.train_seconds},
-            **{"peak_memory_mb": peak_memory_mb(self.world), **self.meter.totals(), **self.result},
+            **{"peak_memory_mb": peak_memory_mb(self.world), f"{self.unit}_per_second": self.meter.rate(), **self.result},
         }
         if status != "finished":
             saved = (
@@ -462,8 +489,9 @@ class Meter:
         self._restart()
         return loss / max(targets, 1), *rates
 
-    def totals(self) -> dict[str, float]:
-        return {"examples_per_second": self.all_examples / self.all_seconds} if self.all_seconds else {}
+    def rate(self) -> float | None:
+        """Examples per second of this process so far."""
+        return self.all_examples / self.all_seconds if self.all_seconds else None
 
 
 # What a checkpoint is made of
@@ -533,7 +561,7 @@ def weights_sha256(model) -> str:
 # Which folder, which checkpoint, which constants
 
 
-def _locked(folder):
+def locked(folder):
     """An open file that says who writes here; UserError if another process does. It ends with this one."""
     try:
         lock = open(folder / ".lock", "a+")
@@ -590,7 +618,12 @@ def _resume_folder(cfg, script, out) -> Path | None:
         if cfg.resume_step is not None:
             raise core.UserError(f"--resume_step {cfg.resume_step} needs --resume_timestamp")
         return None
-    runs = [run for run in runs if read_config(run)["script"] == script.stem]
+    mode = getattr(cfg, "mode", None)
+    runs = [
+        run
+        for run in runs
+        if (config := read_config(run))["script"] == script.stem and config["constants"].get("mode") == mode
+    ]
     if wanted in ("auto", "latest"):
         runs = [run for run in runs if run.name[15:] == tag]
         if wanted == "auto":  # a loop over seeds types the same words: another seed is another run
@@ -640,6 +673,28 @@ def _choose_checkpoint(checkpoints, step=None) -> tuple[str | None, list[str]]:
     if lines:
         raise core.UserError(f"no checkpoint in {checkpoints} is whole ({', '.join(names)}): start a new run")
     return None, lines
+
+
+def chosen_checkpoint(folder) -> str:
+    """Name of the weights that a run was tested with; of an unfinished run, the newest whole checkpoint."""
+    folder = Path(folder)
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        name = json.loads((folder / "result.json").read_text())["test_checkpoints"][0]
+        if broken(folder / "checkpoints" / name) is None:
+            return name
+    name, _ = _choose_checkpoint(folder / "checkpoints")
+    if name is None:
+        raise core.UserError(f"{folder} has no checkpoint")
+    return name
+
+
+def newest_run(cfg, script) -> Path:
+    """The newest run folder of a script in cfg.out that holds a checkpoint."""
+    out = Path(cfg.out or f"runs/{'smoke/' if core.typed(cfg).smoke else ''}{Path(script).stem}")
+    runs = sorted({path.parents[2] for path in out.glob("*/checkpoints/*/manifest.json")})
+    if not runs:
+        raise core.UserError(f"no run with a checkpoint in {out}: train one, or name one with --model")
+    return runs[-1]
 
 
 def read_config(folder) -> dict:
@@ -705,6 +760,16 @@ def _device_name(world) -> str:
         if world.device.type == "cuda"
         else f"{world.device.type} {platform.machine()}"
     )
+
+
+def refuse_dirty():
+    """UserError unless the project is a git checkout without any change, staged and untracked files too."""
+    state = git_state()
+    if not state["commit"]:
+        raise core.UserError("--no-dirty: this is no git checkout with a commit: commit the project, or use --dirty")
+    if state["dirty"]:
+        changed = ", ".join(state["dirty"].splitlines()[:5])
+        raise core.UserError(f"--no-dirty: uncommitted changes ({changed}): commit them, or use --dirty")
 
 
 def git_state() -> dict[str, str]:
