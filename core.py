@@ -9,7 +9,6 @@ obvious thing, so no script asks whether it is distributed.
 """
 
 import argparse
-import ast
 import contextlib
 import csv
 import ctypes
@@ -26,7 +25,6 @@ import os
 import re
 import shutil
 import sys
-import sysconfig
 import tempfile
 import threading
 import time
@@ -662,43 +660,6 @@ def require_columns(rows, columns, where):
         )
 
 
-# Text that every Python installation carries: a fresh machine may have no network.
-
-BUILT_IN = ("python-docs", "python-code")
-
-
-def built_in_texts(name):
-    """Yields the texts of python-docs (help topics, docstrings) or python-code (sources of the library)."""
-    if name == "python-docs":
-        from pydoc_data.topics import topics
-
-        yield from (topics[topic] for topic in sorted(topics))
-    for path in _library_files():
-        source = path.read_text(encoding="utf-8", errors="replace")
-        if name == "python-code":
-            yield source
-        else:
-            yield from _docstrings(source)
-
-
-def _library_files() -> list[Path]:
-    """Modules of the standard library: no tests, no installed packages."""
-    folder = Path(sysconfig.get_path("stdlib"))
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
-    files = (path.relative_to(folder) for path in sorted(folder.rglob("*.py")))
-    return [folder / path for path in files if not skipped & set(path.parts)]
-
-
-def _docstrings(source):
-    """Those of modules, classes and functions with at least three words."""
-    with contextlib.suppress(SyntaxError):
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                text = ast.get_docstring(node) or ""
-                if len(text.split()) > 2:
-                    yield text
-
-
 class BadRows:
     """Counts unusable rows by reason; more than `limit` of all rows is an error that shows three."""
 
@@ -1279,9 +1240,9 @@ def worst_case(world, model, step, optimizer, rows) -> float:
 def bootstrap(values, groups, *, weights=None, samples=2000, seed=0) -> np.ndarray:
     """95 % percentile intervals (columns, 2) of the column means of `values` (rows, columns).
 
-    `weights` (rows,) count a row that often: the targets of which its values are means. Whole groups (prompts,
-    documents) are redrawn, since rows of one group are not independent. A column of nothing but zeros or ones
-    would get width 0: it gets the rule of three, 3 / number of groups.
+    `weights` (rows,) count a row that often: the targets of which its values are means. Whole groups
+    (prompts, documents) are redrawn, since rows of one group are not independent. A column of nothing but
+    zeros or ones would get width 0: it gets the rule of three, 3 / number of groups.
     """
     values = np.asarray(values, dtype=np.float64)
     weights = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=np.float64)

@@ -13,20 +13,12 @@ Bottom: the experiment; its constants stand in Config. Each run is a folder unde
 
 import copy
 import functools
-import hashlib
-import heapq
-import io
-import itertools
 import json
 import math
-import os
-import platform
 import re
-import string
 import sys
 import textwrap
 import time
-from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -39,10 +31,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.checkpoint import checkpoint
 
 import core
+import corpus
 import runs
 
 # ----------------------------------------------------------------------------------------------- the model
-# Shapes: B rows, T tokens, C = n_embd channels, H = n_head heads, D = C / H, S tokens seen so far, V vocabulary
+# Shapes: B rows, T tokens, S tokens seen so far, C = n_embd channels, H heads, D = C / H, V vocabulary
 
 
 @dataclass(frozen=True)
@@ -71,7 +64,9 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise core.UserError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
         if self.positions == "rotary" and self.n_embd // self.n_head % 2:
-            raise core.UserError(f"rotary positions need an even n_embd / n_head: it is {self.n_embd // self.n_head}")
+            raise core.UserError(
+                f"rotary positions need an even n_embd / n_head: it is {self.n_embd // self.n_head}"
+            )
         if self.tie_head and self.head_bias:
             raise core.UserError("head_bias needs --no-tie_head")
 
@@ -172,16 +167,20 @@ class GPT(nn.Module):
         if not config.tie_head:
             self.lm_head = Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
         for name, weight in self.named_parameters():
-            if weight.dim() == 2:  # GPT-2: what adds to the residual stream starts smaller, the deeper the model
+            if (
+                weight.dim() == 2
+            ):  # GPT-2: what adds to the residual stream starts smaller, the deeper the model
                 depth = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
                 nn.init.normal_(weight, std=0.02 / math.sqrt(depth))
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
 
     def forward(self, input_ids, labels=None):
-        """input_ids (B, T) -> logits (B, T, V); with labels (B, T) the summed loss over its targets, a scalar."""
+        """input_ids (B, T) -> logits (B, T, V); with labels (B, T) the summed loss of its targets, a scalar."""
         hidden = self.hidden(input_ids)
-        return self.logits(hidden) if labels is None else core.linear_cross_entropy(hidden, *self.head(), labels)
+        return (
+            self.logits(hidden) if labels is None else core.linear_cross_entropy(hidden, *self.head(), labels)
+        )
 
     def head(self):
         """(weight (V, C), bias (V,) or None) of the output layer."""
@@ -296,7 +295,9 @@ def left_padded(rows) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Ids (B, T) that end together, and how many positions of each row are padding; None if there is none."""
     longest = max(map(len, rows))
     padding = torch.tensor([longest - len(row) for row in rows])
-    return torch.tensor([[0] * (longest - len(row)) + row for row in rows]), padding if padding.any() else None
+    return torch.tensor(
+        [[0] * (longest - len(row)) + row for row in rows]
+    ), padding if padding.any() else None
 
 
 def choose(logits, generators, temperature, top_k, top_p) -> torch.Tensor:
@@ -343,7 +344,9 @@ def to_llama(weights, config) -> dict:
     named = {}
     for name, value in weights.items():
         layer = re.fullmatch(r"h\.(\d+)\.(.*)\.weight", name)
-        prefix, module = (f"model.layers.{layer[1]}.", layer[2]) if layer else ("", name.removesuffix(".weight"))
+        prefix, module = (
+            (f"model.layers.{layer[1]}.", layer[2]) if layer else ("", name.removesuffix(".weight"))
+        )
         if module == "attn.c_attn":
             for part, rows in zip("qkv", value.chunk(3), strict=True):
                 named[f"{prefix}self_attn.{part}_proj.weight"] = rows
@@ -364,13 +367,18 @@ def from_theirs(theirs, config, kind) -> dict:
     return {name: torch.cat([theirs[their] for their in parts]) for name, parts in names.items()}
 
 
+def misfit(config, table) -> list[str]:
+    """The choices of `config` that a table of FORMATS does not list."""
+    values = {name: getattr(config, name) for name in table}
+    return [f"{name} {value}" for name, value in values.items() if value not in table[name]]
+
+
 def save_pretrained(model, tokenizer, folder):
     """A folder that transformers loads as GPT-2 or Llama. UserError names what neither can express."""
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     c = model.config
-    misfits = {kind: [f"{name} {getattr(c, name)}" for name, legal in table.items() if getattr(c, name) not in legal]
-               for kind, table in FORMATS.items()}  # fmt: skip
+    misfits = {kind: misfit(c, table) for kind, table in FORMATS.items()}
     if all(misfits.values()):
         why = "; ".join(f"{kind} knows no {', '.join(names)}" for kind, names in misfits.items())
         raise core.UserError(f"transformers has no model of this shape: {why}")
@@ -379,16 +387,19 @@ def save_pretrained(model, tokenizer, folder):
     with torch.device("meta"):
         if not misfits["gpt2"]:
             theirs = GPT2LMHeadModel(GPT2Config(
-                n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, n_inner=c.inner,
-                activation_function={"gelu": "gelu_new"}.get(c.activation, c.activation),
+                n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+                n_inner=c.inner, activation_function={"gelu": "gelu_new"}.get(c.activation, c.activation),
                 layer_norm_epsilon=c.norm_eps, **sizes, **ends))  # fmt: skip
         else:
             theirs = LlamaForCausalLM(LlamaConfig(
                 max_position_embeddings=c.block_size, hidden_size=c.n_embd, num_hidden_layers=c.n_layer,
                 num_attention_heads=c.n_head, intermediate_size=c.inner, rms_norm_eps=c.norm_eps,
-                rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, **sizes, **ends))  # fmt: skip
+                rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+                **sizes, **ends))  # fmt: skip
     convert = to_gpt2 if not misfits["gpt2"] else to_llama
-    weights = {name: value.detach().cpu().contiguous() for name, value in convert(model.state_dict(), c).items()}
+    weights = {
+        name: value.detach().cpu().contiguous() for name, value in convert(model.state_dict(), c).items()
+    }
     if c.tie_head:
         weights["lm_head.weight"] = weights[convert({"wte.weight": torch.empty(0)}, c).popitem()[0]]
     theirs.load_state_dict(weights, strict=True, assign=True)
@@ -399,7 +410,7 @@ def save_pretrained(model, tokenizer, folder):
 
 
 def load_pretrained(name, dropout=0.0, checkpointing=False) -> GPT:
-    """A GPT-2 or Llama model of transformers (folder or Hub id), in fp32. UserError for what differs from ours."""
+    """transformers' GPT-2 or Llama (folder or Hub id), in fp32. UserError names what we cannot express."""
     from transformers import AutoModelForCausalLM
 
     def load():
@@ -421,462 +432,27 @@ def load_pretrained(name, dropout=0.0, checkpointing=False) -> GPT:
 def gpt2_config(name, c) -> GPTConfig:
     activation = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu"}.get(c.activation_function)
     if not activation or c.scale_attn_by_inverse_layer_idx or not c.scale_attn_weights:
-        raise core.UserError(f"model {name}: {c.activation_function} or its scaling of attention is not GPT-2's")
+        raise core.UserError(
+            f"model {name}: {c.activation_function} or its scaling of attention is not GPT-2's"
+        )
     return GPTConfig(c.vocab_size, c.n_positions, c.n_layer, c.n_head, c.n_embd, c.n_inner,
-                     activation=activation, tie_head=c.tie_word_embeddings, norm_eps=c.layer_norm_epsilon)  # fmt: skip
+                     activation=activation, tie_head=c.tie_word_embeddings,
+                     norm_eps=c.layer_norm_epsilon)  # fmt: skip
 
 
 def llama_config(name, c) -> GPTConfig:
     rope = c.rope_parameters
     if c.num_key_value_heads != c.num_attention_heads:
-        raise core.UserError(f"model {name} shares keys between heads ({c.num_key_value_heads}): not supported")
+        raise core.UserError(
+            f"model {name} shares keys between heads ({c.num_key_value_heads}): not supported"
+        )
     if c.hidden_act != "silu" or c.attention_bias or c.mlp_bias or rope["rope_type"] != "default":
         raise core.UserError(f"model {name} has biases, scaled positions or {c.hidden_act}: not supported")
     return GPTConfig(
         c.vocab_size, c.max_position_embeddings, c.num_hidden_layers, c.num_attention_heads, c.hidden_size,
-        c.intermediate_size, positions="rotary", norm="rmsnorm", activation="swiglu", bias=False, qkv_bias=False,
-        tie_head=c.tie_word_embeddings, norm_eps=c.rms_norm_eps, rope_theta=rope["rope_theta"],
+        c.intermediate_size, positions="rotary", norm="rmsnorm", activation="swiglu", bias=False,
+        qkv_bias=False, tie_head=c.tie_word_embeddings, norm_eps=c.rms_norm_eps, rope_theta=rope["rope_theta"],
     )  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------- tokenizers
-
-END = "<|endoftext|>"  # stands between documents; GPT-2's own name for it
-
-
-def make_tokenizer(name, texts):
-    """The transformers tokenizer of a name; `texts()` yields the training text that chars and bpe learn from.
-
-    chars | ascii | bytes | bpe:<size> | bpe_scratch:<size> | Hub id or folder. eos_token_id ends a document.
-    """
-    kind, _, size = name.partition(":")
-    if kind in ("bpe", "bpe_scratch") and not (size.isdigit() and int(size) > 256):
-        raise core.UserError(f"--tokenizer {name}: use {kind}:<size> with a size over 256, e.g. {kind}:2048")
-    if kind == "chars":
-        return characters(sorted(set().union(*texts())))
-    if kind == "ascii":
-        return characters(sorted(set(string.printable.lower())), plain=True)
-    if kind == "bytes":
-        return byte_level({symbol: i for i, symbol in enumerate([END, *sorted(BYTES.values())])}, [])
-    if kind == "bpe":
-        return trained_bpe(texts(), int(size))
-    if kind == "bpe_scratch":
-        scratch = ScratchBPE.train(texts(), int(size))
-        return byte_level(scratch.vocabulary, list(scratch.merges))
-    tokenizer = core.pretrained_tokenizer(name, "chars, ascii, bytes or bpe:2048 (built in)")
-    if tokenizer.eos_token_id is None:
-        raise core.UserError(f"tokenizer of {name} has no end-of-text token: use one of a language model")
-    return tokenizer
-
-
-def characters(symbols, plain=False):
-    """One id per character. plain: accents and case go, and what is not ASCII then becomes `?` (journal 003
-    also lower-cased ASCII); otherwise a character the training text lacks is <unk>."""
-    import tokenizers
-    from tokenizers import normalizers
-
-    vocabulary = {symbol: i for i, symbol in enumerate([*symbols, END, *([] if plain else ["<unk>"])])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?" if plain else "<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = tokenizers.decoders.Fuse()
-    if plain:
-        steps = [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]
-        steps.append(normalizers.Replace(tokenizers.Regex(r"[^\x20-\x7e\t-\r]"), "?"))
-        tokenizer.normalizer = normalizers.Sequence(steps)
-    return fast(tokenizer, unk_token=None if plain else "<unk>")
-
-
-def byte_level(vocabulary, merges):
-    import tokenizers
-
-    return fast(byte_level_rules(tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))))
-
-
-def trained_bpe(texts, size):
-    import tokenizers
-
-    tokenizer = byte_level_rules(tokenizers.Tokenizer(tokenizers.models.BPE()))
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=sys.stderr.isatty()
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return fast(tokenizer)
-
-
-def byte_level_rules(tokenizer):
-    from tokenizers import decoders, pre_tokenizers
-
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def fast(tokenizer, **special):
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, **special)
-
-
-def byte_symbols() -> dict[int, str]:
-    """GPT-2's printable stand-ins: a byte that prints stands for itself, the others for 256 and on."""
-    printing = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = (byte for byte in range(256) if byte not in printing)
-    return {byte: chr(byte) for byte in printing} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-BYTES = byte_symbols()
-WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's: no merge crosses
-
-
-class ScratchBPE:
-    """Byte-level byte-pair encoding by hand (Sennrich et al. 2016): the merges that `tokenizers` finds.
-
-    Training keeps, for every pair of neighbours, its count and the words it stands in, so that a merge only
-    touches those words; the heap's counts may be stale and are corrected when they come up.
-    """
-
-    def __init__(self, vocabulary, merges):
-        import regex  # comes with transformers; re knows no \p{L}
-
-        self.split = regex.compile(WORDS).findall
-        self.vocabulary, self.merges = vocabulary, {tuple(pair): i for i, pair in enumerate(merges)}
-
-    @classmethod
-    def train(cls, texts, size):
-        self = cls({symbol: i for i, symbol in enumerate([END, *sorted(BYTES.values())])}, [])
-        counts = Counter(word for text in texts for word in self.split(text))
-        self.words = [([BYTES[byte] for byte in word.encode()], n) for word, n in counts.items()]
-        self.pairs, self.places = Counter(), defaultdict(set)
-        for place in range(len(self.words)):
-            self._count(place, +1)
-        heap = [self._entry(pair) for pair in self.pairs]
-        heapq.heapify(heap)
-        while len(self.vocabulary) < size and heap:
-            entry = heapq.heappop(heap)
-            pair = entry[-1]
-            if entry != self._entry(pair):  # stale
-                if self.pairs[pair] > 0:
-                    heapq.heappush(heap, self._entry(pair))
-            elif self.pairs[pair] < 1:
-                break
-            else:
-                for new in self._merge(pair):
-                    heapq.heappush(heap, self._entry(new))
-        del self.words, self.pairs, self.places
-        return self
-
-    def _entry(self, pair):
-        """Most frequent first; of equals the one with the smaller ids, as in `tokenizers`."""
-        return -self.pairs[pair], self.vocabulary[pair[0]], self.vocabulary[pair[1]], pair
-
-    def _count(self, place, sign) -> set:
-        symbols, n = self.words[place]
-        found = set(itertools.pairwise(symbols))
-        for pair in itertools.pairwise(symbols):
-            self.pairs[pair] += sign * n
-        for pair in found:
-            self.places[pair].add(place)
-        return found
-
-    def _merge(self, pair) -> set:
-        """Learns the pair and applies it to every word; returns the pairs that are new or more frequent."""
-        self.merges[pair] = len(self.merges)
-        self.vocabulary.setdefault("".join(pair), len(self.vocabulary))
-        changed = set()
-        for place in self.places.pop(pair):
-            self._count(place, -1)
-            self.words[place] = joined(self.words[place][0], pair), self.words[place][1]
-            changed |= {new for new in self._count(place, +1) if "".join(pair) in new}
-        return changed - {pair}
-
-    @functools.lru_cache(1 << 18)  # noqa: B019 (words repeat; the tokenizer lives as long as the program)
-    def _word(self, word) -> list[int]:
-        symbols = [BYTES[byte] for byte in word.encode()]
-        while known := [pair for pair in itertools.pairwise(symbols) if pair in self.merges]:
-            symbols = joined(symbols, min(known, key=self.merges.get))
-        return [self.vocabulary[symbol] for symbol in symbols]
-
-    def encode(self, text) -> list[int]:
-        return [token for word in self.split(text) for token in self._word(word)]
-
-
-def joined(symbols, pair) -> list[str]:
-    """`symbols` with every occurrence of the pair, from the left, as one."""
-    result, i = [], 0
-    while i < len(symbols):
-        both = tuple(symbols[i : i + 2]) == pair
-        result.append("".join(pair) if both else symbols[i])
-        i += 1 + both
-    return result
-
-
-# -------------------------------------------------------------------------------------------- token cache
-# text -> train.bin, val.bin, test.bin: streams of token ids, mapped into memory, END before and behind each
-# document. Built once by rank 0; a killed build goes on where it was.
-
-CACHE_VERSION = 1  # of the layout: change both together
-PARTS = ("train", "val", "test")
-PIECE = 1 << 16  # characters of a document that are read and encoded at once
-TEXT_FILES = (".txt", ".text", ".md", ".rst", ".py")
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Which text, how split, how tokenised: everything that decides what a token cache holds."""
-
-    data: str  # file or folder of text, a table with a column of text, a Hub id, python-docs, python-code
-    tokenizer: str
-    text_column: str = "text"
-    max_documents: int | None = None
-    val_share: float = 0.05
-    test_share: float = 0.05
-    split_seed: int = 42
-
-
-@dataclass
-class Tokens:
-    """An opened token cache."""
-
-    parts: dict[str, np.ndarray]
-    tokenizer: object
-    unigram: np.ndarray  # how often each id occurs in train, (V,)
-    documents: dict[str, int]
-    fingerprint: dict
-    lines: list[str]  # what to tell the user about unusable documents
-
-
-def open_corpus(corpus, world) -> Tokens:
-    """The tokens of a Corpus, from the cache or built into it by rank 0."""
-    return open_cache(Path(core.on_main(world, lambda: str(token_cache(corpus)))))
-
-
-def token_cache(corpus) -> Path:
-    """The folder with the tokens of `corpus`; built under a lock if it is not there. One process calls it."""
-    source = data_fingerprint(corpus)
-    key = json.dumps([CACHE_VERSION, source, asdict(corpus)])
-    folder = core.cache_root() / f"tokens_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if not (folder / "meta.json").exists():
-        aside = folder.with_name(f".{folder.name}.partial")  # kept when killed
-        aside.mkdir(parents=True, exist_ok=True)
-        with runs.locked(aside):
-            if not (folder / "meta.json").exists():  # another run may have built it meanwhile
-                build_cache(corpus, source, aside)
-                os.rename(aside, folder)
-    return folder
-
-
-def open_cache(folder) -> Tokens:
-    """Maps the streams. UserError if a file is not what the cache was built with."""
-    meta = json.loads((folder / "meta.json").read_text())
-    path, kind = folder / "tokenizer" / "tokenizer.json", np.dtype(meta["kind"])
-    sizes = {part: (folder / f"{part}.bin").stat().st_size // kind.itemsize for part in PARTS}
-    if core.sha256_file(path) != meta["fingerprint"]["tokenizer"] or sizes != meta["tokens"]:
-        raise core.UserError(f"token cache {folder} is not what was built (tokenizer or tokens changed): delete it")
-    parts = {part: np.memmap(folder / f"{part}.bin", dtype=kind, mode="r") for part in PARTS}
-    unigram = np.load(folder / "unigram.npy")
-    tokenizer = core.pretrained_tokenizer(str(folder / "tokenizer"), "")
-    return Tokens(parts, tokenizer, unigram, meta["documents"], meta["fingerprint"], meta["lines"])
-
-
-def data_fingerprint(corpus) -> str:
-    """Of the text itself: it names the cache, and shows a resume that the data changed."""
-    if corpus.data in core.BUILT_IN:
-        return f"{corpus.data} of Python {platform.python_version()}"
-    if files := text_files(corpus.data):
-        return core.joint_hash([core.sha256_file(file) for file in files])
-    return core.data_fingerprint(corpus.data)
-
-
-def text_files(name) -> list[Path]:
-    """The text files that a name stands for; none where it is a table or on the Hub."""
-    path = Path(name)
-    if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.suffix in TEXT_FILES)
-    return [path] if path.is_file() and path.suffix not in (*core.TABLES, ".zip") else []
-
-
-def documents(corpus, bad):
-    """Yields, for each document, a function that opens it as a stream of text."""
-    column = corpus.text_column
-    if corpus.data in core.BUILT_IN:
-        rows = ({column: text} for text in core.built_in_texts(corpus.data))
-    elif files := text_files(corpus.data):
-        for file in files[: corpus.max_documents]:
-            yield functools.partial(open, file, encoding="utf-8-sig", newline="")
-        return
-    else:
-        rows = core.stream_rows(corpus.data)
-    for number, row in enumerate(itertools.islice(rows, corpus.max_documents), start=1):
-        if number == 1:
-            core.require_columns([row], [column], corpus.data)
-        text = row.get(column)
-        if not isinstance(text, str) or not text or not core.is_clean(text):
-            bad.add(number, "no text" if not text or not isinstance(text, str) else "odd Unicode (a lone surrogate)")
-            continue
-        yield functools.partial(io.StringIO, text, newline="")
-
-
-def pieces(stream, name="text"):
-    """A document in pieces of some PIECE characters, cut where GPT-2's rules cut anyway: x\\n | x."""
-    rest = ""
-    try:
-        while chunk := stream.read(PIECE):
-            rest += chunk
-            cut = re.match(r"(?s:.*)\S\n(?=\S)", rest)
-            cut = cut.end() if cut else 0 if len(rest) < 16 * PIECE else len(rest)  # one endless line
-            if cut:
-                yield rest[:cut]
-            rest = rest[cut:]
-    except UnicodeDecodeError:
-        raise core.UserError(f"{stream.name} is not UTF-8: save it as such, or take it out") from None
-    if rest:
-        yield rest
-
-
-def split_pieces(corpus, bad):
-    """Yields (part, text, whether a document begins). Equal documents share a part; a single one is cut."""
-    found = documents(corpus, bad)
-    first, second = next(found, None), next(found, None)
-    if first is None:
-        raise core.UserError(f"{corpus.data} holds no text: use text files, a table with a column, or python-docs")
-    if second is None:
-        yield from cut_document(first, corpus)
-        return
-    for number, opens in enumerate(itertools.chain([first, second], found)):
-        with opens() as stream:
-            for i, text in enumerate(pieces(stream)):
-                if i == 0:
-                    drawn = hashlib.sha256(f"{corpus.split_seed}/{text}".encode()).digest()
-                    part = "train" if number == 0 else part_of(int.from_bytes(drawn[:6]) / 2**48, corpus)
-                yield part, text, i == 0
-
-
-def part_of(share, corpus) -> str:
-    """0 ... 1 -> train, val, test, in this order."""
-    train = 1 - corpus.val_share - corpus.test_share
-    return "train" if share < train else "val" if share < train + corpus.val_share else "test"
-
-
-def cut_document(opens, corpus):
-    """A single document: its last parts are held out, to the character."""
-    with opens() as stream:
-        length = sum(len(text) for text in pieces(stream))
-    ends = [int(length * share) for share in (1 - corpus.val_share - corpus.test_share, 1 - corpus.test_share, 1)]
-    at, begins = 0, set(PARTS)
-    with opens() as stream:
-        for text in pieces(stream):
-            for part, start, end in zip(PARTS, [0, *ends], ends, strict=False):
-                if inside := text[max(0, start - at) : max(0, end - at)]:
-                    yield part, inside, part in begins
-                    begins.discard(part)
-            at += len(text)
-
-
-def build_cache(corpus, source, folder):
-    """Tokenizer, streams, counts, meta.json (last) into `folder`, going on from what a killed build left."""
-    bad, path = core.BadRows(), folder / "tokenizer"
-    if not (path / "done").exists():
-        def train_texts():
-            return (text for part, text, _ in split_pieces(corpus, core.BadRows()) if part == "train")
-
-        make_tokenizer(corpus.tokenizer, train_texts).save_pretrained(path)
-        (path / "done").touch()
-    tokenizer = core.pretrained_tokenizer(str(path), "")
-    kind = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
-    state = write_tokens(folder, corpus, tokenizer, kind, bad)
-    counts = np.zeros(len(tokenizer), dtype=np.int64)
-    train = np.memmap(folder / "train.bin", dtype=kind, mode="r")
-    for start in range(0, len(train), 1 << 24):
-        counts += np.bincount(train[start : start + (1 << 24)], minlength=len(tokenizer))
-    np.save(folder / "unigram.npy", counts)
-    total = sum(state["documents"].values()) + len(bad.rows)
-    core.write_json(folder / "meta.json", {
-        "fingerprint": {"data": source, "tokenizer": core.sha256_file(path / "tokenizer.json")},
-        "kind": kind.name, "corpus": asdict(corpus), "documents": state["documents"],
-        "tokens": {part: size // kind.itemsize for part, size in state["bytes"].items()},
-        "lines": bad.report(total, corpus.data) if bad.rows else [],
-    })  # fmt: skip
-
-
-def write_tokens(folder, corpus, tokenizer, kind, bad) -> dict:
-    """Appends to the streams piece by piece; progress.json says every few seconds how much of them counts."""
-    encode, end = encoder(corpus.tokenizer, tokenizer), np.array([tokenizer.eos_token_id], kind).tobytes()
-    path = folder / "progress.json"
-    state = {"pieces": 0, "bytes": dict.fromkeys(PARTS, 0), "documents": dict.fromkeys(PARTS, 0), "closed": False}
-    state = json.loads(path.read_text()) if path.exists() else state
-    files = {part: open(folder / f"{part}.bin", "ab") for part in PARTS}
-    for part, file in files.items():
-        file.truncate(state["bytes"][part])
-    found, saved = itertools.islice(split_pieces(corpus, bad), state["pieces"], None), time.monotonic()
-    sizes = [file.stat().st_size for file in text_files(corpus.data)]
-    with core.progress(sum(sizes) or None, "tokenising", unit="B") as bar:
-        while not state["closed"]:
-            group = list(up_to(found, 1 << 20))
-            for (part, _, begins), ids in zip(group, encode([text for _, text, _ in group]), strict=True):
-                files[part].write(end * begins + np.asarray(ids, dtype=kind).tobytes())
-                state["documents"][part] += begins
-            bar.update(sum(len(text) for _, text, _ in group))
-            state["pieces"], state["closed"] = state["pieces"] + len(group), not group
-            if state["closed"]:
-                [file.write(end) for file in files.values()]
-            if state["closed"] or time.monotonic() - saved > 5:
-                for part, file in files.items():
-                    file.flush()
-                    os.fsync(file.fileno())
-                    state["bytes"][part] = file.tell()
-                core.write_json(path, state)
-                saved = time.monotonic()
-    return state
-
-
-def up_to(found, characters):
-    """The next pieces that together have about so many characters: a batch for all cores, flat in memory."""
-    for piece in found:
-        yield piece
-        characters -= len(piece[1])
-        if characters <= 0:
-            return
-
-
-def encoder(name, tokenizer):
-    """texts -> a list of ids each. Rust, on all cores; characters by a table; bpe_scratch by its own code."""
-    rust = tokenizer.backend_tokenizer
-    if name in ("chars", "ascii"):
-        table = np.full(0x110000, tokenizer.vocab.get("<unk>", 0), dtype=np.uint32)
-        for symbol, i in tokenizer.vocab.items():
-            if len(symbol) == 1:
-                table[ord(symbol)] = i
-        plain = rust.normalizer.normalize_str if rust.normalizer else str
-        return lambda texts: [table[np.frombuffer(plain(text).encode("utf-32-le"), "<u4")] for text in texts]
-    if name.startswith("bpe_scratch"):
-        model = json.loads(rust.to_str())["model"]
-        scratch = ScratchBPE(model["vocab"], model["merges"])
-        return lambda texts: [scratch.encode(text) for text in texts]
-    return lambda texts: [e.ids for e in rust.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-class Blocks:
-    """A stream in blocks that do not overlap: block i predicts the block_size tokens after token i block_size."""
-
-    def __init__(self, tokens, block_size):
-        self.tokens, self.block_size = tokens, block_size
-
-    def __len__(self):
-        return math.ceil((len(self.tokens) - 1) / self.block_size)
-
-    def targets(self, rows) -> np.ndarray:
-        """How many tokens each block predicts: block_size, less in the last one."""
-        return np.minimum(self.block_size, len(self.tokens) - 1 - np.asarray(rows, dtype=int) * self.block_size)
-
-    def batch(self, rows, device) -> tuple[torch.Tensor, torch.Tensor]:
-        """(input_ids, labels), both (B, block_size); what a short block lacks is no target."""
-        ids = np.zeros((len(rows), self.block_size + 1), dtype=np.int64)
-        for i, (row, n) in enumerate(zip(rows, self.targets(rows), strict=True)):
-            ids[i, : n + 1] = self.tokens[row * self.block_size : row * self.block_size + n + 1]
-            ids[i, n + 1 :] = core.IGNORE_INDEX
-        ids = torch.from_numpy(ids)
-        return ids[:, :-1].clamp(min=0).to(device), ids[:, 1:].to(device)
 
 
 # ------------------------------------------------------------------------- the experiment and its constants
@@ -964,15 +540,24 @@ class Config:
         if self.mode != "train" and self.resume_timestamp:
             raise core.UserError(f"--resume_timestamp goes with mode train, not with {self.mode}")
         if self.val_share + self.test_share >= 1:
-            raise core.UserError(f"val_share {self.val_share} + test_share {self.test_share} leave nothing to train on")
+            raise core.UserError(
+                f"val_share {self.val_share} + test_share {self.test_share} leave nothing to train on"
+            )
         if self.schedule in ("one_cycle", "gpt3") and self.min_lr:
-            raise core.UserError(f"min_lr {self.min_lr}: schedule {self.schedule} has an end of its own, leave it 0")
+            raise core.UserError(
+                f"min_lr {self.min_lr}: schedule {self.schedule} has an end of its own, leave it 0"
+            )
         if self.find_from >= self.find_to:
             raise core.UserError(f"find_from {self.find_from} is not below find_to {self.find_to}")
 
 
 JOURNAL = {  # what journal 003's code trained: articles of Wikipedia, 1 % held out, AdamW as torch has it
-    **{"data": "wikimedia/wikipedia:20231101.en", "max_documents": 75_000, "val_share": 0.01, "test_share": 0.01},
+    **{
+        "data": "wikimedia/wikipedia:20231101.en",
+        "max_documents": 75_000,
+        "val_share": 0.01,
+        "test_share": 0.01,
+    },
     **{"positions": "learned", "activation": "relu", "bias": True, "qkv_bias": False, "tie_head": False},
     **{"head_bias": True, "dropout": 0.2, "lr": 1e-3, "schedule": "constant", "warmup": 0.0, "beta2": 0.999},
     **{"weight_decay": 0.01, "clip": None, "dtype": "bf16", "eval_every": 1000, "tokenizer": "ascii"},
@@ -1013,13 +598,13 @@ SAMPLES = 3  # after each evaluation
 RATIO = 20  # tokens per parameter that Hoffmann et al. 2022 find best
 
 
-def corpus_of(cfg, world) -> Corpus:
+def corpus_of(cfg, world) -> corpus.Corpus:
     """What cfg says of the text; a model that is not new brings its own tokenizer."""
     name = cfg.tokenizer
     if cfg.model != "new":
         name = str(Path(cfg.model) / "tokenizer") if is_run(cfg.model) else cfg.model
-    values = {field.name: getattr(cfg, field.name) for field in fields(Corpus)}
-    return Corpus(**values | {"tokenizer": name})
+    values = {field.name: getattr(cfg, field.name) for field in fields(corpus.Corpus)}
+    return corpus.Corpus(**values | {"tokenizer": name})
 
 
 def is_run(name) -> bool:
@@ -1029,11 +614,15 @@ def is_run(name) -> bool:
 def build_model(cfg, tokens, world) -> GPT:
     """cfg's shape with random weights, or the weights of cfg.model."""
     if cfg.model == "new":
-        shape = {field.name: getattr(cfg, field.name) for field in fields(GPTConfig) if hasattr(cfg, field.name)}
+        shape = {
+            field.name: getattr(cfg, field.name) for field in fields(GPTConfig) if hasattr(cfg, field.name)
+        }
         return GPT(GPTConfig(vocab_size=len(tokens.tokenizer), **shape))
     model = core.main_first(world, lambda: open_model(cfg.model, cfg.dropout, cfg.checkpointing)[0])
     if cfg.block_size > model.config.block_size:
-        raise core.UserError(f"--block_size {cfg.block_size} is over the {model.config.block_size} of {cfg.model}")
+        raise core.UserError(
+            f"--block_size {cfg.block_size} is over the {model.config.block_size} of {cfg.model}"
+        )
     return model
 
 
@@ -1064,8 +653,8 @@ class Setup:
 
     cfg: Config
     world: core.World
-    tokens: Tokens
-    blocks: dict[str, Blocks]
+    tokens: corpus.Tokens
+    blocks: dict[str, corpus.Blocks]
     batches: core.ShardedBatches
     total_steps: int
     model: GPT
@@ -1077,13 +666,17 @@ class Setup:
 
 def set_up(run, cfg, world) -> Setup:
     """Data, model, optimizer, the state of a resumed run, two discarded steps; says what is about to run."""
-    tokens = open_corpus(corpus_of(cfg, world), world)
+    tokens = corpus.open_corpus(corpus_of(cfg, world), world)
     run.pin("fingerprint", tokens.fingerprint)
-    blocks = {part: Blocks(tokens.parts[part], cfg.block_size) for part in PARTS}
+    blocks = {part: corpus.Blocks(tokens.parts[part], cfg.block_size) for part in corpus.PARTS}
     for part in ("train", "val", *(("test",) if cfg.test_share else ())):
         if not len(blocks[part]):
-            raise core.UserError(f"{cfg.data} leaves no {part} text: use more documents or a larger {part}_share")
-    batches = core.ShardedBatches(np.full(len(blocks["train"]), cfg.block_size), cfg.batch, world, seed=cfg.seed)
+            raise core.UserError(
+                f"{cfg.data} leaves no {part} text: use more documents or a larger {part}_share"
+            )
+    batches = core.ShardedBatches(
+        np.full(len(blocks["train"]), cfg.block_size), cfg.batch, world, seed=cfg.seed
+    )
     total_steps = min(n for n in (cfg.epochs * len(batches), cfg.max_steps) if n is not None)
     core.reseed(cfg.seed, "init")
     precision = core.Precision(cfg.dtype, world)
@@ -1100,7 +693,7 @@ def set_up(run, cfg, world) -> Setup:
     ddp = core.wrap_ddp(model, world)
     s = Setup(cfg, world, tokens, blocks, batches, total_steps, model, ddp, optimizer, precision, step)
     if step == 0:
-        first = Blocks(blocks["val"].tokens[: 16 * cfg.block_size + 1], cfg.block_size)
+        first = corpus.Blocks(blocks["val"].tokens[: 16 * cfg.block_size + 1], cfg.block_size)
         loss, _, targets = evaluate(model, first, cfg, world).sum(0)
         run.say(f"initial loss {loss / targets:.4f}  ln V {math.log(model.config.vocab_size):.4f}")
     core.reseed(cfg.seed, "worst case")
@@ -1154,7 +747,9 @@ def evaluate(model, blocks, cfg, world, poll=lambda: None) -> np.ndarray:
                     hidden = model.hidden(input_ids)[counted]
                     log_probs, hits = core.token_log_probs(hidden, *model.head(), labels[counted])
                 rows = torch.tensor(mine)[counted.cpu().nonzero()[:, 0]]
-                sums.index_add_(0, rows, torch.stack([-log_probs, hits.double(), torch.ones_like(log_probs)], 1))
+                sums.index_add_(
+                    0, rows, torch.stack([-log_probs, hits.double(), torch.ones_like(log_probs)], 1)
+                )
             bar.update()
     model.train()
     return core.all_reduce_sum(world, sums).numpy()
@@ -1167,16 +762,17 @@ def measure(sums, blocks, unigram) -> dict:
     """
     targets, stretches = sums[:, 2], np.arange(len(sums)) * min(100, len(sums)) // len(sums)
     log_share = np.log((unigram + 1) / (unigram.sum() + len(unigram)))
-    plain = -np.add.reduceat(log_share[blocks.tokens[1:]], np.arange(0, len(blocks.tokens) - 1, blocks.block_size))
+    plain = -np.add.reduceat(
+        log_share[blocks.tokens[1:]], np.arange(0, len(blocks.tokens) - 1, blocks.block_size)
+    )
     values = np.c_[sums[:, 0], sums[:, 1], sums[:, 0] - plain] / targets[:, None]
     intervals = core.bootstrap(values, stretches, weights=targets).tolist()
     loss, accuracy, _ = (values * targets[:, None]).sum(0) / targets.sum()
     metrics = {"loss": loss, "loss_interval": intervals[0], "perplexity": math.exp(min(loss, 700))}
     metrics |= {"accuracy": accuracy, "accuracy_interval": intervals[1], "targets": int(targets.sum())}
     metrics |= {"unigram_loss": plain.sum() / targets.sum(), "above_unigram_interval": intervals[2]}
-    learnt = intervals[2][1] < 0
-    sentence = f"NOT LEARNING: loss {loss:.4f} cannot be told from the token frequencies' {metrics['unigram_loss']:.4f}"
-    return metrics | {"alarm": None if learnt else sentence}
+    alarm = f"NOT LEARNING: loss {loss:.4f} cannot be told from the {metrics['unigram_loss']:.4f} of the frequencies"
+    return metrics | {"alarm": alarm if intervals[2][1] >= 0 else None}
 
 
 # ---------------------------------------------------------------------------------------------------- train
@@ -1200,7 +796,7 @@ def train(run, cfg, world) -> dict:
             val = measure(sums, s.blocks["val"], s.tokens.unigram)
             is_best = run.save_best(step, val["loss"], model)
             report_validation(run, step, val, where(), is_best, late=2 * step >= total_steps)
-            core.on_main(world, lambda: sample(run, cfg, step, model, s.tokens.tokenizer))
+            core.on_main(world, functools.partial(sample, run, cfg, step, model, s.tokens.tokenizer))
         if ends:
             break
         targets = run.agree(count_targets(s, step))
@@ -1230,14 +826,16 @@ def finish(run, cfg, world, s) -> dict:
         m = measure(sums, s.blocks[part], s.tokens.unigram)
         result |= {f"{part}/{name}": value for name, value in m.items()}
         run.say(
-            f"{part:5} loss {core.plus_minus(m['loss'], m['loss_interval'], 4)}   perplexity {m['perplexity']:.2f}   "
-            f"accuracy {core.plus_minus(m['accuracy'], m['accuracy_interval'])}   "
+            f"{part:5} loss {core.plus_minus(m['loss'], m['loss_interval'], 4)}   "
+            f"perplexity {m['perplexity']:.2f}   accuracy {core.plus_minus(m['accuracy'], m['accuracy_interval'])}   "
             f"token frequencies {m['unigram_loss']:.4f}" + (f"\n{part:5} {m['alarm']}" if m["alarm"] else "")
         )
     known = core.on_main(world, lambda: known_words(run.folder / "samples.jsonl", s.tokens))
     if known is not None:
         run.say(f"samples  {known:.0%} of their words occur in the training text")
-    run.say(f"done  {part} loss {m['loss']:.4f}  perplexity {m['perplexity']:.2f}  {run.seconds / 60:.1f} min")
+    run.say(
+        f"done  {part} loss {m['loss']:.4f}  perplexity {m['perplexity']:.2f}  {run.seconds / 60:.1f} min"
+    )
     run.say(f"all figures: {run.folder}/result.json")
     run.say(f"next: python gpt_scratch.py --mode generate --model {run.folder}")
     return result | {
@@ -1251,8 +849,10 @@ def finish(run, cfg, world, s) -> dict:
 def announce(run, cfg, tokens, blocks, batches, total_steps, model):
     """What is about to be trained on what."""
     total, trainable = core.count_parameters(model)
-    sizes = "  ".join(f"{part} {len(tokens.parts[part])}" for part in PARTS)
-    run.say(f"model {cfg.model}  {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M trainable   {sizes} tokens")
+    sizes = "  ".join(f"{part} {len(tokens.parts[part])}" for part in corpus.PARTS)
+    run.say(
+        f"model {cfg.model}  {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M trainable   {sizes} tokens"
+    )
     run.begin()
     counts = "  ".join(f"{part} {n}" for part, n in tokens.documents.items())
     run.say(f"data {cfg.data}  documents {counts}  tokenizer {cfg.tokenizer} of {len(tokens.tokenizer)}")
@@ -1280,8 +880,8 @@ def report_validation(run, step, val, where, is_best, late):
     """`late`: half of the steps are done, so that having learnt nothing is worth a line."""
     run.say(
         f"{where}  val  loss {core.plus_minus(val['loss'], val['loss_interval'], 4)}  "
-        f"perplexity {val['perplexity']:.2f}  accuracy {core.plus_minus(val['accuracy'], val['accuracy_interval'])}"
-        f"{'  -> best' if is_best else ''}"
+        f"perplexity {val['perplexity']:.2f}  "
+        f"accuracy {core.plus_minus(val['accuracy'], val['accuracy_interval'])}{'  -> best' if is_best else ''}"
     )
     if val["alarm"] and late:
         run.say(f"{where}  val  {val['alarm']}")
@@ -1291,7 +891,9 @@ def report_validation(run, step, val, where, is_best, late):
 def sample(run, cfg, step, model, tokenizer):
     """Rank 0: a few continuations of the prompt to log, TensorBoard and samples.jsonl."""
     if cfg.sample_tokens:
-        texts = continuations(model, tokenizer, cfg, [cfg.prompt or ""] * SAMPLES, cfg.sample_tokens, seed=step)
+        texts = continuations(
+            model, tokenizer, cfg, [cfg.prompt or ""] * SAMPLES, cfg.sample_tokens, seed=step
+        )
         run.samples(step, texts)
         for text in texts[:1]:
             run.say("\n".join(f"  | {line}" for line in textwrap.wrap(one_line(text), 95)[:4]))
@@ -1314,7 +916,9 @@ def continuations(model, tokenizer, cfg, prompts, max_new_tokens, seed) -> list[
 def known_words(path, tokens, most=5_000_000) -> float | None:
     """Share of the last samples' words that occur in the training text (its first `most` tokens)."""
     lines = path.read_text().splitlines() if path.exists() else []
-    sampled = [word for line in lines[-SAMPLES:] for word in words(json.loads(line)["text"])[:-1]]  # one is cut
+    sampled = [
+        word for line in lines[-SAMPLES:] for word in words(json.loads(line)["text"])[:-1]
+    ]  # one is cut
     text = tokens.tokenizer.decode(tokens.parts["train"][:most].tolist()) if sampled else ""
     vocabulary = set(words(text))
     return sum(word in vocabulary for word in sampled) / len(sampled) if sampled else None
@@ -1345,7 +949,9 @@ def find_lr(run, cfg, world) -> dict:
     suggestions = suggest(curve["lr"], curve["smoothed"])
     core.on_main(world, lambda: show_curve(run, curve, suggestions))
     best = suggestions["valley"]
-    run.say(f"next: python gpt_scratch.py --lr {best:.1e}" if best else "the curve does not fall: no suggestion")
+    run.say(
+        f"next: python gpt_scratch.py --lr {best:.1e}" if best else "the curve does not fall: no suggestion"
+    )
     return {"lr_finder": suggestions, "weights_sha256": runs.weights_sha256(s.model)}
 
 
@@ -1354,7 +960,7 @@ def sweep(take, lrs, smoothing, model, optimizer, precision) -> dict:
 
     The loss of a rate is the one its update leads to: that of the next step. Smoothed by a running mean
     divided by 1 - smoothing^n (n losses seen, from 1), without which a constant loss would be drawn as a
-    rise (the journal's plot). Ends early on divergence. Weights, optimizer and scaler are put back as they were.
+    rise (the journal's plot). Ends early on divergence. Weights, optimizer and scaler are put back.
     """
     kept = copy.deepcopy((model.state_dict(), optimizer.state_dict(), precision.scaler.state_dict()))
     losses, smoothed, mean = [], [], 0.0
@@ -1415,7 +1021,9 @@ def longest_fall(y) -> tuple[int, int]:
 def show_curve(run, curve, suggestions):
     """lr_finder.json, lr_finder.png, and the same plot in the terminal."""
     core.write_json(run.folder / "lr_finder.json", curve | {"suggestions": suggestions})
-    for step, (lr, loss, smooth) in enumerate(zip(curve["lr"], curve["loss"], curve["smoothed"], strict=True)):
+    for step, (lr, loss, smooth) in enumerate(
+        zip(curve["lr"], curve["loss"], curve["smoothed"], strict=True)
+    ):
         run.metrics(step, {"find/lr": lr, "find/loss": loss, "find/smoothed": smooth})
     run.say(text_plot(curve["lr"], curve["smoothed"], suggestions))
     run.say("suggested lr  " + "   ".join(f"{name} {lr:.2e}" for name, lr in suggestions.items() if lr))
@@ -1444,7 +1052,7 @@ def plot_curve(curve, suggestions, path):
 
 
 def text_plot(lrs, values, marks, width=80, height=12) -> str:
-    """values over log lrs in `height` lines; a letter under the axis for each mark, and what it stands for."""
+    """values over log lrs in `height` lines; a letter on the axis for each mark."""
     x = np.log10(lrs)
     columns = np.round((x - x[0]) / max(x[-1] - x[0], 1e-9) * (width - 1)).astype(int)
     low, high = min(values), max(values[0], min(values) + 1e-9)
@@ -1453,16 +1061,23 @@ def text_plot(lrs, values, marks, width=80, height=12) -> str:
     for column, value in zip(columns, values, strict=True):
         if value <= top:
             canvas[round((top - value) / (top - low) * (height - 1))][column] = "*"
-    lines = [f"{top - (top - low) * i / (height - 1):8.4f} |{''.join(row)}".rstrip() for i, row in enumerate(canvas)]
+    lines = [
+        f"{top - (top - low) * i / (height - 1):8.4f} |{''.join(row)}".rstrip()
+        for i, row in enumerate(canvas)
+    ]
     axis, under = ["-"] * width, [" "] * (width + 6)
     for exponent in range(math.ceil(x[0]), math.floor(x[-1]) + 1):
         column = round((exponent - x[0]) / (x[-1] - x[0]) * (width - 1))
         axis[column], under[column : column + 5] = "+", f"1e{exponent:<3}"[:5]
     for name, lr in marks.items():
         if lr:
-            axis[np.clip(round((math.log10(lr) - x[0]) / (x[-1] - x[0]) * (width - 1)), 0, width - 1)] = name[0].upper()
+            axis[np.clip(round((math.log10(lr) - x[0]) / (x[-1] - x[0]) * (width - 1)), 0, width - 1)] = name[
+                0
+            ].upper()
     letters = "  ".join(f"{name[0].upper()} {name}" for name, lr in marks.items() if lr)
-    return "\n".join([*lines, " " * 9 + "+" + "".join(axis), (" " * 10 + "".join(under)).rstrip(), " " * 10 + letters])
+    return "\n".join(
+        [*lines, " " * 9 + "+" + "".join(axis), (" " * 10 + "".join(under)).rstrip(), " " * 10 + letters]
+    )
 
 
 # ----------------------------------------------------------------------------- generate, export and profile
@@ -1473,7 +1088,8 @@ def talk(cfg, world):
     name = cfg.model if cfg.model != "new" else str(runs.newest_run(cfg, __file__))
     model, tokenizer = open_model(name)
     model.to(world.device)
-    print(f"{name}  {core.count_parameters(model)[0] / 1e6:.1f}M parameters  block_size {model.config.block_size}")
+    millions = core.count_parameters(model)[0] / 1e6
+    print(f"{name}  {millions:.1f}M parameters  block_size {model.config.block_size}")
     interactive = cfg.prompt is None and sys.stdin.isatty()
     prompts = [cfg.prompt] if cfg.prompt is not None else prompt_loop(interactive)
     for count, prompt in enumerate(prompts):
@@ -1496,14 +1112,16 @@ def prompt_loop(interactive):
 def export(cfg, world):
     """Mode export: the weights of --model (a run folder) as a folder that transformers loads."""
     if not is_run(cfg.model):
-        raise core.UserError(f"--mode export needs --model with a run folder of gpt_scratch.py, not {cfg.model}")
+        raise core.UserError(
+            f"--mode export needs --model with a run folder of gpt_scratch.py, not {cfg.model}"
+        )
     folder = Path(cfg.out or Path(cfg.model) / "transformers")
     save_pretrained(*open_model(cfg.model), folder)
     print(f"written: {folder}")
 
 
 def profile(run, cfg, world) -> dict:
-    """Mode profile: where ten steps spend their time; a table, and trace.json for a browser (perfetto.dev)."""
+    """Mode profile: where ten steps spend their time; a table, and trace.json for a browser."""
     from torch.profiler import profile as profiler
 
     s = set_up(run, cfg, world)
@@ -1512,7 +1130,13 @@ def profile(run, cfg, world) -> dict:
             targets = run.agree(count_targets(s, step))
             if run.stopping:
                 raise core.Stop(run.stopping)
-            take_step(s, step, targets, core.lr_at(cfg, step, s.total_steps), core.beta1_at(cfg, step, s.total_steps))
+            take_step(
+                s,
+                step,
+                targets,
+                core.lr_at(cfg, step, s.total_steps),
+                core.beta1_at(cfg, step, s.total_steps),
+            )
     kind = "self_device_time_total" if world.device.type != "cpu" else "self_cpu_time_total"
     rows = sorted(seen.key_averages(), key=lambda row: -getattr(row, kind))
     total = sum(getattr(row, kind) for row in rows)

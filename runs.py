@@ -444,7 +444,11 @@ class Run:
         self.result = {
             **{"status": status, "why": why, "script": self.script.stem, "checkpoint": self.checkpoint},
             **{"step": self._last_step, "seconds": self.seconds, "train_seconds": self.train_seconds},
-            **{"peak_memory_mb": peak_memory_mb(self.world), f"{self.unit}_per_second": self.meter.rate(), **self.result},
+            **{
+                "peak_memory_mb": peak_memory_mb(self.world),
+                f"{self.unit}_per_second": self.meter.rate(),
+                **self.result,
+            },
         }
         if status != "finished":
             saved = (
@@ -743,7 +747,7 @@ def _write_provenance(run):
 
 
 def _sources(script) -> list[Path]:
-    paths = [script, *(core.PROJECT / name for name in ("core.py", "runs.py", "gpt_scratch.py"))]
+    paths = [script, *(core.PROJECT / name for name in ("core.py", "runs.py", "corpus.py", "gpt_scratch.py"))]
     return [path for path in paths if path.exists()]
 
 
@@ -766,7 +770,9 @@ def refuse_dirty():
     """UserError unless the project is a git checkout without any change, staged and untracked files too."""
     state = git_state()
     if not state["commit"]:
-        raise core.UserError("--no-dirty: this is no git checkout with a commit: commit the project, or use --dirty")
+        raise core.UserError(
+            "--no-dirty: this is no git checkout with a commit: commit the project, or use --dirty"
+        )
     if state["dirty"]:
         changed = ", ".join(state["dirty"].splitlines()[:5])
         raise core.UserError(f"--no-dirty: uncommitted changes ({changed}): commit them, or use --dirty")

@@ -4,8 +4,8 @@
     python benchmarks/gpt_speed.py nanoGPT [steps]
 
 Each contender is a process of its own (an allocator setting is one of a process); they take turns step by
-step, so that a slow minute of the machine hits all. stock = as nanoGPT's train.py builds it; tuned = with our
-allocator setting and a fused AdamW. Every round also times a 1024-cubed matmul: the share is that of its rate.
+step, so that a slow minute of the machine hits all. stock = as nanoGPT's train.py builds it; tuned = with
+our allocator setting and a fused AdamW. Every round also times a 1024-cubed matmul: the share is of its rate.
 """
 
 import resource
@@ -24,7 +24,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 
 def contender(who, shape, peer):
-    """Makes one step per line read; answers with its seconds, the matmul's, and the peak of resident memory."""
+    """Makes one step per line read; answers with its seconds, the matmul's, and the peak memory in MB."""
     import torch
 
     layers, heads, width, block, batch, vocab = SHAPES[shape]
@@ -49,8 +49,12 @@ def contender(who, shape, peer):
             optimizer = torch.optim.AdamW(optimizer.param_groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
     input_ids, labels = torch.randint(vocab, (2, batch, block))
     square = torch.randn(1024, 1024)
-    work = 6 * sum(p.numel() for n, p in model.named_parameters() if "wpe" not in n) + 6 * layers * width * block
-    print("ready", batch * block, work, flush=True)  # FLOPs of a token: forward and backward, causal attention
+    work = (
+        6 * sum(p.numel() for n, p in model.named_parameters() if "wpe" not in n) + 6 * layers * width * block
+    )
+    print(
+        "ready", batch * block, work, flush=True
+    )  # FLOPs of a token: forward and backward, causal attention
     for _ in sys.stdin:
         began = time.perf_counter()
         loss = model(input_ids, labels) / labels.numel() if who == "ours" else model(input_ids, labels)[1]
