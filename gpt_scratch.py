@@ -176,11 +176,11 @@ class GPT(nn.Module):
                 nn.init.zeros_(weight)
 
     def forward(self, input_ids, labels=None):
-        """input_ids (B, T) -> logits (B, T, V); with labels (B, T) the summed loss of its targets, a scalar."""
+        """input_ids (B, T) -> logits (B, T, V); with labels (B, T) the summed loss, a scalar."""
         hidden = self.hidden(input_ids)
-        return (
-            self.logits(hidden) if labels is None else core.linear_cross_entropy(hidden, *self.head(), labels)
-        )
+        if labels is None:
+            return self.logits(hidden)
+        return core.linear_cross_entropy(hidden, *self.head(), labels)
 
     def head(self):
         """(weight (V, C), bias (V,) or None) of the output layer."""
@@ -451,7 +451,8 @@ def llama_config(name, c) -> GPTConfig:
     return GPTConfig(
         c.vocab_size, c.max_position_embeddings, c.num_hidden_layers, c.num_attention_heads, c.hidden_size,
         c.intermediate_size, positions="rotary", norm="rmsnorm", activation="swiglu", bias=False,
-        qkv_bias=False, tie_head=c.tie_word_embeddings, norm_eps=c.rms_norm_eps, rope_theta=rope["rope_theta"],
+        qkv_bias=False, tie_head=c.tie_word_embeddings, norm_eps=c.rms_norm_eps,
+        rope_theta=rope["rope_theta"],
     )  # fmt: skip
 
 
@@ -771,7 +772,8 @@ def measure(sums, blocks, unigram) -> dict:
     metrics = {"loss": loss, "loss_interval": intervals[0], "perplexity": math.exp(min(loss, 700))}
     metrics |= {"accuracy": accuracy, "accuracy_interval": intervals[1], "targets": int(targets.sum())}
     metrics |= {"unigram_loss": plain.sum() / targets.sum(), "above_unigram_interval": intervals[2]}
-    alarm = f"NOT LEARNING: loss {loss:.4f} cannot be told from the {metrics['unigram_loss']:.4f} of the frequencies"
+    plain = f"{metrics['unigram_loss']:.4f} of the token frequencies"
+    alarm = f"NOT LEARNING: loss {loss:.4f} cannot be told from the {plain}"
     return metrics | {"alarm": alarm if intervals[2][1] >= 0 else None}
 
 
@@ -827,7 +829,8 @@ def finish(run, cfg, world, s) -> dict:
         result |= {f"{part}/{name}": value for name, value in m.items()}
         run.say(
             f"{part:5} loss {core.plus_minus(m['loss'], m['loss_interval'], 4)}   "
-            f"perplexity {m['perplexity']:.2f}   accuracy {core.plus_minus(m['accuracy'], m['accuracy_interval'])}   "
+            f"perplexity {m['perplexity']:.2f}   "
+            f"accuracy {core.plus_minus(m['accuracy'], m['accuracy_interval'])}   "
             f"token frequencies {m['unigram_loss']:.4f}" + (f"\n{part:5} {m['alarm']}" if m["alarm"] else "")
         )
     known = core.on_main(world, lambda: known_words(run.folder / "samples.jsonl", s.tokens))
@@ -881,7 +884,8 @@ def report_validation(run, step, val, where, is_best, late):
     run.say(
         f"{where}  val  loss {core.plus_minus(val['loss'], val['loss_interval'], 4)}  "
         f"perplexity {val['perplexity']:.2f}  "
-        f"accuracy {core.plus_minus(val['accuracy'], val['accuracy_interval'])}{'  -> best' if is_best else ''}"
+        f"accuracy {core.plus_minus(val['accuracy'], val['accuracy_interval'])}"
+        f"{'  -> best' if is_best else ''}"
     )
     if val["alarm"] and late:
         run.say(f"{where}  val  {val['alarm']}")
