@@ -488,8 +488,8 @@ class Config:
     # optimisation
     batch: int = 12  # blocks per optimizer step, over all ranks
     micro_batch: int | None = None  # blocks per forward and rank; none = all of the rank's blocks
-    epochs: int = 1
-    max_steps: int | None = None  # optimizer steps
+    epochs: int = 10
+    max_steps: int | None = 3600  # optimizer steps; whichever of the two ends first
     max_minutes: float | None = None  # of training, over resumes
     lr: float = 4e-3  # peak; GPT-3's sizes and rates lie near 1.95 parameters^-0.437 (journal 003)
     min_lr: float = 0.0
@@ -562,6 +562,7 @@ JOURNAL = {  # what journal 003's code trained: articles of Wikipedia, 1 % held 
     **{"positions": "learned", "activation": "relu", "bias": True, "qkv_bias": False, "tie_head": False},
     **{"head_bias": True, "dropout": 0.2, "lr": 1e-3, "schedule": "constant", "warmup": 0.0, "beta2": 0.999},
     **{"weight_decay": 0.01, "clip": None, "dtype": "bf16", "eval_every": 1000, "tokenizer": "ascii"},
+    **{"epochs": 1, "max_steps": None},
 }
 SMALL = JOURNAL | {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 2048, "batch": 2, "lr": 6e-4}
 MINI = JOURNAL | {"n_layer": 10, "n_head": 8, "n_embd": 512, "block_size": 256, "batch": 128}
@@ -772,8 +773,7 @@ def measure(sums, blocks, unigram) -> dict:
     metrics = {"loss": loss, "loss_interval": intervals[0], "perplexity": math.exp(min(loss, 700))}
     metrics |= {"accuracy": accuracy, "accuracy_interval": intervals[1], "targets": int(targets.sum())}
     metrics |= {"unigram_loss": plain.sum() / targets.sum(), "above_unigram_interval": intervals[2]}
-    plain = f"{metrics['unigram_loss']:.4f} of the token frequencies"
-    alarm = f"NOT LEARNING: loss {loss:.4f} cannot be told from the {plain}"
+    alarm = f"NOT LEARNING: loss {loss:.4f}, token frequencies alone {metrics['unigram_loss']:.4f}"
     return metrics | {"alarm": alarm if intervals[2][1] >= 0 else None}
 
 

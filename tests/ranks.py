@@ -12,14 +12,15 @@ import sys
 import time
 from pathlib import Path
 
-SCRIPTS = ["run_preference"]
+SCRIPTS = ["run_preference", "gpt_scratch"]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["runs", *SCRIPTS, "transformers.models.distilbert.modeling_distilbert", "torch.utils.tensorboard"]
 )
 
 PLACES = {  # where a kill or a signal can be made to strike: the function that is about to run
-    "caching": ("core", "write_texts"),
+    "caching run_preference": ("core", "write_texts"),
+    "caching gpt_scratch": ("corpus", "write_tokens"),
     "step": ("core", "optimizer_step"),
     "evaluation": ("runs.Run", "poll"),
     "save": ("runs", "write_manifest"),
@@ -99,11 +100,11 @@ def _rank(script, argv, rank, size, port, kill, sent, crash, folder, env):
 
     torch.set_num_threads(1)
     if kill and kill[0] != "time" and kill[2] in (rank, "all"):
-        strike(kill[0], kill[1], lambda: os.kill(os.getpid(), signal.SIGKILL))
+        strike(script, kill[0], kill[1], lambda: os.kill(os.getpid(), signal.SIGKILL))
     if crash and crash[2] == rank:
-        strike(*crash[:2], _crash)
+        strike(script, *crash[:2], _crash)
     if sent and rank == 0:
-        strike(sent[0], sent[1], _send_and_wait)
+        strike(script, sent[0], sent[1], _send_and_wait)
     main(script)
 
 
@@ -118,8 +119,8 @@ def _send_and_wait():
         time.sleep(0.005)
 
 
-def strike(place, nth, action):
-    (path, name), calls = PLACES[place], []
+def strike(script, place, nth, action):
+    (path, name), calls = PLACES.get(place) or PLACES[f"{place} {script}"], []
     module, _, cls = path.partition(".")
     module = importlib.import_module(module)
     module = getattr(module, cls) if cls else module

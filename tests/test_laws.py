@@ -4,6 +4,7 @@ is born.
 
 import fcntl
 import json
+import math
 import random
 import shutil
 import signal
@@ -25,10 +26,28 @@ SHORT = {  # some thirty steps with several saves and evaluations, and a short l
         *("--eval_every", 8, "--save_every", 5, "--log_every", 4),
         *("--dropout", 0.1, "--encoder_dropout", 0.1),  # resumed randomness is part of law 3
     ],
+    "gpt_scratch": [
+        *("--smoke", "--max_documents", 20, "--val_share", 0.2, "--test_share", 0.2, "--n_embd", 32),
+        *("--batch", 10, "--max_steps", 28, "--eval_batch", 24),
+        *("--eval_every", 8, "--save_every", 5, "--log_every", 4, "--sample_tokens", 8),
+        *("--dropout", 0.1),
+    ],
 }
 EXACT = {  # what makes the number of ranks invisible
     "run_preference": ["--dropout", 0, "--encoder_dropout", 0],
+    "gpt_scratch": ["--dropout", 0],
 }
+FEW = {  # hardly any rows, no training
+    "run_preference": ["--smoke", "--max_documents", 90, "--epochs", 0],
+    "gpt_scratch": [
+        *("--smoke", "--max_documents", 20, "--val_share", 0.2, "--test_share", 0.2, "--n_embd", 32),
+        *("--max_steps", 0, "--sample_tokens", 0),
+    ],
+}
+COUNT = {"run_preference": "test/rows", "gpt_scratch": "test/targets"}
+ROW = {"run_preference": 1, "gpt_scratch": 32}  # targets of a full row
+LOSS = {"run_preference": "test/log_loss", "gpt_scratch": "test/loss"}
+RATE = {"run_preference": "examples_per_second", "gpt_scratch": "tokens_per_second"}
 AUTO = ("--resume_timestamp", "auto")
 
 
@@ -43,6 +62,7 @@ def straight(tmp_path_factory):
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(folder)
                 known[script, size] = run(script, *SHORT[script], size=size), curves(newest())
+                known[script, size][1]["samples"] = samples(newest())
             assert Path.cwd() == here
         return known[script, size]
 
@@ -56,6 +76,11 @@ def curves(folder) -> dict[str, list]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+def samples(folder) -> list[str]:
+    path = folder / "samples.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
 def same_outcome(got, want):
     assert got["status"] == "finished"
     assert got["weights_sha256"] == want["weights_sha256"]
@@ -63,11 +88,16 @@ def same_outcome(got, want):
     assert tests and {name: got[name] for name in tests} == {name: want[name] for name in tests}
 
 
-def same_curves(got, want):
+def same_curves(folder, want):
+    """The resumed run's TensorBoard and samples.jsonl are those of one that never stopped."""
+    got = curves(folder)
+    assert samples(folder) == want["samples"]
     for tag, points in want.items():
+        if tag == "samples":
+            continue
         steps = [step for step, _ in got[tag]]
         assert steps == sorted(set(steps)), f"{tag} is forked"
-        if tag != "examples_per_second":
+        if not tag.endswith("_per_second"):
             np.testing.assert_allclose(got[tag], points, rtol=1e-6, err_msg=tag)
 
 
@@ -94,7 +124,7 @@ def test_killed_and_resumed_ends_in_the_same_weights(script, place, nth, who, si
     assert -9 in codes, Path("out.txt").read_text()
     same_outcome(run(script, *SHORT[script], *AUTO, size=size), want)
     assert len(list(Path("out").iterdir())) == 1
-    same_curves(curves(newest()), want_curves)
+    same_curves(newest(), want_curves)
 
 
 @pytest.mark.slow
@@ -118,7 +148,7 @@ def test_killed_again_and_again_at_random_moments(script, size, seed, straight):
             kills += 1
     assert kills >= 5
     same_outcome(run(script, *SHORT[script], *AUTO, size=size), want)
-    same_curves(curves(newest()), want_curves)
+    same_curves(newest(), want_curves)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -142,7 +172,7 @@ def test_a_signal_saves_and_leaves_within_ten_seconds(script, number, place, nth
     if place == "step":  # the signal came before step nth was made: it is made, then saved
         assert stopped["checkpoint"] == f"step_{nth:08d}"
     same_outcome(run(script, *SHORT[script], *AUTO, size=size), straight(script, size)[0])
-    same_curves(curves(newest()), straight(script, size)[1])
+    same_curves(newest(), straight(script, size)[1])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -222,7 +252,7 @@ def test_weights_do_not_depend_on_ranks_or_accumulation(script):
             torch.testing.assert_close(
                 value, reference[0][name], rtol=0, atol=1e-9, msg=f"{size} {micro_batch} {name}"
             )
-        assert got["test/log_loss"] == pytest.approx(reference[1]["test/log_loss"], abs=1e-9)
+        assert got[LOSS[script]] == pytest.approx(reference[1][LOSS[script]], abs=1e-9)
         shutil.rmtree("out")
 
 
@@ -240,22 +270,13 @@ def test_losses_agree_in_fp32_on_another_number_of_ranks(script):
 def test_evaluation_counts_every_row_once(script):
     """Law 2: the same figures on 1, 2, 3 ranks and batches that leave a row over or one short."""
     figures = []
-    rows = run(script, "--smoke", "--max_documents", 90, "--epochs", 0)["test/rows"]
+    count = run(script, *FEW[script])[COUNT[script]]
+    rows = math.ceil(count / ROW[script])
     for size in (1, 2, 3):
         for batch in (1, (rows - 1) // size, (rows + size) // size * size + 1):
-            got = run(
-                script,
-                "--smoke",
-                "--max_documents",
-                90,
-                "--epochs",
-                0,
-                "--eval_batch",
-                max(1, batch),
-                size=size,
-            )
-            figures.append((got["test/rows"], got["test/accuracy"], got["test/log_loss"]))
-    assert all(count == rows for count, _, _ in figures)
+            got = run(script, *FEW[script], "--eval_batch", max(1, batch), size=size)
+            figures.append((got[COUNT[script]], got["test/accuracy"], got[LOSS[script]]))
+    assert all(counted == count for counted, _, _ in figures)
     np.testing.assert_allclose([f[1:] for f in figures], [figures[0][1:]] * len(figures), rtol=1e-5)
 
 
@@ -270,7 +291,7 @@ def test_a_resume_on_another_number_of_ranks_ends_in_the_same_weights(script):
     got = run(script, *flags, *AUTO, size=3)
     for name, value in load_file(newest() / "checkpoints" / got["checkpoint"] / "model.safetensors").items():
         torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-9, msg=name)
-    assert got["test/log_loss"] == pytest.approx(want["test/log_loss"], abs=1e-9)
+    assert got[LOSS[script]] == pytest.approx(want[LOSS[script]], abs=1e-9)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -283,15 +304,7 @@ def test_the_run_folder_is_complete(script, straight, tmp_path):
     assert {"config.json", "source", "log.txt", "metrics.jsonl", "tb", "checkpoints", "result.json"} <= names
     assert {f"{script}.py", "core.py", "runs.py"} <= {path.name for path in (folder / "source").iterdir()}
     assert len(list(folder.glob("checkpoints/step_*"))) == 2
-    keys = {
-        "status",
-        "step",
-        "seconds",
-        "train_seconds",
-        "peak_memory_mb",
-        "parameters",
-        "examples_per_second",
-    }
+    keys = {"status", "step", "seconds", "train_seconds", "peak_memory_mb", "parameters", RATE[script]}
     assert keys | {"weights_sha256"} <= set(result())
     log = (folder / "log.txt").read_text()
     assert max(map(len, log.splitlines())) <= 100, max(log.splitlines(), key=len)
@@ -305,7 +318,7 @@ def test_a_torchrun_that_restarts_its_workers_goes_on_with_its_own_run(script, s
 import os, signal, sys
 import ranks
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
-    ranks.strike("step", 9, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    ranks.strike("{script}", "step", 9, lambda: os.kill(os.getpid(), signal.SIGKILL))
 sys.argv[0] = "{script}.py"
 ranks.main("{script}")
 """)
@@ -322,4 +335,4 @@ ranks.main("{script}")
     assert done.returncode == 0, done.stderr
     assert len(list(Path("out").iterdir())) == 1 and "resumes " in done.stdout
     same_outcome(result(), straight(script, 2)[0])
-    same_curves(curves(newest()), straight(script, 2)[1])
+    same_curves(newest(), straight(script, 2)[1])
