@@ -644,7 +644,9 @@ def _hub_answers(seconds=5) -> bool:
         thread = threading.Thread(target=probe, daemon=True)
         thread.start()
         thread.join(seconds)
-        os.environ["HF_HUB_OFFLINE"] = "0" if answers else "1"  # read when transformers is first imported
+        os.environ["HF_HUB_OFFLINE"] = "0" if answers else "1"  # read when huggingface_hub is first imported
+        if hub := sys.modules.get("huggingface_hub.constants"):  # it was: a local tokenizer did that
+            hub.HF_HUB_OFFLINE = not answers
     return os.environ["HF_HUB_OFFLINE"] == "0"
 
 

@@ -411,9 +411,10 @@ def save_pretrained(model, tokenizer, folder):
 
 def load_pretrained(name, dropout=0.0, checkpointing=False) -> GPT:
     """transformers' GPT-2 or Llama (folder or Hub id), in fp32. UserError names what we cannot express."""
-    from transformers import AutoModelForCausalLM
 
     def load():
+        from transformers import AutoModelForCausalLM
+
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
 
     theirs, info = core.local_or_hub("model", name, load, "a run of gpt_scratch.py")
@@ -475,10 +476,10 @@ class Config:
     n_layer: int = 4
     n_head: int = 4
     n_embd: int = 128
-    n_inner: int | None = None  # none = 4 n_embd; swiglu: 8/3 n_embd, rounded up to a multiple of 256
+    n_inner: int | None = 344  # none = 4 n_embd; swiglu: 8/3 n_embd, rounded up to a multiple of 256
     positions: Literal["learned", "rotary"] = "rotary"
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    activation: Literal["gelu", "relu", "swiglu"] = "gelu"
+    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
+    activation: Literal["gelu", "relu", "swiglu"] = "swiglu"
     bias: bool = False  # of linear layers and LayerNorms
     qkv_bias: bool = False
     tie_head: bool = True
@@ -559,8 +560,9 @@ JOURNAL = {  # what journal 003's code trained: articles of Wikipedia, 1 % held 
         "val_share": 0.01,
         "test_share": 0.01,
     },
-    **{"positions": "learned", "activation": "relu", "bias": True, "qkv_bias": False, "tie_head": False},
-    **{"head_bias": True, "dropout": 0.2, "lr": 1e-3, "schedule": "constant", "warmup": 0.0, "beta2": 0.999},
+    **{"positions": "learned", "norm": "layernorm", "activation": "relu", "n_inner": None, "bias": True},
+    **{"qkv_bias": False, "tie_head": False, "head_bias": True, "dropout": 0.2},
+    **{"lr": 1e-3, "schedule": "constant", "warmup": 0.0, "beta2": 0.999},
     **{"weight_decay": 0.01, "clip": None, "dtype": "bf16", "eval_every": 1000, "tokenizer": "ascii"},
     **{"epochs": 1, "max_steps": None},
 }
@@ -584,6 +586,7 @@ SMOKE = {
     "n_layer": 2,
     "n_head": 4,
     "n_embd": 64,
+    "n_inner": None,
     "dropout": 0.0,
     "batch": 24,
     "micro_batch": None,
@@ -666,8 +669,11 @@ class Setup:
     step: int = 0  # where a resumed run stands
 
 
-def set_up(run, cfg, world) -> Setup:
-    """Data, model, optimizer, the state of a resumed run, two discarded steps; says what is about to run."""
+def set_up(run, cfg, world, steps=None) -> Setup:
+    """Data, model, optimizer, the state of a resumed run, two discarded steps; says what is about to run.
+
+    `steps` none: as many as cfg.epochs and cfg.max_steps allow.
+    """
     tokens = corpus.open_corpus(corpus_of(cfg, world), world)
     run.pin("fingerprint", tokens.fingerprint)
     blocks = {part: corpus.Blocks(tokens.parts[part], cfg.block_size) for part in corpus.PARTS}
@@ -679,7 +685,7 @@ def set_up(run, cfg, world) -> Setup:
     batches = core.ShardedBatches(
         np.full(len(blocks["train"]), cfg.block_size), cfg.batch, world, seed=cfg.seed
     )
-    total_steps = min(n for n in (cfg.epochs * len(batches), cfg.max_steps) if n is not None)
+    total_steps = min(n for n in (cfg.epochs * len(batches), cfg.max_steps, steps) if n is not None)
     core.reseed(cfg.seed, "init")
     precision = core.Precision(cfg.dtype, world)
     model = precision.prepare(build_model(cfg, tokens, world))
@@ -939,7 +945,7 @@ DIVERGED = 4  # times the lowest smoothed loss so far, as in fastai and Lightnin
 
 def find_lr(run, cfg, world) -> dict:
     """Which rate? Loss against a rate that grows at every step, under exactly the conditions of training."""
-    s = set_up(run, cfg, world)
+    s = set_up(run, cfg, world, cfg.find_steps)
 
     def take(step, lr):
         targets = run.agree(count_targets(s, step))
@@ -952,7 +958,7 @@ def find_lr(run, cfg, world) -> dict:
     curve = sweep(take, lrs, cfg.find_smoothing, s.model, s.optimizer, s.precision)
     suggestions = suggest(curve["lr"], curve["smoothed"])
     core.on_main(world, lambda: show_curve(run, curve, suggestions))
-    best = suggestions["valley"]
+    best = suggestions["minimum/10"]
     run.say(
         f"next: python gpt_scratch.py --lr {best:.1e}" if best else "the curve does not fall: no suggestion"
     )
@@ -1002,7 +1008,7 @@ def suggest(lrs, smoothed) -> dict[str, float | None]:
     lowest = int(y.argmin()) if len(y) else 0
     if lowest < 2 or y[:lowest].max() - y[lowest] < 1e-3 * abs(y[lowest]):
         return {"steepest": None, "valley": None, "minimum/10": None}
-    slope = np.gradient(y, np.log(lrs))[: lowest + 1]
+    slope = np.gradient(np.minimum.accumulate(y), np.log(lrs))  # falling back from a bad batch gains nothing
     start, end = longest_fall(y)
     steepest, middle = int(slope.argmin()), (start + end) // 2
     return {"steepest": lrs[steepest], "valley": lrs[middle], "minimum/10": lrs[lowest] / 10}
@@ -1128,7 +1134,7 @@ def profile(run, cfg, world) -> dict:
     """Mode profile: where ten steps spend their time; a table, and trace.json for a browser."""
     from torch.profiler import profile as profiler
 
-    s = set_up(run, cfg, world)
+    s = set_up(run, cfg, world, 10)
     with profiler() as seen:
         for step in range(10):
             targets = run.agree(count_targets(s, step))
