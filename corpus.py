@@ -21,6 +21,7 @@ import sys
 import sysconfig
 import time
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -101,6 +102,15 @@ def make_tokenizer(name, texts):
     if kind == "bpe_scratch":
         scratch = ScratchBPE.train(texts(), int(size))
         return byte_level(scratch.vocabulary, list(scratch.merges))
+    return named_tokenizer(name)
+
+
+def is_built_in(name) -> bool:
+    return name.partition(":")[0] in ("chars", "ascii", "bytes", "bpe", "bpe_scratch")
+
+
+def named_tokenizer(name):
+    """That of a Hub id or folder, if it can end a document."""
     tokenizer = core.pretrained_tokenizer(name, "chars, ascii, bytes or bpe:2048 (built in)")
     if tokenizer.eos_token_id is None:
         raise core.UserError(f"tokenizer of {name} has no end-of-text token: use one of a language model")
@@ -296,7 +306,9 @@ def open_corpus(corpus, world) -> Tokens:
 def token_cache(corpus) -> Path:
     """The folder with the tokens of `corpus`; built under a lock if it is not there. One process calls it."""
     source = data_fingerprint(corpus)
-    key = json.dumps([CACHE_VERSION, source, asdict(corpus)])
+    name = corpus.tokenizer  # a Hub id or folder may hold another one tomorrow
+    words = None if is_built_in(name) else core.tokenizer_fingerprint(named_tokenizer(name))
+    key = json.dumps([CACHE_VERSION, source, words, asdict(corpus)])
     folder = core.cache_root() / f"tokens_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not (folder / "meta.json").exists():
         aside = folder.with_name(f".{folder.name}.partial")  # kept when killed
@@ -354,7 +366,7 @@ def documents(corpus, bad):
     for number, row in enumerate(itertools.islice(rows, corpus.max_documents), start=1):
         if number == 1:
             core.require_columns([row], [column], corpus.data)
-        text = row.get(column)
+        text = row.get(column) if isinstance(row, dict) else None
         if not isinstance(text, str) or not text or not core.is_clean(text):
             bad.add(
                 number,
@@ -392,12 +404,15 @@ def split_pieces(corpus, bad):
     if second is None:
         yield from cut_document(first, corpus)
         return
-    for number, opens in enumerate(itertools.chain([first, second], found)):
+    trained = None  # the first document and its copies, so that there is something to train on
+    for opens in itertools.chain([first, second], found):
         with opens() as stream:
             for i, text in enumerate(pieces(stream)):
                 if i == 0:
                     drawn = hashlib.sha256(f"{corpus.split_seed}/{text}".encode()).digest()
-                    part = "train" if number == 0 else part_of(int.from_bytes(drawn[:6]) / 2**48, corpus)
+                    trained = trained or drawn
+                    share = 0 if drawn == trained else int.from_bytes(drawn[:6], "big") / 2**48
+                    part = part_of(share, corpus)
                 yield part, text, i == 0
 
 
@@ -454,51 +469,56 @@ def build_cache(corpus, source, folder):
 def write_tokens(folder, corpus, tokenizer, kind, bad) -> dict:
     """Appends to the streams piece by piece; progress.json says every few seconds how much of them counts."""
     encode, end = encoder(corpus.tokenizer, tokenizer), np.array([tokenizer.eos_token_id], kind).tobytes()
-    path = folder / "progress.json"
-    state = {
-        "pieces": 0,
-        "bytes": dict.fromkeys(PARTS, 0),
-        "documents": dict.fromkeys(PARTS, 0),
-        "closed": False,
-    }
+    path, none = folder / "progress.json", dict.fromkeys(PARTS, 0)
+    state = {"pieces": 0, "bytes": dict(none), "documents": dict(none)}
     state = json.loads(path.read_text()) if path.exists() else state
     files = {part: open(folder / f"{part}.bin", "ab") for part in PARTS}
     for part, file in files.items():
         file.truncate(state["bytes"][part])
     found, saved = itertools.islice(split_pieces(corpus, bad), state["pieces"], None), time.monotonic()
-    sizes = [file.stat().st_size for file in text_files(corpus.data)]
-    with core.progress(sum(sizes) or None, "tokenising", unit="B") as bar:
-        while not state["closed"]:
-            group = list(up_to(found, 1 << 20))
+    size = sum(file.stat().st_size for file in text_files(corpus.data))
+    with core.progress(size or None, "tokenising", unit="B") as bar, ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(up_to, found, 1 << 20)  # read while the cores are encoding
+        while group := ahead.result():
+            ahead = reader.submit(up_to, found, 1 << 20)
             for (part, _, begins), ids in zip(group, encode([text for _, text, _ in group]), strict=True):
                 files[part].write(end * begins + np.asarray(ids, dtype=kind).tobytes())
                 state["documents"][part] += begins
+            state["pieces"] += len(group)
             bar.update(sum(len(text) for _, text, _ in group))
-            state["pieces"], state["closed"] = state["pieces"] + len(group), not group
-            if state["closed"]:
-                [file.write(end) for file in files.values()]
-            if state["closed"] or time.monotonic() - saved > 5:
-                for part, file in files.items():
-                    file.flush()
-                    os.fsync(file.fileno())
-                    state["bytes"][part] = file.tell()
+            if time.monotonic() - saved > 5:
+                state["bytes"] = {part: flushed(file) for part, file in files.items()}
                 core.write_json(path, state)
                 saved = time.monotonic()
-    return state
+    for file in files.values():
+        file.write(end)
+    return state | {"bytes": {part: flushed(file) for part, file in files.items()}}
 
 
-def up_to(found, characters):
+def flushed(file) -> int:
+    """Its bytes, all of them on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+    return os.fstat(file.fileno()).st_size  # tell() lags behind a truncation
+
+
+def up_to(found, characters) -> list:
     """The next pieces that together have about so many characters: a batch for all cores, flat in memory."""
+    group = []
     for piece in found:
-        yield piece
+        group.append(piece)
         characters -= len(piece[1])
         if characters <= 0:
-            return
+            break
+    return group
 
 
 def encoder(name, tokenizer):
     """texts -> a list of ids each. Rust, on all cores; characters by a table; bpe_scratch by its own code."""
     rust = tokenizer.backend_tokenizer
+    rust.encode_special_tokens = True  # a text that spells the end token out does not end
+    rust.no_truncation()  # some files of the Hub hold one
+    rust.no_padding()
     if name in ("chars", "ascii"):
         table = np.full(0x110000, tokenizer.vocab.get("<unk>", 0), dtype=np.uint32)
         for symbol, i in tokenizer.vocab.items():

@@ -273,7 +273,8 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top
     for _ in range(max_new_tokens):
         poll()
         if max(len(row) - start for row, start in zip(rows, first, strict=True)) > size:
-            first = [max(start, len(row) - (size + 1) // 2) for row, start in zip(rows, first, strict=True)]
+            windows = zip(rows, first, strict=True)  # a row slides when it is full itself, as it would alone
+            first = [s if len(row) - s <= size else len(row) - (size + 1) // 2 for row, s in windows]
             cache = None
         if cache is None or not use_cache:
             input_ids, padding = left_padded([row[start:] for row, start in zip(rows, first, strict=True)])
@@ -443,6 +444,8 @@ def gpt2_config(name, c) -> GPTConfig:
 
 def llama_config(name, c) -> GPTConfig:
     rope = c.rope_parameters
+    if c.head_dim * c.num_attention_heads != c.hidden_size:
+        raise core.UserError(f"model {name} has heads of {c.head_dim}, not n_embd / n_head: not supported")
     if c.num_key_value_heads != c.num_attention_heads:
         raise core.UserError(
             f"model {name} shares keys between heads ({c.num_key_value_heads}): not supported"
@@ -616,13 +619,16 @@ def is_run(name) -> bool:
     return (Path(name) / "gpt.json").exists()
 
 
+def shape_of(cfg, vocab_size) -> GPTConfig:
+    """The constants that describe the model; UserError where they contradict each other."""
+    shared = [field.name for field in fields(GPTConfig) if hasattr(cfg, field.name)]
+    return GPTConfig(vocab_size=vocab_size, **{name: getattr(cfg, name) for name in shared})
+
+
 def build_model(cfg, tokens, world) -> GPT:
     """cfg's shape with random weights, or the weights of cfg.model."""
     if cfg.model == "new":
-        shape = {
-            field.name: getattr(cfg, field.name) for field in fields(GPTConfig) if hasattr(cfg, field.name)
-        }
-        return GPT(GPTConfig(vocab_size=len(tokens.tokenizer), **shape))
+        return GPT(shape_of(cfg, len(tokens.tokenizer)))
     model = core.main_first(world, lambda: open_model(cfg.model, cfg.dropout, cfg.checkpointing)[0])
     if cfg.block_size > model.config.block_size:
         raise core.UserError(
@@ -674,14 +680,14 @@ def set_up(run, cfg, world, steps=None) -> Setup:
 
     `steps` none: as many as cfg.epochs and cfg.max_steps allow.
     """
+    shape_of(cfg, vocab_size=1)  # a contradiction should not wait for an hour of tokenising
     tokens = corpus.open_corpus(corpus_of(cfg, world), world)
     run.pin("fingerprint", tokens.fingerprint)
     blocks = {part: corpus.Blocks(tokens.parts[part], cfg.block_size) for part in corpus.PARTS}
     for part in ("train", "val", *(("test",) if cfg.test_share else ())):
         if not len(blocks[part]):
-            raise core.UserError(
-                f"{cfg.data} leaves no {part} text: use more documents or a larger {part}_share"
-            )
+            better = "more documents" + (f" or a larger --{part}_share" if part != "train" else "")
+            raise core.UserError(f"{cfg.data} leaves no {part} text: use {better}")
     batches = core.ShardedBatches(
         np.full(len(blocks["train"]), cfg.block_size), cfg.batch, world, seed=cfg.seed
     )
@@ -1031,6 +1037,10 @@ def longest_fall(y) -> tuple[int, int]:
 def show_curve(run, curve, suggestions):
     """lr_finder.json, lr_finder.png, and the same plot in the terminal."""
     core.write_json(run.folder / "lr_finder.json", curve | {"suggestions": suggestions})
+    if len(curve["lr"]) < 3:
+        return run.say(
+            f"{len(curve['lr'])} losses before the end: no curve; use a lower find_from or more steps"
+        )
     for step, (lr, loss, smooth) in enumerate(
         zip(curve["lr"], curve["loss"], curve["smoothed"], strict=True)
     ):

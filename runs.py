@@ -790,7 +790,7 @@ def git_state() -> dict[str, str]:
 
     return {
         "commit": git("rev-parse", "HEAD"),
-        "dirty": git("status", "--porcelain"),
+        "dirty": git("status", "--porcelain", "--untracked-files=normal"),
         "diff": git("diff", "HEAD"),
     }
 
