@@ -864,6 +864,15 @@ def test_a_model_that_guesses_uniformly_raises_the_alarm_and_one_that_knows_does
     assert low < -0.8 < high < 0
 
 
+def test_the_interval_counts_a_block_as_often_as_it_has_targets():
+    blocks = corpus.Blocks(ids(16 * 30 + 2).numpy(), 16)  # 30 of 16 targets, one of 1
+    targets = blocks.targets(range(31))
+    sums = np.c_[np.where(targets == 1, 1000.0, 16.0), np.zeros(31), targets]
+    m = script.measure(sums, blocks, np.ones(23))
+    assert m["loss"] == pytest.approx(1480 / 481) and m["loss_interval"][0] == pytest.approx(1)
+    assert m["loss_interval"][1] < 12  # the last one drawn 3 times: 7; were all blocks equal: over 90
+
+
 # constants
 
 WIKIPEDIA_003 = {  # journal 003's resolved constants; what is not named here is as in Config
