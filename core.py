@@ -1092,6 +1092,43 @@ def sum_cross_entropy(logits, labels) -> torch.Tensor:
     return F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
+def linear(x, weight, bias=None) -> torch.Tensor:
+    """F.linear; in fp32 on a CPU by oneDNN, whose products are 1.2 to 1.5 times as fast as MKL's (on an AMD)."""
+    plain = x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32
+    if (
+        plain
+        or not ONEDNN
+        or not x.numel()
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+    ):
+        return F.linear(x, weight, bias)
+    return _OneDNNLinear.apply(x, weight, bias) if torch.is_grad_enabled() else onednn(x, weight, bias)
+
+
+ONEDNN = torch.backends.mkldnn.is_available()
+
+
+def onednn(x, weight, bias=None):
+    """x @ weight.T + bias without gradient; what torch.compile's freezing calls."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, slope):
+        (x, weight), needs = ctx.saved_tensors, ctx.needs_input_grad
+        rows = slope.reshape(-1, slope.shape[-1])
+        to_x = onednn(slope, weight.t()) if needs[0] else None
+        to_w = rows.t() @ x.reshape(len(rows), -1) if needs[1] else None
+        return to_x, to_w, rows.sum(0) if needs[2] else None
+
+
 def linear_cross_entropy(hidden, weight, bias, labels) -> torch.Tensor:
     """sum_cross_entropy(hidden @ weight.T + bias, labels), without ever holding all logits: a scalar.
 
@@ -1111,7 +1148,7 @@ def token_log_probs(hidden, weight, bias, labels) -> tuple[torch.Tensor, torch.T
     """Of every target in `labels` (N,): its log-probability in fp64, and whether it was the likeliest."""
     log_probs, hits = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.bool)]
     for chunk in _chunks(hidden, weight):
-        scores = F.linear(hidden[chunk], weight, bias)
+        scores = linear(hidden[chunk], weight, bias)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(-1)
         log_probs.append(scores.gather(1, labels[chunk, None])[:, 0].double().cpu())
         hits.append((scores.argmax(-1) == labels[chunk]).cpu())
@@ -1155,7 +1192,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _add_chunk(x, w, bias, y, to_x, to_w, to_b) -> torch.Tensor:
     """The summed loss of some rows; writes their to_x, adds their share of to_w and to_b (one-hots aside)."""
-    logits = F.linear(x, w).to(to_w.dtype)
+    logits = linear(x, w).to(to_w.dtype)
     if bias is not None:
         logits += bias
     targets, top = logits.gather(1, y[:, None]), logits.amax(1, keepdim=True)
@@ -1163,7 +1200,7 @@ def _add_chunk(x, w, bias, y, to_x, to_w, to_b) -> torch.Tensor:
     total = e.sum(1, keepdim=True)
     if to_b is not None:
         to_b += (e / total).sum(0)
-    to_x.copy_(e.to(x.dtype) @ w).div_(total).sub_(w[y])
+    to_x.copy_(linear(e.to(x.dtype), w.t())).div_(total).sub_(w[y])
     if x.dtype == to_w.dtype:
         to_w.addmm_(e.t(), x / total)
     else:  # 16 bits: chunks are added up in fp32

@@ -87,9 +87,8 @@ class Linear(nn.Linear):
 
 
 def linear(x, weight, bias, packed):
-    if packed is None or x.numel() // x.shape[-1] > FEW_ROWS:
-        return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    few = packed is not None and x.numel() // x.shape[-1] <= FEW_ROWS
+    return core.onednn(x, packed, bias) if few else core.linear(x, weight, bias)
 
 
 FEW_ROWS = 64  # from here on the usual layout is as fast
@@ -315,7 +314,7 @@ def generating(model, rows):
     was_training = model.training
     model.eval()
     try:
-        if fits and rows <= FEW_ROWS and torch.backends.mkldnn.is_available():
+        if fits and rows <= FEW_ROWS and core.ONEDNN:
             for module, weight in holders:
                 module.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
         yield
