@@ -1093,15 +1093,9 @@ def sum_cross_entropy(logits, labels) -> torch.Tensor:
 
 
 def linear(x, weight, bias=None) -> torch.Tensor:
-    """F.linear; in fp32 on a CPU by oneDNN, whose products are 1.2 to 1.5 times as fast as MKL's (on an AMD)."""
-    plain = x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32
-    if (
-        plain
-        or not ONEDNN
-        or not x.numel()
-        or torch.is_autocast_enabled("cpu")
-        or torch.compiler.is_compiling()
-    ):
+    """F.linear; in fp32 on a CPU by oneDNN, whose products are up to 1.5 times as fast as MKL's (AMD)."""
+    fp32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if not (ONEDNN and fp32 and x.device.type == "cpu" and x.numel()) or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     return _OneDNNLinear.apply(x, weight, bias) if torch.is_grad_enabled() else onednn(x, weight, bias)
 
