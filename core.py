@@ -504,17 +504,25 @@ def read_rows(name, max_documents=None, prefer="train") -> list[dict]:
     return list(itertools.islice(stream_rows(name, prefer), max_documents))
 
 
-def stream_rows(name, prefer="train"):
-    """read_rows one by one: in flat memory, but for one JSON list."""
-    return itertools.chain.from_iterable(_tables(name, prefer))
+def stream_rows(name, prefer="train", streaming=False):
+    """read_rows one by one, in flat memory but for one JSON list; `streaming` fetches what it reads only."""
+    return itertools.chain.from_iterable(_tables(name, prefer, streaming))
 
 
-def data_fingerprint(name, prefer="train") -> str:
-    """SHA-256 over the files that read_rows would read: it names caches and shows a resume changed data."""
+def data_fingerprint(name, prefer="train", streaming=False) -> str:
+    """SHA-256 over the files that read_rows would read: it names caches and shows a resume changed data.
+
+    Of a Hub set that is streamed it is the commit.
+    """
     if Path(name).is_dir():
         files = _table_files(Path(name), prefer)
     elif Path(name).exists():
         files = [name]
+    elif streaming:
+        repo, _, revision = name.partition("@")
+        return from_hub(
+            "data set", name, lambda: _hub_commit(repo.partition(":")[0], revision), "a local file"
+        )
     else:
         files = [file["filename"] for file in _hub_dataset(name, prefer).cache_files]
     try:
@@ -523,7 +531,7 @@ def data_fingerprint(name, prefer="train") -> str:
         raise UserError(f"{name} cannot be read: {error.strerror}") from None
 
 
-def _tables(name, prefer):
+def _tables(name, prefer, streaming=False):
     """Yields tables, each an iterable of rows."""
     path = Path(name)
     if path.is_dir():
@@ -540,7 +548,7 @@ def _tables(name, prefer):
     elif path.exists():
         yield _read_table(path.open("rb"), path.suffix, path)
     else:
-        yield _hub_dataset(name, prefer)
+        yield _hub_dataset(name, prefer, streaming)
 
 
 def _table_files(folder, prefer) -> list[Path]:
@@ -589,7 +597,7 @@ def _read_table(stream, suffix, where):
         raise UserError(f"{where} cannot be read as {suffix[1:]}: {_first_line(error)}") from None
 
 
-def _hub_dataset(name, split):
+def _hub_dataset(name, split, streaming=False):
     form = re.fullmatch(
         r"(?P<repo>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?", name
     )
@@ -600,9 +608,16 @@ def _hub_dataset(name, split):
         import datasets
 
         datasets.disable_progress_bars() if not sys.stderr.isatty() else None
-        return datasets.load_dataset(form["repo"], form["config"], split=split, revision=form["revision"])
+        which = {"split": split, "revision": form["revision"], "streaming": streaming}
+        return datasets.load_dataset(form["repo"], form["config"], **which)
 
     return from_hub("data set", name, load, "a local file, or what --help of --data names as built in")
+
+
+def _hub_commit(repo, revision) -> str:
+    from huggingface_hub import HfApi
+
+    return HfApi().dataset_info(repo, revision=revision or None).sha
 
 
 def from_hub(what, name, load, instead):
@@ -1100,7 +1115,7 @@ def linear(x, weight, bias=None) -> torch.Tensor:
     return _OneDNNLinear.apply(x, weight, bias) if torch.is_grad_enabled() else onednn(x, weight, bias)
 
 
-ONEDNN = torch.backends.mkldnn.is_available()
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def onednn(x, weight, bias=None):
@@ -1157,35 +1172,33 @@ def _chunks(hidden, weight) -> list[slice]:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """With e = exp(logits - top) and Z its row sums, the loss is top + log Z - logit of the target.
+    """With e = exp(logits - top) and Z its row sums, the slope by the logits is e / Z - one-hot.
 
-    Its slope by the logits is e / Z - one-hot. e is the one large array, made in place of the logits; the
-    division and the one-hot go into the products: to_x = e w / Z - w[y], to_w = e^T (x / Z) - x at rows y.
+    In fp32 and fp64 e is the one large array, made in place of the logits; division and one-hot go into the
+    products: to_x = e w / Z - w[y], to_w = e^T (x / Z) - x at rows y. bf16 would lose the small difference of
+    a late subtraction, so there the slope is formed in fp32 first; fp16 would overflow: its head is fp32.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels):
-        kind, ctx.kind = hidden.device.type, hidden.dtype
-        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        x, w = (hidden.to(half), weight.to(half)) if half else (hidden, weight)
+        kind = hidden.device.type
+        half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+        x, w = (hidden.bfloat16(), weight.bfloat16()) if half else (hidden.to(weight.dtype), weight)
         to_x, to_w = torch.empty_like(hidden), torch.zeros_like(weight)
         to_b = None if bias is None else torch.zeros_like(bias)
         with torch.autocast(kind, enabled=False):
             parts = [_add_chunk(x[c], w, bias, labels[c], to_x[c], to_w, to_b) for c in _chunks(x, w)]
-        to_w.index_add_(0, labels, hidden.to(to_w.dtype), alpha=-1)
-        if to_b is not None:
-            to_b -= torch.bincount(labels, minlength=len(bias))
         ctx.slopes = to_x, to_w, to_b
         return torch.stack(parts).sum() if parts else weight.new_zeros(())
 
     @staticmethod
     def backward(ctx, scale):
-        slopes, ctx.slopes = ctx.slopes, None
+        slopes, ctx.slopes = ctx.slopes, (None, None, None)  # scaled in place: there is no second backward
         return *(None if slope is None else slope.mul_(scale) for slope in slopes), None
 
 
 def _add_chunk(x, w, bias, y, to_x, to_w, to_b) -> torch.Tensor:
-    """The summed loss of some rows; writes their to_x, adds their share of to_w and to_b (one-hots aside)."""
+    """The summed loss of some rows; writes their to_x, adds their share of to_w and to_b."""
     logits = linear(x, w).to(to_w.dtype)
     if bias is not None:
         logits += bias
@@ -1193,12 +1206,15 @@ def _add_chunk(x, w, bias, y, to_x, to_w, to_b) -> torch.Tensor:
     e = logits.sub_(top).exp_()
     total = e.sum(1, keepdim=True)
     if to_b is not None:
-        to_b += (e / total).sum(0)
-    to_x.copy_(linear(e.to(x.dtype), w.t())).div_(total).sub_(w[y])
+        to_b += (e / total).sum(0) - torch.bincount(y, minlength=len(to_b))
     if x.dtype == to_w.dtype:
-        to_w.addmm_(e.t(), x / total)
-    else:  # 16 bits: chunks are added up in fp32
-        to_w += e.to(x.dtype).t() @ (x / total).to(x.dtype)
+        to_x.copy_(linear(e, w.t())).div_(total).sub_(w[y])
+        to_w.addmm_(e.t(), x / total).index_add_(0, y, x, alpha=-1)
+    else:
+        e.div_(total).scatter_add_(1, y[:, None], torch.full_like(total, -1))
+        slope = e.to(x.dtype)
+        to_x.copy_(slope @ w)
+        to_w += slope.t() @ x  # chunks are added up in fp32
     return (top + total.log() - targets).sum()
 
 

@@ -6,6 +6,7 @@ ids for each of train, val and test, mapped into memory. Blocks cuts a stream in
 
 import ast
 import contextlib
+import fcntl
 import functools
 import hashlib
 import heapq
@@ -29,7 +30,6 @@ import numpy as np
 import torch
 
 import core
-import runs
 
 # ----------------------------------------------------------------------------------------- built-in text
 # What every Python installation carries: a fresh machine may have no network.
@@ -92,7 +92,10 @@ def make_tokenizer(name, texts):
     if kind in ("bpe", "bpe_scratch") and not (size.isdigit() and int(size) > 256):
         raise core.UserError(f"--tokenizer {name}: use {kind}:<size> with a size over 256, e.g. {kind}:2048")
     if kind == "chars":
-        return characters(sorted(set().union(*texts())))
+        seen = set()
+        for text in texts():
+            seen.update(text)
+        return characters(sorted(seen))
     if kind == "ascii":
         return characters(sorted(set(string.printable.lower())), plain=True)
     if kind == "bytes":
@@ -312,11 +315,17 @@ def token_cache(corpus) -> Path:
     folder = core.cache_root() / f"tokens_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not (folder / "meta.json").exists():
         aside = folder.with_name(f".{folder.name}.partial")  # kept when killed
-        aside.mkdir(parents=True, exist_ok=True)
-        with runs.locked(aside):
-            if not (folder / "meta.json").exists():  # another run may have built it meanwhile
-                build_cache(corpus, source, aside)
-                os.rename(aside, folder)
+        try:
+            aside.mkdir(parents=True, exist_ok=True)
+            with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be building it: then this one waits
+                if not (folder / "meta.json").exists():
+                    build_cache(corpus, source, aside)
+                    os.rename(aside, folder)
+                Path(lock.name).unlink(missing_ok=True)
+        except OSError as error:
+            where = f"token cache in {core.cache_root()} cannot be written ({error.strerror})"
+            raise core.UserError(f"{where}: set TOKEN_CACHE to a folder with room") from error
     return folder
 
 
@@ -324,7 +333,8 @@ def open_cache(folder) -> Tokens:
     """Maps the streams. UserError if a file is not what the cache was built with."""
     meta = json.loads((folder / "meta.json").read_text())
     path, kind = folder / "tokenizer" / "tokenizer.json", np.dtype(meta["kind"])
-    sizes = {part: (folder / f"{part}.bin").stat().st_size // kind.itemsize for part in PARTS}
+    files = {part: folder / f"{part}.bin" for part in PARTS}
+    sizes = {part: file.exists() and file.stat().st_size // kind.itemsize for part, file in files.items()}
     if core.sha256_file(path) != meta["fingerprint"]["tokenizer"] or sizes != meta["tokens"]:
         raise core.UserError(
             f"token cache {folder} is not what was built (tokenizer or tokens changed): delete it"
@@ -341,14 +351,21 @@ def data_fingerprint(corpus) -> str:
         return f"{corpus.data} of Python {platform.python_version()}"
     if files := text_files(corpus.data):
         return core.joint_hash([core.sha256_file(file) for file in files])
-    return core.data_fingerprint(corpus.data)
+    return core.data_fingerprint(corpus.data, streaming=corpus.max_documents is not None)
 
 
 def text_files(name) -> list[Path]:
     """The text files that a name stands for; none where it is a table or on the Hub."""
     path = Path(name)
     if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.suffix in TEXT_FILES)
+        files = [file for file in path.rglob("*") if file.is_file() and "/." not in str(file)]
+        texts = sorted(file for file in files if file.suffix in TEXT_FILES)
+        if texts and (tables := [file for file in files if file.suffix in core.TABLES]):
+            both = f"{texts[0].name} and {tables[0].name}"
+            raise core.UserError(
+                f"folder {name} holds text files and tables ({both}): name one, or move one kind"
+            )
+        return texts
     return [path] if path.is_file() and path.suffix not in (*core.TABLES, ".zip") else []
 
 
@@ -362,7 +379,7 @@ def documents(corpus, bad):
             yield functools.partial(open, file, encoding="utf-8-sig", newline="")
         return
     else:
-        rows = core.stream_rows(corpus.data)
+        rows = core.stream_rows(corpus.data, streaming=corpus.max_documents is not None)
     for number, row in enumerate(itertools.islice(rows, corpus.max_documents), start=1):
         if number == 1:
             core.require_columns([row], [column], corpus.data)
@@ -377,12 +394,15 @@ def documents(corpus, bad):
 
 
 def pieces(stream, name="text"):
-    """A document in pieces of some PIECE characters, cut where GPT-2's rules cut anyway: x\\n | x."""
+    """A document in pieces of some PIECE characters, cut where GPT-2's rules cut anyway: behind a line,
+    else before white space."""
     rest = ""
     try:
         while chunk := stream.read(PIECE):
             rest += chunk
-            cut = re.match(r"(?s:.*)\S\n(?=\S)", rest)
+            if len(chunk) < PIECE:
+                break  # the end
+            cut = re.match(r"(?s:.*)\S\n(?=\S)", rest) or re.match(r"(?s:.*)\S(?=\s)", rest)
             cut = cut.end() if cut else 0 if len(rest) < 16 * PIECE else len(rest)  # one endless line
             if cut:
                 yield rest[:cut]
@@ -427,7 +447,8 @@ def cut_document(opens, corpus):
     with opens() as stream:
         length = sum(len(text) for text in pieces(stream))
     ends = [
-        int(length * share) for share in (1 - corpus.val_share - corpus.test_share, 1 - corpus.test_share, 1)
+        int(length * share + 1e-6)
+        for share in (1 - corpus.val_share - corpus.test_share, 1 - corpus.test_share, 1)
     ]
     at, begins = 0, set(PARTS)
     with opens() as stream:

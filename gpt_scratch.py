@@ -1,6 +1,6 @@
 """A GPT written by hand, and journal 003's experiment with it: character and BPE language models.
 
-    torchrun --nproc_per_node=4 --shutdown-timeout 300 gpt_scratch.py --preset gpt3_small_char
+    torchrun --nproc_per_node=4 --shutdown-timeout 300 gpt_scratch.py --preset mini_v0
     python gpt_scratch.py                               # preset cpu: built-in text, minutes on two cores
     python gpt_scratch.py --data shakespeare.txt --tokenizer bpe:2048 --resume_timestamp auto
     python gpt_scratch.py --mode find_lr                # which rate? (find_from, find_to, find_steps)
@@ -18,7 +18,6 @@ import math
 import re
 import sys
 import textwrap
-import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -206,7 +205,7 @@ class GPT(nn.Module):
         positions = torch.arange(past, past + T, device=input_ids.device)
         if cache and cache.padding is not None:
             positions = (positions - cache.padding[:, None]).clamp(min=0)  # (B, T)
-        x, rotary, mask = self.wte(input_ids), None, cache.mask(T) if cache else None
+        x, rotary, mask = self.wte(input_ids), None, cache.mask(T, input_ids.device) if cache else None
         if self.config.positions == "learned":
             x = x + self.wpe(positions)
         else:
@@ -250,11 +249,10 @@ class KVCache:
         self.keys[layer][:, :, self.length : end], self.values[layer][:, :, self.length : end] = k, v
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
-    def mask(self, T):
+    def mask(self, T, device):
         """Which keys each of T new tokens sees: (1 or B, 1, T, S) bool, or None where a rule says it."""
         if self.padding is None and (T == 1 or self.length == 0):
             return None
-        device = None if self.padding is None else self.padding.device
         keys = torch.arange(self.length + T, device=device)
         queries = keys[self.length :, None]
         seen = (keys <= queries)[None]
@@ -285,7 +283,8 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top
             cache = None
         if cache is None or not use_cache:
             input_ids, padding = left_padded([row[start:] for row, start in zip(rows, first, strict=True)])
-            cache = KVCache(len(model.h), size, None if padding is None else padding.to(device))
+            capacity = min(size, input_ids.shape[1] + max_new_tokens)
+            cache = KVCache(len(model.h), capacity, None if padding is None else padding.to(device))
         else:
             input_ids = torch.tensor([row[-1:] for row in rows])
         logits = model.logits(model.hidden(input_ids.to(device), cache)[:, -1])[:, :vocab_size]
@@ -313,12 +312,14 @@ def generating(model, rows):
     fits = all(weight.device.type == "cpu" and weight.dtype == torch.float32 for _, weight in holders)
     was_training = model.training
     model.eval()
+    torch.compiler.set_stance("force_eager")  # compiled blocks would be compiled anew for every length
     try:
         if fits and rows <= FEW_ROWS and core.ONEDNN:
             for module, weight in holders:
                 module.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
         yield
     finally:
+        torch.compiler.set_stance("default")
         model.train(was_training)
         for module, _ in holders:
             module.packed = None
@@ -638,10 +639,17 @@ SAMPLES = 3  # after each evaluation
 RATIO = 20  # tokens per parameter that Hoffmann et al. 2022 find best
 
 
-def corpus_of(cfg, world) -> corpus.Corpus:
-    """What cfg says of the text; a model that is not new brings its own tokenizer."""
+def corpus_of(cfg) -> corpus.Corpus:
+    """What cfg says of the text; a model that is not new brings its own tokenizer and shape."""
     name = cfg.tokenizer
     if cfg.model != "new":
+        own = {"tokenizer", *(field.name for field in fields(GPTConfig))} - {
+            "block_size",
+            "dropout",
+            "checkpointing",
+        }
+        if typed := sorted(own & core.typed(cfg).flags):
+            raise core.UserError(f"--model {cfg.model} brings its own {', '.join(typed)}: drop these flags")
         name = str(Path(cfg.model) / "tokenizer") if is_run(cfg.model) else cfg.model
     values = {field.name: getattr(cfg, field.name) for field in fields(corpus.Corpus)}
     return corpus.Corpus(**values | {"tokenizer": name})
@@ -663,9 +671,11 @@ def build_model(cfg, tokens, world) -> GPT:
         return GPT(shape_of(cfg, len(tokens.tokenizer)))
     model = core.main_first(world, lambda: open_model(cfg.model, cfg.dropout, cfg.checkpointing)[0])
     if cfg.block_size > model.config.block_size:
-        raise core.UserError(
-            f"--block_size {cfg.block_size} is over the {model.config.block_size} of {cfg.model}"
-        )
+        most = model.config.block_size
+        raise core.UserError(f"--block_size {cfg.block_size} is over the {most} of {cfg.model}")
+    if len(tokens.tokenizer) > model.config.vocab_size:
+        sizes = f"{len(tokens.tokenizer)} tokens, the model {model.config.vocab_size}"
+        raise core.UserError(f"the tokenizer of {cfg.model} has {sizes}: they do not belong together")
     return model
 
 
@@ -682,7 +692,8 @@ def open_model(name, dropout=0.0, checkpointing=False):
 
 def load_model(folder, world):
     """(Config, model, tokenizer) of a run, from its folder alone; the weights it was tested with."""
-    cfg = Config(**runs.read_config(folder)["constants"])
+    stored, known = runs.read_config(folder)["constants"], {field.name for field in fields(Config)}
+    cfg = Config(**{name: value for name, value in stored.items() if name in known})
     model, tokenizer = open_model(folder)
     return cfg, model.to(world.device).eval(), tokenizer
 
@@ -713,7 +724,7 @@ def set_up(run, cfg, world, steps=None) -> Setup:
     `steps` none: as many as cfg.epochs and cfg.max_steps allow.
     """
     shape_of(cfg, vocab_size=1)  # a contradiction should not wait for an hour of tokenising
-    tokens = corpus.open_corpus(corpus_of(cfg, world), world)
+    tokens = corpus.open_corpus(corpus_of(cfg), world)
     run.pin("fingerprint", tokens.fingerprint)
     blocks = {part: corpus.Blocks(tokens.parts[part], cfg.block_size) for part in corpus.PARTS}
     for part in ("train", "val", *(("test",) if cfg.test_share else ())):
@@ -730,9 +741,8 @@ def set_up(run, cfg, world, steps=None) -> Setup:
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.eps)
     announce(run, cfg, tokens, blocks, batches, total_steps, model)
     step = run.load(model, optimizer, precision)
-    if world.is_main:  # they let the folder alone rebuild the model
-        core.write_json(run.folder / "gpt.json", asdict(model.config))
-        tokens.tokenizer.save_pretrained(run.folder / "tokenizer")
+    core.on_main(world, lambda: describe_model(run.folder, model, tokens.tokenizer))
+    stop_ids(tokens.tokenizer, cfg.stop)  # a mistake should not wait for the first sample
     if cfg.compile:
         for block in model.h:
             block.compile()
@@ -751,6 +761,12 @@ def set_up(run, cfg, world, steps=None) -> Setup:
     run.forecast(model, optimizer, total_steps - step, seconds, typical=1.0)
     run.say(describe_block(tokens.tokenizer, blocks["train"]))
     return s
+
+
+def describe_model(folder, model, tokenizer):
+    """tokenizer/ and gpt.json: with them the folder alone can rebuild the model."""
+    tokenizer.save_pretrained(folder / "tokenizer")
+    core.write_json(folder / "gpt.json", asdict(model.config))
 
 
 def forward_backward(s, rows, targets) -> float:
@@ -779,6 +795,7 @@ def count_targets(s, step) -> int:
 @torch.no_grad()
 def evaluate(model, blocks, cfg, world, poll=lambda: None) -> np.ndarray:
     """(blocks, 3) on every rank: summed loss, hits of the likeliest token, targets. `model` is unwrapped."""
+    was_training = model.training
     model.eval()
     precision = core.Precision(cfg.dtype, world)
     batches = core.ShardedBatches(blocks.targets(range(len(blocks))), cfg.eval_batch, world)
@@ -797,7 +814,7 @@ def evaluate(model, blocks, cfg, world, poll=lambda: None) -> np.ndarray:
                     0, rows, torch.stack([-log_probs, hits.double(), torch.ones_like(log_probs)], 1)
                 )
             bar.update()
-    model.train()
+    model.train(was_training)
     return core.all_reduce_sum(world, sums).numpy()
 
 
@@ -902,7 +919,8 @@ def announce(run, cfg, tokens, blocks, batches, total_steps, model):
     )
     run.begin()
     counts = "  ".join(f"{part} {n}" for part, n in tokens.documents.items())
-    run.say(f"data {cfg.data}  documents {counts}  tokenizer {cfg.tokenizer} of {len(tokens.tokenizer)}")
+    tokenizer = corpus_of(cfg).tokenizer
+    run.say(f"data {cfg.data}  documents {counts}  tokenizer {tokenizer} of {len(tokens.tokenizer)}")
     for line in tokens.lines:
         run.say(line)
     seen = total_steps * cfg.batch * cfg.block_size
@@ -939,26 +957,31 @@ def report_validation(run, step, val, where, is_best, late):
 def sample(run, cfg, step, model, tokenizer):
     """Rank 0: a few continuations of the prompt to log, TensorBoard and samples.jsonl."""
     if cfg.sample_tokens:
-        texts = continuations(
-            model, tokenizer, cfg, [cfg.prompt or ""] * SAMPLES, cfg.sample_tokens, seed=step
-        )
+        prompts = [cfg.prompt or ""] * SAMPLES
+        texts = continuations(model, tokenizer, cfg, prompts, cfg.sample_tokens, step, run.leave_if_signalled)
         run.samples(step, texts)
         for text in texts[:1]:
             run.say("\n".join(f"  | {line}" for line in textwrap.wrap(one_line(text), 95)[:4]))
 
 
-def continuations(model, tokenizer, cfg, prompts, max_new_tokens, seed) -> list[str]:
+def continuations(model, tokenizer, cfg, prompts, max_new_tokens, seed, poll=lambda: None) -> list[str]:
     """Text behind each prompt; an empty prompt is an end-of-text token: a new document begins."""
     ids = [tokenizer(prompt).input_ids or [tokenizer.eos_token_id] for prompt in prompts]
-    stop = {tokenizer.eos_token_id}
-    if cfg.stop is not None:
-        wanted = tokenizer(cfg.stop.encode().decode("unicode_escape"), add_special_tokens=False).input_ids
-        if len(wanted) != 1:
-            raise core.UserError(f"--stop {cfg.stop!r} is {len(wanted)} tokens: use one that is one")
-        stop.add(wanted[0])
     choice = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
-    rows = generate(model, ids, max_new_tokens, stop=stop, seed=seed, vocab_size=len(tokenizer), **choice)
-    return [tokenizer.decode(row) for row in rows]
+    choice |= {"stop": stop_ids(tokenizer, cfg.stop), "seed": seed, "poll": poll}
+    choice["vocab_size"] = len(tokenizer) - (tokenizer.unk_token_id == len(tokenizer) - 1)  # no <unk>
+    return [tokenizer.decode(row) for row in generate(model, ids, max_new_tokens, **choice)]
+
+
+def stop_ids(tokenizer, stop) -> set[int]:
+    """End-of-text, and the one token of `stop` (in which \\n and \\t stand for themselves)."""
+    if stop is None:
+        return {tokenizer.eos_token_id}
+    text = stop.replace("\\n", "\n").replace("\\t", "\t")
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    if len(ids) != 1:
+        raise core.UserError(f"--stop {stop!r} is {len(ids)} tokens of this tokenizer: use one that is one")
+    return {tokenizer.eos_token_id, ids[0]}
 
 
 def known_words(path, tokens, most=5_000_000) -> float | None:
@@ -997,9 +1020,7 @@ def find_lr(run, cfg, world) -> dict:
     suggestions = suggest(curve["lr"], curve["smoothed"])
     core.on_main(world, lambda: show_curve(run, curve, suggestions))
     best = suggestions["minimum/10"]
-    run.say(
-        f"next: python gpt_scratch.py --lr {best:.1e}" if best else "the curve does not fall: no suggestion"
-    )
+    run.say(f"next: the same with --mode train --lr {best:.1e}" if best else "the curve does not fall")
     return {"lr_finder": suggestions, "weights_sha256": runs.weights_sha256(s.model)}
 
 
@@ -1144,12 +1165,14 @@ def talk(cfg, world):
     print(f"{name}  {millions:.1f}M parameters  block_size {model.config.block_size}")
     interactive = cfg.prompt is None and sys.stdin.isatty()
     prompts = [cfg.prompt] if cfg.prompt is not None else prompt_loop(interactive)
-    for count, prompt in enumerate(prompts):
-        began = time.perf_counter()
-        text = continuations(model, tokenizer, cfg, [prompt], cfg.max_new_tokens, cfg.seed + count)[0]
-        print(prompt + text)
-        if interactive:
-            print(f"({len(tokenizer(text).input_ids) / (time.perf_counter() - began):.0f} tokens/s)")
+    try:
+        for count, prompt in enumerate(prompts):
+            print(
+                prompt
+                + continuations(model, tokenizer, cfg, [prompt], cfg.max_new_tokens, cfg.seed + count)[0]
+            )
+    except KeyboardInterrupt:
+        print()
 
 
 def prompt_loop(interactive):

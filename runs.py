@@ -177,6 +177,11 @@ class Run:
         if self.stopping:
             raise core.Stop(self.stopping)
 
+    def leave_if_signalled(self):
+        """For rank 0's work inside on_main, behind a checkpoint: raises core.Stop, which reaches all."""
+        if self._signal:
+            raise core.Stop(self._signal)
+
     def _on_signal(self, number, frame):
         name, now = signal.Signals(number).name, time.monotonic()
         if self._signal is None:
@@ -789,7 +794,7 @@ def git_state() -> dict[str, str]:
         ).stdout.strip()
 
     return {
-        "commit": git("rev-parse", "HEAD"),
+        "commit": git("rev-parse", "--verify", "--quiet", "HEAD"),
         "dirty": git("status", "--porcelain", "--untracked-files=normal"),
         "diff": git("diff", "HEAD"),
     }

@@ -51,7 +51,7 @@ def nano(checkout, text):
     with torch.no_grad():
         for start in range(0, len(blocks), 256):
             input_ids, labels = blocks.batch(range(start, min(start + 256, len(blocks))), "cpu")
-            logits, _ = model(input_ids, labels)
+            logits, _ = model(input_ids, labels.clamp(min=0).contiguous())
             loss += torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1), labels.flatten(), reduction="sum"
             ).item()
