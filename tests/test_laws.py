@@ -51,6 +51,15 @@ RATE = {"run_preference": "examples_per_second", "gpt_scratch": "tokens_per_seco
 AUTO = ("--resume_timestamp", "auto")
 
 
+def on_every_script(*cases, daily=3):
+    """Each case on each script; behind the first script only every `daily`-th is in the default set."""
+    return [
+        pytest.param(script, *case, marks=[pytest.mark.slow] if i and (n + i) % daily else [])
+        for i, script in enumerate(SCRIPTS)
+        for n, case in enumerate(cases)
+    ]
+
+
 @pytest.fixture(scope="session")
 def straight(tmp_path_factory):
     """What an uninterrupted run on `size` ranks ends with: (result, curve of TensorBoard)."""
@@ -101,10 +110,9 @@ def same_curves(folder, want):
             np.testing.assert_allclose(got[tag], points, rtol=1e-6, err_msg=tag)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(
-    ("place", "nth", "who", "size"),
-    [
+    ("script", "place", "nth", "who", "size"),
+    on_every_script(
         ("caching", 1, 0, 1),
         ("worst case", 1, 0, 1),
         ("step", 13, 0, 1),
@@ -116,7 +124,7 @@ def same_curves(folder, want):
         ("save", 2, 0, 2),
         ("step", 11, 2, 3),
         ("save", 4, "all", 3),
-    ],
+    ),
 )
 def test_killed_and_resumed_ends_in_the_same_weights(script, place, nth, who, size, straight):
     want, want_curves = straight(script, size)
@@ -151,16 +159,15 @@ def test_killed_again_and_again_at_random_moments(script, size, seed, straight):
     same_curves(newest(), want_curves)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(
-    ("number", "place", "nth", "size"),
-    [
+    ("script", "number", "place", "nth", "size"),
+    on_every_script(
         (signal.SIGTERM, "step", 7, 1),
         (signal.SIGINT, "evaluation", 5, 1),
         (signal.SIGHUP, "step", 9, 2),
         (signal.SIGINT, "evaluation", 6, 2),
         (signal.SIGTERM, "save", 3, 3),
-    ],
+    ),
 )
 def test_a_signal_saves_and_leaves_within_ten_seconds(script, number, place, nth, size, straight):
     codes = launch(script, "--out", "out", *SHORT[script], *AUTO, size=size, sent=(place, nth, number))
@@ -175,7 +182,7 @@ def test_a_signal_saves_and_leaves_within_ten_seconds(script, number, place, nth
     same_curves(newest(), straight(script, size)[1])
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", on_every_script((), daily=2))
 def test_a_signal_to_one_rank_stops_all(script, straight):
     codes = launch(script, "--out", "out", *SHORT[script], *AUTO, size=3, sent=("step", 6, signal.SIGTERM, 2))
     assert codes == [0, 0, 0], Path("out.txt").read_text()
@@ -183,8 +190,9 @@ def test_a_signal_to_one_rank_stops_all(script, straight):
     same_outcome(run(script, *SHORT[script], *AUTO, size=3), straight(script, 3)[0])
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize(("place", "size"), [("caching", 1), ("caching", 2), ("worst case", 2)])
+@pytest.mark.parametrize(
+    ("script", "place", "size"), on_every_script(("caching", 1), ("caching", 2), ("worst case", 2))
+)
 def test_a_signal_before_the_first_step_leaves_on_all_ranks(script, place, size, straight):
     codes = launch(script, "--out", "out", *SHORT[script], *AUTO, size=size, sent=(place, 1, signal.SIGINT))
     assert codes == [0] * size, Path("out.txt").read_text()
@@ -198,7 +206,7 @@ def test_a_crashed_rank_is_a_failure_not_a_stop(script):
     assert not (newest() / "result.json").exists() or result()["status"] == "failed"
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", on_every_script((), daily=2))
 def test_a_run_that_is_being_written_is_not_resumed_by_another_process(script, straight):
     launch(script, "--out", "out", *SHORT[script], kill=("step", 7, 0))
     with open(newest() / ".lock", "a") as lock:
@@ -208,8 +216,9 @@ def test_a_run_that_is_being_written_is_not_resumed_by_another_process(script, s
     same_outcome(run(script, *SHORT[script], *AUTO), straight(script, 1)[0])
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "incomplete", "manifest"])
+@pytest.mark.parametrize(
+    ("script", "damage"), on_every_script(("truncated",), ("flipped",), ("incomplete",), ("manifest",))
+)
 def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(script, damage, straight):
     launch(script, "--out", "out", *SHORT[script], size=1, kill=("step", 18, 0))
     older, newest_one = sorted((newest() / "checkpoints").glob("step_*"))
@@ -311,7 +320,7 @@ def test_the_run_folder_is_complete(script, straight, tmp_path):
     assert "\r" not in log
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", on_every_script((), daily=2))
 def test_a_torchrun_that_restarts_its_workers_goes_on_with_its_own_run(script, straight):
     """--max-restarts 1: rank 1 is killed in its ninth step; nobody passes --resume_timestamp."""
     Path("struck.py").write_text(f"""
