@@ -523,12 +523,12 @@ class Config:
     dropout: float = 0.0
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory
     # optimisation
-    batch: int = 12  # blocks per optimizer step, over all ranks
+    batch: int = 8  # blocks per optimizer step, over all ranks
     micro_batch: int | None = None  # blocks per forward and rank; none = all of the rank's blocks
     epochs: int = 10
-    max_steps: int | None = 3600  # optimizer steps; whichever of the two ends first
+    max_steps: int | None = 4500  # optimizer steps; whichever of the two ends first
     max_minutes: float | None = None  # of training, over resumes
-    lr: float = 4e-3  # peak; GPT-3's sizes and rates lie near 1.95 parameters^-0.437 (journal 003)
+    lr: float = 3e-3  # peak; GPT-3's sizes and rates lie near 1.95 parameters^-0.437 (journal 003)
     min_lr: float = 0.0
     warmup: float = 0.05  # fraction of all steps; of one_cycle its rise (the usual is 0.3)
     schedule: Literal["linear", "cosine", "constant", "one_cycle", "gpt3"] = "linear"
