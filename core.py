@@ -455,7 +455,9 @@ class ShardedBatches:
         n = len(self.lengths)
         self.steps_per_epoch = math.ceil(n / batch) if seed is None else n // batch
         if seed is not None and n < batch:
-            raise UserError(f"{n} training rows do not fill a batch of {batch}: use a smaller --batch")
+            raise UserError(
+                f"{n} training rows do not fill a batch of {batch}: use a smaller --batch or more data"
+            )
         self._epoch, self._order = None, None
 
     def __len__(self):

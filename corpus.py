@@ -360,6 +360,8 @@ def text_files(name) -> list[Path]:
     if path.is_dir():
         files = [file for file in path.rglob("*") if file.is_file() and "/." not in str(file)]
         texts = sorted(file for file in files if file.suffix in TEXT_FILES)
+        if not any(file.suffix in (*TEXT_FILES, *core.TABLES, ".zip") for file in files):
+            raise core.UserError(f"folder {name} holds no text: use {', '.join((*TEXT_FILES, *core.TABLES))}")
         if texts and (tables := [file for file in files if file.suffix in core.TABLES]):
             both = f"{texts[0].name} and {tables[0].name}"
             raise core.UserError(

@@ -979,8 +979,8 @@ def stop_ids(tokenizer, stop) -> set[int]:
         return {tokenizer.eos_token_id}
     text = stop.replace("\\n", "\n").replace("\\t", "\t")
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    if len(ids) != 1:
-        raise core.UserError(f"--stop {stop!r} is {len(ids)} tokens of this tokenizer: use one that is one")
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise core.UserError(f"--stop {stop!r} is not one token that this tokenizer knows: use one that is")
     return {tokenizer.eos_token_id, ids[0]}
 
 
@@ -1119,7 +1119,7 @@ def plot_curve(curve, suggestions, path):
     low, high = min(curve["smoothed"]), curve["smoothed"][0]
     axes.set(xscale="log", xlabel="learning rate", ylabel="loss per token", title="Learning-rate finder")
     axes.set_ylim(low - 0.2 * (high - low + 0.1), high + 0.5 * (high - low + 0.1))
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
 
@@ -1167,12 +1167,24 @@ def talk(cfg, world):
     prompts = [cfg.prompt] if cfg.prompt is not None else prompt_loop(interactive)
     try:
         for count, prompt in enumerate(prompts):
-            print(
-                prompt
-                + continuations(model, tokenizer, cfg, [prompt], cfg.max_new_tokens, cfg.seed + count)[0]
-            )
+            for note in prompt_notes(model, tokenizer, prompt):
+                print(note, file=sys.stderr)
+            texts = continuations(model, tokenizer, cfg, [prompt], cfg.max_new_tokens, cfg.seed + count)
+            print(prompt + texts[0])
     except KeyboardInterrupt:
         print()
+
+
+def prompt_notes(model, tokenizer, prompt) -> list[str]:
+    """What of a prompt the model does not get to see."""
+    ids, size, notes = tokenizer(prompt).input_ids, model.config.block_size, []
+    if tokenizer.unk_token_id is not None and (unknown := ids.count(tokenizer.unk_token_id)):
+        notes.append(f"({unknown} of {len(ids)} tokens of the prompt are unknown to this tokenizer)")
+    if len(ids) > size:
+        notes.append(
+            f"(the prompt has {len(ids)} tokens: the last {(size + 1) // 2} count, block_size is {size})"
+        )
+    return notes
 
 
 def prompt_loop(interactive):

@@ -702,7 +702,9 @@ def newest_run(cfg, script) -> Path:
     out = Path(cfg.out or f"runs/{'smoke/' if core.typed(cfg).smoke else ''}{Path(script).stem}")
     runs = sorted({path.parents[2] for path in out.glob("*/checkpoints/*/manifest.json")})
     if not runs:
-        raise core.UserError(f"no run with a checkpoint in {out}: train one, or name one with --model")
+        raise core.UserError(
+            f"no run with a checkpoint in {out}: train one, name one with --model, or add --smoke"
+        )
     return runs[-1]
 
 
