@@ -526,7 +526,7 @@ class Config:
     batch: int = 8  # blocks per optimizer step, over all ranks
     micro_batch: int | None = None  # blocks per forward and rank; none = all of the rank's blocks
     epochs: int = 10
-    max_steps: int | None = 4500  # optimizer steps; whichever of the two ends first
+    max_steps: int | None = 3600  # optimizer steps; whichever of the two ends first
     max_minutes: float | None = None  # of training, over resumes
     lr: float = 3e-3  # peak; GPT-3's sizes and rates lie near 1.95 parameters^-0.437 (journal 003)
     min_lr: float = 0.0
