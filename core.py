@@ -952,7 +952,7 @@ def local_or_hub(what, name, load, built_in):
     """`load()` of a folder or Hub id, with every failure in one line."""
     if not Path(name).is_dir():
         if name[:1] in ("", ".", "/", "~"):
-            raise UserError(f"no such folder: {name!r}")
+            raise UserError(f"no such folder: {name or repr(name)}")
         return from_hub(what, name, load, f"a local folder, or {built_in}")
     try:
         return _quietly(load)
