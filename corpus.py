@@ -54,16 +54,8 @@ def built_in_texts(name):
 def _library_files() -> list[Path]:
     """Modules of the standard library: no tests, no installed packages."""
     folder = Path(sysconfig.get_path("stdlib"))
-    skipped = {
-        "site-packages",
-        "dist-packages",
-        "test",
-        "tests",
-        "idlelib",
-        "lib2to3",
-        "turtledemo",
-        "ensurepip",
-    }
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
+    skipped.add("ensurepip")
     files = (path.relative_to(folder) for path in sorted(folder.rglob("*.py")))
     return [folder / path for path in files if not skipped & set(path.parts)]
 
@@ -350,7 +342,10 @@ def data_fingerprint(corpus) -> str:
     if corpus.data in BUILT_IN:
         return f"{corpus.data} of Python {platform.python_version()}"
     if files := text_files(corpus.data):
-        return core.joint_hash([core.sha256_file(file) for file in files])
+        try:
+            return core.joint_hash([core.sha256_file(file) for file in files])
+        except OSError as error:
+            raise core.UserError(f"{error.filename} cannot be read ({error.strerror}): take it out") from None
     return core.data_fingerprint(corpus.data, streaming=corpus.max_documents is not None)
 
 
@@ -358,7 +353,8 @@ def text_files(name) -> list[Path]:
     """The text files that a name stands for; none where it is a table or on the Hub."""
     path = Path(name)
     if path.is_dir():
-        files = [file for file in path.rglob("*") if file.is_file() and "/." not in str(file)]
+        found = (file.relative_to(path) for file in path.rglob("*"))
+        files = [path / f for f in found if (path / f).is_file() and not any(p[0] == "." for p in f.parts)]
         texts = sorted(file for file in files if file.suffix in TEXT_FILES)
         if not any(file.suffix in (*TEXT_FILES, *core.TABLES, ".zip") for file in files):
             raise core.UserError(f"folder {name} holds no text: use {', '.join((*TEXT_FILES, *core.TABLES))}")
@@ -395,7 +391,7 @@ def documents(corpus, bad):
         yield functools.partial(io.StringIO, text, newline="")
 
 
-def pieces(stream, name="text"):
+def pieces(stream):
     """A document in pieces of some PIECE characters, cut where GPT-2's rules cut anyway: behind a line,
     else before white space."""
     rest = ""

@@ -7,8 +7,9 @@
     python gpt_scratch.py --mode generate --model runs/gpt_scratch/20261122_101500
     python gpt_scratch.py --smoke
 
-Top: the model, generation, weights in and out, tokenizers, the token cache, for other scripts to import.
-Bottom: the experiment; its constants stand in Config. Each run is a folder under runs/gpt_scratch/.
+Top: the model, generation, weights in and out, for other scripts to import (tokenizers and the token cache
+are in corpus.py). Bottom: the experiment; its constants stand in Config. Each run is a folder under
+runs/gpt_scratch/.
 """
 
 import copy
@@ -18,7 +19,7 @@ import math
 import re
 import sys
 import textwrap
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -172,9 +173,7 @@ class GPT(nn.Module):
         if not config.tie_head:
             self.lm_head = Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
         for name, weight in self.named_parameters():
-            if (
-                weight.dim() == 2
-            ):  # GPT-2: what adds to the residual stream starts smaller, the deeper the model
+            if weight.dim() == 2:  # GPT-2: what adds to the residual stream starts smaller in deep models
                 depth = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
                 nn.init.normal_(weight, std=0.02 / math.sqrt(depth))
             elif name.endswith("bias"):
@@ -310,16 +309,18 @@ def generating(model, rows):
     holders = [(module, module.weight) for module in model.modules() if isinstance(module, Linear)]
     holders += [(model, model.wte.weight)] if model.config.tie_head else []
     fits = all(weight.device.type == "cpu" and weight.dtype == torch.float32 for _, weight in holders)
+    # compiled blocks would be compiled anew for every length; set_stance imports the compiler (1.5 s)
+    compiled = "torch._dynamo" in sys.modules
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     was_training = model.training
     model.eval()
-    torch.compiler.set_stance("force_eager")  # compiled blocks would be compiled anew for every length
     try:
         if fits and rows <= FEW_ROWS and core.ONEDNN:
             for module, weight in holders:
                 module.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-        yield
+        with eager:
+            yield
     finally:
-        torch.compiler.set_stance("default")
         model.train(was_training)
         for module, _ in holders:
             module.packed = None
@@ -329,9 +330,8 @@ def left_padded(rows) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Ids (B, T) that end together, and how many positions of each row are padding; None if there is none."""
     longest = max(map(len, rows))
     padding = torch.tensor([longest - len(row) for row in rows])
-    return torch.tensor(
-        [[0] * (longest - len(row)) + row for row in rows]
-    ), padding if padding.any() else None
+    input_ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    return input_ids, padding if padding.any() else None
 
 
 def choose(logits, generators, temperature, top_k, top_p) -> torch.Tensor:
@@ -365,7 +365,7 @@ FORMATS = {  # what a transformers model can express
 }  # fmt: skip
 
 
-def to_gpt2(weights, config) -> dict:
+def to_gpt2(weights) -> dict:
     """Our state dict under transformers' names: GPT-2 keeps the matrices of its blocks transposed."""
     named = {}
     for name, value in weights.items():
@@ -374,7 +374,7 @@ def to_gpt2(weights, config) -> dict:
     return named
 
 
-def to_llama(weights, config) -> dict:
+def to_llama(weights) -> dict:
     named = {}
     for name, value in weights.items():
         layer = re.fullmatch(r"h\.(\d+)\.(.*)\.weight", name)
@@ -394,10 +394,10 @@ def from_theirs(theirs, config, kind) -> dict:
     with torch.device("meta"):
         ours = GPT(config).state_dict()
     if kind == "gpt2":
-        names = {name: next(iter(to_gpt2({name: value}, config))) for name, value in ours.items()}
+        names = {name: next(iter(to_gpt2({name: value}))) for name, value in ours.items()}
         turned = {name for name, value in ours.items() if name.startswith("h.") and value.dim() == 2}
         return {name: theirs[their].t() if name in turned else theirs[their] for name, their in names.items()}
-    names = {name: list(to_llama({name: value}, config)) for name, value in ours.items()}
+    names = {name: list(to_llama({name: value})) for name, value in ours.items()}
     return {name: torch.cat([theirs[their] for their in parts]) for name, parts in names.items()}
 
 
@@ -431,11 +431,9 @@ def save_pretrained(model, tokenizer, folder):
                 rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
                 **sizes, **ends))  # fmt: skip
     convert = to_gpt2 if not misfits["gpt2"] else to_llama
-    weights = {
-        name: value.detach().cpu().contiguous() for name, value in convert(model.state_dict(), c).items()
-    }
+    weights = {name: w.detach().cpu().contiguous() for name, w in convert(model.state_dict()).items()}
     if c.tie_head:
-        weights["lm_head.weight"] = weights[convert({"wte.weight": torch.empty(0)}, c).popitem()[0]]
+        weights["lm_head.weight"] = weights[convert({"wte.weight": torch.empty(0)}).popitem()[0]]
     theirs.load_state_dict(weights, strict=True, assign=True)
     theirs.tie_weights()
     theirs.save_pretrained(folder)
@@ -643,12 +641,8 @@ def corpus_of(cfg) -> corpus.Corpus:
     """What cfg says of the text; a model that is not new brings its own tokenizer and shape."""
     name = cfg.tokenizer
     if cfg.model != "new":
-        own = {"tokenizer", *(field.name for field in fields(GPTConfig))} - {
-            "block_size",
-            "dropout",
-            "checkpointing",
-        }
-        if typed := sorted(own & core.typed(cfg).flags):
+        own = {"tokenizer", *(field.name for field in fields(GPTConfig))}
+        if typed := sorted((own - {"block_size", "dropout", "checkpointing"}) & core.typed(cfg).flags):
             raise core.UserError(f"--model {cfg.model} brings its own {', '.join(typed)}: drop these flags")
         name = str(Path(cfg.model) / "tokenizer") if is_run(cfg.model) else cfg.model
     values = {field.name: getattr(cfg, field.name) for field in fields(corpus.Corpus)}
@@ -987,9 +981,8 @@ def stop_ids(tokenizer, stop) -> set[int]:
 def known_words(path, tokens, most=5_000_000) -> float | None:
     """Share of the last samples' words that occur in the training text (its first `most` tokens)."""
     lines = path.read_text().splitlines() if path.exists() else []
-    sampled = [
-        word for line in lines[-SAMPLES:] for word in words(json.loads(line)["text"])[:-1]
-    ]  # one is cut
+    last = [json.loads(line)["text"] for line in lines[-SAMPLES:]]
+    sampled = [word for text in last for word in words(text)[:-1]]  # the last one is cut
     text = tokens.tokenizer.decode(tokens.parts["train"][:most].tolist()) if sampled else ""
     vocabulary = set(words(text))
     return sum(word in vocabulary for word in sampled) / len(sampled) if sampled else None
@@ -1144,9 +1137,8 @@ def text_plot(lrs, values, marks, width=80, height=12) -> str:
         axis[column], under[column : column + 5] = "+", f"1e{exponent:<3}"[:5]
     for name, lr in marks.items():
         if lr:
-            axis[np.clip(round((math.log10(lr) - x[0]) / (x[-1] - x[0]) * (width - 1)), 0, width - 1)] = name[
-                0
-            ].upper()
+            column = round((math.log10(lr) - x[0]) / (x[-1] - x[0]) * (width - 1))
+            axis[np.clip(column, 0, width - 1)] = name[0].upper()
     letters = "  ".join(f"{name[0].upper()} {name}" for name, lr in marks.items() if lr)
     return "\n".join(
         [*lines, " " * 9 + "+" + "".join(axis), (" " * 10 + "".join(under)).rstrip(), " " * 10 + letters]
@@ -1217,13 +1209,8 @@ def profile(run, cfg, world) -> dict:
             targets = run.agree(count_targets(s, step))
             if run.stopping:
                 raise core.Stop(run.stopping)
-            take_step(
-                s,
-                step,
-                targets,
-                core.lr_at(cfg, step, s.total_steps),
-                core.beta1_at(cfg, step, s.total_steps),
-            )
+            lr, beta1 = core.lr_at(cfg, step, s.total_steps), core.beta1_at(cfg, step, s.total_steps)
+            take_step(s, step, targets, lr, beta1)
     kind = "self_device_time_total" if world.device.type != "cpu" else "self_cpu_time_total"
     rows = sorted(seen.key_averages(), key=lambda row: -getattr(row, kind))
     total = sum(getattr(row, kind) for row in rows)

@@ -361,11 +361,11 @@ def load_model(folder, world):
     """(Config, model, tokenizer) of a finished run, from its folder alone; the weights it was tested with."""
     from transformers import AutoConfig
 
-    config, result = runs.read_config(folder), json.loads((Path(folder) / "result.json").read_text())
+    config = runs.read_config(folder)
     cfg = Config(**config["constants"])
     encoder = core.encoder_from_config(AutoConfig.from_pretrained(Path(folder) / "encoder"))
     model = core.ResponseScorer(encoder, cfg.dropout, len(LABELS))
-    runs.load_weights(Path(folder) / "checkpoints" / result["test_checkpoints"][0], model)
+    runs.load_weights(Path(folder) / "checkpoints" / runs.chosen_checkpoint(folder), model)
     return cfg, model.to(world.device).eval(), core.load_tokenizer(str(Path(folder) / "encoder"))
 
 

@@ -144,11 +144,7 @@ class Run:
             with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
                 for number, text in enumerate(texts):
                     file.write(json.dumps({"step": step, "number": number, "text": text}) + "\n")
-            self._texts_to_tensorboard(step, texts)
-
-    def _texts_to_tensorboard(self, step, texts):
-        for number, text in enumerate(texts):
-            self._tensorboard.add_text(f"sample/{number}", f"<pre>{html.escape(text)}</pre>", step)
+                    self._tensorboard.add_text(f"sample/{number}", f"<pre>{html.escape(text)}</pre>", step)
 
     def _to_tensorboard(self, record):
         for name, value in record.items():
@@ -358,7 +354,7 @@ class Run:
 
     def _plan(self, cfg) -> dict:
         """Rank 0's decision, as JSON: a new folder, or one to resume; checkpoint, position, constants."""
-        out = Path(cfg.out or f"runs/{'smoke/' if core.typed(cfg).smoke else ''}{self.script.stem}")
+        out = _out(cfg, self.script)
         folder, constants, lines = (
             _resume_folder(cfg, self.script, out),
             dataclasses.asdict(cfg),
@@ -367,7 +363,7 @@ class Run:
         plan = {"folder": str(folder), "resumed": True, "finished": False, "checkpoint": None, "position": {}}
         if not folder:
             folder = _new_folder(out, cfg.tag)
-            self._lock = locked(folder)
+            self._lock = _locked(folder)
             return plan | {"folder": str(folder), "resumed": False, "constants": constants, "lines": lines}
         stored = read_config(folder)["constants"]
         if clash := _contradictions(cfg, stored):
@@ -385,10 +381,9 @@ class Run:
         plan |= {"constants": constants, "lines": lines}
         if cfg.resume_timestamp == "auto" and _status(folder) == "finished":
             return plan | {"finished": True}
-        self._lock = locked(folder)
-        if (
-            cfg.resume_timestamp == "auto" and _status(folder) == "finished"
-        ):  # while this one waited for the lock
+        self._lock = _locked(folder)
+        # while this one waited for the lock
+        if cfg.resume_timestamp == "auto" and _status(folder) == "finished":
             return plan | {"finished": True}
         name, notes = _choose_checkpoint(folder / "checkpoints", cfg.resume_step)
         notes.append(f"resumes {folder.name} from {name or 'step 0: there is no checkpoint yet'}")
@@ -449,11 +444,8 @@ class Run:
         self.result = {
             **{"status": status, "why": why, "script": self.script.stem, "checkpoint": self.checkpoint},
             **{"step": self._last_step, "seconds": self.seconds, "train_seconds": self.train_seconds},
-            **{
-                "peak_memory_mb": peak_memory_mb(self.world),
-                f"{self.unit}_per_second": self.meter.rate(),
-                **self.result,
-            },
+            **{"peak_memory_mb": peak_memory_mb(self.world), f"{self.unit}_per_second": self.meter.rate()},
+            **self.result,
         }
         if status != "finished":
             saved = (
@@ -570,7 +562,7 @@ def weights_sha256(model) -> str:
 # Which folder, which checkpoint, which constants
 
 
-def locked(folder):
+def _locked(folder):
     """An open file that says who writes here; UserError if another process does. It ends with this one."""
     try:
         lock = open(folder / ".lock", "a+")
@@ -598,6 +590,11 @@ def _override_lines(cfg) -> list[str]:
             lines.append(" ")
         lines[-1] += word
     return [*lines[:-1], lines[-1].rstrip(",")] if t.overrides else []
+
+
+def _out(cfg, script) -> Path:
+    """Where the runs of a script lie."""
+    return Path(cfg.out or f"runs/{'smoke/' if core.typed(cfg).smoke else ''}{Path(script).stem}")
 
 
 def _new_folder(out, tag) -> Path:
@@ -699,7 +696,7 @@ def chosen_checkpoint(folder) -> str:
 
 def newest_run(cfg, script) -> Path:
     """The newest run folder of a script in cfg.out that holds a checkpoint."""
-    out = Path(cfg.out or f"runs/{'smoke/' if core.typed(cfg).smoke else ''}{Path(script).stem}")
+    out = _out(cfg, script)
     runs = sorted({path.parents[2] for path in out.glob("*/checkpoints/*/manifest.json")})
     if not runs:
         raise core.UserError(

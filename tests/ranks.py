@@ -21,6 +21,7 @@ _context.set_forkserver_preload(
 PLACES = {  # where a kill or a signal can be made to strike: the function that is about to run
     "caching run_preference": ("core", "write_texts"),
     "caching gpt_scratch": ("corpus", "write_tokens"),
+    "sampling gpt_scratch": ("gpt_scratch", "choose"),
     "step": ("core", "optimizer_step"),
     "evaluation": ("runs.Run", "poll"),
     "save": ("runs", "write_manifest"),

@@ -355,6 +355,27 @@ def test_unusable_text_is_refused_in_one_line(data, words):
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
+def test_hidden_files_in_a_folder_are_left_out_but_the_folder_may_lie_in_a_hidden_one(monkeypatch):
+    folder = Path(".cache/texts")
+    (folder / ".git").mkdir(parents=True)
+    (folder / "a.txt").write_text("a text")
+    (folder / ".git" / "b.txt").write_text("none of it")
+    (folder / ".c.txt").write_text("nor this")
+    for name in (folder, folder.absolute(), Path("..") / Path.cwd().name / folder):
+        assert [file.name for file in corpus.text_files(str(name))] == ["a.txt"]
+
+
+def test_a_text_that_cannot_be_read_is_named(monkeypatch):
+    Path("a.txt").write_text("a text")
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(core, "sha256_file", refused)  # as root every file can be read
+    with pytest.raises(UserError, match=r"a\.txt cannot be read \(Permission denied\)"):
+        opened("a.txt")
+
+
 @pytest.mark.parametrize("files", [1, 2])
 def test_files_without_text_are_refused_with_a_remedy_that_exists(files):
     Path("texts").mkdir()

@@ -182,6 +182,18 @@ def test_a_signal_saves_and_leaves_within_ten_seconds(script, number, place, nth
     same_curves(newest(), straight(script, size)[1])
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_signal_while_rank_0_samples_is_heard_there(size, straight):
+    """Law 5: the twelfth token is the fourth of the samples after step 16, which are then not written."""
+    script = "gpt_scratch"
+    codes = launch(script, "--out", "out", *SHORT[script], size=size, sent=("sampling", 12, signal.SIGTERM))
+    assert codes == [0] * size, Path("out.txt").read_text()
+    assert result()["why"] == "Stop: SIGTERM" and result()["checkpoint"] == "step_00000016"
+    assert {json.loads(line)["step"] for line in samples(newest())} == {8}
+    same_outcome(run(script, *SHORT[script], *AUTO, size=size), straight(script, size)[0])
+    same_curves(newest(), straight(script, size)[1])
+
+
 @pytest.mark.parametrize("script", on_every_script((), daily=2))
 def test_a_signal_to_one_rank_stops_all(script, straight):
     codes = launch(script, "--out", "out", *SHORT[script], *AUTO, size=3, sent=("step", 6, signal.SIGTERM, 2))
