@@ -48,6 +48,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+OVERHEAD = (
+    128  # tokens that could be computed while a forward and backward is started (measured on two cores)
+)
 IGNORE_INDEX = -100  # a label that no loss and no accuracy looks at (torch's own default)
 PROJECT = Path(__file__).resolve().parent
 
@@ -75,7 +78,7 @@ LIMITS = {  # constants: lowest and highest legal value, in whichever script the
     "batch micro_batch eval_batch max_documents log_every save_every eval_every": (1, math.inf),
     "epochs max_steps max_minutes lr min_lr weight_decay price_per_hour resume_step": (0, math.inf),
     "n_layer n_head n_embd n_inner block_size top_k max_new_tokens find_steps": (1, math.inf),
-    "temperature sample_tokens": (0, math.inf),
+    "temperature": (0, math.inf),
     "find_from find_to eps": (1e-30, math.inf),
     "top_p": (1e-6, 1),
     "beta1 beta2 find_smoothing test_share": (0, 0.9999),
@@ -83,7 +86,10 @@ LIMITS = {  # constants: lowest and highest legal value, in whichever script the
     "seed split_seed": (0, 2**31),
     "clip": (1e-6, math.inf),
     "max_length": (16, math.inf),
-    "dropout encoder_dropout warmup": (0, 1),
+    "eval_rows lora_rank lora_layers": (1, math.inf),
+    "answer_rows sample_tokens plain_blocks freeze_blocks": (0, math.inf),
+    "lora_alpha": (1e-9, math.inf),
+    "dropout encoder_dropout lora_dropout warmup": (0, 1),
     "keep": (2, math.inf),  # law 4 falls back to the checkpoint before the newest
     "folds": (3, math.inf),  # train, val and test
 }
@@ -416,13 +422,39 @@ def wrap_ddp(model, world):
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **quiet)
 
 
-def micro_batches(model, rows, size=None):
-    """Slices of `size` rows (none: all at once); ranks exchange gradients in the last one's backward only."""
-    size = size or len(rows)
-    for start in range(0, len(rows), size):
-        alone = start + size < len(rows) and isinstance(model, DistributedDataParallel)
+def micro_batches(model, rows, size=None, lengths=None):
+    """Parts of `rows`, `size` each (none: all at once); ranks exchange gradients in the last backward only.
+
+    With the `lengths` of the rows, rows of similar length meet, and none means length_groups.
+    """
+    if lengths is not None:
+        order = np.argsort(-np.asarray(lengths), kind="stable")  # longest first: memory fails early
+        rows, lengths = [rows[i] for i in order], [int(lengths[i]) for i in order]
+    sizes = length_groups(lengths) if lengths and not size else _equal(len(rows), size or len(rows))
+    ends = list(itertools.accumulate(sizes))
+    for end, n in zip(ends, sizes, strict=True):
+        alone = end < len(rows) and isinstance(model, DistributedDataParallel)
         with model.no_sync() if alone else nullcontext():
-            yield rows[start : start + size]
+            yield rows[end - n : end]
+
+
+def _equal(n, size) -> list[int]:
+    return [min(size, n - start) for start in range(0, n, size)] if n else []
+
+
+def length_groups(lengths, overhead=OVERHEAD) -> list[int]:
+    """Sizes of the groups that `lengths` (falling) are best computed in, each padded to its longest row:
+    the fewest padded tokens, where starting a group costs as much as `overhead` tokens. Exact, by dynamic
+    programming over where the last group begins.
+    """
+    best = [(0, 0)]  # of the first n rows: (cost, size of their last group)
+    for n in range(1, len(lengths) + 1):
+        best.append(min((best[i][0] + (n - i) * lengths[i] + overhead, n - i) for i in range(n)))
+    sizes, n = [], len(lengths)
+    while n:
+        sizes.append(best[n][1])
+        n -= best[n][1]
+    return sizes[::-1]
 
 
 def reseed(*key):
@@ -754,7 +786,9 @@ def write_texts(folder, texts, tokenizer) -> str:
     with open(folder / "tokens.bin", "wb") as file, progress(len(texts), "tokenising") as bar:
         for start in range(0, len(texts), 1000):
             chunk = texts[start : start + 1000]
-            for ids in tokenizer(chunk, add_special_tokens=False, verbose=False).input_ids:
+            # a text that spells a special token out means the letters
+            plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+            for ids in tokenizer(chunk, **plain).input_ids:
                 file.write(np.asarray(ids, dtype=kind).tobytes())
                 offsets.append(offsets[-1] + len(ids))
             bar.update(len(chunk))
@@ -1140,26 +1174,33 @@ class _OneDNNLinear(torch.autograd.Function):
         return to_x, to_w, rows.sum(0) if needs[2] else None
 
 
-def linear_cross_entropy(hidden, weight, bias, labels) -> torch.Tensor:
-    """sum_cross_entropy(hidden @ weight.T + bias, labels), without ever holding all logits: a scalar.
-
-    hidden (..., C), weight (V, C), bias (V,) or None, labels (...); positions without a target cost nothing.
-    Gradients are made with each chunk of logits, so backward only scales them (one backward, no second).
-    """
+def targets_only(hidden, labels) -> tuple[torch.Tensor, torch.Tensor]:
+    """hidden (..., C), labels (...) -> (N, C), (N,) of the positions with a target: others cost nothing."""
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if not (counted := labels != IGNORE_INDEX).all():
         hidden, labels = hidden[counted], labels[counted]
+    return hidden, labels
+
+
+def linear_cross_entropy(terms, bias, labels) -> torch.Tensor:
+    """Summed cross-entropy of logits = sum of x @ weight.T over `terms`, + bias; never holds all of them.
+
+    terms: [(x (N, C), weight (V, C)), ...], one, or two with an adapter of low rank; bias (V,) or None;
+    labels (N,), all of them targets. Gradients are made with each chunk of logits, for what needs one only;
+    backward scales them (one backward, no second).
+    """
     if torch.is_grad_enabled():
-        return _LinearCrossEntropy.apply(hidden, weight, bias, labels)
-    return -token_log_probs(hidden, weight, bias, labels)[0].sum()
+        return _LinearCrossEntropy.apply(labels, bias, *itertools.chain(*terms))
+    return -token_log_probs(terms, bias, labels)[0].sum()
 
 
 @torch.no_grad()
-def token_log_probs(hidden, weight, bias, labels) -> tuple[torch.Tensor, torch.Tensor]:
+def token_log_probs(terms, bias, labels) -> tuple[torch.Tensor, torch.Tensor]:
     """Of every target in `labels` (N,): its log-probability in fp64, and whether it was the likeliest."""
     log_probs, hits = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.bool)]
-    for chunk in _chunks(hidden, weight):
-        scores = linear(hidden[chunk], weight, bias)
+    for chunk in _chunks(*terms[0]):
+        scores = sum(linear(x[chunk], weight) for x, weight in terms)
+        scores = scores if bias is None else scores + bias
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(-1)
         log_probs.append(scores.gather(1, labels[chunk, None])[:, 0].double().cpu())
         hits.append((scores.argmax(-1) == labels[chunk]).cpu())
@@ -1182,26 +1223,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels):
-        kind = hidden.device.type
+    def forward(ctx, labels, bias, *terms):  # x, w, x, w, ...
+        xs, ws, needs = terms[::2], terms[1::2], ctx.needs_input_grad
+        kind, dtype = xs[0].device.type, ws[0].dtype
         half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
-        x, w = (hidden.bfloat16(), weight.bfloat16()) if half else (hidden.to(weight.dtype), weight)
-        to_x, to_w = torch.empty_like(hidden), torch.zeros_like(weight)
-        to_b = None if bias is None else torch.zeros_like(bias)
+        to_x = [torch.empty_like(x) for x in xs]
+        to_w = [torch.zeros_like(w) if need else None for w, need in zip(ws, needs[3::2], strict=True)]
+        to_b = torch.zeros_like(bias) if needs[1] else None
         with torch.autocast(kind, enabled=False):
-            parts = [_add_chunk(x[c], w, bias, labels[c], to_x[c], to_w, to_b) for c in _chunks(x, w)]
-        ctx.slopes = to_x, to_w, to_b
-        return torch.stack(parts).sum() if parts else weight.new_zeros(())
+            xs, ws = ([t.to(torch.bfloat16 if half else dtype) for t in ts] for ts in (xs, ws))
+            parts = [
+                _add_chunk([x[c] for x in xs], ws, bias, labels[c], [t[c] for t in to_x], to_w, to_b, dtype)
+                for c in _chunks(xs[0], ws[0])
+            ]
+        ctx.slopes = to_b, *itertools.chain(*zip(to_x, to_w, strict=True))
+        return torch.stack(parts).sum() if parts else ws[0].new_zeros((), dtype=dtype)
 
     @staticmethod
     def backward(ctx, scale):
-        slopes, ctx.slopes = ctx.slopes, (None, None, None)  # scaled in place: there is no second backward
-        return *(None if slope is None else slope.mul_(scale) for slope in slopes), None
+        slopes, ctx.slopes = ctx.slopes, None  # scaled in place: there is no second backward
+        return None, *(None if slope is None else slope.mul_(scale) for slope in slopes)
 
 
-def _add_chunk(x, w, bias, y, to_x, to_w, to_b) -> torch.Tensor:
+def _add_chunk(xs, ws, bias, y, to_x, to_w, to_b, dtype) -> torch.Tensor:
     """The summed loss of some rows; writes their to_x, adds their share of to_w and to_b."""
-    logits = linear(x, w).to(to_w.dtype)
+    logits = linear(xs[0], ws[0]).to(dtype)
+    for x, w in zip(xs[1:], ws[1:], strict=True):
+        logits += linear(x, w)
     if bias is not None:
         logits += bias
     targets, top = logits.gather(1, y[:, None]), logits.amax(1, keepdim=True)
@@ -1209,14 +1257,15 @@ def _add_chunk(x, w, bias, y, to_x, to_w, to_b) -> torch.Tensor:
     total = e.sum(1, keepdim=True)
     if to_b is not None:
         to_b += (e / total).sum(0) - torch.bincount(y, minlength=len(to_b))
-    if x.dtype == to_w.dtype:
-        to_x.copy_(linear(e, w.t())).div_(total).sub_(w[y])
-        to_w.addmm_(e.t(), x / total).index_add_(0, y, x, alpha=-1)
-    else:
+    if half := xs[0].dtype != dtype:
         e.div_(total).scatter_add_(1, y[:, None], torch.full_like(total, -1))
-        slope = e.to(x.dtype)
-        to_x.copy_(slope @ w)
-        to_w += slope.t() @ x  # chunks are added up in fp32
+    slope = e.to(xs[0].dtype)
+    for x, w, by_x, by_w in zip(xs, ws, to_x, to_w, strict=True):
+        by_x.copy_(slope @ w if half else linear(e, w.t()).div_(total).sub_(w[y]))
+        if by_w is not None and half:
+            by_w += slope.t() @ x  # chunks are added up in fp32
+        elif by_w is not None:
+            by_w.addmm_(e.t(), x / total).index_add_(0, y, x, alpha=-1)
     return (top + total.log() - targets).sum()
 
 
@@ -1228,11 +1277,12 @@ def scaled_backward(loss_sum, world, targets, precision):
     precision.scaler.scale(loss_sum * (world.size / max(targets, 1))).backward()
 
 
-def optimizer_step(optimizer, precision, clip, lr, beta1=None) -> float:
+def optimizer_step(optimizer, precision, clip, lr, beta1=None, skip=None) -> float:
     """Unscale, clip to the global norm `clip` (none: do not), step at `lr`, zero; returns the whole norm.
 
     The norm is the exchanged gradients': all ranks see the same. An fp16 overflow skips the step and gives
-    inf; otherwise, or 51 times in a row, it raises FloatingPointError, and no weight is touched.
+    inf; otherwise, or 51 times in a row, it raises FloatingPointError, and no weight is touched. `skip(norm)`
+    may look at the (clipped) gradients and leave this step's update out.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -1241,16 +1291,16 @@ def optimizer_step(optimizer, precision, clip, lr, beta1=None) -> float:
     precision.scaler.unscale_(optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     norm = float(nn.utils.clip_grad_norm_(params, math.inf if clip is None else clip))
-    overflow = not math.isfinite(norm)
+    overflow, left_out = not math.isfinite(norm), bool(skip and skip(norm))
     precision.skipped_in_a_row = precision.skipped_in_a_row + 1 if overflow else 0
     precision.skipped += overflow
-    if precision.skipped_in_a_row > (
-        50 if precision.scaler.is_enabled() else 0
-    ):  # 65,536 is halved 16 times to 1
+    most = 50 if precision.scaler.is_enabled() else 0  # 65,536 is halved 16 times to 1
+    if precision.skipped_in_a_row > most:
         raise FloatingPointError(
             f"gradient norm is {norm}: try a lower lr, more warm-up, clipping, or dtype fp32"
         )
-    precision.scaler.step(optimizer)
+    if not left_out:
+        precision.scaler.step(optimizer)
     precision.scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -567,6 +567,10 @@ class Blocks:
             self.block_size, len(self.tokens) - 1 - np.asarray(rows, dtype=int) * self.block_size
         )
 
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.targets(range(len(self)))
+
     def batch(self, rows, device) -> tuple[torch.Tensor, torch.Tensor]:
         """(input_ids, labels), both (B, block_size); what a short block lacks is no target."""
         ids = np.zeros((len(rows), self.block_size + 1), dtype=np.int64)

@@ -85,6 +85,10 @@ class Linear(nn.Linear):
     def forward(self, x):
         return linear(x, self.weight, self.bias, self.packed)
 
+    def terms(self, x):
+        """forward(x) as core.linear_cross_entropy wants it: ([(x, weight)], bias)."""
+        return [(x, self.weight)], self.bias
+
 
 def linear(x, weight, bias, packed):
     few = packed is not None and x.numel() // x.shape[-1] <= FEW_ROWS
@@ -179,16 +183,20 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
 
-    def forward(self, input_ids, labels=None):
-        """input_ids (B, T) -> logits (B, T, V); with labels (B, T) the summed loss, a scalar."""
-        hidden = self.hidden(input_ids)
+    def forward(self, input_ids, labels=None, segments=None):
+        """input_ids (B, T) -> logits (B, T, V); with labels (B, T) the summed loss, a scalar.
+
+        Several rows packed into one: `segments` (B, T) numbers them; none sees another, positions restart.
+        """
+        hidden = self.hidden(input_ids, segments=segments)
         if labels is None:
             return self.logits(hidden)
-        return core.linear_cross_entropy(hidden, *self.head(), labels)
+        hidden, labels = core.targets_only(hidden, labels)
+        return core.linear_cross_entropy(*self.head(hidden), labels)
 
-    def head(self):
-        """(weight (V, C), bias (V,) or None) of the output layer."""
-        return (self.wte.weight, None) if self.config.tie_head else (self.lm_head.weight, self.lm_head.bias)
+    def head(self, hidden):
+        """Of what the logits of hidden (N, C) are the sum: ([(x, weight (V, ...)), ...], bias or None)."""
+        return ([(hidden, self.wte.weight)], None) if self.config.tie_head else self.lm_head.terms(hidden)
 
     def logits(self, hidden):
         """(..., C) -> (..., V)"""
@@ -196,7 +204,7 @@ class GPT(nn.Module):
             return linear(hidden, self.wte.weight, None, self.packed)
         return self.lm_head(hidden)
 
-    def hidden(self, input_ids, cache=None):
+    def hidden(self, input_ids, cache=None, segments=None):
         """(B, T) -> what the head reads, (B, T, C). With a KVCache the ids follow those it has seen."""
         T, past = input_ids.shape[1], cache.length if cache else 0
         if past + T > self.config.block_size:
@@ -205,6 +213,9 @@ class GPT(nn.Module):
         if cache and cache.padding is not None:
             positions = (positions - cache.padding[:, None]).clamp(min=0)  # (B, T)
         x, rotary, mask = self.wte(input_ids), None, cache.mask(T, input_ids.device) if cache else None
+        if segments is not None:
+            mask = (segments[:, :, None] == segments[:, None, :]).tril()[:, None]  # (B, 1, T, T)
+            positions = mask.sum(-1)[:, 0] - 1  # (B, T)
         if self.config.positions == "learned":
             x = x + self.wpe(positions)
         else:
@@ -213,7 +224,7 @@ class GPT(nn.Module):
         x = self.dropout(x)
         for i, block in enumerate(self.h):
             if self.config.checkpointing and self.training:
-                x = checkpoint(block, x, rotary, use_reentrant=False)
+                x = checkpoint(block, x, rotary, mask, use_reentrant=False)
             else:
                 x = block(x, rotary, mask, functools.partial(cache.append, i) if cache else None)
         if cache:
@@ -396,7 +407,10 @@ def from_theirs(theirs, config, kind) -> dict:
     if kind == "gpt2":
         names = {name: next(iter(to_gpt2({name: value}))) for name, value in ours.items()}
         turned = {name for name, value in ours.items() if name.startswith("h.") and value.dim() == 2}
-        return {name: theirs[their].t() if name in turned else theirs[their] for name, their in names.items()}
+        return {
+            name: theirs[their].t().contiguous() if name in turned else theirs[their]
+            for name, their in names.items()
+        }
     names = {name: list(to_llama({name: value})) for name, value in ours.items()}
     return {name: torch.cat([theirs[their] for their in parts]) for name, parts in names.items()}
 
@@ -457,9 +471,25 @@ def load_pretrained(name, dropout=0.0, checkpointing=False) -> GPT:
         raise core.UserError(f"model {name} is a {c.model_type}: use a gpt2 or a llama")
     config = (gpt2_config if c.model_type == "gpt2" else llama_config)(name, c)
     config = replace(config, dropout=dropout, checkpointing=checkpointing)
-    model = GPT(config)
-    model.load_state_dict(from_theirs(theirs.state_dict(), config, c.model_type), strict=True)
-    return model
+    return with_weights(config, from_theirs(theirs.state_dict(), config, c.model_type))
+
+
+def with_weights(config, weights) -> GPT:
+    """A GPT of these tensors: they are neither initialised nor copied."""
+    with torch.device("meta"):
+        model = GPT(config)
+    model.load_state_dict(weights, strict=True, assign=True)
+    if config.positions == "rotary":
+        model.angles = rotary_angles(config).to(model.wte.weight.device)
+    return model.requires_grad_(True)
+
+
+def untied(model) -> GPT:
+    """With an output matrix of its own, a copy of the embedding: journal 001's models, and its counts."""
+    if not model.config.tie_head:
+        return model
+    weights = model.state_dict() | {"lm_head.weight": model.wte.weight.detach().clone()}
+    return with_weights(replace(model.config, tie_head=False), weights)
 
 
 def gpt2_config(name, c) -> GPTConfig:
@@ -644,9 +674,14 @@ def corpus_of(cfg) -> corpus.Corpus:
         own = {"tokenizer", *(field.name for field in fields(GPTConfig))}
         if typed := sorted((own - {"block_size", "dropout", "checkpointing"}) & core.typed(cfg).flags):
             raise core.UserError(f"--model {cfg.model} brings its own {', '.join(typed)}: drop these flags")
-        name = str(Path(cfg.model) / "tokenizer") if is_run(cfg.model) else cfg.model
+        name = tokenizer_of(cfg.model)
     values = {field.name: getattr(cfg, field.name) for field in fields(corpus.Corpus)}
     return corpus.Corpus(**values | {"tokenizer": name})
+
+
+def tokenizer_of(model) -> str:
+    """Name of the tokenizer that a run folder, a folder or a Hub id brings."""
+    return str(Path(model) / "tokenizer") if is_run(model) else model
 
 
 def is_run(name) -> bool:
@@ -788,11 +823,14 @@ def count_targets(s, step) -> int:
 
 @torch.no_grad()
 def evaluate(model, blocks, cfg, world, poll=lambda: None) -> np.ndarray:
-    """(blocks, 3) on every rank: summed loss, hits of the likeliest token, targets. `model` is unwrapped."""
+    """(blocks, 3) on every rank: summed loss, hits of the likeliest token, targets. `model` is unwrapped.
+
+    `blocks`: corpus.Blocks, or another with lengths, targets and batch.
+    """
     was_training = model.training
     model.eval()
     precision = core.Precision(cfg.dtype, world)
-    batches = core.ShardedBatches(blocks.targets(range(len(blocks))), cfg.eval_batch, world)
+    batches = core.ShardedBatches(blocks.lengths, cfg.eval_batch, world)
     sums = torch.zeros(len(blocks), 3, dtype=torch.float64)
     with core.progress(len(batches), "evaluating", world) as bar:
         for step in range(len(batches)):
@@ -802,7 +840,7 @@ def evaluate(model, blocks, cfg, world, poll=lambda: None) -> np.ndarray:
                 counted = labels != core.IGNORE_INDEX
                 with precision.autocast():
                     hidden = model.hidden(input_ids)[counted]
-                    log_probs, hits = core.token_log_probs(hidden, *model.head(), labels[counted])
+                    log_probs, hits = core.token_log_probs(*model.head(hidden), labels[counted])
                 rows = torch.tensor(mine)[counted.cpu().nonzero()[:, 0]]
                 sums.index_add_(
                     0, rows, torch.stack([-log_probs, hits.double(), torch.ones_like(log_probs)], 1)

@@ -103,7 +103,7 @@ LABELS = {
 }  # class order; columns of the file
 TEXTS = ("prompt", "response_a", "response_b")
 COLUMNS = ("id", *TEXTS, *LABELS.values())
-CACHE_VERSION = 1  # of the layout that write_cache writes: change both together
+CACHE_VERSION = 2  # of the layout that write_cache writes: change both together
 
 
 # ----------------------------------------------------------------------------------------------------- data

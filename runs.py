@@ -6,6 +6,7 @@
     log.txt            what the terminal showed
     metrics.jsonl      the numbers; tb/ shows the same ones in TensorBoard
     checkpoints/       step_00001234/ (weights, optimizer, position), best_step_00001200/ (weights)
+    spikes.jsonl       steps whose loss or gradient norm left its usual band, and what they saw
     result.json        written last: status, final metrics with intervals, weights_sha256
     and what the script adds (predictions.jsonl, encoder/, folds/)
 """
@@ -24,6 +25,7 @@ import resource
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -34,9 +36,10 @@ from tqdm import tqdm
 
 import core
 
+SHARED = ("corpus.py", "gpt_scratch.py", "lora.py", "sft.py")  # go to source/ beside core.py and the script
 MAY_CHANGE = {  # what a flag may tell a resumed run anew: length, cadence, bookkeeping, how it is computed
     *("epochs", "max_steps", "max_minutes", "eval_batch", "eval_every", "final_eval", "save_every", "keep"),
-    *("log_every", "price_per_hour", "note", "micro_batch", "compile"),
+    *("log_every", "price_per_hour", "note", "micro_batch", "compile", "eval_rows", "answer_rows"),
 }
 # of the call, not of the run: what was stored of these never counts
 OF_THE_CALL = {"out", "tag", "resume_timestamp", "resume_step", "backend"}
@@ -71,6 +74,7 @@ class Run:
         self.seconds_before = self.position.get("seconds", 0.0)  # of earlier processes of this run
         self.train_seconds = self.position.get("train_seconds", 0.0)
         self.kept = self.position.get("kept", {})  # "best <fold>" -> name, step, loss of weights to keep
+        self.state = self.position.get("state", {})  # what a script wants to find again after a resume (JSON)
         self.fold, self.first_step, self._last_step = 0, 0, 0  # folds follow each other on one axis of steps
         self.result, self.clock_share, self.stopping, self.meter = {}, 0.0, None, Meter(world)
         self.unit = unit  # what rates count
@@ -131,6 +135,8 @@ class Run:
         """The line every script prints each log_every steps; the same numbers go to metrics."""
         loss, rate, step_seconds = self.meter.read()
         values = {"train/loss": loss, **values, f"{self.unit}_per_second": rate}
+        if self.unit == "tokens":
+            values["train/perplexity"] = math.exp(min(loss, 700))
         eta = clock((total_steps - step) * step_seconds)
         self.say(
             f"{where}  step {step:{len(str(total_steps))}}/{total_steps}  loss {loss:.4f}  "
@@ -145,6 +151,34 @@ class Run:
                 for number, text in enumerate(texts):
                     file.write(json.dumps({"step": step, "number": number, "text": text}) + "\n")
                     self._tensorboard.add_text(f"sample/{number}", f"<pre>{html.escape(text)}</pre>", step)
+
+    def watch(self, step, values, model, describe) -> bool:
+        """Whether one of a step's positive `values` (loss, gradient norm) left its band. All ranks, at each
+        step, between backward and update.
+
+        Such a step goes to spikes.jsonl with the parameter of the largest gradient and with what `describe()`
+        tells of its rows (rank 0 calls it).
+        """
+        bands = self.state.setdefault("bands", {})
+        limits = {name: spike_limit(bands.setdefault(name, [])) for name in values}
+        odd = [name for name, value in values.items() if not value <= limits[name]]
+        for name, value in values.items():
+            bands[name] = [*bands[name], value][-BAND:] if math.isfinite(value) else bands[name]
+        if odd and self.world.is_main:
+            norms = {n: float(p.grad.norm()) for n, p in model.named_parameters() if p.grad is not None}
+            largest = max(norms, key=norms.get)
+            share = norms[largest] / max(math.hypot(*norms.values()), 1e-30)  # clipping keeps shares
+            record = {"odd": odd, **values, **{f"{name}_limit": limit for name, limit in limits.items()}}
+            record |= {"largest_gradient": largest, "share_of_gradient_norm": share, **describe()}
+            for name, value in record.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    record[name] = None  # JSON knows no inf
+            record = {"step": self.first_step + step, **record}
+            with open(self.folder / "spikes.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            what = "  ".join(f"{name} {values[name]:.4g} (usually below {limits[name]:.3g})" for name in odd)
+            self.say(f"spike  step {self.first_step + step}  {what}: see spikes.jsonl")
+        return bool(odd)
 
     def _to_tensorboard(self, record):
         for name, value in record.items():
@@ -167,11 +201,15 @@ class Run:
         self.stopping = (self._signal or "a signal to another rank") if signalled else None
         return int(targets)
 
-    def poll(self):
-        """For evaluation and other long work behind a checkpoint: raises core.Stop on all ranks at once."""
-        self.agree()
+    def poll(self, active=0) -> int:
+        """For evaluation and other long work behind a checkpoint: raises core.Stop on all ranks at once.
+
+        Returns the sum of `active` over the ranks.
+        """
+        total = self.agree(active)
         if self.stopping:
             raise core.Stop(self.stopping)
+        return total
 
     def leave_if_signalled(self):
         """For rank 0's work inside on_main, behind a checkpoint: raises core.Stop, which reaches all."""
@@ -207,7 +245,7 @@ class Run:
         """Starts a fold: returns 0, or the step to resume at, state restored. All ranks, before DDP."""
         self.fold = fold
         if not self.position or self.position["fold"] != fold:
-            self.first_step, self.meter = self._last_step, Meter(self.world)
+            self.first_step, self.meter, self.state = self._last_step, Meter(self.world), {}
             return 0
         self.first_step, self._last_step = self.position["first_step"], self.position["step"]
         self.meter = Meter(self.world, self.position["sums"])
@@ -230,6 +268,7 @@ class Run:
             return
         position = {"step": self._last_step, "fold": self.fold, "first_step": self.first_step, "sums": sums}
         position |= {"train_seconds": self.train_seconds, "seconds": self.seconds, "kept": self.kept}
+        position["state"] = self.state
         tensors = {"optimizer": optimizer.state_dict(), "scaler": precision.scaler.state_dict()}
         if core.on_main(self.world, lambda: self._save(name, model, tensors, position, must)):
             self.checkpoint = name
@@ -415,17 +454,19 @@ class Run:
         for line in metrics.read_text().splitlines():
             self._to_tensorboard(json.loads(line))
         self._restore_samples()
+        spikes = self.folder / "spikes.jsonl"
+        for row in _rows_of(spikes):
+            if row["step"] <= self.position.get("step", 0):
+                with open(spikes, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
         self._tensorboard.flush()
 
     def _restore_samples(self):
         """Those that were drawn before the checkpoint; what came after it will be drawn again."""
-        path, texts = self.folder / "samples.jsonl", {}
-        for line in path.read_text().splitlines() if path.exists() else ():
-            with contextlib.suppress(ValueError):  # half a line of a killed process
-                row = json.loads(line)
-                if row["step"] < self.position.get("step", 0):
-                    texts.setdefault(row["step"], []).append(row["text"])
-        path.unlink(missing_ok=True)
+        texts = {}
+        for row in _rows_of(self.folder / "samples.jsonl"):
+            if row["step"] < self.position.get("step", 0):
+                texts.setdefault(row["step"], []).append(row["text"])
         for step, some in texts.items():
             self.samples(step, some)
 
@@ -495,6 +536,32 @@ class Meter:
         return self.all_examples / self.all_seconds if self.all_seconds else None
 
 
+BAND, FEWEST = 100, 20  # steps that say what is usual, and how many it takes to say anything
+
+
+def spike_limit(values) -> float:
+    """The highest usual value: median x exp(6 x 1.4826 x median deviation of the logs), at least 1.5 medians.
+
+    Like 6 standard deviations of a log-normal, but a few spikes among the values hardly move it.
+    """
+    if len(values) < FEWEST:
+        return math.inf
+    logs = sorted(math.log(max(value, 1e-30)) for value in values)
+    middle = statistics.median(logs)
+    deviation = statistics.median(abs(log - middle) for log in logs)
+    return math.exp(middle + max(6 * 1.4826 * deviation, math.log(1.5)))
+
+
+def _rows_of(path) -> list[dict]:
+    """Rows of a .jsonl file that is about to be written anew; half a line of a killed process is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    path.unlink(missing_ok=True)
+    return rows
+
+
 # What a checkpoint is made of
 
 
@@ -553,8 +620,12 @@ def _tensor_bytes(tree) -> int:
 
 def weights_sha256(model) -> str:
     """SHA-256 over the weights in name order: two runs ended in the same place or they did not."""
+    return state_sha256(model.state_dict())
+
+
+def state_sha256(state) -> str:
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(state.items()):
         digest.update(name.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -751,7 +822,7 @@ def _write_provenance(run):
 
 
 def _sources(script) -> list[Path]:
-    paths = [script, *(core.PROJECT / name for name in ("core.py", "runs.py", "corpus.py", "gpt_scratch.py"))]
+    paths = [script, *(core.PROJECT / name for name in ("core.py", "runs.py", *SHARED))]
     return [path for path in paths if path.exists()]
 
 

@@ -222,8 +222,37 @@ def test_the_product_for_few_rows_is_the_ordinary_one(rows, bias):
 # loss
 
 
+def loss_of(hidden, weight, bias, labels):
+    hidden, labels = core.targets_only(hidden, labels)
+    return core.linear_cross_entropy([(hidden, weight)], bias, labels)
+
+
 def slices_of(rows):
     return lambda hidden, weight: [slice(start, start + rows) for start in range(0, len(hidden), rows)]
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("frozen", [[], [0], [0, 2]], ids=["none", "first", "both"])
+def test_the_loss_of_two_terms_is_cross_entropy_of_their_sum(chunk, frozen, monkeypatch):
+    """As LoRA's head has it; what is frozen gets no gradient and the others the right one."""
+    if chunk:
+        monkeypatch.setattr(core, "_chunks", slices_of(chunk))
+    torch.manual_seed(0)
+    weights = [torch.randn(40, 8).double(), torch.randn(3, 8).double(), torch.randn(40, 3).double()]
+    for i, weight in enumerate(weights):
+        weight.requires_grad_(i not in frozen)
+    hidden, labels = torch.randn(24, 8).double().requires_grad_(), ids(24, 1, vocab_size=40)[:, 0]
+    terms = [(hidden, weights[0]), (0.5 * hidden @ weights[1].t(), weights[2])]
+    ours = core.linear_cross_entropy(terms, None, labels)
+    theirs = F.cross_entropy(sum(x @ w.t() for x, w in terms), labels, reduction="sum")
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    wanted = [hidden, *(w for w in weights if w.requires_grad)]
+    for mine, reference in zip(
+        torch.autograd.grad(ours, wanted, retain_graph=True), torch.autograd.grad(theirs, wanted), strict=True
+    ):
+        torch.testing.assert_close(mine, reference, rtol=1e-11, atol=1e-11)
+    with torch.no_grad():
+        torch.testing.assert_close(core.linear_cross_entropy(terms, None, labels), theirs, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 4, 100], ids=lambda chunk: f"chunks of {chunk}")
@@ -240,7 +269,7 @@ def test_the_loss_without_all_logits_is_cross_entropy(chunk, bias, ignored, size
     labels = ids(4, 6, vocab_size=40)
     labels.view(-1)[torch.randperm(24)[:ignored]] = core.IGNORE_INDEX
     b = scaled[2] if bias else None
-    ours = core.linear_cross_entropy(scaled[0], scaled[1], b, labels)
+    ours = loss_of(scaled[0], scaled[1], b, labels)
     logits = F.linear(*scaled).view(-1, 40)
     theirs = F.cross_entropy(logits, labels.view(-1), ignore_index=core.IGNORE_INDEX, reduction="sum")
     got = torch.autograd.grad(0.37 * ours, inputs, retain_graph=True)
@@ -250,7 +279,7 @@ def test_the_loss_without_all_logits_is_cross_entropy(chunk, bias, ignored, size
     for mine, reference in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, reference, **near)
     with torch.no_grad():
-        torch.testing.assert_close(core.linear_cross_entropy(scaled[0], scaled[1], b, labels), theirs, **near)
+        torch.testing.assert_close(loss_of(scaled[0], scaled[1], b, labels), theirs, **near)
     if ignored == 24:
         assert ours.item() == 0 and all((slope == 0).all() for slope in got)
 

@@ -1,0 +1,257 @@
+"""Alpaca instruction tuning of GPT-2, all weights (journal 001, run_1 to run_6).
+
+    torchrun --nproc_per_node=4 --shutdown-timeout 300 run_instruct.py
+    torchrun --nproc_per_node=4 --shutdown-timeout 300 run_instruct.py --preset run_4 --resume_timestamp auto
+    python run_instruct.py --data rows.json --model gpt2 --pack
+    python run_instruct.py --smoke
+
+--data takes a Hub id, a JSON, JSONL, CSV or Parquet file with the columns instruction, input, output, or
+python-instructions (built in). Each run is a folder under runs/run_instruct/: responses.json holds the test
+rows' answers, spikes.jsonl the odd steps; gpt_scratch.py --mode generate or export opens the model.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+
+import core
+import gpt_scratch
+import runs
+import sft
+
+
+@dataclass(frozen=True)
+class Config:
+    # data
+    data: str = "tatsu-lab/alpaca"  # Hub id, file, folder, or python-instructions (built in)
+    max_documents: int | None = None  # rows read; none = all
+    template: Literal["alpaca", "journal"] = "alpaca"  # the official two preambles, or the journal's one
+    split: Literal["seeded", "file_order"] = "seeded"  # 85/10/5 drawn by prompt, or as the file has them
+    split_seed: int = 42  # the same rows for every seed
+    max_length: int = 512  # tokens of a row; what is over is cut, from the end of the answer
+    loss_on_prompt: bool = False
+    pack: bool = False  # rows side by side, up to max_length tokens; a pack is then one unit of batch
+    # model
+    model: str = "gpt2-medium"  # Hub id, folder (GPT-2, or a run of gpt_scratch.py), or tiny:gpt2
+    tie_head: bool = True  # the output matrix is the embedding; the journal's was a copy
+    freeze_blocks: int = 0  # the lowest so many, and positions; the embedding too unless it is the head
+    dropout: float = 0.0
+    checkpointing: bool = False  # recompute blocks in the backward: more time, less memory (for gpt2-xl)
+    # optimisation
+    batch: int = 128  # rows (or packs) per optimizer step, over all ranks
+    micro_batch: int | None = None  # rows per forward and rank; none = groups that waste least on padding
+    epochs: int = 3
+    max_steps: int | None = None  # optimizer steps
+    max_minutes: float | None = None  # of training, over resumes
+    lr: float = 5e-5  # peak
+    min_lr: float = 0.0
+    warmup: float = 0.05  # fraction of all steps
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = 0.1  # of matrices
+    clip: float | None = 1.0  # global gradient norm; none = off
+    skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
+    dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"  # bf16 from Ampere on; fp16 uses a GradScaler
+    compile: bool = False
+    seed: int = 0
+    # evaluation and logging
+    eval_batch: int = 32  # rows per evaluation or answering step, over all ranks
+    eval_every: int | None = 100  # steps; none = each epoch
+    eval_rows: int | None = 500  # validation rows looked at during training; none = all
+    final_eval: bool = True  # the test rows, once, at the end
+    test_weights: Literal["best", "last"] = "best"  # lowest validation loss, or the final ones
+    save_every: int | None = None  # steps; none = at each evaluation, before it
+    keep: int = 2  # checkpoints
+    log_every: int = 25  # steps
+    price_per_hour: float | None = None  # dollars for the whole box
+    note: str = ""
+    # answers and forgetting
+    sample_tokens: int = 50  # most in an answer to a fixed prompt, at every evaluation; 0 = none
+    answer_rows: int | None = None  # test rows answered at the end; none = all, 0 = none
+    max_new_tokens: int = 256  # most in such an answer
+    plain: str = "python-docs"  # text whose held-out part shows what is forgotten: as gpt_scratch.py's data
+    plain_blocks: int = 50  # of max_length tokens; 0 = none
+    # run
+    out: str | None = None  # none = runs/run_instruct below the current folder
+    tag: str | None = None  # none = the preset's name
+    resume_timestamp: str | None = None  # a timestamp, latest, or auto (resume, skip if finished, else start)
+    resume_step: int | None = None  # an older checkpoint than the newest
+    backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"
+
+
+JOURNAL = {  # some 12,000 training rows (its runs ended at step 5975 with a batch of 2), one epoch, AdamW
+    **{"max_documents": 14_118, "template": "journal", "split": "file_order", "max_length": 1024},
+    **{"loss_on_prompt": True, "tie_head": False, "batch": 2, "epochs": 1, "lr": 5e-5, "weight_decay": 0.1},
+    **{"eval_every": 25, "eval_rows": 20, "log_every": 25, "save_every": 1000, "test_weights": "last"},
+}
+PLAIN = JOURNAL | {"schedule": "constant", "warmup": 0.0, "clip": None}
+ANNEALED = JOURNAL | {"schedule": "cosine", "min_lr": 1e-5, "warmup": 0.2, "clip": 1.0}
+PRESETS = {
+    "recommended": {},
+    "run_1": PLAIN | {"model": "gpt2-medium"},
+    "run_2": PLAIN | {"model": "gpt2-large"},
+    "run_3": PLAIN | {"model": "gpt2-xl"},
+    "run_4": ANNEALED | {"model": "gpt2-large"},
+    "run_5": ANNEALED | {"model": "gpt2-medium"},
+    "run_6": ANNEALED | {"model": "gpt2-large", "clip": None},
+}
+SMOKE = {
+    "data": "python-instructions",
+    "max_documents": None,
+    "model": "tiny:gpt2",
+    "max_length": 128,
+    "batch": 24,
+    "epochs": 12,
+    "lr": 4e-3,
+    "min_lr": 0.0,
+    "dtype": "fp32",
+    "eval_every": 100,
+    "eval_rows": None,
+    "save_every": None,
+    "sample_tokens": 12,
+    "max_new_tokens": 24,
+    "plain_blocks": 10,
+}
+
+
+def build_model(cfg, tokenizer, world):
+    """The pretrained GPT; its lowest blocks frozen if cfg says so."""
+    model = sft.build_model(cfg, tokenizer, world)
+    if cfg.freeze_blocks > len(model.h):
+        raise core.UserError(
+            f"--freeze_blocks {cfg.freeze_blocks} is more than the {len(model.h)} of {cfg.model}"
+        )
+    if cfg.freeze_blocks:
+        bottom = [model.h[: cfg.freeze_blocks], *([model.wpe] if hasattr(model, "wpe") else [])]
+        for part in bottom if cfg.tie_head else [*bottom, model.wte]:
+            part.requires_grad_(False)
+    return model
+
+
+def load_model(folder, world):
+    """(Config, model, tokenizer) of a run, from its folder alone; the weights it was tested with."""
+    cfg = Config(**runs.read_config(folder)["constants"])
+    model, tokenizer = gpt_scratch.open_model(folder)
+    return cfg, model.to(world.device).eval(), tokenizer
+
+
+evaluate = gpt_scratch.evaluate  # (rows, 3): summed loss, hits, targets of each
+
+
+def train(run, cfg, world) -> dict:
+    data = sft.load_instructions(cfg, world)
+    run.pin("fingerprint", data.fingerprint)
+    parts, lines = sft.split(data, cfg)
+    parts = {
+        name: sft.Examples(data, rows, cfg.max_length, cfg.loss_on_prompt) for name, rows in parts.items()
+    }
+    examples = parts["train"]
+    units = sft.Packs(examples, cfg.max_length) if cfg.pack else examples
+    batches = core.ShardedBatches(units.lengths, cfg.batch, world, seed=cfg.seed)
+    total_steps = min(n for n in (cfg.epochs * len(batches), cfg.max_steps) if n is not None)
+    val = sft.Examples(data, parts["val"].rows[: cfg.eval_rows], cfg.max_length, cfg.loss_on_prompt)
+    core.reseed(cfg.seed, "init")
+    precision = core.Precision(cfg.dtype, world)
+    model = precision.prepare(build_model(cfg, data.tokenizer, world))
+    optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay)
+    saved = model, optimizer, precision
+    sft.announce(run, cfg, data, parts, lines, model, units)
+    step = run.load(*saved)
+    core.on_main(world, lambda: gpt_scratch.describe_model(run.folder, model, data.tokenizer))
+    if cfg.compile:
+        for block in model.h:
+            block.compile(dynamic=True)
+    ddp = core.wrap_ddp(model, world)
+
+    def forward_backward(mine, targets) -> float:
+        """Gradients of this rank's share of the summed loss / targets; returns the share's sum."""
+        losses = []
+        for part in core.micro_batches(ddp, mine, cfg.micro_batch, units.lengths[mine]):
+            with precision.autocast():
+                losses.append(ddp(*units.batch(part, world.device)))
+            core.scaled_backward(losses[-1], world, targets, precision)
+        return sum(loss.item() for loss in losses)
+
+    core.reseed(cfg.seed, "worst case")
+    worst = batches.longest()[: math.ceil(cfg.batch / world.size)].tolist()
+    seconds = core.worst_case(
+        world, ddp, lambda: forward_backward(worst, 1), optimizer, cfg.micro_batch or len(worst)
+    )
+    run.poll()
+    run.forecast(
+        model, optimizer, total_steps - step, seconds, units.lengths.mean() / units.lengths[worst].mean()
+    )
+    run.say(sft.describe_example(examples))
+
+    def where():
+        return f"epoch {step / len(batches):.3g}/{cfg.epochs}"
+
+    while True:
+        ends = step >= total_steps
+        evaluates = ends or step % (cfg.eval_every or len(batches)) == 0
+        saves = step % cfg.save_every == 0 if cfg.save_every else evaluates
+        if ends or (saves and step > 0):
+            run.save(step, *saved, must=ends)
+        if evaluates:
+            if step == 0:
+                sft.remember_plain(run, cfg, model, data.tokenizer)
+            m = sft.measure(evaluate(model, val, cfg, world, run.poll), data.groups[val.rows])
+            is_best = (
+                cfg.test_weights == "best" and (ends or step > 0) and run.save_best(step, m["loss"], model)
+            )
+            sft.report_validation(run, step, m, where(), is_best, len(batches))
+            sft.sample(run, cfg, step, model, data.tokenizer)
+        if ends:
+            break
+        mine = batches.rank_batch(step)
+        targets = run.agree(int(units.targets(mine).sum()))
+        if run.stopping:
+            run.save(step, *saved, must=True)
+            raise core.Stop(run.stopping)
+        if run.clock_share >= 1:  # max_minutes are spent
+            total_steps = step
+            continue
+        core.reseed(cfg.seed, step, world.rank)
+        lr, everyone = (
+            core.lr_at(cfg, step, run.schedule_length(step, total_steps)),
+            batches.global_batch(step),
+        )
+        loss_sum = forward_backward(mine, targets)
+        loss = core.all_reduce_sum(world, torch.tensor(loss_sum, dtype=torch.float64)).item() / targets
+        step += 1
+
+        def is_odd(norm, loss=loss, step=step, everyone=everyone, lr=lr):
+            facts = {"loss": loss, "grad_norm": norm}
+            odd = run.watch(step, facts, model, lambda: {"lr": lr, **sft.autopsy(units, everyone, examples)})
+            return odd and cfg.skip_spikes
+
+        grad_norm = core.optimizer_step(optimizer, precision, cfg.clip, lr, skip=is_odd)
+        run.step_done(loss_sum, targets, examples=int(units.lengths[everyone].sum()))
+        if step % cfg.log_every == 0 or step == total_steps:
+            facts = {"lr": lr, "grad_norm": grad_norm, **sft.step_facts(units, everyone)}
+            run.log_training(where(), step, total_steps, facts)
+
+    sha256, measured = runs.weights_sha256(model), run.checkpoint
+    if cfg.test_weights == "best":
+        measured = run.load_best(model)
+    return sft.final_figures(run, cfg, parts, model, model, step) | {
+        "weights_sha256": sha256,
+        "test_checkpoints": [measured],
+        **dict(zip(("parameters", "trainable_parameters"), core.count_parameters(model), strict=True)),
+    }
+
+
+@record
+def main(cfg, world):
+    with runs.Run(cfg, world, __file__, unit="tokens") as run:
+        run.result = train(run, run.cfg, world)
+    return run.result
+
+
+if __name__ == "__main__":
+    cfg = core.parse_config(Config, PRESETS, SMOKE, __doc__)
+    with core.distributed(cfg.backend) as world:
+        main(cfg, world)

@@ -1,0 +1,332 @@
+"""Alpaca instruction tuning of GPT-2 by hand-written LoRA (journal 001, run_10 to run_19).
+
+    torchrun --nproc_per_node=4 --shutdown-timeout 300 run_lora.py
+    torchrun --nproc_per_node=4 --shutdown-timeout 300 run_lora.py --preset run_15 --resume_timestamp auto
+    python run_lora.py --preset run_15 --lora_scaling alpha/r --lora_init fan_in --tag run_15_today
+    python run_lora.py --mode export --run runs/run_lora/20261122_101500
+    python run_lora.py --smoke
+
+The base stands still; a checkpoint holds the adapters and their optimizer only. --data as in
+run_instruct.py. Each run is a folder under runs/run_lora/; mode export writes peft/ (adapters for peft) and
+merged/ (a GPT-2 that transformers and gpt_scratch.py load) into it.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+
+import core
+import corpus
+import gpt_scratch
+import lora
+import runs
+import sft
+
+
+@dataclass(frozen=True)
+class Config:
+    # data
+    data: str = "tatsu-lab/alpaca"  # Hub id, file, folder, or python-instructions (built in)
+    max_documents: int | None = None  # rows read; none = all
+    template: Literal["alpaca", "journal"] = "alpaca"  # the official two preambles, or the journal's one
+    split: Literal["seeded", "file_order"] = "seeded"  # 85/10/5 drawn by prompt, or as the file has them
+    split_seed: int = 42  # the same rows for every seed
+    max_length: int = 512  # tokens of a row; what is over is cut, from the end of the answer
+    loss_on_prompt: bool = False
+    pack: bool = False  # rows side by side, up to max_length tokens; a pack is then one unit of batch
+    # model
+    model: str = "gpt2-medium"  # Hub id, folder (GPT-2, or a run of gpt_scratch.py), or tiny:gpt2
+    tie_head: bool = True  # the output matrix is the embedding; the journal's was a copy
+    lora_rank: int = 16
+    lora_alpha: float = 16.0
+    lora_scaling: Literal["alpha/r", "alpha", "alpha/sqrt(r)"] = "alpha/r"  # multiplier of B A x
+    lora_init: Literal["fan_in", "rank"] = "fan_in"  # A is uniform within 1 / sqrt of this
+    lora_dropout: float = 0.0  # of what an adapter reads
+    lora_targets: Literal["all", "attention", "mlp"] = "all"  # linear layers of the blocks
+    lora_head: bool = False  # the output matrix too; needs --no-tie_head
+    lora_layers: int | None = None  # only the last so many blocks; none = all
+    adapter: str | None = None  # a folder of peft to go on from: rank, alpha, targets are then its own
+    dropout: float = 0.0
+    checkpointing: bool = False  # recompute blocks in the backward: more time, less memory (for gpt2-xl)
+    # optimisation
+    batch: int = 128  # rows (or packs) per optimizer step, over all ranks
+    micro_batch: int | None = None  # rows per forward and rank; none = groups that waste least on padding
+    epochs: int = 3
+    max_steps: int | None = None  # optimizer steps
+    max_minutes: float | None = None  # of training, over resumes
+    lr: float = 5e-4  # peak; about ten times that of full tuning
+    min_lr: float = 0.0
+    warmup: float = 0.05  # fraction of all steps
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = 0.0  # of A and B
+    clip: float | None = 1.0  # global gradient norm; none = off
+    skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
+    dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"  # bf16 from Ampere on; fp16 uses a GradScaler
+    compile: bool = False
+    seed: int = 0
+    # evaluation and logging
+    eval_batch: int = 32  # rows per evaluation or answering step, over all ranks
+    eval_every: int | None = 100  # steps; none = each epoch
+    eval_rows: int | None = 500  # validation rows looked at during training; none = all
+    final_eval: bool = True  # the test rows, once, at the end
+    test_weights: Literal["best", "last"] = "best"  # lowest validation loss, or the final ones
+    save_every: int | None = None  # steps; none = at each evaluation, before it
+    keep: int = 2  # checkpoints
+    log_every: int = 25  # steps
+    price_per_hour: float | None = None  # dollars for the whole box
+    note: str = ""
+    # answers and forgetting
+    sample_tokens: int = 50  # most in an answer to a fixed prompt, at every evaluation; 0 = none
+    answer_rows: int | None = None  # test rows answered at the end; none = all, 0 = none
+    max_new_tokens: int = 256  # most in such an answer
+    plain: str = "python-docs"  # text whose held-out part shows what is forgotten: as gpt_scratch.py's data
+    plain_blocks: int = 50  # of max_length tokens; 0 = none
+    # run
+    mode: Literal["train", "export"] = "train"
+    run: str | None = None  # the run folder that mode export writes into; none = the newest
+    out: str | None = None  # none = runs/run_lora below the current folder
+    tag: str | None = None  # none = the preset's name
+    resume_timestamp: str | None = None  # a timestamp, latest, or auto (resume, skip if finished, else start)
+    resume_step: int | None = None  # an older checkpoint than the newest
+    backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"
+
+
+JOURNAL = {  # some 12,000 training rows, AdamW; the multiplier is what the journal's ancestor had
+    **{"max_documents": 14_118, "template": "journal", "split": "file_order", "max_length": 1024},
+    **{
+        "loss_on_prompt": True,
+        "tie_head": False,
+        "lora_head": True,
+        "lora_scaling": "alpha",
+        "lora_init": "rank",
+    },
+    **{"model": "gpt2-medium", "epochs": 1, "lr": 5e-5, "min_lr": 1e-5, "warmup": 0.2, "schedule": "cosine"},
+    **{
+        "weight_decay": 0.1,
+        "clip": 1.0,
+        "eval_every": 25,
+        "eval_rows": 20,
+        "log_every": 25,
+        "save_every": 1000,
+    },
+    **{"test_weights": "last"},
+}
+PRESETS = {
+    "recommended": {},
+    "run_10": JOURNAL | {"batch": 2, "lora_rank": 16, "lora_alpha": 16.0},
+    "run_11": JOURNAL | {"batch": 2, "lora_rank": 16, "lora_alpha": 16.0, "model": "gpt2-large"},
+    "run_12": JOURNAL | {"batch": 4, "lora_rank": 16, "lora_alpha": 16.0},
+    "run_13": JOURNAL | {"batch": 2, "lora_rank": 16, "lora_alpha": 32.0},
+    "run_14": JOURNAL | {"batch": 2, "lora_rank": 32, "lora_alpha": 32.0},
+    "run_15": JOURNAL | {"batch": 4, "lora_rank": 64, "lora_alpha": 64.0},
+    "run_16": JOURNAL | {"batch": 4, "lora_rank": 64, "lora_alpha": 64.0, "lr": 2.5e-5, "warmup": 0.3},
+    "run_17": JOURNAL | {"batch": 4, "lora_rank": 64, "lora_alpha": 64.0, "lr": 3e-5, "warmup": 0.0},
+    "run_18": JOURNAL | {"batch": 4, "lora_rank": 64, "lora_alpha": 64.0, "lr": 1e-4, "warmup": 0.0},
+    "run_19": JOURNAL | {"batch": 4, "lora_rank": 16, "lora_alpha": 16.0, "epochs": 2},
+}
+SMOKE = {
+    "data": "python-instructions",
+    "max_documents": None,
+    "model": "tiny:gpt2",
+    "max_length": 128,
+    "batch": 24,
+    "epochs": 12,
+    "tie_head": False,
+    "lora_head": True,
+    "lr": lambda lr: 20 * lr,  # the base is random; presets keep their distance
+    "dtype": "fp32",
+    "eval_every": 100,
+    "eval_rows": None,
+    "save_every": None,
+    "sample_tokens": 12,
+    "max_new_tokens": 24,
+    "plain_blocks": 10,
+}
+
+
+def build_model(cfg, tokenizer, world):
+    """The pretrained GPT, frozen, with adapters: fresh ones, or those of cfg.adapter."""
+    model = sft.build_model(cfg, tokenizer, world)
+    if cfg.adapter:
+        lora.load_peft(model, cfg.adapter, cfg.lora_dropout)
+    else:
+        lora.add_lora(
+            model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_scaling, cfg.lora_dropout,
+            cfg.lora_targets, cfg.lora_head, cfg.lora_layers, cfg.lora_init,
+        )  # fmt: skip
+    return model
+
+
+def load_model(folder, world):
+    """(Config, model, tokenizer) of a run; the adapters it was tested with, on the base it names."""
+    config = runs.read_config(folder)
+    cfg, tokenizer = Config(**config["constants"]), corpus.named_tokenizer(str(Path(folder) / "tokenizer"))
+    core.reseed(cfg.seed, "init")  # tiny:gpt2 is its seed
+    model = build_model(cfg, tokenizer, world)
+    if runs.state_sha256(lora.base_weights(model)) != config["facts"]["base_sha256"]:
+        raise core.UserError(f"model {cfg.model} is not the one that {folder} was trained on")
+    runs.load_weights(Path(folder) / "checkpoints" / runs.chosen_checkpoint(folder), lora.Adapters(model))
+    return cfg, model.to(world.device).eval(), tokenizer
+
+
+def announce_lora(run, cfg, model):
+    """Where the adapters are, how strongly they act, and how far a step can move the output."""
+    layers = lora.adapted(model)
+    strengths = sorted({layer.multiplier for layer in layers.values()})
+    ranks = sorted({layer.B.shape[1] for layer in layers.values()})
+    run.say(f"adapters {core.count_parameters(model)[1]:,} parameters on {len(layers)} layers  rank "
+            f"{'/'.join(map(str, ranks))}  alpha {cfg.lora_alpha:g}  scaling {cfg.lora_scaling}")  # fmt: skip
+    run.say(
+        f"multiplier {'/'.join(f'{s:g}' for s in strengths)}  multiplier x lr {strengths[-1] * cfg.lr:.2g}"
+    )
+
+
+evaluate = gpt_scratch.evaluate  # (rows, 3): summed loss, hits, targets of each
+
+
+def train(run, cfg, world) -> dict:
+    data = sft.load_instructions(cfg, world)
+    run.pin("fingerprint", data.fingerprint)
+    parts, lines = sft.split(data, cfg)
+    parts = {
+        name: sft.Examples(data, rows, cfg.max_length, cfg.loss_on_prompt) for name, rows in parts.items()
+    }
+    examples = parts["train"]
+    units = sft.Packs(examples, cfg.max_length) if cfg.pack else examples
+    batches = core.ShardedBatches(units.lengths, cfg.batch, world, seed=cfg.seed)
+    total_steps = min(n for n in (cfg.epochs * len(batches), cfg.max_steps) if n is not None)
+    val = sft.Examples(data, parts["val"].rows[: cfg.eval_rows], cfg.max_length, cfg.loss_on_prompt)
+    core.reseed(cfg.seed, "init")
+    precision = core.Precision(cfg.dtype, world)
+    model = precision.prepare(build_model(cfg, data.tokenizer, world))
+    adapters = lora.Adapters(model)
+    base_sha256 = runs.state_sha256(lora.base_weights(model))
+    run.pin("base_sha256", base_sha256)
+    optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay)
+    saved = adapters, optimizer, precision
+    strength = max(layer.multiplier for layer in lora.adapted(model).values())
+    sft.announce(run, cfg, data, parts, lines, model, units)
+    announce_lora(run, cfg, model)
+    step = run.load(*saved)
+    core.on_main(world, lambda: data.tokenizer.save_pretrained(run.folder / "tokenizer") and None)
+    if cfg.compile:
+        for block in model.h:
+            block.compile(dynamic=True)
+    ddp = core.wrap_ddp(model, world)
+
+    def forward_backward(mine, targets) -> float:
+        """Gradients of this rank's share of the summed loss / targets; returns the share's sum."""
+        losses = []
+        for part in core.micro_batches(ddp, mine, cfg.micro_batch, units.lengths[mine]):
+            with precision.autocast():
+                losses.append(ddp(*units.batch(part, world.device)))
+            core.scaled_backward(losses[-1], world, targets, precision)
+        return sum(loss.item() for loss in losses)
+
+    core.reseed(cfg.seed, "worst case")
+    worst = batches.longest()[: math.ceil(cfg.batch / world.size)].tolist()
+    seconds = core.worst_case(
+        world, ddp, lambda: forward_backward(worst, 1), optimizer, cfg.micro_batch or len(worst)
+    )
+    run.poll()
+    run.forecast(
+        adapters, optimizer, total_steps - step, seconds, units.lengths.mean() / units.lengths[worst].mean()
+    )
+    run.say(sft.describe_example(examples))
+
+    def where():
+        return f"epoch {step / len(batches):.3g}/{cfg.epochs}"
+
+    while True:
+        ends = step >= total_steps
+        evaluates = ends or step % (cfg.eval_every or len(batches)) == 0
+        saves = step % cfg.save_every == 0 if cfg.save_every else evaluates
+        if ends or (saves and step > 0):
+            run.save(step, *saved, must=ends)
+        if evaluates:
+            if step == 0:
+                sft.remember_plain(run, cfg, model, data.tokenizer)
+            m = sft.measure(evaluate(model, val, cfg, world, run.poll), data.groups[val.rows])
+            is_best = (
+                cfg.test_weights == "best" and (ends or step > 0) and run.save_best(step, m["loss"], adapters)
+            )
+            sft.report_validation(run, step, m, where(), is_best, len(batches))
+            sft.sample(run, cfg, step, model, data.tokenizer)
+        if ends:
+            break
+        mine = batches.rank_batch(step)
+        targets = run.agree(int(units.targets(mine).sum()))
+        if run.stopping:
+            run.save(step, *saved, must=True)
+            raise core.Stop(run.stopping)
+        if run.clock_share >= 1:  # max_minutes are spent
+            total_steps = step
+            continue
+        core.reseed(cfg.seed, step, world.rank)
+        lr, everyone = (
+            core.lr_at(cfg, step, run.schedule_length(step, total_steps)),
+            batches.global_batch(step),
+        )
+        loss_sum = forward_backward(mine, targets)
+        loss = core.all_reduce_sum(world, torch.tensor(loss_sum, dtype=torch.float64)).item() / targets
+        step += 1
+
+        def is_odd(norm, loss=loss, step=step, everyone=everyone, lr=lr):
+            facts, rates = {"loss": loss, "grad_norm": norm}, {"lr": lr, "multiplier_lr": strength * lr}
+            odd = run.watch(step, facts, model, lambda: {**rates, **sft.autopsy(units, everyone, examples)})
+            return odd and cfg.skip_spikes
+
+        grad_norm = core.optimizer_step(optimizer, precision, cfg.clip, lr, skip=is_odd)
+        run.step_done(loss_sum, targets, examples=int(units.lengths[everyone].sum()))
+        if step % cfg.log_every == 0 or step == total_steps:
+            facts = {
+                "lr": lr,
+                "multiplier_lr": strength * lr,
+                "grad_norm": grad_norm,
+                **sft.step_facts(units, everyone),
+            }
+            run.log_training(where(), step, total_steps, facts)
+
+    if runs.state_sha256(lora.base_weights(model)) != base_sha256:
+        raise RuntimeError("the base has moved: only adapters may")
+    sha256, measured = runs.weights_sha256(adapters), run.checkpoint
+    if cfg.test_weights == "best":
+        measured = run.load_best(adapters)
+    run.say("the base is unchanged (checksum)")
+    return sft.final_figures(run, cfg, parts, model, lora.merge_lora(model), step) | {
+        "weights_sha256": sha256,
+        "base_sha256": base_sha256,
+        "test_checkpoints": [measured],
+        **dict(zip(("parameters", "trainable_parameters"), core.count_parameters(model), strict=True)),
+    }
+
+
+def export(cfg, world):
+    """peft/ and merged/ into a run's folder; merged gives the same logits to 1e-5 of the largest."""
+    folder = Path(cfg.run or runs.newest_run(cfg, __file__))
+    stored, model, tokenizer = load_model(folder, world)
+    merged = lora.merge_lora(model)
+    base = str(folder / "base") if stored.model.startswith("tiny:") else stored.model
+    gpt_scratch.save_pretrained(merged, tokenizer, folder / "merged")
+    lora.save_peft(model, folder / "peft", base)
+    print(f"written: {folder}/merged and {folder}/peft (for {base})")
+
+
+@record
+def main(cfg, world):
+    if cfg.mode == "export":
+        return export(cfg, world)
+    with runs.Run(cfg, world, __file__, unit="tokens") as run:
+        run.result = train(run, run.cfg, world)
+    return run.result
+
+
+if __name__ == "__main__":
+    cfg = core.parse_config(Config, PRESETS, SMOKE, __doc__)
+    with core.distributed(cfg.backend) as world:
+        main(cfg, world)

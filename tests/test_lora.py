@@ -1,0 +1,742 @@
+"""lora.py: adapters against peft's on transformers' GPT-2, merging, peft's format both ways, what trains."""
+
+import itertools
+import json
+import math
+import re
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GPT2LMHeadModel
+
+import core
+import gpt_scratch as script
+import lora
+from core import UserError
+from gpt_scratch import GPT, GPTConfig
+
+GPT2_SIZES = {"small": (12, 12, 768), "medium": (24, 16, 1024), "large": (36, 20, 1280), "xl": (48, 25, 1600)}
+LLAMA = {
+    **{"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu"},
+    **{"bias": False, "qkv_bias": False},
+}
+SHAPES = {"gpt2": {}, "gpt2 untied": {"tie_head": False}, "llama": LLAMA | {"tie_head": False}}
+BLOCK = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+ALL = [f"h.{i}.{name}" for i in range(2) for name in BLOCK]
+
+
+def random_gpt(dtype=torch.float32, seed=0, **config):
+    """Small, with weights large enough that every part of the model shows in the logits."""
+    torch.manual_seed(seed)
+    small = {"vocab_size": 97, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
+    model = GPT(GPTConfig(**small | config)).to(dtype)
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.2)
+    return model.eval()
+
+
+def randomise(model, std=0.2):
+    """As after a training: B is not zero any more."""
+    torch.manual_seed(5)
+    for layer in lora.adapted(model).values():
+        nn.init.normal_(layer.B, std=std)
+    return model
+
+
+def adapted_gpt(rank=4, alpha=6, dtype=torch.float32, scaling="alpha/r", config=None, **how):
+    """With trained adapters."""
+    model = random_gpt(dtype, **(config or {}))
+    lora.add_lora(model, rank, alpha, scaling, **how)
+    return randomise(model)
+
+
+def ids(*size, seed=1):
+    return torch.randint(97, size, generator=torch.Generator().manual_seed(seed))
+
+
+def numbers(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def assert_same(got, expected):
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
+@torch.no_grad()
+def logits(model, x=None):
+    out = model(ids(3, 16) if x is None else x)
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+def assert_close_logits(ours, theirs):
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()  # fp32, another order of additions
+
+
+def assert_far(ours, theirs):
+    """So that an equality beside it cannot hold for want of a difference."""
+    assert (ours - theirs).abs().max() > 0.01 * theirs.abs().max()
+
+
+def on_meta(size, **config):
+    layers, heads, width = GPT2_SIZES[size]
+    with torch.device("meta"):
+        return GPT(GPTConfig(50257, n_layer=layers, n_head=heads, n_embd=width, tie_head=False, **config))
+
+
+# the start
+
+
+@pytest.mark.parametrize("init", ["fan_in", "rank"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_training_begins_at_the_base_exactly(shape, init):
+    model = random_gpt(**SHAPES[shape])
+    x, labels = ids(3, 16), ids(3, 16, seed=2)
+    with torch.no_grad():
+        before, loss = model(x), model(x, labels)
+        lora.add_lora(model, 4, 6, head=not model.config.tie_head, init=init)
+        assert torch.equal(model(x), before) and torch.equal(model(x, labels), loss)
+        randomise(model)
+        assert_far(model(x), before)  # every one of them is in use
+
+
+def kaiming(parts, *size):
+    """A of each part as nn.Linear would draw it, one after the other."""
+    torch.manual_seed(3)
+    return torch.cat([nn.init.kaiming_uniform_(torch.empty(size), a=math.sqrt(5)) for _ in range(parts)])
+
+
+@pytest.mark.parametrize("name", ["h.0.attn.c_attn", "h.0.attn.c_proj", "h.0.mlp.c_proj", "lm_head"])
+@pytest.mark.parametrize("init", ["fan_in", "rank"])
+def test_A_is_drawn_as_peft_does_or_as_the_ancestor_did_who_kept_it_transposed(name, init):
+    model = random_gpt(tie_head=False)
+    lora.add_lora(model, 5, 5, head=True)
+    layer = lora.adapted(randomise(model))[name]
+    width = 128 if name == "h.0.mlp.c_proj" else 32
+    torch.manual_seed(3)
+    layer.initialise(init)
+    expected = kaiming(layer.parts, *((5, width) if init == "fan_in" else (width, 5)))
+    # the same draws in the same order; the reference's sqrt(3) sqrt(1/3) / sqrt(n) has roundings more
+    torch.testing.assert_close(layer.A.detach().flatten(), expected.flatten(), rtol=1e-6, atol=0)
+    bound = 1 / math.sqrt({"fan_in": width, "rank": 5}[init])
+    assert 0.95 * bound < layer.A.abs().max() <= bound * (1 + 1e-6)  # of 160 draws and more
+    assert (layer.B == 0).all()  # again: it was not before
+
+
+@pytest.mark.parametrize(("how", "n"), [({}, 32), ({"init": "rank"}, 5)])
+def test_new_adapters_are_initialised(how, n):
+    model = random_gpt()
+    lora.add_lora(model, 5, 5, targets="attention", **how)
+    for name, layer in lora.adapted(model).items():
+        assert 0.95 < layer.A.abs().max() * math.sqrt(n) <= 1 + 1e-6, name
+        assert (layer.B == 0).all(), name
+
+
+# where adapters are
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({}, ALL),
+        ({"targets": "attention"}, [n for n in ALL if "attn." in n]),
+        ({"targets": "mlp"}, [n for n in ALL if "mlp." in n]),
+        ({"last_layers": 1}, ALL[4:]),
+        ({"last_layers": 2, "targets": "mlp"}, ["h.0.mlp.c_fc", "h.0.mlp.c_proj", *ALL[6:]]),
+        ({"head": True}, [*ALL, "lm_head"]),
+        ({"head": True, "last_layers": 0}, ["lm_head"]),
+        ({"head": True, "last_layers": 1, "targets": "attention"}, [*ALL[4:6], "lm_head"]),
+    ],
+)
+def test_adapters_are_where_they_were_asked_for_and_nowhere_else(how, expected):
+    model = random_gpt(tie_head=False)
+    assert lora.add_lora(model, 4, 6, **how) == expected == list(lora.adapted(model))
+    trains = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trains == [f"{name}.{letter}" for name in expected for letter in "AB"]
+
+
+def test_the_gate_of_swiglu_is_part_of_the_mlp():
+    model = random_gpt(**LLAMA)
+    names = lora.add_lora(model, 4, 6, targets="mlp", last_layers=1)
+    assert sorted(names) == ["h.1.mlp.c_fc", "h.1.mlp.c_gate", "h.1.mlp.c_proj"]
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"head": True}, ["embedding", "--no-tie_head", "--no-lora_head"]),
+        ({"last_layers": 3}, ["--lora_layers 3", "2 blocks"]),
+        ({"last_layers": 0}, ["no layer gets an adapter", "--lora_layers 1"]),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused_by_name(how, words):
+    model = random_gpt()
+    before = logits(model)
+    with pytest.raises(UserError) as error:
+        lora.add_lora(model, 4, 6, **how)
+    assert all(word in str(error.value) for word in words)
+    assert not lora.adapted(model) and torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize(
+    ("size", "rank", "head", "expected"),
+    [
+        ("medium", 2, True, 987_298), ("medium", 4, True, 1_974_596), ("medium", 8, True, 3_949_192),
+        ("medium", 16, True, 7_898_384), ("medium", 32, True, 15_796_768), ("medium", 64, True, 31_593_536),
+        ("medium", 16, False, 7_077_888), ("small", 16, True, 3_470_608), ("large", 16, True, 14_095_632),
+        ("xl", 16, True, 22_948_112),
+    ],
+)  # fmt: skip
+def test_the_number_of_adapter_weights_is_the_published_one_to_the_unit(size, rank, head, expected):
+    model = on_meta(size)
+    base = {"small": 163_037_184, "medium": 406_286_336, "large": 838_359_040, "xl": 1_638_022_400}[size]
+    assert core.count_parameters(model) == (base, base)
+    lora.add_lora(model, rank, rank, head=head)
+    assert core.count_parameters(model) == (base + expected, expected)
+    assert sum(p.numel() for p in lora.Adapters(model).parameters()) == expected
+
+
+# forward and backward, against peft
+
+
+def beside_peft(folder, rank=4, alpha=7, scaling="alpha/r", config=None, **how):
+    """Our adapted model, and peft's of the same numbers: base and adapters went over the disk."""
+    model = random_gpt(**(config or {}))
+    script.save_pretrained(model, None, folder / "base")
+    lora.add_lora(model, rank, alpha, scaling, **how)
+    lora.save_peft(randomise(model), folder / "adapter", str(folder / "base"))
+    base = GPT2LMHeadModel.from_pretrained(folder / "base")
+    theirs = peft.PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
+    return model, theirs.eval()
+
+
+def remember_slope_of(embedding):
+    """Makes what the blocks read a leaf: the base is frozen, so that without it nothing goes so far back."""
+    kept = []
+    embedding.register_forward_hook(lambda module, args, out: kept.append(out.requires_grad_()))
+    return kept
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["blocks", "with the head"])
+@pytest.mark.parametrize("scaling", lora.SCALINGS)
+def test_logits_and_gradients_are_those_of_peft(tmp_path, scaling, head):
+    ours, theirs = beside_peft(tmp_path, scaling=scaling, head=head, config={"tie_head": not head})
+    assert_close_logits(logits(ours), logits(theirs))
+    multiplier = {"alpha/r": 7 / 4, "alpha": 7, "alpha/sqrt(r)": 7 / 2}[scaling]
+    assert {layer.multiplier for layer in lora.adapted(ours).values()} == {multiplier}
+
+    ours, theirs = ours.double(), theirs.double()  # the same numbers, now without noise
+    embedded = remember_slope_of(ours.wte), remember_slope_of(theirs.base_model.model.transformer.wte)
+    x, labels = ids(3, 16), ids(3, 16, seed=2)
+    labels[1, 9:] = core.IGNORE_INDEX
+    ours(x, labels).backward()
+    out = theirs(x).logits
+    F.cross_entropy(out.flatten(0, 1), labels.flatten(), reduction="sum").backward()
+
+    def assert_close(mine, reference):
+        # fp64; relative to the largest, for slopes of a sum cancel
+        assert (mine - reference).abs().max() <= 1e-11 * reference.abs().max()
+        assert reference.abs().max() > 0
+
+    assert_close(embedded[0][0].grad, embedded[1][0].grad)
+    reference = dict(theirs.named_parameters())
+    for name, layer in lora.adapted(ours).items():
+        their = f"base_model.model.{'' if name == 'lm_head' else 'transformer.'}{name}.lora_%s.default.weight"
+        A, B = reference[their % "A"].grad, reference[their % "B"].grad
+        assert_close(layer.A.grad, A)
+        n, r = len(B) // layer.parts, A.shape[0] // layer.parts  # what we have not lies beside the diagonal
+        diagonal = [B[i * n : (i + 1) * n, i * r : (i + 1) * r] for i in range(layer.parts)]
+        assert_close(layer.B.grad, torch.cat(diagonal))
+    assert all(w.grad is None for name, w in ours.named_parameters() if not name.endswith((".A", ".B")))
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_layer_is_what_its_formula_says(parts):
+    torch.manual_seed(0)
+    layer = lora.LoRALinear(script.Linear(8, 12).double(), 2, 0.7, parts=parts)
+    nn.init.normal_(layer.A)
+    nn.init.normal_(layer.B)
+    x = torch.randn(5, 3, 8, dtype=torch.float64)
+    n, expected = 12 // parts, layer.base(x)
+    for i in range(parts):
+        A, B = layer.A[2 * i : 2 * i + 2], layer.B[n * i : n * i + n]
+        expected[..., n * i : n * i + n] += 0.7 * (x @ A.t() @ B.t())
+    terms, bias = layer.terms(x)
+    near = {"rtol": 0, "atol": 1e-13}  # fp64, numbers near 10
+    torch.testing.assert_close(layer(x), expected, **near)
+    torch.testing.assert_close(sum(x @ w.t() for x, w in terms) + bias, expected, **near)
+    torch.testing.assert_close(F.linear(x, layer.base.weight + layer.delta(), bias), expected, **near)
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["blocks", "with the head"])
+@pytest.mark.parametrize("shape", ["gpt2 untied", "llama"])
+def test_the_loss_of_an_adapted_model_is_cross_entropy_of_its_logits(shape, head):
+    config = SHAPES[shape] | ({"head_bias": True} if shape == "llama" else {})
+    model = adapted_gpt(dtype=torch.float64, head=head, config=config)
+    x, labels = ids(3, 16), ids(3, 16, seed=2)
+    labels[1, 9:] = core.IGNORE_INDEX
+    ours = model(x, labels)
+    theirs = F.cross_entropy(model(x).flatten(0, 1), labels.flatten(), reduction="sum")
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    weights = list(lora.Adapters(model).parameters())
+    expected = torch.autograd.grad(theirs, weights)
+    for mine, reference in zip(torch.autograd.grad(ours, weights), expected, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-9)  # fp64, slopes up to hundreds
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, labels), theirs, rtol=1e-12, atol=0)
+
+
+# training
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapters_move_and_the_base_stands_still(checkpointing):
+    model = random_gpt(tie_head=False, checkpointing=checkpointing)
+    lora.add_lora(model, 4, 6, dropout=0.1, head=True)
+    model.train()
+    optimizer = core.make_optimizer(model, "adamw", 0.0)
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in lora.Adapters(model).parameters())
+    base = {name: value.clone() for name, value in lora.base_weights(model).items()}
+    precision, losses = core.Precision("fp32", core.World()), []
+    before = numbers(lora.Adapters(model))
+    for step in range(4):
+        losses.append(model(ids(3, 16), ids(3, 16, seed=2)))
+        losses[-1].backward()
+        core.optimizer_step(optimizer, precision, None, 0.01)
+        for name, value in numbers(lora.Adapters(model)).items():
+            moved = not torch.equal(value, before[name])
+            assert moved == (step > 0 or name.endswith(".B")), (step, name)  # with B zero A has no slope
+    assert losses[-1] < losses[0]
+    assert_same(lora.base_weights(model), base)
+
+
+def test_recomputed_blocks_give_the_adapters_the_same_gradients():
+    def slopes(checkpointing):
+        model = adapted_gpt(config={"checkpointing": checkpointing}).train()
+        model(ids(3, 16), ids(3, 16, seed=2)).backward()
+        return {name: p.grad for name, p in lora.Adapters(model).named_parameters()}
+
+    assert_same(slopes(True), slopes(False))
+
+
+def test_dropout_acts_in_training_only_and_on_the_adapters_path_only():
+    start = random_gpt(tie_head=False)
+    before = logits(start)
+    lora.add_lora(start, 4, 6, dropout=0.5, head=True)
+    assert torch.equal(logits(start.train()), before)  # B is zero: base paths have no dropout
+
+    whole = adapted_gpt(head=True, config={"tie_head": False})
+    model = adapted_gpt(head=True, dropout=0.5, config={"tie_head": False})
+    assert torch.equal(logits(model.eval()), logits(whole))
+    assert_far(logits(model.train()), logits(whole))
+
+    layer, x = lora.adapted(model)["h.0.attn.c_attn"], torch.randn(3, 5, 32)
+    with torch.no_grad():
+        torch.manual_seed(4)
+        got = layer(x)
+        torch.manual_seed(4)
+        expected = layer.base(x) + layer.multiplier * (F.dropout(x, 0.5) @ layer.A.t()) @ layer.wide_B().t()
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)  # fp32, numbers up to 10
+
+
+# merging
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["blocks", "with the head"])
+@pytest.mark.parametrize("shape", ["gpt2 untied", "llama"])
+@pytest.mark.parametrize("scaling", lora.SCALINGS)
+def test_the_merged_model_has_no_adapters_and_the_same_logits(shape, head, scaling):
+    model = adapted_gpt(scaling=scaling, head=head, config=SHAPES[shape])
+    before = numbers(model)
+    base = script.with_weights(model.config, lora.base_weights(model)).eval()
+    merged = lora.merge_lora(model)
+    assert not lora.adapted(merged) and merged.config == model.config
+    assert_close_logits(logits(merged), logits(model))
+    assert_far(logits(merged), logits(base))
+    assert_same(numbers(model), before)
+    ours, changed = merged.state_dict(), {f"{name}.weight" for name in lora.adapted(model)}
+    for name, weight in lora.base_weights(model).items():
+        assert (ours[name].data_ptr() == weight.data_ptr()) == (name not in changed), name
+        assert torch.equal(ours[name], weight) == (name not in changed), name
+    assert not any(p.requires_grad for p in merged.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_merging_keeps_the_mode(training):
+    model = adapted_gpt(config={"dropout": 0.2}).train(training)
+    assert lora.merge_lora(model).training == training == model.training
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["blocks", "with the head"])
+def test_the_merged_model_is_pefts(tmp_path, head):
+    ours, theirs = beside_peft(tmp_path, head=head, config={"tie_head": not head})
+    ours, theirs = lora.merge_lora(ours), theirs.merge_and_unload()
+    assert_close_logits(logits(ours), logits(theirs))
+    weights, reference = script.to_gpt2(ours.state_dict()), theirs.state_dict()
+    for name, weight in weights.items():  # sums of 4 products on numbers near 1, each rounded elsewhere
+        torch.testing.assert_close(weight, reference[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_transformers_computes_the_logits_of_a_merged_model(tmp_path, shape):
+    from transformers import AutoModelForCausalLM
+
+    model = adapted_gpt(head="tie_head" in SHAPES[shape], config=SHAPES[shape])
+    script.save_pretrained(lora.merge_lora(model), None, tmp_path / "merged")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert_close_logits(logits(model), logits(theirs))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_adapted_and_merged_models_say_the_same(shape):
+    model = adapted_gpt(head="tie_head" in SHAPES[shape], config=SHAPES[shape])
+    randomise(model, std=1)  # with less they repeat one token, all of them the same
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
+    base = script.with_weights(model.config, lora.base_weights(model)).eval()
+
+    def said(model):  # longer than a context: the window slides
+        return script.generate(model, prompts, 20, temperature=0)
+
+    assert said(model) == said(lora.merge_lora(model)) != said(base)
+
+
+# the adapters as one
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_base_weights_are_those_of_the_plain_model_under_their_names(shape):
+    plain, model = random_gpt(**SHAPES[shape]), adapted_gpt(config=SHAPES[shape])
+    assert_same(lora.base_weights(model), plain.state_dict())
+    headed = adapted_gpt(head="tie_head" in SHAPES[shape], config=SHAPES[shape])
+    assert_same(lora.base_weights(headed), plain.state_dict())
+
+
+def test_adapters_come_back_from_their_state(tmp_path):
+    model = adapted_gpt(head=True, config={"tie_head": False})
+    state = lora.Adapters(model).state_dict()
+    assert list(state) == [f"{name}.{letter}" for name in [*ALL, "lm_head"] for letter in "AB"]
+    torch.save(state, tmp_path / "adapters.pt")
+    again = random_gpt(tie_head=False)
+    lora.add_lora(again, 4, 6, head=True)
+    lora.Adapters(again).load_state_dict(torch.load(tmp_path / "adapters.pt"))
+    assert_same(numbers(again), numbers(model))
+    assert torch.equal(logits(again), logits(model))
+    assert all(p.requires_grad and p.is_leaf for p in lora.Adapters(again).parameters())
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({}, {"head": True}),
+        ({}, {"targets": "attention"}),
+        ({}, {"last_layers": 1}),
+        ({}, {"rank": 2}),
+        ({"targets": "mlp"}, {"targets": "mlp", "rank": 1}),  # copy_ would repeat it for every rank
+    ],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_adapters_of_another_shape_are_refused(one, other, turned):
+    config = {"tie_head": False}
+    model, misfit = adapted_gpt(config=config, **one), adapted_gpt(config=config, **other)
+    model, misfit = (misfit, model) if turned else (model, misfit)
+    for weight in lora.Adapters(misfit).parameters():
+        nn.init.normal_(weight)
+    before = numbers(model)
+    with pytest.raises(UserError, match="adapters do not fit"):
+        lora.Adapters(model).load_state_dict(lora.Adapters(misfit).state_dict())
+    assert_same(numbers(model), before)
+
+
+# peft's format
+
+
+@pytest.mark.parametrize(
+    ("how", "config"),
+    [
+        ({}, {}),
+        ({"rank": 1}, {}),
+        ({"rank": 3, "scaling": "alpha/sqrt(r)"}, {}),
+        ({"targets": "attention"}, {}),
+        ({"targets": "mlp", "last_layers": 1}, {"activation": "relu", "n_inner": 48}),
+        ({"head": True}, {"tie_head": False}),
+        ({"head": True, "last_layers": 0, "scaling": "alpha"}, {"tie_head": False}),
+        ({"last_layers": 11}, {"n_layer": 12}),  # h.1 and h.11; from 20 names on peft looks for shorter ones
+    ],
+)
+def test_peft_computes_our_logits_and_our_adapters_come_back(tmp_path, how, config):
+    model, theirs = beside_peft(tmp_path, config=config, **how)
+    assert_close_logits(logits(model), logits(theirs))
+    with theirs.disable_adapter():
+        assert_far(logits(model), logits(theirs))
+    again = random_gpt(**config)
+    names = lora.load_peft(again, tmp_path / "adapter", dropout=0.25)
+    assert sorted(names) == sorted(lora.adapted(again)) == sorted(lora.adapted(model))
+    assert_same(numbers(again), numbers(model))
+    assert core.count_parameters(again) == core.count_parameters(model)
+    ours = lora.adapted(model)
+    for name, layer in lora.adapted(again).items():
+        # alpha was written for peft's rank and divided by it again: one rounding
+        assert layer.multiplier == pytest.approx(ours[name].multiplier, rel=1e-15)
+        assert (layer.parts, layer.dropout.p) == (ours[name].parts, 0.25)
+    assert_close_logits(logits(again.eval()), logits(model))
+
+
+def test_an_export_says_its_dropout_and_its_base(tmp_path):
+    lora.save_peft(adapted_gpt(dropout=0.125), tmp_path / "adapter", "openai-community/gpt2")
+    config = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
+    assert isinstance(config, peft.LoraConfig) and config.inference_mode
+    assert (config.base_model_name_or_path, config.lora_dropout) == ("openai-community/gpt2", 0.125)
+
+
+@pytest.mark.parametrize("config", [LLAMA, {"bias": False}, {"tie_head": False, "head_bias": True}])
+def test_shapes_that_are_not_gpt2s_are_not_exported(tmp_path, config):
+    with pytest.raises(UserError, match="GPT-2's shape only: use --mode merge"):
+        lora.save_peft(adapted_gpt(config=config), tmp_path / "adapter", "base")
+    assert not any(tmp_path.iterdir())
+
+
+def base_folder(folder, **config):
+    script.save_pretrained(random_gpt(**config), None, folder / "base")
+    return folder / "base"
+
+
+def peft_writes(folder, base, config, save_embedding_layers=False):
+    """What peft saves after a training; returns its model."""
+    torch.manual_seed(7)
+    theirs = peft.get_peft_model(GPT2LMHeadModel.from_pretrained(base), config)
+    for weight in theirs.parameters():
+        if weight.requires_grad:
+            nn.init.normal_(weight, std=0.2)
+    theirs.save_pretrained(folder, save_embedding_layers=save_embedding_layers)
+    return theirs.eval()
+
+
+def lora_config(**changes):
+    usual = {"task_type": "CAUSAL_LM", "target_modules": ["c_attn", "c_proj", "c_fc"], "r": 4}
+    return peft.LoraConfig(**usual | {"lora_alpha": 7, "fan_in_fan_out": True} | changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"r": 1},  # less than the parts of c_attn
+        {"r": 6},  # a multiple of them
+        {"use_rslora": True},
+        {"target_modules": ["c_attn"], "layers_to_transform": [1]},
+        {"target_modules": ["c_attn", "lm_head"]},
+        {"rank_pattern": {"h.0.attn.c_attn": 6, "c_fc": 2}},
+        {"alpha_pattern": {"c_proj": 3, "mlp.c_proj": 11, "^transformer.h.1.mlp.c_fc": 20}},
+        {
+            # not fc: a pattern is the whole of a name's last parts
+            "alpha_pattern": {r"h\.\d\.attn\..*": 3, "fc": 40, "c_fc": 2},
+            "rank_pattern": {"c_attn": 3},
+            "use_rslora": True,
+        },
+        {"layers_to_transform": [0], "alpha_pattern": {"c_attn": 1}, "lora_dropout": 0.3},
+        {"init_lora_weights": "gaussian", "exclude_modules": r".*h\.0\.mlp.*"},
+    ],
+    ids=lambda changes: ", ".join(changes) or "plain",
+)
+def test_we_compute_the_logits_of_what_peft_trained(tmp_path, changes):
+    untied = {"tie_head": False}
+    base = base_folder(tmp_path, **untied)
+    theirs = peft_writes(tmp_path / "adapter", base, lora_config(**changes))
+    model = script.load_pretrained(str(base)).eval()
+    before = numbers(model)
+    plain = logits(model)
+    names = lora.load_peft(model, tmp_path / "adapter")
+    adapted = [re.sub(r"^base_model.model.(transformer.)?|.lora_A$", "", name)
+               for name, module in theirs.named_modules() if name.endswith(".lora_A")]  # fmt: skip
+    assert sorted(names) == sorted(adapted) == sorted(lora.adapted(model))
+    assert_close_logits(logits(model), logits(theirs))
+    assert_far(logits(model), plain)
+    assert_close_logits(logits(lora.merge_lora(model)), logits(theirs.merge_and_unload()))
+    assert_same(lora.base_weights(model), before)
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trains == {f"{name}.{letter}" for name in names for letter in "AB"}
+
+
+def test_what_peft_trained_goes_out_again(tmp_path):
+    base = base_folder(tmp_path)
+    patterns = {"rank_pattern": {"c_attn": 3}, "alpha_pattern": {"mlp.c_proj": 11}}
+    theirs = peft_writes(tmp_path / "theirs", base, lora_config(**patterns))
+    model = script.load_pretrained(str(base)).eval()
+    lora.load_peft(model, tmp_path / "theirs")
+    lora.save_peft(model, tmp_path / "ours", str(base))
+    again = peft.PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(base), tmp_path / "ours").eval()
+    assert_close_logits(logits(again), logits(theirs))
+
+
+def edit_tensors(folder, change):
+    tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def edit_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+B_OF_FC = "base_model.model.transformer.h.0.mlp.c_fc.lora_B.weight"
+DAMAGES = {
+    "no config": (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json"),
+    "no tensors": (lambda f: (f / "adapter_model.safetensors").unlink(), "adapter_model.safetensors"),
+    "a broken config": (lambda f: (f / "adapter_config.json").write_text('{"r": 4,'), "Expecting"),
+    "a config of no text": (lambda f: (f / "adapter_config.json").write_bytes(b"\xff\xfe{"), "decode"),
+    "cut tensors": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"abc"), ""),
+}
+
+
+NONSENSE = {
+    "a list for a config": (lambda f: (f / "adapter_config.json").write_text("[]"), ""),
+    "no tensor inside": (lambda f: edit_tensors(f, dict.clear), ""),
+    "an A without its B": (lambda f: edit_tensors(f, lambda ts: ts.pop(B_OF_FC)), "h.0.mlp.c_fc"),
+    "a B of another rank": (lambda f: edit_tensors(f, lambda ts: cut(ts, 2)), "h.0.mlp.c_fc"),
+    "a B of rank 1": (lambda f: edit_tensors(f, lambda ts: cut(ts, 1)), "h.0.mlp.c_fc"),  # copy_ would repeat
+}
+
+
+def cut(tensors, rank):
+    tensors[B_OF_FC] = tensors[B_OF_FC][:, :rank].clone()
+
+
+def refusal(model, folder) -> str:
+    """What load_peft says, in one line that names the folder."""
+    with pytest.raises(UserError) as error:
+        lora.load_peft(model, folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name in ("nowhere", "file"):
+        assert "no whole adapter of peft" in refusal(random_gpt(), tmp_path / name)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_adapter_is_refused(tmp_path, damage):
+    lora.save_peft(adapted_gpt(), tmp_path / "adapter", "base")
+    change, word = DAMAGES[damage]
+    change(tmp_path / "adapter")
+    message = refusal(random_gpt(), tmp_path / "adapter")
+    assert "no whole adapter of peft" in message and word in message
+
+
+@pytest.mark.parametrize("nonsense", NONSENSE)
+def test_whole_files_that_do_not_make_an_adapter_are_refused(tmp_path, nonsense):
+    lora.save_peft(adapted_gpt(), tmp_path / "adapter", "base")
+    change, word = NONSENSE[nonsense]
+    change(tmp_path / "adapter")
+    assert word in refusal(random_gpt(), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (lora_config(use_dora=True), ["use_dora"]),
+        (lora_config(modules_to_save=["ln_f"]), ["modules_to_save"]),
+        (lora_config(bias="all"), ["bias all"]),
+        (lora_config(bias="lora_only"), ["bias lora_only"]),
+        (lora_config(target_modules=["lm_head"], fan_in_fan_out=False, lora_bias=True), ["lora_bias"]),
+        (lora_config(target_modules=["c_fc", "wte"]), ["wte", "lora_embedding_A"]),
+        (peft.LoHaConfig(target_modules=["lm_head"], r=4), ["hada_w1"]),
+        (peft.IA3Config(target_modules=["c_attn"], feedforward_modules=[], fan_in_fan_out=True), ["ia3"]),
+        (lora_config(trainable_token_indices={"wte": [1, 2]}), ["token"]),
+        (lora_config(alora_invocation_tokens=[1, 2]), ["alora"]),  # for what follows these tokens only
+    ],
+    ids=["DoRA", "modules_to_save", "bias all", "bias lora_only", "lora_bias", "embedding", "LoHa", "IA3",
+         "trainable tokens", "aLoRA"],
+)  # fmt: skip
+def test_what_is_more_than_plain_lora_is_refused_by_name(tmp_path, config, words):
+    base = base_folder(tmp_path, tie_head=False)
+    peft_writes(tmp_path / "adapter", base, config)
+    message = refusal(random_gpt(tie_head=False), tmp_path / "adapter")
+    assert "holds more than plain LoRA" in message and all(word in message for word in words)
+
+
+@pytest.mark.parametrize("kind", ["LOHA", "PREFIX_TUNING", None])
+def test_another_kind_of_adapter_is_refused_by_the_name_of_its_kind(tmp_path, kind):
+    lora.save_peft(adapted_gpt(), tmp_path / "adapter", "base")
+    edit_config(tmp_path / "adapter", peft_type=kind)
+    assert f"({kind})" in refusal(random_gpt(), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("changes", [{"target_parameters": ["c_fc.weight"]}, {"use_dora": True}])
+def test_a_config_that_says_more_than_its_tensors_is_refused(tmp_path, changes):
+    lora.save_peft(adapted_gpt(), tmp_path / "adapter", "base")
+    edit_config(tmp_path / "adapter", **changes)
+    assert f"({next(iter(changes))})" in refusal(random_gpt(), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(("init", "targets"), [("pissa", ["c_attn", "c_fc"]), ("olora", ["lm_head"])])
+def test_an_adapter_to_a_base_that_peft_changed_gives_pefts_logits_or_is_refused(tmp_path, init, targets):
+    """Both take A and B out of the base's matrices, and peft does it again when it loads them."""
+    base, config = base_folder(tmp_path, tie_head=False), lora_config(target_modules=targets)
+    config.init_lora_weights = init
+    theirs = peft.get_peft_model(GPT2LMHeadModel.from_pretrained(base), config)
+    for name, weight in theirs.named_parameters():
+        if "lora_B" in name:
+            weight.data *= 1.5
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    again = peft.PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(base), tmp_path / "adapter")
+    assert_close_logits(logits(again.eval()), logits(theirs.eval()))
+    model = script.load_pretrained(str(base)).eval()
+    try:
+        lora.load_peft(model, tmp_path / "adapter")
+    except UserError as error:
+        assert init in str(error)
+    else:
+        assert_close_logits(logits(model), logits(theirs))
+
+
+def test_adapters_of_another_model_are_refused(tmp_path):
+    lora.save_peft(adapted_gpt(config={"n_embd": 64}), tmp_path / "wider", "base")
+    message = refusal(random_gpt(), tmp_path / "wider")
+    assert "another shape" in message and "h.0.attn.c_attn" in message
+    lora.save_peft(adapted_gpt(last_layers=1, config={"n_layer": 3}), tmp_path / "deeper", "base")
+    message = refusal(random_gpt(), tmp_path / "deeper")
+    assert "adapts h.2." in message and "the model lacks" in message
+    fitting = adapted_gpt(targets="mlp", config={"n_inner": 48})
+    lora.save_peft(fitting, tmp_path / "slimmer", "base")
+    assert "h.0.mlp.c_fc" in refusal(random_gpt(), tmp_path / "slimmer")
+
+
+def test_an_adapter_of_the_head_needs_a_head(tmp_path):
+    model = adapted_gpt(head=True, last_layers=0, config={"tie_head": False})
+    lora.save_peft(model, tmp_path / "adapter", "base")
+    message = refusal(random_gpt(), tmp_path / "adapter")
+    assert "adapts lm_head: the model lacks it" in message and "--no-tie_head" in message
+
+
+# packing
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_the_loss_of_packed_rows_is_the_sum_of_their_own(positions, adapted):
+    model = random_gpt(torch.float64, positions=positions)
+    if adapted:
+        lora.add_lora(model, 4, 6)
+        randomise(model)
+    packs, x, labels = [[7, 9], [4, 5, 7]], ids(2, 16), ids(2, 16, seed=2)
+    segments = torch.tensor([[i for i, n in enumerate(pack) for _ in range(n)] for pack in packs])
+    labels[0, 7] = core.IGNORE_INDEX
+    packed, alone = model(x, labels, segments), 0
+    for row, pack in enumerate(packs):
+        for start, end in itertools.pairwise([0, *itertools.accumulate(pack)]):
+            alone = alone + model(x[row : row + 1, start:end], labels[row : row + 1, start:end])
+    torch.testing.assert_close(packed, alone, rtol=1e-12, atol=0)  # fp64
+    assert abs(model(x, labels) - alone) > 1e-6 * alone  # without segments they see each other
+    weights = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(alone, weights)
+    for mine, reference in zip(torch.autograd.grad(packed, weights), expected, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-9)  # fp64, slopes up to hundreds
