@@ -196,14 +196,16 @@ def train(run, cfg, world) -> dict:
         if ends or (saves and step > 0):
             run.save(step, *saved, must=ends)
         if evaluates:
+            # without a checkpoint just made, a signal waits until the evaluation is over, and is then saved
+            poll = run.poll if ends or saves else run.agree
             if step == 0:
-                sft.remember_plain(run, cfg, model, data.tokenizer)
-            m = sft.measure(evaluate(model, val, cfg, world, run.poll), data.groups[val.rows])
+                sft.remember_plain(run, cfg, model, data.tokenizer, poll)
+            m = sft.measure(evaluate(model, val, cfg, world, poll), data.groups[val.rows])
             is_best = (
                 cfg.test_weights == "best" and (ends or step > 0) and run.save_best(step, m["loss"], model)
             )
             sft.report_validation(run, step, m, where(), is_best, len(batches))
-            sft.sample(run, cfg, step, model, data.tokenizer)
+            sft.sample(run, cfg, step, model, data.tokenizer, poll)
         if ends:
             break
         mine = batches.rank_batch(step)

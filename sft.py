@@ -493,14 +493,14 @@ def answers(model, tokenizer, prompts, max_new_tokens, batch, world, poll=lambda
     return [tokenizer.decode(ids[ids > 0] - 1).strip() for ids in found]
 
 
-def sample(run, cfg, step, model, tokenizer):
+def sample(run, cfg, step, model, tokenizer, poll):
     """The fixed prompts' answers to samples.jsonl and TensorBoard, one of them to the terminal, in turn."""
     if cfg.sample_tokens:
         prompts = [
             tokenizer(prompt_text(text, "", cfg.template), add_special_tokens=False).input_ids
             for text in PROMPTS
         ]
-        texts = answers(model, tokenizer, prompts, cfg.sample_tokens, len(prompts), run.world, run.poll)
+        texts = answers(model, tokenizer, prompts, cfg.sample_tokens, len(prompts), run.world, poll)
         run.samples(step, [f"{text}\n{answer}" for text, answer in zip(PROMPTS, texts, strict=True)])
         turn = run.state["asked"] = (run.state.get("asked", -1) + 1) % len(PROMPTS)
         run.say(
@@ -540,25 +540,25 @@ def first_word(text) -> str:
     return next(iter(re.findall(r"\w+", text.lower())), "")
 
 
-def remember_plain(run, cfg, model, tokenizer):
+def remember_plain(run, cfg, model, tokenizer, poll):
     """The loss on plain text before training, block by block: see forgetting."""
     if cfg.plain_blocks:
-        run.state["plain"] = plain_losses(run, cfg, model, tokenizer).tolist()
+        run.state["plain"] = plain_losses(run, cfg, model, tokenizer, poll).tolist()
 
 
-def plain_losses(run, cfg, model, tokenizer) -> np.ndarray:
+def plain_losses(run, cfg, model, tokenizer, poll) -> np.ndarray:
     """(blocks, 2): summed loss and targets of each block of plain text."""
     blocks = plain_blocks(
         cfg.plain, tokenizer, min(cfg.max_length, model.config.block_size), cfg.plain_blocks
     )
-    return gpt_scratch.evaluate(model, blocks, cfg, run.world, run.poll)[:, [0, 2]]
+    return gpt_scratch.evaluate(model, blocks, cfg, run.world, poll)[:, [0, 2]]
 
 
 def forgetting(run, cfg, model, tokenizer) -> dict:
     """Loss on plain text after training minus before; the interval redraws blocks, both sides at once."""
     if "plain" not in run.state:
         return {}
-    before, after = np.array(run.state["plain"]), plain_losses(run, cfg, model, tokenizer)
+    before, after = np.array(run.state["plain"]), plain_losses(run, cfg, model, tokenizer, run.poll)
     targets = after[:, 1]
     values = np.c_[before[:, 0], after[:, 0], after[:, 0] - before[:, 0]] / targets[:, None]
     old, new, more = np.average(values, axis=0, weights=targets).tolist()

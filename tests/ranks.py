@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-SCRIPTS = ["run_preference", "gpt_scratch"]
+SCRIPTS = ["run_preference", "gpt_scratch", "run_instruct", "run_lora"]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["runs", *SCRIPTS, "transformers.models.distilbert.modeling_distilbert", "torch.utils.tensorboard"]
@@ -21,6 +21,8 @@ _context.set_forkserver_preload(
 PLACES = {  # where a kill or a signal can be made to strike: the function that is about to run
     "caching run_preference": ("core", "write_texts"),
     "caching gpt_scratch": ("corpus", "write_tokens"),
+    "caching run_instruct": ("core", "write_texts"),
+    "caching run_lora": ("core", "write_texts"),
     "sampling gpt_scratch": ("gpt_scratch", "choose"),
     "step": ("core", "optimizer_step"),
     "evaluation": ("runs.Run", "poll"),

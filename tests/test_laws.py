@@ -33,9 +33,17 @@ SHORT = {  # some thirty steps with several saves and evaluations, and a short l
         *("--dropout", 0.1),
     ],
 }
+TUNE = [
+    *("--smoke", "--max_documents", 200, "--batch", 10, "--epochs", 2, "--dropout", 0.1),
+    *("--eval_every", 8, "--save_every", 5, "--log_every", 4),
+    *("--sample_tokens", 4, "--answer_rows", 7, "--max_new_tokens", 4, "--plain_blocks", 3),
+]
+SHORT |= {"run_instruct": [*TUNE, "--skip_spikes"], "run_lora": [*TUNE, "--lora_dropout", 0.1]}
 EXACT = {  # what makes the number of ranks invisible
     "run_preference": ["--dropout", 0, "--encoder_dropout", 0],
     "gpt_scratch": ["--dropout", 0],
+    "run_instruct": ["--dropout", 0],
+    "run_lora": ["--dropout", 0, "--lora_dropout", 0],
 }
 FEW = {  # hardly any rows, no training
     "run_preference": ["--smoke", "--max_documents", 90, "--epochs", 0],
@@ -44,10 +52,13 @@ FEW = {  # hardly any rows, no training
         *("--max_steps", 0, "--sample_tokens", 0),
     ],
 }
-COUNT = {"run_preference": "test/rows", "gpt_scratch": "test/targets"}
-ROW = {"run_preference": 1, "gpt_scratch": 32}  # targets of a full row
-LOSS = {"run_preference": "test/log_loss", "gpt_scratch": "test/loss"}
-RATE = {"run_preference": "examples_per_second", "gpt_scratch": "tokens_per_second"}
+NONE = ["--smoke", "--max_documents", 200, "--max_steps", 0, "--sample_tokens", 0, "--answer_rows", 0]
+FEW |= dict.fromkeys(("run_instruct", "run_lora"), NONE)
+TUNED = ("run_instruct", "run_lora")
+COUNT = {"run_preference": "test/rows", "gpt_scratch": "test/targets", **dict.fromkeys(TUNED, "test/rows")}
+ROW = {"run_preference": 1, "gpt_scratch": 32, **dict.fromkeys(TUNED, 1)}  # targets of a full row
+LOSS = {"run_preference": "test/log_loss"} | dict.fromkeys(("gpt_scratch", *TUNED), "test/loss")
+RATE = {"run_preference": "examples_per_second"} | dict.fromkeys(("gpt_scratch", *TUNED), "tokens_per_second")
 AUTO = ("--resume_timestamp", "auto")
 
 
