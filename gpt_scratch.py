@@ -567,6 +567,7 @@ class Config:
     eps: float = 1e-8
     weight_decay: float = 0.1  # of matrices
     clip: float | None = 1.0  # global gradient norm; none = off
+    skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
     dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     compile: bool = False
     seed: int = 0
@@ -809,11 +810,20 @@ def forward_backward(s, rows, targets) -> float:
     return sum(loss.item() for loss in losses)
 
 
-def take_step(s, step, targets, lr, beta1) -> tuple[float, float]:
+def take_step(s, step, targets, lr, beta1, watch=lambda loss_sum: None) -> tuple[float, float]:
     """Global batch `step`: (this rank's summed loss before the update, norm of the whole gradient)."""
     core.reseed(s.cfg.seed, step, s.world.rank)
     loss_sum = forward_backward(s, s.batches.rank_batch(step), targets)
-    return loss_sum, core.optimizer_step(s.optimizer, s.precision, s.cfg.clip, lr, beta1)
+    skip = watch(loss_sum)
+    return loss_sum, core.optimizer_step(s.optimizer, s.precision, s.cfg.clip, lr, beta1, skip)
+
+
+def autopsy(s, step, lr) -> dict:
+    """What an odd step saw, for spikes.jsonl."""
+    rows, stream = s.batches.global_batch(step).tolist(), s.blocks["train"]
+    start = rows[0] * s.cfg.block_size
+    text = s.tokens.tokenizer.decode(stream.tokens[start : start + s.cfg.block_size + 1].tolist())
+    return {"lr": lr, "rows": rows, "first_row": text, "targets": int(stream.targets(rows).sum())}
 
 
 def count_targets(s, step) -> int:
@@ -903,7 +913,9 @@ def train(run, cfg, world) -> dict:
             continue
         length = run.schedule_length(step, total_steps)
         lr, beta1 = core.lr_at(cfg, step, length), core.beta1_at(cfg, step, length)
-        loss_sum, grad_norm = take_step(s, step, targets, lr, beta1)
+        facts = functools.partial(autopsy, s, step, lr)
+        watch = functools.partial(run.watch, step + 1, targets=targets, model=model, describe=facts)
+        loss_sum, grad_norm = take_step(s, step, targets, lr, beta1, watch)
         run.step_done(loss_sum, targets, targets)
         step += 1
         if step % cfg.log_every == 0 or step == total_steps:

@@ -10,11 +10,11 @@ python-instructions (built in). Each run is a folder under runs/run_instruct/: r
 rows' answers, spikes.jsonl the odd steps; gpt_scratch.py --mode generate or export opens the model.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import core
@@ -201,9 +201,8 @@ def train(run, cfg, world) -> dict:
             if step == 0:
                 sft.remember_plain(run, cfg, model, data.tokenizer, poll)
             m = sft.measure(evaluate(model, val, cfg, world, poll), data.groups[val.rows])
-            is_best = (
-                cfg.test_weights == "best" and (ends or step > 0) and run.save_best(step, m["loss"], model)
-            )
+            keeps_best = cfg.test_weights == "best" and (ends or step > 0)
+            is_best = keeps_best and run.save_best(step, m["loss"], model)
             sft.report_validation(run, step, m, where(), is_best, len(batches))
             sft.sample(run, cfg, step, model, data.tokenizer, poll)
         if ends:
@@ -217,24 +216,18 @@ def train(run, cfg, world) -> dict:
             total_steps = step
             continue
         core.reseed(cfg.seed, step, world.rank)
-        lr, everyone = (
-            core.lr_at(cfg, step, run.schedule_length(step, total_steps)),
-            batches.global_batch(step),
-        )
+        lr = core.lr_at(cfg, step, run.schedule_length(step, total_steps))
+        everyone = batches.global_batch(step)
         loss_sum = forward_backward(mine, targets)
-        loss = core.all_reduce_sum(world, torch.tensor(loss_sum, dtype=torch.float64)).item() / targets
         step += 1
-
-        def is_odd(norm, loss=loss, step=step, everyone=everyone, lr=lr):
-            facts = {"loss": loss, "grad_norm": norm}
-            odd = run.watch(step, facts, model, lambda: {"lr": lr, **sft.autopsy(units, everyone, examples)})
-            return odd and cfg.skip_spikes
-
-        grad_norm = core.optimizer_step(optimizer, precision, cfg.clip, lr, skip=is_odd)
+        rates = {"lr": lr}
+        facts = functools.partial(sft.autopsy, units, everyone, examples, rates)
+        odd = run.watch(step, loss_sum, targets, model, facts)
+        grad_norm = core.optimizer_step(optimizer, precision, cfg.clip, lr, skip=odd)
         run.step_done(loss_sum, targets, examples=int(units.lengths[everyone].sum()))
         if step % cfg.log_every == 0 or step == total_steps:
-            facts = {"lr": lr, "grad_norm": grad_norm, **sft.step_facts(units, everyone)}
-            run.log_training(where(), step, total_steps, facts)
+            values = rates | {"grad_norm": grad_norm, **sft.step_facts(units, everyone)}
+            run.log_training(where(), step, total_steps, values)
 
     sha256, measured = runs.weights_sha256(model), run.checkpoint
     if cfg.test_weights == "best":

@@ -11,12 +11,12 @@ run_instruct.py. Each run is a folder under runs/run_lora/; mode export writes p
 merged/ (a GPT-2 that transformers and gpt_scratch.py load) into it.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import core
@@ -254,9 +254,8 @@ def train(run, cfg, world) -> dict:
             if step == 0:
                 sft.remember_plain(run, cfg, model, data.tokenizer, poll)
             m = sft.measure(evaluate(model, val, cfg, world, poll), data.groups[val.rows])
-            is_best = (
-                cfg.test_weights == "best" and (ends or step > 0) and run.save_best(step, m["loss"], adapters)
-            )
+            keeps_best = cfg.test_weights == "best" and (ends or step > 0)
+            is_best = keeps_best and run.save_best(step, m["loss"], adapters)
             sft.report_validation(run, step, m, where(), is_best, len(batches))
             sft.sample(run, cfg, step, model, data.tokenizer, poll)
         if ends:
@@ -270,29 +269,18 @@ def train(run, cfg, world) -> dict:
             total_steps = step
             continue
         core.reseed(cfg.seed, step, world.rank)
-        lr, everyone = (
-            core.lr_at(cfg, step, run.schedule_length(step, total_steps)),
-            batches.global_batch(step),
-        )
+        lr = core.lr_at(cfg, step, run.schedule_length(step, total_steps))
+        everyone = batches.global_batch(step)
         loss_sum = forward_backward(mine, targets)
-        loss = core.all_reduce_sum(world, torch.tensor(loss_sum, dtype=torch.float64)).item() / targets
         step += 1
-
-        def is_odd(norm, loss=loss, step=step, everyone=everyone, lr=lr):
-            facts, rates = {"loss": loss, "grad_norm": norm}, {"lr": lr, "multiplier_lr": strength * lr}
-            odd = run.watch(step, facts, model, lambda: {**rates, **sft.autopsy(units, everyone, examples)})
-            return odd and cfg.skip_spikes
-
-        grad_norm = core.optimizer_step(optimizer, precision, cfg.clip, lr, skip=is_odd)
+        rates = {"lr": lr, "multiplier_lr": strength * lr}
+        facts = functools.partial(sft.autopsy, units, everyone, examples, rates)
+        odd = run.watch(step, loss_sum, targets, model, facts)
+        grad_norm = core.optimizer_step(optimizer, precision, cfg.clip, lr, skip=odd)
         run.step_done(loss_sum, targets, examples=int(units.lengths[everyone].sum()))
         if step % cfg.log_every == 0 or step == total_steps:
-            facts = {
-                "lr": lr,
-                "multiplier_lr": strength * lr,
-                "grad_norm": grad_norm,
-                **sft.step_facts(units, everyone),
-            }
-            run.log_training(where(), step, total_steps, facts)
+            values = rates | {"grad_norm": grad_norm, **sft.step_facts(units, everyone)}
+            run.log_training(where(), step, total_steps, values)
 
     if runs.state_sha256(lora.base_weights(model)) != base_sha256:
         raise RuntimeError("the base has moved: only adapters may")

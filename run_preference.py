@@ -13,6 +13,7 @@ An encoder reads side A and side B (prompt and answer), the two first-token vect
 outcome.
 """
 
+import functools
 import hashlib
 import importlib
 import json
@@ -55,6 +56,7 @@ class Config:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = 0.01  # of matrices
     clip: float | None = 1.0  # global gradient norm; none = off
+    skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
     dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"  # bf16 from Ampere on; fp16 uses a GradScaler
     compile: bool = False
     seed: int = 0
@@ -458,7 +460,9 @@ def train(run, cfg, world, data, rows, fold) -> dict:
         core.reseed(cfg.seed, fold, step, world.rank)
         lr = core.lr_at(cfg, step, run.schedule_length(step, total_steps))
         loss_sum = forward_backward(mine, targets)
-        grad_norm = core.optimizer_step(optimizer, precision, cfg.clip, lr)
+        facts = functools.partial(autopsy, data, rows["train"][batches.global_batch(step)], cfg, lr)
+        odd = run.watch(step + 1, loss_sum, targets, model, facts)
+        grad_norm = core.optimizer_step(optimizer, precision, cfg.clip, lr, skip=odd)
         run.step_done(loss_sum, targets, examples=cfg.batch)
         step += 1
         if step % cfg.log_every == 0 or step == total_steps:
@@ -476,6 +480,13 @@ def backward_of_sum(ddp, precision, data, rows, targets, cfg, world) -> float:
             losses.append(core.sum_cross_entropy(ddp(*collate(data, part, cfg, world.device)), labels))
         core.scaled_backward(losses[-1], world, targets, precision)
     return sum(loss.item() for loss in losses)
+
+
+def autopsy(data, rows, cfg, lr) -> dict:
+    """What an odd step saw, for spikes.jsonl."""
+    lengths = data.lengths[rows].sum(1)
+    facts = {"lr": lr, "rows": [data.ids[row] for row in rows], "first_row": describe_row(data, rows[0], cfg)}
+    return facts | {"lengths": lengths.tolist(), "labels": data.labels[rows].tolist()}
 
 
 def predict(run, cfg, world, data, rows, model, step) -> dict:

@@ -152,33 +152,46 @@ class Run:
                     file.write(json.dumps({"step": step, "number": number, "text": text}) + "\n")
                     self._tensorboard.add_text(f"sample/{number}", f"<pre>{html.escape(text)}</pre>", step)
 
-    def watch(self, step, values, model, describe) -> bool:
-        """Whether one of a step's positive `values` (loss, gradient norm) left its band. All ranks, at each
-        step, between backward and update.
+    def watch(self, step, loss_sum, targets, model, describe):
+        """What core.optimizer_step takes as `skip`. All ranks, each step.
 
-        Such a step goes to spikes.jsonl with the parameter of the largest gradient and with what `describe()`
-        tells of its rows (rank 0 calls it).
+        Called with the gradient norm, it notes whether this step's loss or norm left its band, and says
+        whether to leave the update out (skip_spikes). An odd step goes to spikes.jsonl with the parameter of
+        the largest gradient and with what `describe()` tells of its rows (rank 0 calls it).
         """
-        bands = self.state.setdefault("bands", {})
-        limits = {name: spike_limit(bands.setdefault(name, [])) for name in values}
-        odd = [name for name, value in values.items() if not value <= limits[name]]
-        for name, value in values.items():
-            bands[name] = [*bands[name], value][-BAND:] if math.isfinite(value) else bands[name]
-        if odd and self.world.is_main:
-            norms = {n: float(p.grad.norm()) for n, p in model.named_parameters() if p.grad is not None}
-            largest = max(norms, key=norms.get)
-            share = norms[largest] / max(math.hypot(*norms.values()), 1e-30)  # clipping keeps shares
-            record = {"odd": odd, **values, **{f"{name}_limit": limit for name, limit in limits.items()}}
-            record |= {"largest_gradient": largest, "share_of_gradient_norm": share, **describe()}
-            for name, value in record.items():
-                if isinstance(value, float) and not math.isfinite(value):
-                    record[name] = None  # JSON knows no inf
-            record = {"step": self.first_step + step, **record}
-            with open(self.folder / "spikes.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-            what = "  ".join(f"{name} {values[name]:.4g} (usually below {limits[name]:.3g})" for name in odd)
-            self.say(f"spike  step {self.first_step + step}  {what}: see spikes.jsonl")
-        return bool(odd)
+        loss = core.all_reduce_sum(self.world, torch.tensor(loss_sum, dtype=torch.float64)).item() / targets
+
+        def is_odd(norm) -> bool:
+            values, bands = {"loss": loss, "grad_norm": norm}, self.state.setdefault("bands", {})
+            limits = {name: spike_limit(bands.setdefault(name, [])) for name in values}
+            odd = [name for name, value in values.items() if not value <= limits[name]]
+            for name, value in values.items():
+                bands[name] = [*bands[name], value][-BAND:] if math.isfinite(value) else bands[name]
+            if odd and self.world.is_main:
+                self._note_spike(
+                    {"step": self.first_step + step, "odd": odd}, values, limits, model, describe()
+                )
+            return bool(odd) and self.cfg.skip_spikes
+
+        return is_odd
+
+    def _note_spike(self, record, values, limits, model, facts):
+        norms = {n: float(p.grad.norm()) for n, p in model.named_parameters() if p.grad is not None}
+        largest = max(norms, key=norms.get)
+        record |= values | {f"{name}_limit": limit for name, limit in limits.items()}
+        record |= {
+            "largest_gradient": largest,
+            "largest_share": norms[largest] / max(math.hypot(*norms.values()), 1e-30),
+        }
+        for name, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                record[name] = None  # JSON knows no inf
+        with open(self.folder / "spikes.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record | facts) + "\n")
+        what = "  ".join(
+            f"{name} {values[name]:.4g} (usually below {limits[name]:.3g})" for name in record["odd"]
+        )
+        self.say(f"spike  step {record['step']}  {what}: see spikes.jsonl")
 
     def _to_tensorboard(self, record):
         for name, value in record.items():

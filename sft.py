@@ -418,12 +418,12 @@ def step_facts(train, units) -> dict:
     }
 
 
-def autopsy(train, units, examples) -> dict:
+def autopsy(train, units, examples, rates) -> dict:
     """What an odd step saw, for spikes.jsonl."""
     members = train.members(units)
     text = examples.data.tokenizer.decode(examples.pair(members[0])[0])
     facts = {"rows": [int(examples.rows[member]) for member in members], "first_row": text}
-    return facts | {"lengths": examples.lengths[members].tolist(), **step_facts(train, units)}
+    return rates | facts | {"lengths": examples.lengths[members].tolist(), **step_facts(train, units)}
 
 
 # ------------------------------------------------------------------------------------ measures and answers
