@@ -48,9 +48,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-OVERHEAD = (
-    128  # tokens that could be computed while a forward and backward is started (measured on two cores)
-)
+OVERHEAD = 128  # tokens that could be computed while a forward and backward is started (two cores, GPT-2)
+MOST_TOKENS = 8192  # in one forward and backward, padding included, unless micro_batch says otherwise
 IGNORE_INDEX = -100  # a label that no loss and no accuracy looks at (torch's own default)
 PROJECT = Path(__file__).resolve().parent
 
@@ -442,14 +441,16 @@ def _equal(n, size) -> list[int]:
     return [min(size, n - start) for start in range(0, n, size)] if n else []
 
 
-def length_groups(lengths, overhead=OVERHEAD) -> list[int]:
-    """Sizes of the groups that `lengths` (falling) are best computed in, each padded to its longest row:
-    the fewest padded tokens, where starting a group costs as much as `overhead` tokens. Exact, by dynamic
-    programming over where the last group begins.
+def length_groups(lengths, overhead=OVERHEAD, most=MOST_TOKENS) -> list[int]:
+    """Sizes of the groups that `lengths` (falling) are best computed in, each padded to its longest row.
+
+    Best: the fewest padded tokens, where starting a group costs as much as `overhead` tokens, and no group of
+    several rows has over `most` of them. Exact, by dynamic programming over where the last group begins.
     """
     best = [(0, 0)]  # of the first n rows: (cost, size of their last group)
     for n in range(1, len(lengths) + 1):
-        best.append(min((best[i][0] + (n - i) * lengths[i] + overhead, n - i) for i in range(n)))
+        starts = (i for i in range(n) if i == n - 1 or (n - i) * lengths[i] <= most)
+        best.append(min((best[i][0] + (n - i) * lengths[i] + overhead, n - i) for i in starts))
     sizes, n = [], len(lengths)
     while n:
         sizes.append(best[n][1])

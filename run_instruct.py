@@ -121,12 +121,10 @@ def build_model(cfg, tokenizer, world):
     """The pretrained GPT; its lowest blocks frozen if cfg says so."""
     model = sft.build_model(cfg, tokenizer, world)
     if cfg.freeze_blocks > len(model.h):
-        raise core.UserError(
-            f"--freeze_blocks {cfg.freeze_blocks} is more than the {len(model.h)} of {cfg.model}"
-        )
+        raise core.UserError(f"--freeze_blocks {cfg.freeze_blocks}: {cfg.model} has {len(model.h)}")
     if cfg.freeze_blocks:
         bottom = [model.h[: cfg.freeze_blocks], *([model.wpe] if hasattr(model, "wpe") else [])]
-        for part in bottom if cfg.tie_head else [*bottom, model.wte]:
+        for part in bottom if model.config.tie_head else [*bottom, model.wte]:
             part.requires_grad_(False)
     return model
 
@@ -177,9 +175,8 @@ def train(run, cfg, world) -> dict:
 
     core.reseed(cfg.seed, "worst case")
     worst = batches.longest()[: math.ceil(cfg.batch / world.size)].tolist()
-    seconds = core.worst_case(
-        world, ddp, lambda: forward_backward(worst, 1), optimizer, cfg.micro_batch or len(worst)
-    )
+    at_once = cfg.micro_batch or core.length_groups(units.lengths[worst].tolist())[0]
+    seconds = core.worst_case(world, ddp, lambda: forward_backward(worst, 1), optimizer, at_once)
     run.poll()
     run.forecast(
         model, optimizer, total_steps - step, seconds, units.lengths.mean() / units.lengths[worst].mean()

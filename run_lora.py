@@ -167,23 +167,23 @@ def load_model(folder, world):
     config = runs.read_config(folder)
     cfg, tokenizer = Config(**config["constants"]), corpus.named_tokenizer(str(Path(folder) / "tokenizer"))
     core.reseed(cfg.seed, "init")  # tiny:gpt2 is its seed
-    model = build_model(cfg, tokenizer, world)
+    model = core.Precision(cfg.dtype, world).prepare(build_model(cfg, tokenizer, world))
     if runs.state_sha256(lora.base_weights(model)) != config["facts"]["base_sha256"]:
         raise core.UserError(f"model {cfg.model} is not the one that {folder} was trained on")
     runs.load_weights(Path(folder) / "checkpoints" / runs.chosen_checkpoint(folder), lora.Adapters(model))
-    return cfg, model.to(world.device).eval(), tokenizer
+    return cfg, model.eval(), tokenizer
 
 
 def announce_lora(run, cfg, model):
     """Where the adapters are, how strongly they act, and how far a step can move the output."""
     layers = lora.adapted(model)
     strengths = sorted({layer.multiplier for layer in layers.values()})
-    ranks = sorted({layer.B.shape[1] for layer in layers.values()})
-    run.say(f"adapters {core.count_parameters(model)[1]:,} parameters on {len(layers)} layers  rank "
-            f"{'/'.join(map(str, ranks))}  alpha {cfg.lora_alpha:g}  scaling {cfg.lora_scaling}")  # fmt: skip
-    run.say(
-        f"multiplier {'/'.join(f'{s:g}' for s in strengths)}  multiplier x lr {strengths[-1] * cfg.lr:.2g}"
-    )
+    ranks = "/".join(str(rank) for rank in sorted({layer.B.shape[1] for layer in layers.values()}))
+    kind = f"from {cfg.adapter}" if cfg.adapter else f"alpha {cfg.lora_alpha:g}  scaling {cfg.lora_scaling}"
+    count = core.count_parameters(model)[1]
+    run.say(f"adapters {count:,} parameters on {len(layers)} layers  rank {ranks}  {kind}")
+    effective = "/".join(f"{strength:g}" for strength in strengths)
+    run.say(f"multiplier {effective}  multiplier x lr {strengths[-1] * cfg.lr:.2g}")
 
 
 evaluate = gpt_scratch.evaluate  # (rows, 3): summed loss, hits, targets of each
@@ -230,9 +230,8 @@ def train(run, cfg, world) -> dict:
 
     core.reseed(cfg.seed, "worst case")
     worst = batches.longest()[: math.ceil(cfg.batch / world.size)].tolist()
-    seconds = core.worst_case(
-        world, ddp, lambda: forward_backward(worst, 1), optimizer, cfg.micro_batch or len(worst)
-    )
+    at_once = cfg.micro_batch or core.length_groups(units.lengths[worst].tolist())[0]
+    seconds = core.worst_case(world, ddp, lambda: forward_backward(worst, 1), optimizer, at_once)
     run.poll()
     run.forecast(
         adapters, optimizer, total_steps - step, seconds, units.lengths.mean() / units.lengths[worst].mean()
@@ -300,9 +299,12 @@ def export(cfg, world):
     """peft/ and merged/ into a run's folder; merged gives the same logits to 1e-5 of the largest."""
     folder = Path(cfg.run or runs.newest_run(cfg, __file__))
     stored, model, tokenizer = load_model(folder, world)
-    merged = lora.merge_lora(model)
-    base = str(folder / "base") if stored.model.startswith("tiny:") else stored.model
-    gpt_scratch.save_pretrained(merged, tokenizer, folder / "merged")
+    base = stored.model
+    if base.startswith("tiny:") or gpt_scratch.is_run(base):  # peft needs a base that transformers knows
+        base = str(folder / "base")
+        plain = gpt_scratch.with_weights(model.config, lora.base_weights(model))
+        gpt_scratch.save_pretrained(plain, tokenizer, base)
+    gpt_scratch.save_pretrained(lora.merge_lora(model), tokenizer, folder / "merged")
     lora.save_peft(model, folder / "peft", base)
     print(f"written: {folder}/merged and {folder}/peft (for {base})")
 

@@ -9,6 +9,7 @@ import inspect
 import itertools
 import json
 import math
+import platform
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -137,10 +138,12 @@ def load_instructions(cfg, world) -> Instructions:
     builtin, tiny = cfg.data == "python-instructions", cfg.model.startswith("tiny:")
     name = gpt_scratch.tokenizer_of(cfg.model)
     tokenizer = None if tiny else core.main_first(world, lambda: corpus.named_tokenizer(name))
-    words = "bpe" if tiny else core.tokenizer_fingerprint(tokenizer)
+    words = f"bpe:{TINY_VOCABULARY}" if tiny else core.tokenizer_fingerprint(tokenizer)
 
     def build() -> str:
-        source = "built in" if builtin else core.data_fingerprint(cfg.data)
+        source = (
+            f"built in, Python {platform.python_version()}" if builtin else core.data_fingerprint(cfg.data)
+        )
         key = json.dumps(
             [CACHE_VERSION, source, cfg.data if builtin else "", cfg.max_documents, words, cfg.template]
         )
@@ -156,7 +159,7 @@ def load_instructions(cfg, world) -> Instructions:
 
 def write_cache(folder, rows, tokenizer, cfg, fingerprint):
     """Usable rows -> a folder of token ids, texts and tokenizer; unusable ones counted and named."""
-    core.require_columns(rows, COLUMNS, cfg.data)
+    core.require_columns(rows, ("instruction", "output"), cfg.data)  # input may be left out
     bad, texts = core.BadRows(), []
     for number, row in enumerate(rows, start=1):
         try:
@@ -348,20 +351,18 @@ def build_model(cfg, tokenizer, world) -> gpt_scratch.GPT:
     if cfg.model.startswith("tiny:"):
         if cfg.model != "tiny:gpt2":
             raise core.UserError(f"--model {cfg.model}: the only tiny one here is tiny:gpt2")
-        config = gpt_scratch.GPTConfig(len(tokenizer), **TINY, tie_head=cfg.tie_head, dropout=cfg.dropout)
+        own = {name: getattr(cfg, name) for name in ("tie_head", "dropout", "checkpointing")}
+        config = gpt_scratch.GPTConfig(len(tokenizer), **TINY, **own)
         model = gpt_scratch.GPT(config)
         with torch.no_grad():
             for weight in model.parameters():
                 weight.mul_(TINY_SCALE) if weight.dim() == 2 else None
-        return model
-    opened = core.main_first(
-        world, lambda: gpt_scratch.open_model(cfg.model, cfg.dropout, cfg.checkpointing)[0]
-    )
-    model = opened if cfg.tie_head else gpt_scratch.untied(opened)
+    else:
+        dropout, checkpointing = cfg.dropout, cfg.checkpointing
+        model = core.main_first(world, lambda: gpt_scratch.open_model(cfg.model, dropout, checkpointing)[0])
+        model = model if cfg.tie_head else gpt_scratch.untied(model)
     if cfg.max_length > (most := model.config.block_size):
-        raise core.UserError(
-            f"--max_length {cfg.max_length} is more than the {most} positions of {cfg.model}"
-        )
+        raise core.UserError(f"--max_length {cfg.max_length} is over the {most} positions of {cfg.model}")
     if len(tokenizer) > model.config.vocab_size:
         raise core.UserError(f"the tokenizer of {cfg.model} has {len(tokenizer)} tokens, the model "
                              f"{model.config.vocab_size}: they do not belong together")  # fmt: skip
