@@ -229,7 +229,7 @@ def test_bad_rows_are_counted_and_named_and_many_are_an_error():
 
 
 def test_missing_columns_are_named_with_those_there_are():
-    with pytest.raises(UserError, match=r"rows.json lacks column\(s\) input, output; found: instruction, a"):
+    with pytest.raises(UserError, match=r"rows.json lacks column\(s\) output; found: instruction, a"):
         load([{"instruction": "x", "a": "y"}] * 5)
 
 
