@@ -3,6 +3,7 @@ is born.
 """
 
 import fcntl
+import itertools
 import json
 import math
 import random
@@ -62,13 +63,17 @@ RATE = {"run_preference": "examples_per_second"} | dict.fromkeys(("gpt_scratch",
 AUTO = ("--resume_timestamp", "auto")
 
 
-def on_every_script(*cases, daily=3):
-    """Each case on each script; behind the first script only every `daily`-th is in the default set."""
+def on_every_script(*cases):
+    """Each case on each script. CI runs all of them; the default set each case on one script, in turn."""
+    first = next(_uses)
     return [
-        pytest.param(script, *case, marks=[pytest.mark.slow] if i and (n + i) % daily else [])
+        pytest.param(script, *case, marks=[] if (first + n) % len(SCRIPTS) == i else [pytest.mark.slow])
         for i, script in enumerate(SCRIPTS)
         for n, case in enumerate(cases)
     ]
+
+
+_uses = itertools.count()
 
 
 @pytest.fixture(scope="session")
@@ -205,7 +210,7 @@ def test_a_signal_while_rank_0_samples_is_heard_there(size, straight):
     same_curves(newest(), straight(script, size)[1])
 
 
-@pytest.mark.parametrize("script", on_every_script((), daily=2))
+@pytest.mark.parametrize("script", on_every_script(()))
 def test_a_signal_to_one_rank_stops_all(script, straight):
     codes = launch(script, "--out", "out", *SHORT[script], *AUTO, size=3, sent=("step", 6, signal.SIGTERM, 2))
     assert codes == [0, 0, 0], Path("out.txt").read_text()
@@ -223,13 +228,13 @@ def test_a_signal_before_the_first_step_leaves_on_all_ranks(script, place, size,
     same_outcome(run(script, *SHORT[script], *AUTO, size=size), straight(script, size)[0])
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", on_every_script(()))
 def test_a_crashed_rank_is_a_failure_not_a_stop(script):
     launch(script, "--out", "out", *SHORT[script], size=2, crash=("step", 6, 1))
     assert not (newest() / "result.json").exists() or result()["status"] == "failed"
 
 
-@pytest.mark.parametrize("script", on_every_script((), daily=2))
+@pytest.mark.parametrize("script", on_every_script(()))
 def test_a_run_that_is_being_written_is_not_resumed_by_another_process(script, straight):
     launch(script, "--out", "out", *SHORT[script], kill=("step", 7, 0))
     with open(newest() / ".lock", "a") as lock:
@@ -262,7 +267,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(script, damage,
     assert f"checkpoint {newest_one.name} is broken" in log and f"from {older.name}" in log
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", on_every_script(()))
 def test_no_whole_checkpoint_is_an_error_not_a_restart(script):
     launch(script, "--out", "out", *SHORT[script], size=1, kill=("step", 18, 0))
     for manifest in newest().glob("checkpoints/*/manifest.json"):
@@ -271,7 +276,7 @@ def test_no_whole_checkpoint_is_an_error_not_a_restart(script):
     assert "is whole" in Path("out.txt").read_text()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", on_every_script(()))
 def test_weights_do_not_depend_on_ranks_or_accumulation(script):
     """Law 1, proved in fp64: 1, 2, 3 ranks x micro-batches of all, 1 and 3 rows, to 1e-9."""
     flags = [*SHORT[script], *EXACT[script], "--dtype", "fp64", "--max_steps", 12, "--test_weights", "last"]
@@ -288,7 +293,7 @@ def test_weights_do_not_depend_on_ranks_or_accumulation(script):
         shutil.rmtree("out")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", on_every_script(()))
 def test_losses_agree_in_fp32_on_another_number_of_ranks(script):
     losses = []
     for size in (1, 2, 3):
@@ -298,7 +303,7 @@ def test_losses_agree_in_fp32_on_another_number_of_ranks(script):
     np.testing.assert_allclose(losses[2], losses[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", on_every_script(()))
 def test_evaluation_counts_every_row_once(script):
     """Law 2: the same figures on 1, 2, 3 ranks and batches that leave a row over or one short."""
     figures = []
@@ -312,7 +317,7 @@ def test_evaluation_counts_every_row_once(script):
     np.testing.assert_allclose([f[1:] for f in figures], [figures[0][1:]] * len(figures), rtol=1e-5)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", on_every_script(()))
 def test_a_resume_on_another_number_of_ranks_ends_in_the_same_weights(script):
     """Law 1 holds over a resume: to 1e-9 in fp64."""
     flags = [*SHORT[script], *EXACT[script], "--dtype", "fp64", "--test_weights", "last"]
@@ -326,7 +331,7 @@ def test_a_resume_on_another_number_of_ranks_ends_in_the_same_weights(script):
     assert got[LOSS[script]] == pytest.approx(want[LOSS[script]], abs=1e-9)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", on_every_script(()))
 def test_the_run_folder_is_complete(script, straight, tmp_path):
     run(script, *SHORT[script], "--note", "a word")
     folder = newest()
@@ -343,7 +348,7 @@ def test_the_run_folder_is_complete(script, straight, tmp_path):
     assert "\r" not in log
 
 
-@pytest.mark.parametrize("script", on_every_script((), daily=2))
+@pytest.mark.parametrize("script", on_every_script(()))
 def test_a_torchrun_that_restarts_its_workers_goes_on_with_its_own_run(script, straight):
     """--max-restarts 1: rank 1 is killed in its ninth step; nobody passes --resume_timestamp."""
     Path("struck.py").write_text(f"""

@@ -424,7 +424,7 @@ def test_a_finished_run_is_rebuilt_from_its_folder_alone(smoke, cache):
     assert loss == pytest.approx(got["test/log_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("torchrun", [0, 2])
+@pytest.mark.parametrize("torchrun", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_ctrl_c_then_the_same_command_with_auto_ends_in_the_same_weights(torchrun):
     flags = ["--smoke", "--max_documents", 600, "--epochs", 6, "--log_every", 5]
     straight = command(*flags, "--out", "straight", torchrun=torchrun)

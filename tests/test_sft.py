@@ -1213,7 +1213,7 @@ def fails(name, argv, monkeypatch, capfd) -> str:
 TUNE = [(name, *case) for name in SCRIPTS for case in [
     (["--model", "tiny:foo"], "--model tiny:foo: the only tiny one here is tiny:gpt2"),
     (["--data", "absent.json"], "no such file or folder: absent.json"),
-    (["--data", "odd.json"], "odd.json lacks column(s) instruction, input, output; found: question, answer"),
+    (["--data", "odd.json"], "odd.json lacks column(s) instruction, output; found: question, answer"),
     (["--data", "long.json", "--max_length", 64], "leaves no train rows of 20: use more rows or a larger"),
     (["--data", "rows.json", "--batch", 5000], "training rows do not fill a batch of 5000"),
     (["--data", "rows.json", "--max_documents", 2], "cannot be split into 3 parts"),
