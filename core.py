@@ -49,7 +49,6 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 OVERHEAD = 128  # tokens that could be computed while a forward and backward is started (two cores, GPT-2)
-MOST_TOKENS = 8192  # in one forward and backward, padding included, unless micro_batch says otherwise
 IGNORE_INDEX = -100  # a label that no loss and no accuracy looks at (torch's own default)
 PROJECT = Path(__file__).resolve().parent
 
@@ -74,7 +73,7 @@ class LostRanks(RuntimeError):
 # ----------------------------------------------------------------------------------------------------------
 
 LIMITS = {  # constants: lowest and highest legal value, in whichever script they appear
-    "batch micro_batch eval_batch max_documents log_every save_every eval_every": (1, math.inf),
+    "batch micro_batch micro_tokens eval_batch max_documents log_every save_every eval_every": (1, math.inf),
     "epochs max_steps max_minutes lr min_lr weight_decay price_per_hour resume_step": (0, math.inf),
     "n_layer n_head n_embd n_inner block_size top_k max_new_tokens find_steps": (1, math.inf),
     "temperature": (0, math.inf),
@@ -85,8 +84,8 @@ LIMITS = {  # constants: lowest and highest legal value, in whichever script the
     "seed split_seed": (0, 2**31),
     "clip": (1e-6, math.inf),
     "max_length": (16, math.inf),
-    "eval_rows lora_rank lora_layers": (1, math.inf),
-    "answer_rows sample_tokens plain_blocks freeze_blocks": (0, math.inf),
+    "eval_rows lora_rank": (1, math.inf),
+    "answer_rows sample_tokens plain_blocks freeze_blocks lora_layers": (0, math.inf),
     "lora_alpha": (1e-9, math.inf),
     "dropout encoder_dropout lora_dropout warmup": (0, 1),
     "keep": (2, math.inf),  # law 4 falls back to the checkpoint before the newest
@@ -421,15 +420,15 @@ def wrap_ddp(model, world):
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **quiet)
 
 
-def micro_batches(model, rows, size=None, lengths=None):
+def micro_batches(model, rows, size=None, lengths=None, most=math.inf):
     """Parts of `rows`, `size` each (none: all at once); ranks exchange gradients in the last backward only.
 
-    With the `lengths` of the rows, rows of similar length meet, and none means length_groups.
+    With the `lengths` of the rows, rows of similar length meet, and none means length_groups(lengths, most).
     """
     if lengths is not None:
         order = np.argsort(-np.asarray(lengths), kind="stable")  # longest first: memory fails early
         rows, lengths = [rows[i] for i in order], [int(lengths[i]) for i in order]
-    sizes = length_groups(lengths) if lengths and not size else _equal(len(rows), size or len(rows))
+    sizes = length_groups(lengths, most) if lengths and not size else _equal(len(rows), size or len(rows))
     ends = list(itertools.accumulate(sizes))
     for end, n in zip(ends, sizes, strict=True):
         alone = end < len(rows) and isinstance(model, DistributedDataParallel)
@@ -441,7 +440,7 @@ def _equal(n, size) -> list[int]:
     return [min(size, n - start) for start in range(0, n, size)] if n else []
 
 
-def length_groups(lengths, overhead=OVERHEAD, most=MOST_TOKENS) -> list[int]:
+def length_groups(lengths, most, overhead=OVERHEAD) -> list[int]:
     """Sizes of the groups that `lengths` (falling) are best computed in, each padded to its longest row.
 
     Best: the fewest padded tokens, where starting a group costs as much as `overhead` tokens, and no group of
@@ -1283,7 +1282,7 @@ def optimizer_step(optimizer, precision, clip, lr, beta1=None, skip=None) -> flo
 
     The norm is the exchanged gradients': all ranks see the same. An fp16 overflow skips the step and gives
     inf; otherwise, or 51 times in a row, it raises FloatingPointError, and no weight is touched. `skip(norm)`
-    may look at the (clipped) gradients and leave this step's update out.
+    may look at the gradients before they are clipped, and leave this step's update out.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -1291,11 +1290,15 @@ def optimizer_step(optimizer, precision, clip, lr, beta1=None, skip=None) -> flo
             group["betas"] = (beta1, group["betas"][1])
     precision.scaler.unscale_(optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = float(nn.utils.clip_grad_norm_(params, math.inf if clip is None else clip))
-    overflow, left_out = not math.isfinite(norm), bool(skip and skip(norm))
+    total = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    norm, halves = float(total), precision.scaler.is_enabled()
+    overflow = not math.isfinite(norm)
+    left_out = bool(skip and not (overflow and halves) and skip(norm))  # fp16 overflows now and then
+    if clip is not None:
+        nn.utils.clip_grads_with_norm_(params, clip, total)
     precision.skipped_in_a_row = precision.skipped_in_a_row + 1 if overflow else 0
     precision.skipped += overflow
-    most = 50 if precision.scaler.is_enabled() else 0  # 65,536 is halved 16 times to 1
+    most = 50 if halves else 0  # 65,536 is halved 16 times to 1
     if precision.skipped_in_a_row > most:
         raise FloatingPointError(
             f"gradient norm is {norm}: try a lower lr, more warm-up, clipping, or dtype fp32"

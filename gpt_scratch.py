@@ -401,16 +401,16 @@ def to_llama(weights) -> dict:
 
 
 def from_theirs(theirs, config, kind) -> dict:
-    """The way back: the same table read from right to left, on a model without memory."""
+    """The way back: the same table read from right to left, on a model without memory. Empties `theirs`."""
     with torch.device("meta"):
         ours = GPT(config).state_dict()
     if kind == "gpt2":
         names = {name: next(iter(to_gpt2({name: value}))) for name, value in ours.items()}
         turned = {name for name, value in ours.items() if name.startswith("h.") and value.dim() == 2}
-        return {
-            name: theirs[their].t().contiguous() if name in turned else theirs[their]
-            for name, their in names.items()
-        }
+        for name, their in names.items():
+            ours[name] = theirs.pop(their)
+            ours[name] = ours[name].t().contiguous() if name in turned else ours[name]
+        return ours
     names = {name: list(to_llama({name: value})) for name, value in ours.items()}
     return {name: torch.cat([theirs[their] for their in parts]) for name, parts in names.items()}
 
@@ -470,8 +470,9 @@ def load_pretrained(name, dropout=0.0, checkpointing=False) -> GPT:
     if c.model_type not in FORMATS:
         raise core.UserError(f"model {name} is a {c.model_type}: use a gpt2 or a llama")
     config = (gpt2_config if c.model_type == "gpt2" else llama_config)(name, c)
-    config = replace(config, dropout=dropout, checkpointing=checkpointing)
-    return with_weights(config, from_theirs(theirs.state_dict(), config, c.model_type))
+    config, weights = replace(config, dropout=dropout, checkpointing=checkpointing), theirs.state_dict()
+    del theirs  # so that each matrix can go when its transpose is there
+    return with_weights(config, from_theirs(weights, config, c.model_type))
 
 
 def with_weights(config, weights) -> GPT:

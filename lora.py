@@ -99,7 +99,7 @@ def _targets(model, targets, head, last_layers) -> list[str]:
     names = [name for name, module in model.h.named_modules(prefix="h") if isinstance(module, nn.Linear)]
     names = [n for n in names if int(n.split(".")[1]) >= first and n.split(".")[2] in kinds]
     if not (names or head):
-        raise core.UserError("no layer gets an adapter: use --lora_layers 1 or more, or --lora_head")
+        raise core.UserError("no layer gets an adapter: use more --lora_layers, or --lora_head")
     return [*names, *(["lm_head"] if head else [])]
 
 
@@ -174,7 +174,7 @@ def save_peft(model, folder, base):
     import safetensors.torch
 
     if gpt_scratch.misfit(model.config, gpt_scratch.FORMATS["gpt2"]):
-        raise core.UserError("peft's format is written for GPT-2's shape only: use --mode merge instead")
+        raise core.UserError("peft's format is written for GPT-2's shape only: use the merged model instead")
     layers, tensors = adapted(model), {}
     for name, layer in layers.items():
         for letter, value in (("A", layer.A), ("B", layer.wide_B())):

@@ -1,18 +1,19 @@
 """Alpaca instruction tuning of GPT-2, all weights (journal 001, run_1 to run_6).
 
     torchrun --nproc_per_node=4 --shutdown-timeout 300 run_instruct.py
-    torchrun --nproc_per_node=4 --shutdown-timeout 300 run_instruct.py --preset run_4 --resume_timestamp auto
+    python run_instruct.py --preset run_4 --resume_timestamp auto            # its batch of 2 is for one GPU
     python run_instruct.py --data rows.json --model gpt2 --pack
     python run_instruct.py --smoke
 
 --data takes a Hub id, a JSON, JSONL, CSV or Parquet file with the columns instruction, input, output, or
 python-instructions (built in). Each run is a folder under runs/run_instruct/: responses.json holds the test
-rows' answers, spikes.jsonl the odd steps; gpt_scratch.py --mode generate or export opens the model.
+rows' answers, spikes.jsonl the odd steps; --mode ask puts questions to the model.
 """
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Literal
 
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -42,7 +43,9 @@ class Config:
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory (for gpt2-xl)
     # optimisation
     batch: int = 128  # rows (or packs) per optimizer step, over all ranks
-    micro_batch: int | None = None  # rows per forward and rank; none = groups that waste least on padding
+    micro_batch: int | None = None  # rows per forward and rank; none = groups that waste least on padding,
+    micro_tokens: int = 8192  # of so many tokens each at most
+    group_lengths: bool = True  # rows of similar length meet in a batch; the journal's met by chance
     epochs: int = 3
     max_steps: int | None = None  # optimizer steps
     max_minutes: float | None = None  # of training, over resumes
@@ -58,9 +61,9 @@ class Config:
     compile: bool = False
     seed: int = 0
     # evaluation and logging
-    eval_batch: int = 32  # rows per evaluation or answering step, over all ranks
+    eval_batch: int = 32  # rows per evaluation step, over all ranks; so many on each rank when answering
     eval_every: int | None = 100  # steps; none = each epoch
-    eval_rows: int | None = 500  # validation rows looked at during training; none = all
+    eval_rows: int | None = 500  # validation rows looked at during training, spread evenly; none = all
     final_eval: bool = True  # the test rows, once, at the end
     test_weights: Literal["best", "last"] = "best"  # lowest validation loss, or the final ones
     save_every: int | None = None  # steps; none = at each evaluation, before it
@@ -70,11 +73,14 @@ class Config:
     note: str = ""
     # answers and forgetting
     sample_tokens: int = 50  # most in an answer to a fixed prompt, at every evaluation; 0 = none
-    answer_rows: int | None = None  # test rows answered at the end; none = all, 0 = none
+    answer_rows: int | None = None  # test rows answered at the end, spread evenly; none = all, 0 = none
     max_new_tokens: int = 256  # most in such an answer
     plain: str = "python-docs"  # text whose held-out part shows what is forgotten: as gpt_scratch.py's data
     plain_blocks: int = 50  # of max_length tokens; 0 = none
+    prompt: str | None = None  # in mode ask: an instruction; none = a prompt loop
     # run
+    mode: Literal["train", "ask"] = "train"
+    run: str | None = None  # the run folder that is asked; none = the newest
     out: str | None = None  # none = runs/run_instruct below the current folder
     tag: str | None = None  # none = the preset's name
     resume_timestamp: str | None = None  # a timestamp, latest, or auto (resume, skip if finished, else start)
@@ -82,8 +88,11 @@ class Config:
     backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"
 
 
-JOURNAL = {  # some 12,000 training rows (its runs ended at step 5975 with a batch of 2), one epoch, AdamW
+# Some 12,000 training rows: the journal's runs ended at step 5975 with a batch of 2. Not repeated of the code
+# that it came from: gradients were clipped only behind the warm-up; biases and norms decayed, too.
+JOURNAL = {
     **{"max_documents": 14_118, "template": "journal", "split": "file_order", "max_length": 1024},
+    **{"group_lengths": False},
     **{"loss_on_prompt": True, "tie_head": False, "batch": 2, "epochs": 1, "lr": 5e-5, "weight_decay": 0.1},
     **{"eval_every": 25, "eval_rows": 20, "log_every": 25, "save_every": 1000, "test_weights": "last"},
 }
@@ -105,7 +114,7 @@ SMOKE = {
     "max_length": 128,
     "batch": 24,
     "epochs": 12,
-    "lr": 4e-3,
+    "lr": lambda lr: 80 * lr,  # the model is random and tiny; presets keep their distance
     "min_lr": 0.0,
     "dtype": "fp32",
     "eval_every": 100,
@@ -129,36 +138,33 @@ def build_model(cfg, tokenizer, world):
     return model
 
 
+def stored_config(folder) -> Config:
+    """The constants that a run had; those that the script no longer knows are passed over."""
+    stored, known = runs.read_config(folder)["constants"], {field.name for field in fields(Config)}
+    return Config(**{name: value for name, value in stored.items() if name in known})
+
+
 def load_model(folder, world):
     """(Config, model, tokenizer) of a run, from its folder alone; the weights it was tested with."""
-    cfg = Config(**runs.read_config(folder)["constants"])
+    cfg = stored_config(folder)
     model, tokenizer = gpt_scratch.open_model(folder)
     return cfg, model.to(world.device).eval(), tokenizer
 
 
-evaluate = gpt_scratch.evaluate  # (rows, 3): summed loss, hits, targets of each
+evaluate = gpt_scratch.evaluate  # (examples, 3): summed loss, hits, targets of each
 
 
 def train(run, cfg, world) -> dict:
-    data = sft.load_instructions(cfg, world)
-    run.pin("fingerprint", data.fingerprint)
-    parts, lines = sft.split(data, cfg)
-    parts = {
-        name: sft.Examples(data, rows, cfg.max_length, cfg.loss_on_prompt) for name, rows in parts.items()
-    }
-    examples = parts["train"]
-    units = sft.Packs(examples, cfg.max_length) if cfg.pack else examples
-    batches = core.ShardedBatches(units.lengths, cfg.batch, world, seed=cfg.seed)
-    total_steps = min(n for n in (cfg.epochs * len(batches), cfg.max_steps) if n is not None)
-    val = sft.Examples(data, parts["val"].rows[: cfg.eval_rows], cfg.max_length, cfg.loss_on_prompt)
+    s = sft.set_up(run, cfg, world)
+    units, batches, total_steps = s.units, s.batches, s.total_steps
     core.reseed(cfg.seed, "init")
     precision = core.Precision(cfg.dtype, world)
-    model = precision.prepare(build_model(cfg, data.tokenizer, world))
+    model = precision.prepare(build_model(cfg, s.data.tokenizer, world))
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay)
     saved = model, optimizer, precision
-    sft.announce(run, cfg, data, parts, lines, model, units)
+    sft.announce(run, cfg, s, model)
     step = run.load(*saved)
-    core.on_main(world, lambda: gpt_scratch.describe_model(run.folder, model, data.tokenizer))
+    core.on_main(world, lambda: gpt_scratch.describe_model(run.folder, model, s.data.tokenizer))
     if cfg.compile:
         for block in model.h:
             block.compile(dynamic=True)
@@ -167,7 +173,7 @@ def train(run, cfg, world) -> dict:
     def forward_backward(mine, targets) -> float:
         """Gradients of this rank's share of the summed loss / targets; returns the share's sum."""
         losses = []
-        for part in core.micro_batches(ddp, mine, cfg.micro_batch, units.lengths[mine]):
+        for part in core.micro_batches(ddp, mine, cfg.micro_batch, units.lengths[mine], cfg.micro_tokens):
             with precision.autocast():
                 losses.append(ddp(*units.batch(part, world.device)))
             core.scaled_backward(losses[-1], world, targets, precision)
@@ -175,36 +181,31 @@ def train(run, cfg, world) -> dict:
 
     core.reseed(cfg.seed, "worst case")
     worst = batches.longest()[: math.ceil(cfg.batch / world.size)].tolist()
-    at_once = cfg.micro_batch or core.length_groups(units.lengths[worst].tolist())[0]
+    at_once = cfg.micro_batch or core.length_groups(units.lengths[worst].tolist(), cfg.micro_tokens)[0]
     seconds = core.worst_case(world, ddp, lambda: forward_backward(worst, 1), optimizer, at_once)
     run.poll()
-    run.forecast(
-        model, optimizer, total_steps - step, seconds, units.lengths.mean() / units.lengths[worst].mean()
-    )
-    run.say(sft.describe_example(examples))
+    typical = units.lengths.mean() / units.lengths[worst].mean()
+    run.forecast(model, optimizer, total_steps - step, seconds, typical)
+    run.say(sft.describe_example(s.parts["train"]))
 
     def where():
         return f"epoch {step / len(batches):.3g}/{cfg.epochs}"
 
+    def keep_best(loss) -> bool:
+        return cfg.test_weights == "best" and (ends or step > 0) and run.save_best(step, loss, model)
+
     while True:
         ends = step >= total_steps
-        evaluates = ends or step % (cfg.eval_every or len(batches)) == 0
-        saves = step % cfg.save_every == 0 if cfg.save_every else evaluates
+        due = ends or step % (cfg.eval_every or len(batches)) == 0
+        saves = step % cfg.save_every == 0 if cfg.save_every else due
         if ends or (saves and step > 0):
             run.save(step, *saved, must=ends)
-        if evaluates:
+        if due and run.state.get("evaluated") != step:
             # without a checkpoint just made, a signal waits until the evaluation is over, and is then saved
-            poll = run.poll if ends or saves else run.agree
-            if step == 0:
-                sft.remember_plain(run, cfg, model, data.tokenizer, poll)
-            m = sft.measure(evaluate(model, val, cfg, world, poll), data.groups[val.rows])
-            keeps_best = cfg.test_weights == "best" and (ends or step > 0)
-            is_best = keeps_best and run.save_best(step, m["loss"], model)
-            sft.report_validation(run, step, m, where(), is_best, len(batches))
-            sft.sample(run, cfg, step, model, data.tokenizer, poll)
+            sft.check(run, cfg, s, model, step, where(), keep_best, run.poll if ends or saves else run.agree)
         if ends:
             break
-        mine = batches.rank_batch(step)
+        mine, everyone = batches.rank_batch(step), batches.global_batch(step).tolist()
         targets = run.agree(int(units.targets(mine).sum()))
         if run.stopping:
             run.save(step, *saved, must=True)
@@ -214,12 +215,10 @@ def train(run, cfg, world) -> dict:
             continue
         core.reseed(cfg.seed, step, world.rank)
         lr = core.lr_at(cfg, step, run.schedule_length(step, total_steps))
-        everyone = batches.global_batch(step)
         loss_sum = forward_backward(mine, targets)
         step += 1
         rates = {"lr": lr}
-        facts = functools.partial(sft.autopsy, units, everyone, examples, rates)
-        odd = run.watch(step, loss_sum, targets, model, facts)
+        odd = run.watch(step, loss_sum, targets, model, functools.partial(sft.autopsy, s, everyone, rates))
         grad_norm = core.optimizer_step(optimizer, precision, cfg.clip, lr, skip=odd)
         run.step_done(loss_sum, targets, examples=int(units.lengths[everyone].sum()))
         if step % cfg.log_every == 0 or step == total_steps:
@@ -229,15 +228,29 @@ def train(run, cfg, world) -> dict:
     sha256, measured = runs.weights_sha256(model), run.checkpoint
     if cfg.test_weights == "best":
         measured = run.load_best(model)
-    return sft.final_figures(run, cfg, parts, model, model, step) | {
+    optimizer.zero_grad(set_to_none=True)  # makes room for answering
+    optimizer.state.clear()
+    return sft.final_figures(run, cfg, s, model, lambda: model, step) | {
         "weights_sha256": sha256,
         "test_checkpoints": [measured],
         **dict(zip(("parameters", "trainable_parameters"), core.count_parameters(model), strict=True)),
     }
 
 
+def one_process(cfg, world):
+    """Modes beside train: ask."""
+    if world.size > 1:
+        raise core.UserError(f"--mode {cfg.mode} runs in one process: start it with python")
+    folder = Path(cfg.run or runs.newest_run(cfg, __file__))
+    stored, model, tokenizer = load_model(folder, world)
+    asked = replace(stored, prompt=cfg.prompt, max_new_tokens=cfg.max_new_tokens)
+    sft.ask(model, tokenizer, asked)
+
+
 @record
 def main(cfg, world):
+    if cfg.mode != "train":
+        return one_process(cfg, world)
     with runs.Run(cfg, world, __file__, unit="tokens") as run:
         run.result = train(run, run.cfg, world)
     return run.result

@@ -1,7 +1,7 @@
 """Alpaca instruction tuning of GPT-2 by hand-written LoRA (journal 001, run_10 to run_19).
 
     torchrun --nproc_per_node=4 --shutdown-timeout 300 run_lora.py
-    torchrun --nproc_per_node=4 --shutdown-timeout 300 run_lora.py --preset run_15 --resume_timestamp auto
+    python run_lora.py --preset run_15 --resume_timestamp auto               # its batch of 4 is for one GPU
     python run_lora.py --preset run_15 --lora_scaling alpha/r --lora_init fan_in --tag run_15_today
     python run_lora.py --mode export --run runs/run_lora/20261122_101500
     python run_lora.py --smoke
@@ -13,7 +13,8 @@ merged/ (a GPT-2 that transformers and gpt_scratch.py load) into it.
 
 import functools
 import math
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -54,7 +55,9 @@ class Config:
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory (for gpt2-xl)
     # optimisation
     batch: int = 128  # rows (or packs) per optimizer step, over all ranks
-    micro_batch: int | None = None  # rows per forward and rank; none = groups that waste least on padding
+    micro_batch: int | None = None  # rows per forward and rank; none = groups that waste least on padding,
+    micro_tokens: int = 8192  # of so many tokens each at most
+    group_lengths: bool = True  # rows of similar length meet in a batch; the journal's met by chance
     epochs: int = 3
     max_steps: int | None = None  # optimizer steps
     max_minutes: float | None = None  # of training, over resumes
@@ -70,9 +73,9 @@ class Config:
     compile: bool = False
     seed: int = 0
     # evaluation and logging
-    eval_batch: int = 32  # rows per evaluation or answering step, over all ranks
+    eval_batch: int = 32  # rows per evaluation step, over all ranks; so many on each rank when answering
     eval_every: int | None = 100  # steps; none = each epoch
-    eval_rows: int | None = 500  # validation rows looked at during training; none = all
+    eval_rows: int | None = 500  # validation rows looked at during training, spread evenly; none = all
     final_eval: bool = True  # the test rows, once, at the end
     test_weights: Literal["best", "last"] = "best"  # lowest validation loss, or the final ones
     save_every: int | None = None  # steps; none = at each evaluation, before it
@@ -82,13 +85,14 @@ class Config:
     note: str = ""
     # answers and forgetting
     sample_tokens: int = 50  # most in an answer to a fixed prompt, at every evaluation; 0 = none
-    answer_rows: int | None = None  # test rows answered at the end; none = all, 0 = none
+    answer_rows: int | None = None  # test rows answered at the end, spread evenly; none = all, 0 = none
     max_new_tokens: int = 256  # most in such an answer
     plain: str = "python-docs"  # text whose held-out part shows what is forgotten: as gpt_scratch.py's data
     plain_blocks: int = 50  # of max_length tokens; 0 = none
+    prompt: str | None = None  # in mode ask: an instruction; none = a prompt loop
     # run
-    mode: Literal["train", "export"] = "train"
-    run: str | None = None  # the run folder that mode export writes into; none = the newest
+    mode: Literal["train", "ask", "export"] = "train"
+    run: str | None = None  # the run folder that is asked, or that export writes into; none = the newest
     out: str | None = None  # none = runs/run_lora below the current folder
     tag: str | None = None  # none = the preset's name
     resume_timestamp: str | None = None  # a timestamp, latest, or auto (resume, skip if finished, else start)
@@ -96,8 +100,11 @@ class Config:
     backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"
 
 
-JOURNAL = {  # some 12,000 training rows, AdamW; the multiplier is what the journal's ancestor had
+# Some 12,000 training rows, multiplier and A as in the code that the journal's came from. Not repeated: there
+# gradients were clipped only behind the warm-up.
+JOURNAL = {
     **{"max_documents": 14_118, "template": "journal", "split": "file_order", "max_length": 1024},
+    **{"group_lengths": False},
     **{
         "loss_on_prompt": True,
         "tie_head": False,
@@ -149,11 +156,11 @@ SMOKE = {
 }
 
 
-def build_model(cfg, tokenizer, world):
-    """The pretrained GPT, frozen, with adapters: fresh ones, or those of cfg.adapter."""
-    model = sft.build_model(cfg, tokenizer, world)
+def build_model(cfg, tokenizer, world, folder):
+    """The pretrained GPT, frozen, with adapters: fresh ones, or those of cfg.adapter (a run keeps a copy)."""
+    model, kept = sft.build_model(cfg, tokenizer, world), Path(folder) / "adapter"
     if cfg.adapter:
-        lora.load_peft(model, cfg.adapter, cfg.lora_dropout)
+        lora.load_peft(model, kept if kept.exists() else cfg.adapter, cfg.lora_dropout)
     else:
         lora.add_lora(
             model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_scaling, cfg.lora_dropout,
@@ -162,13 +169,26 @@ def build_model(cfg, tokenizer, world):
     return model
 
 
+def keep_for_later(folder, cfg, tokenizer):
+    """tokenizer/ and adapter/: with the base that cfg names, they let the folder rebuild the model."""
+    tokenizer.save_pretrained(folder / "tokenizer")
+    if cfg.adapter and not (folder / "adapter").exists():
+        with core.whole_folder(folder / "adapter") as aside:
+            shutil.copytree(cfg.adapter, aside, dirs_exist_ok=True)
+
+
+def stored_config(folder) -> Config:
+    """The constants that a run had; those that the script no longer knows are passed over."""
+    stored, known = runs.read_config(folder)["constants"], {field.name for field in fields(Config)}
+    return Config(**{name: value for name, value in stored.items() if name in known})
+
+
 def load_model(folder, world):
     """(Config, model, tokenizer) of a run; the adapters it was tested with, on the base it names."""
-    config = runs.read_config(folder)
-    cfg, tokenizer = Config(**config["constants"]), corpus.named_tokenizer(str(Path(folder) / "tokenizer"))
+    cfg, tokenizer = stored_config(folder), corpus.named_tokenizer(str(Path(folder) / "tokenizer"))
     core.reseed(cfg.seed, "init")  # tiny:gpt2 is its seed
-    model = core.Precision(cfg.dtype, world).prepare(build_model(cfg, tokenizer, world))
-    if runs.state_sha256(lora.base_weights(model)) != config["facts"]["base_sha256"]:
+    model = core.Precision(cfg.dtype, world).prepare(build_model(cfg, tokenizer, world, folder))
+    if runs.state_sha256(lora.base_weights(model)) != runs.read_config(folder)["facts"].get("base_sha256"):
         raise core.UserError(f"model {cfg.model} is not the one that {folder} was trained on")
     runs.load_weights(Path(folder) / "checkpoints" / runs.chosen_checkpoint(folder), lora.Adapters(model))
     return cfg, model.eval(), tokenizer
@@ -183,37 +203,27 @@ def announce_lora(run, cfg, model):
     count = core.count_parameters(model)[1]
     run.say(f"adapters {count:,} parameters on {len(layers)} layers  rank {ranks}  {kind}")
     effective = "/".join(f"{strength:g}" for strength in strengths)
-    run.say(f"multiplier {effective}  multiplier x lr {strengths[-1] * cfg.lr:.2g}")
+    run.say(f"multiplier {effective}  largest multiplier x lr {strengths[-1] * cfg.lr:.2g}")
 
 
-evaluate = gpt_scratch.evaluate  # (rows, 3): summed loss, hits, targets of each
+evaluate = gpt_scratch.evaluate  # (examples, 3): summed loss, hits, targets of each
 
 
 def train(run, cfg, world) -> dict:
-    data = sft.load_instructions(cfg, world)
-    run.pin("fingerprint", data.fingerprint)
-    parts, lines = sft.split(data, cfg)
-    parts = {
-        name: sft.Examples(data, rows, cfg.max_length, cfg.loss_on_prompt) for name, rows in parts.items()
-    }
-    examples = parts["train"]
-    units = sft.Packs(examples, cfg.max_length) if cfg.pack else examples
-    batches = core.ShardedBatches(units.lengths, cfg.batch, world, seed=cfg.seed)
-    total_steps = min(n for n in (cfg.epochs * len(batches), cfg.max_steps) if n is not None)
-    val = sft.Examples(data, parts["val"].rows[: cfg.eval_rows], cfg.max_length, cfg.loss_on_prompt)
+    s = sft.set_up(run, cfg, world)
+    units, batches, total_steps = s.units, s.batches, s.total_steps
     core.reseed(cfg.seed, "init")
     precision = core.Precision(cfg.dtype, world)
-    model = precision.prepare(build_model(cfg, data.tokenizer, world))
-    adapters = lora.Adapters(model)
-    base_sha256 = runs.state_sha256(lora.base_weights(model))
+    model = precision.prepare(build_model(cfg, s.data.tokenizer, world, run.folder))
+    adapters, base_sha256 = lora.Adapters(model), runs.state_sha256(lora.base_weights(model))
     run.pin("base_sha256", base_sha256)
+    strength = max(layer.multiplier for layer in lora.adapted(model).values())
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay)
     saved = adapters, optimizer, precision
-    strength = max(layer.multiplier for layer in lora.adapted(model).values())
-    sft.announce(run, cfg, data, parts, lines, model, units)
+    sft.announce(run, cfg, s, model)
     announce_lora(run, cfg, model)
     step = run.load(*saved)
-    core.on_main(world, lambda: data.tokenizer.save_pretrained(run.folder / "tokenizer") and None)
+    core.on_main(world, lambda: keep_for_later(run.folder, cfg, s.data.tokenizer))
     if cfg.compile:
         for block in model.h:
             block.compile(dynamic=True)
@@ -222,7 +232,7 @@ def train(run, cfg, world) -> dict:
     def forward_backward(mine, targets) -> float:
         """Gradients of this rank's share of the summed loss / targets; returns the share's sum."""
         losses = []
-        for part in core.micro_batches(ddp, mine, cfg.micro_batch, units.lengths[mine]):
+        for part in core.micro_batches(ddp, mine, cfg.micro_batch, units.lengths[mine], cfg.micro_tokens):
             with precision.autocast():
                 losses.append(ddp(*units.batch(part, world.device)))
             core.scaled_backward(losses[-1], world, targets, precision)
@@ -230,36 +240,31 @@ def train(run, cfg, world) -> dict:
 
     core.reseed(cfg.seed, "worst case")
     worst = batches.longest()[: math.ceil(cfg.batch / world.size)].tolist()
-    at_once = cfg.micro_batch or core.length_groups(units.lengths[worst].tolist())[0]
+    at_once = cfg.micro_batch or core.length_groups(units.lengths[worst].tolist(), cfg.micro_tokens)[0]
     seconds = core.worst_case(world, ddp, lambda: forward_backward(worst, 1), optimizer, at_once)
     run.poll()
-    run.forecast(
-        adapters, optimizer, total_steps - step, seconds, units.lengths.mean() / units.lengths[worst].mean()
-    )
-    run.say(sft.describe_example(examples))
+    typical = units.lengths.mean() / units.lengths[worst].mean()
+    run.forecast(adapters, optimizer, total_steps - step, seconds, typical)
+    run.say(sft.describe_example(s.parts["train"]))
 
     def where():
         return f"epoch {step / len(batches):.3g}/{cfg.epochs}"
 
+    def keep_best(loss) -> bool:
+        return cfg.test_weights == "best" and (ends or step > 0) and run.save_best(step, loss, adapters)
+
     while True:
         ends = step >= total_steps
-        evaluates = ends or step % (cfg.eval_every or len(batches)) == 0
-        saves = step % cfg.save_every == 0 if cfg.save_every else evaluates
+        due = ends or step % (cfg.eval_every or len(batches)) == 0
+        saves = step % cfg.save_every == 0 if cfg.save_every else due
         if ends or (saves and step > 0):
             run.save(step, *saved, must=ends)
-        if evaluates:
+        if due and run.state.get("evaluated") != step:
             # without a checkpoint just made, a signal waits until the evaluation is over, and is then saved
-            poll = run.poll if ends or saves else run.agree
-            if step == 0:
-                sft.remember_plain(run, cfg, model, data.tokenizer, poll)
-            m = sft.measure(evaluate(model, val, cfg, world, poll), data.groups[val.rows])
-            keeps_best = cfg.test_weights == "best" and (ends or step > 0)
-            is_best = keeps_best and run.save_best(step, m["loss"], adapters)
-            sft.report_validation(run, step, m, where(), is_best, len(batches))
-            sft.sample(run, cfg, step, model, data.tokenizer, poll)
+            sft.check(run, cfg, s, model, step, where(), keep_best, run.poll if ends or saves else run.agree)
         if ends:
             break
-        mine = batches.rank_batch(step)
+        mine, everyone = batches.rank_batch(step), batches.global_batch(step).tolist()
         targets = run.agree(int(units.targets(mine).sum()))
         if run.stopping:
             run.save(step, *saved, must=True)
@@ -269,12 +274,10 @@ def train(run, cfg, world) -> dict:
             continue
         core.reseed(cfg.seed, step, world.rank)
         lr = core.lr_at(cfg, step, run.schedule_length(step, total_steps))
-        everyone = batches.global_batch(step)
         loss_sum = forward_backward(mine, targets)
         step += 1
         rates = {"lr": lr, "multiplier_lr": strength * lr}
-        facts = functools.partial(sft.autopsy, units, everyone, examples, rates)
-        odd = run.watch(step, loss_sum, targets, model, facts)
+        odd = run.watch(step, loss_sum, targets, model, functools.partial(sft.autopsy, s, everyone, rates))
         grad_norm = core.optimizer_step(optimizer, precision, cfg.clip, lr, skip=odd)
         run.step_done(loss_sum, targets, examples=int(units.lengths[everyone].sum()))
         if step % cfg.log_every == 0 or step == total_steps:
@@ -283,11 +286,13 @@ def train(run, cfg, world) -> dict:
 
     if runs.state_sha256(lora.base_weights(model)) != base_sha256:
         raise RuntimeError("the base has moved: only adapters may")
+    run.say("the base is unchanged (checksum)")
     sha256, measured = runs.weights_sha256(adapters), run.checkpoint
     if cfg.test_weights == "best":
         measured = run.load_best(adapters)
-    run.say("the base is unchanged (checksum)")
-    return sft.final_figures(run, cfg, parts, model, lora.merge_lora(model), step) | {
+    optimizer.zero_grad(set_to_none=True)  # makes room for answering
+    optimizer.state.clear()
+    return sft.final_figures(run, cfg, s, model, lambda: lora.merge_lora(model), step) | {
         "weights_sha256": sha256,
         "base_sha256": base_sha256,
         "test_checkpoints": [measured],
@@ -295,24 +300,32 @@ def train(run, cfg, world) -> dict:
     }
 
 
-def export(cfg, world):
-    """peft/ and merged/ into a run's folder; merged gives the same logits to 1e-5 of the largest."""
+def one_process(cfg, world):
+    """Modes beside train: ask and export."""
+    if world.size > 1:
+        raise core.UserError(f"--mode {cfg.mode} runs in one process: start it with python")
     folder = Path(cfg.run or runs.newest_run(cfg, __file__))
     stored, model, tokenizer = load_model(folder, world)
+    asked = replace(stored, prompt=cfg.prompt, max_new_tokens=cfg.max_new_tokens)
+    if cfg.mode == "ask":
+        return sft.ask(lora.merge_lora(model), tokenizer, asked)
+    for name in ("base", "merged", "peft"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    gpt_scratch.save_pretrained(lora.merge_lora(model), tokenizer, folder / "merged")
+    print(f"written: {folder}/merged")
     base = stored.model
     if base.startswith("tiny:") or gpt_scratch.is_run(base):  # peft needs a base that transformers knows
         base = str(folder / "base")
         plain = gpt_scratch.with_weights(model.config, lora.base_weights(model))
         gpt_scratch.save_pretrained(plain, tokenizer, base)
-    gpt_scratch.save_pretrained(lora.merge_lora(model), tokenizer, folder / "merged")
     lora.save_peft(model, folder / "peft", base)
-    print(f"written: {folder}/merged and {folder}/peft (for {base})")
+    print(f"written: {folder}/peft, adapters for {base}")
 
 
 @record
 def main(cfg, world):
-    if cfg.mode == "export":
-        return export(cfg, world)
+    if cfg.mode != "train":
+        return one_process(cfg, world)
     with runs.Run(cfg, world, __file__, unit="tokens") as run:
         run.result = train(run, run.cfg, world)
     return run.result

@@ -39,7 +39,7 @@ import core
 SHARED = ("corpus.py", "gpt_scratch.py", "lora.py", "sft.py")  # go to source/ beside core.py and the script
 MAY_CHANGE = {  # what a flag may tell a resumed run anew: length, cadence, bookkeeping, how it is computed
     *("epochs", "max_steps", "max_minutes", "eval_batch", "eval_every", "final_eval", "save_every", "keep"),
-    *("log_every", "price_per_hour", "note", "micro_batch", "compile", "eval_rows", "answer_rows"),
+    *("log_every", "price_per_hour", "note", "micro_batch", "compile", "answer_rows"),
 }
 # of the call, not of the run: what was stored of these never counts
 OF_THE_CALL = {"out", "tag", "resume_timestamp", "resume_step", "backend"}
@@ -149,8 +149,12 @@ class Run:
         if self.world.is_main:
             with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
                 for number, text in enumerate(texts):
-                    file.write(json.dumps({"step": step, "number": number, "text": text}) + "\n")
-                    self._tensorboard.add_text(f"sample/{number}", f"<pre>{html.escape(text)}</pre>", step)
+                    row = {"step": step, "number": number, "text": text}
+                    file.write(json.dumps(row) + "\n")
+                    self._show_sample(**row)
+
+    def _show_sample(self, step, number, text):
+        self._tensorboard.add_text(f"sample/{number}", f"<pre>{html.escape(text)}</pre>", step)
 
     def watch(self, step, loss_sum, targets, model, describe):
         """What core.optimizer_step takes as `skip`. All ranks, each step.
@@ -163,15 +167,22 @@ class Run:
 
         def is_odd(norm) -> bool:
             values, bands = {"loss": loss, "grad_norm": norm}, self.state.setdefault("bands", {})
-            limits = {name: spike_limit(bands.setdefault(name, [])) for name in values}
-            odd = [name for name, value in values.items() if not value <= limits[name]]
-            for name, value in values.items():
+            recent = [*bands.get("loss", []), loss][-SMOOTHED:]
+            smooth = values | {
+                "smoothed_loss": sum(recent) / len(recent)
+            }  # sees a shift that no step stands out in
+            limits = {name: spike_limit(bands.setdefault(name, []), LEAST[name]) for name in smooth}
+            odd = [name for name, value in smooth.items() if not value <= limits[name]]
+            for name, value in smooth.items():
                 bands[name] = [*bands[name], value][-BAND:] if math.isfinite(value) else bands[name]
+            left_out = self.cfg.skip_spikes and bool({"loss", "grad_norm"} & set(odd))
+            self.state["spikes"] = self.state.get("spikes", 0) + bool(odd)
+            self.state["left_out"] = self.state.get("left_out", 0) + left_out
             if odd and self.world.is_main:
-                self._note_spike(
-                    {"step": self.first_step + step, "odd": odd}, values, limits, model, describe()
-                )
-            return bool(odd) and self.cfg.skip_spikes
+                record = {"step": self.first_step + step, "odd": odd, "left_out": left_out}
+                self._note_spike(record, smooth, limits, model, describe())
+            self.state["was_odd"] = bool(odd)
+            return left_out
 
         return is_odd
 
@@ -179,19 +190,17 @@ class Run:
         norms = {n: float(p.grad.norm()) for n, p in model.named_parameters() if p.grad is not None}
         largest = max(norms, key=norms.get)
         record |= values | {f"{name}_limit": limit for name, limit in limits.items()}
-        record |= {
-            "largest_gradient": largest,
-            "largest_share": norms[largest] / max(math.hypot(*norms.values()), 1e-30),
-        }
+        record |= {"largest_gradient": largest, "largest_gradient_norm": norms[largest]}
         for name, value in record.items():
             if isinstance(value, float) and not math.isfinite(value):
                 record[name] = None  # JSON knows no inf
         with open(self.folder / "spikes.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record | facts) + "\n")
-        what = "  ".join(
-            f"{name} {values[name]:.4g} (usually below {limits[name]:.3g})" for name in record["odd"]
-        )
-        self.say(f"spike  step {record['step']}  {what}: see spikes.jsonl")
+        if not self.state.get("was_odd"):  # a rise of many steps is one line here
+            name = record["odd"][0]
+            what = f"{name} {values[name]:.4g}, usually below {limits[name]:.3g}"
+            done = "; its update is left out" if record["left_out"] else ""
+            self.say(f"spike  step {record['step']}  {what}{done}  (spikes.jsonl)")
 
     def _to_tensorboard(self, record):
         for name, value in record.items():
@@ -391,6 +400,9 @@ class Run:
             raise core.UserError(f"{room}: free some, or use another --out")
         memory_gb = (peak_memory_mb(self.world) + (0 if optimizer.state else 8 * trainable / 1e6)) / 1e3
         hours, price = steps * seconds * typical / 3600, self.cfg.price_per_hour
+        if memory_gb > (room_gb := device_memory_gb(self.world)):
+            room = f"training needs {memory_gb:.1f} GB, the device has {room_gb:.1f}"
+            raise core.UserError(f"{room}: use a smaller --micro_batch, --checkpointing, or a smaller model")
         self.say(
             f"forecast  {steps} steps  training {clock(3600 * hours)}  peak memory {memory_gb:.2f} GB  "
             f"disk {disk_mb:.0f} MB" + (f"  ${price * hours:.2f}" if price else "")
@@ -466,29 +478,22 @@ class Run:
         self._tensorboard = SummaryWriter(self.folder / "tb", purge_step=0)
         for line in metrics.read_text().splitlines():
             self._to_tensorboard(json.loads(line))
-        self._restore_samples()
-        spikes = self.folder / "spikes.jsonl"
-        for row in _rows_of(spikes):
-            if row["step"] <= self.position.get("step", 0):
-                with open(spikes, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+        at = self.position.get("step", 0)
+        drawn = at + (
+            self.position.get("state", {}).get("evaluated") == at
+        )  # else it will be evaluated again
+        for row in _keep_rows(self.folder / "samples.jsonl", drawn):
+            self._show_sample(**row)
+        _keep_rows(self.folder / "spikes.jsonl", at + 1)
         self._tensorboard.flush()
-
-    def _restore_samples(self):
-        """Those that were drawn before the checkpoint; what came after it will be drawn again."""
-        texts = {}
-        for row in _rows_of(self.folder / "samples.jsonl"):
-            if row["step"] < self.position.get("step", 0):
-                texts.setdefault(row["step"], []).append(row["text"])
-        for step, some in texts.items():
-            self.samples(step, some)
 
     def pin(self, name, value):
         """Notes a fact (a fingerprint) in config.json; a resume that finds another value is refused."""
         config = read_config(self.folder)
+        absent = name not in config["facts"]
         if config["facts"].setdefault(name, value) != value:
             raise core.UserError(f"{name} is not what {self.folder} began with: start a new run")
-        if self.world.is_main and not self.resumed:
+        if self.world.is_main and absent:
             core.write_json(self.folder / "config.json", config)
 
     def _write_result(self, status, error):
@@ -499,6 +504,7 @@ class Run:
             **{"status": status, "why": why, "script": self.script.stem, "checkpoint": self.checkpoint},
             **{"step": self._last_step, "seconds": self.seconds, "train_seconds": self.train_seconds},
             **{"peak_memory_mb": peak_memory_mb(self.world), f"{self.unit}_per_second": self.meter.rate()},
+            **{"spikes": self.state.get("spikes", 0), "left_out": self.state.get("left_out", 0)},
             **self.result,
         }
         if status != "finished":
@@ -549,11 +555,12 @@ class Meter:
         return self.all_examples / self.all_seconds if self.all_seconds else None
 
 
-BAND, FEWEST = 100, 20  # steps that say what is usual, and how many it takes to say anything
+BAND, FEWEST, SMOOTHED = 100, 20, 10  # steps that say what is usual; the fewest that do; of a running mean
+LEAST = {"loss": 1.5, "grad_norm": 1.5, "smoothed_loss": 1.25}  # times the median that is usual in any case
 
 
-def spike_limit(values) -> float:
-    """The highest usual value: median x exp(6 x 1.4826 x median deviation of the logs), at least 1.5 medians.
+def spike_limit(values, least) -> float:
+    """The highest usual value: median x exp(6 x 1.4826 x median deviation of the logs), or `least` medians.
 
     Like 6 standard deviations of a log-normal, but a few spikes among the values hardly move it.
     """
@@ -562,16 +569,20 @@ def spike_limit(values) -> float:
     logs = sorted(math.log(max(value, 1e-30)) for value in values)
     middle = statistics.median(logs)
     deviation = statistics.median(abs(log - middle) for log in logs)
-    return math.exp(middle + max(6 * 1.4826 * deviation, math.log(1.5)))
+    return math.exp(middle + max(6 * 1.4826 * deviation, math.log(least)))
 
 
-def _rows_of(path) -> list[dict]:
-    """Rows of a .jsonl file that is about to be written anew; half a line of a killed process is left out."""
+def _keep_rows(path, before) -> list[dict]:
+    """Leaves the rows of a .jsonl file with a step below `before`: what came later will come again."""
+    if not path.exists():
+        return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # half a line of a killed process
             rows.append(json.loads(line))
-    path.unlink(missing_ok=True)
+    rows = [row for row in rows if row["step"] < before]
+    with core.whole_file(path) as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
     return rows
 
 
@@ -783,9 +794,7 @@ def newest_run(cfg, script) -> Path:
     out = _out(cfg, script)
     runs = sorted({path.parents[2] for path in out.glob("*/checkpoints/*/manifest.json")})
     if not runs:
-        raise core.UserError(
-            f"no run with a checkpoint in {out}: train one, name one with --model, or add --smoke"
-        )
+        raise core.UserError(f"no run with a checkpoint in {out}: train one, name one, or add --smoke")
     return runs[-1]
 
 
@@ -894,6 +903,13 @@ def peak_memory_mb(world) -> float:
         return getattr(torch, world.device.type).max_memory_allocated() / 1e6
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def device_memory_gb(world) -> float:
+    """Of the accelerator; a CPU's is not known to be free."""
+    if world.device.type == "cpu":
+        return math.inf
+    return getattr(torch, world.device.type).get_device_properties(world.device).total_memory / 1e9
 
 
 def clock(seconds) -> str:

@@ -3,6 +3,7 @@
 template -> token ids -> splits -> examples (padded to their length, or packed) -> measures -> answers
 """
 
+import functools
 import hashlib
 import importlib
 import inspect
@@ -11,6 +12,7 @@ import json
 import math
 import platform
 import re
+import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,11 +117,11 @@ class Instructions:
     def __len__(self):
         return len(self.texts)
 
-    @property
+    @functools.cached_property
     def prompt_lengths(self) -> np.ndarray:
         return np.diff(self.offsets)[::2]
 
-    @property
+    @functools.cached_property
     def answer_lengths(self) -> np.ndarray:
         """Tokens, without the end token."""
         return np.diff(self.offsets)[1::2]
@@ -261,15 +263,16 @@ class Examples:
     def batch(self, examples, device) -> tuple[torch.Tensor, torch.Tensor]:
         """(input_ids, labels), both (B, T), padded on the right, where no real token looks."""
         pairs = [self.pair(example) for example in examples]
-        longest = max(len(ids) for ids, _ in pairs)
-        both = (
-            torch.tensor([[0, core.IGNORE_INDEX]])
-            .repeat(len(pairs) * longest, 1)
-            .view(len(pairs), longest, 2)
-        )
-        for row, pair in zip(both, pairs, strict=True):
-            row[: len(pair[0])] = torch.tensor(pair).T
-        return both[..., 0].contiguous().to(device), both[..., 1].contiguous().to(device)
+        shape = len(pairs), max(len(ids) for ids, _ in pairs)
+        input_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, core.IGNORE_INDEX)
+        for row, (ids, wanted) in enumerate(pairs):
+            input_ids[row, : len(ids)], labels[row, : len(ids)] = torch.tensor(ids), torch.tensor(wanted)
+        return input_ids.to(device), labels.to(device)
+
+    def some(self, n):
+        """`n` of them, spread evenly; none: all."""
+        chosen = np.linspace(0, len(self) - 1, min(n or len(self), len(self))).round().astype(int)
+        return Examples(self.data, self.rows[chosen], self.max_length, self.loss_on_prompt)
 
     def members(self, units) -> list[int]:
         """The examples that a batch of units holds: here a unit is an example."""
@@ -321,22 +324,53 @@ class Packs:
 
 def plain_blocks(name, tokenizer, block_size, most) -> corpus.Blocks:
     """Plain held-out text: the first blocks of the test documents of a corpus."""
-    texts = (
-        text
-        for part, text, _ in corpus.split_pieces(corpus.Corpus(name, ""), core.BadRows())
-        if part == "test"
-    )
-    ids = []
-    for text in texts:
-        ids += [
-            tokenizer.eos_token_id,
-            *tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids,
-        ]
+    ids, plain = [], corpus.Corpus(name, "")
+    for part, text, _ in corpus.split_pieces(plain, core.BadRows()):
+        if part == "test":
+            found = tokenizer(
+                text, add_special_tokens=False, split_special_tokens=True, verbose=False
+            ).input_ids
+            ids += [tokenizer.eos_token_id, *found]
         if len(ids) > most * block_size:
             break
     if len(ids) < 2:
         raise core.UserError(f"--plain {name} has no held-out document: use several files, or python-docs")
     return corpus.Blocks(np.array(ids[: most * block_size + 1]), block_size)
+
+
+@dataclass
+class Study:
+    """What is trained on and measured with."""
+
+    data: Instructions
+    parts: dict[str, Examples]  # train, test, val
+    units: Examples | Packs  # of the training part: what batches are made of, examples or packs of them
+    batches: core.ShardedBatches
+    total_steps: int
+    val: Examples  # the validation examples looked at during training
+    plain: corpus.Blocks | None
+    lines: list[str]  # what to say of rows that are cut or left out
+
+
+def set_up(run, cfg, world) -> Study:
+    """Reads and splits the data and the plain text; a resume that finds others is refused."""
+    data = load_instructions(cfg, world)
+    run.pin("fingerprint", data.fingerprint)
+    split_rows, lines = split(data, cfg)
+    parts = {
+        name: Examples(data, rows, cfg.max_length, cfg.loss_on_prompt) for name, rows in split_rows.items()
+    }
+    units, plain = parts["train"], None
+    if cfg.pack:
+        units = Packs(units, cfg.max_length)
+    if cfg.plain_blocks:
+        sizes = cfg.max_length, cfg.plain_blocks
+        plain = core.main_first(world, lambda: plain_blocks(cfg.plain, data.tokenizer, *sizes))
+        run.pin("plain", hashlib.sha256(plain.tokens.tobytes()).hexdigest())
+    block = 50 if cfg.group_lengths else 1
+    batches = core.ShardedBatches(units.lengths, cfg.batch, world, seed=cfg.seed, block=block)
+    total_steps = min(n for n in (cfg.epochs * len(batches), cfg.max_steps) if n is not None)
+    return Study(data, parts, units, batches, total_steps, parts["val"].some(cfg.eval_rows), plain, lines)
 
 
 # ---------------------------------------------------------------------------------------------- the model
@@ -360,6 +394,8 @@ def build_model(cfg, tokenizer, world) -> gpt_scratch.GPT:
     else:
         dropout, checkpointing = cfg.dropout, cfg.checkpointing
         model = core.main_first(world, lambda: gpt_scratch.open_model(cfg.model, dropout, checkpointing)[0])
+        if cfg.tie_head and not model.config.tie_head:
+            raise core.UserError(f"{cfg.model} has an output matrix of its own: use --no-tie_head")
         model = model if cfg.tie_head else gpt_scratch.untied(model)
     if cfg.max_length > (most := model.config.block_size):
         raise core.UserError(f"--max_length {cfg.max_length} is over the {most} positions of {cfg.model}")
@@ -369,27 +405,25 @@ def build_model(cfg, tokenizer, world) -> gpt_scratch.GPT:
     return model
 
 
-def announce(run, cfg, data, parts, lines, model, train):
+def announce(run, cfg, s, model):
     """The journal's table (parameters, MB, trainable), and what of the data is used how."""
-    total, trainable = core.count_parameters(model)
-    counts = "  ".join(f"{name} {len(rows)}" for name, rows in parts.items())
+    (total, trainable), examples = core.count_parameters(model), s.parts["train"]
+    counts = "  ".join(f"{name} {len(part)}" for name, part in s.parts.items())
     run.say(f"model {cfg.model}  {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M trainable   {counts}")
-    run.begin()
+    run.begin()  # all input is good
     run.say(f"parameters {total:,}  {4 * total / 2**20:.2f} MB in fp32  trainable {trainable:,}")
-    run.say(f"data {cfg.data}  {len(data)} rows, {len(set(data.groups))} prompts  split {cfg.split}")
-    for line in [*data.lines, *lines]:
+    run.say(f"data {cfg.data}  {len(s.data)} rows, {len(set(s.data.groups))} prompts  split {cfg.split}")
+    for line in [*s.data.lines, *s.lines]:
         run.say(line)
-    examples = parts["train"]
-    every = range(len(examples))
-    tokens, targets = int(examples.lengths.sum()), int(examples.targets(every).sum())
+    tokens, targets = examples.lengths.mean(), examples.targets(range(len(examples))).mean()
     longest = int(examples.lengths.max())
-    run.say(f"train rows have {tokens / len(examples):.0f} tokens (longest {longest}), "
-            f"{targets / len(examples):.0f} of them targets")  # fmt: skip
-    if isinstance(train, Packs):
-        fill = tokens / (len(train) * train.lengths.max())
-        run.say(f"packed into {len(train)} packs of at most {train.lengths.max()} tokens, {fill:.0%} full")
-    if left := len(train) % cfg.batch:
-        what = f"{left} of {len(train)} {'packs' if cfg.pack else 'rows'}"
+    run.say(f"train rows have {tokens:.0f} tokens (longest {longest}), {targets:.0f} of them targets")
+    if cfg.pack:
+        most, packs = int(s.units.lengths.max()), len(s.units)
+        rows, fill = len(examples) / packs, s.units.lengths.mean() / most
+        run.say(f"{packs} packs of at most {most} tokens hold {rows:.1f} rows each and are {fill:.0%} full")
+    if left := len(s.units) % cfg.batch:
+        what = f"{left} of {len(s.units)} {'packs' if cfg.pack else 'rows'}"
         run.say(f"each epoch leaves out {what}, others each time: they fill no batch of {cfg.batch}")
 
 
@@ -409,22 +443,23 @@ def shortened(text, width=88) -> str:
     return text if len(text) <= width else f"{text[:half]} ... {text[-half:]}"
 
 
-def step_facts(train, units) -> dict:
+def step_facts(units, chosen) -> dict:
     """Of a global batch: targets, the share that padding to its longest row would add, the longest row."""
-    lengths = train.lengths[list(units)]
+    lengths = units.lengths[chosen]
     return {
-        "targets": int(train.targets(units).sum()),
+        "targets": int(units.targets(chosen).sum()),
         "pad_share": float(1 - lengths.sum() / (len(lengths) * lengths.max())),
         "longest": int(lengths.max()),
     }
 
 
-def autopsy(train, units, examples, rates) -> dict:
-    """What an odd step saw, for spikes.jsonl."""
-    members = train.members(units)
-    text = examples.data.tokenizer.decode(examples.pair(members[0])[0])
+def autopsy(s, chosen, rates) -> dict:
+    """What an odd step saw, for spikes.jsonl; `chosen` are the units of its global batch."""
+    examples, members = s.parts["train"], s.units.members(chosen)
+    text = s.data.tokenizer.decode(examples.pair(members[0])[0])
     facts = {"rows": [int(examples.rows[member]) for member in members], "first_row": text}
-    return rates | facts | {"lengths": examples.lengths[members].tolist(), **step_facts(train, units)}
+    lengths = {"lengths": examples.lengths[members].tolist()}
+    return rates | facts | lengths | step_facts(s.units, chosen)
 
 
 # ------------------------------------------------------------------------------------ measures and answers
@@ -450,16 +485,26 @@ def measure(sums, groups) -> dict:
     return metrics | {"targets": int(targets.sum()), "rows": len(sums)}
 
 
+def check(run, cfg, s, model, step, where, keep_best, poll):
+    """An evaluation during training: validation, its best weights (keep_best(loss) says whether), the fixed
+    prompts; at step 0 the plain text too, see forgetting. Noted in run.state: no resume repeats it."""
+    if step == 0 and s.plain:
+        run.state["plain"] = plain_losses(run, cfg, s.plain, model, poll).tolist()
+    sums = gpt_scratch.evaluate(model, s.val, cfg, run.world, poll)
+    val = measure(sums, s.data.groups[s.val.rows])
+    report_validation(run, step, val, where, keep_best(val["loss"]), len(s.batches))
+    sample(run, cfg, step, model, s.data.tokenizer, poll)
+    run.state["evaluated"] = step
+
+
 def report_validation(run, step, val, where, is_best, steps_per_epoch):
     """The line of an evaluation, and a warning when validation has not fallen for half an epoch."""
     lowest = run.state.setdefault("lowest", [val["loss"], step])
     run.state.setdefault("before", val["loss"])
     if val["loss"] < lowest[0]:
         lowest[:] = val["loss"], step
-    loss, accuracy = (
-        core.plus_minus(val[name], val[f"{name}_interval"], digits)
-        for name, digits in (("loss", 4), ("accuracy", 3))
-    )
+    loss = core.plus_minus(val["loss"], val["loss_interval"], 4)
+    accuracy = core.plus_minus(val["accuracy"], val["accuracy_interval"])
     perplexity, best = f"perplexity {val['perplexity']:.2f}", "  -> best" if is_best else ""
     run.say(f"{where}  val  loss {loss}  {perplexity}  accuracy {accuracy}{best}")
     if step - lowest[1] >= 0.5 * steps_per_epoch:
@@ -509,63 +554,61 @@ def sample(run, cfg, step, model, tokenizer, poll):
         )
 
 
-def write_responses(run, cfg, model, test, train) -> dict:
+def write_responses(run, cfg, s, model) -> dict:
     """responses.json in the journal's form: each test row and its model_response; how many begin rightly."""
-    data, rows = test.data, test.rows[: cfg.answer_rows]
-    if not len(rows):
-        return {}
-    prompts = [data.prompt(row) for row in rows]
-    texts = answers(model, data.tokenizer, prompts, cfg.max_new_tokens, cfg.eval_batch, run.world, run.poll)
-    named = [dict(zip(COLUMNS, data.texts[row], strict=True)) for row in rows]
-    full = [row | {"model_response": text} for row, text in zip(named, texts, strict=True)]
+    data, test = s.data, s.parts["test"].some(cfg.answer_rows)
+    prompts, most = [data.prompt(row) for row in test.rows], cfg.max_new_tokens
+    batch = cfg.eval_batch * run.world.size
+    texts = answers(model, data.tokenizer, prompts, most, batch, run.world, run.poll)
+    rows = [dict(zip(COLUMNS, data.texts[row], strict=True)) for row in test.rows]
+    rows = [row | {"model_response": text} for row, text in zip(rows, texts, strict=True)]
     if run.world.is_main:
-        core.write_json(run.folder / "responses.json", full)
-    wanted = [first_word(row["output"]) for row in full]
-    usual = Counter(first_word(data.texts[row][2]) for row in train.rows).most_common(1)[0][0]
-    right = [first_word(text) == word for text, word in zip(texts, wanted, strict=True)]
-    guess = [usual == word for word in wanted]
-    intervals = core.bootstrap(np.c_[right, guess], data.groups[rows]).tolist()
-    empty = sum(not text for text in texts)
-    share = core.plus_minus(np.mean(right), intervals[0])
-    run.say(f"answers  {len(rows)} in responses.json, {empty} empty")
-    run.say(
-        f"answers  the first word is right in {share}, would be by always '{usual}' in {np.mean(guess):.3f}"
+        core.write_json(run.folder / "responses.json", rows)
+    empty, long = (
+        sum(not text for text in texts),
+        sum(len(p) + most > model.config.block_size for p in prompts),
     )
-    names = {"first_word": float(np.mean(right)), "first_word_interval": intervals[0]}
-    names["first_word_guess"] = float(np.mean(guess))
-    return {f"test/{name}": value for name, value in names.items()} | {"test/empty_responses": empty}
+    run.say(f"answers  {len(rows)} in responses.json, {empty} empty")
+    if long:
+        run.say(f"answers  {long} prompts leave no room for {most} tokens: their beginning is forgotten")
+    return first_words(run, s, test.rows, texts) | {"test/empty_responses": empty}
+
+
+def first_words(run, s, rows, texts) -> dict:
+    """Share of answers whose first word is the wanted one, beside that of always saying the usual one."""
+    usual = Counter(first_word(s.data.texts[row][2]) for row in s.parts["train"].rows).most_common(1)[0][0]
+    wanted = [first_word(s.data.texts[row][2]) for row in rows]
+    counted = [i for i, word in enumerate(wanted) if word]  # some answers are signs only
+    if not counted:
+        return {}
+    right = np.array([[first_word(texts[i]) == wanted[i], usual == wanted[i]] for i in counted])
+    interval = core.bootstrap(right, s.data.groups[rows][counted]).tolist()[0]
+    share, guess = right.mean(0).tolist()
+    said = core.plus_minus(share, interval)
+    run.say(f"answers  the first word is right in {said}, would be by always '{usual}' in {guess:.3f}")
+    names = {"first_word": share, "first_word_interval": interval, "first_word_guess": guess}
+    return {f"test/{name}": value for name, value in names.items()}
 
 
 def first_word(text) -> str:
-    """In small letters, without signs."""
+    """In small letters, without signs; empty if there is none."""
     return next(iter(re.findall(r"\w+", text.lower())), "")
 
 
-def remember_plain(run, cfg, model, tokenizer, poll):
-    """The loss on plain text before training, block by block: see forgetting."""
-    if cfg.plain_blocks:
-        run.state["plain"] = plain_losses(run, cfg, model, tokenizer, poll).tolist()
-
-
-def plain_losses(run, cfg, model, tokenizer, poll) -> np.ndarray:
+def plain_losses(run, cfg, plain, model, poll) -> np.ndarray:
     """(blocks, 2): summed loss and targets of each block of plain text."""
-    blocks = plain_blocks(
-        cfg.plain, tokenizer, min(cfg.max_length, model.config.block_size), cfg.plain_blocks
-    )
-    return gpt_scratch.evaluate(model, blocks, cfg, run.world, poll)[:, [0, 2]]
+    return gpt_scratch.evaluate(model, plain, cfg, run.world, poll)[:, [0, 2]]
 
 
-def forgetting(run, cfg, model, tokenizer) -> dict:
+def forgetting(run, cfg, plain, model) -> dict:
     """Loss on plain text after training minus before; the interval redraws blocks, both sides at once."""
-    if "plain" not in run.state:
-        return {}
-    before, after = np.array(run.state["plain"]), plain_losses(run, cfg, model, tokenizer, run.poll)
+    before, after = np.array(run.state["plain"]), plain_losses(run, cfg, plain, model, run.poll)
     targets = after[:, 1]
     values = np.c_[before[:, 0], after[:, 0], after[:, 0] - before[:, 0]] / targets[:, None]
     old, new, more = np.average(values, axis=0, weights=targets).tolist()
     interval = core.bootstrap(values, np.arange(len(values)), weights=targets).tolist()[2]
-    run.say(f"plain text of {cfg.plain}  loss {old:.4f} before, {new:.4f} after: forgotten "
-            f"{core.plus_minus(more, interval, 4)}")  # fmt: skip
+    change = core.plus_minus(more, interval, 4)
+    run.say(f"plain text of {cfg.plain}  loss {old:.4f} before, {new:.4f} after: forgotten {change}")
     return {
         "plain/before": old,
         "plain/after": new,
@@ -574,27 +617,40 @@ def forgetting(run, cfg, model, tokenizer) -> dict:
     }
 
 
-def final_figures(run, cfg, parts, model, answering, step) -> dict:
-    """Loss, perplexity, accuracy on val and test; forgetting; answers to the test rows by `answering`, the
+def final_figures(run, cfg, s, model, answering, step) -> dict:
+    """Loss, perplexity, accuracy on val and test; forgetting; answers to the test rows by `answering()`, the
     same model as it generates fastest; an alarm if validation is no better than before training."""
-    result, world = {}, run.world
+    result, done = {}, ""
     for part in ("val", "test") if cfg.final_eval else ("val",):
-        sums = gpt_scratch.evaluate(model, parts[part], cfg, world, run.poll)
-        m = measure(sums, parts[part].data.groups[parts[part].rows])
+        sums = gpt_scratch.evaluate(model, s.parts[part], cfg, run.world, run.poll)
+        m = measure(sums, s.data.groups[s.parts[part].rows])
         result |= {f"{part}/{name}": value for name, value in m.items()}
-        accuracy = core.plus_minus(m["accuracy"], m["accuracy_interval"])
-        run.say(f"{part:5} loss {core.plus_minus(m['loss'], m['loss_interval'], 4)}   "
-                f"perplexity {m['perplexity']:.2f}   accuracy {accuracy}   rows {m['rows']}")  # fmt: skip
+        loss, accuracy = (
+            core.plus_minus(m[k], m[f"{k}_interval"], n) for k, n in (("loss", 4), ("accuracy", 3))
+        )
+        perplexity = f"perplexity {m['perplexity']:.2f}"
+        run.say(f"{part:5} loss {loss}   {perplexity}   accuracy {accuracy}   rows {m['rows']}")
+        done = f"done  {part} loss {m['loss']:.4f}  {perplexity}"
     lowest, before = run.state["lowest"], run.state["before"]
     if step and not lowest[0] < before:
         result["alarm"] = f"NOT LEARNING: validation never fell below the {before:.4f} before training"
         run.say(result["alarm"])
-    result |= forgetting(run, cfg, model, parts["train"].data.tokenizer)
-    if cfg.final_eval:
-        result |= write_responses(run, cfg, answering, parts["test"], parts["train"])
-    run.say(
-        f"done  {part} loss {m['loss']:.4f}  perplexity {m['perplexity']:.2f}  {run.seconds / 60:.1f} min"
-    )
+    if s.plain:
+        result |= forgetting(run, cfg, s.plain, model)
+    if cfg.final_eval and cfg.answer_rows != 0:
+        result |= write_responses(run, cfg, s, answering())
+    if spikes := run.state.get("spikes", 0):
+        run.say(f"spikes  {spikes} of {step} steps, {run.state['left_out']} left out (spikes.jsonl)")
+    run.say(f"{done}  {run.seconds / 60:.1f} min")
     run.say(f"all figures: {run.folder}/result.json")
-    run.say(f"next: tensorboard --logdir {run.folder.parent}")
+    run.say(f"next: python {run.script.name} --mode ask --run {run.folder}")
     return result
+
+
+def ask(model, tokenizer, cfg):
+    """Mode ask: answers --prompt, or each line typed, as the tuned model was taught to read it."""
+    interactive = cfg.prompt is None and sys.stdin.isatty()
+    for text in [cfg.prompt] if cfg.prompt is not None else gpt_scratch.prompt_loop(interactive):
+        if text.strip():
+            ids = tokenizer(prompt_text(text.strip(), "", cfg.template), add_special_tokens=False).input_ids
+            print(answers(model, tokenizer, [ids], cfg.max_new_tokens, 1, core.World())[0])

@@ -23,7 +23,7 @@ CONTENDERS = ("loop", "trl", "ours", "peft", "lora")
 
 
 def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # KiB on Linux
 
 
 class Steps:
@@ -73,7 +73,7 @@ def ours(who, examples, batches, counter):
     for rows in batches:
         counter.begin()
         targets = int(examples.targets(rows).sum())
-        for part in core.micro_batches(model, rows, None, examples.lengths[rows]):
+        for part in core.micro_batches(model, rows, None, examples.lengths[rows], 8192):
             core.scaled_backward(model(*examples.batch(part, torch.device("cpu"))), world, targets, precision)
         core.optimizer_step(optimizer, precision, 1.0, 5e-5)
         counter.end(targets)
@@ -192,13 +192,13 @@ def compare(data, tokenizer, steps):
             process.stdin.flush()
             turns[who].append(read(process, "step"))
     for who, rows in turns.items():
-        seconds, targets, memory = (statistics.median(row[i] for row in rows[2:]) for i in range(3))
+        seconds, targets = (sum(row[i] for row in rows[2:]) for i in range(2))
         memory, own = rows[-1][2], "lora" if who in LORA else "ours"
         state = 4 * 124_439_808 / 1e6 * (1 if who in LORA else 4)  # weights, or weights, gradients, moments
         ratio = statistics.median(a[0] / b[0] for a, b in zip(rows[2:], turns[own][2:], strict=True))
         above = memory - state
         print(
-            f"{who:5} {seconds:6.2f} s a step  {targets / seconds:6.1f} target tokens/s  "
+            f"{who:5} {seconds / steps:6.2f} s a step  {targets / seconds:6.1f} target tokens/s  "
             f"{own} is {ratio:.2f} x as fast  peak {memory:5.0f} MB, {above:5.0f} above state, "
             f"{above - base[who]:5.0f} above libraries"
         )
