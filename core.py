@@ -703,7 +703,8 @@ def require_columns(rows, columns, where):
     """Refuses an empty table and one that lacks a column, listing the columns there are."""
     if not rows:
         raise UserError(f"{where} has no rows: use a file with the columns {', '.join(columns)}")
-    found = list(rows[0]) if isinstance(rows[0], dict) else [type(rows[0]).__name__]
+    some = [row for row in rows[:100] if isinstance(row, dict)]  # the first may lack what others have
+    found = list(dict.fromkeys(key for row in some for key in row)) or [type(rows[0]).__name__]
     if missing := [column for column in columns if column not in found]:
         hint = " (is it separated by ';'?)" if len(found) == 1 and ";" in str(found[0]) else ""
         raise UserError(
@@ -749,9 +750,7 @@ def split_by_group(groups, labels, shares, seed) -> np.ndarray:
     names, index = np.unique(np.asarray(groups), return_inverse=True)
     kinds = np.unique(labels, return_inverse=True)[1]
     if len(names) < len(shares):
-        raise UserError(
-            f"{len(names)} prompts cannot be split into {len(shares)} parts: use more data or fewer --folds"
-        )
+        raise UserError(f"{len(names)} prompts cannot be split into {len(shares)} parts: use more rows")
     counts = np.zeros((len(names), kinds.max() + 1))  # (groups, labels)
     np.add.at(counts, (index, kinds), 1)
     room = np.outer(np.divide(shares, np.sum(shares)), counts.sum(0))  # (parts, labels): rows each should get
@@ -762,9 +761,7 @@ def split_by_group(groups, labels, shares, seed) -> np.ndarray:
         part[group] = np.argmin(crowding + 1e-3 * filled.sum(1) / room.sum(1))
         filled[part[group]] += counts[group]
     if len(set(part)) < len(shares):
-        raise UserError(
-            f"{len(names)} prompts leave one of {len(shares)} parts empty: use more data or other --folds"
-        )
+        raise UserError(f"{len(names)} prompts leave one of {len(shares)} parts empty: use more rows")
     return part[index]
 
 
@@ -1407,5 +1404,8 @@ def _alarm(metrics) -> str | None:
 
 
 def plus_minus(value, interval, digits=3) -> str:
-    """`0.473 ± 0.013`: half the interval's width; the interval itself is in result.json."""
+    """`0.473 ± 0.013`: half the interval's width; `0.000 (0 to 0.03)` where it lies on one side."""
+    low, high = interval
+    if value in (low, high) and low != high:
+        return f"{value:.{digits}f} ({low:.3g} to {high:.3g})"
     return f"{value:.{digits}f} ± {(interval[1] - interval[0]) / 2:.{digits}f}"

@@ -104,9 +104,9 @@ def is_built_in(name) -> bool:
     return name.partition(":")[0] in ("chars", "ascii", "bytes", "bpe", "bpe_scratch")
 
 
-def named_tokenizer(name):
-    """That of a Hub id or folder, if it can end a document."""
-    tokenizer = core.pretrained_tokenizer(name, "chars, ascii, bytes or bpe:2048 (built in)")
+def named_tokenizer(name, built_in="chars, ascii, bytes or bpe:2048 (built in)"):
+    """That of a Hub id or folder, if it can end a document; `built_in` is what an error recommends."""
+    tokenizer = core.pretrained_tokenizer(name, built_in)
     if tokenizer.eos_token_id is None:
         raise core.UserError(f"tokenizer of {name} has no end-of-text token: use one of a language model")
     return tokenizer

@@ -244,7 +244,8 @@ def _read_peft(folder) -> tuple[dict, dict]:
         config = json.loads((folder / "adapter_config.json").read_text())
         tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise core.UserError(f"{folder} is no whole adapter of peft: {error}") from None
+        hint = "a run's adapters are in its peft/ after run_lora.py --mode export"
+        raise core.UserError(f"{folder} is no whole adapter of peft ({error}): {hint}") from None
     if not isinstance(config, dict) or not tensors:
         raise core.UserError(f"{folder} is no whole adapter of peft: it holds no settings or no tensors")
     odd = [key for key in NOT_PLAIN if config.get(key)]

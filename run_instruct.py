@@ -33,24 +33,24 @@ class Config:
     split: Literal["seeded", "file_order"] = "seeded"  # 85/10/5 drawn by prompt, or as the file has them
     split_seed: int = 42  # the same rows for every seed
     max_length: int = 512  # tokens of a row; what is over is cut, from the end of the answer
-    loss_on_prompt: bool = False
+    loss_on_prompt: bool = False  # prompts are learnt, too
     pack: bool = False  # rows side by side, up to max_length tokens; a pack is then one unit of batch
     # model
     model: str = "gpt2-medium"  # Hub id, folder (GPT-2, or a run of gpt_scratch.py), or tiny:gpt2
     tie_head: bool = True  # the output matrix is the embedding; the journal's was a copy
     freeze_blocks: int = 0  # the lowest so many, and positions; the embedding too unless it is the head
-    dropout: float = 0.0
+    dropout: float = 0.0  # in the model
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory (for gpt2-xl)
     # optimisation
     batch: int = 128  # rows (or packs) per optimizer step, over all ranks
     micro_batch: int | None = None  # rows per forward and rank; none = groups that waste least on padding,
     micro_tokens: int = 8192  # of so many tokens each at most
     group_lengths: bool = True  # rows of similar length meet in a batch; the journal's met by chance
-    epochs: int = 3
+    epochs: int = 3  # passes over the training rows
     max_steps: int | None = None  # optimizer steps
     max_minutes: float | None = None  # of training, over resumes
     lr: float = 5e-5  # peak
-    min_lr: float = 0.0
+    min_lr: float = 0.0  # at the end of the schedule
     warmup: float = 0.05  # fraction of all steps
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -59,7 +59,7 @@ class Config:
     skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
     dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"  # bf16 from Ampere on; fp16 uses a GradScaler
     compile: bool = False
-    seed: int = 0
+    seed: int = 0  # of order, dropout and fresh weights
     # evaluation and logging
     eval_batch: int = 32  # rows per evaluation step, over all ranks; so many on each rank when answering
     eval_every: int | None = 100  # steps; none = each epoch
@@ -70,7 +70,7 @@ class Config:
     keep: int = 2  # checkpoints
     log_every: int = 25  # steps
     price_per_hour: float | None = None  # dollars for the whole box
-    note: str = ""
+    note: str = ""  # kept in config.json
     # answers and forgetting
     sample_tokens: int = 50  # most in an answer to a fixed prompt, at every evaluation; 0 = none
     answer_rows: int | None = None  # test rows answered at the end, spread evenly; none = all, 0 = none
@@ -140,8 +140,10 @@ def build_model(cfg, tokenizer, world):
 
 def stored_config(folder) -> Config:
     """The constants that a run had; those that the script no longer knows are passed over."""
-    stored, known = runs.read_config(folder)["constants"], {field.name for field in fields(Config)}
-    return Config(**{name: value for name, value in stored.items() if name in known})
+    stored, known = runs.read_config(folder), {field.name for field in fields(Config)}
+    if stored["script"] != Path(__file__).stem:
+        raise core.UserError(f"{folder} is a run of {stored['script']}.py: open it there")
+    return Config(**{name: value for name, value in stored["constants"].items() if name in known})
 
 
 def load_model(folder, world):
@@ -218,7 +220,8 @@ def train(run, cfg, world) -> dict:
         loss_sum = forward_backward(mine, targets)
         step += 1
         rates = {"lr": lr}
-        odd = run.watch(step, loss_sum, targets, model, functools.partial(sft.autopsy, s, everyone, rates))
+        facts = functools.partial(sft.autopsy, run, cfg, s, model, everyone, rates)
+        odd = run.watch(step, loss_sum, targets, model, facts)
         grad_norm = core.optimizer_step(optimizer, precision, cfg.clip, lr, skip=odd)
         run.step_done(loss_sum, targets, examples=int(units.lengths[everyone].sum()))
         if step % cfg.log_every == 0 or step == total_steps:

@@ -12,6 +12,7 @@ merged/ (a GPT-2 that transformers and gpt_scratch.py load) into it.
 """
 
 import functools
+import json
 import math
 import shutil
 from dataclasses import dataclass, fields, replace
@@ -37,7 +38,7 @@ class Config:
     split: Literal["seeded", "file_order"] = "seeded"  # 85/10/5 drawn by prompt, or as the file has them
     split_seed: int = 42  # the same rows for every seed
     max_length: int = 512  # tokens of a row; what is over is cut, from the end of the answer
-    loss_on_prompt: bool = False
+    loss_on_prompt: bool = False  # prompts are learnt, too
     pack: bool = False  # rows side by side, up to max_length tokens; a pack is then one unit of batch
     # model
     model: str = "gpt2-medium"  # Hub id, folder (GPT-2, or a run of gpt_scratch.py), or tiny:gpt2
@@ -51,18 +52,18 @@ class Config:
     lora_head: bool = False  # the output matrix too; needs --no-tie_head
     lora_layers: int | None = None  # only the last so many blocks; none = all
     adapter: str | None = None  # a folder of peft to go on from: rank, alpha, targets are then its own
-    dropout: float = 0.0
+    dropout: float = 0.0  # in the model
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory (for gpt2-xl)
     # optimisation
     batch: int = 128  # rows (or packs) per optimizer step, over all ranks
     micro_batch: int | None = None  # rows per forward and rank; none = groups that waste least on padding,
     micro_tokens: int = 8192  # of so many tokens each at most
     group_lengths: bool = True  # rows of similar length meet in a batch; the journal's met by chance
-    epochs: int = 3
+    epochs: int = 3  # passes over the training rows
     max_steps: int | None = None  # optimizer steps
     max_minutes: float | None = None  # of training, over resumes
     lr: float = 5e-4  # peak; about ten times that of full tuning
-    min_lr: float = 0.0
+    min_lr: float = 0.0  # at the end of the schedule
     warmup: float = 0.05  # fraction of all steps
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -71,7 +72,7 @@ class Config:
     skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
     dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"  # bf16 from Ampere on; fp16 uses a GradScaler
     compile: bool = False
-    seed: int = 0
+    seed: int = 0  # of order, dropout and fresh weights
     # evaluation and logging
     eval_batch: int = 32  # rows per evaluation step, over all ranks; so many on each rank when answering
     eval_every: int | None = 100  # steps; none = each epoch
@@ -82,7 +83,7 @@ class Config:
     keep: int = 2  # checkpoints
     log_every: int = 25  # steps
     price_per_hour: float | None = None  # dollars for the whole box
-    note: str = ""
+    note: str = ""  # kept in config.json
     # answers and forgetting
     sample_tokens: int = 50  # most in an answer to a fixed prompt, at every evaluation; 0 = none
     answer_rows: int | None = None  # test rows answered at the end, spread evenly; none = all, 0 = none
@@ -156,8 +157,13 @@ SMOKE = {
 }
 
 
+ADAPTERS_OWN = {f"lora_{name}" for name in ("rank", "alpha", "scaling", "init", "targets", "head", "layers")}
+
+
 def build_model(cfg, tokenizer, world, folder):
     """The pretrained GPT, frozen, with adapters: fresh ones, or those of cfg.adapter (a run keeps a copy)."""
+    if cfg.adapter and (own := sorted(core.typed(cfg).flags & ADAPTERS_OWN)):
+        raise core.UserError(f"--adapter brings its own {', '.join(own)}: drop these flags")
     model, kept = sft.build_model(cfg, tokenizer, world), Path(folder) / "adapter"
     if cfg.adapter:
         lora.load_peft(model, kept if kept.exists() else cfg.adapter, cfg.lora_dropout)
@@ -179,8 +185,10 @@ def keep_for_later(folder, cfg, tokenizer):
 
 def stored_config(folder) -> Config:
     """The constants that a run had; those that the script no longer knows are passed over."""
-    stored, known = runs.read_config(folder)["constants"], {field.name for field in fields(Config)}
-    return Config(**{name: value for name, value in stored.items() if name in known})
+    stored, known = runs.read_config(folder), {field.name for field in fields(Config)}
+    if stored["script"] != Path(__file__).stem:
+        raise core.UserError(f"{folder} is a run of {stored['script']}.py: open it there")
+    return Config(**{name: value for name, value in stored["constants"].items() if name in known})
 
 
 def load_model(folder, world):
@@ -199,7 +207,12 @@ def announce_lora(run, cfg, model):
     layers = lora.adapted(model)
     strengths = sorted({layer.multiplier for layer in layers.values()})
     ranks = "/".join(str(rank) for rank in sorted({layer.B.shape[1] for layer in layers.values()}))
-    kind = f"from {cfg.adapter}" if cfg.adapter else f"alpha {cfg.lora_alpha:g}  scaling {cfg.lora_scaling}"
+    kind = f"alpha {cfg.lora_alpha:g}  scaling {cfg.lora_scaling}"
+    if cfg.adapter:
+        made_for = json.loads((Path(cfg.adapter) / "adapter_config.json").read_text())[
+            "base_model_name_or_path"
+        ]
+        kind = f"from {cfg.adapter}, made for {made_for}"
     count = core.count_parameters(model)[1]
     run.say(f"adapters {count:,} parameters on {len(layers)} layers  rank {ranks}  {kind}")
     effective = "/".join(f"{strength:g}" for strength in strengths)
@@ -277,7 +290,8 @@ def train(run, cfg, world) -> dict:
         loss_sum = forward_backward(mine, targets)
         step += 1
         rates = {"lr": lr, "multiplier_lr": strength * lr}
-        odd = run.watch(step, loss_sum, targets, model, functools.partial(sft.autopsy, s, everyone, rates))
+        facts = functools.partial(sft.autopsy, run, cfg, s, model, everyone, rates)
+        odd = run.watch(step, loss_sum, targets, model, facts)
         grad_norm = core.optimizer_step(optimizer, precision, cfg.clip, lr, skip=odd)
         run.step_done(loss_sum, targets, examples=int(units.lengths[everyone].sum()))
         if step % cfg.log_every == 0 or step == total_steps:
@@ -312,14 +326,15 @@ def one_process(cfg, world):
     for name in ("base", "merged", "peft"):
         shutil.rmtree(folder / name, ignore_errors=True)
     gpt_scratch.save_pretrained(lora.merge_lora(model), tokenizer, folder / "merged")
-    print(f"written: {folder}/merged")
+    print(f"written: {folder}/merged\nnext: python gpt_scratch.py --mode generate --model {folder}/merged")
     base = stored.model
-    if base.startswith("tiny:") or gpt_scratch.is_run(base):  # peft needs a base that transformers knows
-        base = str(folder / "base")
+    if base.startswith("tiny:") or gpt_scratch.is_run(base) or stored.lora_head:
+        # peft needs a base that transformers knows, and merges a head into a tied embedding, too
+        base = str((folder / "base").resolve())
         plain = gpt_scratch.with_weights(model.config, lora.base_weights(model))
         gpt_scratch.save_pretrained(plain, tokenizer, base)
     lora.save_peft(model, folder / "peft", base)
-    print(f"written: {folder}/peft, adapters for {base}")
+    print(f"written: {folder}/peft, adapters for\n  {base}")
 
 
 @record

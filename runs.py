@@ -77,7 +77,7 @@ class Run:
         self.state = self.position.get("state", {})  # what a script wants to find again after a resume (JSON)
         self.fold, self.first_step, self._last_step = 0, 0, 0  # folds follow each other on one axis of steps
         self.result, self.clock_share, self.stopping, self.meter = {}, 0.0, None, Meter(world)
-        self.unit = unit  # what rates count
+        self.unit, self._clock_said = unit, False  # what rates count
         self._lines = plan["lines"]
         if world.is_main:
             self._log = open(self.folder / "log.txt", "a", encoding="utf-8")
@@ -190,6 +190,7 @@ class Run:
         norms = {n: float(p.grad.norm()) for n, p in model.named_parameters() if p.grad is not None}
         largest = max(norms, key=norms.get)
         record |= values | {f"{name}_limit": limit for name, limit in limits.items()}
+        record |= {f"{name}_usual": statistics.median(band) for name, band in self.state["bands"].items()}
         record |= {"largest_gradient": largest, "largest_gradient_norm": norms[largest]}
         for name, value in record.items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -221,6 +222,9 @@ class Run:
         sums = torch.tensor([targets, bool(self._signal), share], dtype=torch.float64)
         targets, signalled, self.clock_share = core.all_reduce_sum(self.world, sums).tolist()
         self.stopping = (self._signal or "a signal to another rank") if signalled else None
+        if self.clock_share >= 1 and not self._clock_said:
+            self._clock_said = True
+            self.say(f"max_minutes {self.cfg.max_minutes:g} are spent: training ends here")
         return int(targets)
 
     def poll(self, active=0) -> int:
@@ -399,7 +403,13 @@ class Run:
             room = f"checkpoints need {disk_mb:.0f} MB, {self.folder} has {free_mb:.0f} MB free"
             raise core.UserError(f"{room}: free some, or use another --out")
         memory_gb = (peak_memory_mb(self.world) + (0 if optimizer.state else 8 * trainable / 1e6)) / 1e3
+        if steps < 0:
+            raise core.UserError(
+                f"{self.folder} is {-steps} steps further already: use a larger --max_steps or --epochs"
+            )
         hours, price = steps * seconds * typical / 3600, self.cfg.price_per_hour
+        if self.cfg.max_minutes is not None:
+            hours = min(hours, max(0, self.cfg.max_minutes / 60 - self.train_seconds / 3600))
         if memory_gb > (room_gb := device_memory_gb(self.world)):
             room = f"training needs {memory_gb:.1f} GB, the device has {room_gb:.1f}"
             raise core.UserError(f"{room}: use a smaller --micro_batch, --checkpointing, or a smaller model")

@@ -26,7 +26,9 @@ import gpt_scratch
 
 COLUMNS = ("instruction", "input", "output")  # Alpaca's
 SHARES = {"train": 0.85, "test": 0.10, "val": 0.05}  # journal 001's, in the order in which it took them
-CACHE_VERSION = 1  # of the layout that write_cache writes: change both together
+CACHE_VERSION = 2  # of the layout that write_cache writes: change both together
+
+KINDS = "a run of gpt_scratch.py, or tiny:gpt2 (built in)"  # what an error recommends instead of a name
 
 # ----------------------------------------------------------------------------------------------- template
 
@@ -107,6 +109,7 @@ class Instructions:
     """Tokenised rows: piece 2 i is the prompt of row i, piece 2 i + 1 its answer."""
 
     texts: list[list[str]]  # instruction, input, output
+    numbers: np.ndarray  # of the rows in the file, from 1
     groups: np.ndarray  # hash of instruction and input: equal prompts stay together
     tokens: np.ndarray
     offsets: np.ndarray  # piece p is tokens[offsets[p] : offsets[p + 1]]
@@ -139,7 +142,7 @@ def load_instructions(cfg, world) -> Instructions:
     """The rows of cfg.data, tokenised once by rank 0 into the cache, read from there by every rank."""
     builtin, tiny = cfg.data == "python-instructions", cfg.model.startswith("tiny:")
     name = gpt_scratch.tokenizer_of(cfg.model)
-    tokenizer = None if tiny else core.main_first(world, lambda: corpus.named_tokenizer(name))
+    tokenizer = None if tiny else core.main_first(world, lambda: corpus.named_tokenizer(name, KINDS))
     words = f"bpe:{TINY_VOCABULARY}" if tiny else core.tokenizer_fingerprint(tokenizer)
 
     def build() -> str:
@@ -162,10 +165,11 @@ def load_instructions(cfg, world) -> Instructions:
 def write_cache(folder, rows, tokenizer, cfg, fingerprint):
     """Usable rows -> a folder of token ids, texts and tokenizer; unusable ones counted and named."""
     core.require_columns(rows, ("instruction", "output"), cfg.data)  # input may be left out
-    bad, texts = core.BadRows(), []
+    bad, texts, numbers = core.BadRows(), [], []
     for number, row in enumerate(rows, start=1):
         try:
             texts.append(parse(row))
+            numbers.append(number)
         except ValueError as error:
             bad.add(number, error)
     lines = bad.report(len(rows), cfg.data)
@@ -178,7 +182,14 @@ def write_cache(folder, rows, tokenizer, cfg, fingerprint):
         kind = core.write_texts(aside, pieces, tokenizer)
         tokenizer.save_pretrained(aside / "tokenizer")
         groups = [prompt_hash(instruction, given) for instruction, given, _ in texts]
-        meta = {"kind": kind, "texts": texts, "groups": groups, "lines": lines, "fingerprint": fingerprint}
+        meta = {
+            "kind": kind,
+            "texts": texts,
+            "numbers": numbers,
+            "groups": groups,
+            "lines": lines,
+            "fingerprint": fingerprint,
+        }
         core.write_json(aside / "rows.json", meta)
 
 
@@ -193,7 +204,16 @@ def read_cache(folder, tokenizer) -> Instructions:
     tokens, offsets = core.read_texts(folder, meta["kind"])
     tokenizer = tokenizer or corpus.named_tokenizer(str(folder / "tokenizer"))
     groups = np.array(meta["groups"])
-    return Instructions(meta["texts"], groups, tokens, offsets, tokenizer, meta["fingerprint"], meta["lines"])
+    return Instructions(
+        meta["texts"],
+        np.array(meta["numbers"]),
+        groups,
+        tokens,
+        offsets,
+        tokenizer,
+        meta["fingerprint"],
+        meta["lines"],
+    )
 
 
 def split(data, cfg) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -212,16 +232,19 @@ def split(data, cfg) -> tuple[dict[str, np.ndarray], list[str]]:
     first = 1 if cfg.loss_on_prompt else data.prompt_lengths  # tokens before the first target
     fits = np.minimum(data.prompt_lengths + data.answer_lengths + 1, cfg.max_length) > first
     parts = {name: rows[fits[rows]] for name, rows in parts.items()}
+    if not fits.any():
+        raise core.UserError(
+            f"the prompts of all {n} rows fill {cfg.max_length} tokens: use a larger --max_length"
+        )
     if empty := [name for name, rows in parts.items() if not len(rows)]:
         raise core.UserError(
             f"{cfg.data} leaves no {empty[0]} rows of {n}: use more rows or a larger --max_length"
         )
-    cut = int((fits & (data.prompt_lengths + data.answer_lengths + 1 > cfg.max_length)).sum())
-    lines = [
-        f"{cut} row(s) are cut at {cfg.max_length} tokens: they lose the end of the answer and its end token"
-    ]
+    lines, room = [], f"{cfg.max_length} tokens"
+    if cut := int((fits & (data.prompt_lengths + data.answer_lengths + 1 > cfg.max_length)).sum()):
+        lines.append(f"{cut} row(s) are cut at {room}: they lose the end of the answer and its end token")
     if left := int((~fits).sum()):
-        lines.append(f"{left} row(s) are left out: their prompts alone fill {cfg.max_length} tokens")
+        lines.append(f"{left} row(s) are left out: their prompts alone fill {room}")
     known = set(data.groups[parts["train"]])
     for name in ("test", "val"):
         if seen := sum(group in known for group in data.groups[parts[name]]):
@@ -334,7 +357,7 @@ def plain_blocks(name, tokenizer, block_size, most) -> corpus.Blocks:
         if len(ids) > most * block_size:
             break
     if len(ids) < 2:
-        raise core.UserError(f"--plain {name} has no held-out document: use several files, or python-docs")
+        raise core.UserError(f"{name} has no held-out document: use several files, or python-docs")
     return corpus.Blocks(np.array(ids[: most * block_size + 1]), block_size)
 
 
@@ -365,7 +388,10 @@ def set_up(run, cfg, world) -> Study:
         units = Packs(units, cfg.max_length)
     if cfg.plain_blocks:
         sizes = cfg.max_length, cfg.plain_blocks
-        plain = core.main_first(world, lambda: plain_blocks(cfg.plain, data.tokenizer, *sizes))
+        try:
+            plain = core.main_first(world, lambda: plain_blocks(cfg.plain, data.tokenizer, *sizes))
+        except core.UserError as error:
+            raise core.UserError(f"--plain: {error}") from None
         run.pin("plain", hashlib.sha256(plain.tokens.tobytes()).hexdigest())
     block = 50 if cfg.group_lengths else 1
     batches = core.ShardedBatches(units.lengths, cfg.batch, world, seed=cfg.seed, block=block)
@@ -422,6 +448,7 @@ def announce(run, cfg, s, model):
         most, packs = int(s.units.lengths.max()), len(s.units)
         rows, fill = len(examples) / packs, s.units.lengths.mean() / most
         run.say(f"{packs} packs of at most {most} tokens hold {rows:.1f} rows each and are {fill:.0%} full")
+        run.say(f"a batch of {cfg.batch} packs is one of some {cfg.batch * rows:.0f} rows")
     if left := len(s.units) % cfg.batch:
         what = f"{left} of {len(s.units)} {'packs' if cfg.pack else 'rows'}"
         run.say(f"each epoch leaves out {what}, others each time: they fill no batch of {cfg.batch}")
@@ -434,7 +461,9 @@ def describe_example(examples, example=0) -> str:
     decode, one_line = examples.data.tokenizer.decode, gpt_scratch.one_line
     seen, counted = one_line(decode(ids[: masked + 1])), one_line(decode(labels[masked:]))
     counts = f"{len(ids) - masked} targets, {masked + 1} tokens masked"
-    lines = [f"the loss sees row {examples.rows[example]}: {counts}; padding is masked"]
+    lines = [
+        f"the loss sees row {examples.data.numbers[examples.rows[example]]}: {counts}; padding is masked"
+    ]
     return "\n".join([*lines, f"  masked:  {shortened(seen)}", f"  counted: {shortened(counted)}"])
 
 
@@ -453,13 +482,19 @@ def step_facts(units, chosen) -> dict:
     }
 
 
-def autopsy(s, chosen, rates) -> dict:
-    """What an odd step saw, for spikes.jsonl; `chosen` are the units of its global batch."""
-    examples, members = s.parts["train"], s.units.members(chosen)
-    text = s.data.tokenizer.decode(examples.pair(members[0])[0])
-    facts = {"rows": [int(examples.rows[member]) for member in members], "first_row": text}
-    lengths = {"lengths": examples.lengths[members].tolist()}
-    return rates | facts | lengths | step_facts(s.units, chosen)
+def autopsy(run, cfg, s, model, chosen, rates) -> dict:
+    """What an odd step saw, for spikes.jsonl (rank 0); `chosen` are the units of its global batch.
+
+    Each row's loss is measured again, without dropout: the worst one's text stands beside the first one's.
+    """
+    members = s.units.members(chosen)
+    seen = Examples(s.data, s.parts["train"].rows[members], cfg.max_length, cfg.loss_on_prompt)
+    sums = gpt_scratch.evaluate(model, seen, cfg, core.World(device=run.world.device))
+    losses = sums[:, 0] / sums[:, 2]
+    texts = [s.data.tokenizer.decode(seen.pair(i)[0]) for i in (0, int(losses.argmax()))]
+    facts = {"rows": s.data.numbers[seen.rows].tolist(), "lengths": seen.lengths.tolist()}
+    facts |= {"row_losses": losses.round(4).tolist(), "first_row": texts[0], "worst_row": texts[1]}
+    return rates | facts | step_facts(s.units, chosen)
 
 
 # ------------------------------------------------------------------------------------ measures and answers
@@ -473,16 +508,29 @@ PROMPTS = (  # answered at every evaluation; the first three and the last are jo
 )
 
 
-def measure(sums, groups) -> dict:
+def measure(sums, groups, plain=None) -> dict:
     """Of gpt_scratch.evaluate's sums, (rows, 3): loss per target token, perplexity, accuracy; 95 % intervals
-    over prompts."""
+    over prompts. `plain` (rows,): summed losses by token frequencies alone, which are to be beaten."""
     targets = sums[:, 2]
-    values = sums[:, :2] / targets[:, None]
+    plain = np.zeros(len(sums)) if plain is None else plain
+    values = np.c_[sums[:, :2], sums[:, 0] - plain] / targets[:, None]
     intervals = core.bootstrap(values, groups, weights=targets).tolist()
-    loss, accuracy = sums[:, :2].sum(0) / targets.sum()
+    loss, accuracy, unigram = (np.c_[sums[:, :2], plain].sum(0) / targets.sum()).tolist()
     metrics = {"loss": loss, "loss_interval": intervals[0], "perplexity": math.exp(min(loss, 700))}
     metrics |= {"accuracy": accuracy, "accuracy_interval": intervals[1]}
+    metrics |= {"unigram_loss": unigram, "above_unigram_interval": intervals[2]}
     return metrics | {"targets": int(targets.sum()), "rows": len(sums)}
+
+
+def unigram_losses(examples, train) -> np.ndarray:
+    """Summed loss of each example's targets by how often each token is a target in training."""
+
+    def wanted(some):
+        return [np.array(some.pair(i)[1])[some.masked([i])[0] :] for i in range(len(some))]
+
+    counts = np.bincount(np.concatenate(wanted(train)), minlength=len(train.data.tokenizer)) + 1
+    log_share = np.log(counts / counts.sum())
+    return np.array([-log_share[labels].sum() for labels in wanted(examples)])
 
 
 def check(run, cfg, s, model, step, where, keep_best, poll):
@@ -508,10 +556,8 @@ def report_validation(run, step, val, where, is_best, steps_per_epoch):
     perplexity, best = f"perplexity {val['perplexity']:.2f}", "  -> best" if is_best else ""
     run.say(f"{where}  val  loss {loss}  {perplexity}  accuracy {accuracy}{best}")
     if step - lowest[1] >= 0.5 * steps_per_epoch:
-        epochs = (step - lowest[1]) / steps_per_epoch
-        run.say(
-            f"{where}  val  OVERFITTING? no fall for {epochs:.2g} epochs: {lowest[0]:.4f} at step {lowest[1]}"
-        )
+        epochs, low = (step - lowest[1]) / steps_per_epoch, f"lowest {lowest[0]:.4f} at step {lowest[1]}"
+        run.say(f"{where}  val  no fall for {epochs:.2g} epochs ({low}): OVERFITTING if train falls")
     run.metrics(step, {f"val/{name}": val[name] for name in ("loss", "perplexity", "accuracy")})
 
 
@@ -623,17 +669,21 @@ def final_figures(run, cfg, s, model, answering, step) -> dict:
     result, done = {}, ""
     for part in ("val", "test") if cfg.final_eval else ("val",):
         sums = gpt_scratch.evaluate(model, s.parts[part], cfg, run.world, run.poll)
-        m = measure(sums, s.data.groups[s.parts[part].rows])
+        m = measure(sums, s.data.groups[s.parts[part].rows], unigram_losses(s.parts[part], s.parts["train"]))
         result |= {f"{part}/{name}": value for name, value in m.items()}
         loss, accuracy = (
             core.plus_minus(m[k], m[f"{k}_interval"], n) for k, n in (("loss", 4), ("accuracy", 3))
         )
         perplexity = f"perplexity {m['perplexity']:.2f}"
-        run.say(f"{part:5} loss {loss}   {perplexity}   accuracy {accuracy}   rows {m['rows']}")
+        guess = f"token frequencies {m['unigram_loss']:.4f}"
+        run.say(f"{part:5} loss {loss}  {perplexity}  accuracy {accuracy}  {guess}")
         done = f"done  {part} loss {m['loss']:.4f}  {perplexity}"
     lowest, before = run.state["lowest"], run.state["before"]
     if step and not lowest[0] < before:
         result["alarm"] = f"NOT LEARNING: validation never fell below the {before:.4f} before training"
+    elif step and m["above_unigram_interval"][1] >= 0:
+        result["alarm"] = f"NOT LEARNING: {part} loss cannot be told from that of token frequencies"
+    if "alarm" in result:
         run.say(result["alarm"])
     if s.plain:
         result |= forgetting(run, cfg, s.plain, model)

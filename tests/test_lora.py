@@ -171,7 +171,7 @@ def test_the_gate_of_swiglu_is_part_of_the_mlp():
     [
         ({"head": True}, ["embedding", "--no-tie_head", "--no-lora_head"]),
         ({"last_layers": 3}, ["--lora_layers 3", "2 blocks"]),
-        ({"last_layers": 0}, ["no layer gets an adapter", "--lora_layers 1"]),
+        ({"last_layers": 0}, ["no layer gets an adapter", "more --lora_layers", "--lora_head"]),
     ],
 )
 def test_adapters_that_cannot_be_are_refused_by_name(how, words):
@@ -496,7 +496,7 @@ def test_an_export_says_its_dropout_and_its_base(tmp_path):
 
 @pytest.mark.parametrize("config", [LLAMA, {"bias": False}, {"tie_head": False, "head_bias": True}])
 def test_shapes_that_are_not_gpt2s_are_not_exported(tmp_path, config):
-    with pytest.raises(UserError, match="GPT-2's shape only: use --mode merge"):
+    with pytest.raises(UserError, match="GPT-2's shape only: use the merged model instead"):
         lora.save_peft(adapted_gpt(config=config), tmp_path / "adapter", "base")
     assert not any(tmp_path.iterdir())
 
