@@ -209,10 +209,11 @@ def announce_lora(run, cfg, model):
     ranks = "/".join(str(rank) for rank in sorted({layer.B.shape[1] for layer in layers.values()}))
     kind = f"alpha {cfg.lora_alpha:g}  scaling {cfg.lora_scaling}"
     if cfg.adapter:
-        made_for = json.loads((Path(cfg.adapter) / "adapter_config.json").read_text())[
-            "base_model_name_or_path"
-        ]
-        kind = f"from {cfg.adapter}, made for {made_for}"
+        kept = run.folder / "adapter"
+        config = json.loads(
+            ((kept if kept.exists() else Path(cfg.adapter)) / "adapter_config.json").read_text()
+        )
+        kind = f"from {cfg.adapter}, made for {config.get('base_model_name_or_path')}"
     count = core.count_parameters(model)[1]
     run.say(f"adapters {count:,} parameters on {len(layers)} layers  rank {ranks}  {kind}")
     effective = "/".join(f"{strength:g}" for strength in strengths)
@@ -328,7 +329,7 @@ def one_process(cfg, world):
     gpt_scratch.save_pretrained(lora.merge_lora(model), tokenizer, folder / "merged")
     print(f"written: {folder}/merged\nnext: python gpt_scratch.py --mode generate --model {folder}/merged")
     base = stored.model
-    if base.startswith("tiny:") or gpt_scratch.is_run(base) or stored.lora_head:
+    if base.startswith("tiny:") or gpt_scratch.is_run(base) or "lm_head" in lora.adapted(model):
         # peft needs a base that transformers knows, and merges a head into a tied embedding, too
         base = str((folder / "base").resolve())
         plain = gpt_scratch.with_weights(model.config, lora.base_weights(model))

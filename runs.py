@@ -197,7 +197,7 @@ class Run:
                 record[name] = None  # JSON knows no inf
         with open(self.folder / "spikes.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record | facts) + "\n")
-        if not self.state.get("was_odd"):  # a rise of many steps is one line here
+        if record["left_out"] or not self.state.get("was_odd"):  # a rise of many steps is one line here
             name = record["odd"][0]
             what = f"{name} {values[name]:.4g}, usually below {limits[name]:.3g}"
             done = "; its update is left out" if record["left_out"] else ""

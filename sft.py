@@ -508,17 +508,17 @@ PROMPTS = (  # answered at every evaluation; the first three and the last are jo
 )
 
 
-def measure(sums, groups, plain=None) -> dict:
+def measure(sums, groups, unigram=None) -> dict:
     """Of gpt_scratch.evaluate's sums, (rows, 3): loss per target token, perplexity, accuracy; 95 % intervals
-    over prompts. `plain` (rows,): summed losses by token frequencies alone, which are to be beaten."""
-    targets = sums[:, 2]
-    plain = np.zeros(len(sums)) if plain is None else plain
-    values = np.c_[sums[:, :2], sums[:, 0] - plain] / targets[:, None]
+    over prompts. `unigram` (rows,): summed losses by token frequencies alone, which are to be beaten."""
+    targets, given = sums[:, 2], [] if unigram is None else [unigram, sums[:, 0] - unigram]
+    values = np.column_stack([sums[:, 0], sums[:, 1], *given]) / targets[:, None]
     intervals = core.bootstrap(values, groups, weights=targets).tolist()
-    loss, accuracy, unigram = (np.c_[sums[:, :2], plain].sum(0) / targets.sum()).tolist()
+    loss, accuracy, *others = np.average(values, axis=0, weights=targets).tolist()
     metrics = {"loss": loss, "loss_interval": intervals[0], "perplexity": math.exp(min(loss, 700))}
     metrics |= {"accuracy": accuracy, "accuracy_interval": intervals[1]}
-    metrics |= {"unigram_loss": unigram, "above_unigram_interval": intervals[2]}
+    if given:
+        metrics |= {"unigram_loss": others[0], "above_unigram_interval": intervals[3]}
     return metrics | {"targets": int(targets.sum()), "rows": len(sums)}
 
 

@@ -1,11 +1,14 @@
 """sft.py, run_instruct.py and run_lora.py: templates, what the loss counts, splits, packs, the journal's
 presets, spikes, answers, adapters alone in checkpoints, forgetting, bad input line by line."""
 
+import io
 import itertools
 import json
 import math
 import os
 import re
+import shutil
+import signal
 import statistics
 import sys
 from collections import Counter
@@ -79,7 +82,8 @@ def by_hand(*rows, groups=None) -> sft.Instructions:
     tokenizer = SimpleNamespace(eos_token_id=END, decode=lambda ids: " ".join(map(str, ids)))
     groups = np.array([str(i) for i in range(len(rows))] if groups is None else groups)
     texts = [["", "", ""]] * len(rows)
-    return sft.Instructions(texts, groups, tokens, offsets, tokenizer, {}, [])
+    numbers = np.arange(1, len(rows) + 1)
+    return sft.Instructions(texts, numbers, groups, tokens, offsets, tokenizer, {}, [])
 
 
 def random_rows(n=24, seed=0, most=14):
@@ -218,6 +222,7 @@ def test_bad_rows_are_counted_and_named_and_many_are_an_error():
     rows[7]["output"], rows[99]["instruction"], rows[12]["input"] = None, " ", None
     data = load(rows)
     assert len(data) == 248
+    assert data.numbers.tolist() == [n for n in range(1, 251) if n not in (8, 100)]
     assert data.texts[11] == ["Repeat " + rows[12]["instruction"][7:], "", rows[12]["output"]]  # one fewer
     assert data.lines == ["left out 1 row(s), output is no text: 8",
                           "left out 1 row(s), instruction is empty: 100"]  # fmt: skip
@@ -412,14 +417,15 @@ def many(n, prompt=3, answer=4, groups=None) -> sft.Instructions:
     """n rows of the same lengths, without their tokens."""
     offsets = np.concatenate([[0], np.cumsum(np.tile([prompt, answer], n))])
     groups = np.arange(n).astype(str) if groups is None else groups
-    return sft.Instructions([["", "", ""]] * n, groups, np.zeros(0), offsets, None, {}, [])
+    texts, numbers = [["", "", ""]] * n, np.arange(1, n + 1)
+    return sft.Instructions(texts, numbers, groups, np.zeros(0), offsets, None, {}, [])
 
 
 def test_file_order_is_the_journals_cut_of_Alpaca():
     parts, lines = sft.split(many(52_002), toy_cfg("--split", "file_order"))
     assert {name: len(rows) for name, rows in parts.items()} == {"train": 44_201, "test": 5_200, "val": 2_601}
     assert np.array_equal(np.concatenate([parts["train"], parts["test"], parts["val"]]), np.arange(52_002))
-    assert lines == ["0 row(s) are cut at 128 tokens: they lose the end of the answer and its end token"]
+    assert lines == []
 
 
 def test_the_seeded_split_keeps_equal_prompts_together():
@@ -463,6 +469,25 @@ def test_rows_without_room_for_a_target_are_left_out_and_cut_ones_counted():
     assert (
         sum(map(len, parts.values())) == 100 and lines[0].startswith("5 row(s) are cut") and len(lines) == 1
     )
+
+
+@pytest.mark.parametrize("total", [1, 2, 7, 60])
+def test_some_examples_are_spread_evenly_without_repeats(total):
+    examples = every(many(total))
+    for n in range(1, total + 1):
+        rows = examples.some(n).rows.tolist()
+        assert len(rows) == n and rows[0] == 0 and (rows[-1] == total - 1 or n == 1)
+        gaps = np.diff(rows)
+        assert n == 1 or (gaps.min() >= 1 and gaps.max() - gaps.min() <= 1)
+    for n in (None, total, total + 1):
+        assert examples.some(n).rows.tolist() == list(range(total))
+
+
+def test_some_examples_are_read_as_all_of_them_are():
+    examples = sft.Examples(random_rows(30), np.arange(5, 25), 12, loss_on_prompt=True)
+    few = examples.some(4)
+    assert few.rows.tolist() == [5, 11, 18, 24]
+    assert [few.pair(i) for i in range(4)] == [examples.pair(i) for i in (0, 6, 13, 19)]
 
 
 # packs
@@ -521,7 +546,8 @@ def test_packed_rows_have_the_loss_and_gradients_of_single_ones(dtype, tolerance
     assert abs(joined - alone) > 1e-4 * alone  # without segments they do see each other
 
 
-@pytest.mark.parametrize("name", ["run_instruct", pytest.param("run_lora", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_a_packed_run_learns_and_measures_the_test_rows_unpacked(name):
     argv = ["--epochs", 2, *QUIET, "--max_documents", 300, "--batch", 6, "--pack", "--eval_every", "none"]
     result, folder = go(name, *argv)
@@ -604,6 +630,24 @@ def test_micro_batches_hold_no_more_tokens_than_they_may_unless_a_size_is_given(
     assert [len(part) for part in core.micro_batches(model, range(12), 12, lengths, 120)] == [12]
 
 
+def set_up(*argv) -> sft.Study:
+    run = SimpleNamespace(pin=lambda *fact: None)
+    return sft.set_up(run, toy_cfg("--data", toy_file(400), *QUIET, "--batch", 8, *argv), World())
+
+
+def test_lengths_meet_by_chance_without_group_lengths():
+    grouped, free = set_up().batches, set_up("--no-group_lengths").batches
+
+    def spread(batches):
+        """Of lengths within a batch, beside that of all rows."""
+        chosen = [batches.lengths[batches.global_batch(step)] for step in range(len(batches))]
+        return np.mean([lengths.var(ddof=1) for lengths in chosen]) / batches.lengths.var(ddof=1)
+
+    assert len(grouped) == len(free) > 30
+    assert spread(grouped) < 0.2  # the rows of a block of 50 batches, sorted
+    assert spread(free) == pytest.approx(1, abs=0.15)  # of some 40 batches of 8
+
+
 # presets
 
 OF_ALL = {
@@ -667,7 +711,7 @@ def test_there_are_the_journals_presets_and_no_others():
     assert list(run_lora.PRESETS) == ["recommended", *LORA]
 
 
-DAILY = ("run_6", "run_18")
+DAILY = ("run_18",)
 
 
 @pytest.mark.parametrize(
@@ -800,6 +844,92 @@ def test_a_step_that_is_left_out_moves_nothing_and_the_next_one_does():
     assert runs.weights_sha256(model) != before
 
 
+def test_an_overflow_of_fp16_is_no_spike():
+    """It scales less from now on: nothing is said, nothing becomes usual."""
+    model, calls = small_gpt(), []
+    optimizer, precision = core.make_optimizer(model, "sgd", 0.0), core.Precision("fp16", World())
+    examples = every(random_rows(4), 28)
+
+    def step(overflow, leaves_out):
+        core.scaled_backward(model(*examples.batch(range(4), "cpu")), World(), 20, precision)
+        if overflow:
+            model.wte.weight.grad[3, 5] = math.inf
+        return core.optimizer_step(
+            optimizer, precision, 1.0, 0.01, skip=lambda norm: calls.append(norm) or leaves_out
+        )
+
+    start, scale = runs.weights_sha256(model), precision.scaler.get_scale()
+    assert step(True, False) == math.inf and calls == []
+    assert runs.weights_sha256(model) == start and precision.scaler.get_scale() == scale / 2
+    assert calls == [] and step(False, True) == calls[0] < math.inf
+    assert runs.weights_sha256(model) == start and precision.scaler.get_scale() == scale / 2
+    assert step(False, False) == calls[1] and runs.weights_sha256(model) != start
+
+
+def test_an_overflow_of_fp32_is_a_spike_before_it_is_an_error():
+    model, calls = small_gpt(), []
+    optimizer, precision = core.make_optimizer(model, "sgd", 0.0), core.Precision("fp32", World())
+    for weight in model.parameters():
+        weight.grad = torch.full_like(weight, math.inf)
+    with pytest.raises(FloatingPointError, match="gradient norm is inf"):
+        core.optimizer_step(optimizer, precision, 1.0, 0.01, skip=calls.append)
+    assert calls == [math.inf]
+
+
+def watched(losses, norms, folder, skip_spikes) -> tuple[list[bool], list[str], SimpleNamespace]:
+    """What Run.watch leaves out of these steps, what it says, the run."""
+    said, model = [], nn.Linear(2, 2)
+    model.weight.grad, model.bias.grad = torch.ones(2, 2), torch.zeros(2)
+    run = SimpleNamespace(world=World(), state={}, cfg=SimpleNamespace(skip_spikes=skip_spikes),
+                          first_step=0, folder=folder, say=said.append)  # fmt: skip
+    run._note_spike = lambda *a: runs.Run._note_spike(run, *a)
+    steps = enumerate(zip(losses, norms, strict=True), start=1)
+    left_out = [
+        runs.Run.watch(run, step, 7 * loss, 7, model, dict)(norm)  # the sum of 7 targets
+        for step, (loss, norm) in steps
+    ]
+    return left_out, said, run
+
+
+def test_a_rise_that_no_step_stands_out_in_is_named_once_and_not_left_out(tmp_path):
+    rng = np.random.default_rng(0)
+    shifts = np.repeat([1.0, 1.3, 1.0, 1.3], [100, 30, 130, 30])
+    losses, norms = (shifts * rng.lognormal(0, 0.02, 290)).tolist(), rng.lognormal(0, 0.1, 290).tolist()
+    left_out, said, run = watched(losses, norms, tmp_path, skip_spikes=True)
+    spikes = spikes_of(tmp_path)
+    assert not any(left_out) and {tuple(spike["odd"]) for spike in spikes} == {("smoothed_loss",)}
+    rises = [[spike["step"] for spike in spikes if low < spike["step"] <= low + 40] for low in (100, 260)]
+    assert sum(map(len, rises)) == len(spikes) and min(map(len, rises)) > 10
+    assert [steps[0] - low for steps, low in zip(rises, (100, 260), strict=True)] == [
+        pytest.approx(9, abs=4)] * 2  # fmt: skip
+    for steps in rises:
+        assert steps == list(range(steps[0], steps[-1] + 1))
+    assert [re.match(r"spike  step \d+  smoothed_loss ", line)[0] for line in said] == [
+        f"spike  step {steps[0]}  smoothed_loss " for steps in rises]  # fmt: skip
+    assert not any("left out" in line for line in said)
+    assert (run.state["spikes"], run.state["left_out"]) == (len(spikes), 0)
+    for spike in spikes:
+        smoothed = np.mean(losses[spike["step"] - 10 : spike["step"]])
+        assert spike["smoothed_loss"] == pytest.approx(smoothed, rel=1e-12)
+        assert spike["smoothed_loss"] > spike["smoothed_loss_limit"] and not spike["left_out"]
+
+
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_a_step_that_stands_out_is_left_out_where_that_is_asked_for(name, skips, tmp_path):
+    series = {"loss": log_normal(60, 0.05, 1), "grad_norm": log_normal(60, 0.05, 2)}
+    series[name][40] = series[name][41] = 5.0
+    left_out, said, run = watched(series["loss"], series["grad_norm"], tmp_path, skips)
+    spikes = spikes_of(tmp_path)
+    named = [spike["step"] for spike in spikes if name in spike["odd"]]
+    assert named == [41, 42] and [i + 1 for i, out in enumerate(left_out) if out] == named * skips
+    assert [spike["left_out"] for spike in spikes if name in spike["odd"]] == [skips] * 2
+    assert len(said) == 1 and said[0].startswith(f"spike  step 41  {name} 5, usually below ")
+    assert ("; its update is left out" in said[0]) == skips
+    assert (run.state["spikes"], run.state["left_out"]) == (len(spikes), 2 * skips)
+    assert (spikes[0]["largest_gradient"], spikes[0]["largest_gradient_norm"]) == ("weight", 2.0)
+
+
 def flat(optimizer):
     return {f"{i} {key}": value for i, state in optimizer.state_dict()["state"].items()
             for key, value in state.items()}  # fmt: skip
@@ -844,10 +974,14 @@ def test_an_odd_step_is_told_with_what_it_saw(name, spike_at):
     train = parts["train"]
     batch = core.ShardedBatches(train.lengths, 4, World(), seed=0).global_batch(24)
     lengths = train.lengths[batch]
-    expected = {"step": 25, "odd": ["grad_norm"], "rows": train.rows[batch].tolist(),
+    expected = {"step": 25, "odd": ["grad_norm"], "rows": data.numbers[train.rows[batch]].tolist(),
                 "lengths": lengths.tolist(), "lr": 1e-4, "targets": int(train.targets(batch).sum()),
                 "longest": int(lengths.max())}  # fmt: skip
     assert {key: spike[key] for key in expected} == expected
+    worst = int(np.argmax(spike["row_losses"]))
+    assert spike["worst_row"] == data.tokenizer.decode(train.pair(batch[worst])[0])
+    loss = np.average(spike["row_losses"], weights=train.targets(batch))
+    assert loss == pytest.approx(spike["loss"], abs=5e-5)  # of four digits
     assert spike["pad_share"] == pytest.approx(1 - lengths.sum() / (4 * lengths.max()), rel=1e-12)
     first = data.tokenizer.decode(train.pair(batch[0])[0])
     assert spike["first_row"] == first and data.texts[train.rows[batch[0]]][0] in first
@@ -875,8 +1009,11 @@ def test_skip_spikes_leaves_the_weights_of_that_step(spike_at):
     before = go("run_instruct", *argv, "--max_steps", 24, out="a")[0]["weights_sha256"]
     result, folder = go("run_instruct", *argv, "--max_steps", 25, "--skip_spikes", out="b")
     assert result["weights_sha256"] == before and [s["step"] for s in spikes_of(folder)] == [25]
+    assert (result["spikes"], result["left_out"]) == (1, 1)
+    assert "spikes  1 of 25 steps, 1 left out (spikes.jsonl)" in (folder / "log.txt").read_text()
     result, folder = go("run_instruct", *argv, "--max_steps", 25, out="c")
     assert result["weights_sha256"] != before and [s["step"] for s in spikes_of(folder)] == [25]
+    assert (result["spikes"], result["left_out"]) == (1, 0)
 
 
 @pytest.mark.parametrize("name", ["run_instruct", pytest.param("run_lora", marks=pytest.mark.slow)])
@@ -904,6 +1041,8 @@ def test_what_is_usual_survives_a_crash(name, spike_at):
     resumed, again = go(name, *argv, "--resume_timestamp", "latest", out="b")
     assert "from step_00000024" in (again / "log.txt").read_text()
     assert resumed["weights_sha256"] == whole["weights_sha256"]
+    for figures in (whole, resumed):
+        assert (figures["spikes"], figures["left_out"]) == (3, 3)
     assert (again / "spikes.jsonl").read_text() == (folder / "spikes.jsonl").read_text()
 
 
@@ -926,6 +1065,127 @@ def test_a_killed_run_with_spikes_ends_as_if_it_had_not_been():
     assert codes == [0], Path("out.txt").read_text()
     assert ranks.result("b")["weights_sha256"] == whole["weights_sha256"]
     assert (ranks.newest("b") / "spikes.jsonl").read_text() == (folder / "spikes.jsonl").read_text()
+
+
+# stopped and resumed
+
+
+def evaluated_steps(folder) -> list[int]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line["step"] for line in lines if "val/loss" in line]
+
+
+def samples_of(folder) -> list[tuple[int, int, str]]:
+    lines = map(json.loads, (folder / "samples.jsonl").read_text().splitlines())
+    return [(line["step"], line["number"], line["text"]) for line in lines]
+
+
+STOPPED = [*BARE, "--epochs", 2, "--max_steps", 20, "--eval_every", 8, "--sample_tokens", 3]
+
+
+def assert_is_the_same_run(resumed, whole):
+    (result, folder), (expected, other) = resumed, whole
+    assert result["weights_sha256"] == expected["weights_sha256"]
+    assert result["test_checkpoints"] == expected["test_checkpoints"]
+    assert evaluated_steps(folder) == evaluated_steps(other) == [0, 8, 16, 20]
+    assert samples_of(folder) == samples_of(other)
+    once = list(itertools.product([0, 8, 16, 20], range(len(sft.PROMPTS))))
+    assert [sample[:2] for sample in samples_of(folder)] == once
+
+
+@pytest.mark.parametrize("name", ["run_instruct", pytest.param("run_lora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("place", "save_every", "repeats"),
+    [
+        ("amid", 1000, False),
+        ("behind", 1000, False),
+        ("amid", 8, True),
+        pytest.param("behind", 8, True, marks=pytest.mark.slow),
+    ],
+)
+def test_an_evaluation_is_repeated_only_if_its_step_was_saved_before_it(
+    name, place, save_every, repeats, monkeypatch
+):
+    """The signal comes amid the evaluation of step 8 or behind it; without a checkpoint it is finished."""
+    argv = ["--data", toy_file(), *STOPPED, "--save_every", save_every]
+    whole, seen, sent = go(name, *argv, out="a"), [], []
+
+    def strike(step, here):
+        if (step, here) == (8, place) and not sent:
+            sent.append(here)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def reported(run, step, *rest, original=sft.report_validation):
+        seen.append(step)
+        strike(step, "amid")
+        original(run, step, *rest)
+
+    def sampled(run, cfg, step, *rest, original=sft.sample):
+        original(run, cfg, step, *rest)
+        strike(step, "behind")
+
+    monkeypatch.setattr(sft, "report_validation", reported)
+    monkeypatch.setattr(sft, "sample", sampled)
+    stopped, _ = go(name, *argv, out="b")
+    assert (stopped["status"], stopped["checkpoint"]) == ("stopped", "step_00000008")
+    resumed = go(name, *argv, "--resume_timestamp", "auto", out="b")
+    assert "from step_00000008" in (resumed[1] / "log.txt").read_text()
+    assert seen == [0, 8, 8, 16, 20] if repeats else seen == [0, 8, 16, 20]
+    assert_is_the_same_run(resumed, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_signal_behind_an_evaluation_does_not_repeat_it_on_any_number_of_ranks(name, size):
+    where = {"size": size, "env": {"TOKEN_CACHE": os.environ["TOKEN_CACHE"]}}
+    argv = ["--smoke", "--data", toy_file(), *STOPPED, "--save_every", 1000]
+    whole = ranks.run(name, *argv, **where), ranks.newest()
+    argv = ["--out", "b", *argv]
+    ranks.launch(name, *argv, sent=("step", 9, signal.SIGTERM), **where)
+    assert ranks.result("b")["checkpoint"] == "step_00000009", Path("out.txt").read_text()
+    assert ranks.launch(name, *argv, "--resume_timestamp", "auto", **where) == [0] * size
+    assert_is_the_same_run((ranks.result("b"), ranks.newest("b")), whole)
+
+
+def test_a_run_that_was_killed_before_it_knew_its_base_can_be_exported_in_the_end():
+    argv = ["--data", toy_file(53), *BARE, "--max_steps", 2, "--no-final_eval"]  # 53: not in the cache yet
+    where = {"env": {"TOKEN_CACHE": os.environ["TOKEN_CACHE"]}}
+    assert ranks.launch("run_lora", "--smoke", "--out", "out", *argv, kill=("caching", 1, 0), **where) == [-9]
+    folder = ranks.newest()
+    assert runs.read_config(folder)["facts"] == {}
+    result, again = go("run_lora", *argv, "--resume_timestamp", "auto")
+    facts = runs.read_config(folder)["facts"]
+    assert again == folder and facts["base_sha256"] == result["base_sha256"]
+    assert set(facts["fingerprint"]) == {"data", "tokenizer", "template"}
+    run_lora.main(config("run_lora", "--mode", "export", "--run", folder), World())
+    assert (folder / "peft" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["run_instruct", pytest.param("run_lora", marks=pytest.mark.slow)])
+def test_other_validation_rows_or_another_plain_text_are_refused_by_a_resume(name, monkeypatch, capfd):
+    texts = {f"{i}.txt": f"Document {i} tells of apples. " * 9 for i in range(60)}
+    Path("plain").mkdir()
+    for file, text in texts.items():
+        Path("plain", file).write_text(text)
+    pieces = corpus.split_pieces(corpus.Corpus("plain", ""), core.BadRows())
+    held = [text for part, text, _ in pieces if part == "test"]
+    argv = ["--data", toy_file(), *BARE, "--max_steps", 2, "--no-final_eval", "--eval_rows", 2]
+    argv += ["--plain", "plain", "--plain_blocks", 9]
+    _, folder = go(name, *argv)
+    assert len(held) > 1 and "plain" in runs.read_config(folder)["facts"]
+    flags = ["--smoke", "--out", "out", "--resume_timestamp", folder.name[:15], "--max_steps", 4]
+    error = fails(name, [*flags, "--eval_rows", 3], monkeypatch, capfd)
+    assert f"{folder} ran with --eval_rows 2, not 3: drop these flags, or start a new run" in error
+    before = (folder / "log.txt").read_text(), (folder / "result.json").read_text()
+    changed = next(file for file, text in texts.items() if text in held)
+    Path("plain", changed).write_text(texts[changed] + "Pears, too.")
+    assert f"plain is not what {folder} began with" in fails(name, flags, monkeypatch, capfd)
+    assert (folder / "log.txt").read_text().startswith(before[0])
+    assert (folder / "result.json").read_text() == before[1]
+    Path("plain", changed).write_text(texts[changed])
+    result, _ = go(name, *argv[:4], *flags[3:])
+    assert result["step"] == 4
 
 
 # frozen blocks
@@ -959,6 +1219,7 @@ def test_the_embedding_of_a_model_with_its_own_head_is_frozen_too(gpt2_folder):
 # answers
 
 
+@pytest.mark.slow
 def test_answers_are_the_same_on_1_2_and_3_ranks_and_in_any_batch(tuned):
     _, model = tuned
     argv = ["--smoke", "--model", model, "--max_steps", 0, "--plain_blocks", 0, "--sample_tokens", 0]
@@ -1050,11 +1311,54 @@ def test_empty_answers_are_counted_and_an_id_of_0_is_an_answer(tmp_path):
     assert "answers  4 in responses.json, 2 empty" in said
 
 
+def test_rows_whose_answer_has_no_word_do_not_count_among_first_words():
+    data = by_hand(*[([i], [7]) for i in range(5)])
+    data.texts = [["q", "", text] for text in ("Yes, it is.", "...", "no", "YES!", "")]
+    s = SimpleNamespace(data=data, parts={"train": sft.Examples(data, np.array([0, 3, 2]), 9)})
+    run = SimpleNamespace(say=lambda line: None)
+    figures = sft.first_words(run, s, np.arange(5), ["yes", "...", "yes", "no", ""])
+    assert figures["test/first_word"] == 1 / 3 and figures["test/first_word_guess"] == 2 / 3
+    assert sft.first_words(run, s, np.array([1, 4]), ["", "word"]) == {}
+
+
+# questions
+
+
+@pytest.mark.parametrize("fixture", ["tuned", "adapted"])
+def test_a_run_answers_what_it_is_asked(fixture, request, monkeypatch, capfd):
+    _, folder = request.getfixturevalue(fixture)
+    name = {"tuned": "run_instruct", "adapted": "run_lora"}[fixture]
+    argv = ["--mode", "ask", "--run", folder, "--max_new_tokens", 9]
+    cfg, model, tokenizer = SCRIPTS[name].load_model(folder, World())
+    questions = ["What does math.sin do?", "Explain os.path.join in a sentence."]
+    texts = [sft.prompt_text(question, "", cfg.template) for question in questions]
+    prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    expected = [sft.answers(model, tokenizer, [ids], 9, 1, World())[0] for ids in prompts]
+    capfd.readouterr()
+    SCRIPTS[name].main(config(name, *argv, "--prompt", f" {questions[0]} "), World())
+    assert capfd.readouterr().out == f"{expected[0]}\n" and expected[0]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([questions[1], "", questions[0]])))
+    SCRIPTS[name].main(config(name, *argv), World())
+    assert capfd.readouterr().out == f"{expected[1]}\n{expected[0]}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("run_instruct", "ask"), ("run_lora", "ask"), ("run_lora", "export")]
+)
+def test_a_question_takes_one_process(name, mode):
+    cfg = config(name, "--mode", mode, "--run", "nowhere", "--prompt", "Why?")
+    for rank in (0, 1):
+        with pytest.raises(UserError, match=f"--mode {mode} runs in one process: start it with python$"):
+            SCRIPTS[name].main(cfg, World(rank=rank, size=2))
+    assert not list(Path().iterdir())
+
+
 # adapters
 
 
 def tune_folder(gpt2_folder, *argv, out="out"):
-    most = ["--model", gpt2_folder, "--tie_head", "--no-lora_head", "--lr", 0.02, "--data", toy_file()]
+    most = ["--model", gpt2_folder, "--tie_head", "--lr", 0.02, "--data", toy_file()]
+    most += [] if "--adapter" in argv else ["--no-lora_head"]  # an adapter brings its own
     return go("run_lora", *most, *BARE, *argv, out=out)
 
 
@@ -1099,8 +1403,13 @@ def test_exported_adapters_are_the_run_to_peft_and_to_a_run_that_goes_on(gpt2_fo
 
     result, folder = tune_folder(gpt2_folder, "--test_weights", "last", "--lora_alpha", 32)
     run_lora.main(config("run_lora", "--mode", "export", "--run", folder), World())
-    lines = [f"written: {folder}/merged", f"written: {folder}/peft, adapters for {gpt2_folder}"]
-    assert capfd.readouterr().out.splitlines()[-2:] == lines
+    out = capfd.readouterr().out
+    assert out.splitlines()[-4:] == [
+        f"written: {folder}/merged",
+        f"next: python gpt_scratch.py --mode generate --model {folder}/merged",
+        f"written: {folder}/peft, adapters for",
+        f"  {gpt2_folder}",
+    ]
     cfg, model, tokenizer = run_lora.load_model(folder, World())
     _, parts = parts_of(cfg)
     ids = parts["test"].batch(range(4), "cpu")[0]
@@ -1135,6 +1444,75 @@ def test_the_base_that_exported_adapters_name_is_there(adapted, capfd):
     assert Path(base).is_dir()
 
 
+def exported(folder) -> dict[str, torch.Tensor]:
+    run_lora.main(config("run_lora", "--mode", "export", "--run", folder), World())
+    peft, merged = (
+        safetensors.torch.load_file(folder / path)
+        for path in ("peft/adapter_model.safetensors", "merged/model.safetensors")
+    )
+    return {**{f"peft {k}": w for k, w in peft.items()}, **{f"merged {k}": w for k, w in merged.items()}}
+
+
+def test_adapters_that_a_run_began_with_may_go(gpt2_folder):
+    steady = ["--schedule", "constant", "--warmup", 0, "--test_weights", "last", "--no-final_eval"]
+    argv = ["--max_steps", 4, *steady]
+    _, first = tune_folder(gpt2_folder, *argv, "--lora_rank", 3, "--lora_alpha", 6, out="first")
+    exported(first)
+    shutil.move(first / "peft", "mine")
+    argv = [*steady, "--adapter", "mine"]
+    whole, other = tune_folder(gpt2_folder, *argv, "--max_steps", 8, out="whole")
+    _, folder = tune_folder(gpt2_folder, *argv, "--max_steps", 4)
+    kept = {path.name: path.read_bytes() for path in (folder / "adapter").iterdir()}
+    assert kept == {path.name: path.read_bytes() for path in Path("mine").iterdir()}
+    model = run_lora.load_model(folder, World())[1]
+    shutil.rmtree("mine")
+    assert runs.weights_sha256(run_lora.load_model(folder, World())[1]) == runs.weights_sha256(model)
+    assert exported(folder).keys() == exported(other).keys()
+    resumed, _ = tune_folder(gpt2_folder, *argv, "--max_steps", 8, "--resume_timestamp", folder.name[:15])
+    assert resumed["weights_sha256"] == whole["weights_sha256"]
+
+
+def test_a_second_export_takes_the_place_of_the_first(gpt2_folder):
+    argv = ["--test_weights", "last", "--no-final_eval", "--schedule", "constant", "--warmup", 0]
+    _, other = tune_folder(gpt2_folder, *argv, "--epochs", 2, out="whole")
+    _, folder = tune_folder(gpt2_folder, *argv)
+    before = exported(folder)
+    again = tune_folder(gpt2_folder, *argv, "--epochs", 2, "--resume_timestamp", folder.name[:15])[1]
+    assert again == folder
+    after, expected = exported(folder), exported(other)
+    assert after.keys() == before.keys() == expected.keys()
+    assert all(torch.equal(after[name], expected[name]) for name in expected)
+    for kind in ("peft", "merged"):
+        assert any(not torch.equal(after[n], before[n]) for n in after if n.startswith(kind))
+
+
+@pytest.mark.parametrize("how", ["fresh", "adapter"])
+def test_a_head_is_exported_beside_a_base_with_a_head_of_its_own(how, gpt2_folder):
+    """Onto a tied base peft would merge it into the embedding, too."""
+    argv = ["--model", gpt2_folder, "--no-tie_head", "--data", toy_file(), *BARE, "--max_steps", 2]
+    argv += ["--no-final_eval"]
+    _, folder = go("run_lora", *argv, "--lora_head", smoke=False)
+    names = exported(folder)
+    if how == "adapter":
+        _, folder = go("run_lora", *argv, "--adapter", folder / "peft", out="again", smoke=False)
+        assert exported(folder).keys() == names.keys()
+    base = json.loads((folder / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert "peft base_model.model.lm_head.lora_A.weight" in names
+    assert Path(base).is_absolute() and Path(base).samefile(folder / "base")
+    weights = safetensors.torch.load_file(Path(base) / "model.safetensors")
+    assert torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"])
+
+
+def test_adapters_on_the_output_matrix_alone_are_a_run():
+    argv = ["--data", toy_file(), *BARE, "--max_steps", 2, "--lora_layers", 0, "--lora_head", "--no-tie_head"]
+    _, folder = go("run_lora", *argv)
+    weights = [safetensors.torch.load_file(path) for path in folder.glob("checkpoints/*/model.safetensors")]
+    assert weights and all(set(held) == {"lm_head.A", "lm_head.B"} for held in weights)
+    assert any(held["lm_head.B"].any() for held in weights)
+    assert {key.split(".lora_")[0] for key in exported(folder) if key.startswith("peft")} == {
+        "peft base_model.model.lm_head"}  # fmt: skip
+
+
 @pytest.mark.parametrize("fixture", ["tuned", "adapted"])
 def test_a_run_can_be_opened_and_measures_as_it_did(fixture, request):
     result, folder = request.getfixturevalue(fixture)
@@ -1143,11 +1521,12 @@ def test_a_run_can_be_opened_and_measures_as_it_did(fixture, request):
     data, parts = parts_of(cfg)
     assert tokenizer.get_vocab() == data.tokenizer.get_vocab() and not model.training
     sums = SCRIPTS[name].evaluate(model, parts["test"], cfg, World())
-    m = sft.measure(sums, data.groups[parts["test"].rows])
+    frequencies = sft.unigram_losses(parts["test"], parts["train"])
+    m = sft.measure(sums, data.groups[parts["test"].rows], frequencies)
     assert {f"test/{k}": v for k, v in m.items()} == {k: result[k] for k in (f"test/{k}" for k in m)}
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [pytest.param("run_instruct", marks=pytest.mark.slow), "run_lora"])
 def test_a_run_in_fp64_can_be_opened(name):
     argv = ["--data", toy_file(), *BARE, "--max_steps", 3, "--dtype", "fp64"]
     result, folder = go(name, *argv)
@@ -1191,7 +1570,7 @@ def test_the_whole_smoke_run_learns(name, figure, least):
     assert losses[-1] < losses[0] - 1.0 and result[figure] >= least
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [pytest.param("run_instruct", marks=pytest.mark.slow), "run_lora"])
 def test_an_untrained_run_knows_and_forgets_nothing(name):
     result, _ = go(name, "--max_steps", 0, "--sample_tokens", 0, "--plain_blocks", 4, "--answer_rows", 30)
     assert result["step"] == 0 and "alarm" not in result
@@ -1219,7 +1598,7 @@ def test_what_is_forgotten_is_the_difference_to_the_initial_model(tuned):
 def test_a_plain_corpus_without_held_out_text_is_an_error(monkeypatch):
     monkeypatch.setattr(corpus, "split_pieces", lambda *a: [("train", "text", True), ("val", "more", True)])
     tokenizer = corpus.make_tokenizer("bytes", lambda: [])
-    with pytest.raises(UserError, match=r"--plain one.txt has no held-out document"):
+    with pytest.raises(UserError, match=r"^one.txt has no held-out document"):
         sft.plain_blocks("one.txt", tokenizer, 16, 2)
 
 
@@ -1252,7 +1631,9 @@ TUNE = [(name, *case) for name in SCRIPTS for case in [
     (["--model", "tiny:foo"], "--model tiny:foo: the only tiny one here is tiny:gpt2"),
     (["--data", "absent.json"], "no such file or folder: absent.json"),
     (["--data", "odd.json"], "odd.json lacks column(s) instruction, output; found: question, answer"),
-    (["--data", "long.json", "--max_length", 64], "leaves no train rows of 20: use more rows or a larger"),
+    (["--data", "long.json", "--max_length", 64], "prompts of all 20 rows fill 64 tokens: use a larger"),
+    (["--data", "rows.json", "--split", "file_order", "--max_documents", 3], "leaves no test rows of 3: use"),
+    (["--data", "rows.json", "--plain", "absent.txt", "--plain_blocks", 2], "--plain: no such file or fold"),
     (["--data", "rows.json", "--batch", 5000], "training rows do not fill a batch of 5000"),
     (["--data", "rows.json", "--max_documents", 2], "cannot be split into 3 parts"),
     (["--data", "rows.json", "--model", "base", "--max_length", 65],
@@ -1264,6 +1645,7 @@ ERRORS = [
     ("run_lora", ["--lora_head", "--tie_head"], "the output matrix is the embedding: use --no-tie_head"),
     ("run_lora", ["--adapter", "nowhere"], "nowhere is no whole adapter of peft"),
     ("run_lora", ["--lora_layers", 3], "--lora_layers 3 is more than the model's 2 blocks"),
+    ("run_lora", ["--lora_layers", 0, "--no-lora_head"], "use more --lora_layers, or --lora_head"),
     ("run_lora", ["--mode", "export", "--run", "nowhere"], "nowhere is no run folder"),
 ]
 
@@ -1280,6 +1662,18 @@ def test_a_mistake_is_one_line_and_leaves_no_folder(name, argv, line, gpt2_folde
     error = fails(name, ["--smoke", "--out", "out", *QUIET, *argv], monkeypatch, capfd)
     assert line in error
     assert not list(Path("out").glob("*"))
+
+
+@pytest.mark.parametrize("name", ["run_instruct", pytest.param("run_lora", marks=pytest.mark.slow)])
+def test_a_run_with_an_output_matrix_of_its_own_is_no_tied_model(name, monkeypatch, capfd):
+    argv = ["--smoke", *QUIET, "--data", toy_file(), "--batch", 4]
+    _, base = go("run_instruct", *argv, "--no-tie_head", "--max_steps", 0, "--no-final_eval", out="base")
+    argv += ["--out", "out", "--model", base, "--no-lora_head"][: None if name == "run_lora" else 4]
+    error = fails(name, [*argv, "--tie_head"], monkeypatch, capfd)
+    assert f"{base} has an output matrix of its own: use --no-tie_head" in error
+    assert not list(Path("out").glob("*"))
+    result, _ = go(name, *argv[1:], "--no-tie_head", "--max_steps", 1, "--no-final_eval")
+    assert result["step"] == 1
 
 
 def test_a_tiny_model_too_has_no_more_positions_than_it_has(monkeypatch, capfd):
@@ -1332,7 +1726,10 @@ def test_overfitting_is_called_half_an_epoch_behind_the_lowest_loss_and_not_befo
     said = reports([3.0, 2.0, 2.5, 2.6, 2.0, 1.9, 1.95, 1.91])
     called = [number for number, lines in enumerate(said) if any("OVERFITTING" in line for line in lines)]
     assert called == [3, 4, 7]  # at steps 30 and 40 after step 10, at step 70 after step 50
-    assert said[3][1] == "epoch  val  OVERFITTING? no fall for 0.5 epochs: 2.0000 at step 10"
+    assert (
+        said[3][1]
+        == "epoch  val  no fall for 0.5 epochs (lowest 2.0000 at step 10): OVERFITTING if train falls"
+    )
     assert said[0] == ["epoch  val  loss 3.0000 ± 0.1000  perplexity 20.09  accuracy 0.500 ± 0.100"]
     falling = reports(np.linspace(3, 1, 20).tolist(), steps_per_epoch=2)  # each is lower: never
     assert [len(lines) for lines in falling] == [1] * 20
@@ -1356,7 +1753,7 @@ def test_the_run_begins_with_the_journals_table():
 def test_the_loss_is_shown_as_it_masks():
     shown = sft.describe_example(every(by_hand(([1, 2, 3], [4, 5]))))
     assert shown.splitlines() == [
-        "the loss sees row 0: 3 targets, 3 tokens masked; padding is masked",
+        "the loss sees row 1: 3 targets, 3 tokens masked; padding is masked",
         "  masked:  1 2 3",
         f"  counted: 4 5 {END}",
     ]
