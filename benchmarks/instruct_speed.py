@@ -13,6 +13,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,7 +109,7 @@ def peer(who, examples, batches, counter):
             counter.end(int(examples.targets(next(targets)).sum()))
 
     settings = {
-        **{"output_dir": "/tmp/instruct_speed", "per_device_train_batch_size": BATCH, "use_cpu": True},
+        **{"output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": BATCH, "use_cpu": True},
         **{"max_steps": len(batches), "save_strategy": "no", "report_to": [], "disable_tqdm": True},
         **{"learning_rate": 5e-5, "logging_strategy": "no", "bf16": False},
     }
