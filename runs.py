@@ -39,7 +39,7 @@ import core
 SHARED = ("corpus.py", "gpt_scratch.py", "lora.py", "sft.py")  # go to source/ beside core.py and the script
 MAY_CHANGE = {  # what a flag may tell a resumed run anew: length, cadence, bookkeeping, how it is computed
     *("epochs", "max_steps", "max_minutes", "eval_batch", "eval_every", "final_eval", "save_every", "keep"),
-    *("log_every", "price_per_hour", "note", "micro_batch", "compile", "answer_rows"),
+    *("log_every", "price_per_hour", "note", "micro_batch", "micro_tokens", "compile", "answer_rows"),
 }
 # of the call, not of the run: what was stored of these never counts
 OF_THE_CALL = {"out", "tag", "resume_timestamp", "resume_step", "backend"}
@@ -166,21 +166,20 @@ class Run:
         loss = core.all_reduce_sum(self.world, torch.tensor(loss_sum, dtype=torch.float64)).item() / targets
 
         def is_odd(norm) -> bool:
-            values, bands = {"loss": loss, "grad_norm": norm}, self.state.setdefault("bands", {})
+            bands = self.state.setdefault("bands", {})
             recent = [*bands.get("loss", []), loss][-SMOOTHED:]
-            smooth = values | {
-                "smoothed_loss": sum(recent) / len(recent)
-            }  # sees a shift that no step stands out in
-            limits = {name: spike_limit(bands.setdefault(name, []), LEAST[name]) for name in smooth}
-            odd = [name for name, value in smooth.items() if not value <= limits[name]]
-            for name, value in smooth.items():
+            # the mean sees a rise in which no single step stands out
+            values = {"loss": loss, "grad_norm": norm, "smoothed_loss": sum(recent) / len(recent)}
+            limits = {name: spike_limit(bands.setdefault(name, []), LEAST[name]) for name in values}
+            odd = [name for name, value in values.items() if not value <= limits[name]]
+            for name, value in values.items():
                 bands[name] = [*bands[name], value][-BAND:] if math.isfinite(value) else bands[name]
             left_out = self.cfg.skip_spikes and bool({"loss", "grad_norm"} & set(odd))
             self.state["spikes"] = self.state.get("spikes", 0) + bool(odd)
             self.state["left_out"] = self.state.get("left_out", 0) + left_out
             if odd and self.world.is_main:
                 record = {"step": self.first_step + step, "odd": odd, "left_out": left_out}
-                self._note_spike(record, smooth, limits, model, describe())
+                self._note_spike(record, values, limits, model, describe())
             self.state["was_odd"] = bool(odd)
             return left_out
 
@@ -488,11 +487,11 @@ class Run:
         self._tensorboard = SummaryWriter(self.folder / "tb", purge_step=0)
         for line in metrics.read_text().splitlines():
             self._to_tensorboard(json.loads(line))
-        at = self.position.get("step", 0)
-        drawn = at + (
-            self.position.get("state", {}).get("evaluated") == at
-        )  # else it will be evaluated again
-        for row in _keep_rows(self.folder / "samples.jsonl", drawn):
+        at, evaluated = (
+            self.position.get("step", 0),
+            self.state.get("evaluated"),
+        )  # else `at` is evaluated again
+        for row in _keep_rows(self.folder / "samples.jsonl", at + (evaluated == at)):
             self._show_sample(**row)
         _keep_rows(self.folder / "spikes.jsonl", at + 1)
         self._tensorboard.flush()
