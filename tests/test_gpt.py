@@ -1074,6 +1074,7 @@ def launched(*argv, size=1):
     return ranks.run("gpt_scratch", "--smoke", "--max_documents", 20, "--val_share", 0.2, *argv, size=size)
 
 
+@pytest.mark.slow
 def test_the_finder_draws_the_same_curve_on_two_ranks_and_leaves_the_weights():
     curves = []
     for size in (1, 2):

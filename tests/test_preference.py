@@ -396,6 +396,7 @@ def test_smoke_without_the_prompt_is_chance_as_in_the_journals_first_run():
     assert low <= 1 / 3 <= high and got["test/alarm"].startswith("NOT LEARNING")
 
 
+@pytest.mark.slow
 def test_smoke_under_torchrun_gives_the_same_loss(smoke, tmp_path):
     process = command("--smoke", "--out", "out", torchrun=2)
     said = process.communicate(timeout=180)[0]
@@ -424,7 +425,7 @@ def test_a_finished_run_is_rebuilt_from_its_folder_alone(smoke, cache):
     assert loss == pytest.approx(got["test/log_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("torchrun", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("torchrun", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_then_the_same_command_with_auto_ends_in_the_same_weights(torchrun):
     flags = ["--smoke", "--max_documents", 600, "--epochs", 6, "--log_every", 5]
     straight = command(*flags, "--out", "straight", torchrun=torchrun)
