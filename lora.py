@@ -105,10 +105,14 @@ def _targets(model, targets, head, last_layers) -> list[str]:
 
 def _wrap(model, name, rank, multiplier, dropout=0.0) -> LoRALinear:
     path, _, last = name.rpartition(".")
-    parent, parts = model.get_submodule(path), FUSED.get(name.split(".", 2)[-1], 1)
-    layer = LoRALinear(getattr(parent, last), rank, multiplier, dropout, parts)
+    parent = model.get_submodule(path)
+    layer = LoRALinear(getattr(parent, last), rank, multiplier, dropout, _parts(name))
     setattr(parent, last, layer)
     return layer
+
+
+def _parts(name) -> int:
+    return FUSED.get(name.split(".", 2)[-1], 1)
 
 
 def adapted(model) -> dict[str, LoRALinear]:
@@ -219,7 +223,7 @@ def load_peft(model, folder, dropout=0.0) -> list[str]:
         A, B = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
         alpha = _pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"])
         multiplier = alpha / (math.sqrt(len(A)) if config.get("use_rslora") else len(A))
-        parts = FUSED.get(name.split(".", 2)[-1], 1)
+        parts = _parts(name)
         A, B = _in_parts(A, B, parts)
         layer = _wrap(model, name, len(A) // parts, multiplier, dropout)
         with torch.no_grad():
@@ -233,7 +237,7 @@ NOT_PLAIN = (  # settings of peft that change what an adapter means
     *("layer_replication", "trainable_token_indices", "use_qalora", "use_bdlora", "arrow_config"),
     *("kasa_config", "monteclora_config"),
 )
-MOVES_BASE = ("pissa", "olora", "corda", "loftq", "eva_base", "lora_ga")  # kinds of init_lora_weights
+MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # kinds of init_lora_weights
 
 
 def _read_peft(folder) -> tuple[dict, dict]:

@@ -292,6 +292,17 @@ class Examples:
             input_ids[row, : len(ids)], labels[row, : len(ids)] = torch.tensor(ids), torch.tensor(wanted)
         return input_ids.to(device), labels.to(device)
 
+    def wanted(self) -> list[np.ndarray]:
+        """The targets of each."""
+        masked = self.masked(range(len(self)))
+        return [np.array(self.pair(i)[1][n:]) for i, n in enumerate(masked.tolist())]
+
+    @functools.cached_property
+    def log_frequencies(self) -> np.ndarray:
+        """(V,): how often each token is a target here, one more of each, as log shares."""
+        counts = np.bincount(np.concatenate(self.wanted()), minlength=len(self.data.tokenizer)) + 1
+        return np.log(counts / counts.sum())
+
     def some(self, n):
         """`n` of them, spread evenly; none: all."""
         chosen = np.linspace(0, len(self) - 1, min(n or len(self), len(self))).round().astype(int)
@@ -524,13 +535,7 @@ def measure(sums, groups, unigram=None) -> dict:
 
 def unigram_losses(examples, train) -> np.ndarray:
     """Summed loss of each example's targets by how often each token is a target in training."""
-
-    def wanted(some):
-        return [np.array(some.pair(i)[1])[some.masked([i])[0] :] for i in range(len(some))]
-
-    counts = np.bincount(np.concatenate(wanted(train)), minlength=len(train.data.tokenizer)) + 1
-    log_share = np.log(counts / counts.sum())
-    return np.array([-log_share[labels].sum() for labels in wanted(examples)])
+    return np.array([-train.log_frequencies[labels].sum() for labels in examples.wanted()])
 
 
 def check(run, cfg, s, model, step, where, keep_best, poll):

@@ -24,6 +24,7 @@ PLACES = {  # where a kill or a signal can be made to strike: the function that 
     "caching run_instruct": ("core", "write_texts"),
     "caching run_lora": ("core", "write_texts"),
     "sampling gpt_scratch": ("gpt_scratch", "choose"),
+    "sampling run_instruct": ("gpt_scratch", "choose"),
     "step": ("core", "optimizer_step"),
     "evaluation": ("runs.Run", "poll"),
     "save": ("runs", "write_manifest"),

@@ -210,6 +210,30 @@ def test_a_signal_while_rank_0_samples_is_heard_there(size, straight):
     same_curves(newest(), straight(script, size)[1])
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_signal_while_all_ranks_answer_is_agreed_on(size, straight):
+    """Law 5: the second token of the test rows' answers; ranks that are done keep polling."""
+    script = "run_instruct"
+    flags = [*SHORT[script], "--sample_tokens", 0]
+    codes = launch(script, "--out", "out", *flags, size=size, sent=("sampling", 2, signal.SIGTERM))
+    assert codes == [0] * size, Path("out.txt").read_text()
+    assert result()["why"] == "Stop: SIGTERM" and result()["checkpoint"] == "step_00000034"
+    same_outcome(run(script, *flags, *AUTO, size=size), straight(script, size)[0])
+
+
+def test_packing_does_not_depend_on_ranks_or_accumulation():
+    """Law 1: packs are made before they are shared out; fp64, to 1e-9."""
+    flags = [*SHORT["run_instruct"], *EXACT["run_instruct"], "--pack", "--batch", 5, "--max_steps", 8]
+    flags, reference = [*flags, "--dtype", "fp64", "--test_weights", "last"], None
+    for size, micro_batch in [(1, "none"), (2, 1), (3, "none")]:
+        got = run("run_instruct", *flags, "--micro_batch", micro_batch, size=size)
+        weights = load_file(newest() / "checkpoints" / got["checkpoint"] / "model.safetensors")
+        reference = reference or weights
+        for name, value in weights.items():
+            torch.testing.assert_close(value, reference[name], rtol=0, atol=1e-9, msg=f"{size} {name}")
+        shutil.rmtree("out")
+
+
 @pytest.mark.parametrize("script", on_every_script(()))
 def test_a_signal_to_one_rank_stops_all(script, straight):
     codes = launch(script, "--out", "out", *SHORT[script], *AUTO, size=3, sent=("step", 6, signal.SIGTERM, 2))
