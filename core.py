@@ -1,6 +1,6 @@
 """What the scripts share and must not drift, in the order a script uses it.
 
-constants -> processes -> sampling -> data sets -> encoders -> optimisation -> statistics; runs.py keeps the
+constants -> processes -> sampling -> data sets -> optimisation -> statistics; runs.py keeps the
 run folder
 
 Read a run_*.py first and come here for one verb at a time. The loop, and whatever two experiments could
@@ -74,7 +74,8 @@ class LostRanks(RuntimeError):
 
 LIMITS = {  # constants: lowest and highest legal value, in whichever script they appear
     "batch micro_batch micro_tokens eval_batch max_documents log_every save_every eval_every": (1, math.inf),
-    "epochs max_steps max_minutes lr min_lr weight_decay price_per_hour resume_step": (0, math.inf),
+    "epochs max_steps max_minutes lr head_lr min_lr weight_decay price_per_hour resume_step": (0, math.inf),
+    "layer_decay": (1e-3, 1),
     "n_layer n_head n_embd n_inner block_size top_k max_new_tokens find_steps": (1, math.inf),
     "temperature": (0, math.inf),
     "find_from find_to eps": (1e-30, math.inf),
@@ -768,6 +769,32 @@ def split_by_group(groups, labels, shares, seed) -> np.ndarray:
 # Token ids are computed once and mapped into memory afterwards.
 
 
+def pretrained_tokenizer(name, built_in):
+    """The fast tokenizer of a Hub id or folder; `built_in` is what an error recommends instead."""
+
+    def load():
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(name, use_fast=True)
+
+    tokenizer = local_or_hub("tokenizer", name, load, built_in)
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"tokenizer of {name} is not a fast one: use one with a tokenizer.json")
+    return tokenizer
+
+
+def local_or_hub(what, name, load, built_in):
+    """`load()` of a folder or Hub id, with every failure in one line."""
+    if not Path(name).is_dir():
+        if name[:1] in ("", ".", "/", "~"):
+            raise UserError(f"no such folder: {name or repr(name)}")
+        return from_hub(what, name, load, f"a local folder, or {built_in}")
+    try:
+        return _quietly(load)
+    except Exception as error:  # as many kinds as there are ways to damage a folder
+        raise UserError(f"{what} in folder {name} cannot be loaded: {_first_line(error)}") from error
+
+
 def tokenizer_fingerprint(tokenizer) -> str:
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
@@ -884,180 +911,14 @@ def progress(total, what, world=World(), unit="it"):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 5. Encoders
+# 5. Optimisation
 # ----------------------------------------------------------------------------------------------------------
-
-TINY = {  # 0.1: a vector of 64 numbers then starts as large as one of 768 does with the usual 0.02
-    **{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
-    "initializer_range": 0.1,
-}
-TINY_FAMILIES = {  # what each family needs beside TINY
-    "distilbert": {"hidden_dim": 128},
-    "bert": {},
-    "roberta": {"max_position_embeddings": 514, "type_vocab_size": 1},
-    "electra": {"embedding_size": 64},
-    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0},
-    "albert": {"embedding_size": 64},
-}
-
-
-def tiny(name) -> str:
-    """The small stand-in of the same family: `microsoft/deberta-base` -> `tiny:deberta`."""
-    longest_first = sorted(TINY_FAMILIES, key=len, reverse=True)  # distilbert before bert
-    return f"tiny:{next((family for family in longest_first if family in name.lower()), 'bert')}"
-
-
-def load_tokenizer(name, texts=()):
-    """A fast tokenizer with cls and sep tokens: Hub id, folder, or (tiny:*) the words of `texts`."""
-    if name.startswith("tiny:"):
-        return _word_tokenizer(texts)
-    tokenizer = pretrained_tokenizer(name, "tiny:bert (built in)")
-    if None in (tokenizer.cls_token_id, tokenizer.sep_token_id):
-        raise UserError(f"tokenizer of {name} has no cls and sep token: use an encoder of the BERT family")
-    return tokenizer
-
-
-def pretrained_tokenizer(name, built_in):
-    """The fast tokenizer of a Hub id or folder; `built_in` is what an error recommends instead."""
-
-    def load():
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(name, use_fast=True)
-
-    tokenizer = local_or_hub("tokenizer", name, load, built_in)
-    if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"tokenizer of {name} is not a fast one: use one with a tokenizer.json")
-    return tokenizer
-
-
-def _word_tokenizer(texts, size=4096):
-    """Lower-cased words by frequency, ties by spelling: a pure function of the texts."""
-    import tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    counts = Counter(word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text.lower()))
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    words = sorted(counts, key=lambda word: (-counts[word], word))[: size - len(special)]
-    vocabulary = {word: i for i, word in enumerate([*special, *words])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = tokenizers.normalizers.Lowercase()
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()  # the regular expression above
-    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), special, strict=True))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-
-
-def load_encoder(name, tokenizer, dropout=None) -> nn.Module:
-    """An AutoModel in fp32, never with a pooler: Hub id, folder, or tiny:<family> (random weights).
-
-    `dropout` replaces the pretrained dropout of hidden states and attention. Weights that a checkpoint lacks
-    are an error: transformers would fill them at random.
-    """
-    from transformers import AutoConfig, AutoModel
-
-    if name.startswith("tiny:"):
-        if (family := name.removeprefix("tiny:")) not in TINY_FAMILIES:
-            raise UserError(f"--model {name}: use tiny: with one of {', '.join(TINY_FAMILIES)}")
-        ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-        config = AutoConfig.for_model(family, **TINY, **TINY_FAMILIES[family], **ids)
-        return encoder_from_config(_with_dropout(config, dropout))
-
-    def load():
-        config = _with_dropout(AutoConfig.from_pretrained(name), dropout)
-        return AutoModel.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
-
-    model, info = local_or_hub("model", name, load, "tiny:bert (built in)")
-    if missing := sorted(key for key in info["missing_keys"] if not key.startswith("pooler.")):
-        raise UserError(f"model {name} lacks {len(missing)} weights, e.g. {missing[0]}: is it an encoder?")
-    return _without_pooler(model)
-
-
-def encoder_from_config(config) -> nn.Module:
-    """The architecture with random weights, for tiny:* and for weights that a run saved."""
-    from transformers import AutoModel
-
-    return _without_pooler(AutoModel.from_config(config, dtype=torch.float32))
-
-
-def local_or_hub(what, name, load, built_in):
-    """`load()` of a folder or Hub id, with every failure in one line."""
-    if not Path(name).is_dir():
-        if name[:1] in ("", ".", "/", "~"):
-            raise UserError(f"no such folder: {name or repr(name)}")
-        return from_hub(what, name, load, f"a local folder, or {built_in}")
-    try:
-        return _quietly(load)
-    except Exception as error:  # as many kinds as there are ways to damage a folder
-        raise UserError(f"{what} in folder {name} cannot be loaded: {_first_line(error)}") from error
-
-
-def _with_dropout(config, dropout):
-    for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
-        if dropout is not None and hasattr(config, field):
-            setattr(config, field, dropout)
-    return config
-
-
-def _without_pooler(model):
-    """Only the last hidden state is used: a pooler's weights would get no gradient, and DDP would wait."""
-    if getattr(model, "pooler", None) is not None:
-        model.pooler = None
-    return model.train()
-
-
-def position_limit(encoder) -> int:
-    """Tokens that the position table holds; that of RoBERTa's kin starts behind the padding index."""
-    tables = [m for name, m in encoder.named_modules() if name.endswith("position_embeddings")]
-    skipped = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
-    return encoder.config.max_position_embeddings - max(skipped, default=0)
-
-
-class ResponseScorer(nn.Module):
-    """Encoder applied to side A and to side B, first-token vectors concatenated, MLP head -> (B, 3)."""
-
-    GROUPS = 4  # sides are encoded in groups of similar length: padding costs as much as text
-
-    def __init__(self, encoder, dropout, classes):
-        super().__init__()
-        h = encoder.config.hidden_size
-        self.encoder = encoder
-        self.head = nn.Sequential(
-            *(nn.Linear(2 * h, h), nn.ReLU(), nn.Dropout(dropout)),
-            *(nn.Linear(h, h // 2), nn.ReLU(), nn.Dropout(dropout)),
-            nn.Linear(h // 2, classes),
-        )
-
-    def forward(self, input_ids, lengths):
-        """input_ids (2B, T): B rows of side A, then of side B, padded; lengths: a list of their lengths."""
-        a, b = self.encode(input_ids, lengths).chunk(2)
-        return self.head(torch.cat([a, b], dim=-1))
-
-    def encode(self, input_ids, lengths):
-        """First-token vectors (N, h) in the order given; the grouping changes nothing but rounding."""
-        order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        size = max(8, math.ceil(len(order) / self.GROUPS))
-        groups = [order[start : start + size] for start in range(0, len(order), size)]
-        first = torch.cat(
-            [self._encode_group(input_ids[group], [lengths[i] for i in group]) for group in groups]
-        )
-        return first[torch.tensor(order, device=first.device).argsort()]
-
-    def _encode_group(self, input_ids, lengths):
-        longest = max(lengths)
-        ends = torch.tensor(lengths, device=input_ids.device)[:, None]
-        mask = torch.arange(longest, device=input_ids.device) < ends  # by length, never by token id
-        return self.encoder(input_ids[:, :longest], attention_mask=mask.long()).last_hidden_state[:, 0]
 
 
 def count_parameters(model) -> tuple[int, int]:
     """(all, trainable)"""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# 6. Optimisation
-# ----------------------------------------------------------------------------------------------------------
 
 
 def lr_at(cfg, step, total_steps) -> float:
@@ -1098,12 +959,20 @@ def _one_cycle(start, peak, end, step, rising, total_steps) -> float:
     return high + (low - high) * 0.5 * (1 + math.cos(math.pi * min(1, done)))
 
 
-def make_optimizer(model, optimizer, weight_decay, betas=(0.9, 0.999), eps=1e-8) -> torch.optim.Optimizer:
-    """adamw (fused) or sgd (momentum 0.9); only matrices decay. optimizer_step sets the lr."""
-    params = [p for p in model.parameters() if p.requires_grad]
+def make_optimizer(
+    model, optimizer, weight_decay, betas=(0.9, 0.999), eps=1e-8, scales=None
+) -> torch.optim.Optimizer:
+    """adamw (fused) or sgd (momentum 0.9); only matrices decay. optimizer_step sets the lr.
+
+    `scales` maps parameter names to the share of that lr at which they learn (otherwise 1).
+    """
+    found = {}  # (scale, decays) -> parameters
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            found.setdefault(((scales or {}).get(name, 1.0), p.dim() >= 2), []).append(p)
     groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        {"params": params, "weight_decay": weight_decay if decays else 0.0, "scale": scale}
+        for (scale, decays), params in sorted(found.items(), key=lambda item: item[0], reverse=True)
     ]
     if optimizer == "adamw":
         return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
@@ -1282,7 +1151,7 @@ def optimizer_step(optimizer, precision, clip, lr, beta1=None, skip=None) -> flo
     may look at the gradients before they are clipped, and leave this step's update out.
     """
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("scale", 1.0)
         if beta1 is not None and "betas" in group:
             group["betas"] = (beta1, group["betas"][1])
     precision.scaler.unscale_(optimizer)
@@ -1335,12 +1204,14 @@ def worst_case(world, model, step, optimizer, rows) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 7. Statistics
+# 6. Statistics
 # ----------------------------------------------------------------------------------------------------------
 
 
-def bootstrap(values, groups, *, weights=None, samples=2000, seed=0) -> np.ndarray:
+def bootstrap(values, groups, *, weights=None, samples=2000, seed=0, of=None) -> np.ndarray:
     """95 % percentile intervals (columns, 2) of the column means of `values` (rows, columns).
+
+    With `of`, intervals of what it makes of means: it maps (samples, columns) to (samples, figures).
 
     `weights` (rows,) count a row that often: the targets of which its values are means. Whole groups
     (prompts, documents) are redrawn, since rows of one group are not independent. A column of nothing but
@@ -1356,7 +1227,10 @@ def bootstrap(values, groups, *, weights=None, samples=2000, seed=0) -> np.ndarr
     # few groups: Hesterberg's expanded percentiles (2015), with Student's t to first order in 1 / (n - 1)
     t = 1.96 + (1.96**3 + 1.96) / (4 * max(n - 1, 1))
     tail = 50 * (1 - math.erf(t * math.sqrt(n / max(n - 1, 1) / 2)))  # in percent: 2.5 for many groups
-    intervals = np.percentile(draws[:, :-1] / draws[:, -1:], [tail, 100 - tail], axis=0).T
+    means = draws[:, :-1] / draws[:, -1:]
+    intervals = np.percentile(means if of is None else of(means), [tail, 100 - tail], axis=0).T
+    if of is not None:
+        return intervals
     intervals[(values == 0).all(0)] = 0, min(1, 3 / n)
     intervals[(values == 1).all(0)] = max(0, 1 - 3 / n), 1
     return intervals

@@ -36,7 +36,15 @@ from tqdm import tqdm
 
 import core
 
-SHARED = ("corpus.py", "gpt_scratch.py", "lora.py", "sft.py")  # go to source/ beside core.py and the script
+SHARED = (
+    "corpus.py",
+    "encoders.py",
+    "gpt_scratch.py",
+    "lora.py",
+    "pairs.py",
+    "report_card.py",
+    "sft.py",
+)  # go to source/ beside core.py and the script
 MAY_CHANGE = {  # what a flag may tell a resumed run anew: length, cadence, bookkeeping, how it is computed
     *("epochs", "max_steps", "max_minutes", "eval_batch", "eval_every", "final_eval", "save_every", "keep"),
     *("log_every", "price_per_hour", "note", "micro_batch", "micro_tokens", "compile", "answer_rows"),
@@ -785,17 +793,22 @@ def _choose_checkpoint(checkpoints, step=None) -> tuple[str | None, list[str]]:
     return None, lines
 
 
-def chosen_checkpoint(folder) -> str:
-    """Name of the weights that a run was tested with; of an unfinished run, the newest whole checkpoint."""
+def tested_checkpoints(folder) -> list[str]:
+    """Names of the weights a run was tested with, one a fold; of an unfinished run the newest whole ones."""
     folder = Path(folder)
     with contextlib.suppress(OSError, ValueError, KeyError):
-        name = json.loads((folder / "result.json").read_text())["test_checkpoints"][0]
-        if broken(folder / "checkpoints" / name) is None:
-            return name
+        names = json.loads((folder / "result.json").read_text())["test_checkpoints"]
+        if not any(broken(folder / "checkpoints" / name) for name in names):
+            return names
     name, _ = _choose_checkpoint(folder / "checkpoints")
     if name is None:
         raise core.UserError(f"{folder} has no checkpoint")
-    return name
+    return [name]
+
+
+def chosen_checkpoint(folder) -> str:
+    """The first of them."""
+    return tested_checkpoints(folder)[0]
 
 
 def newest_run(cfg, script) -> Path:

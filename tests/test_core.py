@@ -17,6 +17,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 import core
+import encoders
 from core import UserError, World
 
 
@@ -32,7 +33,7 @@ class Config:
 
 
 PRESETS = {"fast": {"lr": 1, "model": "roberta-base"}}
-SMOKE = {"batch": 4, "model": core.tiny}
+SMOKE = {"batch": 4, "model": encoders.tiny}
 
 
 def parse(*argv, presets=PRESETS, smoke=SMOKE, config=Config):
@@ -291,58 +292,6 @@ def test_a_folder_or_file_appears_whole_or_not_at_all(tmp_path):
     with core.whole_folder(tmp_path / "a") as aside:
         (aside / "x").write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
-# encoders
-
-
-def test_distilbert_with_its_head_has_the_journals_parameters():
-    from transformers import AutoConfig
-
-    with torch.device("meta"):
-        encoder = core.encoder_from_config(AutoConfig.for_model("distilbert"))
-        model = core.ResponseScorer(encoder, 0.1, 3)
-    assert core.count_parameters(encoder)[0] == 66_362_880
-    assert core.count_parameters(model) == (67_839_747, 67_839_747)
-
-
-@pytest.mark.parametrize("family", core.TINY_FAMILIES)
-def test_every_parameter_of_every_family_gets_a_gradient_and_grouping_changes_nothing(family):
-    tokenizer = core.load_tokenizer("tiny:", ["one two three four"])
-    encoder = core.load_encoder(f"tiny:{family}", tokenizer, dropout=0.0)
-    model = core.ResponseScorer(encoder.double(), 0.0, 3).double()
-    lengths = [5, 30, 9, 2, 17, 3, 3, 8] * 3
-    ids = torch.randint(4, len(tokenizer), (24, 30))
-    padded = torch.where(torch.arange(30) < torch.tensor(lengths)[:, None], ids, tokenizer.pad_token_id)
-    logits = model(padded, lengths)
-    logits.square().sum().backward()
-    assert logits.shape == (12, 3)
-    assert all(p.grad is not None for p in model.parameters())
-    alone = [encoder(ids[i : i + 1, :n]).last_hidden_state[0, 0] for i, n in enumerate(lengths)]
-    torch.testing.assert_close(model.encode(padded, lengths), torch.stack(alone), rtol=0, atol=1e-9)
-    assert not any(module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))
-
-
-def test_missing_weights_are_an_error_and_poolers_are_not_missed(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    tokenizer = core.load_tokenizer("tiny:", ["a b"])
-    encoder = core.load_encoder("tiny:bert", tokenizer)
-    encoder.save_pretrained(tmp_path)
-    loaded = core.load_encoder(str(tmp_path), tokenizer)
-    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), loaded.parameters(), strict=True))
-    weights = load_file(tmp_path / "model.safetensors")
-    weights.pop("encoder.layer.1.output.dense.weight")
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"lacks 1 weights, e.g. encoder.layer.1.output.dense.weight"):
-        core.load_encoder(str(tmp_path), tokenizer)
-
-
-def test_a_half_precision_checkpoint_is_trained_in_fp32(tmp_path):
-    tokenizer = core.load_tokenizer("tiny:", ["a b"])
-    core.load_encoder("tiny:bert", tokenizer).half().save_pretrained(tmp_path)
-    model = core.load_encoder(str(tmp_path), tokenizer)
-    assert {p.dtype for p in model.parameters()} == {torch.float32} and model.training
 
 
 # optimisation

@@ -21,6 +21,7 @@ import torch
 
 import core
 import corpus
+import encoders
 import gpt_scratch
 from core import UserError, World
 from corpus import END, Corpus
@@ -168,7 +169,7 @@ def test_a_bpe_without_a_sensible_size_is_refused(name):
 def test_a_tokenizer_that_is_not_there_or_has_no_end_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no such folder: \./nowhere"):
         corpus.make_tokenizer("./nowhere", lambda: ["text"])
-    core.load_tokenizer("tiny:bert", ["some words"]).save_pretrained(tmp_path / "bert")
+    encoders.load_tokenizer("tiny:bert", ["some words"]).save_pretrained(tmp_path / "bert")
     with pytest.raises(UserError, match="has no end-of-text token"):
         corpus.make_tokenizer(str(tmp_path / "bert"), lambda: ["text"])
 

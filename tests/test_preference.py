@@ -16,6 +16,7 @@ from conftest import PROJECT
 from ranks import launch, newest, result, run
 
 import core
+import pairs
 import run_preference as script
 import runs
 from core import World
@@ -34,7 +35,7 @@ def command(*argv, torchrun=0, **options):
 
 def row(number=0, winner="winner_model_a", **changes):
     texts = {"prompt": ["hello there", None], "response_a": ["general", "no"], "response_b": ["who?", "yes"]}
-    flags = {column: int(column == winner) for column in script.LABELS.values()}
+    flags = {column: int(column == winner) for column in pairs.LABELS.values()}
     return {"id": number, **{k: json.dumps(v) for k, v in texts.items()}, **flags, **changes}
 
 
@@ -50,10 +51,10 @@ def write_csv(rows, name="train.csv"):
 
 
 def test_a_row_is_turns_and_a_class_in_the_order_of_LABELS():
-    assert script.parse(row()) == ([["hello there", "general", "who?"], ["", "no", "yes"]], 0)
-    assert script.parse(row(winner="winner_model_b"))[1] == 1
-    assert script.parse(row(winner="winner_tie"))[1] == 2
-    assert script.parse({**row(), "prompt": ["as", "lists"]})[0][0][0] == "as"  # Parquet holds lists
+    assert pairs.parse(row()) == ([["hello there", "general", "who?"], ["", "no", "yes"]], 0)
+    assert pairs.parse(row(winner="winner_model_b"))[1] == 1
+    assert pairs.parse(row(winner="winner_tie"))[1] == 2
+    assert pairs.parse({**row(), "prompt": ["as", "lists"]})[0][0][0] == "as"  # Parquet holds lists
 
 
 @pytest.mark.parametrize(
@@ -72,13 +73,13 @@ def test_a_row_is_turns_and_a_class_in_the_order_of_LABELS():
 )
 def test_unusable_rows_are_told_apart(changes, reason):
     with pytest.raises(ValueError, match=reason):
-        script.parse({**row(), **changes})
+        pairs.parse({**row(), **changes})
 
 
 @pytest.mark.parametrize("odd", [{"id": 3}, ["a"], 7, None])
 def test_a_row_of_another_shape_is_unusable_not_a_crash(odd):
     with pytest.raises(ValueError):
-        script.parse(odd)
+        pairs.parse(odd)
 
 
 def test_bad_rows_are_counted_and_named_and_many_are_an_error():
@@ -99,48 +100,53 @@ def data_of(lengths_by_row):
     """Preferences whose piece p of a row holds tokens 1000 * p, 1000 * p + 1, ..."""
     sizes = [n for lengths in lengths_by_row for n in lengths]
     tokens = [1000 * (p % len(lengths_by_row[0])) + i for p, n in enumerate(sizes) for i in range(n)]
-    return SimpleNamespace(
+    return pairs.Preferences(
+        ids=[],
+        groups=np.zeros(0),
+        labels=np.zeros(len(lengths_by_row), dtype=np.int64),
         first=np.concatenate([[0], np.cumsum([len(lengths) for lengths in lengths_by_row])]),
         tokens=np.array(tokens),
         offsets=np.concatenate([[0], np.cumsum(sizes)]),
-        labels=np.zeros(len(lengths_by_row)),
         tokenizer=SimpleNamespace(cls_token_id=-1, sep_token_id=-2, pad_token_id=-3),
+        folder=Path(),
+        fingerprint={},
+        lines=[],
     )
 
 
 def test_room_is_shared_so_that_prompt_and_response_stay_visible():
-    assert script.allot([3, 4], 10) == [3, 4]
-    assert script.allot([3, 400], 10) == [3, 7]
-    assert script.allot([300, 400], 10) == [5, 5]
-    assert script.allot([1, 100, 3, 100], 21) == [1, 8, 3, 9]
+    assert pairs.allot([3, 4], 10) == [3, 4]
+    assert pairs.allot([3, 400], 10) == [3, 7]
+    assert pairs.allot([300, 400], 10) == [5, 5]
+    assert pairs.allot([1, 100, 3, 100], 21) == [1, 8, 3, 9]
     data = data_of([[2000, 30, 600]])  # the journal's case: a prompt longer than max_length
-    a = script.side_ids(data, 0, 1, "prompt+responses", 512)
-    b = script.side_ids(data, 0, 2, "prompt+responses", 512)
+    a = pairs.sequence_ids(data, 0, 1, "prompt+responses", 512)
+    b = pairs.sequence_ids(data, 0, 2, "prompt+responses", 512)
     assert len(a) == len(b) == 512
     assert a[-31:] == [*range(1000, 1030), -2] and a[:2] == [
         -1,
         0,
     ]  # the whole answer, the prompt's beginning
     assert b.count(-2) == 2 and a != b
-    script.measure_sides(data, "prompt+responses", 512)
-    assert data.truncated == {"prompt": 1.0, "response_a": 0.0, "response_b": 1.0}
+    pairs.measure_sequences(data, "prompt+responses", 512)
+    assert data.truncated() == {"prompt": 1.0, "response_a": 0.0, "response_b": 1.0}
     assert data.lengths.tolist() == [[512, 512]]
 
 
 def test_a_cut_piece_keeps_its_beginning_and_its_end():
     data = data_of([[4, 100, 5]])
-    ids = script.side_ids(data, 0, 1, "responses", 12)
+    ids = pairs.sequence_ids(data, 0, 1, "responses", 12)
     assert ids == [-1, 1000, 1001, 1002, 1003, 1004, 1095, 1096, 1097, 1098, 1099, -2]
-    assert script.side_ids(data, 0, 2, "responses", 12) == [-1, 2000, 2001, 2002, 2003, 2004, -2]
+    assert pairs.sequence_ids(data, 0, 2, "responses", 12) == [-1, 2000, 2001, 2002, 2003, 2004, -2]
 
 
 def test_with_more_turns_than_fit_the_last_ones_are_kept():
     data = data_of([[20] * 90])
-    ids = script.side_ids(data, 0, 1, "prompt+responses", 128)
+    ids = pairs.sequence_ids(data, 0, 1, "prompt+responses", 128)
     assert len(ids) <= 128 and ids.count(-2) == 6  # three turns, 16 tokens or more of each piece
     assert max(ids) // 1000 == 88  # the last answer of A
-    script.measure_sides(data, "prompt+responses", 128)
-    assert data.truncated["prompt"] == 1.0
+    pairs.measure_sequences(data, "prompt+responses", 128)
+    assert data.truncated()["prompt"] == 1.0
 
 
 def test_lengths_are_those_of_the_ids():
@@ -149,18 +155,20 @@ def test_lengths_are_those_of_the_ids():
     for inputs in ("responses", "prompt+responses"):
         for most in (32, 64, 512):
             data = data_of(rows)
-            script.measure_sides(data, inputs, most)
-            got = [[len(script.side_ids(data, r, side, inputs, most)) for side in (1, 2)] for r in range(60)]
+            pairs.measure_sequences(data, inputs, most)
+            got = [
+                [len(pairs.sequence_ids(data, r, side, inputs, most)) for side in (1, 2)] for r in range(60)
+            ]
             assert data.lengths.tolist() == got and np.max(got) <= most
 
 
 def test_the_built_in_pairs_need_the_prompt():
-    rows = script.python_pairs(3000)
-    words = {topic: set(script.topic_words(topic)) for topic in script.TOPICS}
+    rows = pairs.python_pairs(3000)
+    words = {topic: set(pairs.topic_words(topic)) for topic in pairs.TOPICS}
     assert all(len(w) == 20 for w in words.values()) and len(set.union(*words.values())) == 80
     by_topics = {}
     for line in rows:
-        turns, label = script.parse(line)
+        turns, label = pairs.parse(line)
         prompt, a, b = turns[0]
         topic_a, topic_b = ([t for t in words if set(text.split()) <= words[t]] for text in (a, b))
         assert len(topic_a) == len(topic_b) == 1 and topic_a != topic_b
@@ -174,9 +182,9 @@ def test_the_built_in_pairs_need_the_prompt():
 @pytest.mark.skipif(not SHARED.exists(), reason="small real data is not here")
 def test_real_rows_split_by_prompt(cache):
     cfg = script.Config(data=str(SHARED), model="tiny:bert")
-    data = script.load_data(cfg, World())
+    data = pairs.load_data(cfg, World())
     assert len(data.labels) == 499 and np.bincount(data.labels).tolist() == [211, 223, 65]
-    split = script.split_rows(data, cfg, 0)
+    split = pairs.split_rows(data, cfg.folds, 0, cfg.split_seed)
     assert sum(map(len, split.values())) == 499
     prompts = [set(data.groups[rows]) for rows in split.values()]
     assert len(set.union(*prompts)) == sum(map(len, prompts)) == 82
@@ -197,7 +205,7 @@ BAD_INPUT = {
     ),
     "batch and rows": (["--batch", 5000], ["training rows do not fill a batch of 5000", "--batch"]),
     "unknown flag": (["--epoch", 3], ["unknown flag --epoch: did you mean --epochs?"]),
-    "unknown preset": (["--preset", "jurnal"], ["jurnal", "journal"]),
+    "unknown preset": (["--preset", "basline"], ["basline", "baseline"]),
     "bad type": (["--lr", "fast"], ["--lr", "fast", "float"]),
     "tiny family": (["--model", "tiny:gpt"], ["tiny:gpt", "distilbert"]),
     "no folder": (["--model", "./nowhere"], ["no such folder: ./nowhere"]),
@@ -227,7 +235,7 @@ def test_bad_input_is_one_line_before_training(case, cache):
     Path("file").write_text("")
     Path("model_folder").mkdir()
     write_csv([{"id": 1, "prompt": "[]"}], "column.csv")
-    Path("empty.csv").write_text(",".join(script.COLUMNS) + "\n")
+    Path("empty.csv").write_text(",".join(pairs.COLUMNS) + "\n")
     size = 2 if case == "batch and ranks" else 1
     env = {"TOKEN_CACHE": str(cache)}
     assert launch("run_preference", "--smoke", *flags, size=size, env=env) == [2] * size
@@ -408,12 +416,11 @@ def test_smoke_under_torchrun_gives_the_same_loss(smoke, tmp_path):
 def test_a_finished_run_is_rebuilt_from_its_folder_alone(smoke, cache):
     got = result(smoke[0] / "out")
     cfg, model, tokenizer = script.load_model(newest(smoke[0] / "out"), World())
-    data = script.load_data(cfg, World())
-    script.measure_sides(data, cfg.inputs, cfg.max_length)
-    split = script.split_rows(data, cfg, 0)
-    again = script.measure(
-        script.evaluate(model, data, split["test"], cfg, World()), data, split["test"], split["train"]
-    )
+    data = pairs.load_data(cfg, World())
+    pairs.measure_sequences(data, cfg.inputs, cfg.max_length)
+    split = pairs.split_rows(data, cfg.folds, 0, cfg.split_seed)
+    log_probs = script.evaluate(model, data, split["test"], cfg, World())
+    again = script.measure(log_probs, data, split["test"], split["train"], cfg.symmetric)
     assert again["log_loss"] == pytest.approx(got["test/log_loss"], rel=1e-5)
     assert tokenizer.get_vocab() == data.tokenizer.get_vocab()
     lines = [
@@ -479,7 +486,7 @@ def test_folds_with_the_journals_preset_keep_the_weights_they_tested():
         "run_preference",
         "--smoke",
         "--preset",
-        "journal",
+        "baseline",
         "--max_documents",
         120,
         "--batch",
@@ -492,13 +499,42 @@ def test_folds_with_the_journals_preset_keep_the_weights_they_tested():
     script.load_model(newest(), World())
 
 
-def test_the_journal_preset_is_how_the_journal_trained():
-    cfg = core.parse_config(script.Config, script.PRESETS, script.SMOKE, "", ["--preset", "journal"])
-    row = {"model": "distilbert-base-uncased", "batch": 32, "epochs": 3, "lr": 1e-5, "schedule": "constant"}
-    row |= {"warmup": 0.0, "clip": None, "optimizer": "adamw", "weight_decay": 0.01, "max_length": 512}
-    row |= {"dtype": "fp32", "dropout": 0.1, "encoder_dropout": None, "inputs": "prompt+responses"}
-    row |= {"test_weights": "last", "tag": "journal", "split_seed": 42}
-    assert {name: getattr(cfg, name) for name in row} == row
+JOURNAL = {  # what all rows of the journal's table share; then each row
+    **{"data": "lmsys/lmsys-arena-human-preference-55k", "max_documents": None, "split_seed": 42},
+    **{"folds": None, "inputs": "prompt+responses", "max_length": 512, "test_csv": None},
+    **{"model": "distilbert-base-uncased", "freeze": "none", "encode_once": True, "pooling": "first"},
+    **{"head": "mlp", "symmetric": False, "dropout": 0.1, "encoder_dropout": None, "batch": 32},
+    **{"micro_batch": None, "epochs": 3, "max_steps": None, "max_minutes": None, "lr": 1e-5},
+    **{"head_lr": None, "layer_decay": 1.0, "min_lr": 0.0, "warmup": 0.0, "schedule": "constant"},
+    **{"optimizer": "adamw", "weight_decay": 0.01, "swap_augmentation": False, "clip": None},
+    **{"skip_spikes": False, "dtype": "fp32", "compile": False, "seed": 0, "eval_every": None},
+    **{"final_eval": True, "test_weights": "last"},
+}
+ROWS = {
+    "random": {"max_steps": 0},
+    "baseline": {},
+    "frozen": {"freeze": "all"},
+    "bottom": {"freeze": "bottom"},
+    "bottom_journal": {"freeze": "blocks"},
+    "bert": {"model": "bert-base-uncased"},
+    "bert-large": {"model": "bert-large-uncased"},
+    "roberta": {"model": "roberta-base"},
+    "electra": {"model": "google/electra-base-discriminator"},
+    "deberta": {"model": "microsoft/deberta-base"},
+    "albert": {"model": "albert-base-v2"},
+    "run_1": {"inputs": "responses"},
+    "run_2": {},
+    "max_length_128": {"inputs": "responses", "max_length": 128},
+    "batch_2": {"batch": 2, "epochs": 1},
+}
+
+
+@pytest.mark.parametrize("preset", ROWS)
+def test_a_journal_preset_is_how_the_journal_trained(preset):
+    cfg = core.parse_config(script.Config, script.PRESETS, script.SMOKE, "", ["--preset", preset])
+    wanted = JOURNAL | ROWS[preset] | {"tag": preset}
+    assert {name: getattr(cfg, name) for name in wanted} == wanted
+    assert set(ROWS) == set(script.THEIRS) == set(script.PRESETS) - {"recommended"}
 
 
 def test_a_clock_ends_the_run_and_the_schedule_with_it():

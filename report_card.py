@@ -1,0 +1,282 @@
+"""What a reader wants to know of A / B / tie verdicts: better than lengths alone? sure of itself for good
+reasons? the same when A and B change places? Every figure with a 95 % interval by prompt. Used by
+run_preference.py; nothing here knows of models.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import core
+
+BINS = 15  # of confidence, as Guo et al. (2017)
+CLEARLY = math.log(1.5)  # a response is called longer from half as much again
+
+
+@dataclass
+class Verdicts:
+    """What a model said of N rows, and what they are. Classes in the order A, B, tie."""
+
+    log_probs: np.ndarray  # (N, 2, 3): the row as it stands; A and B exchanged, classes put back
+    symmetric: bool  # the two are averaged
+    labels: np.ndarray  # (N,)
+    groups: np.ndarray  # (N,) prompts
+    prior: np.ndarray  # (N, 3) class shares of the training rows
+    lengths: np.ndarray  # (N, 2) tokens of the whole responses
+    cut: np.ndarray  # (N,) whether the model saw less than that, or less than the prompt
+    by_length: np.ndarray  # (N, 3) log-probabilities of length_only
+    temperatures: np.ndarray  # (N,) fitted on validation rows
+
+    def final(self) -> np.ndarray:
+        return combine(self.log_probs, self.symmetric)
+
+    def longer(self) -> np.ndarray:
+        """0 where A is the longer response, 1 where B is, 2 where they are equally long."""
+        a, b = self.lengths.T
+        return np.where(a > b, 0, np.where(b > a, 1, 2))
+
+
+# ----------------------------------------------------------------------------------------------- the formulas
+
+
+def combine(log_probs, symmetric) -> np.ndarray:
+    """(N, 2, 3) -> (N, 3): the first order alone, or the softmax of both orders' averaged logits."""
+    if not symmetric:
+        return log_probs[:, 0]
+    return F.log_softmax(torch.from_numpy(log_probs).mean(1), dim=-1).numpy()
+
+
+def calibration_gaps(log_probs, labels, bins=BINS) -> np.ndarray:
+    """(N, bins): in a row's bin of confidence its confidence - whether it is right, elsewhere 0.
+
+    The expected calibration error is the sum over bins of |column mean| (Guo et al. 2017).
+    """
+    confidence, chosen = np.exp(log_probs).max(1), log_probs.argmax(1)
+    inside = np.ceil(confidence * bins).astype(int).clip(1, bins) - 1  # bins are open on the left
+    gaps = np.zeros((len(labels), bins))
+    gaps[np.arange(len(labels)), inside] = confidence - (chosen == labels)
+    return gaps
+
+
+def calibration_error(log_probs, labels, groups) -> tuple[float, list[float]]:
+    """(expected calibration error, its interval).
+
+    Redrawing adds as much noise again to every |gap|: the interval is reflected (basic bootstrap), otherwise
+    it would lie above the figure.
+    """
+    gaps = calibration_gaps(log_probs, labels)
+    error = float(np.abs(gaps.mean(0)).sum())
+    [[low, high]] = core.bootstrap(gaps, groups, of=lambda means: np.abs(means).sum(1, keepdims=True))
+    return error, [max(0.0, 2 * error - high), max(0.0, 2 * error - low)]
+
+
+def temperature(log_probs, labels) -> float:
+    """The T that minimises the log loss of softmax(log_probs / T), from 0.05 to 20."""
+    every, low, high = np.arange(len(labels)), 0.05, 20.0  # of 1 / T, in which the loss is convex
+    for _ in range(60):
+        beta = math.sqrt(low * high)
+        probs = np.exp(tempered(log_probs, 1 / beta))
+        slope = ((probs * log_probs).sum(1) - log_probs[every, labels]).mean()
+        low, high = (low, beta) if slope > 0 else (beta, high)
+    return 1 / beta
+
+
+def tempered(log_probs, temperature) -> np.ndarray:
+    return F.log_softmax(torch.from_numpy(log_probs / temperature), dim=-1).numpy()
+
+
+def length_only(lengths, labels, train, wanted) -> np.ndarray:
+    """(wanted, 3) log-probabilities of a softmax regression on the responses' lengths, fitted on `train`.
+
+    It sees log(A / B), its size, and the total: what a model must beat to have read anything.
+    """
+    log_lengths = np.log1p(lengths)
+    difference = log_lengths[:, 0] - log_lengths[:, 1]
+    columns = np.c_[difference, np.abs(difference), log_lengths.sum(1)]
+    mean, width = columns[train].mean(0), columns[train].std(0) + 1e-9
+    x = torch.from_numpy(np.c_[(columns - mean) / width, np.ones(len(columns))])
+    y, weights = torch.from_numpy(labels[train]), torch.zeros(x.shape[1], 3, dtype=torch.float64)
+    weights.requires_grad_()
+    optimizer = torch.optim.LBFGS([weights], max_iter=500, line_search_fn="strong_wolfe", tolerance_grad=1e-9)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(x[train] @ weights, y) + 1e-4 * weights.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return (x[wanted] @ weights).log_softmax(-1).detach().numpy()
+
+
+def macro_f1(chosen, labels, classes=3) -> float:
+    """Mean over classes of 2 tp / (predicted + true); 0 where a class is neither."""
+    hits = np.bincount(labels[chosen == labels], minlength=classes)
+    both = np.bincount(chosen, minlength=classes) + np.bincount(labels, minlength=classes)
+    return float((2 * hits / np.maximum(both, 1)).mean())
+
+
+# --------------------------------------------------------------------------------------------------- the card
+
+
+def report_card(v, names) -> dict:
+    """Every figure of result.json; `..._interval` is the 95 % interval of the figure before it."""
+    log_probs = v.final()
+    card = core.classification_metrics(log_probs, v.labels, v.groups, v.prior, names)
+    card |= {"prompts": len(set(v.groups)), "symmetric": v.symmetric}
+    card |= _beside_other_guesses(v, log_probs)
+    chosen, longer = log_probs.argmax(1), v.longer()
+    for name, label in zip(names, range(len(names)), strict=True):
+        rows = v.labels == label
+        card |= _mean(f"recall_{name}", chosen[rows] == label, v.groups[rows])
+    error, interval = calibration_error(log_probs, v.labels, v.groups)
+    card |= {"calibration_error": error, "calibration_error_interval": interval}
+    truth = np.eye(len(names))[v.labels]
+    card |= _mean("brier", ((np.exp(log_probs) - truth) ** 2).sum(1), v.groups)
+    card["macro_f1"] = macro_f1(chosen, v.labels, len(names))
+    card["confusion"] = _confusion(v.labels, chosen, len(names)).tolist()  # [truth][verdict]
+    for name, said in (("prefers_longer", chosen), ("truth_prefers_longer", v.labels)):
+        decided = (said < 2) & (longer < 2)
+        card |= _mean(name, said[decided] == longer[decided], v.groups[decided])
+    card["by_truncation"] = _by({"whole": ~v.cut, "truncated": v.cut}, v, log_probs)
+    ratio = np.log1p(v.lengths[:, 0]) - np.log1p(v.lengths[:, 1])
+    sizes = {"A longer": ratio > CLEARLY, "alike": np.abs(ratio) <= CLEARLY, "B longer": ratio < -CLEARLY}
+    card["by_length"] = _by(sizes, v, log_probs)
+    return card
+
+
+def _beside_other_guesses(v, log_probs) -> dict:
+    """Verdicts of one order, of both averaged, of lengths alone, and at the fitted temperature."""
+    every = np.arange(len(v.labels))
+    swapped, averaged = v.log_probs[:, 1], combine(v.log_probs, True)
+    guesses = {"one_order": v.log_probs[:, 0], "averaged": averaged, "length_only": v.by_length}
+    guesses["tempered"] = tempered(log_probs, v.temperatures[:, None])
+    figures = {"temperature": float(v.temperatures.mean())}
+    for name, guess in guesses.items():
+        figures |= _mean(f"{name}_log_loss", -guess[every, v.labels], v.groups)
+        figures |= _mean(f"{name}_accuracy", guess.argmax(1) == v.labels, v.groups)
+    flips = v.log_probs[:, 0].argmax(1) != swapped.argmax(1)
+    figures |= _mean("flip_rate", flips, v.groups)
+    ours = -log_probs[every, v.labels]
+    figures |= _mean("above_length_only", ours + v.by_length[every, v.labels], v.groups)
+    gain = v.log_probs[:, 0][every, v.labels] - averaged[every, v.labels]
+    return figures | _mean("averaging_gain", gain, v.groups)  # of log loss; negative: averaging helps
+
+
+def _mean(name, values, groups) -> dict:
+    """{name: mean, name_interval: ...}, both None without any rows."""
+    if not len(values):
+        return {name: None, f"{name}_interval": None}
+    values = np.asarray(values, dtype=np.float64)
+    [interval] = core.bootstrap(values[:, None], groups).tolist()
+    return {name: float(values.mean()), f"{name}_interval": interval}
+
+
+def _confusion(labels, chosen, classes) -> np.ndarray:
+    counts = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(counts, (labels, chosen), 1)
+    return counts
+
+
+def _by(parts, v, log_probs) -> dict:
+    """The same few figures of some of the rows each."""
+    every, chosen, figures = np.arange(len(v.labels)), log_probs.argmax(1), {}
+    for name, rows in parts.items():
+        figures[name] = {"rows": int(rows.sum())}
+        figures[name] |= _mean("log_loss", -log_probs[every, v.labels][rows], v.groups[rows])
+        figures[name] |= _mean("prior_log_loss", -np.log(v.prior[every, v.labels])[rows], v.groups[rows])
+        figures[name] |= _mean("accuracy", (chosen == v.labels)[rows], v.groups[rows])
+    return figures
+
+
+def card_lines(card, where, names) -> list[str]:
+    """The card on one screen, each line beginning with `where`."""
+
+    def figure(name, digits=3):
+        value = card[name]
+        return "none" if value is None else core.plus_minus(value, card[f"{name}_interval"], digits)
+
+    def shares(name):
+        return " ".join(f"{label} {share:.0%}" for label, share in card[name].items())
+
+    orders = "both orders averaged" if card["symmetric"] else "one order"
+    recall = "   ".join(f"{name} {figure(f'recall_{name}')}" for name in names)
+    lines = [
+        f"{card['rows']} rows, {card['prompts']} prompts, {orders}; 95 % intervals by prompt",
+        f"log loss     {figure('log_loss', 4)}   class shares {card['prior_log_loss']:.4f}   "
+        f"uniform {card['uniform_log_loss']:.4f}",
+        f"accuracy     {figure('accuracy')}   most frequent class {card['prior_accuracy']:.3f}",
+        f"lengths only log loss {figure('length_only_log_loss', 4)}   "
+        f"accuracy {figure('length_only_accuracy')}",
+        f"             ours - lengths only {figure('above_length_only', 4)}",
+        f"one order    log loss {figure('one_order_log_loss', 4)}   accuracy {figure('one_order_accuracy')}",
+        f"averaged     log loss {figure('averaged_log_loss', 4)}   accuracy {figure('averaged_accuracy')}",
+        f"flips        {figure('flip_rate')} of one-order verdicts change when A and B are swapped",
+        f"recall       {recall}",
+        f"calibration  error {figure('calibration_error')}   temperature {card['temperature']:.2f} "
+        f"-> log loss {figure('tempered_log_loss', 4)}",
+        f"predicts     {shares('predicted')}   truth {shares('truth')}",
+    ]
+    return [f"{where}  {line}" for line in [*lines, *filter(None, [card["alarm"], lengths_alarm(card)])]]
+
+
+def lengths_alarm(card) -> str | None:
+    """A sentence when the verdicts could as well have been made without reading."""
+    if card["above_length_only_interval"][1] < 0:
+        return None
+    ours, theirs = card["log_loss"], card["length_only_log_loss"]
+    return f"NO BETTER THAN LENGTHS: log loss {ours:.4f} cannot be told from {theirs:.4f}, or is above"
+
+
+def draw(v, names, title, path):
+    """report.png: reliability diagram, confusion matrix, histogram of probabilities."""
+    from matplotlib.figure import Figure
+
+    log_probs = v.final()
+    probs, chosen = np.exp(log_probs), log_probs.argmax(1)
+    figure = Figure(figsize=(14, 4.4), layout="constrained")
+    figure.suptitle(title)
+    reliability, confusion, histogram = figure.subplots(1, 3)
+    _draw_reliability(reliability, probs.max(1), chosen == v.labels)
+    counts = _confusion(v.labels, chosen, len(names))
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    confusion.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (truth, verdict), share in np.ndenumerate(shares):
+        text = f"{counts[truth, verdict]}\n{share:.0%}"
+        confusion.text(verdict, truth, text, ha="center", va="center", color="w" if share > 0.5 else "k")
+    confusion.set(xticks=range(3), xticklabels=names, yticks=range(3), yticklabels=names)
+    confusion.set(title="confusion (share of the truth's row)", xlabel="verdict", ylabel="truth")
+    for label, name in enumerate(names):
+        style = {"bins": np.linspace(0, 1, 41), "histtype": "step", "linewidth": 1.6}
+        histogram.hist(probs[:, label], label=f"P({name})", **style)
+    histogram.set(title="probabilities", xlabel="probability", ylabel="rows", xlim=(0, 1))
+    histogram.legend()
+    figure.savefig(path, dpi=110)
+
+
+def _draw_reliability(axes, confidence, right):
+    """Accuracy against confidence in bins, one standard error; bars show how many rows there are."""
+    inside = np.ceil(confidence * BINS).astype(int).clip(1, BINS) - 1
+    rows = np.bincount(inside, minlength=BINS)
+    full = np.flatnonzero(rows)
+    mean = np.bincount(inside, confidence, BINS)[full] / rows[full]
+    share = np.bincount(inside, right, BINS)[full] / rows[full]
+    error = np.sqrt(np.maximum(share * (1 - share), 0.25 / rows[full]) / rows[full])
+    axes.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="as sure as right")
+    axes.errorbar(mean, share, error, marker="o", capsize=3, label="rows of a bin")
+    axes.bar(
+        (np.arange(BINS) + 0.5) / BINS,
+        rows / rows.sum(),
+        1 / BINS,
+        color="0.85",
+        zorder=0,
+        label="share of rows",
+    )
+    axes.set(
+        title="reliability", xlabel="confidence of the verdict", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1)
+    )
+    axes.legend(loc="upper left")
