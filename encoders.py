@@ -183,6 +183,14 @@ class PairScorer(nn.Module):
                 nn.Linear(h // 2, len(SWAP)),
             )
 
+    @torch.no_grad()
+    def start_at(self, shares):
+        """The untrained head says about the class shares: the first steps need not learn those.
+
+        Only the bias: with zero weights, too, both orders of A and B would look alike for hundreds of steps.
+        """
+        self.head[-1].bias.copy_(torch.tensor(shares).clamp_min(1e-3).log())
+
     def train(self, mode=True):
         super().train(mode)
         for module in self.frozen:

@@ -317,9 +317,9 @@ def allot_by_role(totals, budget) -> list[int]:
 def lay_out(data, row, which, inputs, max_length) -> tuple[list[tuple[int, int, int]], set[int]]:
     """Sequence 1 or 2 of a row: (first token, one past the last, kept) of each piece, in reading order.
 
-    responses: A or B; prompt+responses: the prompt with A or with B; joint: prompt, A, B or prompt, B,
-    A. With it, which of prompt, A, B (0, 1, 2) lost tokens. Room is shared over all turns, so that every piece stays
-    visible (the original cut the response away behind a long prompt).
+    responses: A or B; prompt+responses: the prompt with A or with B; joint: prompt, A, B or prompt, B, A.
+    With it, which of prompt, A, B (0, 1, 2) lost tokens. Room is shared over all turns, so that every piece
+    stays visible (the original cut the response away behind a long prompt).
     """
     start, stop = data.first[row], data.first[row + 1]
     shown = {"responses": (which,), "prompt+responses": (0, which), "joint": (0, which, 3 - which)}[inputs]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import core
 
 BINS = 15  # of confidence, as Guo et al. (2017)
-CLEARLY = math.log(1.5)  # a response is called longer from half as much again
+CLEARLY = 1.5  # a response is called longer than the other from half as much again
 
 
 @dataclass
@@ -71,6 +71,16 @@ def calibration_error(log_probs, labels, groups) -> tuple[float, list[float]]:
     error = float(np.abs(gaps.mean(0)).sum())
     [[low, high]] = core.bootstrap(gaps, groups, of=lambda means: np.abs(means).sum(1, keepdims=True))
     return error, [max(0.0, 2 * error - high), max(0.0, 2 * error - low)]
+
+
+def calibration_noise(log_probs, samples=200, seed=0) -> float:
+    """The mean error that a perfectly calibrated judge of this confidence would show: of few rows not 0."""
+    confidence, rng = np.exp(log_probs).max(1), np.random.default_rng(seed)
+    chosen, errors = log_probs.argmax(1), []
+    for _ in range(samples):
+        labels = np.where(rng.random(len(chosen)) < confidence, chosen, -1)  # -1: some other class
+        errors.append(np.abs(calibration_gaps(log_probs, labels).mean(0)).sum())
+    return float(np.mean(errors))
 
 
 def temperature(log_probs, labels) -> float:
@@ -135,6 +145,7 @@ def report_card(v, names) -> dict:
         card |= _mean(f"recall_{name}", chosen[rows] == label, v.groups[rows])
     error, interval = calibration_error(log_probs, v.labels, v.groups)
     card |= {"calibration_error": error, "calibration_error_interval": interval}
+    card["calibration_error_of_noise"] = calibration_noise(log_probs)
     truth = np.eye(len(names))[v.labels]
     card |= _mean("brier", ((np.exp(log_probs) - truth) ** 2).sum(1), v.groups)
     card["macro_f1"] = macro_f1(chosen, v.labels, len(names))
@@ -143,9 +154,9 @@ def report_card(v, names) -> dict:
         decided = (said < 2) & (longer < 2)
         card |= _mean(name, said[decided] == longer[decided], v.groups[decided])
     card["by_truncation"] = _by({"whole": ~v.cut, "truncated": v.cut}, v, log_probs)
-    ratio = np.log1p(v.lengths[:, 0]) - np.log1p(v.lengths[:, 1])
-    sizes = {"A longer": ratio > CLEARLY, "alike": np.abs(ratio) <= CLEARLY, "B longer": ratio < -CLEARLY}
-    card["by_length"] = _by(sizes, v, log_probs)
+    a, b = 1 + v.lengths.T
+    sizes = {"A longer": a > CLEARLY * b, "B longer": b > CLEARLY * a}
+    card["by_length"] = _by(sizes | {"alike": ~(sizes["A longer"] | sizes["B longer"])}, v, log_probs)
     return card
 
 
@@ -217,8 +228,10 @@ def card_lines(card, where, names) -> list[str]:
         f"averaged     log loss {figure('averaged_log_loss', 4)}   accuracy {figure('averaged_accuracy')}",
         f"flips        {figure('flip_rate')} of one-order verdicts change when A and B are swapped",
         f"recall       {recall}",
-        f"calibration  error {figure('calibration_error')}   temperature {card['temperature']:.2f} "
-        f"-> log loss {figure('tempered_log_loss', 4)}",
+        f"calibration  error {figure('calibration_error')}   "
+        f"of a calibrated judge on so few rows {card['calibration_error_of_noise']:.3f}",
+        f"temperature  {card['temperature']:.2f}, fitted on validation -> "
+        f"log loss {figure('tempered_log_loss', 4)}",
         f"predicts     {shares('predicted')}   truth {shares('truth')}",
     ]
     return [f"{where}  {line}" for line in [*lines, *filter(None, [card["alarm"], lengths_alarm(card)])]]

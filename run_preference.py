@@ -54,6 +54,7 @@ class Config:
     encode_once: bool = True  # with freeze all: the encoder's vectors are computed once and cached
     pooling: Literal["first", "mean"] = "first"  # a sequence's vector: of its first token, or the mean
     head: Literal["mlp", "linear"] = "mlp"  # mlp: the journal's
+    start_at_prior: bool = True  # the untrained head says the training rows' class shares
     symmetric: bool = True  # logits of both orders of A and B averaged, in training and in testing
     dropout: float = 0.1  # in the head
     encoder_dropout: float | None = None  # of hidden states and attention; none = as pretrained
@@ -111,7 +112,7 @@ class Config:
 
 JOURNAL = {  # as its scripts trained; not repeated: prompt and answer as one string, cut on the right
     **{"schedule": "constant", "warmup": 0.0, "clip": None, "test_weights": "last", "symmetric": False},
-    **{"pooling": "first", "head": "mlp", "head_lr": None, "layer_decay": 1.0},
+    **{"start_at_prior": False, "pooling": "first", "head": "mlp", "head_lr": None, "layer_decay": 1.0},
     **{"model": "distilbert-base-uncased", "lr": 1e-5, "batch": 32, "epochs": 3},
 }
 PRESETS = {
@@ -157,7 +158,7 @@ SMOKE = {
     "encoder_dropout": 0.0,
     "batch": 24,
     "epochs": 8,
-    "lr": 1e-3,
+    "lr": 2e-3,
 }
 NAMES = list(pairs.LABELS)  # A, B, tie: the order of classes everywhere
 
@@ -282,6 +283,8 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     core.reseed(cfg.seed, "init", fold)
     precision = core.Precision(cfg.dtype, world)
     model = precision.prepare(build_model(cfg, data, world))
+    if cfg.start_at_prior:
+        model.start_at(core.class_shares(data.labels[rows["train"]], len(NAMES)))
     head = cfg.head_lr / cfg.lr if cfg.head_lr is not None and cfg.lr else 1.0
     scales = encoders.lr_scales(model, cfg.layer_decay, head)
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay, scales=scales)
