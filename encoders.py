@@ -182,6 +182,7 @@ class PairScorer(nn.Module):
                 *(nn.Linear(h, h // 2), nn.ReLU(), nn.Dropout(dropout)),
                 nn.Linear(h // 2, len(SWAP)),
             )
+        self.train()  # but for the frozen parts
 
     @torch.no_grad()
     def start_at(self, shares):

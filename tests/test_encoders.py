@@ -73,7 +73,7 @@ FREEZABLE = [(family, which) for family in encoders.TINY_FAMILIES for which in (
 
 @pytest.mark.parametrize(("family", "which"), [case for case in FREEZABLE if case != ("albert", "bottom")])
 def test_frozen_parts_stay_in_eval_mode_and_all_others_learn(family, which):
-    model = scorer(family, which).train()
+    model = scorer(family, which)
     embeddings, blocks = encoders.anatomy(model.encoder)
     lower = {*embeddings, *blocks[: len(blocks) // 2]}
     frozen = {"all": set(model.encoder.children()), "bottom": lower, "blocks": set(blocks)}[which]

@@ -7,15 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import PROJECT
 from ranks import launch, newest, result, run
+from safetensors.torch import load_file
 
 import core
+import encoders
 import pairs
 import run_preference as script
 import runs
@@ -149,10 +153,43 @@ def test_with_more_turns_than_fit_the_last_ones_are_kept():
     assert data.truncated()["prompt"] == 1.0
 
 
+def test_in_one_sequence_prompt_and_answers_get_20_40_40_percent_and_what_others_leave():
+    assert pairs.allot_by_role([900, 900, 900], 100) == [20, 40, 40]
+    assert pairs.allot_by_role([5, 900, 900], 100) == [5, 47, 47]  # alike, though one token stays unused
+    assert pairs.allot_by_role([900, 10, 900], 100) == [30, 10, 60]
+    assert pairs.allot_by_role([900, 10, 20], 100) == [70, 10, 20]
+    assert pairs.allot_by_role([3, 4, 5], 100) == [3, 4, 5]
+    data = data_of([[900, 700, 600]])
+    ids = pairs.sequence_ids(data, 0, 1, "joint", 104)
+    assert len(ids) == 104 and [sum(i // 1000 == role for i in ids if i >= 0) for role in range(3)] == [
+        20,
+        40,
+        40,
+    ]
+    other = pairs.sequence_ids(data, 0, 2, "joint", 104)
+    assert [i // 1000 for i in ids if i >= 0 and i % 1000 == 0] == [0, 1, 2]
+    assert [i // 1000 for i in other if i >= 0 and i % 1000 == 0] == [0, 2, 1] and sorted(other) == sorted(
+        ids
+    )
+
+
+def test_an_exchanged_row_is_the_row_with_A_and_B_exchanged():
+    data, turned = data_of([[5, 30, 9], [4, 3, 20]]), data_of([[5, 9, 30], [4, 20, 3]])
+    texts = [0, 5, 35, 44, 48, 51, 71]  # where the pieces of `data` begin
+    turned.tokens = np.concatenate([data.tokens[texts[p] : texts[p + 1]] for p in (0, 2, 1, 3, 5, 4)])
+    for inputs in ("responses", "prompt+responses", "joint"):
+        cfg = SimpleNamespace(inputs=inputs, max_length=24)
+        for orders in (1, 2):
+            got = pairs.collate(data, [0, 1], cfg, "cpu", orders, [True, True])
+            want = pairs.collate(turned, [0, 1], cfg, "cpu", orders)
+            assert torch.equal(got.pop("input_ids"), want.pop("input_ids")) and got == want
+            assert len(got["lengths"]) == (2 if inputs == "joint" and orders == 1 else 4)
+
+
 def test_lengths_are_those_of_the_ids():
     rng = np.random.default_rng(0)
     rows = [[int(n) for n in rng.integers(0, 90, 6)] for _ in range(60)]
-    for inputs in ("responses", "prompt+responses"):
+    for inputs in ("responses", "prompt+responses", "joint"):
         for most in (32, 64, 512):
             data = data_of(rows)
             pairs.measure_sequences(data, inputs, most)
@@ -190,6 +227,24 @@ def test_real_rows_split_by_prompt(cache):
     assert len(set.union(*prompts)) == sum(map(len, prompts)) == 82
 
 
+ODD = {  # cells of rows that must be judged all the same -> what is read
+    "an empty cell": ({"response_a": ""}, [["hello there", "", "who?"], ["", "", "yes"]]),
+    "no JSON": ({"prompt": "plain [text"}, [["plain [text", "general", "who?"], ["", "no", "yes"]]),
+    "one turn less": ({"response_b": '["x"]'}, [["hello there", "general", "x"], ["", "no", ""]]),
+    "nothing": ({"prompt": None}, [["", "general", "who?"], ["", "no", "yes"]]),
+    "half a character": ({"response_a": '["\\ud83d", "x"]'}, None),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_a_row_to_be_judged_is_never_dropped(case):
+    changes, wanted = ODD[case]
+    texts, odd = pairs.parse_anyway({**row(), **changes})
+    assert odd and (wanted is None or texts == wanted)
+    assert all(core.is_clean(text) for turn in texts for text in turn)
+    assert pairs.parse_anyway(row()) == (pairs.parse(row())[0], None)
+
+
 # bad input: one line, exit code 2, nothing left behind
 
 BAD_INPUT = {
@@ -224,6 +279,13 @@ BAD_INPUT = {
     "tag": (["--tag", "a/b"], ["--tag 'a/b'", "use letters"]),
     "clip": (["--clip", 0], ["--clip 0"]),
     "short": (["--max_length", 3], ["--max_length 3 is out of range: use 16 or more"]),
+    "swap twice": (["--swap_augmentation"], ["--swap_augmentation changes nothing with --symmetric"]),
+    "nothing to submit": (["--mode", "submit"], ["--mode submit needs --test_csv"]),
+    "no test file": (["--test_csv", "absent.csv"], ["no such file or folder: absent.csv"]),
+    "test columns": (["--test_csv", "column.csv"], ["column.csv lacks column(s) response_a, response_b"]),
+    "no lower half": (["--model", "tiny:albert", "--freeze", "bottom"], ["--freeze bottom", "all or none"]),
+    "freeze": (["--freeze", "top"], ["--freeze", "top", "bottom"]),
+    "layer decay": (["--layer_decay", 1.5], ["--layer_decay 1.5"]),
     "too few for a split": (["--max_documents", 9, "--batch", 2], ["prompts leave one of 3 parts empty"]),
     "too few prompts": (["--max_documents", 8, "--folds", 9], ["cannot be split into 9 parts"]),
 }
@@ -273,7 +335,7 @@ def test_a_resume_that_contradicts_the_run_is_refused_and_lists_it():
         "run_preference", *flags, "--resume_timestamp", stamp, "--seed", 5, "--batch", 12, "--lr", "0.5"
     )
     said = Path("out.txt").read_text()
-    assert codes == [2] and "--batch 24, not 12; --lr 0.001, not 0.5; --seed 0, not 5" in said
+    assert codes == [2] and "--batch 24, not 12; --lr 0.002, not 0.5; --seed 0, not 5" in said
     assert (newest() / "result.json").read_text() == before
     assert launch("run_preference", *flags, "--resume_timestamp", "auto") == [0]
     assert "is finished: nothing to do" in Path("out.txt").read_text()
@@ -285,14 +347,14 @@ def test_a_resume_that_contradicts_the_run_is_refused_and_lists_it():
 
 def test_edited_constants_do_not_change_a_resumed_run_but_length_may(monkeypatch):
     flags = ["--smoke", "--max_documents", 200, "--out", "out"]
-    launch("run_preference", *flags, "--lr", "0.002", "--epochs", 1)
+    launch("run_preference", *flags, "--lr", "0.003", "--epochs", 1)
     stamp = newest().name
     assert launch("run_preference", *flags, "--resume_timestamp", stamp, "--epochs", 2) == [0]
     said = Path("out.txt").read_text()
-    assert "resumed: lr stays 0.002 (the script now says 0.001)" in said and "epoch 2/2" in said
+    assert "resumed: lr stays 0.003 (the script now says 0.002)" in said and "epoch 2/2" in said
     assert "resumed: epochs is now 2 (it was 1)" in said
     config = json.loads((newest() / "config.json").read_text())
-    assert config["constants"]["lr"] == 0.002 and config["constants"]["epochs"] == 2
+    assert config["constants"]["lr"] == 0.003 and config["constants"]["epochs"] == 2
     assert [resume["step"] for resume in config["resumes"]] == [6]
 
 
@@ -559,3 +621,172 @@ def test_the_other_precisions_train_and_resume(dtype):
     got = run("run_preference", *flags, "--resume_timestamp", "auto")
     assert got["status"] == "finished" and np.isfinite(got["test/log_loss"])
     assert ("has no fast fp16" in Path("out.txt").read_text().replace("this CPU ", "")) == (dtype == "fp16")
+
+
+# both orders of A and B
+
+
+def predictions(out="out", part="test"):
+    """{id: line of predictions.jsonl} of the newest run."""
+    lines = (newest(out) / "predictions.jsonl").read_text().splitlines()
+    return {line["id"]: line for line in map(json.loads, lines) if line["split"] == part}
+
+
+def pairs_csv(n, name="train.csv", turned=False):
+    """The built-in pairs as a file, or with A and B exchanged."""
+    rows = pairs.python_pairs(n)
+    if turned:
+        names = {"response_a": "response_b", "winner_model_a": "winner_model_b"}
+        names |= {b: a for a, b in names.items()}
+        rows = [{column: line[names.get(column, column)] for column in line} for line in rows]
+    return write_csv(rows, name)
+
+
+def submission(folder):
+    with open(folder / "submission.csv") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("inputs", ["prompt+responses", "joint"])
+def test_a_file_with_A_and_B_exchanged_gives_exactly_exchanged_probabilities(inputs):
+    flags = ["--smoke", "--max_documents", 200, "--epochs", 2, "--inputs", inputs]
+    run("run_preference", *flags, "--data", pairs_csv(200), "--test_csv", pairs_csv(90, "test.csv"))
+    folder, as_is = newest(), submission(newest())
+    turned = pairs_csv(90, "turned.csv", turned=True)
+    assert launch("run_preference", "--mode", "submit", "--run", folder, "--test_csv", turned) == [0]
+    swapped = submission(folder)
+    figures = ["winner_model_a", "winner_model_b", "winner_tie"]
+    got = np.array([[float(line[name]) for name in figures] for line in swapped])
+    want = np.array([[float(line[name]) for name in figures] for line in as_is])
+    np.testing.assert_allclose(got, want[:, [1, 0, 2]], rtol=0, atol=1e-6)
+    assert np.abs(want[:, 0] - want[:, 1]).max() > 1e-3
+    assert 0 <= result()["test/flip_rate"] <= 1
+
+
+def test_training_in_both_orders_does_not_care_which_is_first():
+    """A symmetric run on the file with A and B exchanged ends in the same weights, but for rounding."""
+    weights = []
+    for turned in (False, True):
+        data = pairs_csv(120, turned=turned)
+        flags = ["--smoke", "--data", data, "--epochs", 2, "--batch", 12, "--dtype", "fp64"]
+        got = run("run_preference", *flags, "--no-start_at_prior", "--test_weights", "last")
+        weights.append(load_file(newest() / "checkpoints" / got["checkpoint"] / "model.safetensors"))
+    for name in ("encoder.transformer.layer.0.ffn.lin1.weight", "head.0.weight"):
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=0, atol=1e-9)
+
+
+def test_swap_augmentation_exchanges_half_of_the_rows_and_ranks_agree():
+    flags = ["--smoke", "--max_documents", 200, "--batch", 10, "--epochs", 2, "--dtype", "fp64"]
+    flags += ["--no-symmetric", "--swap_augmentation", "--test_weights", "last"]
+    weights = []
+    for size in (1, 3):
+        got = run("run_preference", *flags, size=size)
+        weights.append(load_file(newest() / "checkpoints" / got["checkpoint"] / "model.safetensors"))
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-9, msg=name)
+    cfg = SimpleNamespace(swap_augmentation=True, seed=0, batch=32)
+    drawn = np.array([script.exchanged(cfg, 0, step) for step in range(100)])
+    assert 0.45 < drawn.mean() < 0.55 and len({tuple(line) for line in drawn.tolist()}) == 100
+
+
+# frozen encoders
+
+
+@pytest.mark.parametrize(("dtype", "lr", "atol"), [("fp64", 2e-3, 1e-9), ("fp32", 1e-4, 1e-5)])
+@pytest.mark.parametrize("inputs", ["prompt+responses", "joint"])
+def test_a_frozen_encoder_is_run_once_and_the_head_ends_up_the_same(inputs, dtype, lr, atol, monkeypatch):
+    flags = ["--smoke", "--max_documents", 200, "--freeze", "all", "--epochs", 3, "--inputs", inputs]
+    flags += ["--encoder_dropout", 0.1, "--test_weights", "last"]  # frozen: in eval mode, no dropout
+    flags += ["--dtype", dtype, "--lr", lr]
+    weights = []
+    for once in ("--encode_once", "--no-encode_once"):
+        got = run("run_preference", *flags, once)
+        weights.append(load_file(newest() / "checkpoints" / got["checkpoint"] / "model.safetensors"))
+    assert len(list(Path("cache").glob("*/vectors_*/vectors.npy"))) == 1
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=atol, msg=name)
+    calls, encode = [], encoders.PairScorer.encode
+    monkeypatch.setattr(encoders.PairScorer, "encode", lambda *args: calls.append(1) or encode(*args))
+    monkeypatch.setenv("TOKEN_CACHE", str(Path("cache").absolute()))
+    monkeypatch.setattr(sys, "argv", ["run_preference.py"])
+    cfg = core.parse_config(script.Config, {}, script.SMOKE, "", [str(flag) for flag in flags])
+    script.main(cfg, World())
+    assert calls == []  # all of it was in the cache
+
+
+def test_vectors_of_other_inputs_lengths_pooling_or_weights_are_others():
+    flags = ["--smoke", "--max_documents", 120, "--freeze", "all", "--epochs", 0]
+    for more in ([], ["--max_length", 20], ["--pooling", "mean"], ["--inputs", "responses"], ["--seed", 1]):
+        run("run_preference", *flags, *more)
+    assert len(list(Path("cache").glob("*/vectors_*"))) == 5
+
+
+# ids, splits, submission
+
+
+def test_splits_do_not_depend_on_encoder_length_or_seed():
+    parts = []
+    for flags in ([], ["--model", "tiny:bert", "--max_length", 20, "--seed", 7], ["--inputs", "responses"]):
+        run("run_preference", "--smoke", "--max_documents", 120, "--epochs", 0, *flags)
+        parts.append([(name, line["group"]) for name, line in predictions().items()])
+    assert parts[0] == parts[1] == parts[2] and len(parts[0]) > 5
+
+
+@pytest.mark.parametrize("folds", [None, 3])
+def test_a_submission_has_every_row_in_order_and_is_the_same_on_any_number_of_ranks(folds):
+    """From Kaggle's zip, with empty, identical and broken rows; of folds, their mean."""
+    rows = [{k: v for k, v in line.items() if "winner" not in k} for line in pairs.python_pairs(40, seed=3)]
+    rows[3]["response_a"] = rows[4]["response_b"] = ""
+    rows[7]["response_a"] = rows[7]["response_b"]
+    rows[9]["prompt"] = "not JSON"
+    rows = [rows[i] | {"id": 136060 - 7 * i} for i in range(40)]
+    with zipfile.ZipFile("kaggle.zip", "w") as archive:
+        for name, path in {"train.csv": pairs_csv(120), "test.csv": write_csv(rows, "test.csv")}.items():
+            archive.write(path, name)
+        archive.writestr("sample_submission.csv", "id,winner_model_a,winner_model_b,winner_tie\n1,1,0,0\n")
+    flags = ["--smoke", "--data", "kaggle.zip", "--test_csv", "kaggle.zip", "--epochs", 1, "--batch", 12]
+    flags += ["--dtype", "fp64", *(["--folds", folds] if folds else [])]
+    figures, said = [], []
+    for size in (1, 2, 3):
+        got = run("run_preference", *flags, size=size)
+        lines = submission(newest())
+        assert list(lines[0]) == ["id", "winner_model_a", "winner_model_b", "winner_tie"]
+        assert [line["id"] for line in lines] == [str(line["id"]) for line in rows]
+        figures.append([[float(value) for name, value in line.items() if name != "id"] for line in lines])
+        assert len(got["test_checkpoints"]) == (folds or 1)
+        said.append({name: [line["A"], line["B"], line["tie"]] for name, line in predictions().items()})
+    np.testing.assert_allclose(np.sum(figures[0], axis=1), 1, rtol=0, atol=1e-12)
+    for other in (1, 2):
+        np.testing.assert_allclose(figures[other], figures[0], rtol=0, atol=1e-9)
+        assert list(said[other]) == list(said[0])
+        np.testing.assert_allclose([*said[other].values()], [*said[0].values()], rtol=0, atol=1e-9)
+    assert figures[0][7][0] == pytest.approx(figures[0][7][1], abs=1e-9)  # identical responses
+    log = (newest() / "log.txt").read_text()
+    assert "2 row(s) are judged as plain text: response" in log.replace("_a", "").replace("_b", "") or (
+        log.count("1 row(s) are judged as plain text: response_") == 2
+    )
+    assert "1 row(s) are judged as plain text: prompt is no JSON" in log
+    assert "1 row(s) have identical responses" in log and "2 empty responses" in log
+    before = (newest() / "submission.csv").read_text()
+    again = ["--mode", "submit", "--run", newest(), "--test_csv", "kaggle.zip"]
+    assert launch("run_preference", *again, size=2) == [0, 0]
+    assert "written: " in Path("out.txt").read_text()
+    np.testing.assert_allclose(
+        [[float(line[name]) for name in pairs.LABELS.values()] for line in submission(newest())],
+        [[float(x) for x in line.split(",")[1:]] for line in before.splitlines()[1:]],
+        rtol=0,
+        atol=1e-12,
+    )
+
+
+def test_the_report_card_is_on_the_screen_and_in_the_folder(smoke):
+    got, said = result(smoke[0] / "out"), smoke[1]
+    for words in ("log loss", "accuracy", "flips", "recall", "calibration", "lengths only", "temperature"):
+        [line] = [line for line in said.splitlines() if line.startswith(f"test  {words}")]
+        assert "±" in line or "(" in line
+    names = ("log_loss", "accuracy", "flip_rate", "recall_A", "recall_tie", "calibration_error")
+    for name in (*names, "length_only_log_loss", "brier", "tempered_log_loss", "averaging_gain"):
+        low, high = got[f"test/{name}_interval"]
+        assert low <= high and got[f"val/{name}"] is not None
+    assert {"test/macro_f1", "test/by_truncation", "test/by_length", "test/prefers_longer"} <= set(got)
+    assert (newest(smoke[0] / "out") / "report.png").stat().st_size > 10_000
