@@ -40,6 +40,10 @@ TUNE = [
     *("--sample_tokens", 4, "--answer_rows", 7, "--max_new_tokens", 4, "--plain_blocks", 3),
 ]
 SHORT |= {"run_instruct": [*TUNE, "--skip_spikes"], "run_lora": [*TUNE, "--lora_dropout", 0.1]}
+FROZEN = [  # run_preference with its encoder run once into the cache, and folds of 12 steps each
+    *("--smoke", "--max_documents", 120, "--batch", 6, "--epochs", 2, "--folds", 3, "--freeze", "all"),
+    *("--eval_every", 6, "--save_every", 4, "--log_every", 4, "--dropout", 0.1),
+]
 EXACT = {  # what makes the number of ranks invisible
     "run_preference": ["--dropout", 0, "--encoder_dropout", 0],
     "gpt_scratch": ["--dropout", 0],
@@ -81,15 +85,16 @@ def straight(tmp_path_factory):
     """What an uninterrupted run on `size` ranks ends with: (result, curve of TensorBoard)."""
     known = {}
 
-    def reference(script, size):
-        if (script, size) not in known:
+    def reference(script, size, flags=None):
+        key = (script, size, str(flags))
+        if key not in known:
             here, folder = Path.cwd(), tmp_path_factory.mktemp(f"straight_{script}_{size}")
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(folder)
-                known[script, size] = run(script, *SHORT[script], size=size), curves(newest())
-                known[script, size][1]["samples"] = samples(newest())
+                known[key] = run(script, *(flags or SHORT[script]), size=size), curves(newest())
+                known[key][1]["samples"] = samples(newest())
             assert Path.cwd() == here
-        return known[script, size]
+        return known[key]
 
     return reference
 
@@ -149,6 +154,52 @@ def test_killed_and_resumed_ends_in_the_same_weights(script, place, nth, who, si
     same_outcome(run(script, *SHORT[script], *AUTO, size=size), want)
     assert len(list(Path("out").iterdir())) == 1
     same_curves(newest(), want_curves)
+
+
+@pytest.mark.parametrize(
+    ("place", "nth", "who", "size"),
+    [
+        ("encoding", 1, 0, 1),
+        pytest.param("encoding", 2, "all", 2, marks=pytest.mark.slow),  # of the second fold
+        pytest.param("step", 30, 0, 1, marks=pytest.mark.slow),
+        ("evaluation", 15, 1, 2),
+        pytest.param("save", 12, 0, 2, marks=pytest.mark.slow),
+        pytest.param("step", 26, 2, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_a_frozen_encoder_and_folds_are_resumed_to_the_same_weights(place, nth, who, size, straight):
+    """Laws 2 and 3: vectors from the cache, or half made when the process died, and finished folds."""
+    want, want_curves = straight("run_preference", size, FROZEN)
+    codes = launch("run_preference", "--out", "out", *FROZEN, *AUTO, size=size, kill=(place, nth, who))
+    assert -9 in codes, Path("out.txt").read_text()
+    same_outcome(run("run_preference", *FROZEN, *AUTO, size=size), want)
+    same_curves(newest(), want_curves)
+
+
+@pytest.mark.parametrize(("place", "size"), [("encoding", 1), ("evaluation", 2)])
+def test_a_signal_while_a_frozen_encoder_runs_or_folds_are_judged_is_agreed_on(place, size, straight):
+    sent = (place, 1 if place == "encoding" else 12, signal.SIGTERM)
+    codes = launch("run_preference", "--out", "out", *FROZEN, *AUTO, size=size, sent=sent)
+    assert codes == [0] * size and result()["why"] == "Stop: SIGTERM", Path("out.txt").read_text()
+    want = straight("run_preference", size, FROZEN)[0]
+    same_outcome(run("run_preference", *FROZEN, *AUTO, size=size), want)
+
+
+def test_a_frozen_encoder_and_folds_do_not_depend_on_ranks_or_accumulation():
+    """Laws 1 and 2 in fp64, to 1e-9; each row is out of fold once."""
+    flags = [*FROZEN, *EXACT["run_preference"], "--dtype", "fp64"]
+    reference = None
+    for size, micro_batch in [(1, "none"), (2, 1), (3, "none"), (3, 1)]:
+        got = run("run_preference", *flags, "--micro_batch", micro_batch, size=size)
+        checkpoints = newest() / "checkpoints"
+        folds = [load_file(checkpoints / name / "model.safetensors") for name in got["test_checkpoints"]]
+        reference = reference or (folds, got)
+        assert len(folds) == 3 and got["test/rows"] == 120
+        for fold, want in zip(folds, reference[0], strict=True):
+            for name, value in fold.items():
+                torch.testing.assert_close(value, want[name], rtol=0, atol=1e-9, msg=f"{size} {name}")
+        assert got["test/log_loss"] == pytest.approx(reference[1]["test/log_loss"], abs=1e-9)
+        shutil.rmtree("out")
 
 
 @pytest.mark.slow
