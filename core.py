@@ -1211,7 +1211,7 @@ def worst_case(world, model, step, optimizer, rows) -> float:
 def bootstrap(values, groups, *, weights=None, samples=2000, seed=0, of=None) -> np.ndarray:
     """95 % percentile intervals (columns, 2) of the column means of `values` (rows, columns).
 
-    With `of`, intervals of what it makes of means: it maps (samples, columns) to (samples, figures).
+    With `of`, intervals of what it makes of means: (samples, columns) -> (samples, figures), as they are.
 
     `weights` (rows,) count a row that often: the targets of which its values are means. Whole groups
     (prompts, documents) are redrawn, since rows of one group are not independent. A column of nothing but
@@ -1223,7 +1223,7 @@ def bootstrap(values, groups, *, weights=None, samples=2000, seed=0, of=None) ->
     sums = np.zeros((index.max() + 1, values.shape[1] + 1))  # per group: of every column, and its weight
     np.add.at(sums, index, np.c_[values * weights[:, None], weights])
     rng, n = np.random.default_rng(seed), len(sums)
-    draws = np.stack([sums[rng.integers(n, size=n)].sum(0) for _ in range(samples)])
+    draws = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) * 1.0 @ sums for _ in range(samples)])
     # few groups: Hesterberg's expanded percentiles (2015), with Student's t to first order in 1 / (n - 1)
     t = 1.96 + (1.96**3 + 1.96) / (4 * max(n - 1, 1))
     tail = 50 * (1 - math.erf(t * math.sqrt(n / max(n - 1, 1) / 2)))  # in percent: 2.5 for many groups
@@ -1255,7 +1255,8 @@ def classification_metrics(log_probs, labels, groups, prior, names) -> dict:
         "uniform_log_loss": math.log(len(names)),
         "prior_log_loss": float(prior_loss.mean()),
         "prior_accuracy": float((labels == prior.argmax(1)).mean()),
-        "above_prior_interval": intervals[2],  # of log loss - prior log loss, row by row
+        "above_prior": float((loss - prior_loss).mean()),  # below 0: something was learnt
+        "above_prior_interval": intervals[2],  # row by row
         "predicted": dict(zip(names, class_shares(chosen, len(names)), strict=True)),
         "truth": dict(zip(names, class_shares(labels, len(names)), strict=True)),
     }

@@ -4,7 +4,6 @@ Used by run_preference.py. Every family of transformers that ends in one vector 
 is a small one with random weights and a word tokenizer, for a machine without a network.
 """
 
-import itertools
 import math
 import re
 from collections import Counter
@@ -27,6 +26,10 @@ TINY_FAMILIES = {  # what each family needs beside TINY
     "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0},
     "albert": {"embedding_size": 64},
 }
+DROPOUTS = (  # what families call those of hidden states and attention
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"),
+    *("embedding_dropout", "mlp_dropout"),
+)
 
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -97,9 +100,11 @@ def encoder_from_config(config) -> nn.Module:
 
 
 def _with_dropout(config, dropout):
-    for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
-        if dropout is not None and hasattr(config, field):
-            setattr(config, field, dropout)
+    fields = [field for field in DROPOUTS if hasattr(config, field)]
+    if dropout is not None and not fields:
+        raise UserError(f"--encoder_dropout: a {config.model_type} has none that is known here: use none")
+    for field in fields if dropout is not None else ():
+        setattr(config, field, dropout)
     return config
 
 
@@ -121,10 +126,11 @@ def position_limit(encoder) -> int:
 
 
 def anatomy(encoder) -> tuple[list[nn.Module], nn.ModuleList]:
-    """(what comes before the blocks: embeddings and their kin; the blocks). ALBERT has one, used again."""
+    """(embeddings and their kin, wherever they stand; the blocks). ALBERT has one block, used again."""
     blocks = next(module for module in encoder.modules() if isinstance(module, nn.ModuleList))
-    before = itertools.takewhile(lambda module: module is not blocks, encoder.modules())
-    return [module for module in before if blocks not in set(module.modules())], blocks
+    inside = set(blocks.modules())
+    embeddings = [m for name, m in encoder.named_modules() if "embed" in name and m not in inside]
+    return embeddings, blocks  # of DeBERTa with the relative positions, which stand behind its blocks
 
 
 def freeze(encoder, which) -> list[nn.Module]:
@@ -166,8 +172,8 @@ class PairScorer(nn.Module):
     """Two token sequences of a row, encoded and pooled -> logits (orders, B, 3) of A, B, tie.
 
     Sequence 1 shows side A and sequence 2 side B, and the head reads both vectors; `joint`: sequence 1 shows
-    A before B, sequence 2 B before A, and the head reads one vector. Either way exchanging a row's sequences
-    exchanges A and B. Order 0 is the row as it stands, order 1 with A and B exchanged, classes put back.
+    A before B, sequence 2 B before A, and the head reads one vector. Either way swapping a row's sequences
+    swaps A and B. Order 0 is the row as it stands, order 1 with A and B swapped, classes put back.
     """
 
     def __init__(self, encoder, *, joint, pooling, head, dropout, frozen=()):
@@ -218,19 +224,24 @@ class PairScorer(nn.Module):
         Sequences are encoded in groups of similar length: padding costs as much as text. The grouping changes
         nothing but rounding.
         """
+        device = input_ids.device
+        overhead = core.OVERHEAD * (1 if device.type == "cpu" else 16)  # launches: an estimate, not measured
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        ordered, parts, start = [lengths[i] for i in order], [], 0
-        for n in core.length_groups(ordered, math.inf):
-            parts.append(self._encode_group(input_ids[order[start : start + n]], ordered[start : start + n]))
+        ordered = [lengths[i] for i in order]
+        longest_first = torch.tensor(order, device=device)
+        input_ids, ends = input_ids[longest_first], torch.tensor(ordered, device=device)[:, None]
+        parts, start = [], 0
+        for n in core.length_groups(ordered, math.inf, overhead):
+            group = slice(start, start + n)
+            parts.append(self._encode_group(input_ids[group, : ordered[start]], ends[group]))
             start += n
-        vectors = torch.cat(parts)
-        return vectors[torch.tensor(order, device=vectors.device).argsort()]
+        return torch.cat(parts)[longest_first.argsort()]
 
-    def _encode_group(self, input_ids, lengths):
-        longest = max(lengths)
-        ends = torch.tensor(lengths, device=input_ids.device)[:, None]
-        mask = torch.arange(longest, device=input_ids.device) < ends  # by length, never by token id
-        hidden = self.encoder(input_ids[:, :longest], attention_mask=mask.long()).last_hidden_state
+    def _encode_group(self, input_ids, ends):
+        mask = (
+            torch.arange(input_ids.shape[1], device=input_ids.device) < ends
+        )  # by length, never by token id
+        hidden = self.encoder(input_ids, attention_mask=mask.long()).last_hidden_state
         if self.pooling == "first":
             return hidden[:, 0]
         return (hidden * mask[..., None]).sum(1) / ends

@@ -105,7 +105,7 @@ class Preferences:
     lines: list[str]  # what to tell the user about odd rows
     lengths: np.ndarray | None = None  # (N, 2) tokens of sequences 1 and 2; set by measure_sequences, like
     cut: np.ndarray | None = None  # (N, 3) whether prompt, A, B lost tokens
-    vectors: np.ndarray | None = None  # (N, 2, h) of a frozen encoder; run_preference.encode_once sets it
+    vectors: np.ndarray | None = None  # (N, 2, h) of a frozen encoder; run_preference.cache_vectors sets it
 
     def truncated(self) -> dict[str, float]:
         """Share of rows in which prompt, A or B lost tokens."""
@@ -300,7 +300,7 @@ def allot(lengths, budget) -> list[int]:
 def allot_by_role(totals, budget) -> list[int]:
     """Tokens of prompt, A and B: each its share, and what a short one leaves over in the same proportions.
 
-    A and B are treated alike to the token, otherwise exchanging them would show other words.
+    A and B are treated alike to the token, otherwise swapping them would show other words.
     """
     kept, left = [0, 0, 0], {0, 1, 2}
     while left:
@@ -366,21 +366,22 @@ def measure_sequences(data, inputs, max_length):
             data.cut[row, list(lost)] = True
 
 
-def collate(data, rows, cfg, device, orders=2, exchanged=None) -> dict:
+def collate(data, rows, cfg, device, orders=2, swapped=None) -> dict:
     """What PairScorer.forward takes: sequence 1 of every row, then (but for joint in one order) sequence 2.
 
-    `exchanged` (rows,) says which rows are shown with A and B exchanged: their labels are, too.
+    `swapped` (rows,) says which rows are shown with A and B swapped (the caller swaps their labels, too).
     """
-    exchanged = np.zeros(len(rows), dtype=bool) if exchanged is None else exchanged
+    swapped = np.zeros(len(rows), dtype=bool) if swapped is None else swapped
     sequences = (1,) if cfg.inputs == "joint" and orders == 1 else (1, 2)
     wanted = [
         (row, 3 - which if swap else which)
         for which in sequences
-        for row, swap in zip(rows, exchanged, strict=True)
+        for row, swap in zip(rows, swapped, strict=True)
     ]
     if data.vectors is not None:
-        vectors = np.stack([data.vectors[row, which - 1] for row, which in wanted])
-        return {"vectors": torch.from_numpy(vectors).to(device), "size": len(rows), "orders": orders}
+        numbers = np.array(wanted)
+        vectors = torch.from_numpy(data.vectors[numbers[:, 0], numbers[:, 1] - 1])
+        return {"vectors": vectors.to(device), "size": len(rows), "orders": orders}
     ids = [sequence_ids(data, row, which, cfg.inputs, cfg.max_length) for row, which in wanted]
     lengths = [len(sequence) for sequence in ids]
     input_ids = torch.full((len(ids), max(lengths)), data.tokenizer.pad_token_id or 0)

@@ -3,6 +3,7 @@ reasons? the same when A and B change places? Every figure with a 95 % interval 
 run_preference.py; nothing here knows of models.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ CLEARLY = 1.5  # a response is called longer than the other from half as much ag
 class Verdicts:
     """What a model said of N rows, and what they are. Classes in the order A, B, tie."""
 
-    log_probs: np.ndarray  # (N, 2, 3): the row as it stands; A and B exchanged, classes put back
+    log_probs: np.ndarray  # (N, 2, 3): the row as it stands; A and B swapped, classes put back
     symmetric: bool  # the two are averaged
     labels: np.ndarray  # (N,)
     groups: np.ndarray  # (N,) prompts
@@ -28,7 +29,7 @@ class Verdicts:
     lengths: np.ndarray  # (N, 2) tokens of the whole responses
     cut: np.ndarray  # (N,) whether the model saw less than that, or less than the prompt
     by_length: np.ndarray  # (N, 3) log-probabilities of length_only
-    temperatures: np.ndarray  # (N,) fitted on validation rows
+    temperatures: np.ndarray | None  # (N,) fitted on validation rows; none: these are the validation rows
 
     def final(self) -> np.ndarray:
         return combine(self.log_probs, self.symmetric)
@@ -37,6 +38,11 @@ class Verdicts:
         """0 where A is the longer response, 1 where B is, 2 where they are equally long."""
         a, b = self.lengths.T
         return np.where(a > b, 0, np.where(b > a, 1, 2))
+
+    def some(self, rows) -> "Verdicts":
+        """Those of a mask of rows."""
+        arrays = {n: x[rows] for n, x in vars(self).items() if isinstance(x, np.ndarray)}
+        return dataclasses.replace(self, **arrays)
 
 
 # ----------------------------------------------------------------------------------------------- the formulas
@@ -49,15 +55,19 @@ def combine(log_probs, symmetric) -> np.ndarray:
     return F.log_softmax(torch.from_numpy(log_probs).mean(1), dim=-1).numpy()
 
 
-def calibration_gaps(log_probs, labels, bins=BINS) -> np.ndarray:
-    """(N, bins): in a row's bin of confidence its confidence - whether it is right, elsewhere 0.
+def confidence_bin(confidence) -> np.ndarray:
+    """Number of each row's bin; bins are open on the left."""
+    return np.ceil(confidence * BINS).astype(int).clip(1, BINS) - 1
+
+
+def calibration_gaps(log_probs, labels) -> np.ndarray:
+    """(N, BINS): in a row's bin of confidence its confidence - whether it is right, elsewhere 0.
 
     The expected calibration error is the sum over bins of |column mean| (Guo et al. 2017).
     """
     confidence, chosen = np.exp(log_probs).max(1), log_probs.argmax(1)
-    inside = np.ceil(confidence * bins).astype(int).clip(1, bins) - 1  # bins are open on the left
-    gaps = np.zeros((len(labels), bins))
-    gaps[np.arange(len(labels)), inside] = confidence - (chosen == labels)
+    gaps = np.zeros((len(labels), BINS))
+    gaps[np.arange(len(labels)), confidence_bin(confidence)] = confidence - (chosen == labels)
     return gaps
 
 
@@ -133,75 +143,75 @@ def macro_f1(chosen, labels, classes=3) -> float:
 # --------------------------------------------------------------------------------------------------- the card
 
 
-def report_card(v, names) -> dict:
-    """Every figure of result.json; `..._interval` is the 95 % interval of the figure before it."""
-    log_probs = v.final()
-    card = core.classification_metrics(log_probs, v.labels, v.groups, v.prior, names)
-    card |= {"prompts": len(set(v.groups)), "symmetric": v.symmetric}
-    card |= _beside_other_guesses(v, log_probs)
-    chosen, longer = log_probs.argmax(1), v.longer()
-    for name, label in zip(names, range(len(names)), strict=True):
-        rows = v.labels == label
-        card |= _mean(f"recall_{name}", chosen[rows] == label, v.groups[rows])
-    error, interval = calibration_error(log_probs, v.labels, v.groups)
-    card |= {"calibration_error": error, "calibration_error_interval": interval}
-    card["calibration_error_of_noise"] = calibration_noise(log_probs)
-    truth = np.eye(len(names))[v.labels]
-    card |= _mean("brier", ((np.exp(log_probs) - truth) ** 2).sum(1), v.groups)
-    card["macro_f1"] = macro_f1(chosen, v.labels, len(names))
-    card["confusion"] = _confusion(v.labels, chosen, len(names)).tolist()  # [truth][verdict]
-    for name, said in (("prefers_longer", chosen), ("truth_prefers_longer", v.labels)):
-        decided = (said < 2) & (longer < 2)
-        card |= _mean(name, said[decided] == longer[decided], v.groups[decided])
-    card["by_truncation"] = _by({"whole": ~v.cut, "truncated": v.cut}, v, log_probs)
+def make_card(v, names) -> dict:
+    """Every figure of result.json; `..._interval` is the 95 % interval of the figure before it.
+
+    by_truncation and by_length hold the same figures of some of the rows each.
+    """
+    card = figures(v, names)
     a, b = 1 + v.lengths.T
-    sizes = {"A longer": a > CLEARLY * b, "B longer": b > CLEARLY * a}
-    card["by_length"] = _by(sizes | {"alike": ~(sizes["A longer"] | sizes["B longer"])}, v, log_probs)
+    parts = {"A longer": a > CLEARLY * b, "B longer": b > CLEARLY * a}
+    parts["alike"] = ~(parts["A longer"] | parts["B longer"])
+    card["by_length"] = {name: figures(v.some(rows), names) for name, rows in parts.items()}
+    parts = {"whole": ~v.cut, "truncated": v.cut}
+    card["by_truncation"] = {name: figures(v.some(rows), names) for name, rows in parts.items()}
     return card
 
 
-def _beside_other_guesses(v, log_probs) -> dict:
-    """Verdicts of one order, of both averaged, of lengths alone, and at the fitted temperature."""
+def figures(v, names) -> dict:
+    if not len(v.labels):
+        return {"rows": 0}
+    log_probs, longer = v.final(), v.longer()
+    chosen = log_probs.argmax(1)
+    card = core.classification_metrics(log_probs, v.labels, v.groups, v.prior, names)
+    card |= {"prompts": len(set(v.groups)), "symmetric": v.symmetric}
+    card |= _means(_columns(v, log_probs), v.groups)
+    for label, name in enumerate(names):
+        rows = v.labels == label
+        card |= _means({f"recall_{name}": chosen[rows] == label}, v.groups[rows])
+    for name, said in (("prefers_longer", chosen), ("truth_prefers_longer", v.labels)):
+        decided = (said < 2) & (longer < 2)
+        card |= _means({name: said[decided] == longer[decided]}, v.groups[decided])
+    error, interval = calibration_error(log_probs, v.labels, v.groups)
+    card |= {"calibration_error": error, "calibration_error_interval": interval}
+    card["calibration_error_of_noise"] = calibration_noise(log_probs)
+    card["temperature"] = None if v.temperatures is None else float(v.temperatures.mean())
+    card["macro_f1"] = macro_f1(chosen, v.labels, len(names))
+    card["confusion"] = _confusion(v.labels, chosen, len(names)).tolist()  # [truth][verdict]
+    return card
+
+
+def _columns(v, log_probs) -> dict[str, np.ndarray]:
+    """Row by row: what one order, both averaged, lengths alone and the fitted temperature would have got."""
     every = np.arange(len(v.labels))
-    swapped, averaged = v.log_probs[:, 1], combine(v.log_probs, True)
-    guesses = {"one_order": v.log_probs[:, 0], "averaged": averaged, "length_only": v.by_length}
-    guesses["tempered"] = tempered(log_probs, v.temperatures[:, None])
-    figures = {"temperature": float(v.temperatures.mean())}
-    for name, guess in guesses.items():
-        figures |= _mean(f"{name}_log_loss", -guess[every, v.labels], v.groups)
-        figures |= _mean(f"{name}_accuracy", guess.argmax(1) == v.labels, v.groups)
-    flips = v.log_probs[:, 0].argmax(1) != swapped.argmax(1)
-    figures |= _mean("flip_rate", flips, v.groups)
-    ours = -log_probs[every, v.labels]
-    figures |= _mean("above_length_only", ours + v.by_length[every, v.labels], v.groups)
-    gain = v.log_probs[:, 0][every, v.labels] - averaged[every, v.labels]
-    return figures | _mean("averaging_gain", gain, v.groups)  # of log loss; negative: averaging helps
+    guesses = {"one_order": v.log_probs[:, 0], "averaged": combine(v.log_probs, True)}
+    guesses["length_only"] = v.by_length
+    if v.temperatures is not None:
+        guesses["tempered"] = tempered(log_probs, v.temperatures[:, None])
+    losses = {name: -guess[every, v.labels] for name, guess in guesses.items()}
+    columns = {f"{name}_log_loss": loss for name, loss in losses.items()}
+    columns |= {f"{name}_accuracy": guess.argmax(1) == v.labels for name, guess in guesses.items()}
+    columns["flip_rate"] = v.log_probs[:, 0].argmax(1) != v.log_probs[:, 1].argmax(1)
+    columns["above_length_only"] = -log_probs[every, v.labels] - losses["length_only"]
+    columns["averaged_above_one_order"] = losses["averaged"] - losses["one_order"]
+    truth = np.eye(log_probs.shape[1])[v.labels]
+    return columns | {"brier": ((np.exp(log_probs) - truth) ** 2).sum(1)}
 
 
-def _mean(name, values, groups) -> dict:
-    """{name: mean, name_interval: ...}, both None without any rows."""
-    if not len(values):
-        return {name: None, f"{name}_interval": None}
-    values = np.asarray(values, dtype=np.float64)
-    [interval] = core.bootstrap(values[:, None], groups).tolist()
-    return {name: float(values.mean()), f"{name}_interval": interval}
+def _means(columns, groups) -> dict:
+    """{name: mean, name_interval: ...} of each column, both None without any rows."""
+    if not len(groups):
+        return {key: None for name in columns for key in (name, f"{name}_interval")}
+    values = np.stack([np.asarray(column, dtype=np.float64) for column in columns.values()], axis=1)
+    means, intervals = values.mean(0).tolist(), core.bootstrap(values, groups).tolist()
+    named = zip(columns, means, intervals, strict=True)
+    return {key: x for name, mean, both in named for key, x in ((name, mean), (f"{name}_interval", both))}
 
 
 def _confusion(labels, chosen, classes) -> np.ndarray:
     counts = np.zeros((classes, classes), dtype=np.int64)
     np.add.at(counts, (labels, chosen), 1)
     return counts
-
-
-def _by(parts, v, log_probs) -> dict:
-    """The same few figures of some of the rows each."""
-    every, chosen, figures = np.arange(len(v.labels)), log_probs.argmax(1), {}
-    for name, rows in parts.items():
-        figures[name] = {"rows": int(rows.sum())}
-        figures[name] |= _mean("log_loss", -log_probs[every, v.labels][rows], v.groups[rows])
-        figures[name] |= _mean("prior_log_loss", -np.log(v.prior[every, v.labels])[rows], v.groups[rows])
-        figures[name] |= _mean("accuracy", (chosen == v.labels)[rows], v.groups[rows])
-    return figures
 
 
 def card_lines(card, where, names) -> list[str]:
@@ -215,23 +225,27 @@ def card_lines(card, where, names) -> list[str]:
         return " ".join(f"{label} {share:.0%}" for label, share in card[name].items())
 
     orders = "both orders averaged" if card["symmetric"] else "one order"
+    low, high = card["calibration_error_interval"]  # reflected: far from symmetric
+    tempered_line = []
+    if card["temperature"] is not None:
+        fitted = f"temperature  {card['temperature']:.2f}, fitted on validation"
+        tempered_line = [f"{fitted} -> log loss {figure('tempered_log_loss', 4)}"]
     recall = "   ".join(f"{name} {figure(f'recall_{name}')}" for name in names)
     lines = [
         f"{card['rows']} rows, {card['prompts']} prompts, {orders}; 95 % intervals by prompt",
-        f"log loss     {figure('log_loss', 4)}   class shares {card['prior_log_loss']:.4f}   "
-        f"uniform {card['uniform_log_loss']:.4f}",
+        f"log loss     {figure('log_loss', 4)}   uniform {card['uniform_log_loss']:.4f}",
         f"accuracy     {figure('accuracy')}   most frequent class {card['prior_accuracy']:.3f}",
+        f"class shares log loss {card['prior_log_loss']:.4f}   ours - theirs {figure('above_prior', 4)}",
         f"lengths only log loss {figure('length_only_log_loss', 4)}   "
-        f"accuracy {figure('length_only_accuracy')}",
-        f"             ours - lengths only {figure('above_length_only', 4)}",
+        f"ours - theirs {figure('above_length_only', 4)}",
+        f"             accuracy {figure('length_only_accuracy')}",
         f"one order    log loss {figure('one_order_log_loss', 4)}   accuracy {figure('one_order_accuracy')}",
         f"averaged     log loss {figure('averaged_log_loss', 4)}   accuracy {figure('averaged_accuracy')}",
         f"flips        {figure('flip_rate')} of one-order verdicts change when A and B are swapped",
         f"recall       {recall}",
-        f"calibration  error {figure('calibration_error')}   "
-        f"of a calibrated judge on so few rows {card['calibration_error_of_noise']:.3f}",
-        f"temperature  {card['temperature']:.2f}, fitted on validation -> "
-        f"log loss {figure('tempered_log_loss', 4)}",
+        f"calibration  error {card['calibration_error']:.3f} ({low:.3f} to {high:.3f})   "
+        f"a calibrated judge's on so few rows {card['calibration_error_of_noise']:.3f}",
+        *tempered_line,
         f"predicts     {shares('predicted')}   truth {shares('truth')}",
     ]
     return [f"{where}  {line}" for line in [*lines, *filter(None, [card["alarm"], lengths_alarm(card)])]]
@@ -273,7 +287,7 @@ def draw(v, names, title, path):
 
 def _draw_reliability(axes, confidence, right):
     """Accuracy against confidence in bins, one standard error; bars show how many rows there are."""
-    inside = np.ceil(confidence * BINS).astype(int).clip(1, BINS) - 1
+    inside = confidence_bin(confidence)
     rows = np.bincount(inside, minlength=BINS)
     full = np.flatnonzero(rows)
     mean = np.bincount(inside, confidence, BINS)[full] / rows[full]

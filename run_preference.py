@@ -21,6 +21,8 @@ import functools
 import hashlib
 import json
 import math
+import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -64,15 +66,15 @@ class Config:
     epochs: int = 3
     max_steps: int | None = None  # optimizer steps (per fold)
     max_minutes: float | None = None  # of training (all folds together), over resumes
-    lr: float = 1e-5  # peak
-    head_lr: float | None = None  # peak of the head's; none = lr
+    lr: float = 2e-5  # peak
+    head_lr: float | None = 2e-4  # peak of the head, which starts from nothing; none = lr
     layer_decay: float = 1.0  # of the lr, from each block to the one below it
     min_lr: float = 0.0
     warmup: float = 0.1  # fraction of all steps
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = 0.01  # of matrices
-    swap_augmentation: bool = False  # half of the training rows, drawn anew, with A and B exchanged
+    swap_augmentation: bool = False  # half of the training rows, drawn anew, with A and B swapped
     clip: float | None = 1.0  # global gradient norm; none = off
     skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
     dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"  # bf16 from Ampere on; fp16 uses a GradScaler
@@ -102,6 +104,10 @@ class Config:
             raise core.UserError(
                 "--swap_augmentation changes nothing with --symmetric, which averages both orders: use one"
             )
+        if self.lr == 0 and self.head_lr:
+            raise core.UserError(
+                f"--lr 0 with --head_lr {self.head_lr:g}: --freeze all trains the head alone, at --lr"
+            )
         if self.mode == "submit" and not self.test_csv:
             raise core.UserError("--mode submit needs --test_csv: the rows to be judged")
         if self.folds and self.max_minutes is not None:
@@ -112,7 +118,7 @@ class Config:
 
 JOURNAL = {  # as its scripts trained; not repeated: prompt and answer as one string, cut on the right
     **{"schedule": "constant", "warmup": 0.0, "clip": None, "test_weights": "last", "symmetric": False},
-    **{"start_at_prior": False, "pooling": "first", "head": "mlp", "head_lr": None, "layer_decay": 1.0},
+    **{"start_at_prior": False, "head_lr": None},
     **{"model": "distilbert-base-uncased", "lr": 1e-5, "batch": 32, "epochs": 3},
 }
 PRESETS = {
@@ -159,6 +165,7 @@ SMOKE = {
     "batch": 24,
     "epochs": 8,
     "lr": 2e-3,
+    "head_lr": None,
 }
 NAMES = list(pairs.LABELS)  # A, B, tie: the order of classes everywhere
 
@@ -185,20 +192,26 @@ def build_model(cfg, data, world):
     return scorer(cfg, encoder)
 
 
-def load_model(folder, world):
-    """(Config, model, tokenizer) of a run, from its folder alone; the weights it was tested with."""
+def rebuild(folder, world, **changes):
+    """(Config, untrained model, tokenizer) of a run, from its folder alone."""
     from transformers import AutoConfig
 
-    stored = runs.read_config(folder)["constants"]
+    stored = {"symmetric": False} | runs.read_config(folder)["constants"]  # as runs were before both orders
     known = {field.name for field in dataclasses.fields(Config)}
-    cfg = Config(**{name: value for name, value in stored.items() if name in known})
+    cfg = Config(**{name: value for name, value in stored.items() if name in known} | changes)
     try:
         encoder = encoders.encoder_from_config(AutoConfig.from_pretrained(Path(folder) / "encoder"))
     except OSError:
         raise core.UserError(f"{folder}/encoder is missing: the run stopped before its first step") from None
     model = core.Precision(cfg.dtype, world).prepare(scorer(cfg, encoder))
+    return cfg, model, encoders.load_tokenizer(str(Path(folder) / "encoder"))
+
+
+def load_model(folder, world):
+    """(Config, model, tokenizer) of a run, from its folder alone; the weights it was tested with."""
+    cfg, model, tokenizer = rebuild(folder, world)
     runs.load_weights(Path(folder) / "checkpoints" / runs.chosen_checkpoint(folder), model)
-    return cfg, model.eval(), encoders.load_tokenizer(str(Path(folder) / "encoder"))
+    return cfg, model.eval(), tokenizer
 
 
 def each_once(compute, out, data, rows, cfg, world, poll, what):
@@ -217,7 +230,7 @@ def each_once(compute, out, data, rows, cfg, world, poll, what):
 
 
 def evaluate(model, data, rows, cfg, world, poll=lambda: None) -> np.ndarray:
-    """Log-probabilities (N, 2, 3) in fp64 of `rows`, on every rank: as they stand; with A and B exchanged.
+    """Log-probabilities (N, 2, 3) in fp64 of `rows`, on every rank: as they stand; with A and B swapped.
 
     `model` is unwrapped. The second order's classes are put back: an even judge says the same twice.
     """
@@ -233,34 +246,49 @@ def evaluate(model, data, rows, cfg, world, poll=lambda: None) -> np.ndarray:
     return out.numpy()
 
 
-def encode_once(model, data, cfg, world, poll):
-    """Sets data.vectors: what the frozen encoder makes of every sequence, memory-mapped from the cache."""
+def cache_vectors(model, data, cfg, world, poll, say):
+    """Sets data.vectors: what a frozen encoder makes of every sequence, memory-mapped from the cache.
+
+    Whole or not at all: a stop in between begins anew.
+    """
     if cfg.freeze != "all" or not cfg.encode_once:
         return
-    known = [
-        runs.state_sha256(model.encoder.state_dict()),
-        cfg.inputs,
-        cfg.max_length,
-        cfg.pooling,
-        cfg.dtype,
-    ]
-    key = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
-    folder = data.folder / f"vectors_{key}"
-    if not core.on_main(world, folder.exists):
-        data.vectors = None
-        width = model.encoder.config.hidden_size
-        out = torch.zeros(len(data.labels), 2, width, dtype=next(model.parameters()).dtype)
+    data.vectors, began = None, time.time()
+    folder = core.on_main(world, lambda: str(vector_folder(model, data, cfg)))
+    if not core.on_main(world, lambda: Path(folder).exists()):
+        n, width = len(data.labels), model.encoder.config.hidden_size
+        out = torch.zeros(n, 2, width, dtype=next(model.parameters()).dtype)
+        megabytes = out.numel() * out.element_size() / 1e6
+        core.on_main(world, lambda: require_room(data.folder, megabytes))
+        say(f"the frozen encoder reads {n} rows once: {megabytes:.0f} MB of vectors in {data.folder.parent}")
 
         def vectors(some):
             inputs = pairs.collate(data, some, cfg, world.device)
             return torch.stack(model.encode(inputs["input_ids"], inputs["lengths"]).chunk(2), dim=1)
 
         model.eval()
-        every = np.arange(len(data.labels))
-        each_once(vectors, out, data, every, cfg, world, poll, "encoding")
+        each_once(vectors, out, data, np.arange(n), cfg, world, poll, "encoding")
         model.train()
-        core.on_main(world, lambda: write_vectors(folder, out))
-    data.vectors = np.load(folder / "vectors.npy", mmap_mode="r")
+        if not out.isfinite().all():
+            raise FloatingPointError(f"the frozen encoder gives inf or nan in {cfg.dtype}: use --dtype fp32")
+        core.on_main(world, lambda: write_vectors(Path(folder), out))
+        say(f"encoded in {time.time() - began:.1f} s")
+    data.vectors = np.load(Path(folder) / "vectors.npy", mmap_mode="r")
+
+
+def vector_folder(model, data, cfg) -> Path:
+    """Named after all that vectors depend on, the code that lays rows out included."""
+    code = [core.sha256_file(module.__file__) for module in (pairs, encoders)]
+    known = [runs.state_sha256(model.encoder.state_dict()), model.encoder.config.to_json_string(), *code]
+    known += [cfg.inputs, cfg.max_length, cfg.pooling, cfg.dtype]
+    return data.folder / f"vectors_{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]}"
+
+
+def require_room(folder, megabytes):
+    free = shutil.disk_usage(folder).free / 1e6
+    if free < 1.05 * megabytes:
+        room = f"{folder.parent} has {free:.0f} MB free, the vectors need {megabytes:.0f}"
+        raise core.UserError(f"{room}: free some, set TOKEN_CACHE, or use --no-encode_once")
 
 
 def write_vectors(folder, vectors):
@@ -294,12 +322,10 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     if fold == run.position.get("fold", 0):
         announce(run, cfg, data, rows, model)
     step = run.load(model, optimizer, precision, fold=fold)
-    if world.is_main:  # with the tokenizer, it lets the folder alone rebuild the model: no Hub, no cache
-        model.encoder.config.save_pretrained(run.folder / "encoder")
-        data.tokenizer.save_pretrained(run.folder / "encoder")
+    core.on_main(world, lambda: write_encoder(run.folder / "encoder", model.encoder.config, data.tokenizer))
     if cfg.compile:
         model.encoder.compile(dynamic=True)
-    encode_once(model, data, cfg, world, run.poll)
+    cache_vectors(model, data, cfg, world, run.poll, run.say)
     ddp = core.wrap_ddp(model, world)
 
     core.reseed(cfg.seed, "worst case", fold)
@@ -333,7 +359,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
             report_validation(run, step, val, where(), is_best, late=2 * step >= total_steps)
         if ends:
             break
-        shown = list(zip(rows["train"][batches.global_batch(step)], exchanged(cfg, fold, step), strict=True))
+        shown = list(zip(rows["train"][batches.global_batch(step)], swapped(cfg, fold, step), strict=True))
         mine = shown[world.rank :: world.size]
         targets = run.agree(len(mine))
         if run.stopping:
@@ -356,8 +382,14 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     return predict(run, cfg, world, data, rows, model, step)
 
 
-def exchanged(cfg, fold, step) -> list[bool]:
-    """Which rows of a global batch are shown with A and B exchanged: the same on any number of ranks."""
+def write_encoder(folder, config, tokenizer):
+    """Shape and tokenizer: they let the folder alone rebuild the model, without the Hub or the cache."""
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def swapped(cfg, fold, step) -> list[bool]:
+    """Which rows of a global batch are shown with A and B swapped: the same on any number of ranks."""
     if not cfg.swap_augmentation:
         return [False] * cfg.batch
     return (np.random.default_rng([cfg.seed, fold, step]).random(cfg.batch) < 0.5).tolist()
@@ -366,7 +398,7 @@ def exchanged(cfg, fold, step) -> list[bool]:
 def backward_of_sum(ddp, precision, data, shown, targets, cfg, world) -> float:
     """Gradients of this rank's share of the summed loss / targets; returns the share's sum.
 
-    shown: (row, whether A and B are exchanged) pairs.
+    shown: (row, whether A and B are swapped) pairs.
     """
     losses, orders = [], 2 if cfg.symmetric else 1
     for part in core.micro_batches(ddp, shown, cfg.micro_batch):
@@ -386,20 +418,21 @@ def autopsy(data, shown, cfg, lr) -> dict:
     rows = [row for row, _ in shown]
     facts = {"lr": lr, "rows": [data.ids[row] for row in rows], "first_row": describe_row(data, rows[0], cfg)}
     facts |= {"lengths": data.lengths[rows].sum(1).tolist(), "labels": data.labels[rows].tolist()}
-    return facts | {"exchanged": [swap for _, swap in shown]}
+    return facts | {"swapped": [swap for _, swap in shown]}
 
 
 def predict(run, cfg, world, data, rows, model, step) -> dict:
     """The fold's outcome: hash of the final weights; what the weights to be measured say of val and test."""
-    sha256, measured = runs.weights_sha256(model), run.checkpoint
+    sha256, checkpoint = runs.weights_sha256(model), run.checkpoint
     if cfg.test_weights == "best":
-        measured = run.load_best(model)
+        checkpoint = run.load_best(model)
     elif cfg.folds:  # later folds push this one's checkpoints out
-        measured = run.keep_weights(step, model, "last")
+        checkpoint = run.keep_weights(step, model, "last")
     parts = ("val", "test") if cfg.final_eval else ("val",)
     log_probs = {part: evaluate(model, data, rows[part], cfg, world, run.poll).tolist() for part in parts}
     parameters = core.count_parameters(model)
-    return {"weights_sha256": sha256, "measured": measured, "parameters": parameters, "log_probs": log_probs}
+    facts = {"weights_sha256": sha256, "checkpoint": checkpoint, "parameters": parameters}
+    return facts | {"log_probs": log_probs}
 
 
 def describe_row(data, row, cfg) -> str:
@@ -410,6 +443,9 @@ def describe_row(data, row, cfg) -> str:
         text = data.tokenizer.decode(ids).replace("\n", " ")
         lines.append(f"  {name}: {text if len(text) <= 93 else f'{text[:44]} ... {text[-44:]}'}")
     return "\n".join(lines)
+
+
+VAL_METRICS = {"loss": "log_loss", "accuracy": "accuracy", "flips": "flips"}  # of TensorBoard
 
 
 def report_validation(run, step, val, where, is_best, late):
@@ -425,9 +461,6 @@ def report_validation(run, step, val, where, is_best, late):
     run.metrics(step, {f"val/{key}": val[name] for key, name in VAL_METRICS.items()})
 
 
-VAL_METRICS = {"loss": "log_loss", "accuracy": "accuracy", "flips": "flips"}  # of TensorBoard
-
-
 # ----------------------------------------------------------------------------------------------------- report
 
 
@@ -438,37 +471,37 @@ def verdicts(cfg, data, splits, outcomes, part) -> tuple[np.ndarray, report_card
         rows, train_rows = split[part], split["train"]
         said = {name: np.array(log_probs) for name, log_probs in outcome["log_probs"].items()}
         on_val = report_card.combine(said["val"], cfg.symmetric)
+        temperature = report_card.temperature(on_val, data.labels[split["val"]])
         prior = core.class_shares(data.labels[train_rows], len(NAMES))
-        every.append(
-            {
-                "log_probs": said[part],
-                "prior": np.tile(prior, (len(rows), 1)),
-                "by_length": report_card.length_only(lengths, data.labels, train_rows, rows),
-                "temperatures": np.full(
-                    len(rows), report_card.temperature(on_val, data.labels[split["val"]])
-                ),
-            }
-        )
+        by_length = report_card.length_only(lengths, data.labels, train_rows, rows)
+        facts = {"log_probs": said[part], "prior": np.tile(prior, (len(rows), 1)), "by_length": by_length}
+        every.append(facts | {"temperatures": np.full(len(rows), temperature)})
     rows = np.concatenate([split[part] for split in splits])
     facts = {name: np.concatenate([one[name] for one in every]) for name in every[0]}
     facts |= {"labels": data.labels[rows], "groups": data.groups[rows], "lengths": lengths[rows]}
+    facts |= {} if part == "test" else {"temperatures": None}
     return rows, report_card.Verdicts(symmetric=cfg.symmetric, cut=data.cut[rows].any(1), **facts)
 
 
 def report(run, cfg, data, splits, outcomes) -> dict:
     """Rank 0: the report card of val and test, report.png, predictions.jsonl."""
-    result, parts = {}, list(outcomes[0]["log_probs"])
+    result, said, cards = {}, {}, {}
+    for part in outcomes[0]["log_probs"]:
+        run.leave_if_signalled()
+        said[part] = verdicts(cfg, data, splits, outcomes, part)
+        cards[part] = report_card.make_card(said[part][1], NAMES)
+        result |= {f"{part}/{name}": value for name, value in cards[part].items()}
     with core.whole_file(run.folder / "predictions.jsonl") as file:
-        for part in parts:
-            rows, v = verdicts(cfg, data, splits, outcomes, part)
-            card = report_card.report_card(v, NAMES)
-            result |= {f"{part}/{name}": value for name, value in card.items()}
-            file.writelines(json.dumps(line) + "\n" for line in predictions(data, rows, v, part))
-    where = "out of fold" if cfg.folds and part == "test" else part
+        for part, (rows, v) in said.items():
+            folds = np.repeat(np.arange(len(splits)), [len(split[part]) for split in splits])
+            lines = predictions(data, rows, v, part, folds if cfg.folds else None)
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+    last = "test" if "test" in cards else "val"
+    card, where = cards[last], "out of fold" if cfg.folds and last == "test" else last
     for line in report_card.card_lines(card, where, NAMES):
         run.say(line)
     title = f"{run.folder.name}   {where}   log loss {card['log_loss']:.4f}   accuracy {card['accuracy']:.3f}"
-    report_card.draw(v, NAMES, title, run.folder / "report.png")
+    report_card.draw(said[last][1], NAMES, title, run.folder / "report.png")
     if line := journal_line(cfg):
         run.say(line)
     accuracy = core.plus_minus(card["accuracy"], card["accuracy_interval"])
@@ -477,56 +510,62 @@ def report(run, cfg, data, splits, outcomes) -> dict:
     return result
 
 
-def predictions(data, rows, v, part):
+def predictions(data, rows, v, part, folds):
     """Lines of predictions.jsonl: what two runs on the same rows can be compared by."""
     final = np.exp(v.final())
-    for row, said, orders in zip(rows, final, np.exp(v.log_probs), strict=True):
-        line = {
-            "id": data.ids[row],
-            "group": data.groups[row],
-            "split": part,
-            "label": NAMES[data.labels[row]],
-        }
-        line |= dict(zip(NAMES, said.tolist(), strict=True))
-        yield line | {"as_is": orders[0].tolist(), "exchanged": orders[1].tolist()}
+    for i, (row, said, orders) in enumerate(zip(rows, final, np.exp(v.log_probs), strict=True)):
+        line = {"id": data.ids[row], "row": int(row), "group": data.groups[row], "split": part}
+        line |= {} if folds is None else {"fold": int(folds[i]) + 1}
+        line |= {"label": NAMES[data.labels[row]], **dict(zip(NAMES, said.tolist(), strict=True))}
+        yield line | {"as_is": orders[0].tolist(), "swapped_back": orders[1].tolist()}
 
 
 # ----------------------------------------------------------------------------------------------------- Kaggle
 
 
-def load_unlabelled(cfg, tokenizer, world):
+def rows_to_judge(cfg, tokenizer, world):
     """The rows of cfg.test_csv, tokenised and measured."""
     data = pairs.load_unlabelled(cfg.test_csv, tokenizer, world)
     pairs.measure_sequences(data, cfg.inputs, cfg.max_length)
     return data
 
 
-def submit(folder, checkpoints, model, data, cfg, world, poll=lambda: None) -> Path:
+def submit(folder, checkpoints, cfg, model, data, world, poll=lambda: None, say=print):
     """submission.csv in Kaggle's format: one row per row of `data`, in its order; folds are averaged."""
     probs = np.zeros((len(data.labels), len(NAMES)))
     for name in checkpoints:
         runs.load_weights(folder / "checkpoints" / name, model)
-        encode_once(model, data, cfg, world, poll)
+        cache_vectors(model, data, cfg, world, poll, say)
         log_probs = evaluate(model, data, np.arange(len(data.labels)), cfg, world, poll)
         probs += np.exp(report_card.combine(log_probs, cfg.symmetric)) / len(checkpoints)
-    if world.is_main:
-        with core.whole_file(folder / "submission.csv") as file:
-            table = csv.writer(file, lineterminator="\n")
-            table.writerow(["id", *pairs.LABELS.values()])
-            for row_id, p in zip(data.ids, (probs / probs.sum(1, keepdims=True)).tolist(), strict=True):
-                table.writerow([row_id, *p])
-    return folder / "submission.csv"
+    core.on_main(world, lambda: write_submission(folder / "submission.csv", data.ids, probs))
+    for line in [*data.lines, cut_line(data), f"written: {folder}/submission.csv, {len(data.labels)} rows"]:
+        say(line)
+
+
+def write_submission(path, ids, probs):
+    with core.whole_file(path) as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["id", *pairs.LABELS.values()])
+        for row_id, p in zip(ids, (probs / probs.sum(1, keepdims=True)).tolist(), strict=True):
+            table.writerow([row_id, *p])
+
+
+OF_SUBMIT = {"mode", "run", "test_csv", "eval_batch", "dtype", "out", "backend", "encode_once"}
 
 
 def submit_of_a_run(cfg, world):
     """--mode submit: the weights a finished run was tested with (of all folds) judge --test_csv."""
-    folder = Path(cfg.run or runs.newest_run(cfg, __file__))
-    stored, model, tokenizer = load_model(folder, world)
-    stored = dataclasses.replace(stored, test_csv=cfg.test_csv, eval_batch=cfg.eval_batch)
-    data = load_unlabelled(stored, tokenizer, world)
-    written = submit(folder, runs.tested_checkpoints(folder), model, data, stored, world)
-    if world.is_main:
-        print("\n".join([*data.lines, f"written: {written}, {len(data.labels)} rows"]))
+    flags = core.typed(cfg).flags
+    if useless := sorted(flags - OF_SUBMIT):
+        raise core.UserError(f"--mode submit takes these from the run: drop --{', --'.join(useless)}")
+    folder = Path(core.on_main(world, lambda: cfg.run or str(runs.newest_run(cfg, __file__))))
+    checkpoints = core.on_main(world, lambda: runs.tested_checkpoints(folder))
+    changes = {name: getattr(cfg, name) for name in flags & {"eval_batch", "dtype", "encode_once"}}
+    stored, model, tokenizer = rebuild(folder, world, test_csv=cfg.test_csv, **changes)
+    data = rows_to_judge(stored, tokenizer, world)
+    say = print if world.is_main else lambda line: None
+    submit(folder, checkpoints, stored, model, data, world, say=say)
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -535,6 +574,11 @@ def submit_of_a_run(cfg, world):
 def journal_line(cfg) -> str | None:
     preset = core.typed(cfg).preset
     return f"journal 000 with preset {preset}: {THEIRS[preset]}" if preset in THEIRS else None
+
+
+def cut_line(data) -> str:
+    shares = data.truncated().items()
+    return "cut to fit  " + "  ".join(f"{name} in {share:.1%} of rows" for name, share in shares)
 
 
 def announce(run, cfg, data, rows, model):
@@ -548,8 +592,7 @@ def announce(run, cfg, data, rows, model):
     run.say(f"data {cfg.data}  {len(data.labels)} rows, {len(set(data.groups))} prompts")
     for line in data.lines:
         run.say(line)
-    shares = data.truncated().items()
-    run.say("cut to fit  " + "  ".join(f"{name} in {share:.1%} of rows" for name, share in shares))
+    run.say(cut_line(data))
     if left := len(rows["train"]) % cfg.batch:
         run.say(
             f"each epoch leaves out {left} training rows, others each time: they fill no batch of {cfg.batch}"
@@ -579,20 +622,18 @@ def main(cfg, world):
         data = pairs.load_data(cfg, world)
         run.pin("fingerprint", data.fingerprint)
         pairs.measure_sequences(data, cfg.inputs, cfg.max_length)
-        unlabelled = load_unlabelled(cfg, data.tokenizer, world) if cfg.test_csv else None
+        unlabelled = rows_to_judge(cfg, data.tokenizer, world) if cfg.test_csv else None
         splits, outcomes = cross_validate(run, cfg, world, data)
-        measured = [outcome["measured"] for outcome in outcomes]  # one a fold
+        checkpoints = [outcome["checkpoint"] for outcome in outcomes]  # one a fold
         run.result = core.on_main(world, lambda: report(run, cfg, data, splits, outcomes)) | {
             "weights_sha256": core.joint_hash([outcome["weights_sha256"] for outcome in outcomes]),
-            "test_checkpoints": measured,
+            "test_checkpoints": checkpoints,
             "truncated": data.truncated(),
             **dict(zip(("parameters", "trainable_parameters"), outcomes[0]["parameters"], strict=True)),
         }
         if unlabelled:
-            model = core.Precision(cfg.dtype, world).prepare(build_model(cfg, data, world))
-            written = submit(run.folder, measured, model, unlabelled, cfg, world, run.poll)
-            for line in [*unlabelled.lines, f"written: {written}, {len(unlabelled.labels)} rows"]:
-                run.say(line)
+            _, model, _ = rebuild(run.folder, world)
+            submit(run.folder, checkpoints, cfg, model, unlabelled, world, run.poll, run.say)
         run.say(f"next: tensorboard --logdir {run.folder.parent}")
     return run.result
 

@@ -793,22 +793,30 @@ def _choose_checkpoint(checkpoints, step=None) -> tuple[str | None, list[str]]:
     return None, lines
 
 
-def tested_checkpoints(folder) -> list[str]:
-    """Names of the weights a run was tested with, one a fold; of an unfinished run the newest whole ones."""
+def chosen_checkpoint(folder) -> str:
+    """Name of the weights that a run was tested with; of an unfinished run, the newest whole checkpoint."""
     folder = Path(folder)
     with contextlib.suppress(OSError, ValueError, KeyError):
-        names = json.loads((folder / "result.json").read_text())["test_checkpoints"]
-        if not any(broken(folder / "checkpoints" / name) for name in names):
-            return names
+        name = json.loads((folder / "result.json").read_text())["test_checkpoints"][0]
+        if broken(folder / "checkpoints" / name) is None:
+            return name
     name, _ = _choose_checkpoint(folder / "checkpoints")
     if name is None:
         raise core.UserError(f"{folder} has no checkpoint")
-    return [name]
+    return name
 
 
-def chosen_checkpoint(folder) -> str:
-    """The first of them."""
-    return tested_checkpoints(folder)[0]
+def tested_checkpoints(folder) -> list[str]:
+    """Names of the weights that a finished run was tested with, one a fold; UserError if one is damaged."""
+    folder = Path(folder)
+    try:
+        names = json.loads((folder / "result.json").read_text())["test_checkpoints"]
+    except (OSError, ValueError, KeyError):
+        raise core.UserError(f"{folder} is not finished: resume it, or name another --run") from None
+    for name in names:
+        if reason := broken(folder / "checkpoints" / name):
+            raise core.UserError(f"{folder}/checkpoints/{name} is broken ({reason}): copy it anew")
+    return names
 
 
 def newest_run(cfg, script) -> Path:

@@ -23,7 +23,7 @@ PLACES = {  # where a kill or a signal can be made to strike: the function that 
     "caching gpt_scratch": ("corpus", "write_tokens"),
     "caching run_instruct": ("core", "write_texts"),
     "caching run_lora": ("core", "write_texts"),
-    "encoding run_preference": ("run_preference", "write_vectors"),
+    "encoding run_preference": ("encoders.PairScorer", "encode"),
     "sampling gpt_scratch": ("gpt_scratch", "choose"),
     "sampling run_instruct": ("gpt_scratch", "choose"),
     "step": ("core", "optimizer_step"),

@@ -1,5 +1,7 @@
 """Encoders and the scorer of pairs: the journal's parameter counts, freezing, rates by depth, both orders."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -74,10 +76,13 @@ FREEZABLE = [(family, which) for family in encoders.TINY_FAMILIES for which in (
 @pytest.mark.parametrize(("family", "which"), [case for case in FREEZABLE if case != ("albert", "bottom")])
 def test_frozen_parts_stay_in_eval_mode_and_all_others_learn(family, which):
     model = scorer(family, which)
-    embeddings, blocks = encoders.anatomy(model.encoder)
-    lower = {*embeddings, *blocks[: len(blocks) // 2]}
-    frozen = {"all": set(model.encoder.children()), "bottom": lower, "blocks": set(blocks)}[which]
-    ids = {id(p) for module in frozen for p in module.parameters()}
+    blocks = r"\.layer\.\d|albert_layer_groups"
+    pattern = {"all": "", "blocks": blocks, "bottom": r"\.layer\.0|embed"}[which]
+    names = {name for name, _ in model.encoder.named_parameters() if re.search(pattern, name)}
+    ids = {id(p) for name, p in model.encoder.named_parameters() if name in names}
+    frozen = [
+        m for name, m in model.encoder.named_modules() if any(name == n.rpartition(".")[0] for n in names)
+    ]
     assert ids and all(p.requires_grad != (id(p) in ids) for p in model.encoder.parameters())
     assert not any(module.training for part in frozen for module in part.modules())
     assert model.training and model.head.training
@@ -85,6 +90,15 @@ def test_frozen_parts_stay_in_eval_mode_and_all_others_learn(family, which):
     model(padded([5, 9, 4, 3]), [5, 9, 4, 3], size=2).sum().backward()
     learn = [p for p in model.parameters() if p.requires_grad]
     assert all(p.grad is not None for p in learn) and len(learn) + len(ids) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("family", encoders.TINY_FAMILIES)
+def test_every_parameter_is_of_the_embeddings_or_of_a_block(family):
+    """A family whose parts have other names would learn at other rates than asked for."""
+    encoder = scorer(family).encoder
+    embeddings, blocks = encoders.anatomy(encoder)
+    known = {id(p) for module in (*embeddings, blocks) for p in module.parameters()}
+    assert known == {id(p) for p in encoder.parameters()}
 
 
 def test_a_single_repeated_block_has_no_lower_half():

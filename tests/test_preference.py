@@ -173,7 +173,7 @@ def test_in_one_sequence_prompt_and_answers_get_20_40_40_percent_and_what_others
     )
 
 
-def test_an_exchanged_row_is_the_row_with_A_and_B_exchanged():
+def test_a_swapped_row_is_the_row_with_A_and_B_swapped():
     data, turned = data_of([[5, 30, 9], [4, 3, 20]]), data_of([[5, 9, 30], [4, 20, 3]])
     texts = [0, 5, 35, 44, 48, 51, 71]  # where the pieces of `data` begin
     turned.tokens = np.concatenate([data.tokens[texts[p] : texts[p + 1]] for p in (0, 2, 1, 3, 5, 4)])
@@ -280,6 +280,7 @@ BAD_INPUT = {
     "clip": (["--clip", 0], ["--clip 0"]),
     "short": (["--max_length", 3], ["--max_length 3 is out of range: use 16 or more"]),
     "swap twice": (["--swap_augmentation"], ["--swap_augmentation changes nothing with --symmetric"]),
+    "no rate": (["--lr", 0, "--head_lr", 1e-3], ["--lr 0 with --head_lr 0.001", "--freeze all"]),
     "nothing to submit": (["--mode", "submit"], ["--mode submit needs --test_csv"]),
     "no test file": (["--test_csv", "absent.csv"], ["no such file or folder: absent.csv"]),
     "test columns": (["--test_csv", "column.csv"], ["column.csv lacks column(s) response_a, response_b"]),
@@ -633,7 +634,7 @@ def predictions(out="out", part="test"):
 
 
 def pairs_csv(n, name="train.csv", turned=False):
-    """The built-in pairs as a file, or with A and B exchanged."""
+    """The built-in pairs as a file, or with A and B swapped."""
     rows = pairs.python_pairs(n)
     if turned:
         names = {"response_a": "response_b", "winner_model_a": "winner_model_b"}
@@ -648,7 +649,7 @@ def submission(folder):
 
 
 @pytest.mark.parametrize("inputs", ["prompt+responses", "joint"])
-def test_a_file_with_A_and_B_exchanged_gives_exactly_exchanged_probabilities(inputs):
+def test_a_file_with_A_and_B_swapped_gives_exactly_swapped_probabilities(inputs):
     flags = ["--smoke", "--max_documents", 200, "--epochs", 2, "--inputs", inputs]
     run("run_preference", *flags, "--data", pairs_csv(200), "--test_csv", pairs_csv(90, "test.csv"))
     folder, as_is = newest(), submission(newest())
@@ -660,11 +661,13 @@ def test_a_file_with_A_and_B_exchanged_gives_exactly_exchanged_probabilities(inp
     want = np.array([[float(line[name]) for name in figures] for line in as_is])
     np.testing.assert_allclose(got, want[:, [1, 0, 2]], rtol=0, atol=1e-6)
     assert np.abs(want[:, 0] - want[:, 1]).max() > 1e-3
-    assert 0 <= result()["test/flip_rate"] <= 1
+    said = predictions()
+    flips = [np.argmax(line["as_is"]) != np.argmax(line["swapped_back"]) for line in said.values()]
+    assert len(said) == 20 and result()["test/flip_rate"] == pytest.approx(np.mean(flips))
 
 
 def test_training_in_both_orders_does_not_care_which_is_first():
-    """A symmetric run on the file with A and B exchanged ends in the same weights, but for rounding."""
+    """A symmetric run on the file with A and B swapped ends in the same weights, but for rounding."""
     weights = []
     for turned in (False, True):
         data = pairs_csv(120, turned=turned)
@@ -675,7 +678,7 @@ def test_training_in_both_orders_does_not_care_which_is_first():
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=0, atol=1e-9)
 
 
-def test_swap_augmentation_exchanges_half_of_the_rows_and_ranks_agree():
+def test_swap_augmentation_swaps_half_of_the_rows_and_ranks_agree():
     flags = ["--smoke", "--max_documents", 200, "--batch", 10, "--epochs", 2, "--dtype", "fp64"]
     flags += ["--no-symmetric", "--swap_augmentation", "--test_weights", "last"]
     weights = []
@@ -685,7 +688,7 @@ def test_swap_augmentation_exchanges_half_of_the_rows_and_ranks_agree():
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-9, msg=name)
     cfg = SimpleNamespace(swap_augmentation=True, seed=0, batch=32)
-    drawn = np.array([script.exchanged(cfg, 0, step) for step in range(100)])
+    drawn = np.array([script.swapped(cfg, 0, step) for step in range(100)])
     assert 0.45 < drawn.mean() < 0.55 and len({tuple(line) for line in drawn.tolist()}) == 100
 
 
@@ -716,9 +719,10 @@ def test_a_frozen_encoder_is_run_once_and_the_head_ends_up_the_same(inputs, dtyp
 
 def test_vectors_of_other_inputs_lengths_pooling_or_weights_are_others():
     flags = ["--smoke", "--max_documents", 120, "--freeze", "all", "--epochs", 0]
-    for more in ([], ["--max_length", 20], ["--pooling", "mean"], ["--inputs", "responses"], ["--seed", 1]):
+    others = (["--max_length", 20], ["--pooling", "mean"], ["--inputs", "responses"], ["--seed", 1])
+    for more in ([], *others, ["--dtype", "fp64"], []):
         run("run_preference", *flags, *more)
-    assert len(list(Path("cache").glob("*/vectors_*"))) == 5
+    assert len(list(Path("cache").glob("*/vectors_*"))) == 6
 
 
 # ids, splits, submission
@@ -762,15 +766,15 @@ def test_a_submission_has_every_row_in_order_and_is_the_same_on_any_number_of_ra
         np.testing.assert_allclose([*said[other].values()], [*said[0].values()], rtol=0, atol=1e-9)
     assert figures[0][7][0] == pytest.approx(figures[0][7][1], abs=1e-9)  # identical responses
     log = (newest() / "log.txt").read_text()
-    assert "2 row(s) are judged as plain text: response" in log.replace("_a", "").replace("_b", "") or (
-        log.count("1 row(s) are judged as plain text: response_") == 2
-    )
+    for side in ("a", "b"):
+        assert f"1 row(s) are judged as plain text: response_{side} is empty" in log
     assert "1 row(s) are judged as plain text: prompt is no JSON" in log
     assert "1 row(s) have identical responses" in log and "2 empty responses" in log
+    assert log.count("cut to fit") == 2  # of the training rows and of these
     before = (newest() / "submission.csv").read_text()
     again = ["--mode", "submit", "--run", newest(), "--test_csv", "kaggle.zip"]
     assert launch("run_preference", *again, size=2) == [0, 0]
-    assert "written: " in Path("out.txt").read_text()
+    assert Path("out.txt").read_text().count("written: ") == 1
     np.testing.assert_allclose(
         [[float(line[name]) for name in pairs.LABELS.values()] for line in submission(newest())],
         [[float(x) for x in line.split(",")[1:]] for line in before.splitlines()[1:]],
@@ -779,14 +783,47 @@ def test_a_submission_has_every_row_in_order_and_is_the_same_on_any_number_of_ra
     )
 
 
+def test_a_submission_is_refused_where_it_would_be_another_models():
+    flags = ["--smoke", "--max_documents", 120, "--epochs", 1, "--batch", 12, "--folds", 3, "--freeze", "all"]
+    submitting = ["--mode", "submit", "--test_csv", pairs_csv(20, "test.csv")]
+    run("run_preference", *flags, "--test_csv", "test.csv")  # folds of a frozen encoder, each with its own
+    before = (newest() / "submission.csv").read_text()
+    assert launch("run_preference", *submitting, "--run", newest(), "--no-encode_once") == [0]
+    np.testing.assert_allclose(*(
+        [[float(x) for x in line.split(",")] for line in text.splitlines()[1:]]
+        for text in (before, (newest() / "submission.csv").read_text())
+    ), rtol=0, atol=1e-6)  # fmt: skip
+    assert launch("run_preference", *submitting, "--run", newest(), "--max_length", 20) == [2]
+    assert "--mode submit takes these from the run: drop --max_length" in Path("out.txt").read_text()
+    damaged = newest() / "checkpoints" / result()["test_checkpoints"][1] / "model.safetensors"
+    damaged.write_bytes(b"")
+    assert launch("run_preference", *submitting, "--run", newest()) == [2]
+    assert f"{damaged.parent.name} is broken" in Path("out.txt").read_text()
+    (newest() / "result.json").unlink()
+    assert launch("run_preference", *submitting, "--run", newest()) == [2]
+    assert "is not finished: resume it" in Path("out.txt").read_text()
+
+
+def test_vectors_that_are_not_finite_are_not_kept(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run_preference.py"])
+    monkeypatch.setenv("TOKEN_CACHE", str(Path("cache").absolute()))
+    encode = encoders.PairScorer.encode
+    monkeypatch.setattr(encoders.PairScorer, "encode", lambda *args: encode(*args) / 0)
+    flags = ["--smoke", "--max_documents", "120", "--freeze", "all", "--out", "out"]
+    cfg = core.parse_config(script.Config, {}, script.SMOKE, "", flags)
+    with pytest.raises(FloatingPointError, match="frozen encoder gives inf or nan in fp32: use --dtype fp32"):
+        script.main(cfg, World())
+    assert not list(Path("cache").glob("*/vectors_*"))
+
+
 def test_the_report_card_is_on_the_screen_and_in_the_folder(smoke):
     got, said = result(smoke[0] / "out"), smoke[1]
     for words in ("log loss", "accuracy", "flips", "recall", "calibration", "lengths only", "temperature"):
         [line] = [line for line in said.splitlines() if line.startswith(f"test  {words}")]
         assert "±" in line or "(" in line
     names = ("log_loss", "accuracy", "flip_rate", "recall_A", "recall_tie", "calibration_error")
-    for name in (*names, "length_only_log_loss", "brier", "tempered_log_loss", "averaging_gain"):
+    for name in (*names, "length_only_log_loss", "brier", "tempered_log_loss", "averaged_above_one_order"):
         low, high = got[f"test/{name}_interval"]
-        assert low <= high and got[f"val/{name}"] is not None
+        assert low <= high and (got.get(f"val/{name}") is None) == (name == "tempered_log_loss")
     assert {"test/macro_f1", "test/by_truncation", "test/by_length", "test/prefers_longer"} <= set(got)
     assert (newest(smoke[0] / "out") / "report.png").stat().st_size > 10_000

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def verdicts(n=400, seed=0, symmetric=True, **changes):
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_every_figure_of_the_card_is_computed_once_more(symmetric):
     v = verdicts(symmetric=symmetric)
-    card = report_card.report_card(v, NAMES)
+    card = report_card.make_card(v, NAMES)
     one, two = np.exp(v.log_probs[:, 0]), np.exp(v.log_probs[:, 1])
     averaged = np.sqrt(one * two) / np.sqrt(one * two).sum(1, keepdims=True)  # of logits: a geometric mean
     probs = averaged if symmetric else one
@@ -49,11 +50,12 @@ def test_every_figure_of_the_card_is_computed_once_more(symmetric):
         "log_loss": log_loss(y, probs),
         "accuracy": accuracy(y, chosen),
         "prior_log_loss": log_loss(y, v.prior),
+        "above_prior": log_loss(y, probs) - log_loss(y, v.prior),
         "one_order_log_loss": log_loss(y, one),
         "one_order_accuracy": accuracy(y, one.argmax(1)),
         "averaged_log_loss": log_loss(y, averaged),
         "averaged_accuracy": accuracy(y, averaged.argmax(1)),
-        "averaging_gain": log_loss(y, averaged) - log_loss(y, one),
+        "averaged_above_one_order": log_loss(y, averaged) - log_loss(y, one),
         "length_only_log_loss": log_loss(y, np.exp(v.by_length)),
         "length_only_accuracy": accuracy(y, v.by_length.argmax(1)),
         "above_length_only": log_loss(y, probs) - log_loss(y, np.exp(v.by_length)),
@@ -102,7 +104,7 @@ def calibration_error_by_hand(probs, y, bins=15):
 
 def test_intervals_are_those_of_redrawn_prompts():
     v, rng = verdicts(900), np.random.default_rng(5)
-    card = report_card.report_card(v, NAMES)
+    card = report_card.make_card(v, NAMES)
     right = v.final().argmax(1) == v.labels
     loss = -v.final()[np.arange(900), v.labels]
     prompts = [np.flatnonzero(v.groups == group) for group in set(v.groups)]
@@ -146,9 +148,9 @@ def test_lengths_alone_are_scikit_learns_softmax_regression():
 def test_an_even_judge_never_flips_and_a_biased_one_always_does():
     v = verdicts()
     even = verdicts(log_probs=np.repeat(v.log_probs[:, :1], 2, axis=1))
-    assert report_card.report_card(even, NAMES)["flip_rate"] == 0.0
+    assert report_card.make_card(even, NAMES)["flip_rate"] == 0.0
     always_first = np.log([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1]])  # the second with classes put back
-    biased = report_card.report_card(verdicts(log_probs=np.tile(always_first, (400, 1, 1))), NAMES)
+    biased = report_card.make_card(verdicts(log_probs=np.tile(always_first, (400, 1, 1))), NAMES)
     assert biased["flip_rate"] == 1.0 and biased["averaged_log_loss"] < biased["one_order_log_loss"]
 
 
@@ -178,8 +180,10 @@ def test_a_calibrated_judges_error_is_that_of_noise():
 
 def test_a_card_fits_a_screen_and_names_what_is_wrong():
     v = verdicts(labels=np.zeros(400, dtype=int), prior=np.tile([1.0, 0, 0], (400, 1)))
-    lines = report_card.card_lines(report_card.report_card(v, NAMES), "out of fold", NAMES)
+    lines = report_card.card_lines(report_card.make_card(v, NAMES), "out of fold", NAMES)
     assert len(lines) <= 16 and max(map(len, lines)) <= 100
+    uncertain = next(line for line in lines if "calibration" in line)
+    assert re.search(r"error 0\.\d+ \(0\.\d+ to 0\.\d+\)", uncertain)  # its interval is not centred
     assert "recall" in "".join(lines) and "B none" in "".join(lines)
     assert "NOT LEARNING" in lines[-2] and "NO BETTER THAN LENGTHS" in lines[-1]
 
