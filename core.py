@@ -705,7 +705,8 @@ def require_columns(rows, columns, where):
     if not rows:
         raise UserError(f"{where} has no rows: use a file with the columns {', '.join(columns)}")
     some = [row for row in rows[:100] if isinstance(row, dict)]  # the first may lack what others have
-    found = list(dict.fromkeys(key for row in some for key in row)) or [type(rows[0]).__name__]
+    keys = (key for row in some for key in row if key is not None)  # None: more cells than columns
+    found = list(dict.fromkeys(keys)) or [type(rows[0]).__name__]
     if missing := [column for column in columns if column not in found]:
         hint = " (is it separated by ';'?)" if len(found) == 1 and ";" in str(found[0]) else ""
         raise UserError(

@@ -37,7 +37,7 @@ def turns(row, column) -> list[str]:
     try:
         texts = json.loads(cell) if isinstance(cell, str) else cell
     except ValueError:
-        raise ValueError(f"{column} is no JSON") from None
+        raise ValueError(f'{column} is no JSON (a text is written ["text"])') from None
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str | None) for t in texts):
         raise ValueError(f"{column} is no list of strings")
     if not all(core.is_clean(text or "") for text in texts):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import core
 
 BINS = 15  # of confidence, as Guo et al. (2017)
+HOTTEST = 10.0  # a temperature is sought from a tenth of 1 to this
 CLEARLY = 1.5  # a response is called longer than the other from half as much again
 
 
@@ -94,8 +95,8 @@ def calibration_noise(log_probs, samples=200, seed=0) -> float:
 
 
 def temperature(log_probs, labels) -> float:
-    """The T that minimises the log loss of softmax(log_probs / T), from 0.05 to 20."""
-    every, low, high = np.arange(len(labels)), 0.05, 20.0  # of 1 / T, in which the loss is convex
+    """The T that minimises the log loss of softmax(log_probs / T), from 1 / 10 (all are right) to 10."""
+    every, low, high = np.arange(len(labels)), 1 / HOTTEST, HOTTEST  # of 1 / T: the loss is convex in it
     for _ in range(60):
         beta = math.sqrt(low * high)
         probs = np.exp(tempered(log_probs, 1 / beta))
@@ -188,7 +189,7 @@ def _columns(v, log_probs) -> dict[str, np.ndarray]:
     guesses["length_only"] = v.by_length
     if v.temperatures is not None:
         guesses["tempered"] = tempered(log_probs, v.temperatures[:, None])
-    losses = {name: -guess[every, v.labels] for name, guess in guesses.items()}
+    losses = {name: np.maximum(-guess[every, v.labels], 1e-15) for name, guess in guesses.items()}  # Kaggle's
     columns = {f"{name}_log_loss": loss for name, loss in losses.items()}
     columns |= {f"{name}_accuracy": guess.argmax(1) == v.labels for name, guess in guesses.items()}
     columns["flip_rate"] = v.log_probs[:, 0].argmax(1) != v.log_probs[:, 1].argmax(1)
@@ -229,7 +230,9 @@ def card_lines(card, where, names) -> list[str]:
     tempered_line = []
     if card["temperature"] is not None:
         fitted = f"temperature  {card['temperature']:.2f}, fitted on validation"
-        tempered_line = [f"{fitted} -> log loss {figure('tempered_log_loss', 4)}"]
+        fitted += " (the limit)" * (not 1.01 / HOTTEST < card["temperature"] < HOTTEST / 1.01)
+        least, most = card["tempered_log_loss_interval"]
+        tempered_line = [f"{fitted} -> log loss {card['tempered_log_loss']:.4f} ({least:.4f} to {most:.4f})"]
     recall = "   ".join(f"{name} {figure(f'recall_{name}')}" for name in names)
     lines = [
         f"{card['rows']} rows, {card['prompts']} prompts, {orders}; 95 % intervals by prompt",
@@ -253,10 +256,13 @@ def card_lines(card, where, names) -> list[str]:
 
 def lengths_alarm(card) -> str | None:
     """A sentence when the verdicts could as well have been made without reading."""
-    if card["above_length_only_interval"][1] < 0:
-        return None
+    low, high = card["above_length_only_interval"]
     ours, theirs = card["log_loss"], card["length_only_log_loss"]
-    return f"NO BETTER THAN LENGTHS: log loss {ours:.4f} cannot be told from {theirs:.4f}, or is above"
+    if high < 0:
+        return None
+    if low > 0:
+        return f"WORSE THAN LENGTHS: log loss {ours:.4f} is above their {theirs:.4f}"
+    return f"NO BETTER THAN LENGTHS: log loss {ours:.4f} cannot be told from their {theirs:.4f}"
 
 
 def draw(v, names, title, path):
@@ -278,7 +284,7 @@ def draw(v, names, title, path):
     confusion.set(xticks=range(3), xticklabels=names, yticks=range(3), yticklabels=names)
     confusion.set(title="confusion (share of the truth's row)", xlabel="verdict", ylabel="truth")
     for label, name in enumerate(names):
-        style = {"bins": np.linspace(0, 1, 41), "histtype": "step", "linewidth": 1.6}
+        style = {"bins": np.linspace(0, 1, 41), "histtype": "step", "linestyle": ("-", "--", "-.")[label]}
         histogram.hist(probs[:, label], label=f"P({name})", **style)
     histogram.set(title="probabilities", xlabel="probability", ylabel="rows", xlim=(0, 1))
     histogram.legend()
@@ -294,7 +300,7 @@ def _draw_reliability(axes, confidence, right):
     share = np.bincount(inside, right, BINS)[full] / rows[full]
     error = np.sqrt(np.maximum(share * (1 - share), 0.25 / rows[full]) / rows[full])
     axes.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="as sure as right")
-    axes.errorbar(mean, share, error, marker="o", capsize=3, label="rows of a bin")
+    axes.errorbar(mean, share, error, marker="o", capsize=3, label="rows of a bin, one standard error")
     axes.bar(
         (np.arange(BINS) + 0.5) / BINS,
         rows / rows.sum(),

@@ -80,7 +80,7 @@ class Config:
     prompt: str | None = None  # in mode ask: an instruction; none = a prompt loop
     # run
     mode: Literal["train", "ask"] = "train"
-    run: str | None = None  # the run folder that is asked; none = the newest
+    run_folder: str | None = None  # the one that is asked; none = the newest
     out: str | None = None  # none = runs/run_instruct below the current folder
     tag: str | None = None  # none = the preset's name
     resume_timestamp: str | None = None  # a timestamp, latest, or auto (resume, skip if finished, else start)
@@ -244,7 +244,7 @@ def one_process(cfg, world):
     """Modes beside train: ask."""
     if world.size > 1:
         raise core.UserError(f"--mode {cfg.mode} runs in one process: start it with python")
-    folder = Path(cfg.run or runs.newest_run(cfg, __file__))
+    folder = Path(cfg.run_folder or runs.newest_run(cfg, __file__))
     stored, model, tokenizer = load_model(folder, world)
     asked = replace(stored, prompt=cfg.prompt, max_new_tokens=cfg.max_new_tokens)
     sft.ask(model, tokenizer, asked)

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=4 --shutdown-timeout 300 run_lora.py
     python run_lora.py --preset run_15 --resume_timestamp auto               # its batch of 4 is for one GPU
     python run_lora.py --preset run_15 --lora_scaling alpha/r --lora_init fan_in --tag run_15_today
-    python run_lora.py --mode export --run runs/run_lora/20261122_101500
+    python run_lora.py --mode export --run_folder runs/run_lora/20261122_101500
     python run_lora.py --smoke
 
 The base stands still; a checkpoint holds the adapters and their optimizer only. --data as in
@@ -93,7 +93,7 @@ class Config:
     prompt: str | None = None  # in mode ask: an instruction; none = a prompt loop
     # run
     mode: Literal["train", "ask", "export"] = "train"
-    run: str | None = None  # the run folder that is asked, or that export writes into; none = the newest
+    run_folder: str | None = None  # the one that is asked, or that export writes into; none = the newest
     out: str | None = None  # none = runs/run_lora below the current folder
     tag: str | None = None  # none = the preset's name
     resume_timestamp: str | None = None  # a timestamp, latest, or auto (resume, skip if finished, else start)
@@ -319,7 +319,7 @@ def one_process(cfg, world):
     """Modes beside train: ask and export."""
     if world.size > 1:
         raise core.UserError(f"--mode {cfg.mode} runs in one process: start it with python")
-    folder = Path(cfg.run or runs.newest_run(cfg, __file__))
+    folder = Path(cfg.run_folder or runs.newest_run(cfg, __file__))
     stored, model, tokenizer = load_model(folder, world)
     asked = replace(stored, prompt=cfg.prompt, max_new_tokens=cfg.max_new_tokens)
     if cfg.mode == "ask":

@@ -44,15 +44,13 @@ class Config:
     data: str = "lmsys/lmsys-arena-human-preference-55k"  # Hub id, file, zip, folder, or python-pairs
     max_documents: int | None = None  # rows read; none = all
     split_seed: int = 42  # of the 80/10/10 split or the folds: the same rows for every seed
-    folds: int | None = None  # k-fold cross-validation by prompt, for small sets; none = one 80/10/10 split
+    folds: int | None = None  # parts by prompt: each is tested once, the next one validates; none = 80/10/10
     inputs: Literal["responses", "prompt+responses", "joint"] = "prompt+responses"  # joint: in one sequence
     max_length: int = 512  # tokens per sequence, special ones included: of a side, or (joint) of all three
     test_csv: str | None = None  # rows to be judged, or Kaggle's zip: submission.csv is written
     # model
     model: str = "distilbert-base-uncased"  # Hub id, folder, or tiny:<family>
-    freeze: Literal["none", "all", "bottom", "blocks"] = (
-        "none"  # bottom: embeddings, lower half of the blocks
-    )
+    freeze: Literal["none", "all", "bottom", "blocks"] = "none"  # bottom: embeddings, lower half of blocks
     encode_once: bool = True  # with freeze all: the encoder's vectors are computed once and cached
     pooling: Literal["first", "mean"] = "first"  # a sequence's vector: of its first token, or the mean
     head: Literal["mlp", "linear"] = "mlp"  # mlp: the journal's
@@ -67,7 +65,7 @@ class Config:
     max_steps: int | None = None  # optimizer steps (per fold)
     max_minutes: float | None = None  # of training (all folds together), over resumes
     lr: float = 2e-5  # peak
-    head_lr: float | None = 2e-4  # peak of the head, which starts from nothing; none = lr
+    head_lr: float | None = 2e-4  # peak of the head's; none, or freeze all: lr
     layer_decay: float = 1.0  # of the lr, from each block to the one below it
     min_lr: float = 0.0
     warmup: float = 0.1  # fraction of all steps
@@ -92,7 +90,7 @@ class Config:
     note: str = ""
     # run
     mode: Literal["train", "submit"] = "train"
-    run: str | None = None  # the run folder that mode submit uses; none = the newest
+    run_folder: str | None = None  # the one that mode submit uses; none = the newest
     out: str | None = None  # none = runs/run_preference below the current folder
     tag: str | None = None  # none = the preset's name
     resume_timestamp: str | None = None  # a timestamp, latest, or auto (resume, skip if finished, else start)
@@ -106,7 +104,7 @@ class Config:
             )
         if self.lr == 0 and self.head_lr:
             raise core.UserError(
-                f"--lr 0 with --head_lr {self.head_lr:g}: --freeze all trains the head alone, at --lr"
+                f"--lr 0 with head_lr {self.head_lr:g}: --freeze all trains the head alone, at --lr"
             )
         if self.mode == "submit" and not self.test_csv:
             raise core.UserError("--mode submit needs --test_csv: the rows to be judged")
@@ -144,12 +142,12 @@ THEIRS = {  # what the journal got with a preset, on LMSYS, one run each
     "baseline": "accuracy 0.473",
     "frozen": "accuracy 0.453",
     "bottom": "no figure, its 'bottom frozen' froze all blocks",
-    "bottom_journal": "accuracy 0.469, called 'bottom frozen'; only embeddings learned",
+    "bottom_journal": "accuracy 0.469; called 'bottom frozen', all blocks were",
     "bert": "accuracy 0.4835",
     "bert-large": "accuracy 0.4843",
     "roberta": "accuracy 0.486",
     "electra": "accuracy 0.493",
-    "deberta": "accuracy 0.351, one class for every row: it had not learned",
+    "deberta": "accuracy 0.351, one class for every row",
     "albert": "accuracy 0.491",
     "run_1": "accuracy 0.33 in a notebook, 0.50 as a script with another split",
     "run_2": "accuracy 0.473, the baseline of later runs",
@@ -313,7 +311,8 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     model = precision.prepare(build_model(cfg, data, world))
     if cfg.start_at_prior:
         model.start_at(core.class_shares(data.labels[rows["train"]], len(NAMES)))
-    head = cfg.head_lr / cfg.lr if cfg.head_lr is not None and cfg.lr else 1.0
+    own_rate = cfg.head_lr is not None and cfg.lr > 0 and cfg.freeze != "all"
+    head = cfg.head_lr / cfg.lr if own_rate else 1.0
     scales = encoders.lr_scales(model, cfg.layer_decay, head)
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay, scales=scales)
     lengths = data.lengths[rows["train"]].sum(1)
@@ -532,6 +531,7 @@ def rows_to_judge(cfg, tokenizer, world):
 
 def submit(folder, checkpoints, cfg, model, data, world, poll=lambda: None, say=print):
     """submission.csv in Kaggle's format: one row per row of `data`, in its order; folds are averaged."""
+    core.on_main(world, lambda: (folder / "submission.csv").unlink(missing_ok=True))  # no stale one remains
     probs = np.zeros((len(data.labels), len(NAMES)))
     for name in checkpoints:
         runs.load_weights(folder / "checkpoints" / name, model)
@@ -551,7 +551,7 @@ def write_submission(path, ids, probs):
             table.writerow([row_id, *p])
 
 
-OF_SUBMIT = {"mode", "run", "test_csv", "eval_batch", "dtype", "out", "backend", "encode_once"}
+OF_SUBMIT = {"mode", "run_folder", "test_csv", "eval_batch", "dtype", "out", "backend", "encode_once"}
 
 
 def submit_of_a_run(cfg, world):
@@ -559,7 +559,8 @@ def submit_of_a_run(cfg, world):
     flags = core.typed(cfg).flags
     if useless := sorted(flags - OF_SUBMIT):
         raise core.UserError(f"--mode submit takes these from the run: drop --{', --'.join(useless)}")
-    folder = Path(core.on_main(world, lambda: cfg.run or str(runs.newest_run(cfg, __file__))))
+    chosen = core.on_main(world, lambda: cfg.run_folder or str(runs.newest_run(cfg, __file__, finished=True)))
+    folder = Path(chosen)
     checkpoints = core.on_main(world, lambda: runs.tested_checkpoints(folder))
     changes = {name: getattr(cfg, name) for name in flags & {"eval_batch", "dtype", "encode_once"}}
     stored, model, tokenizer = rebuild(folder, world, test_csv=cfg.test_csv, **changes)
@@ -572,8 +573,13 @@ def submit_of_a_run(cfg, world):
 
 
 def journal_line(cfg) -> str | None:
-    preset = core.typed(cfg).preset
-    return f"journal 000 with preset {preset}: {THEIRS[preset]}" if preset in THEIRS else None
+    """What the journal got, and what of its preset flags have changed."""
+    preset, flags = core.typed(cfg).preset, core.typed(cfg).flags
+    if preset not in THEIRS:
+        return None
+    changed = ", ".join(f"{name} {getattr(cfg, name)}" for name in sorted(flags & set(PRESETS[preset])))
+    line = f"journal 000 on LMSYS, preset {preset}: {THEIRS[preset]}"
+    return line + (f"\n  (here with {changed})" if changed else "")
 
 
 def cut_line(data) -> str:
@@ -617,6 +623,8 @@ def cross_validate(run, cfg, world, data) -> tuple[list, list]:
 def main(cfg, world):
     if cfg.mode == "submit":
         return submit_of_a_run(cfg, world)
+    if cfg.freeze == "all" and "head_lr" in core.typed(cfg).flags:
+        raise core.UserError("--freeze all trains the head alone, at --lr: drop --head_lr")
     with runs.Run(cfg, world, __file__) as run:
         cfg = run.cfg
         data = pairs.load_data(cfg, world)

@@ -809,6 +809,7 @@ def chosen_checkpoint(folder) -> str:
 def tested_checkpoints(folder) -> list[str]:
     """Names of the weights that a finished run was tested with, one a fold; UserError if one is damaged."""
     folder = Path(folder)
+    read_config(folder)  # is it a run at all?
     try:
         names = json.loads((folder / "result.json").read_text())["test_checkpoints"]
     except (OSError, ValueError, KeyError):
@@ -819,10 +820,11 @@ def tested_checkpoints(folder) -> list[str]:
     return names
 
 
-def newest_run(cfg, script) -> Path:
-    """The newest run folder of a script in cfg.out that holds a checkpoint."""
+def newest_run(cfg, script, finished=False) -> Path:
+    """The newest run folder of a script in cfg.out that holds a checkpoint (and is finished)."""
     out = _out(cfg, script)
     runs = sorted({path.parents[2] for path in out.glob("*/checkpoints/*/manifest.json")})
+    runs = [run for run in runs if not finished or _status(run) == "finished"]
     if not runs:
         raise core.UserError(f"no run with a checkpoint in {out}: train one, name one, or add --smoke")
     return runs[-1]

@@ -698,7 +698,7 @@ def final_figures(run, cfg, s, model, answering, step) -> dict:
         run.say(f"spikes  {spikes} of {step} steps, {run.state['left_out']} left out (spikes.jsonl)")
     run.say(f"{done}  {run.seconds / 60:.1f} min")
     run.say(f"all figures: {run.folder}/result.json")
-    run.say(f"next: python {run.script.name} --mode ask --run {run.folder}")
+    run.say(f"next: python {run.script.name} --mode ask --run_folder {run.folder}")
     return result
 
 

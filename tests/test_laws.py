@@ -2,7 +2,9 @@
 is born.
 """
 
+import dataclasses
 import fcntl
+import importlib
 import itertools
 import json
 import math
@@ -422,6 +424,17 @@ def test_the_run_folder_is_complete(script, straight, tmp_path):
     log = (folder / "log.txt").read_text()
     assert max(map(len, log.splitlines())) <= 100, max(log.splitlines(), key=len)
     assert "\r" not in log
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_constant_looks_like_one_of_torchruns_options(script):
+    """torchrun reads what follows the script, too, and stops at a prefix of several options of its own."""
+    from torch.distributed.run import get_args_parser
+
+    module = importlib.import_module(script)
+    for field in dataclasses.fields(module.Config):
+        argv = ["--nproc_per_node=2", f"{script}.py", f"--{field.name}", "value"]
+        assert get_args_parser().parse_args(argv).training_script_args == argv[2:]
 
 
 @pytest.mark.parametrize("script", on_every_script(()))

@@ -92,7 +92,10 @@ def test_bad_rows_are_counted_and_named_and_many_are_an_error():
     rows[99]["winner_model_a"] = 0
     assert launch("run_preference", "--smoke", "--data", write_csv(rows), "--epochs", 0) == [0]
     said = Path("out.txt").read_text()
-    assert "left out 1 row(s), prompt is no JSON: 8" in said and "left out 1 row(s), no winner: 100" in said
+    assert (
+        'left out 1 row(s), prompt is no JSON (a text is written ["text"]): 8' in said
+        and "left out 1 row(s), no winner: 100" in said
+    )
     for number in (3, 4, 5):
         rows[number]["response_a"] = ""
     assert launch("run_preference", "--smoke", "--data", write_csv(rows), "--epochs", 0) == [2]
@@ -280,7 +283,8 @@ BAD_INPUT = {
     "clip": (["--clip", 0], ["--clip 0"]),
     "short": (["--max_length", 3], ["--max_length 3 is out of range: use 16 or more"]),
     "swap twice": (["--swap_augmentation"], ["--swap_augmentation changes nothing with --symmetric"]),
-    "no rate": (["--lr", 0, "--head_lr", 1e-3], ["--lr 0 with --head_lr 0.001", "--freeze all"]),
+    "two rates": (["--freeze", "all", "--head_lr", 1e-3], ["--freeze all", "drop --head_lr"]),
+    "no rate": (["--lr", 0, "--head_lr", 1e-3], ["--lr 0 with head_lr 0.001", "--freeze all"]),
     "nothing to submit": (["--mode", "submit"], ["--mode submit needs --test_csv"]),
     "no test file": (["--test_csv", "absent.csv"], ["no such file or folder: absent.csv"]),
     "test columns": (["--test_csv", "column.csv"], ["column.csv lacks column(s) response_a, response_b"]),
@@ -654,7 +658,7 @@ def test_a_file_with_A_and_B_swapped_gives_exactly_swapped_probabilities(inputs)
     run("run_preference", *flags, "--data", pairs_csv(200), "--test_csv", pairs_csv(90, "test.csv"))
     folder, as_is = newest(), submission(newest())
     turned = pairs_csv(90, "turned.csv", turned=True)
-    assert launch("run_preference", "--mode", "submit", "--run", folder, "--test_csv", turned) == [0]
+    assert launch("run_preference", "--mode", "submit", "--run_folder", folder, "--test_csv", turned) == [0]
     swapped = submission(folder)
     figures = ["winner_model_a", "winner_model_b", "winner_tie"]
     got = np.array([[float(line[name]) for name in figures] for line in swapped])
@@ -772,7 +776,7 @@ def test_a_submission_has_every_row_in_order_and_is_the_same_on_any_number_of_ra
     assert "1 row(s) have identical responses" in log and "2 empty responses" in log
     assert log.count("cut to fit") == 2  # of the training rows and of these
     before = (newest() / "submission.csv").read_text()
-    again = ["--mode", "submit", "--run", newest(), "--test_csv", "kaggle.zip"]
+    again = ["--mode", "submit", "--run_folder", newest(), "--test_csv", "kaggle.zip"]
     assert launch("run_preference", *again, size=2) == [0, 0]
     assert Path("out.txt").read_text().count("written: ") == 1
     np.testing.assert_allclose(
@@ -788,20 +792,40 @@ def test_a_submission_is_refused_where_it_would_be_another_models():
     submitting = ["--mode", "submit", "--test_csv", pairs_csv(20, "test.csv")]
     run("run_preference", *flags, "--test_csv", "test.csv")  # folds of a frozen encoder, each with its own
     before = (newest() / "submission.csv").read_text()
-    assert launch("run_preference", *submitting, "--run", newest(), "--no-encode_once") == [0]
+    assert launch("run_preference", *submitting, "--run_folder", newest(), "--no-encode_once") == [0]
     np.testing.assert_allclose(*(
         [[float(x) for x in line.split(",")] for line in text.splitlines()[1:]]
         for text in (before, (newest() / "submission.csv").read_text())
     ), rtol=0, atol=1e-6)  # fmt: skip
-    assert launch("run_preference", *submitting, "--run", newest(), "--max_length", 20) == [2]
+    assert launch("run_preference", *submitting, "--run_folder", newest(), "--max_length", 20) == [2]
     assert "--mode submit takes these from the run: drop --max_length" in Path("out.txt").read_text()
     damaged = newest() / "checkpoints" / result()["test_checkpoints"][1] / "model.safetensors"
     damaged.write_bytes(b"")
-    assert launch("run_preference", *submitting, "--run", newest()) == [2]
+    assert launch("run_preference", *submitting, "--run_folder", newest()) == [2]
     assert f"{damaged.parent.name} is broken" in Path("out.txt").read_text()
     (newest() / "result.json").unlink()
-    assert launch("run_preference", *submitting, "--run", newest()) == [2]
+    assert launch("run_preference", *submitting, "--run_folder", newest()) == [2]
     assert "is not finished: resume it" in Path("out.txt").read_text()
+    assert launch("run_preference", *submitting, "--run_folder", "nowhere") == [2]
+    assert "nowhere is no run folder" in Path("out.txt").read_text()
+
+
+def test_a_frozen_encoders_head_learns_at_lr():
+    """Not at the default of head_lr, whatever that is."""
+    heads = []
+    for lr in (1e-3, 1e-5):
+        flags = ["--smoke", "--max_documents", 120, "--freeze", "all", "--max_steps", 2, "--lr", lr]
+        got = run("run_preference", *flags, "--test_weights", "last")
+        weights = load_file(newest() / "checkpoints" / got["checkpoint"] / "model.safetensors")
+        heads.append(weights["head.0.weight"])
+    cfg = core.parse_config(script.Config, {}, {}, "", ["--freeze", "all"])
+    assert cfg.head_lr and not torch.equal(*heads)
+
+
+def test_a_changed_preset_says_so():
+    run("run_preference", "--smoke", "--preset", "frozen", "--freeze", "none", "--max_steps", 0)
+    said = Path("out.txt").read_text()
+    assert "journal 000 on LMSYS, preset frozen: accuracy 0.453" in said and "(here with freeze none)" in said
 
 
 def test_vectors_that_are_not_finite_are_not_kept(monkeypatch):

@@ -128,7 +128,13 @@ def test_the_temperature_is_the_minimum():
 
     best = scipy.optimize.minimize_scalar(loss, bounds=(0.1, 10), method="bounded", options={"xatol": 1e-8})
     assert report_card.temperature(log_probs, v.labels) == pytest.approx(best.x, rel=1e-5)
-    assert report_card.temperature(np.log(np.full((4, 3), 1 / 3)), np.array([0, 1, 2, 0])) > 0
+    always_right = np.log(np.tile([0.6, 0.2, 0.2], (50, 1)))
+    assert report_card.temperature(always_right, np.zeros(50, dtype=int)) == pytest.approx(0.1)
+    v = verdicts(labels=np.zeros(400, dtype=int), temperatures=np.full(400, 0.1))
+    v.log_probs[:] = np.log([0.9998, 0.0001, 0.0001])
+    card = report_card.make_card(v, NAMES)
+    assert card["tempered_log_loss_interval"][1] < 1e-9  # not the rule of three for shares
+    assert any("(the limit)" in line for line in report_card.card_lines(card, "test", NAMES))
 
 
 def test_lengths_alone_are_scikit_learns_softmax_regression():
@@ -186,6 +192,9 @@ def test_a_card_fits_a_screen_and_names_what_is_wrong():
     assert re.search(r"error 0\.\d+ \(0\.\d+ to 0\.\d+\)", uncertain)  # its interval is not centred
     assert "recall" in "".join(lines) and "B none" in "".join(lines)
     assert "NOT LEARNING" in lines[-2] and "NO BETTER THAN LENGTHS" in lines[-1]
+    v.by_length = np.log(np.tile([0.98, 0.01, 0.01], (400, 1)))
+    lines = report_card.card_lines(report_card.make_card(v, NAMES), "out of fold", NAMES)
+    assert "WORSE THAN LENGTHS" in lines[-1]
 
 
 def test_the_picture_is_drawn(tmp_path):

@@ -1159,7 +1159,7 @@ def test_a_run_that_was_killed_before_it_knew_its_base_can_be_exported_in_the_en
     facts = runs.read_config(folder)["facts"]
     assert again == folder and facts["base_sha256"] == result["base_sha256"]
     assert set(facts["fingerprint"]) == {"data", "tokenizer", "template"}
-    run_lora.main(config("run_lora", "--mode", "export", "--run", folder), World())
+    run_lora.main(config("run_lora", "--mode", "export", "--run_folder", folder), World())
     assert (folder / "peft" / "adapter_model.safetensors").exists()
 
 
@@ -1329,7 +1329,7 @@ def test_rows_whose_answer_has_no_word_do_not_count_among_first_words():
 def test_a_run_answers_what_it_is_asked(fixture, request, monkeypatch, capfd):
     _, folder = request.getfixturevalue(fixture)
     name = {"tuned": "run_instruct", "adapted": "run_lora"}[fixture]
-    argv = ["--mode", "ask", "--run", folder, "--max_new_tokens", 9]
+    argv = ["--mode", "ask", "--run_folder", folder, "--max_new_tokens", 9]
     cfg, model, tokenizer = SCRIPTS[name].load_model(folder, World())
     questions = ["What does math.sin do?", "Explain os.path.join in a sentence."]
     texts = [sft.prompt_text(question, "", cfg.template) for question in questions]
@@ -1347,7 +1347,7 @@ def test_a_run_answers_what_it_is_asked(fixture, request, monkeypatch, capfd):
     ("name", "mode"), [("run_instruct", "ask"), ("run_lora", "ask"), ("run_lora", "export")]
 )
 def test_a_question_takes_one_process(name, mode):
-    cfg = config(name, "--mode", mode, "--run", "nowhere", "--prompt", "Why?")
+    cfg = config(name, "--mode", mode, "--run_folder", "nowhere", "--prompt", "Why?")
     for rank in (0, 1):
         with pytest.raises(UserError, match=f"--mode {mode} runs in one process: start it with python$"):
             SCRIPTS[name].main(cfg, World(rank=rank, size=2))
@@ -1403,7 +1403,7 @@ def test_exported_adapters_are_the_run_to_peft_and_to_a_run_that_goes_on(gpt2_fo
     from transformers import GPT2LMHeadModel
 
     result, folder = tune_folder(gpt2_folder, "--test_weights", "last", "--lora_alpha", 32)
-    run_lora.main(config("run_lora", "--mode", "export", "--run", folder), World())
+    run_lora.main(config("run_lora", "--mode", "export", "--run_folder", folder), World())
     out = capfd.readouterr().out
     assert out.splitlines()[-4:] == [
         f"written: {folder}/merged",
@@ -1440,13 +1440,13 @@ def test_exported_adapters_are_the_run_to_peft_and_to_a_run_that_goes_on(gpt2_fo
 def test_the_base_that_exported_adapters_name_is_there(adapted, capfd):
     """Of a tiny model, too, whose weights are in no folder beforehand."""
     _, folder = adapted
-    run_lora.main(config("run_lora", "--mode", "export", "--run", folder), World())
+    run_lora.main(config("run_lora", "--mode", "export", "--run_folder", folder), World())
     base = json.loads((folder / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert Path(base).is_dir()
 
 
 def exported(folder) -> dict[str, torch.Tensor]:
-    run_lora.main(config("run_lora", "--mode", "export", "--run", folder), World())
+    run_lora.main(config("run_lora", "--mode", "export", "--run_folder", folder), World())
     peft, merged = (
         safetensors.torch.load_file(folder / path)
         for path in ("peft/adapter_model.safetensors", "merged/model.safetensors")
@@ -1647,7 +1647,7 @@ ERRORS = [
     ("run_lora", ["--adapter", "nowhere"], "nowhere is no whole adapter of peft"),
     ("run_lora", ["--lora_layers", 3], "--lora_layers 3 is more than the model's 2 blocks"),
     ("run_lora", ["--lora_layers", 0, "--no-lora_head"], "use more --lora_layers, or --lora_head"),
-    ("run_lora", ["--mode", "export", "--run", "nowhere"], "nowhere is no run folder"),
+    ("run_lora", ["--mode", "export", "--run_folder", "nowhere"], "nowhere is no run folder"),
 ]
 
 
