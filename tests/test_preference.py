@@ -740,7 +740,7 @@ def test_splits_do_not_depend_on_encoder_length_or_seed():
     assert parts[0] == parts[1] == parts[2] and len(parts[0]) > 5
 
 
-@pytest.mark.parametrize("folds", [None, 3])
+@pytest.mark.parametrize("folds", [None, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_submission_has_every_row_in_order_and_is_the_same_on_any_number_of_ranks(folds):
     """From Kaggle's zip, with empty, identical and broken rows; of folds, their mean."""
     rows = [{k: v for k, v in line.items() if "winner" not in k} for line in pairs.python_pairs(40, seed=3)]
