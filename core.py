@@ -91,7 +91,11 @@ LIMITS = {  # constants: lowest and highest legal value, in whichever script the
     "dropout encoder_dropout lora_dropout warmup": (0, 1),
     "keep": (2, math.inf),  # law 4 falls back to the checkpoint before the newest
     "folds": (3, math.inf),  # train, val and test
+    "context": (2, math.inf),
+    "stride judge_repeats judge_requests judge_attempts": (1, math.inf),
+    "judge_seconds": (0.1, math.inf),
 }
+ALIASES = {"run_folder": "run"}  # flags that torchrun would take for its own (--run_path), python does not
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,8 @@ def parse_config(config_class, presets, smoke, doc, argv=None):
                 _check_type(where, name, value, hints)
         given = vars(_parser(config_class, defaults, presets, hints, doc).parse_args(argv))
         preset, is_smoke = given.pop("preset", None), given.pop("smoke", False)
-        changed = {"tag": preset, **presets.get(preset, {})}
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        changed = ({"tag": preset} if "tag" in defaults else {}) | presets.get(preset, {})
         for name, value in smoke.items() if is_smoke else ():
             changed[name] = value(changed.get(name, defaults[name])) if callable(value) else value
         cfg = config_class(**{**changed, **given})
@@ -150,11 +155,13 @@ def _parser(config_class, defaults, presets, hints, doc) -> argparse.ArgumentPar
     parser = OneLineParser(description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                            formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--smoke", action="store_true", help="tiny model, built-in data, seconds")
-    parser.add_argument("--preset", choices=list(presets), help="a named set of constants")
+    if presets:
+        parser.add_argument("--preset", choices=list(presets), help="a named set of constants")
     comments = dict(re.findall(r"^ +(\w+): .*?# (.*)$", inspect.getsource(config_class), re.M))
     for name, default in defaults.items():
         text = f"{comments.get(name, '')} [{default}]".strip().replace("%", "%%")
-        parser.add_argument(f"--{name}", help=text, **_flag(hints[name]))
+        names = [f"--{name}", *([f"--{ALIASES[name]}"] if name in ALIASES else [])]
+        parser.add_argument(*names, dest=name, help=text, **_flag(hints[name]))
     return parser
 
 
@@ -164,6 +171,8 @@ def _flag(hint) -> dict:
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(hint) is Literal:
         return {"choices": typing.get_args(hint), "metavar": "|".join(map(str, typing.get_args(hint)))}
+    if typing.get_origin(hint) is tuple:
+        return {"nargs": "+", "metavar": "NAME", "action": "extend"}
     kinds = typing.get_args(hint) or (hint,)
 
     def convert(text):
@@ -186,6 +195,10 @@ def _check_type(where, name, value, hints):
         typing.get_origin(hints[name]) is Literal,
         typing.get_args(hints[name]) or (hints[name],),
     )
+    if hints[name] == tuple[str, ...]:
+        if not isinstance(value, tuple) or not all(isinstance(one, str) for one in value):
+            raise UserError(f"{where}: {name} = {value!r} has the wrong type: use a tuple of str")
+        return
     if not literal and allowed != (bool,) and not set(allowed) <= {int, float, str, types.NoneType}:
         raise UserError(f"{where}.{name}: use bool, Literal, or int, float, str and these | None")
     fits = (
@@ -197,7 +210,7 @@ def _check_type(where, name, value, hints):
 
 
 def _check_limits(cfg):
-    if not re.fullmatch(r"[\w.-]*", cfg.tag or ""):
+    if not re.fullmatch(r"[\w.-]*", getattr(cfg, "tag", None) or ""):
         raise UserError(f"--tag {cfg.tag!r} becomes part of a folder's name: use letters, digits, . _ -")
     for names, (low, high) in LIMITS.items():
         for name in names.split():
@@ -1235,6 +1248,30 @@ def bootstrap(values, groups, *, weights=None, samples=2000, seed=0, of=None) ->
     intervals[(values == 0).all(0)] = 0, min(1, 3 / n)
     intervals[(values == 1).all(0)] = max(0, 1 - 3 / n), 1
     return intervals
+
+
+def language_metrics(sums, groups, unigram=None, byte_counts=None) -> dict:
+    """Loss per target token, perplexity, accuracy of the likeliest token, with 95 % intervals by group.
+
+    sums (rows, 3): summed loss in nats, hits, targets. `unigram` (rows,): summed losses by token frequencies
+    alone, which are to be beaten. `byte_counts` (rows,): UTF-8 bytes that the targets spell, for bits per
+    byte, which compares tokenizers (an end token's loss counts, it spells nothing).
+    """
+    targets, given = sums[:, 2], [] if unigram is None else [unigram, sums[:, 0] - unigram]
+    values = np.column_stack([sums[:, 0], sums[:, 1], *given]) / targets[:, None]
+    intervals = bootstrap(values, groups, weights=targets).tolist()
+    loss, accuracy, *others = np.average(values, axis=0, weights=targets).tolist()
+    metrics = {"loss": loss, "loss_interval": intervals[0], "perplexity": math.exp(min(loss, 700))}
+    metrics |= {"accuracy": accuracy, "accuracy_interval": intervals[1]}
+    if given:
+        metrics |= {"unigram_loss": others[0], "above_unigram_interval": intervals[3]}
+    if byte_counts is not None and byte_counts.sum():
+        both = np.c_[sums[:, 0] / math.log(2), byte_counts] / targets[:, None]
+        ratio = {"weights": targets, "of": lambda means: means[:, :1] / means[:, 1:]}
+        metrics |= {"bits_per_byte": sums[:, 0].sum() / math.log(2) / byte_counts.sum()}
+        metrics |= {"bits_per_byte_interval": bootstrap(both, groups, **ratio).tolist()[0]}
+        metrics |= {"bytes": int(byte_counts.sum())}
+    return metrics | {"targets": int(targets.sum()), "rows": len(sums)}
 
 
 def classification_metrics(log_probs, labels, groups, prior, names) -> dict:

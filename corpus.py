@@ -171,6 +171,26 @@ def byte_symbols() -> dict[int, str]:
 
 
 BYTES = byte_symbols()
+
+
+def token_bytes(tokenizer) -> np.ndarray:
+    """(V,): UTF-8 bytes of text that each id spells: special tokens none, an unknown character one."""
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
+    sizes = np.array([spelt_bytes(token, byte_level) for token in tokens])
+    sizes[tokenizer.all_special_ids] = 0
+    if tokenizer.unk_token_id is not None:
+        sizes[tokenizer.unk_token_id] = 1
+    return sizes
+
+
+def spelt_bytes(token, byte_level) -> int:
+    """Of a token as vocabularies write it: one symbol a byte, or (sentencepiece) ▁ for a space, <0x0A>."""
+    if byte_level:
+        return len(token)
+    return 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
+
+
 WORDS = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's: no merge crosses
 )

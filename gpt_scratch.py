@@ -832,6 +832,11 @@ def count_targets(s, step) -> int:
     return int(s.blocks["train"].targets(s.batches.rank_batch(step)).sum())
 
 
+def held_out(cfg) -> tuple[str, ...]:
+    """The parts whose figures a run ends with, the most important one last."""
+    return ("val", "test") if cfg.final_eval and cfg.test_share else ("val",)
+
+
 @torch.no_grad()
 def evaluate(model, blocks, cfg, world, poll=lambda: None) -> np.ndarray:
     """(blocks, 3) on every rank: summed loss, hits of the likeliest token, targets. `model` is unwrapped.
@@ -861,24 +866,51 @@ def evaluate(model, blocks, cfg, world, poll=lambda: None) -> np.ndarray:
     return core.all_reduce_sum(world, sums).numpy()
 
 
-def measure(sums, blocks, unigram) -> dict:
+def measure(sums, blocks, unigram, sizes=None) -> dict:
     """Loss per token, perplexity, accuracy with 95 % intervals, beside the loss of the training frequencies.
 
-    Neighbouring blocks resemble each other: the intervals redraw 100 stretches of the text.
+    Neighbouring blocks resemble each other: the intervals redraw 100 stretches of the text. `sizes` (V,) are
+    the bytes that each id spells, for bits per byte.
     """
-    targets, stretches = sums[:, 2], np.arange(len(sums)) * min(100, len(sums)) // len(sums)
     log_share = np.log((unigram + 1) / (unigram.sum() + len(unigram)))
-    plain = -np.add.reduceat(
-        log_share[blocks.tokens[1:]], np.arange(0, len(blocks.tokens) - 1, blocks.block_size)
-    )
-    values = np.c_[sums[:, 0], sums[:, 1], sums[:, 0] - plain] / targets[:, None]
-    intervals = core.bootstrap(values, stretches, weights=targets).tolist()
-    loss, accuracy, _ = (values * targets[:, None]).sum(0) / targets.sum()
-    metrics = {"loss": loss, "loss_interval": intervals[0], "perplexity": math.exp(min(loss, 700))}
-    metrics |= {"accuracy": accuracy, "accuracy_interval": intervals[1], "targets": int(targets.sum())}
-    metrics |= {"unigram_loss": plain.sum() / targets.sum(), "above_unigram_interval": intervals[2]}
-    alarm = f"NOT LEARNING: loss {loss:.4f}, token frequencies alone {metrics['unigram_loss']:.4f}"
-    return metrics | {"alarm": alarm if intervals[2][1] >= 0 else None}
+    plain = -block_sums(log_share, blocks)
+    spelt = None if sizes is None else block_sums(sizes, blocks)
+    metrics = core.language_metrics(sums, stretches(len(sums)), plain, spelt)
+    alarm = f"NOT LEARNING: loss {metrics['loss']:.4f}, token frequencies alone {metrics['unigram_loss']:.4f}"
+    return metrics | {"alarm": alarm if metrics["above_unigram_interval"][1] >= 0 else None}
+
+
+def stretches(n) -> np.ndarray:
+    """Number of the stretch, of 100 equal ones, that each of n neighbouring rows lies in."""
+    return np.arange(n) * min(100, n) // n
+
+
+def block_sums(values, blocks) -> np.ndarray:
+    """(blocks,): the sum over each block's targets of `values`, one for each id of the vocabulary."""
+    return np.add.reduceat(values[blocks.tokens[1:]], np.arange(0, len(blocks.tokens) - 1, blocks.block_size))
+
+
+def losses(sums, blocks, sizes) -> list[dict]:
+    """Lines of losses.jsonl."""
+    return runs.loss_lines(np.arange(len(sums)), stretches(len(sums)), sums, block_sums(sizes, blocks))
+
+
+def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, list[dict]]:
+    """The figures of a run's own val and test text, measured again, and the lines of losses.jsonl.
+
+    UserError if cfg.data has changed since.
+    """
+    cfg, model, _ = load_model(folder, world)
+    cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
+    tokens, result = corpus.open_corpus(corpus_of(cfg), world), {}
+    runs.same_data(runs.read_config(folder)["facts"]["fingerprint"], tokens.fingerprint, cfg.data)
+    sizes = corpus.token_bytes(tokens.tokenizer)
+    for part in held_out(cfg):
+        blocks = corpus.Blocks(tokens.parts[part], cfg.block_size)
+        sums = evaluate(model, blocks, cfg, world, poll)
+        metrics = measure(sums, blocks, tokens.unigram, sizes)
+        result |= {f"{part}/{name}": value for name, value in metrics.items()}
+    return result, losses(sums, blocks, sizes)
 
 
 # ---------------------------------------------------------------------------------------------------- train
@@ -927,11 +959,12 @@ def train(run, cfg, world) -> dict:
 def finish(run, cfg, world, s) -> dict:
     """Measures the chosen weights on val and test; final figures, and how many sampled words are known."""
     sha256, measured, result = runs.weights_sha256(s.model), run.checkpoint, {}
+    sizes = corpus.token_bytes(s.tokens.tokenizer)
     if cfg.test_weights == "best":
         measured = run.load_best(s.model)
-    for part in ("val", "test") if cfg.final_eval and cfg.test_share else ("val",):
+    for part in held_out(cfg):
         sums = evaluate(s.model, s.blocks[part], cfg, world, run.poll)
-        m = measure(sums, s.blocks[part], s.tokens.unigram)
+        m = measure(sums, s.blocks[part], s.tokens.unigram, sizes)
         result |= {f"{part}/{name}": value for name, value in m.items()}
         run.say(
             f"{part:5} loss {core.plus_minus(m['loss'], m['loss_interval'], 4)}   "
@@ -939,6 +972,7 @@ def finish(run, cfg, world, s) -> dict:
             f"accuracy {core.plus_minus(m['accuracy'], m['accuracy_interval'])}   "
             f"token frequencies {m['unigram_loss']:.4f}" + (f"\n{part:5} {m['alarm']}" if m["alarm"] else "")
         )
+    core.on_main(world, lambda: runs.write_losses(run.folder, losses(sums, s.blocks[part], sizes)))
     known = core.on_main(world, lambda: known_words(run.folder / "samples.jsonl", s.tokens))
     if known is not None:
         run.say(f"samples  {known:.0%} of their words occur in the training text")
@@ -946,7 +980,8 @@ def finish(run, cfg, world, s) -> dict:
         f"done  {part} loss {m['loss']:.4f}  perplexity {m['perplexity']:.2f}  {run.seconds / 60:.1f} min"
     )
     run.say(f"all figures: {run.folder}/result.json")
-    run.say(f"next: python gpt_scratch.py --mode generate --model {run.folder}")
+    run.say(f"samples: python gpt_scratch.py --mode generate --model {run.folder}")
+    run.say(f"next: python eval.py --run {run.folder}")
     return result | {
         "weights_sha256": sha256,
         "test_checkpoints": [measured],

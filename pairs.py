@@ -117,10 +117,15 @@ class Preferences:
         return np.add.reduceat(sizes, self.first[:-1] // 3, axis=0) if len(sizes) else sizes
 
 
-def load_data(cfg, world) -> Preferences:
-    """The rows of cfg.data, tokenised once by rank 0 into the cache, read from there by every rank."""
-    builtin, tokenizer = cfg.data == "python-pairs", None
-    if not cfg.model.startswith("tiny:"):  # a tiny model's tokenizer is made of the rows' words
+def load_data(cfg, world, tokenizer=None) -> Preferences:
+    """The rows of cfg.data, tokenised once by rank 0 into the cache, read from there by every rank.
+
+    `tokenizer`: none is that of cfg.model.
+    """
+    builtin = cfg.data == "python-pairs"
+    if not tokenizer and not cfg.model.startswith(
+        "tiny:"
+    ):  # a tiny model's tokenizer is made of the rows' words
         tokenizer = core.main_first(world, lambda: encoders.load_tokenizer(cfg.model))
 
     def source():

@@ -427,11 +427,17 @@ def predict(run, cfg, world, data, rows, model, step) -> dict:
         checkpoint = run.load_best(model)
     elif cfg.folds:  # later folds push this one's checkpoints out
         checkpoint = run.keep_weights(step, model, "last")
-    parts = ("val", "test") if cfg.final_eval else ("val",)
-    log_probs = {part: evaluate(model, data, rows[part], cfg, world, run.poll).tolist() for part in parts}
+    log_probs = {
+        part: evaluate(model, data, rows[part], cfg, world, run.poll).tolist() for part in held_out(cfg)
+    }
     parameters = core.count_parameters(model)
     facts = {"weights_sha256": sha256, "checkpoint": checkpoint, "parameters": parameters}
     return facts | {"log_probs": log_probs}
+
+
+def held_out(cfg) -> tuple[str, ...]:
+    """The parts whose figures a run ends with, the most important one last."""
+    return ("val", "test") if cfg.final_eval else ("val",)
 
 
 def describe_row(data, row, cfg) -> str:
@@ -482,14 +488,19 @@ def verdicts(cfg, data, splits, outcomes, part) -> tuple[np.ndarray, report_card
     return rows, report_card.Verdicts(symmetric=cfg.symmetric, cut=data.cut[rows].any(1), **facts)
 
 
+def figures(cfg, data, splits, outcomes) -> tuple[dict, dict, dict]:
+    """(figures of result.json, verdicts of each part, report card of each part)"""
+    said = {part: verdicts(cfg, data, splits, outcomes, part) for part in outcomes[0]["log_probs"]}
+    cards = {part: report_card.make_card(v, NAMES) for part, (_, v) in said.items()}
+    named = {f"{part}/{name}": value for part, card in cards.items() for name, value in card.items()}
+    return named, said, cards
+
+
 def report(run, cfg, data, splits, outcomes) -> dict:
     """Rank 0: the report card of val and test, report.png, predictions.jsonl."""
-    result, said, cards = {}, {}, {}
-    for part in outcomes[0]["log_probs"]:
-        run.leave_if_signalled()
-        said[part] = verdicts(cfg, data, splits, outcomes, part)
-        cards[part] = report_card.make_card(said[part][1], NAMES)
-        result |= {f"{part}/{name}": value for name, value in cards[part].items()}
+    run.leave_if_signalled()
+    result, said, cards = figures(cfg, data, splits, outcomes)
+    run.leave_if_signalled()
     with core.whole_file(run.folder / "predictions.jsonl") as file:
         for part, (rows, v) in said.items():
             folds = np.repeat(np.arange(len(splits)), [len(split[part]) for split in splits])
@@ -517,6 +528,61 @@ def predictions(data, rows, v, part, folds):
         line |= {} if folds is None else {"fold": int(folds[i]) + 1}
         line |= {"label": NAMES[data.labels[row]], **dict(zip(NAMES, said.tolist(), strict=True))}
         yield line | {"as_is": orders[0].tolist(), "swapped_back": orders[1].tolist()}
+
+
+# -------------------------------------------------------------------------------------------- measured again
+
+
+def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, None]:
+    """The report card of a run's own val and test rows, measured again (every fold by its own weights).
+
+    UserError if cfg.data has changed since. What pairs runs row by row is in predictions.jsonl.
+    """
+    cfg, model, tokenizer = rebuild(folder, world, **({"eval_batch": eval_batch} if eval_batch else {}))
+    data = pairs.load_data(cfg, world, tokenizer)
+    runs.same_data(runs.read_config(folder)["facts"]["fingerprint"], data.fingerprint, cfg.data)
+    pairs.measure_sequences(data, cfg.inputs, cfg.max_length)
+    splits, outcomes = [], []
+    for fold, name in enumerate(core.on_main(world, lambda: measured_checkpoints(folder, cfg))):
+        runs.load_weights(Path(folder) / "checkpoints" / name, model)
+        rows = pairs.split_rows(data, cfg.folds, fold, cfg.split_seed)
+        said = {part: evaluate(model, data, rows[part], cfg, world, poll) for part in held_out(cfg)}
+        splits.append(rows)
+        outcomes.append({"log_probs": said})
+    return figures(cfg, data, splits, outcomes)[0], None
+
+
+def measured_checkpoints(folder, cfg) -> list[str]:
+    """Those that the run was tested with, one a fold; of an unfinished run without folds, the newest."""
+    return runs.tested_checkpoints(folder) if cfg.folds else [runs.chosen_checkpoint(folder)]
+
+
+def measure_other(folder, name, world, eval_batch=None, poll=lambda: None) -> tuple[dict, list, list]:
+    """(report card of other labelled rows, lines about them, lines of predictions.jsonl)
+
+    Nothing of the training rows is needed: class shares are those of these rows, lengths alone are judged by
+    fits on other prompts (five folds), and of several folds' models the probabilities are averaged.
+    """
+    changes = {"data": name, "max_documents": None} | ({"eval_batch": eval_batch} if eval_batch else {})
+    cfg, model, tokenizer = rebuild(folder, world, **changes)
+    data = pairs.load_data(cfg, world, tokenizer)
+    pairs.measure_sequences(data, cfg.inputs, cfg.max_length)
+    every, probs = np.arange(len(data.labels)), 0.0
+    checkpoints = core.on_main(world, lambda: measured_checkpoints(folder, cfg))
+    for checkpoint in checkpoints:
+        runs.load_weights(Path(folder) / "checkpoints" / checkpoint, model)
+        probs = probs + np.exp(evaluate(model, data, every, cfg, world, poll)) / len(checkpoints)
+    lengths, by_length = data.response_lengths(), np.zeros((len(every), len(NAMES)))
+    parts = core.split_by_group(data.groups, data.labels, [1] * 5, cfg.split_seed)
+    for part in range(5):
+        rows = parts == part
+        by_length[rows] = report_card.length_only(lengths, data.labels, ~rows, rows)
+    prior = np.tile(core.class_shares(data.labels, len(NAMES)), (len(every), 1))
+    facts = {"labels": data.labels, "groups": data.groups, "lengths": lengths, "cut": data.cut.any(1)}
+    facts |= {"log_probs": np.log(probs), "prior": prior, "by_length": by_length, "temperatures": None}
+    v = report_card.Verdicts(symmetric=cfg.symmetric, **facts)
+    lines = list(predictions(data, every, v, "test", None))
+    return report_card.make_card(v, NAMES), [*data.lines, cut_line(data)], lines
 
 
 # ----------------------------------------------------------------------------------------------------- Kaggle
@@ -642,7 +708,8 @@ def main(cfg, world):
         if unlabelled:
             _, model, _ = rebuild(run.folder, world)
             submit(run.folder, checkpoints, cfg, model, unlabelled, world, run.poll, run.say)
-        run.say(f"next: tensorboard --logdir {run.folder.parent}")
+        run.say(f"curves: tensorboard --logdir {run.folder.parent}")
+        run.say(f"next: python eval.py --run {run.folder}")
     return run.result
 
 

@@ -31,6 +31,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -283,6 +284,8 @@ class Run:
         self.first_step, self._last_step = self.position["first_step"], self.position["step"]
         self.meter = Meter(self.world, self.position["sums"])
         folder = self.folder / "checkpoints" / self.checkpoint
+        if not (folder / "state.pt").exists():
+            raise core.UserError(f"{self.folder} was packed without optimizer state: it cannot be resumed")
         load_weights(folder, model)
         tensors = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         optimizer.load_state_dict(tensors["optimizer"])
@@ -603,6 +606,30 @@ def _keep_rows(path, before) -> list[dict]:
     return rows
 
 
+# What two runs are compared by
+
+
+def loss_lines(numbers, groups, sums, spelt) -> list[dict]:
+    """Lines of losses.jsonl: a held-out row's number, group, loss in nats, hits, targets, their bytes."""
+    columns = (np.asarray(column).tolist() for column in (numbers, groups, sums.round(6), spelt))
+    return [
+        {"row": row, "group": group, "nats": nats, "hits": int(hits), "targets": int(targets), "bytes": size}
+        for row, group, (nats, hits, targets), size in zip(*columns, strict=True)
+    ]
+
+
+def write_losses(folder, lines):
+    """losses.jsonl of a run folder: what eval.py --compare pairs two runs by."""
+    with core.whole_file(Path(folder) / "losses.jsonl") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def same_data(stored, found, name):
+    """UserError unless the data that a run was trained on is what is there now."""
+    if stored["data"] != found["data"]:
+        raise core.UserError(f"data {name} is not what the run was trained on: restore it, or use --data")
+
+
 # What a checkpoint is made of
 
 
@@ -616,8 +643,14 @@ def _manifest_hash(content) -> str:
 
 def write_manifest(folder, position):
     """manifest.json, written last: the position, SHA-256 of each file, and of itself."""
-    content = position | {"files": {path.name: core.sha256_file(path) for path in sorted(folder.iterdir())}}
-    core.write_json(folder / "manifest.json", content | {"manifest": _manifest_hash(content)})
+    hashes = {path.name: core.sha256_file(path) for path in sorted(folder.iterdir())}
+    core.write_json(folder / "manifest.json", manifest(position, hashes))
+
+
+def manifest(position, hashes) -> dict:
+    """Content of manifest.json; `hashes`: file -> SHA-256."""
+    content = position | {"files": hashes}
+    return content | {"manifest": _manifest_hash(content)}
 
 
 def read_manifest(folder) -> dict | None:
@@ -854,7 +887,7 @@ def _write_provenance(run):
     now |= {
         "world_size": run.world.size,
         "threads": torch.get_num_threads(),
-        "device": _device_name(run.world),
+        "device": device_name(run.world),
     }
     if run.resumed:
         config = read_config(run.folder)
@@ -887,7 +920,7 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def _device_name(world) -> str:
+def device_name(world) -> str:
     return (
         torch.cuda.get_device_name()
         if world.device.type == "cuda"

@@ -9,7 +9,6 @@ import importlib
 import inspect
 import itertools
 import json
-import math
 import platform
 import re
 import sys
@@ -23,6 +22,7 @@ import torch
 import core
 import corpus
 import gpt_scratch
+import runs
 
 COLUMNS = ("instruction", "input", "output")  # Alpaca's
 SHARES = {"train": 0.85, "test": 0.10, "val": 0.05}  # journal 001's, in the order in which it took them
@@ -138,12 +138,15 @@ class Instructions:
         return [*ids, self.tokenizer.eos_token_id]
 
 
-def load_instructions(cfg, world) -> Instructions:
-    """The rows of cfg.data, tokenised once by rank 0 into the cache, read from there by every rank."""
-    builtin, tiny = cfg.data == "python-instructions", cfg.model.startswith("tiny:")
-    name = gpt_scratch.tokenizer_of(cfg.model)
-    tokenizer = None if tiny else core.main_first(world, lambda: corpus.named_tokenizer(name, KINDS))
-    words = f"bpe:{TINY_VOCABULARY}" if tiny else core.tokenizer_fingerprint(tokenizer)
+def load_instructions(cfg, world, tokenizer=None) -> Instructions:
+    """The rows of cfg.data, tokenised once by rank 0 into the cache, read from there by every rank.
+
+    `tokenizer`: none is that of cfg.model; of tiny:gpt2 it is made of the rows.
+    """
+    builtin, name = cfg.data == "python-instructions", gpt_scratch.tokenizer_of(cfg.model)
+    if not tokenizer and not cfg.model.startswith("tiny:"):
+        tokenizer = core.main_first(world, lambda: corpus.named_tokenizer(name, KINDS))
+    words = core.tokenizer_fingerprint(tokenizer) if tokenizer else f"bpe:{TINY_VOCABULARY}"
 
     def build() -> str:
         source = (
@@ -372,6 +375,14 @@ def plain_blocks(name, tokenizer, block_size, most) -> corpus.Blocks:
     return corpus.Blocks(np.array(ids[: most * block_size + 1]), block_size)
 
 
+def examples_of(data, cfg) -> tuple[dict[str, Examples], list[str]]:
+    """The parts of `split` as a model reads them, and what to say of their rows."""
+    rows, lines = split(data, cfg)
+    return {
+        name: Examples(data, some, cfg.max_length, cfg.loss_on_prompt) for name, some in rows.items()
+    }, lines
+
+
 @dataclass
 class Study:
     """What is trained on and measured with."""
@@ -390,10 +401,7 @@ def set_up(run, cfg, world) -> Study:
     """Reads and splits the data and the plain text; a resume that finds others is refused."""
     data = load_instructions(cfg, world)
     run.pin("fingerprint", data.fingerprint)
-    split_rows, lines = split(data, cfg)
-    parts = {
-        name: Examples(data, rows, cfg.max_length, cfg.loss_on_prompt) for name, rows in split_rows.items()
-    }
+    parts, lines = examples_of(data, cfg)
     units, plain = parts["train"], None
     if cfg.pack:
         units = Packs(units, cfg.max_length)
@@ -519,18 +527,34 @@ PROMPTS = (  # answered at every evaluation; the first three and the last are jo
 )
 
 
-def measure(sums, groups, unigram=None) -> dict:
-    """Of gpt_scratch.evaluate's sums, (rows, 3): loss per target token, perplexity, accuracy; 95 % intervals
-    over prompts. `unigram` (rows,): summed losses by token frequencies alone, which are to be beaten."""
-    targets, given = sums[:, 2], [] if unigram is None else [unigram, sums[:, 0] - unigram]
-    values = np.column_stack([sums[:, 0], sums[:, 1], *given]) / targets[:, None]
-    intervals = core.bootstrap(values, groups, weights=targets).tolist()
-    loss, accuracy, *others = np.average(values, axis=0, weights=targets).tolist()
-    metrics = {"loss": loss, "loss_interval": intervals[0], "perplexity": math.exp(min(loss, 700))}
-    metrics |= {"accuracy": accuracy, "accuracy_interval": intervals[1]}
-    if given:
-        metrics |= {"unigram_loss": others[0], "above_unigram_interval": intervals[3]}
-    return metrics | {"targets": int(targets.sum()), "rows": len(sums)}
+def held_out(cfg) -> tuple[str, ...]:
+    """The parts whose figures a run ends with, the most important one last."""
+    return ("val", "test") if cfg.final_eval else ("val",)
+
+
+def measure(sums, examples, train) -> tuple[dict, list[dict]]:
+    """Of gpt_scratch.evaluate's sums: figures of examples, and the lines of losses.jsonl."""
+    sizes = corpus.token_bytes(examples.data.tokenizer)
+    spelt = np.array([sizes[ids].sum() for ids in examples.wanted()])
+    groups, numbers = (facts[examples.rows] for facts in (examples.data.groups, examples.data.numbers))
+    metrics = core.language_metrics(sums, groups, unigram_losses(examples, train), spelt)
+    return metrics, runs.loss_lines(numbers, groups, sums, spelt)
+
+
+def remeasure(model, tokenizer, cfg, facts, world, poll) -> tuple[dict, list[dict]]:
+    """The figures of a run's own val and test rows, measured again, and the lines of losses.jsonl.
+
+    UserError if cfg.data has changed since. `facts` are those of its config.json.
+    """
+    data = load_instructions(cfg, world, tokenizer)
+    runs.same_data(facts["fingerprint"], data.fingerprint, cfg.data)
+    parts = examples_of(data, cfg)[0]
+    result = {}
+    for part in held_out(cfg):
+        sums = gpt_scratch.evaluate(model, parts[part], cfg, world, poll)
+        metrics, losses = measure(sums, parts[part], parts["train"])
+        result |= {f"{part}/{name}": value for name, value in metrics.items()}
+    return result, losses
 
 
 def unigram_losses(examples, train) -> np.ndarray:
@@ -544,7 +568,7 @@ def check(run, cfg, s, model, step, where, keep_best, poll):
     if step == 0 and s.plain:
         run.state["plain"] = plain_losses(run, cfg, s.plain, model, poll).tolist()
     sums = gpt_scratch.evaluate(model, s.val, cfg, run.world, poll)
-    val = measure(sums, s.data.groups[s.val.rows])
+    val = core.language_metrics(sums, s.data.groups[s.val.rows])
     report_validation(run, step, val, where, keep_best(val["loss"]), len(s.batches))
     sample(run, cfg, step, model, s.data.tokenizer, poll)
     run.state["evaluated"] = step
@@ -672,9 +696,9 @@ def final_figures(run, cfg, s, model, answering, step) -> dict:
     """Loss, perplexity, accuracy on val and test; forgetting; answers to the test rows by `answering()`, the
     same model as it generates fastest; an alarm if validation is no better than before training."""
     result, done = {}, ""
-    for part in ("val", "test") if cfg.final_eval else ("val",):
+    for part in held_out(cfg):
         sums = gpt_scratch.evaluate(model, s.parts[part], cfg, run.world, run.poll)
-        m = measure(sums, s.data.groups[s.parts[part].rows], unigram_losses(s.parts[part], s.parts["train"]))
+        m, losses = measure(sums, s.parts[part], s.parts["train"])
         result |= {f"{part}/{name}": value for name, value in m.items()}
         loss, accuracy = (
             core.plus_minus(m[k], m[f"{k}_interval"], n) for k, n in (("loss", 4), ("accuracy", 3))
@@ -683,6 +707,7 @@ def final_figures(run, cfg, s, model, answering, step) -> dict:
         guess = f"token frequencies {m['unigram_loss']:.4f}"
         run.say(f"{part:5} loss {loss}  {perplexity}  accuracy {accuracy}  {guess}")
         done = f"done  {part} loss {m['loss']:.4f}  {perplexity}"
+    core.on_main(run.world, lambda: runs.write_losses(run.folder, losses))
     lowest, before = run.state["lowest"], run.state["before"]
     if step and not lowest[0] < before:
         result["alarm"] = f"NOT LEARNING: validation never fell below the {before:.4f} before training"
@@ -698,7 +723,8 @@ def final_figures(run, cfg, s, model, answering, step) -> dict:
         run.say(f"spikes  {spikes} of {step} steps, {run.state['left_out']} left out (spikes.jsonl)")
     run.say(f"{done}  {run.seconds / 60:.1f} min")
     run.say(f"all figures: {run.folder}/result.json")
-    run.say(f"next: python {run.script.name} --mode ask --run_folder {run.folder}")
+    run.say(f"questions: python {run.script.name} --mode ask --run {run.folder}")
+    run.say(f"next: python eval.py --run {run.folder}")
     return result
 
 

@@ -1,0 +1,425 @@
+"""A language model grades answers: any endpoint that speaks OpenAI's chat completions. Used by eval.py.
+
+Every reply is kept the moment it comes, in <TOKEN_CACHE>/judge_<hash of judge>.jsonl: what was asked once is
+never asked again, and a killed run goes on. Protocols: SCORE (0 to 100, journal 001) and PAIR (both orders).
+"""
+
+import hashlib
+import http.client
+import json
+import os
+import random
+import re
+import sys
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections import Counter, defaultdict
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import core
+import sft
+
+# ---------------------------------------------------------------------------------------------- protocols
+# Journal 001's, as the code that it came from has it: the input as the model saw it, the reference, the
+# answer; a whole number from 0 to 100; temperature 0; an empty answer is 0 and costs nothing.
+
+SCORE = """You grade how well a response answers a request. Here is the request:
+
+{prompt}
+
+A correct answer, for comparison:
+
+{reference}
+
+The response to be graded:
+
+{answer}
+
+Grade the response from 0 to 100, where 100 is the best. Reply with the whole number alone."""
+
+PAIR = """Two assistants answered the same request. Here is the request:
+
+{prompt}
+
+A correct answer, for comparison:
+
+{reference}
+
+Response A:
+
+{first}
+
+Response B:
+
+{second}
+
+Which response is better? Reply with one word alone: A, B, or tie."""
+
+
+def request_of(row) -> str:
+    """What the model was asked, as it saw it."""
+    return sft.prompt_text(row["instruction"], row.get("input") or "", "alpaca").strip()
+
+
+def score_question(row) -> str:
+    answer = row["model_response"].strip()
+    return SCORE.format(prompt=request_of(row), reference=row.get("output") or "", answer=answer)
+
+
+def pair_question(row, first, second) -> str:
+    texts = {"first": first["model_response"].strip(), "second": second["model_response"].strip()}
+    return PAIR.format(prompt=request_of(row), reference=row.get("output") or "", **texts)
+
+
+def parse_score(reply) -> int | None:
+    """The one whole number from 0 to 100 in a reply (`85`, `Score: 85/100`); None if it is not to be had."""
+    numbers = re.findall(r"-?\d+(?:[.,]\d+)?", re.sub(r"(/|out of) *100\b", "", without_thoughts(reply)))
+    fits = len(numbers) == 1 and re.fullmatch(r"\d+(\.0+)?", numbers[0]) and float(numbers[0]) <= 100
+    return int(float(numbers[0])) if fits else None
+
+
+def parse_verdict(reply) -> str | None:
+    """A, B or tie, if that is all a reply says (`**B**`, `Response B.`)."""
+    words = re.findall(r"[a-z]+", without_thoughts(reply).lower())
+    words = [word for word in words if word not in ("response", "answer", "the", "is", "better")]
+    return {"a": "A", "b": "B", "tie": "tie"}.get(words[0]) if len(words) == 1 else None
+
+
+def without_thoughts(reply) -> str:
+    return re.sub(r"<think>.*?</think>", "", reply, flags=re.S)
+
+
+# ---------------------------------------------------------------------------------------------- the judge
+
+BACK_OFF = 1.0  # seconds before the second attempt; doubled before each further one, up to a minute
+LOCAL = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
+LATER = {408, 409, 425, 429}  # and all from 500 on: worth another attempt
+
+
+class Refused(Exception):
+    """The judge will not answer this however often it is asked."""
+
+
+@dataclass
+class Judge:
+    """An endpoint and a model behind it. `ask` is safe to kill at any moment."""
+
+    url: str  # up to and with /v1
+    model: str
+    key: str | None = None
+    temperature: float = 0.0
+    seconds: float = 60.0  # of patience with one request
+    attempts: int = 6
+    requests: int = 4  # at once
+    replies: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.url, self.lock, self.asked, self.troubles = self.url.rstrip("/"), threading.Lock(), 0, set()
+        name = hashlib.sha256(json.dumps([self.url, self.model, self.temperature]).encode()).hexdigest()[:16]
+        self.path = core.cache_root() / f"judge_{name}.jsonl"
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
+            try:
+                entry = json.loads(line)
+                self.replies[entry["key"]] = entry["reply"]
+            except (ValueError, TypeError, KeyError):
+                continue  # half a line of a killed process: that reply is asked for again
+
+    def ask(self, questions) -> list[str]:
+        """The reply to each (text, repeat number). What fails for good is a UserError; all replies stay."""
+        keys = [hashlib.sha256(json.dumps(question).encode()).hexdigest() for question in questions]
+        new = {key: text for key, (text, _) in zip(keys, questions, strict=True) if key not in self.replies}
+        if new:
+            self._fetch(list(new.items()))
+        return [self.replies[key] for key in keys]
+
+    def _fetch(self, new):
+        """Asks for each of (key, text): the first alone, since most faults show there."""
+        self._open_cache()
+        self.gave_up = threading.Event()
+        pool = ThreadPoolExecutor(self.requests)
+        try:
+            with core.progress(len(new), "judging") as bar:
+                self._answer(*new[0], bar)
+                futures = [pool.submit(self._answer, key, text, bar) for key, text in new[1:]]
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+        except Refused as error:
+            raise core.UserError(f"judge {self.model} at {self.url}: {error}; {self._kept(new)}") from None
+        except core.Stop as stop:
+            raise core.Stop(f"{stop}: {self._kept(new)}, the same command goes on") from None
+        finally:
+            self.gave_up.set()  # who waits to try again gives up, too
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _kept(self, new) -> str:
+        return f"{sum(key in self.replies for key, _ in new)} of {len(new)} questions are answered and kept"
+
+    def _answer(self, key, text, bar):
+        reply = self._patiently(text)
+        with self.lock:
+            self.replies[key], self.asked = reply, self.asked + 1
+            line = json.dumps({"key": key, "reply": reply, "question": text})
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            bar.update()
+
+    def _open_cache(self):
+        """Behind half a line that a killed process left, a new one begins."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a+b") as file:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    file.write(b"" if file.read(1) == b"\n" else b"\n")
+        except OSError as error:
+            where = f"judge's replies cannot be kept in {self.path.parent} ({error.strerror})"
+            raise core.UserError(f"{where}: set TOKEN_CACHE to a folder with room") from None
+
+    def _patiently(self, text) -> str:
+        """One request, tried again with growing pauses as long as that may help."""
+        for attempt in range(self.attempts):
+            if self.gave_up.is_set():
+                raise Refused("given up")
+            try:
+                return self._request(text)
+            except urllib.error.HTTPError as error:
+                reason, pause = self._told(error), retry_after(error)
+                if error.code < 500 and error.code not in LATER:
+                    raise Refused(f"{reason} (see --judge_url, --judge_model, --judge_key)") from None
+            except (OSError, http.client.HTTPException, ValueError) as error:  # URLError is an OSError
+                reason, pause = fault(error), 0
+                if isinstance(getattr(error, "reason", error), ConnectionRefusedError) and not self.asked:
+                    raise Refused(
+                        "connection refused: start it (`ollama serve`), or set --judge_url"
+                    ) from None
+            self._note(reason)
+            doubled = min(60, BACK_OFF * 2**attempt) * random.uniform(0.75, 1.25)  # not all at once again
+            if attempt + 1 < self.attempts and self.gave_up.wait(max(pause, doubled)):
+                raise Refused("given up")
+        raise Refused(f"{reason}, {self.attempts} times; the same command goes on when it answers")
+
+    def _note(self, reason):
+        """Each kind of trouble is told once: whoever watches should know why nothing moves."""
+        with self.lock:
+            if reason not in self.troubles:
+                self.troubles.add(reason)
+                tqdm.write(f"the judge is asked again: {reason}", file=sys.stderr)
+
+    def _request(self, text) -> str:
+        """The content of a reply. ValueError for what is no chat completion."""
+        body = {"model": self.model, "temperature": self.temperature}
+        body["messages"] = [{"role": "user", "content": text}]
+        headers = {"Content-Type": "application/json", "User-Agent": "eval.py"}
+        headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
+        deadline, read = time.monotonic() + self.seconds, b""
+        with urllib.request.urlopen(request, timeout=self.seconds) as response:
+            while chunk := response.read1():
+                read += chunk
+                if time.monotonic() > deadline:  # the time-out alone is one of silence
+                    raise TimeoutError
+        try:
+            content = json.loads(read)["choices"][0]["message"]["content"]
+        except (ValueError, LookupError, TypeError):
+            raise ValueError(f"no chat completion: {self._one_line(read)}") from None
+        return content or ""  # null: a refusal, or all tokens spent on thoughts
+
+    def _told(self, error) -> str:
+        """What an HTTP error says of itself, without the key."""
+        try:
+            said = error.read(2000)
+        except OSError:
+            said = b""
+        return f"HTTP {error.code} {error.reason}: {self._one_line(said)}"
+
+    def _one_line(self, raw) -> str:
+        text = " ".join(raw.decode("utf-8", "replace").split())[:160]
+        return text.replace(self.key, "***") if self.key else text
+
+
+def retry_after(error) -> float:
+    """Seconds that a server asks to wait, two minutes at most."""
+    try:
+        return min(120.0, float(error.headers.get("Retry-After", 0)))
+    except (TypeError, ValueError):  # a date
+        return 0.0
+
+
+def fault(error) -> str:
+    error = getattr(error, "reason", error)
+    if isinstance(error, TimeoutError):
+        return "no answer in time (see --judge_seconds)"
+    return str(error) or type(error).__name__
+
+
+def make_judge(cfg) -> Judge:
+    """The judge that the constants name; its key is in the environment or nowhere."""
+    parts = urllib.parse.urlsplit(cfg.judge_url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise core.UserError(f"--judge_url {cfg.judge_url}: use http://localhost:11434/v1 or the like")
+    key = os.environ.get(cfg.judge_key) if cfg.judge_key else None
+    if not key and cfg.judge_key and parts.hostname not in LOCAL:
+        wanted = f"export {cfg.judge_key}=..., name another variable by --judge_key, or --judge_key none"
+        raise core.UserError(f"judge {cfg.judge_url}: no key in the environment: {wanted}")
+    patience = {"seconds": cfg.judge_seconds, "attempts": cfg.judge_attempts, "requests": cfg.judge_requests}
+    return Judge(cfg.judge_url, cfg.judge_model, key, **patience)
+
+
+# ---------------------------------------------------------------------------------------- scores and pairs
+
+
+def read_responses(path) -> list[dict]:
+    """Rows of responses.json: instruction, input, output and model_response. UserError names what is odd."""
+    if not Path(path).exists():
+        raise core.UserError(f"{path} is not there: answer first, by eval.py --mode generate")
+    rows = core.read_rows(str(path))
+    core.require_columns(rows, ("instruction", "model_response"), path)
+    for number, row in enumerate(rows, start=1):
+        texts = [row.get(name) for name in ("instruction", "model_response")]
+        texts += [row.get(name) or "" for name in ("input", "output")]
+        if not all(isinstance(text, str) for text in texts):
+            raise core.UserError(f"{path}: row {number} holds something else than text: mend or remove it")
+    return rows
+
+
+def group_of(row) -> str:
+    return sft.prompt_hash(row["instruction"], row.get("input") or "")
+
+
+def score(judge, rows, repeats=1) -> dict:
+    """Grades of rows of responses.json: mean and interval by prompt, what could not be read, the noise."""
+    empty = [not row["model_response"].strip() for row in rows]
+    asked = [(i, repeat) for i in range(len(rows)) if not empty[i] for repeat in range(repeats)]
+    replies = judge.ask([(score_question(rows[i]), repeat) for i, repeat in asked])
+    grades = [[0] * repeats if nothing else [] for nothing in empty]
+    for (i, _), reply in zip(asked, replies, strict=True):
+        grades[i].append(parse_score(reply))
+    return summary(rows, grades) | {"judge": judge.model, "url": judge.url, "repeats": repeats}
+
+
+def summary(rows, grades) -> dict:
+    """`grades`: of each row one a repeat, None where a reply held none."""
+    read = [[grade for grade in of_row if grade is not None] for of_row in grades]
+    counted = [i for i, of_row in enumerate(read) if of_row]
+    means = np.array([np.mean(read[i]) for i in counted])
+    groups = [group_of(row) for row in rows]
+    figures = {"rows": len(rows), "graded": len(counted)} | mean_and_interval(means, groups, counted)
+    figures["empty"] = sum(not row["model_response"].strip() for row in rows)
+    figures["unreadable"] = sum(grade is None for of_row in grades for grade in of_row)
+    spread = [np.var(of_row, ddof=1) for of_row in read if len(of_row) > 1]
+    figures["noise"] = float(np.sqrt(np.mean(spread))) if spread else None  # s.d. of one grade of one answer
+    by_category = defaultdict(list)
+    for place, i in enumerate(counted):
+        if rows[i].get("category"):
+            by_category[str(rows[i]["category"])].append((place, i))
+    figures["by_category"] = {
+        name: {"rows": len(some)}
+        | mean_and_interval(means[[place for place, _ in some]], groups, [i for _, i in some])
+        for name, some in sorted(by_category.items())
+    }
+    figures["grades"] = [{"group": g, "grades": of_row} for g, of_row in zip(groups, grades, strict=True)]
+    return figures
+
+
+def mean_and_interval(means, groups, counted) -> dict:
+    if not len(means):
+        return {"score": None, "score_interval": None}
+    interval = core.bootstrap(means[:, None], [groups[i] for i in counted]).tolist()[0]
+    return {"score": float(means.mean()), "score_interval": interval}
+
+
+def lines_of_score(name, s) -> list[str]:
+    """What the terminal shows of `score`."""
+    if s["score"] is None:
+        return [f"{name}  no grade could be read in {s['unreadable']} replies of {s['judge']}"]
+    said = core.plus_minus(s["score"], s["score_interval"], 2)
+    lines = [f"{name}  {s['judge']}  {said} of 100  {s['graded']} of {s['rows']} answers, {s['empty']} empty"]
+    if s["unreadable"]:
+        lowest = s["score"] * s["graded"] / s["rows"]
+        lines.append(
+            f"  {s['unreadable']} replies hold no grade; counted as 0 the mean would be {lowest:.2f}"
+        )
+    if s["noise"] is not None:
+        lines.append(f"  the judge's own noise: {s['noise']:.1f} between {s['repeats']} grades of one answer")
+    for category, part in s["by_category"].items():
+        figure = core.plus_minus(part["score"], part["score_interval"], 2)
+        lines.append(f"  {category}: {figure}, {part['rows']} answers")
+    return lines
+
+
+def duel(judge, ours, theirs, repeats=1) -> dict:
+    """Two runs' answers to the same prompts, shown in both orders; a win in one order only is a tie.
+
+    Rates with intervals by prompt: of the first run's wins (ties half), of first places, of longer answers.
+    """
+    by_group = {group_of(row): row for row in theirs}  # of a prompt that is there twice, the last answer
+    pairs = [(row, by_group[group_of(row)]) for row in ours if group_of(row) in by_group]
+    if not pairs:
+        raise core.UserError("the two have no prompt in common: compare answers to the same rows")
+    questions, where = [], []
+    for i, (a, b) in enumerate(pairs):
+        if a["model_response"].strip() == b["model_response"].strip():
+            continue  # nothing to choose
+        for repeat in range(repeats):
+            questions += [(pair_question(a, a, b), repeat), (pair_question(a, b, a), repeat)]
+            where += [(i, "A"), (i, "B")]  # as which of the two the first run was shown
+    verdicts = [parse_verdict(reply) for reply in judge.ask(questions)]
+    return duel_figures(pairs, where, verdicts) | {"judge": judge.model, "url": judge.url, "repeats": repeats}
+
+
+def duel_figures(pairs, where, verdicts) -> dict:
+    wins, said = defaultdict(list), Counter()
+    firsts, longers = [], []
+    for (i, place), verdict in zip(where, verdicts, strict=True):
+        said["unreadable"] += verdict is None
+        if verdict is None:
+            continue
+        wins[i].append(0.5 if verdict == "tie" else float(verdict == place))
+        if verdict != "tie":
+            firsts.append((i, verdict == "A"))
+            a, b = (len(row["model_response"].strip()) for row in pairs[i])
+            if a != b:
+                longers.append((i, (verdict == place) == (a > b)))
+    both = {i: of_row for i, of_row in wins.items() if len(of_row) > 1}
+    groups = [group_of(a) for a, _ in pairs]
+    equal = [i for i in range(len(pairs)) if i not in {i for i, _ in where}]
+    outcome = [(i, settled(of_row)) for i, of_row in both.items()] + [(i, 0.5) for i in equal]
+    consistent = [(i, len(set(of_row)) == 1) for i, of_row in both.items()]
+    figures = {"prompts": len(pairs), "equal": len(equal), "unreadable": said["unreadable"]}
+    for name, values in {"wins": outcome, "same_in_both_orders": consistent, "first_place": firsts,
+                         "longer": longers}.items():  # fmt: skip
+        figures[name] = figures[f"{name}_interval"] = None
+        if values:
+            column = np.array([[value] for _, value in values], dtype=float)
+            figures[name] = float(column.mean())
+            figures[f"{name}_interval"] = core.bootstrap(column, [groups[i] for i, _ in values]).tolist()[0]
+    return figures | {"outcomes": [{"group": groups[i], "win": win} for i, win in sorted(outcome)]}
+
+
+def settled(wins) -> float:
+    """1, 0 or a half: a judge that follows the order has not decided."""
+    mean = float(np.mean(wins))
+    return 1.0 if mean > 0.5 and min(wins) >= 0.5 else 0.0 if mean < 0.5 and max(wins) <= 0.5 else 0.5
+
+
+def lines_of_duel(first, second, d) -> list[str]:
+    def figure(name):
+        return "none" if d[name] is None else core.plus_minus(d[name], d[f"{name}_interval"])
+
+    lines = [f"{first} against {second}: wins {figure('wins')} of {d['prompts']} prompts (ties are halves)"]
+    if d["wins"] is not None:
+        low, high = d["wins_interval"]
+        told = "they cannot be told apart" if low <= 0.5 <= high else "they can be told apart"
+        lines.append(f"  {told} by {d['judge']}; {d['equal']} pairs of answers are equal")
+    lines.append(f"  same verdict in both orders {figure('same_in_both_orders')}")
+    lines.append(f"  the one shown first wins {figure('first_place')}, the longer one {figure('longer')}")
+    return [*lines, *([f"  {d['unreadable']} replies hold no verdict"] if d["unreadable"] else [])]

@@ -1,0 +1,388 @@
+"""Tables and curves of runs, from their small files alone (config.json, result.json, metrics.jsonl,
+judged.json): a run that came home without its checkpoints counts. Used by eval.py.
+"""
+
+import json
+import shutil
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import core
+import runs
+
+# ------------------------------------------------------------------------------------------ what a run says
+
+
+@dataclass
+class Facts:
+    """The small files of a run."""
+
+    folder: Path
+    config: dict
+    result: dict  # empty while it runs, or when it was killed
+    metrics: list[dict]
+    judged: dict  # judge -> its summary
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def tag(self) -> str:
+        return self.constant("tag") or ""
+
+    @property
+    def finished(self) -> bool:
+        return self.result.get("status") == "finished"
+
+    def constant(self, name):
+        """Of config.json; preset and script are there, too."""
+        return self.config["constants"].get(name, self.config.get(name))
+
+    def figure(self, *names):
+        """(value, interval) of the first of these figures that the run was tested on; val's if on none."""
+        for part in ("test", "val"):
+            for name in names:
+                if (value := self.result.get(f"{part}/{name}")) is not None:
+                    return value, self.result.get(f"{part}/{name}_interval")
+        return None, None
+
+    def curve(self, name) -> list[tuple[int, float]]:
+        return [(row["step"], row[name]) for row in self.metrics if row.get(name) is not None]
+
+
+def read(folder) -> Facts:
+    """UserError where `folder` is no run."""
+    folder = Path(folder)
+    config = runs.read_config(folder)
+    if not isinstance(config, dict) or not {"script", "constants"} <= config.keys():
+        raise core.UserError(f"{folder} is no run folder: its config.json is that of something else")
+    lines = _text(folder / "metrics.jsonl").splitlines()
+    metrics = [row for line in lines if isinstance(row := _json(line), dict)]  # a kill leaves half a line
+    judged = _json(_text(folder / "judged.json"))
+    return Facts(folder, config, _json(_text(folder / "result.json")) or {}, metrics, judged or {})
+
+
+def _text(path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _json(text):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def find(names) -> list[Facts]:
+    """The runs that folders stand for: a run, or whatever runs lie in a folder, oldest first; each once."""
+    found = {}
+    for name in names:
+        path = Path(name)
+        if not path.is_dir():
+            raise core.UserError(f"no such folder: {name}")
+        inside = sorted(p.parent for p in path.glob("*/config.json"))
+        inside = [path] if (path / "config.json").exists() else inside
+        if not inside:
+            deeper = sorted({str(p.parents[1]) for p in path.glob("*/*/config.json")})
+            hint = f": use {' '.join(deeper)}" if deeper else ""
+            raise core.UserError(f"{name} holds no run{hint}")
+        found |= {folder.resolve(): folder for folder in inside}
+    return [read(folder) for folder in found.values()]
+
+
+OF_NO_ACCOUNT = runs.OF_THE_CALL | {"note", "seed", "run_folder", "prompt", "price_per_hour"}
+
+
+def differing(all_facts) -> list[str]:
+    """Names of the constants in which runs differ, in the scripts' order; seed and notes are none."""
+    names = dict.fromkeys(name for facts in all_facts for name in facts.config["constants"])
+    shown = [name for name in names if name not in OF_NO_ACCOUNT]
+    return [name for name in shown if len({repr(facts.constant(name)) for facts in all_facts}) > 1]
+
+
+# ------------------------------------------------------------------------------------------------- the table
+# Journal 001's columns, then what it had no room for. A column that is empty everywhere is left out.
+
+
+def _number(value) -> str:
+    if value is None or isinstance(value, str | bool):
+        return "" if value is None else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _constant(name):
+    return lambda facts: _number(facts.constant(name))
+
+
+def _figure(*names, digits=3):
+    def text(facts):
+        value, interval = facts.figure(*names)
+        if value is None:
+            return ""
+        return core.plus_minus(value, interval, digits) if interval else f"{value:.{digits}f}"
+
+    return text
+
+
+def _model(facts) -> str:
+    """The last two parts of a path: a Hub id as it is."""
+    return "/".join(str(facts.constant("model") or "").rstrip("/").split("/")[-2:])
+
+
+def _result(name, text):
+    """A cell made of one figure of result.json."""
+    return lambda facts: "" if facts.result.get(name) is None else text(facts.result[name])
+
+
+def _rate(facts) -> str:
+    for unit in ("tokens", "examples"):
+        if rate := facts.result.get(f"{unit}_per_second"):
+            return f"{rate:.0f} {unit}/s" if rate >= 10 else f"{rate:.2f} {unit}/s"
+    return ""
+
+
+def _dollars(facts) -> str:
+    price, seconds = facts.constant("price_per_hour"), facts.result.get("seconds")
+    return f"{price * seconds / 3600:.2f}" if price and seconds else ""
+
+
+def _status(facts) -> str:
+    """Empty for a finished run; else how far it came, and its last validation loss."""
+    if facts.finished:
+        return ""
+    steps = [row["step"] for row in facts.metrics]
+    val = facts.curve("val/loss")
+    said = f"{facts.result.get('status', 'running or killed')} at step {max(steps, default=0)}"
+    return said + (f", val {val[-1][1]:.4f}" if val else "")
+
+
+def _judges(all_facts) -> dict:
+    """A column for each judge that graded one of them."""
+    names = sorted({name for facts in all_facts for name in facts.judged})
+
+    def column(name):
+        def text(facts):
+            s = facts.judged.get(name, {})
+            return "" if s.get("score") is None else core.plus_minus(s["score"], s["score_interval"], 2)
+
+        return text
+
+    return {f"judge {name}": column(name) for name in names}
+
+
+def columns(all_facts) -> dict:
+    """Header -> what makes a run's cell."""
+    head = {"run": lambda facts: facts.name, "script": _constant("script"), "data": _constant("data")}
+    head |= {"model": _model, "batch": _constant("batch"), "epochs": _constant("epochs")}
+    head |= {"opt": _constant("optimizer"), "lr": _constant("lr"), "min_lr": _constant("min_lr")}
+    head |= {"warmup": _constant("warmup"), "wd": _constant("weight_decay")}
+    head |= {"rank": _constant("lora_rank"), "alpha": _constant("lora_alpha")}
+    shown = {"script", "data", "optimizer", "tag", "preset", "mode", *OF_NO_ACCOUNT}
+    shown |= {"model", "batch", "epochs", "lr", "min_lr", "warmup", "weight_decay", "lora_rank", "lora_alpha"}
+    also = [name for name in differing(all_facts) if name not in shown]
+    head |= {name: _constant(name) for name in also[:8]}  # what else tells these runs apart
+    head |= {"seed": _constant("seed"), "loss": _figure("loss", "log_loss", digits=4)}
+    head |= {"perplexity": _figure("perplexity"), "bits/byte": _figure("bits_per_byte", digits=4)}
+    head |= {"accuracy": _figure("accuracy"), **_judges(all_facts)}
+    head |= {"min": _result("seconds", lambda s: f"{s / 60:.1f}"), "note": _constant("note")}
+    head |= {"parameters": _result("parameters", lambda n: f"{n:,}")}
+    head |= {"trained": _result("trainable_parameters", lambda n: f"{n:,}"), "rate": _rate}
+    head |= {"memory MB": _result("peak_memory_mb", lambda mb: f"{mb:.0f}")}
+    head |= {"device": _constant("device"), "dollars": _dollars, "unfinished": _status}
+    return head
+
+
+SAME = ("script", "data", "device", "seed")  # said once above the table where all runs agree
+
+
+def table(all_facts, order=None) -> str:
+    """Markdown, one line a run, by name, or by the constant or figure `order` (smallest first)."""
+    all_facts = sorted(all_facts, key=lambda facts: facts.name)
+    if order:
+        all_facts = sorted(all_facts, key=lambda facts: _order(facts, order))  # stable: ties stay by name
+    cells = {header: [cell(facts) for facts in all_facts] for header, cell in columns(all_facts).items()}
+    said = [f"{name} {cells[name][0]}" for name in SAME if len(set(cells[name])) == 1 and cells[name][0]]
+    kept = {h: c for h, c in cells.items() if any(c) and not (h in SAME and len(set(c)) == 1)}
+    return "\n".join([f"{len(all_facts)} runs  {'  '.join(said)}", "", markdown(kept)])
+
+
+def _order(facts, name):
+    value = facts.figure(name, "log_loss" if name == "loss" else name)[0]
+    value = facts.constant(name) if value is None else value
+    return (value is None, isinstance(value, str), value if value is not None else 0)
+
+
+def check_order(all_facts, name):
+    """UserError unless some run has the constant or figure that is to be sorted or grouped by."""
+    if all(_order(facts, name)[0] for facts in all_facts):
+        known = dict.fromkeys(n for facts in all_facts for n in facts.config["constants"])
+        raise core.UserError(f"{name}: no run has such a constant or figure: use one of {', '.join(known)}")
+
+
+def markdown(cells) -> str:
+    """{header: cells} as a table whose columns line up in a terminal, too."""
+    rows = [list(cells), *zip(*cells.values(), strict=True)]
+    rows = [[str(cell).replace("|", "/").replace("\n", " ") for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(cells))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+# ------------------------------------------------------------------------------------------- over the seeds
+
+GROUPED = {
+    "loss": ("loss", "log_loss"),
+    "perplexity": ("perplexity",),
+    "bits/byte": ("bits_per_byte",),
+    "accuracy": ("accuracy",),
+}
+
+
+def grouped(all_facts, names, order=None) -> str:
+    """Markdown, one line for each combination of the constants `names`: mean ± standard deviation over runs.
+
+    Sorted by these constants, or by the mean of `order`.
+    """
+    groups, unfinished = {}, [facts for facts in all_facts if not facts.finished]
+    for facts in sorted(all_facts, key=lambda facts: ([_order(facts, name) for name in names], facts.name)):
+        if facts.finished:
+            groups.setdefault(values_of(facts, names), []).append(facts)
+    if order:
+        groups = dict(sorted(groups.items(), key=lambda item: _mean_order(item[1], order)))
+    cells = {name: [values[i] for values in groups] for i, name in enumerate(names)}
+    cells["runs"] = [str(len(group)) for group in groups.values()]
+    cells["seeds"] = [_seeds(group) for group in groups.values()]
+    for header, of in GROUPED.items():
+        cells[header] = [_spread([f.figure(*of)[0] for f in group], 4) for group in groups.values()]
+    for judge in _judges(all_facts):
+        scores = [[f.judged.get(judge[6:], {}).get("score") for f in group] for group in groups.values()]
+        cells[judge] = [_spread(of_group, 2) for of_group in scores]
+    cells["min"] = [_spread([f.result["seconds"] / 60 for f in group], 1) for group in groups.values()]
+    cells["also differ in"] = [
+        ", ".join(name for name in differing(group) if name not in names) for group in groups.values()
+    ]
+    lines = ["means ± standard deviation over runs", ""]
+    lines.append(markdown({header: column for header, column in cells.items() if any(column)}))
+    if unfinished:
+        lines += ["", f"not counted, unfinished: {', '.join(facts.name for facts in unfinished)}"]
+    return "\n".join(lines)
+
+
+def values_of(facts, names) -> tuple[str, ...]:
+    return tuple(_number(facts.constant(name)) or "none" for name in names)
+
+
+def _mean_order(group, order):
+    keys = [_order(facts, order) for facts in group]
+    numbers = [value for _, is_text, value in keys if not is_text]
+    return (not numbers, statistics.mean(numbers)) if numbers else (True, 0.0)
+
+
+def _seeds(group) -> str:
+    return " ".join(sorted({_number(facts.constant("seed")) for facts in group}))
+
+
+def _spread(values, digits) -> str:
+    values = [value for value in values if value is not None]
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+# -------------------------------------------------------------------------------------- curves, TensorBoard
+
+SMOOTHED = 20
+LABELLED = 14  # as many curves can be told apart by colour and line style
+
+
+def draw(all_facts, path, by=()):
+    """Training and validation loss of runs against steps, in one PNG.
+
+    `by` colours by constants. Without it each run has its own line, or, of many, its final loss's colour.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    axes = dict(zip(("train/loss", "val/loss"), figure.subplots(1, 2), strict=True))
+    names = [", ".join(values_of(facts, by)) for facts in all_facts] if by else short_names(all_facts)
+    order = list(dict.fromkeys(names))
+    final = [facts.figure("loss", "log_loss")[0] for facts in all_facts]
+    known = sorted(value for value in final if value is not None)
+    for facts, name, loss in zip(all_facts, names, final, strict=True):
+        place = order.index(name)
+        style = {"color": f"C{place % 10}", "linestyle": ("-", "--", ":", "-.")[place // 10 % 4]}
+        if len(order) > LABELLED:
+            share = known.index(loss) / max(len(known) - 1, 1) if loss in known else 1.0
+            style = {"color": colormaps["viridis"](share), "linewidth": 0.8}
+        for key, panel in axes.items():
+            if points := facts.curve(key):
+                points = smoothed(points) if key == "train/loss" else points
+                panel.plot(*zip(*points, strict=True), label=name, **style)
+    for key, panel in axes.items():
+        smooth = f", running mean of a {SMOOTHED}th of the run" if key == "train/loss" else ""
+        panel.set(xlabel="step", ylabel="loss", title=f"{key}{smooth}")
+        panel.grid(alpha=0.3)
+        lines = [line.get_ydata() for line in panel.get_lines()]
+        panel.set_ylim(*window([float(y) for line in lines for y in line]))
+    if len(order) <= LABELLED:
+        handles = {line.get_label(): line for panel in axes.values() for line in panel.get_lines()}
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(order)),
+                      title=", ".join(by) or None)  # fmt: skip
+    else:
+        figure.suptitle(f"{len(all_facts)} runs, dark: lowest final loss, bright: highest or none")
+    figure.savefig(path, dpi=110)
+
+
+def short_names(all_facts) -> list[str]:
+    """Tags where they tell runs apart, otherwise the folders' names."""
+    tags = [facts.tag for facts in all_facts]
+    return tags if all(tags) and len(set(tags)) == len(tags) else [facts.name for facts in all_facts]
+
+
+def smoothed(points):
+    """A running mean over a share of the points: single batches hide the course."""
+    width, out = max(1, len(points) // SMOOTHED), []
+    for i, (step, _) in enumerate(points):
+        near = [value for _, value in points[max(0, i + 1 - width) : i + 1]]
+        out.append((step, sum(near) / len(near)))
+    return out
+
+
+def window(values) -> tuple[float, float] | tuple[None, None]:
+    """Limits of an axis on which a few runaway losses do not flatten all others."""
+    if not values:
+        return None, None
+    values = sorted(values)
+    low, high = values[0], values[int(0.98 * (len(values) - 1))]
+    margin = 0.05 * (high - low) + 1e-3
+    return low - margin, min(values[-1], high + 0.25 * (high - low)) + margin
+
+
+def write_hparams(all_facts) -> int:
+    """<run>/hparams/ of each finished run, for TensorBoard's page of that name; says how many.
+
+    The constants in which these runs differ, and lr, batch and seed; their final figures.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams
+
+    names = dict.fromkeys(["preset", "script", "lr", "batch", "seed", *differing(all_facts)])
+    finished = [facts for facts in all_facts if facts.finished]
+    for facts in finished:
+        values = {name: _number(value) if isinstance(value, str | None) else value
+                  for name in names for value in [facts.constant(name)]}  # fmt: skip
+        metrics = {f"final/{name}": facts.figure(*of)[0] for name, of in GROUPED.items()}
+        metrics |= {f"judge/{name}": s["score"] for name, s in facts.judged.items()}
+        metrics = {name: value for name, value in metrics.items() if value is not None}
+        folder = facts.folder / "hparams"
+        shutil.rmtree(folder, ignore_errors=True)
+        with SummaryWriter(folder) as writer:
+            for summary in hparams(values, metrics):
+                writer.file_writer.add_summary(summary)
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, facts.result["step"])
+    return len(finished)
