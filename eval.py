@@ -506,8 +506,7 @@ def prompts_of(one, data, stored, tokenizer, cfg, world) -> tuple[list[dict], li
         rows = sft.load_instructions(stored, world, tokenizer)
         runs.same_data(runs.read_config(one.name)["facts"]["fingerprint"], rows.fingerprint, stored.data)
         test = sft.examples_of(rows, stored)[0]["test"].rows
-        texts = [dict(zip(sft.COLUMNS, rows.texts[row], strict=True)) for row in test]
-        return texts, [rows.prompt(row) for row in test]
+        return [rows.columns(row) for row in test], [rows.prompt(row) for row in test]
     if corpus.text_files(data):
         lines = [line for file in corpus.text_files(data) for line in file.read_text("utf-8").splitlines()]
         rows = [{"instruction": line, "input": "", "output": ""} for line in lines if line.strip()]
@@ -658,14 +657,19 @@ def write_archive(target, folder, small, kept):
                 checkpoint, weights = Path("checkpoints") / name, "model.safetensors"
                 position = runs.read_manifest(folder / checkpoint)
                 hashes = {weights: position.pop("files")[weights]}
-                text = json.dumps(runs.manifest(position, hashes)).encode()
-                entry = tarfile.TarInfo(str(inside / checkpoint / "manifest.json"))
-                entry.size = len(text)
                 archive.add(folder / checkpoint / weights, inside / checkpoint / weights)
-                archive.addfile(entry, io.BytesIO(text))
+                manifest = json.dumps(runs.manifest(position, hashes))
+                add_text(archive, inside / checkpoint / "manifest.json", manifest)
+            add_text(archive, inside / runs.PACKED, f"packed {time.ctime()}: no optimizer state, no resume\n")
         os.replace(aside, target)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def add_text(archive, name, text):
+    entry = tarfile.TarInfo(str(name))
+    entry.size, entry.mtime = len(text.encode()), time.time()
+    archive.addfile(entry, io.BytesIO(text.encode()))
 
 
 def optimizer_megabytes(folder) -> float:

@@ -50,6 +50,7 @@ MAY_CHANGE = {  # what a flag may tell a resumed run anew: length, cadence, book
     *("epochs", "max_steps", "max_minutes", "eval_batch", "eval_every", "final_eval", "save_every", "keep"),
     *("log_every", "price_per_hour", "note", "micro_batch", "micro_tokens", "compile", "answer_rows"),
 }
+PACKED = "packed.txt"  # says of a folder that it came out of eval.py --pack
 # of the call, not of the run: what was stored of these never counts
 OF_THE_CALL = {"out", "tag", "resume_timestamp", "resume_step", "backend"}
 
@@ -284,8 +285,6 @@ class Run:
         self.first_step, self._last_step = self.position["first_step"], self.position["step"]
         self.meter = Meter(self.world, self.position["sums"])
         folder = self.folder / "checkpoints" / self.checkpoint
-        if not (folder / "state.pt").exists():
-            raise core.UserError(f"{self.folder} was packed without optimizer state: it cannot be resumed")
         load_weights(folder, model)
         tensors = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         optimizer.load_state_dict(tensors["optimizer"])
@@ -465,6 +464,10 @@ class Run:
         plan |= {"constants": constants, "lines": lines}
         if cfg.resume_timestamp == "auto" and _status(folder) == "finished":
             return plan | {"finished": True}
+        if (folder / PACKED).exists():
+            raise core.UserError(
+                f"{folder} was packed without optimizer state: resume the original, not this copy"
+            )
         self._lock = _locked(folder)
         # while this one waited for the lock
         if cfg.resume_timestamp == "auto" and _status(folder) == "finished":

@@ -26,7 +26,7 @@ import runs
 
 COLUMNS = ("instruction", "input", "output")  # Alpaca's
 SHARES = {"train": 0.85, "test": 0.10, "val": 0.05}  # journal 001's, in the order in which it took them
-CACHE_VERSION = 2  # of the layout that write_cache writes: change both together
+CACHE_VERSION = 3  # of the layout that write_cache writes: change both together
 
 KINDS = "a run of gpt_scratch.py, or tiny:gpt2 (built in)"  # what an error recommends instead of a name
 
@@ -109,6 +109,7 @@ class Instructions:
     """Tokenised rows: piece 2 i is the prompt of row i, piece 2 i + 1 its answer."""
 
     texts: list[list[str]]  # instruction, input, output
+    categories: list[str | None]  # knowledge, creative ...: where rows have a column of that name
     numbers: np.ndarray  # of the rows in the file, from 1
     groups: np.ndarray  # hash of instruction and input: equal prompts stay together
     tokens: np.ndarray
@@ -128,6 +129,11 @@ class Instructions:
     def answer_lengths(self) -> np.ndarray:
         """Tokens, without the end token."""
         return np.diff(self.offsets)[1::2]
+
+    def columns(self, row) -> dict[str, str]:
+        """A row as responses.json holds it."""
+        named = dict(zip(COLUMNS, self.texts[row], strict=True))
+        return named | ({"category": self.categories[row]} if self.categories[row] else {})
 
     def prompt(self, row) -> list[int]:
         return self.tokens[self.offsets[2 * row] : self.offsets[2 * row + 1]].tolist()
@@ -168,11 +174,12 @@ def load_instructions(cfg, world, tokenizer=None) -> Instructions:
 def write_cache(folder, rows, tokenizer, cfg, fingerprint):
     """Usable rows -> a folder of token ids, texts and tokenizer; unusable ones counted and named."""
     core.require_columns(rows, ("instruction", "output"), cfg.data)  # input may be left out
-    bad, texts, numbers = core.BadRows(), [], []
+    bad, texts, numbers, categories = core.BadRows(), [], [], []
     for number, row in enumerate(rows, start=1):
         try:
             texts.append(parse(row))
             numbers.append(number)
+            categories.append(str(row["category"]) if row.get("category") else None)
         except ValueError as error:
             bad.add(number, error)
     lines = bad.report(len(rows), cfg.data)
@@ -188,6 +195,7 @@ def write_cache(folder, rows, tokenizer, cfg, fingerprint):
         meta = {
             "kind": kind,
             "texts": texts,
+            "categories": categories,
             "numbers": numbers,
             "groups": groups,
             "lines": lines,
@@ -209,6 +217,7 @@ def read_cache(folder, tokenizer) -> Instructions:
     groups = np.array(meta["groups"])
     return Instructions(
         meta["texts"],
+        meta["categories"],
         np.array(meta["numbers"]),
         groups,
         tokens,
@@ -635,8 +644,7 @@ def write_responses(run, cfg, s, model) -> dict:
     prompts, most = [data.prompt(row) for row in test.rows], cfg.max_new_tokens
     batch = cfg.eval_batch * run.world.size
     texts = answers(model, data.tokenizer, prompts, most, batch, run.world, run.poll)
-    rows = [dict(zip(COLUMNS, data.texts[row], strict=True)) for row in test.rows]
-    rows = [row | {"model_response": text} for row, text in zip(rows, texts, strict=True)]
+    rows = [data.columns(row) | {"model_response": text} for row, text in zip(test.rows, texts, strict=True)]
     if run.world.is_main:
         core.write_json(run.folder / "responses.json", rows)
     empty, long = (

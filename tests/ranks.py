@@ -15,7 +15,13 @@ from pathlib import Path
 SCRIPTS = ["run_preference", "gpt_scratch", "run_instruct", "run_lora"]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["runs", *SCRIPTS, "transformers.models.distilbert.modeling_distilbert", "torch.utils.tensorboard"]
+    [
+        "runs",
+        "eval",
+        *SCRIPTS,
+        "transformers.models.distilbert.modeling_distilbert",
+        "torch.utils.tensorboard",
+    ]
 )
 
 PLACES = {  # where a kill or a signal can be made to strike: the function that is about to run
@@ -31,6 +37,7 @@ PLACES = {  # where a kill or a signal can be made to strike: the function that 
     "save": ("runs", "write_manifest"),
     "pruning": ("runs", "_remove_checkpoint"),
     "worst case": ("core", "worst_case"),
+    "measuring": ("core", "token_log_probs"),
 }
 
 
@@ -145,7 +152,8 @@ def main(script):
     import core
 
     module = importlib.import_module(script)
-    cfg = core.parse_config(module.Config, module.PRESETS, module.SMOKE, module.__doc__)
+    presets, smoke = (getattr(module, name, {}) for name in ("PRESETS", "SMOKE"))  # eval.py has none
+    cfg = core.parse_config(module.Config, presets, smoke, module.__doc__)
     with core.distributed(cfg.backend) as world:
         module.main(cfg, world)
 

@@ -426,7 +426,7 @@ def test_the_run_folder_is_complete(script, straight, tmp_path):
     assert "\r" not in log
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, "eval"])
 def test_no_constant_looks_like_one_of_torchruns_options(script):
     """torchrun reads what follows the script, too, and stops at a prefix of several options of its own."""
     from torch.distributed.run import get_args_parser

@@ -83,7 +83,7 @@ def by_hand(*rows, groups=None) -> sft.Instructions:
     groups = np.array([str(i) for i in range(len(rows))] if groups is None else groups)
     texts = [["", "", ""]] * len(rows)
     numbers = np.arange(1, len(rows) + 1)
-    return sft.Instructions(texts, numbers, groups, tokens, offsets, tokenizer, {}, [])
+    return sft.Instructions(texts, [None] * len(texts), numbers, groups, tokens, offsets, tokenizer, {}, [])
 
 
 def random_rows(n=24, seed=0, most=14):
@@ -418,7 +418,7 @@ def many(n, prompt=3, answer=4, groups=None) -> sft.Instructions:
     offsets = np.concatenate([[0], np.cumsum(np.tile([prompt, answer], n))])
     groups = np.arange(n).astype(str) if groups is None else groups
     texts, numbers = [["", "", ""]] * n, np.arange(1, n + 1)
-    return sft.Instructions(texts, numbers, groups, np.zeros(0), offsets, None, {}, [])
+    return sft.Instructions(texts, [None] * len(texts), numbers, groups, np.zeros(0), offsets, None, {}, [])
 
 
 def test_file_order_is_the_journals_cut_of_Alpaca():
