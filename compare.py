@@ -74,7 +74,8 @@ def _common_start(texts) -> str:
 def constants_table(all_sides) -> str:
     """The constants in which sides differ, as Markdown: what is being compared, first."""
     firsts = [side.all_facts[0] for side in all_sides]
-    if not (names := results.differing(firsts)):
+    names = ["script"] * (len({facts.constant("script") for facts in firsts}) > 1)
+    if not (names := [*names, *results.differing(firsts)]):
         return "the constants are the same"
     cells = {"constant": names}
     for side, facts in zip(all_sides, firsts, strict=True):

@@ -96,10 +96,13 @@ OF_NO_ACCOUNT = runs.OF_THE_CALL | {"note", "seed", "run_folder", "prompt", "pri
 
 
 def differing(all_facts) -> list[str]:
-    """Names of the constants in which runs differ, in the scripts' order; seed and notes are none."""
-    names = dict.fromkeys(name for facts in all_facts for name in facts.config["constants"])
-    shown = [name for name in names if name not in OF_NO_ACCOUNT]
-    return [name for name in shown if len({repr(facts.constant(name)) for facts in all_facts}) > 1]
+    """Names of the constants in which runs that have them differ, in the scripts' order; seed and notes are
+    none."""
+    values = {}
+    for facts in all_facts:
+        for name, value in facts.config["constants"].items():
+            values.setdefault(name, set()).add(repr(value))
+    return [name for name, of_runs in values.items() if len(of_runs) > 1 and name not in OF_NO_ACCOUNT]
 
 
 # ------------------------------------------------------------------------------------------------- the table
@@ -308,6 +311,7 @@ def draw(all_facts, path, by=()):
 
     figure = Figure(figsize=(14, 6), layout="constrained")
     axes = dict(zip(("train/loss", "val/loss"), figure.subplots(1, 2), strict=True))
+    all_facts = sorted(all_facts, key=lambda facts: [_order(facts, name) for name in by])  # stable
     names = [", ".join(values_of(facts, by)) for facts in all_facts] if by else short_names(all_facts)
     order = list(dict.fromkeys(names))
     final = [facts.figure("loss", "log_loss")[0] for facts in all_facts]
@@ -365,16 +369,16 @@ def window(values) -> tuple[float, float] | tuple[None, None]:
 def write_hparams(all_facts) -> int:
     """<run>/hparams/ of each finished run, for TensorBoard's page of that name; says how many.
 
-    The constants in which these runs differ, and lr, batch and seed; their final figures.
+    The constants in which these runs differ, seed and tag; their final figures.
     """
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
 
-    names = dict.fromkeys(["preset", "script", "lr", "batch", "seed", *differing(all_facts)])
+    names = ["script", "seed", "tag", *differing(all_facts)]
     finished = [facts for facts in all_facts if facts.finished]
     for facts in finished:
-        values = {name: _number(value) if isinstance(value, str | None) else value
-                  for name in names for value in [facts.constant(name)]}  # fmt: skip
+        values = {name: facts.constant(name) for name in names}
+        values = {name: value for name, value in values.items() if value not in (None, "")}
         metrics = {f"final/{name}": facts.figure(*of)[0] for name, of in GROUPED.items()}
         metrics |= {f"judge/{name}": s["score"] for name, s in facts.judged.items()}
         metrics = {name: value for name, value in metrics.items() if value is not None}

@@ -1,6 +1,7 @@
 """Offline, quiet, and with the project importable; `launch` (ranks.py) starts the processes of a run."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,10 @@ os.environ |= {
 sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 
 import pytest  # noqa: E402
+
+# a shell starts what it puts in the background deaf to Ctrl-C, and so would every process be that tests start
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -1090,6 +1090,7 @@ def test_the_finder_draws_the_same_curve_on_two_ranks_and_leaves_the_weights():
     np.testing.assert_allclose(curves[0][1][:20], curves[1][1][:20], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_can_be_profiled_exported_and_talked_to():
     launched("--max_steps", 30, "--sample_tokens", 20, "--test_share", 0)
     folder = ranks.newest()

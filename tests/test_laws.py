@@ -187,6 +187,7 @@ def test_a_signal_while_a_frozen_encoder_runs_or_folds_are_judged_is_agreed_on(p
     same_outcome(run("run_preference", *FROZEN, *AUTO, size=size), want)
 
 
+@pytest.mark.slow
 def test_a_frozen_encoder_and_folds_do_not_depend_on_ranks_or_accumulation():
     """Laws 1 and 2 in fp64, to 1e-9; each row is out of fold once."""
     flags = [*FROZEN, *EXACT["run_preference"], "--dtype", "fp64"]
@@ -438,6 +439,7 @@ def test_no_constant_looks_like_one_of_torchruns_options(script):
 
 
 @pytest.mark.parametrize("script", on_every_script(()))
+@pytest.mark.slow
 def test_a_torchrun_that_restarts_its_workers_goes_on_with_its_own_run(script, straight):
     """--max-restarts 1: rank 1 is killed in its ninth step; nobody passes --resume_timestamp."""
     Path("struck.py").write_text(f"""

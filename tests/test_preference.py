@@ -350,6 +350,7 @@ def test_a_resume_that_contradicts_the_run_is_refused_and_lists_it():
     assert len(list(Path("out").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_edited_constants_do_not_change_a_resumed_run_but_length_may(monkeypatch):
     flags = ["--smoke", "--max_documents", 200, "--out", "out"]
     launch("run_preference", *flags, "--lr", "0.003", "--epochs", 1)
@@ -386,6 +387,7 @@ def test_a_resume_on_other_data_is_refused_and_the_finished_run_stays_as_it_was(
     assert kept.items() <= {path: path.read_bytes() for path in newest().rglob("*") if path.is_file()}.items()
 
 
+@pytest.mark.slow
 def test_an_older_checkpoint_can_be_resumed():
     flags = ["--smoke", "--max_documents", 200, "--epochs", 2, "--save_every", 4, "--keep", 9]
     first = run("run_preference", *flags)
@@ -548,6 +550,7 @@ def test_a_second_signal_leaves_at_once_but_a_hangup_beside_it_is_the_same_event
     assert left == [1]
 
 
+@pytest.mark.slow
 def test_folds_with_the_journals_preset_keep_the_weights_they_tested():
     run(
         "run_preference",
@@ -652,7 +655,7 @@ def submission(folder):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("inputs", ["prompt+responses", "joint"])
+@pytest.mark.parametrize("inputs", ["prompt+responses", pytest.param("joint", marks=pytest.mark.slow)])
 def test_a_file_with_A_and_B_swapped_gives_exactly_swapped_probabilities(inputs):
     flags = ["--smoke", "--max_documents", 200, "--epochs", 2, "--inputs", inputs]
     run("run_preference", *flags, "--data", pairs_csv(200), "--test_csv", pairs_csv(90, "test.csv"))
@@ -670,6 +673,7 @@ def test_a_file_with_A_and_B_swapped_gives_exactly_swapped_probabilities(inputs)
     assert len(said) > 10 and result()["test/flip_rate"] == pytest.approx(np.mean(flips))
 
 
+@pytest.mark.slow
 def test_training_in_both_orders_does_not_care_which_is_first():
     """A symmetric run on the file with A and B swapped ends in the same weights, but for rounding."""
     weights = []
@@ -682,6 +686,7 @@ def test_training_in_both_orders_does_not_care_which_is_first():
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_swap_augmentation_swaps_half_of_the_rows_and_ranks_agree():
     flags = ["--smoke", "--max_documents", 200, "--batch", 10, "--epochs", 2, "--dtype", "fp64"]
     flags += ["--no-symmetric", "--swap_augmentation", "--test_weights", "last"]
@@ -699,8 +704,15 @@ def test_swap_augmentation_swaps_half_of_the_rows_and_ranks_agree():
 # frozen encoders
 
 
-@pytest.mark.parametrize(("dtype", "lr", "atol"), [("fp64", 2e-3, 1e-9), ("fp32", 1e-4, 1e-5)])
-@pytest.mark.parametrize("inputs", ["prompt+responses", "joint"])
+@pytest.mark.parametrize(
+    ("inputs", "dtype", "lr", "atol"),
+    [
+        ("prompt+responses", "fp64", 2e-3, 1e-9),
+        pytest.param("joint", "fp64", 2e-3, 1e-9, marks=pytest.mark.slow),
+        pytest.param("prompt+responses", "fp32", 1e-4, 1e-5, marks=pytest.mark.slow),
+        pytest.param("joint", "fp32", 1e-4, 1e-5, marks=pytest.mark.slow),
+    ],
+)
 def test_a_frozen_encoder_is_run_once_and_the_head_ends_up_the_same(inputs, dtype, lr, atol, monkeypatch):
     flags = ["--smoke", "--max_documents", 200, "--freeze", "all", "--epochs", 3, "--inputs", inputs]
     flags += ["--encoder_dropout", 0.1, "--test_weights", "last"]  # frozen: in eval mode, no dropout
@@ -721,6 +733,7 @@ def test_a_frozen_encoder_is_run_once_and_the_head_ends_up_the_same(inputs, dtyp
     assert calls == []  # all of it was in the cache
 
 
+@pytest.mark.slow
 def test_vectors_of_other_inputs_lengths_pooling_or_weights_are_others():
     flags = ["--smoke", "--max_documents", 120, "--freeze", "all", "--epochs", 0]
     others = (["--max_length", 20], ["--pooling", "mean"], ["--inputs", "responses"], ["--seed", 1])
@@ -732,6 +745,7 @@ def test_vectors_of_other_inputs_lengths_pooling_or_weights_are_others():
 # ids, splits, submission
 
 
+@pytest.mark.slow
 def test_splits_do_not_depend_on_encoder_length_or_seed():
     parts = []
     for flags in ([], ["--model", "tiny:bert", "--max_length", 20, "--seed", 7], ["--inputs", "responses"]):
