@@ -555,14 +555,13 @@ def judge_answers(cfg, say):
         core.write_json(path, {"sides": list(names), **found})
         return say(f"written: {path}")
     for name, path, some in zip(names, paths, rows, strict=True):
-        found = judge.score(asked, some, cfg.judge_repeats)
+        before, found = asked.asked, judge.score(asked, some, cfg.judge_repeats)
         for line in judge.lines_of_score(name, found):
             say(line)
         path = path.with_name(path.name.replace("responses", "judged", 1) if "responses" in path.name
                               else f"judged_{path.name}").with_suffix(".json")  # fmt: skip
-        known = json.loads(path.read_text()) if path.exists() else {}
-        core.write_json(path, known | {cfg.judge_model: found})
-        say(f"  written: {path}; {asked.asked} questions were asked, the others known")
+        core.write_json(path, results.read_judged(path) | {cfg.judge_model: found})
+        say(f"  written: {path}; {asked.asked - before} questions were asked, the others known")
 
 
 def compare_runs(cfg, say):

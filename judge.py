@@ -8,6 +8,7 @@ import hashlib
 import http.client
 import json
 import os
+import queue
 import random
 import re
 import sys
@@ -16,8 +17,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections import Counter, defaultdict
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,7 +94,7 @@ def parse_verdict(reply) -> str | None:
 
 
 def without_thoughts(reply) -> str:
-    return re.sub(r"<think>.*?</think>", "", reply, flags=re.S)
+    return re.sub(r"<think>.*?(</think>|\Z)", "", reply, flags=re.S)
 
 
 # ---------------------------------------------------------------------------------------------- the judge
@@ -102,6 +102,16 @@ def without_thoughts(reply) -> str:
 BACK_OFF = 1.0  # seconds before the second attempt; doubled before each further one, up to a minute
 LOCAL = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
 LATER = {408, 409, 425, 429}  # and all from 500 on: worth another attempt
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Whoever is sent elsewhere would take the key along."""
+
+    def redirect_request(self, *args):
+        return None
+
+
+OPENER = urllib.request.build_opener(NoRedirect)
 
 
 class Refused(Exception):
@@ -143,34 +153,50 @@ class Judge:
     def _fetch(self, new):
         """Asks for each of (key, text): the first alone, since most faults show there."""
         self._open_cache()
-        self.gave_up = threading.Event()
-        pool = ThreadPoolExecutor(self.requests)
+        self.gave_up, waiting, done = threading.Event(), queue.SimpleQueue(), queue.SimpleQueue()
+        for question in new[1:]:
+            waiting.put(question)
         try:
             with core.progress(len(new), "judging") as bar:
-                self._answer(*new[0], bar)
-                futures = [pool.submit(self._answer, key, text, bar) for key, text in new[1:]]
-                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
+                self._answer(*new[0])
+                bar.update()
+                for _ in range(self.requests):  # nobody waits for such threads: Ctrl-C ends at once
+                    threading.Thread(target=self._work, args=(waiting, done), daemon=True).start()
+                for _ in new[1:]:
+                    if error := done.get():
+                        raise error
+                    bar.update()
         except Refused as error:
             raise core.UserError(f"judge {self.model} at {self.url}: {error}; {self._kept(new)}") from None
         except core.Stop as stop:
             raise core.Stop(f"{stop}: {self._kept(new)}, the same command goes on") from None
         finally:
             self.gave_up.set()  # who waits to try again gives up, too
-            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _work(self, waiting, done):
+        """A thread: answers what waits; None or the fault of each to `done`."""
+        while not self.gave_up.is_set():
+            try:
+                done.put(self._answer(*waiting.get_nowait()))
+            except queue.Empty:
+                return
+            except Exception as error:
+                self.gave_up.set()
+                done.put(error)
 
     def _kept(self, new) -> str:
         return f"{sum(key in self.replies for key, _ in new)} of {len(new)} questions are answered and kept"
 
-    def _answer(self, key, text, bar):
+    def _answer(self, key, text):
         reply = self._patiently(text)
+        line = json.dumps({"key": key, "reply": reply, "question": text})
         with self.lock:
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+            except OSError as error:
+                raise Refused(f"{self.path} cannot be written ({error.strerror})") from None
             self.replies[key], self.asked = reply, self.asked + 1
-            line = json.dumps({"key": key, "reply": reply, "question": text})
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
-            bar.update()
 
     def _open_cache(self):
         """Behind half a line that a killed process left, a new one begins."""
@@ -196,7 +222,7 @@ class Judge:
                 if error.code < 500 and error.code not in LATER:
                     raise Refused(f"{reason} (see --judge_url, --judge_model, --judge_key)") from None
             except (OSError, http.client.HTTPException, ValueError) as error:  # URLError is an OSError
-                reason, pause = fault(error), 0
+                reason, pause = self._one_line(fault(error)), 0
                 if isinstance(getattr(error, "reason", error), ConnectionRefusedError) and not self.asked:
                     raise Refused(
                         "connection refused: start it (`ollama serve`), or set --judge_url"
@@ -221,28 +247,37 @@ class Judge:
         headers = {"Content-Type": "application/json", "User-Agent": "eval.py"}
         headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
         request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
-        deadline, read = time.monotonic() + self.seconds, b""
-        with urllib.request.urlopen(request, timeout=self.seconds) as response:
-            while chunk := response.read1():
-                read += chunk
-                if time.monotonic() > deadline:  # the time-out alone is one of silence
-                    raise TimeoutError
+        with OPENER.open(request, timeout=self.seconds) as response:
+            read = self._read(response)
         try:
-            content = json.loads(read)["choices"][0]["message"]["content"]
+            content = json.loads(read)["choices"][0]["message"]["content"] or ""
         except (ValueError, LookupError, TypeError):
-            raise ValueError(f"no chat completion: {self._one_line(read)}") from None
-        return content or ""  # null: a refusal, or all tokens spent on thoughts
+            content = None
+        if not isinstance(content, str):  # empty: a refusal, or all tokens spent on thoughts
+            raise ValueError(f"no chat completion: {read.decode('utf-8', 'replace')}")
+        return self._hidden(content)
+
+    def _read(self, response, most=1 << 24) -> bytes:
+        """The body, in the time that a request has: the time-out of a connection is one of silence only."""
+        deadline, read = time.monotonic() + self.seconds, b""
+        while len(read) < most and (chunk := response.read1()):
+            read += chunk
+            if time.monotonic() > deadline:
+                raise TimeoutError
+        return read
 
     def _told(self, error) -> str:
         """What an HTTP error says of itself, without the key."""
         try:
-            said = error.read(2000)
-        except OSError:
-            said = b""
-        return f"HTTP {error.code} {error.reason}: {self._one_line(said)}"
+            said = self._read(error.fp, most=2000).decode("utf-8", "replace")
+        except (OSError, http.client.HTTPException, AttributeError):
+            said = ""
+        return self._one_line(f"HTTP {error.code} {error.reason}: {said}")
 
-    def _one_line(self, raw) -> str:
-        text = " ".join(raw.decode("utf-8", "replace").split())[:160]
+    def _one_line(self, text) -> str:
+        return self._hidden(" ".join(text.split()))[:160]
+
+    def _hidden(self, text) -> str:
         return text.replace(self.key, "***") if self.key else text
 
 
@@ -263,10 +298,14 @@ def fault(error) -> str:
 
 def make_judge(cfg) -> Judge:
     """The judge that the constants name; its key is in the environment or nowhere."""
-    parts = urllib.parse.urlsplit(cfg.judge_url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urllib.parse.urlsplit(cfg.judge_url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port)
+    except ValueError:  # of a port that is no number, of half an IPv6 address
+        usable = False
+    if not usable:
         raise core.UserError(f"--judge_url {cfg.judge_url}: use http://localhost:11434/v1 or the like")
-    key = os.environ.get(cfg.judge_key) if cfg.judge_key else None
+    key = os.environ.get(cfg.judge_key, "").strip() if cfg.judge_key else None
     if not key and cfg.judge_key and parts.hostname not in LOCAL:
         wanted = f"export {cfg.judge_key}=..., name another variable by --judge_key, or --judge_key none"
         raise core.UserError(f"judge {cfg.judge_url}: no key in the environment: {wanted}")
@@ -284,9 +323,10 @@ def read_responses(path) -> list[dict]:
     rows = core.read_rows(str(path))
     core.require_columns(rows, ("instruction", "model_response"), path)
     for number, row in enumerate(rows, start=1):
+        row = row if isinstance(row, dict) else {}
         texts = [row.get(name) for name in ("instruction", "model_response")]
         texts += [row.get(name) or "" for name in ("input", "output")]
-        if not all(isinstance(text, str) for text in texts):
+        if not all(isinstance(text, str) and core.is_clean(text) for text in texts):
             raise core.UserError(f"{path}: row {number} holds something else than text: mend or remove it")
     return rows
 
@@ -315,7 +355,8 @@ def summary(rows, grades) -> dict:
     figures = {"rows": len(rows), "graded": len(counted)} | mean_and_interval(means, groups, counted)
     figures["empty"] = sum(not row["model_response"].strip() for row in rows)
     figures["unreadable"] = sum(grade is None for of_row in grades for grade in of_row)
-    spread = [np.var(of_row, ddof=1) for of_row in read if len(of_row) > 1]
+    asked = [of_row for row, of_row in zip(rows, read, strict=True) if row["model_response"].strip()]
+    spread = [np.var(of_row, ddof=1) for of_row in asked if len(of_row) > 1]
     figures["noise"] = float(np.sqrt(np.mean(spread))) if spread else None  # s.d. of one grade of one answer
     by_category = defaultdict(list)
     for place, i in enumerate(counted):
@@ -333,8 +374,8 @@ def summary(rows, grades) -> dict:
 def mean_and_interval(means, groups, counted) -> dict:
     if not len(means):
         return {"score": None, "score_interval": None}
-    interval = core.bootstrap(means[:, None], [groups[i] for i in counted]).tolist()[0]
-    return {"score": float(means.mean()), "score_interval": interval}
+    shares = core.bootstrap(means[:, None] / 100, [groups[i] for i in counted])
+    return {"score": float(means.mean()), "score_interval": (100 * shares[0]).tolist()}
 
 
 def lines_of_score(name, s) -> list[str]:
@@ -357,7 +398,7 @@ def lines_of_score(name, s) -> list[str]:
 
 
 def duel(judge, ours, theirs, repeats=1) -> dict:
-    """Two runs' answers to the same prompts, shown in both orders; a win in one order only is a tie.
+    """Two runs' answers to the same prompts, shown in both orders; one win and one loss are a tie.
 
     Rates with intervals by prompt: of the first run's wins (ties half), of first places, of longer answers.
     """
@@ -377,24 +418,23 @@ def duel(judge, ours, theirs, repeats=1) -> dict:
 
 
 def duel_figures(pairs, where, verdicts) -> dict:
-    wins, said = defaultdict(list), Counter()
-    firsts, longers = [], []
+    wins, places, firsts, longers = defaultdict(list), defaultdict(set), [], []
     for (i, place), verdict in zip(where, verdicts, strict=True):
-        said["unreadable"] += verdict is None
         if verdict is None:
             continue
+        places[i].add(place)
         wins[i].append(0.5 if verdict == "tie" else float(verdict == place))
         if verdict != "tie":
             firsts.append((i, verdict == "A"))
             a, b = (len(row["model_response"].strip()) for row in pairs[i])
             if a != b:
                 longers.append((i, (verdict == place) == (a > b)))
-    both = {i: of_row for i, of_row in wins.items() if len(of_row) > 1}
+    both = {i: of_row for i, of_row in wins.items() if len(places[i]) == 2}
     groups = [group_of(a) for a, _ in pairs]
     equal = [i for i in range(len(pairs)) if i not in {i for i, _ in where}]
     outcome = [(i, settled(of_row)) for i, of_row in both.items()] + [(i, 0.5) for i in equal]
     consistent = [(i, len(set(of_row)) == 1) for i, of_row in both.items()]
-    figures = {"prompts": len(pairs), "equal": len(equal), "unreadable": said["unreadable"]}
+    figures = {"prompts": len(pairs), "equal": len(equal), "unreadable": verdicts.count(None)}
     for name, values in {"wins": outcome, "same_in_both_orders": consistent, "first_place": firsts,
                          "longer": longers}.items():  # fmt: skip
         figures[name] = figures[f"{name}_interval"] = None

@@ -60,8 +60,14 @@ def read(folder) -> Facts:
         raise core.UserError(f"{folder} is no run folder: its config.json is that of something else")
     lines = _text(folder / "metrics.jsonl").splitlines()
     metrics = [row for line in lines if isinstance(row := _json(line), dict)]  # a kill leaves half a line
-    judged = _json(_text(folder / "judged.json"))
-    return Facts(folder, config, _json(_text(folder / "result.json")) or {}, metrics, judged or {})
+    result = _json(_text(folder / "result.json"))
+    return Facts(folder, config, result or {}, metrics, read_judged(folder / "judged.json"))
+
+
+def read_judged(path) -> dict:
+    """judge -> its summary; empty where there is none, or a damaged one."""
+    judged = _json(_text(path))
+    return judged if isinstance(judged, dict) else {}
 
 
 def _text(path) -> str:

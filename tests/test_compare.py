@@ -1,5 +1,6 @@
 """Comparisons of runs whose losses are made by hand: known differences, known noise."""
 
+import functools
 import json
 import math
 import re
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 from test_results import evaluate, make_run, refused, rows_of
 
 import compare
@@ -18,7 +20,6 @@ ALONE = np.arange(60)
 
 
 def losing(name, nats, groups=ALONE, hits=5, targets=10, sizes=40, files=(), **how):
-    """A run folder with losses.jsonl."""
     columns = {"row": np.arange(len(nats)), "group": groups[: len(nats)], "nats": nats, "hits": hits}
     columns |= {"targets": targets, "bytes": sizes}
     lists = [np.broadcast_to(column, len(nats)).tolist() for column in columns.values()]
@@ -27,7 +28,6 @@ def losing(name, nats, groups=ALONE, hits=5, targets=10, sizes=40, files=(), **h
 
 
 def report(*names):
-    """(text, figures) of --compare."""
     lines, figures = compare.report(compare.sides(names, "runs"))
     return "\n".join(lines), figures
 
@@ -37,57 +37,39 @@ def shared(*names):
 
 
 def compared(sums, n, weights=None, groups=None):
-    """The first `n` runs against the others."""
     weights = np.ones(len(sums[0])) if weights is None else weights
-    rows = compare.Rows(
-        "loss", np.array(sums), weights, np.arange(len(weights)) if groups is None else groups
-    )
+    groups = np.arange(len(weights)) if groups is None else groups
+    rows = compare.Rows("loss", np.array(sums), weights, groups)
     return compare.difference(rows, range(n), range(n, len(sums)))
 
 
-def test_one_run_a_side_is_a_paired_bootstrap_by_group():
+def test_one_run_a_side_is_a_paired_bootstrap_by_group_and_students_quantile_is_scipys():
     rng = np.random.default_rng(1)
     groups, weights = rng.integers(0, 60, 200), rng.integers(1, 40, 200)
     sums = rng.gamma(2, 1, (2, 200)) * weights + rng.normal(size=60)[groups]
     found = compared(sums, 1, weights, groups)
-    away, members, draws = sums[0] - sums[1], [np.flatnonzero(groups == group) for group in set(groups)], []
-    assert found["difference"] == pytest.approx(away.sum() / weights.sum(), rel=1e-12)
-    for _ in range(3000):
-        rows = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
-        draws.append(away[rows].sum() / weights[rows].sum())
-    wanted = np.percentile(draws, [2.5, 97.5])
+    of_groups = np.array([np.bincount(groups, values, 60) for values in (sums[0] - sums[1], weights)])
+    assert found["difference"] == pytest.approx(of_groups[0].sum() / weights.sum(), rel=1e-12)
+    draws = of_groups @ rng.multinomial(60, np.ones(60) / 60, 4000).T
+    wanted = np.percentile(draws[0] / draws[1], [2.5, 97.5])
     np.testing.assert_allclose(found["interval"], wanted, atol=0.08 * np.ptp(wanted))
+    for freedom in (1, 2, 3.7, 4, 10, 100, 20_000):
+        assert compare.student(freedom) == pytest.approx(scipy.stats.t.ppf(0.975, freedom), rel=1e-3)
 
 
-def covered(seeds, trials, seed_noise, truth=0.1) -> float:
-    """Share of intervals that hold the true difference: rows in skewed groups of two, runs with seeds."""
+@pytest.mark.parametrize("trials", [120, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seeds, noise", [((1, 1), 0.0), ((3, 3), 0.02), ((3, 3), 0.1), ((3, 1), 0.3)])
+def test_intervals_hold_the_truth_19_times_in_20(seeds, noise, trials):
     rng, hits, groups = np.random.default_rng(sum(seeds)), 0, np.repeat(np.arange(150), 2)
     for _ in range(trials):
         weights = rng.integers(1, 40, 300).astype(float)
         both = rng.exponential(1, 150)[groups] + rng.normal(size=300)
-        shift = truth + 0.5 * (rng.exponential(1, 150)[groups] - 1) + 0.2 * rng.normal(size=300)
+        shift = 0.1 + 0.5 * (rng.exponential(1, 150)[groups] - 1) + 0.2 * rng.normal(size=300)
         runs = [both + shift] * seeds[0] + [both] * seeds[1]
-        runs += 0.3 * rng.normal(size=(len(runs), 300)) + seed_noise * rng.normal(size=(len(runs), 1))
+        runs += 0.3 * rng.normal(size=(len(runs), 300)) + noise * rng.normal(size=(len(runs), 1))
         low, high = compared(runs * weights, seeds[0], weights, groups)["interval"]
-        hits += low <= truth <= high
-    return hits / trials
-
-
-@pytest.mark.parametrize("seeds, noise", [((1, 1), 0.0), ((3, 3), 0.1), ((3, 1), 0.3)])
-def test_intervals_hold_the_truth_in_most_of_a_few_trials(seeds, noise):
-    assert 0.88 <= covered(seeds, 120, noise) < 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seeds, noise", [((1, 1), 0.0), ((3, 3), 0.1), ((3, 3), 0.3), ((3, 1), 0.3)])
-def test_intervals_hold_the_truth_19_times_in_20(seeds, noise):
-    assert covered(seeds, 2000, noise) == pytest.approx(0.95, abs=0.015)
-
-
-def test_students_quantile_is_scipys():
-    stats = pytest.importorskip("scipy.stats")
-    for freedom in (1, 2, 3.7, 4, 10, 100, 20_000):
-        assert compare.student(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-3)
+        hits += low <= 0.1 <= high
+    assert abs(hits / trials - 0.95) <= (0.045 if trials == 120 else 0.03 if seeds == (3, 1) else 0.015)
 
 
 def test_what_is_needed_shows_the_difference_four_times_in_five():
@@ -99,9 +81,7 @@ def test_what_is_needed_shows_the_difference_four_times_in_five():
     assert 0.68 <= np.mean(found) <= 0.92
 
     def with_seeds(first, second):
-        return compared(
-            [0.05 * pilot + shift for shift in first] + [0 * pilot + s for s in second], len(first)
-        )
+        return compared([a + pilot / 20 for a in first] + [b + 0 * pilot for b in second], len(first))
 
     said = compare.needed(with_seeds(np.array([-1, 0, 1]) + 0.9 - 0.05 * pilot.mean(), [-1, 0, 1]))
     n = int(re.fullmatch(r"about (\d+) seeds a side would be needed", said)[1])
@@ -111,77 +91,50 @@ def test_what_is_needed_shows_the_difference_four_times_in_five():
     assert compare.needed({"difference": 0.0}) == "there is no difference to look for"
 
 
-def test_a_loss_that_spells_no_byte_counts_in_the_interval():
+def test_a_run_is_told_from_a_better_one_only_and_one_prompt_or_no_number_tells_nothing():
     sizes = np.where(ALONE % 2, 0, 40)  # of an empty answer the end token's loss
-    found = compared([NATS + (sizes == 0) * NATS, NATS], 1, sizes)
-    assert found["interval"][0] < found["difference"] < found["interval"][1]
-
-
-@pytest.mark.parametrize("nats, groups", [(NATS, 0 * ALONE), ([math.nan, *NATS[1:]], ALONE)])
-def test_one_prompt_or_a_loss_that_is_no_number_tells_nothing_apart(nats, groups):
-    a, b = losing("a", nats, groups), losing("b", NATS + 1, groups, lr=1)
-    assert not re.search("(?<!cannot be )told apart", report(a, b)[0])
-
-
-def test_a_run_cannot_be_told_from_itself():
+    low, high = compared([NATS + (sizes == 0) * NATS, NATS], 1, sizes)["interval"]
+    assert low < NATS[1::2].sum() / 1200 < high
+    for name, nats, groups in (("one", NATS, 0 * ALONE), ("nan", [math.nan, *NATS[1:]], ALONE)):
+        sides = losing(name, nats, groups), losing(f"{name}2", NATS + 1, groups, lr=1)
+        assert not re.search("(?<!cannot be )told apart", report(*sides)[0])
     run = losing("a", NATS)
     text, figures = report(run, run)
     assert compare.constants_table(compare.sides([run, run], "runs")) == "the constants are the same"
     for name in ("loss", "accuracy"):
         assert (figures[name][0]["difference"], figures[name][0]["interval"]) == (0, [0, 0])
     assert text.count("the same on every one of 60 rows: they cannot be told apart") == 2
-    assert (
-        "the same weights as a: a" in text
-        and "the same weights" not in report(run, losing("b", NATS, lr=1))[0]
-    )
-
-
-def test_the_trained_run_has_the_lower_loss_on_either_side():
+    assert "the same weights as a: a" in text
+    assert "the same weights" not in report(run, losing("b", NATS, lr=1))[0]
     noise = np.random.default_rng(2).normal(size=60)
     names = losing("trained", NATS, lr=0.1), losing("untrained", NATS + 5 + noise, lr=0.0)
     for sign, order in ((-1, names), (1, names[::-1])):
         text, figures = report(*order)
         value, (low, high) = (figures["loss"][0][name] for name in ("difference", "interval"))
         assert value == pytest.approx(sign * (5 + noise.mean()) / 10) and sign * low > 0 < sign * high
-        assert (
-            f"loss {value:+.4f} ({low:+.4f} to {high:+.4f})\n  told apart on these 60 rows: trained has"
-            in text
-        )
-        assert [Path(name).name for name in order] == [
-            row["side"] for row in rows_of(text[: text.index("rows:")])
-        ]
+        said = f"loss {value:+.4f} ({low:+.4f} to {high:+.4f})\n  told apart on these 60 rows: trained has"
+        assert said in text and "comparisons" not in text
+    assert "2 comparisons: of 20" in report(*names, losing("third", NATS + ALONE % 2))[0]
 
 
-def seeds(tag, n, **how):
-    rng = np.random.default_rng(len(tag))
-    nats = [NATS + 3 * rng.normal(size=60) + rng.normal() for _ in range(n)]
-    return [losing(f"{tag}{i}", nats[i], seed=i, tag=f"{tag}-s{i}", **how) for i in range(n)]
-
-
-def test_runs_that_differ_in_their_seed_are_one_side():
-    boss, other = seeds("boss", 3), seeds("other", 3, lr=0.5, config={"preset": "strong"})
+def test_runs_that_differ_in_their_seed_are_one_side_and_what_else_differs_is_listed():
+    nats = NATS + np.random.default_rng(8).normal(size=(6, 60)) + np.array([[0, 5, 9, 3, 4, 8]]).T
+    boss = [losing(f"boss{i}", nats[i], seed=i, tag=f"boss-s{i}") for i in range(3)]
+    how = {"lr": 0.5, "tag": "other", "config": {"preset": "strong"}}
+    other = [losing(f"other{i}", nats[3 + i], seed=i, **how) for i in range(3)]
     make_run("boss9", tag="boss-s0", seed=9, status="stopped")
     sides = compare.sides([*boss, *other], "runs")
-    assert [(side.name, len(side.all_facts)) for side in sides] == [
-        ("boss (3 seeds)", 3),
-        ("other (3 seeds)", 3),
-    ]
+    assert [side.name for side in sides] == ["boss (3 seeds)", "other (3 seeds)"]
     assert [len(side.all_facts) for side in compare.sides(boss, "runs")] == [1, 1, 1]
     sides = compare.sides(["boss-s0", "strong"], "runs")  # a tag and a preset: finished runs only
     assert [[f.name for f in side.all_facts] for side in sides] == [["boss0"], ["other0", "other1", "other2"]]
     found = report("boss-s0", "strong")[1]["loss"][0]
-    means = [shared(run)[0].sums.sum() / 600 for run in (boss[0], *other)]
-    assert found["difference"] == pytest.approx(means[0] - np.mean(means[1:])) and found["seeds"] == [1, 3]
-    assert [len(s.all_facts) for s in compare.sides(["boss-s0", boss[0], *other], "runs")] == [
-        1,
-        3,
-    ]  # named twice
+    wanted = (nats[0].mean() - nats[3:].mean()) / 10
+    assert found["difference"] == pytest.approx(wanted) and found["seeds"] == [1, 3]
+    assert len(compare.sides(["boss-s0", boss[0], *other], "runs")[0].all_facts) == 1  # named twice
     refused("needs two sides", compare.sides, ["boss-s0"], "runs")
     refused("nothing: no run folder, and no finished run in runs", compare.sides, ["nothing", *boss], "runs")
     refused("boss9 is not finished", report, "runs/run_lora/boss9", "strong")
-
-
-def test_constants_that_differ_are_listed_and_bookkeeping_is_not():
     a = losing("same", NATS, lr=0.1, warmup=2, pack=True, seed=1, out="x", tag="a|a", note="n")
     b = losing("same", NATS, lr=0.2, warmup=3, pack=True, seed=2, tag="b", script="run_instruct")
     wanted = [["script", "run_lora", "run_instruct"], ["lr", "0.1", "0.2"], ["warmup", "2", "3"]]
@@ -189,12 +142,6 @@ def test_constants_that_differ_are_listed_and_bookkeeping_is_not():
     assert [list(row.values()) for row in rows] == wanted and list(rows[0]) == ["constant", "a/a", "b"]
     twins = [losing("twin", NATS, script=script, lr=i) for i, script in enumerate("xy")]  # of one second
     assert compare.constants_table(compare.sides(twins, "runs")).count("twin") == 2
-
-
-def test_many_comparisons_are_warned_of():
-    runs = [losing(f"r{i}", NATS + i * (ALONE % 2), lr=i) for i in range(3)]
-    assert "2 comparisons: of 20" in report(*runs)[0] and "comparisons" not in report(*runs[:2])[0]
-    assert [found["sides"] for found in report(*runs)[1]["loss"]] == [("r0", "r1"), ("r0", "r2")]
 
 
 def test_rows_are_paired_by_prompt_whatever_their_order_and_number():
@@ -212,66 +159,49 @@ def test_rows_are_paired_by_prompt_whatever_their_order_and_number():
     refused("no held-out row in common", shared, first, losing("strange", NATS))
     refused("other targets in each run", shared, first, losing("whole", NATS, groups, sizes=99))
     (rows,) = shared(first, losing("tokens", 2 * NATS, groups, targets=7))
-    assert rows.name == "bits per byte" and "tokenizers differ" in rows.note
-    found = compare.difference(rows, [0], [1])
-    assert found["difference"] == pytest.approx(-NATS.sum() / math.log(2) / 2400)
+    assert (rows.name, rows.note) == ("bits per byte", "tokenizers differ: bits per byte")
+    assert np.diff(rows.sums.sum(1)) / rows.weights.sum() == pytest.approx(NATS.sum() / math.log(2) / 2400)
 
 
-def text_run(name, nats=NATS, sizes=20, **how):
-    return losing(name, nats, ALONE // 4, sizes=sizes, script="gpt_scratch", **how)
+text_run = functools.partial(losing, groups=ALONE // 4, script="gpt_scratch")
 
 
-def test_texts_are_compared_by_token_or_by_stretches_of_bytes():
-    a, c = text_run("a"), text_run("c", NATS[:40], 30)
-    loss, _ = shared(a, text_run("b", NATS * 0.9))
+def test_texts_are_compared_by_token_or_by_stretches_of_bytes_and_other_data_is_refused():
+    a, c = text_run("a", NATS, sizes=20), text_run("c", NATS[:40], sizes=30)
+    loss, _ = shared(a, text_run("b", NATS * 0.9, sizes=20))
     assert (loss.name, loss.groups.tolist(), loss.note) == ("loss", (ALONE // 4).tolist(), "")
     np.testing.assert_allclose(loss.sums, [NATS, NATS * 0.9])
     (rows,) = shared(a, c)  # 60 blocks of 20 bytes, 40 of 30
     assert rows.name == "bits per byte" and "40 stretches" in rows.note
     x, y, z = NATS.reshape(20, 3).T
     np.testing.assert_allclose(rows.sums * math.log(2), [np.c_[x + y / 2, y / 2 + z].ravel(), NATS[:40]])
-    wanted = (NATS.sum() - NATS[:40].sum()) / math.log(2) / 1200
-    assert compare.difference(rows, [0], [1])["difference"] == pytest.approx(wanted)
-    (rows,) = shared(
-        a, text_run("d", NATS[:30], [40] * 29 + [30])
-    )  # ten bytes less: its own mean all the same
+    (rows,) = shared(a, text_run("d", NATS[:30], sizes=[40] * 29 + [30]))  # ten bytes less
     wanted = np.array([NATS.sum() / 1200, NATS[:30].sum() / 1190]) / math.log(2)
     np.testing.assert_allclose(rows.sums.sum(1) / rows.weights.sum(), wanted)
-    refused("1160 and 1200 bytes", shared, a, text_run("e", NATS[:29], 40))
-
-
-def test_other_data_and_other_questions_are_refused():
-    a, verdicts = text_run("a"), make_run("v", script="run_preference")
+    refused("1160 and 1200 bytes", shared, a, text_run("e", NATS[:29], sizes=40))
+    verdicts = make_run("v", script="run_preference")
     other = {"facts": {"fingerprint": {"data": "other"}}}
-    for name, how in {"b": {"config": other}, "c": {"split_seed": 1}, "d": {"test_share": 0.2}}.items():
-        refused("tested on different text", shared, a, text_run(name, **how))
+    for name, how in {"x": {"config": other}, "y": {"split_seed": 1}, "z": {"test_share": 0.2}}.items():
+        refused("tested on different text", shared, a, text_run(name, NATS, sizes=20, **how))
     refused("different questions: preference and rows", shared, losing("r", NATS), verdicts)
-    refused(
-        "questions: preference and text", shared, make_run("e", "eval", config={"kind": "text"}), verdicts
-    )
+    for said, content in (("missing", None), ("damaged", '{"group": 1, "na')):
+        b = losing(said, NATS, files={"losses.jsonl": content})
+        refused(rf"{b}/losses.jsonl is {said}: python eval.py --run {b} ", shared, b, b)
+    measured = make_run("e", "eval", config={"kind": "text"})
+    refused("different questions: preference and text", shared, measured, verdicts)
 
 
 def test_verdicts_are_compared_by_log_loss_and_accuracy():
     rng, names, folders = np.random.default_rng(7), ("A", "B", "tie"), []
     probs, labels = rng.dirichlet(np.ones(3), (2, 40)), rng.integers(0, 3, 40)
     for name, of_run, order in zip("ab", probs, (1, -1), strict=True):
-        lines = [
-            {"id": f"{i}", "row": i, "group": f"p{i // 2}", "split": "test" if i > 4 else "val"}
-            for i in range(40)
-        ]
-        for line, label, row in zip(lines, labels, of_run.tolist(), strict=True):
-            line |= {"label": names[label], **dict(zip(names, row, strict=True))}
+        lines = [{"id": i, "row": i, "group": f"p{i // 2}", "split": "val" if i < 5 else "test"}
+                 | {"label": names[labels[i]]} | dict(zip(names, of_run[i], strict=True))
+                 for i in range(40)]  # fmt: skip
         folders.append(make_run(name, "run_preference", files={"predictions.jsonl": lines[::order]}))
     (loss, accuracy), rows = shared(*folders), np.arange(5, 40)
     np.testing.assert_allclose(loss.sums, -np.log(probs[:, rows, labels[rows]]))
     assert accuracy.sums.tolist() == (probs.argmax(2) == labels)[:, rows].tolist() and loss.name == "log loss"
-
-
-@pytest.mark.parametrize("content", [None, '{"group": 1, "na'])
-def test_lost_losses_name_the_command_that_makes_them(content):
-    a, b = losing("a", NATS), losing("b", NATS, files={"losses.jsonl": content})
-    said = "damaged" if content else "missing"
-    refused(rf"{b}/losses.jsonl is {said}: python eval.py --run {b} ", shared, a, b)
 
 
 def graded(name, grades, answers, **how):
@@ -282,47 +212,29 @@ def graded(name, grades, answers, **how):
     return losing(name, NATS, files={"responses.json": rows, "judged.json": judged}, **how)
 
 
-def test_grades_of_the_same_judge_are_compared():
-    a = graded("a", [[50], [70, 80], [None], [10], [None, 40]], "vwxyz")
-    b = graded("b", [[60], [90, None], [30], [None], [45, 55]], "vwxyz", lr=1)
-    (rows,) = compare.judged_rows([results.read(a), results.read(b)])
-    assert rows.name == "grade by j" and rows.sums.tolist() == [[50, 75, 40], [60, 90, 50]]
-    assert report(a, b)[1]["grade by j"][0]["difference"] == pytest.approx((-10 - 15 - 10) / 3)
-
-
-def test_answers_stand_side_by_side_and_none_breaks_out():
+def test_answers_and_grades_stand_side_by_side_and_none_breaks_out():
     wild = "# Heading\n\n| a | b |\n|---|---|\n```python\nx = 1\n---\n## 2\n> quote"
     a = graded("a", [[50], [75, 80], [None]], [wild, "plain", " "], tag="one")
-    b = graded("b", [[60], [None], [30]], ["short", wild, "```"], lr=1)
+    b = graded("b", [[60], [None, 90], [30]], ["short", wild, "```"], lr=1)
     sides = compare.sides([a, b], "runs")
-    text, quoted = (
-        compare.side_by_side(sides, None),
-        "\n".join(f"> {line}".rstrip() for line in wild.split("\n")),
-    )
+    quoted = wild.replace("\n", "\n> ").replace("> \n", ">\n")
     wanted = "# Answers side by side\n\n3 of 3 prompts\n"
-    answers = [
-        ("  j 50  a 50", quoted, "  j 60  b 60", "> short"),
-        ("  j 77.5  a 77.5", "> plain", "", quoted),
-    ]
-    for i, (x, of_a, y, of_b) in enumerate([*answers, ("", "> (empty)", "  j 30  b 30", "> ```")]):
+    answers = [(quoted, "short"), ("plain", quoted), ("(empty)", "```")]
+    grades = [("  j 50  a 50", "  j 60  b 60"), ("  j 77.5  a 77.5", "  j 90  b 90"), ("", "  j 30  b 30")]
+    for i, ((of_a, of_b), (x, y)) in enumerate(zip(answers, grades, strict=True)):
         wanted += f"\n## {i + 1}\n\n> Say {i}\n> loudly\n\n" + "> in\n\n" * (i % 2)
-        wanted += f"**reference**\n\n> right {i}\n\n**one**{x}\n\n{of_a}\n\n**b**{y}\n\n{of_b}\n"
-    assert text == wanted
+        wanted += f"**reference**\n\n> right {i}\n\n**one**{x}\n\n> {of_a}\n\n**b**{y}\n\n> {of_b}\n"
+    assert compare.side_by_side(sides, None) == wanted
+    (rows,) = compare.judged_rows([side.all_facts[0] for side in sides])
+    assert rows.name == "grade by j" and rows.sums.tolist() == [[50, 77.5], [60, 90]]
     few = compare.side_by_side(sides, 2)
     assert "2 of 3 prompts" in few and re.findall(r"> (right \d)", few) == ["right 0", "right 2"]
     assert compare.side_by_side(compare.sides([a, losing("c", NATS, lr=3)], "runs"), None) is None
 
-
-def test_the_comparison_from_the_command_line():
-    a, b = graded("a", [[50]], ["yes"]), graded("b", [[60]], ["no"], lr=1)
     code, out, err = evaluate("--compare", a, b, "--plot")
     assert code == 0, err
     folder, files = re.fullmatch(r"written: (\S+)/ \((.*)\)", out.splitlines()[-1]).groups()
     assert files == "answers.md, compare.json, compare.md, curves.png"
     texts = {name: Path(folder, name).read_bytes() for name in files.split(", ")}
-    assert json.loads(texts["compare.json"])["grade by j"][0]["difference"] == -10
-    assert (
-        b"> no" in texts["answers.md"]
-        and b"| lr " in texts["compare.md"]
-        and texts["curves.png"][1:4] == b"PNG"
-    )
+    assert json.loads(texts["compare.json"])["grade by j"][0]["difference"] == -11.25
+    assert texts["answers.md"].decode() == wanted and b"| lr " in texts["compare.md"] and texts["curves.png"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PROJECT
+from matplotlib.figure import Figure
 
 import core
 import results
@@ -19,9 +20,8 @@ CONSTANTS |= {"batch": 24, "seed": 0, "price_per_hour": None, "note": "", "out":
 FIGURES = {"step": 75, "seconds": 90.0, "parameters": 1234567, "peak_memory_mb": 512.4, "test/loss": 2.5}
 FIGURES |= {"tokens_per_second": 1234.5, "test/loss_interval": [2.25, 2.75], "test/accuracy": 0.25}
 FIGURES |= {"test/accuracy_interval": [0.2, 0.3]}
-STEPS = [{"step": step, "train/loss": 4 - step / 100} for step in (25, 50, 75)] + [
-    {"step": 75, "val/loss": 2.9}
-]
+STEPS = [{"step": step, "train/loss": 4 - step / 100} for step in (25, 50, 75)]
+STEPS += [{"step": 75, "val/loss": 2.9}]
 
 
 def make_run(name, script="run_lora", status="finished", result=(), config=(), files=(), **constants):
@@ -41,25 +41,20 @@ def make_run(name, script="run_lora", status="finished", result=(), config=(), f
 
 
 def refused(match, job, *args):
-    """With a UserError of one line that matches."""
     with pytest.raises(core.UserError, match=rf"\A(?=.+\Z).*{match}"):
         job(*args)
 
 
 def rows_of(text) -> list[dict]:
-    """Of a Markdown table; every line has as many cells as the header."""
     lines = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
     assert len({len(line) for line in lines}) == 1 and set("".join(lines[1])) == {"-"}
     assert len(lines) > 2 and all(line[0] == line[-1] == "" for line in lines)
     return [dict(zip(lines[0][1:-1], line[1:-1], strict=True)) for line in lines[2:]]
 
 
-def table(order=None) -> list[dict]:
-    return rows_of(results.table(results.find(sorted(map(str, Path("runs").iterdir()))), order))
-
-
-def grouped(names, order=None) -> list[dict]:
-    return rows_of(results.grouped(results.find(["runs/run_lora"]), names, order))
+def table(order=None, by=()) -> list[dict]:
+    found = results.find(sorted(map(str, Path("runs").iterdir())))
+    return rows_of(results.grouped(found, by, order) if by else results.table(found, order))
 
 
 def test_every_cell_of_the_table_is_what_the_small_files_say():
@@ -73,56 +68,41 @@ def test_every_cell_of_the_table_is_what_the_small_files_say():
     same = {"model": "models/tiny", "batch": "24", "loss": "2.5000 ± 0.2500", "accuracy": "0.250 ± 0.050"}
     same |= {"parameters": "1,234,567", "memory MB": "512"}
     a = {"run": "a", "lr": "0.0003", "rank": "8", "seed": "0", "perplexity": "12.182", "bits/byte": "1.2500"}
-    a |= {"judge llama3": "61.50 ± 3.50", "min": "0.5", "note": "", "trained": "54,272", "dollars": ""}
-    b = dict.fromkeys(("perplexity", "bits/byte", "judge llama3", "trained"), "")
-    b |= {"run": "b", "lr": "0.01", "rank": "16", "seed": "1", "min": "90.0", "note": "the base"}
+    a |= {"judge llama3": "61.50 ± 3.50", "min": "0.5", "trained": "54,272", "rate": "2.35 examples/s"}
+    b = {"run": "b", "lr": "0.01", "rank": "16", "seed": "1", "min": "90.0", "note": "the base"}
     b |= {"rate": "1234 tokens/s", "dollars": "3.75"}
-    assert rows_of(text) == [same | a | {"rate": "2.35 examples/s"}, same | b]
+    found = [{name: cell for name, cell in row.items() if cell} for row in rows_of(text)]
+    assert found == [same | a, same | b]
 
 
 def test_columns_are_those_that_tell_runs_apart_or_hold_something():
     for rank in (4, 8):
-        make_run(
-            f"r{rank}", lora_rank=rank, dropout=rank / 10, pack=rank > 4, clip=1, tag=f"t{rank}", out="x"
-        )
+        make_run(f"r{rank}", lora_rank=rank, dropout=rank / 10, pack=rank > 4, clip=1, tag=f"t{rank}")
     rows = table()
     assert [(row["dropout"], row["pack"]) for row in rows] == [("0.4", "False"), ("0.8", "True")]
-    gone = {"clip", "tag", "out", "seed", "script", "note", "dollars", "unfinished", "epochs", "perplexity"}
-    assert not gone & rows[0].keys()
-    make_run("elsewhere", config={"device": "NVIDIA H100"})
+    assert not {"clip", "tag", "seed", "script", "note", "dollars", "unfinished", "epochs"} & rows[0].keys()
+    make_run("elsewhere", config={"device": "NVIDIA H100"}, note="a | b\n\n|c\r\nd")  # breaks no table
     assert [row["device"] for row in table()] == ["NVIDIA H100", "cpu", "cpu"]
+    assert table()[0]["note"].split() == ["a", "/", "b", "/c", "d"]
 
 
-def test_runs_are_sorted_by_name_or_by_a_figure_or_constant_and_ties_stay():
+def test_runs_are_sorted_with_ties_kept_and_unfinished_ones_say_how_far_they_came():
     for name, loss, lr in (("d", 2.0, 1e-3), ("c", 10.0, 1e-2), ("b", None, 1e-3), ("a", 2.0, None)):
         make_run(name, result={"test/loss": loss}, lr=lr)
     make_run("p", script="run_preference", result={"test/loss": None, "test/log_loss": 1.0})
     wanted = {None: "abcdp", "loss": "padcb", "lr": "bdcpa", "seed": "abcdp"}
     assert {order: "".join(row["run"] for row in table(order)) for order in wanted} == wanted
-
-
-def test_unfinished_runs_say_how_far_they_came():
     half = '{"step": 25, "train/loss": 4.0}\n{"step": 50, "val/loss": 3.25}\n{"step": 75, "val/lo'
-    make_run("a", status=None, files={"metrics.jsonl": half})
-    make_run("b", files={"result.json": '{"status": "finished", "st'})
-    make_run("c", status="stopped", files={"metrics.jsonl": STEPS[:1]})
-    make_run("d", status=None, files={"metrics.jsonl": None})
-    make_run("e", status="failed")
-    make_run("f")
+    lives = [(None, {"metrics.jsonl": half}), ("finished", {"result.json": '{"status": "finished", "st'})]
+    lives += [("stopped", {"metrics.jsonl": STEPS[:1]}), (None, {"metrics.jsonl": None}), ("failed", {})]
+    for name, (status, files) in zip("abcdef", [*lives, ("finished", {})], strict=True):
+        make_run(name, "lives", status, files=files)
     wanted = ["running or killed at step 50, val 3.2500", "running or killed at step 75, val 2.9000"]
     wanted += ["stopped at step 25", "running or killed at step 0", "failed at step 75, val 2.9000", ""]
-    assert [row["unfinished"] for row in table()] == wanted
+    assert [row["unfinished"] for row in table() if row["script"] == "lives"] == wanted
 
 
-@pytest.mark.parametrize("note", ["a | b", "two\nlines", "|\n\n|", "of\r\nWindows"])
-def test_no_note_breaks_the_table(note):
-    make_run("a", note=note)
-    make_run("b", note="plain")
-    first, second = [row["note"] for row in table()]
-    assert first.split() == note.replace("|", "/").split() and second == "plain"
-
-
-def test_groups_show_mean_and_deviation_over_seeds():
+def test_groups_show_mean_and_deviation_over_seeds_and_those_without_figures_come_last():
     losses = {(16, 0.1): [1.5, 1.75], (4, 0.1): [2.0, 2.5, 2.1], (4, 0.2): [3.0]}  # the lowest mean first
     wanted = []
     for (rank, lr), values in losses.items():
@@ -140,23 +120,17 @@ def test_groups_show_mean_and_deviation_over_seeds():
         make_run(name, status=status, result={"test/loss": 99.0}, lora_rank=4, lr=0.1)
     text = results.grouped(results.find(["runs/run_lora"]), ["lora_rank", "lr"], "loss")
     assert rows_of(text) == wanted and text.endswith("\nnot counted, unfinished: cut, lost")
-    four, sixteen = grouped(["lora_rank"])
+    four, sixteen = table(by=["lora_rank"])
     assert [four["also differ in"], sixteen["also differ in"], four["runs"]] == ["lr", "", "4"]
     assert four["loss"] == f"2.4000 ± {np.std([2.0, 2.5, 2.1, 3.0], ddof=1):.4f}"
-
-
-def test_groups_without_the_figure_come_last_and_answers_alone_have_no_minutes():
-    make_run("r32", lora_rank=32, files={"result.json": {"status": "finished", "step": 0}})
-    for rank, loss in ((2, None), (4, 2.5), (8, 2.0)):
-        make_run(f"r{rank}", lora_rank=rank, result={"test/loss": loss})
-    rows = [(row["lora_rank"], row["min"]) for row in grouped(["lora_rank"], "loss")]
-    assert rows == [("8", "1.5"), ("4", "1.5"), ("2", "1.5"), ("32", "")]
+    make_run("answers", script="eval", files={"result.json": {"status": "finished", "step": 0}}, lora_rank=2)
+    last = table("loss", ["lora_rank"])[-1]  # no figure to be sorted by, and no minutes
+    assert (last["lora_rank"], last["loss"], last["min"]) == ("2", "", "")
 
 
 def test_folders_stand_for_their_runs_each_once():
     a, b, c = make_run("a"), make_run("b"), make_run("c", script="run_preference")
-    names = [facts.name for facts in results.find([b, "runs/run_lora", f"runs/../{a}/", c])]
-    assert names == ["b", "a", "c"]
+    assert [f.name for f in results.find([b, "runs/run_lora", f"runs/../{a}/", c])] == ["b", "a", "c"]
     refused("runs holds no run: use runs/run_lora runs/run_preference", results.find, ["runs"])
     refused("no such folder: nowhere", results.find, ["nowhere"])
     for text in ('{"model_type": "gpt2"}', '{"script": "run_lora", "const', "[1, 2]", ""):
@@ -164,31 +138,18 @@ def test_folders_stand_for_their_runs_each_once():
         refused(f"{a} is no run folder", results.find, [a])
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """Figures as they were saved."""
-    from matplotlib.figure import Figure
-
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
-    return figures
-
-
-def labels(figure):
-    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
-
-
-@pytest.mark.parametrize("n", [1, 3, 30])
-def test_every_run_has_its_curves(drawn, n):
+@pytest.mark.parametrize("n", [0, 1, 3, 30])
+def test_every_run_has_its_curves(monkeypatch, n):
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
     steps, names = np.arange(1, 41), [f"tag{i}" for i in range(n)]
     for i, tag in enumerate(names):
-        curve = [
-            {"step": s, "train/loss": 5 + i - s / 10, "val/loss": 6 + i - s / 10} for s in steps.tolist()
-        ]
-        make_run(f"{i:02}", tag=tag, result={"test/loss": n - i}, files={"metrics.jsonl": curve})
+        curve = [{"step": s, "train/loss": 5 + i - s / 10, "val/loss": 6 + i - s / 10} for s in range(1, 41)]
+        make_run(f"{i:02}", tag=tag, result={"test/loss": n - i}, seed=i % 2, files={"metrics.jsonl": curve})
     make_run("without", tag="none", files={"metrics.jsonl": ""})
     results.draw(results.find(["runs/run_lora"]), "curves.png")
-    assert Path("curves.png").read_bytes()[:4] == b"\x89PNG" and labels(drawn[0]) == names * (n < 30)
+    assert Path("curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert [text.get_text() for of in drawn[0].legends for text in of.get_texts()] == names * (n < 30)
     train, val = (panel.get_lines() for panel in drawn[0].axes)
     assert [line.get_label() for line in train] == [line.get_label() for line in val] == names
     assert len({(str(line.get_color()), line.get_linestyle()) for line in val}) == n
@@ -196,20 +157,9 @@ def test_every_run_has_its_curves(drawn, n):
         np.testing.assert_allclose(val[i].get_xydata(), np.c_[steps, 6 + i - steps / 10])
         means = 5 + i - np.r_[1, (steps[1:] + steps[:-1]) / 2] / 10  # of two: a 20th of 40 points
         np.testing.assert_allclose(train[i].get_xydata(), np.c_[steps, means])
-
-
-def test_curves_are_coloured_by_constants_and_none_is_no_error(drawn):
-    for i, rank in enumerate((4, 8, 4, 8)):
-        make_run(f"{i}", lora_rank=rank, seed=i)
-    found = results.find(["runs/run_lora"])
-    results.draw(found, "by.png", ["lora_rank", "lr"])
-    lines = {(line.get_label(), line.get_color()) for line in drawn[0].axes[1].get_lines()}
-    assert len(drawn[0].axes[1].get_lines()) == 4 and lines == {("4, 0.01", "C0"), ("8, 0.01", "C1")}
-    assert labels(drawn[0]) == ["4, 0.01", "8, 0.01"]
-    for facts in found:
-        facts.metrics.clear()
-    results.draw(found, "none.png")
-    assert Path("none.png").read_bytes()[:4] == b"\x89PNG" and not drawn[1].axes[0].get_lines()
+    results.draw(results.find(["runs/run_lora"]), "by.png", ["seed", "lr"])
+    lines = [(line.get_label(), line.get_color()) for line in drawn[1].axes[1].get_lines()]
+    assert sorted(lines) == sorted([("0, 0.01", "C0"), ("1, 0.01", "C1")][i % 2] for i in range(n))
 
 
 def test_tensorboard_reads_constants_and_figures_back():
@@ -234,16 +184,14 @@ def test_tensorboard_reads_constants_and_figures_back():
 
 
 def evaluate(*args):
-    """eval.py in a process of its own: exit code, output, errors."""
     command = [sys.executable, str(PROJECT / "eval.py"), *args]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=120)
     return done.returncode, done.stdout, done.stderr
 
 
 def test_the_table_from_the_command_line():
-    for script, rank in (("run_instruct", 16), ("run_lora", 4)):
-        for seed in (0, 1):
-            make_run(f"{seed}", script=script, seed=seed, lora_rank=rank)
+    for name in ("run_instruct/0", "run_instruct/1", "run_lora/0", "run_lora/1"):
+        make_run(name[-1], name[:-2], seed=int(name[-1]), lora_rank=4 if "lora" in name else 16)
     folders = ["runs/run_lora", "runs/run_instruct"]
     code, out, err = evaluate("--table", *folders, "--plot", "--group_by", "lora_rank")
     assert code == 0, err
@@ -252,11 +200,11 @@ def test_the_table_from_the_command_line():
     assert [path.name for path in written] == ["table.md", "curves.png"] and written[1].exists()
     assert rows_of(written[0].read_text()) == rows_of(out)
     assert "4 runs on TensorBoard's HPARAMS page: tensorboard --logdir runs" in out.splitlines()[-1]
-
-
-@pytest.mark.parametrize("args", [["--compare", "a"], ["--sort", "lss"], ["--group_by", "lora_rnk"]])
-def test_what_cannot_be_listed_ends_in_one_line(args):
-    make_run("a")
-    code, out, err = evaluate("--table", "runs/run_lora", *args)
-    assert (code, out, len(err.splitlines())) == (2, "", 1)
-    assert ("one at a time" if "--compare" in args else f"{args[1]}: no run has such a constant or") in err
+    refusals = (
+        ("--compare", "one at a time"),
+        ("--sort", "x: no run has such"),
+        ("--group_by", "x: no run has"),
+    )
+    for name, said in refusals:
+        code, out, err = evaluate("--table", *folders, name, "x")
+        assert (code, out, len(err.splitlines())) == (2, "", 1) and said in err
