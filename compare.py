@@ -4,6 +4,7 @@ files alone: losses.jsonl or predictions.jsonl, judged.json, responses.json. Use
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,8 @@ def sides(names, root) -> list[Side]:
     Runs that differ in their seed only are one side, unless that leaves a single one: then each is its own.
     """
     chosen = [facts for name in names for facts in named(name, root)]
+    once = {facts.folder.resolve(): facts for facts in chosen}  # a run named twice is no second seed
+    chosen = list(once.values()) if len(once) > 1 else chosen
     groups = {}
     for facts in chosen:
         constants = {n: v for n, v in facts.config["constants"].items() if n not in results.OF_NO_ACCOUNT}
@@ -41,6 +44,8 @@ def sides(names, root) -> list[Side]:
     names = [side_name(group) for group in groups.values()]
     if len(set(names)) < len(names):
         names = [group[0].name for group in groups.values()]
+    if len(set(names)) < len(names):
+        names = [str(group[0].folder) for group in groups.values()]
     return [Side(name, group) for name, group in zip(names, groups.values(), strict=True)]
 
 
@@ -48,7 +53,7 @@ def named(name, root) -> list[results.Facts]:
     """One run folder, or the finished runs with this tag or preset."""
     if (Path(name) / "config.json").exists():
         return [results.read(name)]
-    found = [results.read(path.parent) for path in sorted(Path(root).glob("*/*/config.json"))]
+    found = results.read_all(path.parent for path in sorted(Path(root).glob("*/*/config.json")))
     found = [facts for facts in found if name in (facts.tag, facts.config["preset"])]
     if finished := [facts for facts in found if facts.finished]:
         return finished
@@ -62,7 +67,7 @@ def side_name(group) -> str:
     tags = [facts.tag for facts in group]
     if len(group) == 1:
         return tags[0] or group[0].name
-    common = tags[0] if len(set(tags)) == 1 else _common_start(tags).rstrip("-_.s")
+    common = tags[0] if len(set(tags)) == 1 else re.sub(r"[-_.]+(s|seed)?\d*$", "", _common_start(tags))
     return f"{common or group[0].name} ({len(group)} seeds)"
 
 
@@ -114,14 +119,23 @@ def kind_of(facts) -> str:
     return facts.config.get("kind") or kinds.get(facts.config["script"], "rows")
 
 
+NEEDED = {
+    "losses.jsonl": {"group", "nats", "hits", "targets", "bytes"},
+    "predictions.jsonl": {"id", "row", "group", "split", "label", "A", "B", "tie"},
+}
+
+
 def read_lines(facts, name) -> list[dict]:
     """Of a .jsonl file in a run folder; UserError says how to get it."""
     path = facts.folder / name
     if not path.exists():
         raise core.UserError(f"{path} is missing: python eval.py --run {facts.folder} measures the run again")
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not all(NEEDED[name] <= line.keys() for line in lines):
+            raise ValueError
+        return lines
+    except (ValueError, AttributeError):
         again = f"python eval.py --run {facts.folder} writes it anew"
         raise core.UserError(f"{path} is damaged: {again}") from None
 
@@ -218,7 +232,7 @@ def _text_rows(all_facts) -> list[Rows]:
             f"the tokens spell {min(sizes)} and {max(sizes)} bytes of the text: not comparable"
         )
     edges = np.linspace(0, 1, 1 + min(100, *map(len, lines)))
-    cuts = [_cut(of_run, edges) for of_run in lines]
+    cuts = [_cut(of_run, edges) * max(sizes) / size for of_run, size in zip(lines, sizes, strict=True)]
     weights, groups = np.diff(edges) * max(sizes), np.arange(len(edges) - 1)
     note = f"tokenizers or blocks differ: bits per byte in {len(groups)} stretches of the text"
     return [Rows("bits per byte", np.array(cuts) / math.log(2), weights, groups, note)]
@@ -245,11 +259,12 @@ def difference(rows, first, second) -> dict:
     means = [rows.sums[side].sum(1) / total for side in (first, second)]
     value = float(means[0].mean() - means[1].mean())
     found = {"difference": value, "seeds": [len(first), len(second)], "rows": len(rows)}
+    found["groups"] = len(set(rows.groups.tolist()))
     found["means"] = [of_side.tolist() for of_side in means]
     if len(first) == len(second) == 1:
-        per_row = (rows.sums[first[0]] - rows.sums[second[0]]) / np.maximum(rows.weights, 1e-300)
-        as_they_are = {"weights": rows.weights, "of": lambda means: means}  # no rule of three: 0 is no share
-        interval = core.bootstrap(per_row[:, None], rows.groups, **as_they_are).tolist()[0]
+        both = np.c_[rows.sums[first[0]] - rows.sums[second[0]], rows.weights]  # a weight may be 0
+        ratio = {"of": lambda means: means[:, :1] / means[:, 1:]}
+        interval = core.bootstrap(both, rows.groups, **ratio).tolist()[0]
         found["row_noise"] = found["noise"] = (interval[1] - interval[0]) / (2 * 1.96)
         return found | {"interval": interval}
     return found | _over_seeds(rows, first, second, means, value)
@@ -307,6 +322,8 @@ def verdict(found, name, names) -> str:
     signed = f"{name} {value:+.4f} ({low:+.4f} to {high:+.4f})"
     a, b = found["seeds"]
     seeds = "one seed each: row noise only" if a == b == 1 else f"{a} and {b} seeds"
+    if not math.isfinite(value) or found["groups"] < 2:
+        return f"{signed}\n  cannot be told apart: a single prompt, or a loss that is no number"
     if low == high == 0:
         return f"{signed}\n  the same on every one of {rows:,} rows: they cannot be told apart"
     if low <= 0 <= high:
@@ -393,14 +410,16 @@ def report(all_sides) -> tuple[list[str], dict]:
 def side_by_side(all_sides, most) -> str | None:
     """Markdown: each prompt, its reference, the answer of each side's first run with its grades.
 
-    `most`: so many prompts, spread evenly. None where a side has no answers.
+    `most`: so many prompts, spread evenly. None where a side has no answers, or none to the same prompts.
     """
     firsts = [side.all_facts[0] for side in all_sides]
     if not all((facts.folder / "responses.json").exists() for facts in firsts):
         return None
     answers = [judge.read_responses(facts.folder / "responses.json") for facts in firsts]
     by_key = [numbered([row | {"group": judge.group_of(row)} for row in rows]) for rows in answers]
-    keys, _ = _in_common(by_key)
+    keys = [key for key in by_key[0] if all(key in of_run for of_run in by_key)]
+    if not keys:
+        return None
     grades = [{name: _grades(s["grades"]) for name, s in facts.judged.items()} for facts in firsts]
     chosen = np.linspace(0, len(keys) - 1, min(most or len(keys), len(keys))).round().astype(int)
     lines = ["# Answers side by side", "", f"{len(chosen)} of {len(keys)} prompts"]

@@ -589,8 +589,7 @@ def compare_runs(cfg, say):
 def tabulate(cfg, say):
     """--table: Markdown to the terminal and table.md, curves.png, and TensorBoard's page of constants."""
     found = results.find(cfg.table)
-    for name in (*cfg.group_by, *filter(None, [cfg.sort])):
-        results.check_order(found, name)
+    results.check_names(found, cfg.group_by, cfg.sort)
     text = results.grouped(found, cfg.group_by, cfg.sort) if cfg.group_by else results.table(found, cfg.sort)
     say(text)
     folder = Path(cfg.out or (found[0].folder.parent if len(found) > 1 else found[0].folder))

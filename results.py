@@ -5,6 +5,7 @@ judged.json): a run that came home without its checkpoints counts. Used by eval.
 import json
 import shutil
 import statistics
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +71,17 @@ def read_judged(path) -> dict:
     return judged if isinstance(judged, dict) else {}
 
 
+def read_all(folders) -> list[Facts]:
+    """Those that can be read; a damaged one is named and passed over: it must not hide the others."""
+    found = []
+    for folder in folders:
+        try:
+            found.append(read(folder))
+        except core.UserError as error:
+            print(f"WARNING passed over: {error}", file=sys.stderr)
+    return found
+
+
 def _text(path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
@@ -83,19 +95,21 @@ def _json(text):
 
 def find(names) -> list[Facts]:
     """The runs that folders stand for: a run, or whatever runs lie in a folder, oldest first; each once."""
-    found = {}
+    single, inside_of = {}, {}
     for name in names:
         path = Path(name)
         if not path.is_dir():
             raise core.UserError(f"no such folder: {name}")
+        if (path / "config.json").exists():
+            single[path.resolve()] = read(path)
+            continue
         inside = sorted(p.parent for p in path.glob("*/config.json"))
-        inside = [path] if (path / "config.json").exists() else inside
         if not inside:
             deeper = sorted({str(p.parents[1]) for p in path.glob("*/*/config.json")})
             hint = f": use {' '.join(deeper)}" if deeper else ""
             raise core.UserError(f"{name} holds no run{hint}")
-        found |= {folder.resolve(): folder for folder in inside}
-    return [read(folder) for folder in found.values()]
+        inside_of |= {facts.folder.resolve(): facts for facts in read_all(inside)}
+    return list((single | inside_of).values())
 
 
 OF_NO_ACCOUNT = runs.OF_THE_CALL | {"note", "seed", "run_folder", "prompt", "price_per_hour"}
@@ -191,7 +205,7 @@ def columns(all_facts) -> dict:
     shown = {"script", "data", "optimizer", "tag", "preset", "mode", *OF_NO_ACCOUNT}
     shown |= {"model", "batch", "epochs", "lr", "min_lr", "warmup", "weight_decay", "lora_rank", "lora_alpha"}
     also = [name for name in differing(all_facts) if name not in shown]
-    head |= {name: _constant(name) for name in also[:8]}  # what else tells these runs apart
+    head |= {name: _constant(name) for name in also}  # what else tells these runs apart
     head |= {"seed": _constant("seed"), "loss": _figure("loss", "log_loss", digits=4)}
     head |= {"perplexity": _figure("perplexity"), "bits/byte": _figure("bits_per_byte", digits=4)}
     head |= {"accuracy": _figure("accuracy"), **_judges(all_facts)}
@@ -220,20 +234,29 @@ def table(all_facts, order=None) -> str:
 def _order(facts, name):
     value = facts.figure(name, "log_loss" if name == "loss" else name)[0]
     value = facts.constant(name) if value is None else value
+    value = value if isinstance(value, int | float | str) else None
     return (value is None, isinstance(value, str), value if value is not None else 0)
 
 
-def check_order(all_facts, name):
-    """UserError unless some run has the constant or figure that is to be sorted or grouped by."""
-    if all(_order(facts, name)[0] for facts in all_facts):
-        known = dict.fromkeys(n for facts in all_facts for n in facts.config["constants"])
-        raise core.UserError(f"{name}: no run has such a constant or figure: use one of {', '.join(known)}")
+def check_names(all_facts, group_by, sort):
+    """UserError unless runs have the constants to be grouped by, the constant or figure to be sorted by."""
+    known = dict.fromkeys(
+        name for facts in all_facts for name in (*facts.config["constants"], "preset", "script")
+    )
+    for name in group_by:
+        if name not in known:
+            raise core.UserError(
+                f"--group_by {name}: no run has such a constant: use one of {', '.join(known)}"
+            )
+    if sort and sort not in known and all(_order(facts, sort)[0] for facts in all_facts):
+        figures = "loss, accuracy, perplexity"
+        raise core.UserError(f"--sort {sort}: no run has such a constant or figure: use lr or {figures}, say")
 
 
 def markdown(cells) -> str:
     """{header: cells} as a table whose columns line up in a terminal, too."""
     rows = [list(cells), *zip(*cells.values(), strict=True)]
-    rows = [[str(cell).replace("|", "/").replace("\n", " ") for cell in row] for row in rows]
+    rows = [[" ".join(str(cell).replace("|", "/").split()) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(cells))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
@@ -261,6 +284,8 @@ def grouped(all_facts, names, order=None) -> str:
     if order:
         groups = dict(sorted(groups.items(), key=lambda item: _mean_order(item[1], order)))
     cells = {name: [values[i] for values in groups] for i, name in enumerate(names)}
+    if not groups:
+        raise core.UserError(f"none of {len(all_facts)} runs is finished: leave out --group_by to see them")
     cells["runs"] = [str(len(group)) for group in groups.values()]
     cells["seeds"] = [_seeds(group) for group in groups.values()]
     for header, of in GROUPED.items():
@@ -268,7 +293,8 @@ def grouped(all_facts, names, order=None) -> str:
     for judge in _judges(all_facts):
         scores = [[f.judged.get(judge[6:], {}).get("score") for f in group] for group in groups.values()]
         cells[judge] = [_spread(of_group, 2) for of_group in scores]
-    cells["min"] = [_spread([f.result["seconds"] / 60 for f in group], 1) for group in groups.values()]
+    times = [[f.result["seconds"] / 60 for f in group if "seconds" in f.result] for group in groups.values()]
+    cells["min"] = [_spread(of_group, 1) for of_group in times]
     cells["also differ in"] = [
         ", ".join(name for name in differing(group) if name not in names) for group in groups.values()
     ]
@@ -285,7 +311,7 @@ def values_of(facts, names) -> tuple[str, ...]:
 
 def _mean_order(group, order):
     keys = [_order(facts, order) for facts in group]
-    numbers = [value for _, is_text, value in keys if not is_text]
+    numbers = [value for missing, is_text, value in keys if not (missing or is_text)]
     return (not numbers, statistics.mean(numbers)) if numbers else (True, 0.0)
 
 
