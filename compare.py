@@ -2,6 +2,7 @@
 files alone: losses.jsonl or predictions.jsonl, judged.json, responses.json. Used by eval.py.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -28,7 +29,8 @@ class Side:
 def sides(names, root) -> list[Side]:
     """Run folders, or presets and tags whose finished runs are looked up below `root`, as sides.
 
-    Runs that differ in their seed only are one side, unless that leaves a single one: then each is its own.
+    Runs that differ in seed and bookkeeping only are one side, unless that leaves a single one: then
+    each is its own.
     """
     chosen = [facts for name in names for facts in named(name, root)]
     once = {facts.folder.resolve(): facts for facts in chosen}  # a run named twice is no second seed
@@ -36,7 +38,9 @@ def sides(names, root) -> list[Side]:
     groups = {}
     for facts in chosen:
         constants = {n: v for n, v in facts.config["constants"].items() if n not in results.OF_NO_ACCOUNT}
-        groups.setdefault(json.dumps([facts.config["script"], constants], sort_keys=True), []).append(facts)
+        data = facts.config["facts"].get("fingerprint", {}).get("data")
+        key = json.dumps([facts.config["script"], constants, data], sort_keys=True)
+        groups.setdefault(key, []).append(facts)
     if len(groups) == 1 and len(chosen) > 1:
         groups = dict(enumerate([facts] for facts in chosen))
     if len(groups) < 2:
@@ -69,6 +73,23 @@ def side_name(group) -> str:
         return tags[0] or group[0].name
     common = tags[0] if len(set(tags)) == 1 else re.sub(r"[-_.]+(s|seed)?\d*$", "", _common_start(tags))
     return f"{common or group[0].name} ({len(group)} seeds)"
+
+
+def folder_name(all_sides) -> str:
+    """Of the folder that a comparison goes to: names of the first sides, and a hash of all runs."""
+    every = [str(facts.folder.resolve()) for side in all_sides for facts in side.all_facts]
+    mark = hashlib.sha256(json.dumps(every).encode()).hexdigest()[:6]
+    return "-".join([*(re.sub(r"[^\w.]+", "_", side.name)[:60] for side in all_sides[:2]), mark])
+
+
+def seed_notes(all_sides) -> list[str]:
+    """A line for each side whose runs do not all have a seed of their own."""
+    notes = []
+    for side in all_sides:
+        seeds = [facts.constant("seed") for facts in side.all_facts]
+        if len(set(seeds)) < len(seeds):
+            notes.append(f"NOTE {side.name}: seeds {seeds} repeat, their spread is too small")
+    return notes
 
 
 def _common_start(texts) -> str:
@@ -120,7 +141,7 @@ def kind_of(facts) -> str:
 
 
 NEEDED = {
-    "losses.jsonl": {"group", "nats", "hits", "targets", "bytes"},
+    "losses.jsonl": {"part", "group", "nats", "hits", "targets", "bytes"},
     "predictions.jsonl": {"id", "row", "group", "split", "label", "A", "B", "tie"},
 }
 
@@ -138,6 +159,16 @@ def read_lines(facts, name) -> list[dict]:
     except (ValueError, AttributeError):
         again = f"python eval.py --run {facts.folder} writes it anew"
         raise core.UserError(f"{path} is damaged: {again}") from None
+
+
+def loss_lines(all_facts) -> list[list[dict]]:
+    """losses.jsonl of each run; UserError where one holds test rows and another validation rows."""
+    lines = [read_lines(facts, "losses.jsonl") for facts in all_facts]
+    if len(parts := {line["part"] for of_run in lines for line in of_run}) > 1:
+        raise core.UserError(
+            f"the runs were measured on different parts ({', '.join(sorted(parts))}): final_eval?"
+        )
+    return lines
 
 
 def _in_common(by_key) -> tuple[list, str]:
@@ -171,7 +202,7 @@ def _verdicts(all_facts) -> list[Rows]:
 
 def _losses(all_facts) -> list[Rows]:
     """Of losses.jsonl, rows of instructions: by target token, or by byte where tokens differ."""
-    by_key = [numbered(read_lines(facts, "losses.jsonl")) for facts in all_facts]
+    by_key = [judge.numbered(of_run) for of_run in loss_lines(all_facts)]
     keys, note = _in_common(by_key)
     same = [key for key in keys if len({of_run[key]["bytes"] for of_run in by_key}) == 1]
     if not same:
@@ -183,15 +214,6 @@ def _losses(all_facts) -> list[Rows]:
         note = "; ".join(filter(None, [note, cut]))
     groups = np.array([group for group, _ in same])
     return _per_target([[of_run[key] for key in same] for of_run in by_key], groups, note)
-
-
-def numbered(lines) -> dict:
-    """(prompt, its how-manieth occurrence) -> line: the same row has the same key in every file."""
-    seen, found = {}, {}
-    for line in lines:
-        count = seen[line["group"]] = seen.get(line["group"], 0) + 1
-        found[line["group"], count] = line
-    return found
 
 
 def _per_target(lines, groups, note) -> list[Rows]:
@@ -222,7 +244,7 @@ def _text_rows(all_facts) -> list[Rows]:
         raise core.UserError(
             "these runs were tested on different text: compare runs of one data set and split"
         )
-    lines = [read_lines(facts, "losses.jsonl") for facts in all_facts]
+    lines = loss_lines(all_facts)
     shapes = {tuple((line["targets"], line["bytes"]) for line in of_run) for of_run in lines}
     if len(shapes) == 1:
         return _per_target(lines, np.array([line["group"] for line in lines[0]]), "")
@@ -294,6 +316,8 @@ def _over_seeds(rows, first, second, means, value) -> dict:
     noise = sum(variance for variance, _ in components)
     freedom = noise**2 / max(sum(v**2 / f for v, f in components), 1e-300)
     half = student(max(freedom, 1.0)) * math.sqrt(noise)
+    if len(known) == 1:  # as simulations show, Satterthwaite's freedom is too high here
+        half = math.hypot(*(student(f) * math.sqrt(v) for v, f in components))
     found = {"interval": [value - half, value + half], "noise": math.sqrt(noise)}
     found["seed_noise"] = math.sqrt(max(noise - of_rows, 0.0))
     return found | {"row_noise": math.sqrt(of_rows)}
@@ -315,6 +339,9 @@ def student(freedom) -> float:
     return math.sqrt(freedom) * math.tan(angle[np.searchsorted(area, 0.95 * area[-1])])
 
 
+FEWEST = 6  # prompts or stretches: all of five on one side of 0 happen by chance once in 16
+
+
 def verdict(found, name, names) -> str:
     """The figure, and a plain sentence: told apart or not, by what noise, and what it would take."""
     low, high = found["interval"]
@@ -322,14 +349,15 @@ def verdict(found, name, names) -> str:
     signed = f"{name} {value:+.4f} ({low:+.4f} to {high:+.4f})"
     a, b = found["seeds"]
     seeds = "one seed each: row noise only" if a == b == 1 else f"{a} and {b} seeds"
-    if not math.isfinite(value) or found["groups"] < 2:
-        return f"{signed}\n  cannot be told apart: a single prompt, or a loss that is no number"
+    if not math.isfinite(value) or ((low or high) and found["groups"] < FEWEST):
+        return f"{signed}\n  cannot be told apart: fewer than {FEWEST} prompts, or a loss that is no number"
     if low == high == 0:
         return f"{signed}\n  the same on every one of {rows:,} rows: they cannot be told apart"
     if low <= 0 <= high:
         return f"{signed}\n  cannot be told apart on these {rows:,} rows; {needed(found)} ({seeds})"
-    less = names[0] if value < 0 else names[1]
-    return f"{signed}\n  told apart on these {rows:,} rows: {less} has the lower {name} ({seeds})"
+    lower_is_better = name in ("loss", "log loss", "bits per byte")
+    better = names[0] if (value < 0) == lower_is_better else names[1]
+    return f"{signed}\n  told apart on these {rows:,} rows: {better} is better ({seeds})"
 
 
 def needed(found) -> str:
@@ -341,8 +369,9 @@ def needed(found) -> str:
         seeds = min(found["seeds"]) * found["seed_noise"] ** 2 / (wanted - found["row_noise"] ** 2)
         return f"about {rounded(seeds)} seeds a side would be needed"
     rows = found["rows"] * found["row_noise"] ** 2 / wanted
-    also = ", and more seeds" if found.get("seed_noise") else ""
-    return f"about {rounded(rows)} would be needed{also}" if rows < 1e9 else "no number of rows would do"
+    if found.get("seed_noise"):
+        return f"more rows than {rounded(rows)}, and more seeds, would be needed"
+    return f"about {rounded(rows)} would be needed" if rows < 1e9 else "no number of rows would do"
 
 
 def rounded(value) -> str:
@@ -351,22 +380,28 @@ def rounded(value) -> str:
     return f"{math.ceil(value / scale) * scale:,}"
 
 
+def has_losses(facts) -> bool:
+    return any((facts.folder / name).exists() for name in NEEDED)
+
+
 def judged_rows(all_facts) -> list[Rows]:
     """Grades by each judge that graded all of the runs, prompt by prompt."""
     found = []
     for name in sorted(set(all_facts[0].judged).intersection(*(facts.judged for facts in all_facts[1:]))):
         by_key = [_grades(facts.judged[name]["grades"]) for facts in all_facts]
-        keys = [key for key in by_key[0] if all(key in of_run for of_run in by_key)]
-        if keys:
-            sums = np.array([[of_run[key] for key in keys] for of_run in by_key])
-            found.append(Rows(f"grade by {name}", sums, np.ones(len(keys)), np.array([k[0] for k in keys])))
+        keys, note = _in_common(by_key)
+        sums, groups = (
+            np.array([[of_run[key] for key in keys] for of_run in by_key]),
+            [key[0] for key in keys],
+        )
+        found.append(Rows(f"grade by {name}", sums, np.ones(len(keys)), np.array(groups), note))
     return found
 
 
 def _grades(entries) -> dict:
     """(prompt, its how-manieth occurrence) -> mean grade; answers without one are left out."""
     means = {}
-    for key, entry in numbered(entries).items():
+    for key, entry in judge.numbered(entries).items():
         if grades := [grade for grade in entry["grades"] if grade is not None]:
             means[key] = sum(grades) / len(grades)
     return means
@@ -378,11 +413,15 @@ def report(all_sides) -> tuple[list[str], dict]:
     for facts in all_facts:
         if not facts.finished:
             raise core.UserError(f"{facts.folder} is not finished: resume it, or compare others")
-    lines, figures, place, where = [], {}, 0, []
+    lines, figures, place, where = seed_notes(all_sides), {}, 0, []
     for side in all_sides:
         where.append(list(range(place, place + len(side.all_facts))))
         place += len(side.all_facts)
-    for rows in [*shared_rows(all_facts), *judged_rows(all_facts)]:
+    graded = judged_rows(all_facts)
+    silent = [facts.name for facts in all_facts if facts.config.get("kind") and not has_losses(facts)]
+    if silent and graded:  # a plain model's answers were judged, its loss not measured
+        lines.append(f"(no losses of {', '.join(silent)}: grades only)")
+    for rows in [*([] if silent and graded else shared_rows(all_facts)), *graded]:
         count = len(set(rows.groups.tolist()))
         lines.append(f"**{rows.name}** on {len(rows):,} rows, {count:,} prompts or stretches of text")
         lines += [f"({rows.note})"] if rows.note else []
@@ -401,8 +440,7 @@ def report(all_sides) -> tuple[list[str], dict]:
     weights = [facts.result.get("weights_sha256") for facts in all_facts]
     if same := [f.name for f, w in zip(all_facts[1:], weights[1:], strict=True) if w and w == weights[0]]:
         lines.append(f"the same weights as {all_facts[0].name}: {', '.join(same)}")
-    if len(all_sides) > 2:
-        count = len(all_sides) - 1
+    if (count := sum(map(len, figures.values()))) > 2:
         lines.append(f"{count} comparisons: of 20 between equals one looks like a difference")
     return lines, figures
 
@@ -416,7 +454,7 @@ def side_by_side(all_sides, most) -> str | None:
     if not all((facts.folder / "responses.json").exists() for facts in firsts):
         return None
     answers = [judge.read_responses(facts.folder / "responses.json") for facts in firsts]
-    by_key = [numbered([row | {"group": judge.group_of(row)} for row in rows]) for rows in answers]
+    by_key = [judge.by_prompt(rows) for rows in answers]
     keys = [key for key in by_key[0] if all(key in of_run for of_run in by_key)]
     if not keys:
         return None

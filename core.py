@@ -849,10 +849,16 @@ def whole_file(path):
     try:
         with open(aside, "w", encoding="utf-8") as file:
             yield file
-        _flush(aside)
+        flush(aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_lines(path, lines):
+    """A .jsonl file: each of `lines` as JSON."""
+    with whole_file(path) as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def write_json(path, content):
@@ -872,15 +878,15 @@ def whole_folder(folder):
     try:
         yield aside
         for path in (*aside.rglob("*"), aside):
-            _flush(path)
+            flush(path)
         if not folder.exists():  # otherwise another run has just written the same
             os.rename(aside, folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _flush(path):
+def flush(path):
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -178,9 +178,12 @@ def token_bytes(tokenizer) -> np.ndarray:
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
     sizes = np.array([spelt_bytes(token, byte_level) for token in tokens])
-    sizes[tokenizer.all_special_ids] = 0
     if tokenizer.unk_token_id is not None:
         sizes[tokenizer.unk_token_id] = 1
+    ends = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id} | {
+        tokenizer.eos_token_id
+    }  # GPT-2: one id for both
+    sizes[[i for i in ends if i is not None]] = 0
     return sizes
 
 

@@ -23,14 +23,14 @@ import os
 import re
 import shutil
 import signal
+import sys
 import tarfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-import numpy as np
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -40,6 +40,7 @@ import corpus
 import gpt_scratch
 import judge
 import lora
+import other_data
 import pairs
 import report_card
 import results
@@ -50,9 +51,7 @@ import sft
 @dataclass(frozen=True)
 class Config:
     # data
-    run_folder: tuple[
-        str, ...
-    ] = ()  # runs, transformers folders or Hub ids (short: --run); none = newest run
+    run_folder: tuple[str, ...] = ()  # runs, transformers folders, Hub ids (short: --run); none = newest
     data: tuple[str, ...] = ("own",)  # own = a run's test rows; text, instruction rows or A/B/tie rows
     max_documents: int | None = None  # rows or documents read of other data; none = all
     text_column: str = "text"  # of a table of texts
@@ -61,9 +60,11 @@ class Config:
     context: int | None = None  # tokens that a window on text holds; none = all the model can
     stride: int | None = None  # tokens from one window to the next; none = half of context
     max_length: int = 512  # tokens of an instruction row, for models that bring none
-    eval_batch: int | None = None  # rows per step over all ranks; none = the run's own, or 32
+    eval_batch: int | None = (
+        None  # rows per step, over all ranks; on each when answering; none = as in the run
+    )
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of models that are no run; a run has its own
-    max_new_tokens: int = 256  # most in an answer
+    max_new_tokens: int | None = None  # most in an answer; none = as the run has it, or 256
     # judge
     judge_url: str = "http://localhost:11434/v1"  # speaks OpenAI's chat completions; this is Ollama's
     judge_model: str = "llama3"
@@ -83,20 +84,45 @@ class Config:
     pack: tuple[str, ...] = ()  # runs to be put into one archive each
     # run
     mode: Literal["measure", "generate", "judge"] = "measure"
-    out: str | None = None  # where results go; none = runs/eval (runs/compare) below the current folder
+    out: str | None = None  # folder; none = runs/eval, runs/compare, or beside the runs (table, pack)
     backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"
 
     def __post_init__(self):
         asked = [name for name in ("compare", "table", "pack") if getattr(self, name)]
         if len(asked) > 1:
             raise core.UserError(f"--{' and --'.join(asked)} are different jobs: one at a time")
-        if self.stride and self.context and self.stride >= self.context:
-            raise core.UserError(
-                f"--stride {self.stride} is not below --context {self.context}: use about half"
-            )
+        if self.pairwise and (asked or self.mode != "judge"):
+            raise core.UserError("--pairwise belongs to --mode judge")
 
 
 SCRIPTS = ("run_preference", "gpt_scratch", "run_instruct", "run_lora")  # whose runs are known
+MODEL = {
+    "run_folder",
+    "data",
+    "max_documents",
+    "text_column",
+    "template",
+    "max_length",
+    "eval_batch",
+    "dtype",
+}
+JUDGE = {field.name for field in fields(Config) if field.name.startswith("judge_")}
+TAKES = {  # what each job looks at; other flags would change nothing
+    "measure": MODEL | {"context", "stride"},
+    "generate": MODEL | {"max_new_tokens"},
+    "judge": JUDGE | {"run_folder", "pairwise"},
+    "compare": {"compare", "answer_rows", "plot"},
+    "table": {"table", "group_by", "sort", "plot"},
+    "pack": {"pack"},
+}
+
+
+def job_of(cfg) -> str:
+    """measure, generate, judge, compare, table or pack; UserError for a flag that it does not look at."""
+    job = next((name for name in ("compare", "table", "pack") if getattr(cfg, name)), cfg.mode)
+    if idle := sorted(core.typed(cfg).flags - TAKES[job] - {"mode", "out", "backend"}):
+        raise core.UserError(f"{job} does not look at --{', --'.join(idle)}: drop it")
+    return job
 
 
 def root(cfg) -> Path:
@@ -104,15 +130,28 @@ def root(cfg) -> Path:
     return Path("runs/smoke" if core.typed(cfg).smoke else "runs")
 
 
+def prepared(folder) -> Path:
+    """A folder that can be written to; it is looked at before work begins."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise core.UserError(f"{folder} cannot be written ({error.strerror}): use another --out") from None
+    return folder
+
+
 # ------------------------------------------------------------------------------------------ runs and models
 
 
 @dataclass
 class Subject:
-    """What is measured: a run, or a plain language model. The weights are loaded when they are needed."""
+    """What is measured: a run, or a plain language model, loaded once, when it is needed."""
 
     name: str
     script: str | None = None  # that made the run; none: a transformers folder or Hub id
+    loaded: tuple | None = None
 
     @property
     def is_preference(self) -> bool:
@@ -122,52 +161,71 @@ class Subject:
     def module(self):
         return importlib.import_module(self.script)
 
+    @property
+    def facts(self) -> dict:
+        """What a run noted of its data; of a plain model nothing."""
+        return runs.read_config(self.name)["facts"] if self.script else {}
+
     def load(self, cfg, world):
         """(constants, language model, tokenizer), on its device."""
-        if self.script:
-            stored, model, tokenizer = self.module.load_model(self.name, world)
-            changes = {"eval_batch": cfg.eval_batch} if cfg.eval_batch else {}
-            return replace(stored, **changes), model, tokenizer
+        self.loaded = self.loaded or (self._run if self.script else self._plain)(cfg, world)
+        return self.loaded
+
+    def _run(self, cfg, world):
+        stored, model, tokenizer = self.module.load_model(self.name, world)
+        return replace(stored, eval_batch=cfg.eval_batch or stored.eval_batch), model, tokenizer
+
+    def _plain(self, cfg, world):
         model, tokenizer = core.main_first(world, lambda: gpt_scratch.open_model(self.name))
         if tokenizer.eos_token_id is None:
             raise core.UserError(f"tokenizer of {self.name} has no end-of-text token: use a language model's")
-        plain = SimpleNamespace(dtype=cfg.dtype, eval_batch=cfg.eval_batch or 32, max_length=cfg.max_length)
-        plain.template, plain.loss_on_prompt = cfg.template, False
-        plain.max_length = min(cfg.max_length, model.config.block_size)
-        return plain, core.Precision(cfg.dtype, world).prepare(model).eval(), tokenizer
+        length = min(cfg.max_length, model.config.block_size)
+        plain = {"dtype": cfg.dtype, "eval_batch": cfg.eval_batch or 32, "template": cfg.template}
+        plain |= {"max_length": length, "max_new_tokens": cfg.max_new_tokens}
+        model = core.Precision(cfg.dtype, world).prepare(model)
+        return SimpleNamespace(**plain), model.eval(), tokenizer
 
 
 def subjects(cfg, world) -> list[Subject]:
     """--run, each looked at; none: the newest finished run below runs/."""
-    names = cfg.run_folder or (core.on_main(world, lambda: newest(root(cfg))),)
-    return [subject(name.rstrip("/") or name) for name in names]
+    names = cfg.run_folder or (core.on_main(world, lambda: newest(root(cfg), "checkpoints")),)
+    return [subject(name) for name in names]
 
 
-def newest(root) -> str:
-    folders = [path.parent for script in SCRIPTS for path in (root / script).glob("*/result.json")]
-    finished = [folder for folder in folders if results.read(folder).finished]
+def newest(root, needed) -> str:
+    """The newest finished training run below `root` whose folder holds `needed`."""
+    folders = [path.parent for script in SCRIPTS for path in (root / script).glob(f"*/{needed}")]
+    finished = [facts for facts in results.read_all(folders) if facts.result.get("test_checkpoints")]
     if not finished:
-        raise core.UserError(f"no finished run below {root}: name one by --run, or make one")
-    return str(max(finished, key=lambda folder: folder.name))
+        raise core.UserError(f"no finished run with {needed} in {root}: name one by --run, or make one")
+    return str(max((facts.folder for facts in finished), key=lambda folder: folder.name))
 
 
 def subject(name) -> Subject:
-    """UserError for a folder that is neither a run nor a model."""
+    """UserError for a folder that is neither a run nor a model, and for what can only be a mistyped path."""
     folder = Path(name)
-    config = folder / "config.json"
-    if not config.exists():
-        if folder.is_dir():
+    if not folder.exists() and (
+        name.count("/") > 1 or name[0] in "./~" or ("/" in name and folder.parent.is_dir())
+    ):
+        raise core.UserError(f"no such folder: {name}")
+    if not (folder / "config.json").exists():
+        if folder.exists():
             inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
             hint = f": name one of its runs, e.g. {folder / inside[-1]}" if inside else ""
             raise core.UserError(f"{name} is neither a run nor a model: it has no config.json{hint}")
-        return Subject(name)  # of the Hub, or nothing
+        return Subject(name)  # of the Hub
     stored = runs.read_config(folder)
     if "model_type" in stored:
-        return Subject(name)
-    if (script := stored.get("script")) not in SCRIPTS:
+        return Subject(str(folder))
+    if (script := stored.get("script")) == "eval":
+        measured = stored.get("constants", {}).get("model")
+        raise core.UserError(
+            f"{name} holds what eval.py found: name the model, {measured}, to measure it again"
+        )
+    if script not in SCRIPTS:
         maker = script or "an unknown program"
         raise core.UserError(f"{name} was made by {maker}: use a run of {', '.join(SCRIPTS)}")
-    return Subject(name, script)
+    return Subject(str(folder), script)
 
 
 def weights_note(folder) -> str | None:
@@ -175,9 +233,8 @@ def weights_note(folder) -> str | None:
     result = results.read(folder).result
     tested = result.get("test_checkpoints", [])
     if not tested:
-        return f"{folder} is {result.get('status', 'not finished')}: its newest whole checkpoint, " + (
-            f"{runs.chosen_checkpoint(folder)}, is used"
-        )
+        status = result.get("status", "not finished")
+        return f"{folder} is {status}: its newest whole checkpoint, {runs.chosen_checkpoint(folder)}, is used"
     reason = runs.broken(Path(folder) / "checkpoints" / tested[0])
     if reason and len(tested) == 1:
         used = runs.chosen_checkpoint(folder)
@@ -188,21 +245,22 @@ def weights_note(folder) -> str | None:
 def listen(world):
     """poll(active) -> its sum over ranks; it raises core.Stop on all ranks after a signal to any of them.
 
-    Alone a signal stops at once; a second one always does.
+    Alone a signal stops at once; a second one always does, but for the TERM and HUP of a session that ends.
     """
     heard = []
 
     def on_signal(number, frame):
-        if heard:
+        name, now = signal.Signals(number).name, time.monotonic()
+        if heard and (name == heard[0][0] or now - heard[0][1] > 1):
             os._exit(1)
-        heard.append(signal.Signals(number).name)
+        heard.append((name, now))
         if core.may_leave(world):
-            raise core.Stop(heard[0])
+            raise core.Stop(name)
 
     def poll(active=0) -> int:
         total, signalled = core.all_reduce_sum(world, torch.tensor([active, len(heard)])).tolist()
         if signalled:
-            raise core.Stop(heard[0] if heard else "a signal to another rank")
+            raise core.Stop(heard[0][0] if heard else "a signal to another rank")
         return total
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -216,14 +274,21 @@ def listen(world):
 
 def measure(cfg, world, say, poll):
     """Every subject on every set of --data; a line each, a table at the end."""
-    found = []
-    for one in subjects(cfg, world):
+    found, ones = [], subjects(cfg, world)
+    for one in ones:
+        if not one.script and set(cfg.data) == {"own"}:
+            raise core.UserError(f"{one.name} is no run and has no rows of its own: name some by --data")
+    for one in ones:
         if one.script and (note := core.on_main(world, lambda one=one: weights_note(one.name))):
             say(note)
         for data in cfg.data:
+            if data == "own" and not one.script:
+                say(f"{one.name}  own: nothing, it is no run")
+                continue
             how = measure_own if data == "own" else functools.partial(measure_other, data=data)
             metrics = how(one, cfg=cfg, world=world, say=say, poll=poll)
             found.append({"model": Path(one.name).name, "data": Path(data).name, **cells(metrics)})
+        one.loaded = None  # its memory is the next one's
     if len(found) > 1:
         headers = dict.fromkeys(header for row in found for header in row)
         say("\n" + results.markdown({header: [row.get(header, "") for row in found] for header in headers}))
@@ -231,12 +296,18 @@ def measure(cfg, world, say, poll):
 
 def cells(m) -> dict[str, str]:
     """The row of a measure's metrics in a table."""
-    loss = "loss" if "loss" in m else "log_loss"
-    row = {"loss": core.plus_minus(m[loss], m[f"{loss}_interval"], 4)}
+
+    def figure(name, digits=3):
+        return (
+            core.plus_minus(m[name], m[f"{name}_interval"], digits)
+            if m["rows"] > 1
+            else f"{m[name]:.{digits}f}"
+        )
+
+    row = {"loss": figure("loss" if "loss" in m else "log_loss", 4)}
     row |= {"perplexity": f"{m['perplexity']:.2f}"} if "perplexity" in m else {}
-    if "bits_per_byte" in m:
-        row["bits/byte"] = core.plus_minus(m["bits_per_byte"], m["bits_per_byte_interval"], 4)
-    return row | {"accuracy": core.plus_minus(m["accuracy"], m["accuracy_interval"]), "rows": str(m["rows"])}
+    row |= {"bits/byte": figure("bits_per_byte", 4)} if "bits_per_byte" in m else {}
+    return row | {"accuracy": figure("accuracy"), "rows": str(m["rows"])}
 
 
 def said(m) -> str:
@@ -244,217 +315,101 @@ def said(m) -> str:
 
 
 def measure_own(one, cfg, world, say, poll) -> dict:
-    """A run's own val and test rows once more; says whether result.json had the same."""
-    if not one.script:
-        raise core.UserError(f"{one.name} is no run and has no rows of its own: name some by --data")
-    found, losses = one.module.remeasure(one.name, world, cfg.eval_batch, poll)
-    if losses:
-        core.on_main(world, lambda: runs.write_losses(one.name, losses))
+    """A run's own val and test rows once more; if result.json had the same, also the file by which --compare
+    pairs rows.
+    """
+    found, (name, lines) = one.module.remeasure(one.name, world, cfg.eval_batch, poll)
     for part in ("val", "test"):
         metrics = {name[len(part) + 1 :]: x for name, x in found.items() if name.startswith(f"{part}/")}
         if metrics:
             say(f"{one.name}  {part}  {said(metrics)}")
             last, shown = part, metrics
     if one.is_preference:
-        for line in report_card.card_lines(shown, last, list(pairs.LABELS)):
+        where = "out of fold" if runs.read_config(one.name)["constants"]["folds"] else last
+        for line in report_card.card_lines(shown, where, list(pairs.LABELS)):
             say(line)
-    say(f"  {agreement(found, results.read(one.name).result)}")
+    same, sentence = agreement(found, results.read(one.name).result)
+    say(f"  {sentence}")
+    if same:
+        core.on_main(world, lambda: core.write_lines(Path(one.name) / name, lines))
     return shown
 
 
-def agreement(found, stored) -> str:
-    """How far the figures are from those of result.json, the farthest one named."""
+def agreement(found, stored) -> tuple[bool, str]:
+    """Whether the figures are those of result.json; how far the farthest is away."""
     away = {}
     for name, value in found.items():
         was = stored.get(name)
         if all(isinstance(x, int | float) and not isinstance(x, bool) for x in (value, was)):
-            away[name] = abs(value - was) / max(abs(was), 1e-9)
+            away[name] = abs(value - was) / (abs(was) + 0.1)  # of figures near 0 the size counts
     if not away:
-        return "result.json has no figures to compare with"
+        return False, "result.json has no figures to compare with"
     worst = max(away, key=away.get)
     if away[worst] <= 1e-5:
-        return f"as result.json has it (largest difference {away[worst]:.0e} of a figure)"
-    return f"not as result.json has it: {worst} is {found[worst]:.6g}, was {stored[worst]:.6g}"
+        return True, f"as result.json has it (largest difference {away[worst]:.0e} of a figure)"
+    return False, f"not as result.json has it: {worst} is {found[worst]:.6g}, was {stored[worst]:.6g}"
 
 
 def measure_other(one, data, cfg, world, say, poll) -> dict:
     """Other data: into a folder below runs/eval/ that looks like a run's."""
     began, folder = time.time(), other_folder(one, data, cfg)
+    core.on_main(world, lambda: str(prepared(folder.parent)))
     if one.is_preference:
-        kind, (metrics, lines, written) = "preference", measure_pairs(one, data, cfg, world, poll)
-        facts, constants = {"fingerprint": {"data": core.data_fingerprint(data)}}, {}
+        kind, found = "preference", measure_pairs(one, data, cfg, world, poll)
     else:
         stored, model, tokenizer = one.load(cfg, world)
-        kind = core.on_main(world, lambda: kind_of(data, cfg))
-        how = {"text": measure_text, "rows": measure_rows}[kind]
-        metrics, lines, written, fingerprint, constants = how(
-            data, stored, model, tokenizer, cfg, world, poll
-        )
-        facts = {"fingerprint": {"data": fingerprint}}
-    constants = {"model": one.name, "data": data, "max_documents": cfg.max_documents, **constants}
-    config = {"script": "eval", "kind": kind, "constants": constants, "facts": facts, "preset": None}
-    config |= {"device": runs.device_name(world), "git": runs.git_state()}
-    result = {"status": "finished", "step": 0, "seconds": time.time() - began, "weights_sha256": None}
-    result |= {f"test/{name}": value for name, value in metrics.items()}
-    core.on_main(world, lambda: write_folder(folder, config, result, written))
-    say(f"{one.name}  {data}  {said(metrics)}")
-    for line in lines:
+        kind = core.on_main(world, lambda: other_data.kind_of(data, cfg.text_column))
+        how = {"text": other_data.measure_text, "rows": other_data.measure_rows}[kind]
+        found = how(data, stored, model, tokenizer, cfg, world, poll)
+    if found.fingerprint == one.facts.get("fingerprint", {}).get("data"):
+        found.lines.append("NOTE this is the data that the run was trained on, its training rows included")
+    constants = {"model": one.name, "data": data, "max_documents": cfg.max_documents, **found.constants}
+    config = about(one, kind, constants, world) | {"facts": {"fingerprint": {"data": found.fingerprint}}}
+    result = {"status": "finished", "step": 0, "seconds": time.time() - began}
+    result |= {f"test/{name}": value for name, value in found.metrics.items()}
+    core.on_main(world, lambda: write_folder(folder, config, result, found.file))
+    say(f"{one.name}  {data}  {said(found.metrics)}")
+    for line in found.lines:
         say(f"  {line}")
     if one.is_preference:
-        for line in report_card.card_lines(metrics, "rows", list(pairs.LABELS)):
+        for line in report_card.card_lines(found.metrics, "rows", list(pairs.LABELS)):
             say(line)
     say(f"  written: {folder}")
-    return metrics
+    return found.metrics
+
+
+def measure_pairs(one, data, cfg, world, poll) -> other_data.Measured:
+    """The report card of other A/B/tie rows."""
+    options = {"max_documents": cfg.max_documents, "eval_batch": cfg.eval_batch, "poll": poll}
+    card, lines, predictions, fingerprint = one.module.measure_other(one.name, data, world, **options)
+    return other_data.Measured(card, lines, ("predictions.jsonl", predictions), fingerprint, {})
 
 
 def other_folder(one, data, cfg) -> Path:
-    """runs/eval/<model>-<data>, with a hash of their paths: equal names may be different things."""
+    """runs/eval/<model>-<data>-<hash of their paths and of what the figures depend on>."""
     words = "-".join(re.sub(r"[^\w.]+", "_", Path(name).name)[:40] for name in (one.name, data))
-    where = [str(Path(name).resolve()) if Path(name).exists() else name for name in (one.name, data)]
-    return (
-        Path(cfg.out or root(cfg) / "eval")
-        / f"{words}-{hashlib.sha256(json.dumps(where).encode()).hexdigest()[:6]}"
-    )
+    known = [str(Path(name).resolve()) if Path(name).exists() else name for name in (one.name, data)]
+    known += [getattr(cfg, name) for name in ("max_documents", "text_column", "context", "stride")]
+    known += [] if one.script else [cfg.template, cfg.max_length, cfg.dtype]
+    mark = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:6]
+    return Path(cfg.out or root(cfg) / "eval") / f"{words}-{mark}"
 
 
-def write_folder(folder, config, result, written):
-    """config.json, result.json, and `written`: (name of a .jsonl file, its lines)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name, lines = written
-    with core.whole_file(folder / name) as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
+def about(one, kind, constants, world) -> dict:
+    """config.json of a folder below runs/eval/."""
+    config = {"script": "eval", "kind": kind, "constants": constants, "facts": {}, "preset": None}
+    config |= {"command": " ".join(sys.argv), "device": runs.device_name(world), "git": runs.git_state()}
+    return config | ({"checkpoint": runs.chosen_checkpoint(one.name)} if one.script else {})
+
+
+def write_folder(folder, config, result, file):
+    """config.json and `file` (name, lines); result.json last, after the old one has gone."""
+    folder.mkdir(exist_ok=True)
+    (folder / "result.json").unlink(missing_ok=True)
+    name, lines = file
+    core.write_lines(folder / name, lines)
     core.write_json(folder / "config.json", config)
     core.write_json(folder / "result.json", result)
-
-
-def kind_of(data, cfg) -> str:
-    """text, or rows of instructions; UserError for a table that is neither."""
-    if data == "python-instructions":
-        return "rows"
-    if data in corpus.BUILT_IN or corpus.text_files(data):
-        return "text"
-    first = core.read_rows(data, 1)
-    if first and isinstance(first[0], dict) and {"instruction", "output"} <= first[0].keys():
-        return "rows"
-    if first and isinstance(first[0], dict) and cfg.text_column in first[0]:
-        return "text"
-    core.require_columns(
-        first, ("instruction", "output"), f"{data} (or a column {cfg.text_column!r} of texts)"
-    )
-    raise core.UserError(f"{data} cannot be measured: use text, or rows with instruction and output")
-
-
-class Windows:
-    """Documents in windows of `context` tokens, each `stride` behind the last: a token counts once, in the
-    first window that holds it, where (but in the first) it has seen context - stride tokens at least.
-    """
-
-    def __init__(self, documents, context, stride):
-        self.documents, self.windows = documents, []  # (document, first input, end of inputs, first target)
-        for number, ids in enumerate(documents):
-            done = 1  # the first token is given
-            while done < len(ids):
-                end = min(len(ids), max(done + stride, context + 1))
-                self.windows.append((number, max(0, end - 1 - context), end - 1, done))
-                done = end
-        self.lengths = np.array([end - start for _, start, end, _ in self.windows])
-
-    def __len__(self):
-        return len(self.windows)
-
-    def wanted(self) -> list[np.ndarray]:
-        """The targets of each."""
-        return [self.documents[number][first : end + 1] for number, _, end, first in self.windows]
-
-    def batch(self, chosen, device) -> tuple[torch.Tensor, torch.Tensor]:
-        """(input_ids, labels), both (B, T), padded on the right."""
-        shape = len(chosen), int(self.lengths[chosen].max())
-        input_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, core.IGNORE_INDEX)
-        for row, window in enumerate(chosen):
-            number, start, end, first = self.windows[window]
-            ids = torch.from_numpy(self.documents[number].astype(np.int64))
-            input_ids[row, : end - start] = ids[start:end]
-            labels[row, first - 1 - start : end - start] = ids[first : end + 1]
-        return input_ids.to(device), labels.to(device)
-
-
-def read_documents(data, tokenizer, cfg) -> tuple[list[np.ndarray], int, list[str]]:
-    """(ids of each document between begin and end tokens, bytes of all texts, lines on unusable ones)."""
-    source = corpus.Corpus(data, "", cfg.text_column, cfg.max_documents)
-    bad, documents, size = core.BadRows(), [], 0
-    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-    with core.progress(None, "tokenising") as bar:
-        for opens in corpus.documents(source, bad):
-            ids = [begin]
-            with opens() as stream:
-                for text in corpus.pieces(stream):
-                    ids += tokenizer(text, **plain).input_ids
-                    size += len(text.encode())
-            documents.append(np.array([*ids, tokenizer.eos_token_id]))
-            bar.update()
-    if not size:
-        raise core.UserError(
-            f"{data} holds no text: use text files, or a table with a column {cfg.text_column!r}"
-        )
-    return documents, size, bad.report(len(documents) + len(bad.rows), data) if bad.rows else []
-
-
-def measure_text(data, stored, model, tokenizer, cfg, world, poll):
-    """Text by sliding windows; rows of losses.jsonl are windows, intervals redraw documents or stretches."""
-    most = model.config.block_size
-    context = cfg.context or most
-    if context > most:
-        raise core.UserError(f"--context {context} is over the {most} positions of the model")
-    documents, size, lines = core.main_first(world, lambda: read_documents(data, tokenizer, cfg))
-    stride = cfg.stride or max(1, context // 2)
-    windows = Windows(documents, context, stride)
-    sums = gpt_scratch.evaluate(model, windows, stored, world, poll)
-    sizes = corpus.token_bytes(tokenizer)
-    spelt = np.array([sizes[ids].sum() for ids in windows.wanted()])
-    if abs(spelt.sum() - size) > 1e-3 * size:
-        lines.append(
-            f"the tokens spell {spelt.sum():,} bytes, the text has {size:,}: bits are per byte spelt"
-        )
-    groups = gpt_scratch.stretches(len(windows))
-    if len(documents) >= 100:
-        groups = np.array([number for number, *_ in windows.windows])
-    counts = f"{len(documents)} documents, {int(sums[:, 2].sum()):,} targets"
-    lines.append(f"{counts}, windows of {context}, stride {stride}")
-    written = "losses.jsonl", runs.loss_lines(np.arange(len(windows)), groups, sums, spelt)
-    fingerprint = corpus.data_fingerprint(corpus.Corpus(data, "", cfg.text_column, cfg.max_documents))
-    constants = {"text_column": cfg.text_column, "context": context, "stride": stride}
-    return core.language_metrics(sums, groups, byte_counts=spelt), lines, written, fingerprint, constants
-
-
-def measure_rows(data, stored, model, tokenizer, cfg, world, poll):
-    """Answers of instruction rows as targets, under the template that the model was taught."""
-    shape = {"template": cfg.template, "max_length": min(cfg.max_length, model.config.block_size)}
-    shape = {name: getattr(stored, name, value) for name, value in shape.items()}
-    asked = SimpleNamespace(data=data, model="", max_documents=cfg.max_documents, **shape)
-    rows = sft.load_instructions(asked, world, tokenizer)
-    whole, most = rows.prompt_lengths + rows.answer_lengths + 1, shape["max_length"]
-    fits = np.flatnonzero(rows.prompt_lengths < np.minimum(whole, most))
-    if not len(fits):
-        raise core.UserError(f"the prompts of all {len(rows)} rows fill {most} tokens: use a model with more")
-    examples, lines = sft.Examples(rows, fits, most), list(rows.lines)
-    if cut := int((whole[fits] > most).sum()):
-        lines.append(f"{cut} row(s) are cut at {most} tokens: they lose the end of the answer")
-    if left := len(rows) - len(fits):
-        lines.append(f"{left} row(s) are left out: their prompts alone fill {most} tokens")
-    sums = gpt_scratch.evaluate(model, examples, stored, world, poll)
-    sizes = corpus.token_bytes(tokenizer)
-    spelt = np.array([sizes[ids].sum() for ids in examples.wanted()])
-    groups = rows.groups[fits]
-    written = "losses.jsonl", runs.loss_lines(rows.numbers[fits], groups, sums, spelt)
-    metrics = core.language_metrics(sums, groups, byte_counts=spelt)
-    return metrics, lines, written, rows.fingerprint["data"], shape
-
-
-def measure_pairs(one, data, cfg, world, poll):
-    """The report card of other A/B/tie rows, and the lines of predictions.jsonl."""
-    card, lines, predictions = one.module.measure_other(one.name, data, world, cfg.eval_batch, poll)
-    return card, lines, ("predictions.jsonl", predictions)
 
 
 # ------------------------------------------------------------------------------------------------ answering
@@ -462,54 +417,65 @@ def measure_pairs(one, data, cfg, world, poll):
 
 def generate(cfg, world, say, poll):
     """Greedy answers to a run's own test rows, or to --data: instruction rows, or text, one prompt a line."""
-    for one in subjects(cfg, world):
+    ones = subjects(cfg, world)
+    for one in ones:
         if one.is_preference:
             raise core.UserError(f"{one.name} judges answers and writes none: use a language model")
+    for one in ones:
         for data in cfg.data:
             answer(one, data, cfg, world, say, poll)
+        one.loaded = None
 
 
 def answer(one, data, cfg, world, say, poll):
+    folder = Path(one.name) if data == "own" else other_folder(one, data, cfg)
+    core.on_main(world, lambda: str(prepared(folder)))
     stored, model, tokenizer = one.load(cfg, world)
-    rows, prompts = prompts_of(one, data, stored, tokenizer, cfg, world)
+    most = cfg.max_new_tokens or getattr(stored, "max_new_tokens", None) or LONGEST
+    rows, prompts = core.main_first(world, lambda: prompts_of(one, data, stored, tokenizer, cfg))
     model = lora.merge_lora(model) if one.script == "run_lora" else model
-    room = max(map(len, prompts)) + cfg.max_new_tokens - model.config.block_size
+    room = max(map(len, prompts)) + most - model.config.block_size
     if room > 0:
         size = f"the model's {model.config.block_size}"
         say(f"the longest prompt and its answer are {room} tokens over {size}: its beginning is forgotten")
     batch = stored.eval_batch * world.size
-    texts = sft.answers(model, tokenizer, prompts, cfg.max_new_tokens, batch, world, poll)
+    texts = sft.answers(model, tokenizer, prompts, most, batch, world, poll)
     rows = [row | {"model_response": text} for row, text in zip(rows, texts, strict=True)]
-    folder = Path(one.name) if data == "own" else other_folder(one, data, cfg)
-
-    def write():
-        folder.mkdir(parents=True, exist_ok=True)
-        core.write_json(folder / "responses.json", rows)
-        if not (folder / "config.json").exists():
-            constants = {"model": one.name, "data": data, "max_documents": cfg.max_documents}
-            config = {"script": "eval", "kind": "rows", "constants": constants, "facts": {}, "preset": None}
-            core.write_json(folder / "config.json", config | {"device": runs.device_name(world)})
-            core.write_json(folder / "result.json", {"status": "finished", "step": 0})
-
-    core.on_main(world, write)
+    core.on_main(world, lambda: write_answers(folder, one, data, cfg, rows, most, world))
     empty = sum(not text for text in texts)
     say(f"{one.name}  {len(rows)} answers, {empty} empty: {folder}/responses.json")
     say(f"next: python eval.py --mode judge --run {folder}")
 
 
-def prompts_of(one, data, stored, tokenizer, cfg, world) -> tuple[list[dict], list[list[int]]]:
+LONGEST = 256  # tokens of an answer, where neither a run nor a flag says otherwise
+
+
+def write_answers(folder, one, data, cfg, rows, most, world):
+    """responses.json; a folder below runs/eval/ that is new begins to look like a run's."""
+    core.write_json(folder / "responses.json", rows)
+    if not (folder / "config.json").exists():
+        constants = {
+            "model": one.name,
+            "data": data,
+            "max_documents": cfg.max_documents,
+            "max_new_tokens": most,
+        }
+        core.write_json(folder / "config.json", about(one, "rows", constants, world))
+        core.write_json(folder / "result.json", {"status": "finished", "step": 0})
+
+
+def prompts_of(one, data, stored, tokenizer, cfg) -> tuple[list[dict], list[list[int]]]:
     """Rows (their columns stay) and the ids of what the model is asked."""
-    plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     if data == "own":
         if one.script not in ("run_instruct", "run_lora"):
             raise core.UserError(f"{one.name} has no instruction rows of its own: name some by --data")
-        rows = sft.load_instructions(stored, world, tokenizer)
-        runs.same_data(runs.read_config(one.name)["facts"]["fingerprint"], rows.fingerprint, stored.data)
+        rows = sft.own_data(stored, core.World(), tokenizer, one.facts)
         test = sft.examples_of(rows, stored)[0]["test"].rows
         return [rows.columns(row) for row in test], [rows.prompt(row) for row in test]
     if corpus.text_files(data):
-        lines = [line for file in corpus.text_files(data) for line in file.read_text("utf-8").splitlines()]
+        lines = [line for file in corpus.text_files(data) for line in read_text(file).splitlines()]
         rows = [{"instruction": line, "input": "", "output": ""} for line in lines if line.strip()]
+        rows = rows[: cfg.max_documents]
         prompts = [row["instruction"] for row in rows]
     else:
         rows = core.read_rows(data, cfg.max_documents)
@@ -517,12 +483,16 @@ def prompts_of(one, data, stored, tokenizer, cfg, world) -> tuple[list[dict], li
         template = getattr(stored, "template", cfg.template)
         numbered = enumerate(rows, start=1)
         prompts = [sft.prompt_text(*asked(row, number, data), template) for number, row in numbered]
-    rows, prompts = rows[: cfg.max_documents], prompts[: cfg.max_documents]
     if not rows:
-        raise core.UserError(
-            f"{data} has no prompts: use rows with an instruction, or text, one prompt a line"
-        )
-    return rows, [tokenizer(text, **plain).input_ids for text in prompts]
+        raise core.UserError(f"{data} has no prompts: use instruction rows, or text, one prompt a line")
+    return rows, [tokenizer(text, **other_data.AS_TEXT).input_ids for text in prompts]
+
+
+def read_text(path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise core.UserError(f"{path} is not UTF-8: save it as such") from None
 
 
 def asked(row, number, data) -> tuple[str, str]:
@@ -538,42 +508,50 @@ def asked(row, number, data) -> tuple[str, str]:
 
 def judge_answers(cfg, say):
     """Grades of each --run's responses.json (or such a file) into judged.json beside it; or a duel of two."""
-    names = cfg.run_folder or (newest(root(cfg)),)
+    names = cfg.run_folder or (newest(root(cfg), "responses.json"),)
     paths = [path if (path := Path(name)).is_file() else path / "responses.json" for name in names]
     rows, asked = [judge.read_responses(path) for path in paths], judge.make_judge(cfg)
     if cfg.pairwise:
-        if len(names) != 2:
-            raise core.UserError(f"--pairwise compares two, not {len(names)}: name both by --run")
-        found = judge.duel(asked, *rows, cfg.judge_repeats)
-        for line in judge.lines_of_duel(*names, found):
-            say(line)
-        path = (
-            Path(cfg.out or root(cfg) / "compare")
-            / f"duel_{'_'.join(p.parent.name or p.stem for p in paths)}.json"
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        core.write_json(path, {"sides": list(names), **found})
-        return say(f"written: {path}")
+        return duel(cfg, names, paths, rows, asked, say)
     for name, path, some in zip(names, paths, rows, strict=True):
         before, found = asked.asked, judge.score(asked, some, cfg.judge_repeats)
         for line in judge.lines_of_score(name, found):
             say(line)
-        path = path.with_name(path.name.replace("responses", "judged", 1) if "responses" in path.name
-                              else f"judged_{path.name}").with_suffix(".json")  # fmt: skip
-        core.write_json(path, results.read_judged(path) | {cfg.judge_model: found})
-        say(f"  written: {path}; {asked.asked - before} questions were asked, the others known")
+        target = path.with_name(judged_name(path)).with_suffix(".json")
+        found["responses_sha256"] = core.sha256_file(
+            path
+        )  # other answers tomorrow: then this is no news of them
+        core.write_json(target, results.read_judged(target) | {cfg.judge_model: found})
+        say(f"  written: {target}; {asked.asked - before} questions were asked, the others known")
+
+
+def judged_name(path) -> str:
+    """judged.json beside responses.json, judged_x.json beside responses_x.json or x.json."""
+    name = path.name
+    return name.replace("responses", "judged", 1) if "responses" in name else f"judged_{name}"
+
+
+def duel(cfg, names, paths, rows, asked, say):
+    if len(names) != 2:
+        raise core.UserError(f"--pairwise compares two, not {len(names)}: name both by --run")
+    folder = prepared(cfg.out or root(cfg) / "compare")
+    found = judge.duel(asked, *rows, cfg.judge_repeats)
+    for line in judge.lines_of_duel(*names, found):
+        say(line)
+    target = folder / f"duel_{'_'.join(path.parent.name or path.stem for path in paths)}.json"
+    core.write_json(target, {"sides": list(names), **found})
+    say(f"written: {target}")
 
 
 def compare_runs(cfg, say):
     """--compare: constants, verdicts, answers side by side; compare.md, compare.json and answers.md."""
     all_sides = compare.sides(cfg.compare, root(cfg))
+    folder = prepared(Path(cfg.out or root(cfg) / "compare") / compare.folder_name(all_sides))
+    for stale in ("answers.md", "curves.png"):  # of an earlier call
+        (folder / stale).unlink(missing_ok=True)
     head = compare.constants_table(all_sides)
     lines, figures = compare.report(all_sides)
     say("\n".join([head, "", *lines]))
-    folder = Path(cfg.out or root(cfg) / "compare") / "-".join(
-        side.all_facts[0].name for side in all_sides[:3]
-    )
-    folder.mkdir(parents=True, exist_ok=True)
     answers = compare.side_by_side(all_sides, cfg.answer_rows)
     texts = {"compare.md": "\n".join(["# Comparison", "", head, "", *lines, ""]), "answers.md": answers}
     for name, text in texts.items():
@@ -584,16 +562,17 @@ def compare_runs(cfg, say):
     if cfg.plot:
         results.draw([facts for side in all_sides for facts in side.all_facts], folder / "curves.png")
     say(f"written: {folder}/ ({', '.join(sorted(path.name for path in folder.iterdir()))})")
+    if not answers:
+        say("no answers side by side: not all sides have answers to the same prompts (--mode generate)")
 
 
 def tabulate(cfg, say):
     """--table: Markdown to the terminal and table.md, curves.png, and TensorBoard's page of constants."""
     found = results.find(cfg.table)
     results.check_names(found, cfg.group_by, cfg.sort)
+    folder = prepared(cfg.out or (found[0].folder.parent if len(found) > 1 else found[0].folder))
     text = results.grouped(found, cfg.group_by, cfg.sort) if cfg.group_by else results.table(found, cfg.sort)
     say(text)
-    folder = Path(cfg.out or (found[0].folder.parent if len(found) > 1 else found[0].folder))
-    folder.mkdir(parents=True, exist_ok=True)
     with core.whole_file(folder / "table.md") as file:
         file.write(text + "\n")
     say(f"\nwritten: {folder}/table.md")
@@ -611,24 +590,28 @@ def tabulate(cfg, say):
 def pack(cfg, say):
     """--pack: <run>.tar.gz beside each run: the small files, and the weights it was tested with."""
     for name in cfg.pack:
-        folder = Path(name)
+        folder = Path(name).resolve()
         config = runs.read_config(folder)
         if config.get("script") not in SCRIPTS:
             raise core.UserError(f"{name} is no run: name a run folder")
-        kept = packed_checkpoints(folder)
-        target = Path(cfg.out or folder.parent) / f"{folder.name}.tar.gz"
-        target.parent.mkdir(parents=True, exist_ok=True)
+        kept, out = packed_checkpoints(folder), prepared(cfg.out or Path(name).parent)
+        target = out / f"{folder.name}.tar.gz"
         small = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
         small = [path for path in small if path.relative_to(folder).parts[0] != "checkpoints"]
         whole = [folder / "checkpoints" / name / "model.safetensors" for name in kept]
         needed = sum(path.stat().st_size for path in (*small, *whole))
-        if (free := shutil.disk_usage(target.parent).free) < 1.02 * needed + 1e6:
-            room = f"{target.parent} has {free / 1e6:.0f} MB free, the archive needs {needed / 1e6:.0f}"
+        if (free := shutil.disk_usage(out).free) < 1.02 * needed + 1e6:
+            room = f"{out} has {free / 1e6:.0f} MB free, the archive needs {needed / 1e6:.0f}"
             raise core.UserError(f"{room}: free some, or use another --out")
-        write_archive(target, folder, small, kept)
-        size, left = target.stat().st_size / 1e6, optimizer_megabytes(folder)
-        weights = f"weights {', '.join(kept) or 'none'}"
-        say(f"{target}  {size:.1f} MB  {len(small)} files, {weights}; left out {left:.0f} MB of optimizer")
+        with contextlib.closing(runs.locked(folder)):  # refused while the run is written
+            write_archive(target, folder, small, kept)
+        every = sum(path.stat().st_size for path in folder.glob("checkpoints/*/*"))
+        left = (every - sum(path.stat().st_size for path in whole)) / 1e6
+        size, weights = target.stat().st_size / 1e6, f"weights {', '.join(kept) or 'none'}"
+        say(f"{target}  {size:.1f} MB  {len(small)} files, {weights}")
+        say(f"  left out {left:.1f} MB: optimizer state, other checkpoints")
+        if config["script"] == "run_lora":
+            say(f"  its base is not inside: {config['constants']['model']}")
         say(f"  at home, in the project's folder: tar xzf {target.name}")
 
 
@@ -645,10 +628,12 @@ def packed_checkpoints(folder) -> list[str]:
 
 def write_archive(target, folder, small, kept):
     """Under its name only when whole. Each manifest is made anew for what is in the archive."""
-    inside = Path("runs") / folder.resolve().parent.name / folder.resolve().name
+    inside = Path("runs") / folder.parent.name / folder.name
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        with tarfile.open(aside, "w:gz", compresslevel=1) as archive:  # weights hardly shrink
+        with tarfile.open(
+            aside, "w:gz", compresslevel=1, dereference=True
+        ) as archive:  # weights hardly shrink
             for path in small:
                 archive.add(path, inside / path.relative_to(folder))
             for name in kept:
@@ -659,6 +644,7 @@ def write_archive(target, folder, small, kept):
                 manifest = json.dumps(runs.manifest(position, hashes))
                 add_text(archive, inside / checkpoint / "manifest.json", manifest)
             add_text(archive, inside / runs.PACKED, f"packed {time.ctime()}: no optimizer state, no resume\n")
+        core.flush(aside)
         os.replace(aside, target)
     finally:
         aside.unlink(missing_ok=True)
@@ -670,23 +656,22 @@ def add_text(archive, name, text):
     archive.addfile(entry, io.BytesIO(text.encode()))
 
 
-def optimizer_megabytes(folder) -> float:
-    return sum(path.stat().st_size for path in folder.glob("checkpoints/*/state.pt")) / 1e6
-
-
 # ------------------------------------------------------------------------------------------------------ main
 
 
 @record
 def main(cfg, world):
-    poll, say = listen(world), print if world.is_main else lambda line: None
-    alone = {"compare": compare_runs, "table": tabulate, "pack": pack}
-    job = next((alone[name] for name in alone if getattr(cfg, name)), None)
-    job = job or (judge_answers if cfg.mode == "judge" else None)
-    if job:  # rank 0's work, the others wait
-        core.on_main(world, lambda: job(cfg, say))
-    else:
-        {"measure": measure, "generate": generate}[cfg.mode](cfg, world, say, poll)
+    job, poll, terminal = job_of(cfg), listen(world), core.Terminal(sys.stdout)
+
+    def say(text):
+        if world.is_main:
+            terminal.write(f"{text}\n")
+            terminal.flush()
+
+    if job in ("measure", "generate"):
+        return {"measure": measure, "generate": generate}[job](cfg, world, say, poll)
+    alone = {"judge": judge_answers, "compare": compare_runs, "table": tabulate, "pack": pack}[job]
+    core.on_main(world, lambda: alone(cfg, say))  # rank 0's work, the others wait
 
 
 if __name__ == "__main__":

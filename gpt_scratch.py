@@ -726,7 +726,7 @@ def load_model(folder, world):
     stored, known = runs.read_config(folder)["constants"], {field.name for field in fields(Config)}
     cfg = Config(**{name: value for name, value in stored.items() if name in known})
     model, tokenizer = open_model(folder)
-    return cfg, model.to(world.device).eval(), tokenizer
+    return cfg, core.Precision(cfg.dtype, world).prepare(model).eval(), tokenizer
 
 
 # ------------------------------------------------------------------------------------------- one step of it
@@ -890,27 +890,29 @@ def block_sums(values, blocks) -> np.ndarray:
     return np.add.reduceat(values[blocks.tokens[1:]], np.arange(0, len(blocks.tokens) - 1, blocks.block_size))
 
 
-def losses(sums, blocks, sizes) -> list[dict]:
+def losses(part, sums, blocks, sizes) -> list[dict]:
     """Lines of losses.jsonl."""
-    return runs.loss_lines(np.arange(len(sums)), stretches(len(sums)), sums, block_sums(sizes, blocks))
+    spelt = block_sums(sizes, blocks)
+    return runs.loss_lines(part, np.arange(len(sums)), stretches(len(sums)), sums, spelt)
 
 
-def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, list[dict]]:
-    """The figures of a run's own val and test text, measured again, and the lines of losses.jsonl.
+def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
+    """The figures of a run's own val and test text, measured again, and losses.jsonl: its name and lines.
 
-    UserError if cfg.data has changed since.
+    UserError if cfg.data or its tokenizer has changed since.
     """
     cfg, model, _ = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
     tokens, result = corpus.open_corpus(corpus_of(cfg), world), {}
-    runs.same_data(runs.read_config(folder)["facts"]["fingerprint"], tokens.fingerprint, cfg.data)
+    stored = runs.read_config(folder)["facts"]["fingerprint"]
+    runs.same_data(stored, tokens.fingerprint, cfg.data, ("data", "tokenizer"))
     sizes = corpus.token_bytes(tokens.tokenizer)
     for part in held_out(cfg):
         blocks = corpus.Blocks(tokens.parts[part], cfg.block_size)
         sums = evaluate(model, blocks, cfg, world, poll)
         metrics = measure(sums, blocks, tokens.unigram, sizes)
         result |= {f"{part}/{name}": value for name, value in metrics.items()}
-    return result, losses(sums, blocks, sizes)
+    return result, ("losses.jsonl", losses(part, sums, blocks, sizes))
 
 
 # ---------------------------------------------------------------------------------------------------- train
@@ -972,7 +974,8 @@ def finish(run, cfg, world, s) -> dict:
             f"accuracy {core.plus_minus(m['accuracy'], m['accuracy_interval'])}   "
             f"token frequencies {m['unigram_loss']:.4f}" + (f"\n{part:5} {m['alarm']}" if m["alarm"] else "")
         )
-    core.on_main(world, lambda: runs.write_losses(run.folder, losses(sums, s.blocks[part], sizes)))
+    lines = losses(part, sums, s.blocks[part], sizes)
+    core.on_main(world, lambda: core.write_lines(run.folder / "losses.jsonl", lines))
     known = core.on_main(world, lambda: known_words(run.folder / "samples.jsonl", s.tokens))
     if known is not None:
         run.say(f"samples  {known:.0%} of their words occur in the training text")

@@ -65,7 +65,7 @@ Which response is better? Reply with one word alone: A, B, or tie."""
 
 
 def request_of(row) -> str:
-    """What the model was asked, as it saw it."""
+    """What the model was asked, in Alpaca's template whatever its own was: one judge, one form."""
     return sft.prompt_text(row["instruction"], row.get("input") or "", "alpaca").strip()
 
 
@@ -102,6 +102,7 @@ def without_thoughts(reply) -> str:
 BACK_OFF = 1.0  # seconds before the second attempt; doubled before each further one, up to a minute
 LOCAL = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
 LATER = {408, 409, 425, 429}  # and all from 500 on: worth another attempt
+NEVER = {401, 403, 404}  # not worth another question
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -192,8 +193,8 @@ class Judge:
         line = json.dumps({"key": key, "reply": reply, "question": text})
         with self.lock:
             try:
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+                with open(self.path, "ab", buffering=0) as file:
+                    file.write(f"{line}\n".encode())  # at once: other processes may append, too
             except OSError as error:
                 raise Refused(f"{self.path} cannot be written ({error.strerror})") from None
             self.replies[key], self.asked = reply, self.asked + 1
@@ -220,6 +221,8 @@ class Judge:
             except urllib.error.HTTPError as error:
                 reason, pause = self._told(error), retry_after(error)
                 if error.code < 500 and error.code not in LATER:
+                    if self.asked and error.code not in NEVER:
+                        return f"({reason})"  # of this one question: too long, say; no grade can be read
                     raise Refused(f"{reason} (see --judge_url, --judge_model, --judge_key)") from None
             except (OSError, http.client.HTTPException, ValueError) as error:  # URLError is an OSError
                 reason, pause = self._one_line(fault(error)), 0
@@ -331,6 +334,20 @@ def read_responses(path) -> list[dict]:
     return rows
 
 
+def numbered(lines) -> dict:
+    """(prompt, its how-manieth occurrence) -> line with this `group`: the same in every file."""
+    seen, found = {}, {}
+    for line in lines:
+        count = seen[line["group"]] = seen.get(line["group"], 0) + 1
+        found[line["group"], count] = line
+    return found
+
+
+def by_prompt(rows) -> dict:
+    """`numbered` of rows of responses.json."""
+    return numbered([row | {"group": group_of(row)} for row in rows])
+
+
 def group_of(row) -> str:
     return sft.prompt_hash(row["instruction"], row.get("input") or "")
 
@@ -385,7 +402,7 @@ def lines_of_score(name, s) -> list[str]:
     said = core.plus_minus(s["score"], s["score_interval"], 2)
     lines = [f"{name}  {s['judge']}  {said} of 100  {s['graded']} of {s['rows']} answers, {s['empty']} empty"]
     if s["unreadable"]:
-        lowest = s["score"] * s["graded"] / s["rows"]
+        lowest = np.mean([np.mean([grade or 0 for grade in of_row["grades"]]) for of_row in s["grades"]])
         lines.append(
             f"  {s['unreadable']} replies hold no grade; counted as 0 the mean would be {lowest:.2f}"
         )
@@ -402,8 +419,8 @@ def duel(judge, ours, theirs, repeats=1) -> dict:
 
     Rates with intervals by prompt: of the first run's wins (ties half), of first places, of longer answers.
     """
-    by_group = {group_of(row): row for row in theirs}  # of a prompt that is there twice, the last answer
-    pairs = [(row, by_group[group_of(row)]) for row in ours if group_of(row) in by_group]
+    sides = by_prompt(ours), by_prompt(theirs)
+    pairs = [(row, sides[1][key]) for key, row in sides[0].items() if key in sides[1]]
     if not pairs:
         raise core.UserError("the two have no prompt in common: compare answers to the same rows")
     questions, where = [], []
@@ -414,7 +431,9 @@ def duel(judge, ours, theirs, repeats=1) -> dict:
             questions += [(pair_question(a, a, b), repeat), (pair_question(a, b, a), repeat)]
             where += [(i, "A"), (i, "B")]  # as which of the two the first run was shown
     verdicts = [parse_verdict(reply) for reply in judge.ask(questions)]
-    return duel_figures(pairs, where, verdicts) | {"judge": judge.model, "url": judge.url, "repeats": repeats}
+    alone = {"without_partner": len(ours) + len(theirs) - 2 * len(pairs)}
+    asked = {"judge": judge.model, "url": judge.url, "repeats": repeats}
+    return duel_figures(pairs, where, verdicts) | alone | asked
 
 
 def duel_figures(pairs, where, verdicts) -> dict:
@@ -455,11 +474,15 @@ def lines_of_duel(first, second, d) -> list[str]:
     def figure(name):
         return "none" if d[name] is None else core.plus_minus(d[name], d[f"{name}_interval"])
 
-    lines = [f"{first} against {second}: wins {figure('wins')} of {d['prompts']} prompts (ties are halves)"]
+    lines = [
+        f"{first} against {second}: wins {figure('wins')} of {len(d['outcomes'])} prompts (ties are halves)"
+    ]
     if d["wins"] is not None:
         low, high = d["wins_interval"]
         told = "they cannot be told apart" if low <= 0.5 <= high else "they can be told apart"
         lines.append(f"  {told} by {d['judge']}; {d['equal']} pairs of answers are equal")
     lines.append(f"  same verdict in both orders {figure('same_in_both_orders')}")
     lines.append(f"  the one shown first wins {figure('first_place')}, the longer one {figure('longer')}")
-    return [*lines, *([f"  {d['unreadable']} replies hold no verdict"] if d["unreadable"] else [])]
+    lines += [f"  {d['unreadable']} replies hold no verdict"] if d["unreadable"] else []
+    alone = f"  {d['without_partner']} answers to prompts that the other side lacks are left out"
+    return [*lines, *([alone] if d["without_partner"] else [])]

@@ -3,6 +3,7 @@ judged.json): a run that came home without its checkpoints counts. Used by eval.
 """
 
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -30,6 +31,11 @@ class Facts:
         return self.folder.name
 
     @property
+    def part(self) -> str:
+        """What its figures are of."""
+        return "test" if any(name.startswith("test/") for name in self.result) else "val"
+
+    @property
     def tag(self) -> str:
         return self.constant("tag") or ""
 
@@ -42,11 +48,10 @@ class Facts:
         return self.config["constants"].get(name, self.config.get(name))
 
     def figure(self, *names):
-        """(value, interval) of the first of these figures that the run was tested on; val's if on none."""
-        for part in ("test", "val"):
-            for name in names:
-                if (value := self.result.get(f"{part}/{name}")) is not None:
-                    return value, self.result.get(f"{part}/{name}_interval")
+        """(value, interval) of the first of these figures that there is, of `part`."""
+        for name in names:
+            if (value := self.result.get(f"{self.part}/{name}")) is not None:
+                return value, self.result.get(f"{self.part}/{name}_interval")
         return None, None
 
     def curve(self, name) -> list[tuple[int, float]]:
@@ -61,8 +66,20 @@ def read(folder) -> Facts:
         raise core.UserError(f"{folder} is no run folder: its config.json is that of something else")
     lines = _text(folder / "metrics.jsonl").splitlines()
     metrics = [row for line in lines if isinstance(row := _json(line), dict)]  # a kill leaves half a line
-    result = _json(_text(folder / "result.json"))
-    return Facts(folder, config, result or {}, metrics, read_judged(folder / "judged.json"))
+    result, judged = _json(_text(folder / "result.json")), read_judged(folder / "judged.json")
+    return Facts(folder, config, result or {}, metrics, of_these_answers(folder, judged))
+
+
+def of_these_answers(folder, judged) -> dict:
+    """The grades that belong to responses.json as it is now; others are passed over, with a line."""
+    path = folder / "responses.json"
+    if not judged or not path.exists():
+        return judged
+    now = core.sha256_file(path)
+    old = [name for name, summary in judged.items() if summary.get("responses_sha256", now) != now]
+    for name in old:
+        print(f"WARNING {folder}: {name} graded other answers than responses.json now holds", file=sys.stderr)
+    return {name: summary for name, summary in judged.items() if name not in old}
 
 
 def read_judged(path) -> dict:
@@ -112,7 +129,8 @@ def find(names) -> list[Facts]:
     return list((single | inside_of).values())
 
 
-OF_NO_ACCOUNT = runs.OF_THE_CALL | {"note", "seed", "run_folder", "prompt", "price_per_hour"}
+LENGTH = {"epochs", "max_steps", "max_minutes", "final_eval"}
+OF_NO_ACCOUNT = runs.OF_THE_CALL | (runs.MAY_CHANGE - LENGTH) | {"seed", "run_folder", "prompt"}
 
 
 def differing(all_facts) -> list[str]:
@@ -144,7 +162,8 @@ def _figure(*names, digits=3):
         value, interval = facts.figure(*names)
         if value is None:
             return ""
-        return core.plus_minus(value, interval, digits) if interval else f"{value:.{digits}f}"
+        said = core.plus_minus(value, interval, digits) if interval else f"{value:.{digits}f}"
+        return said if facts.part == "test" else f"val {said}"
 
     return text
 
@@ -192,7 +211,7 @@ def _judges(all_facts) -> dict:
 
         return text
 
-    return {f"judge {name}": column(name) for name in names}
+    return {name: column(name) for name in names}
 
 
 def columns(all_facts) -> dict:
@@ -208,7 +227,8 @@ def columns(all_facts) -> dict:
     head |= {name: _constant(name) for name in also}  # what else tells these runs apart
     head |= {"seed": _constant("seed"), "loss": _figure("loss", "log_loss", digits=4)}
     head |= {"perplexity": _figure("perplexity"), "bits/byte": _figure("bits_per_byte", digits=4)}
-    head |= {"accuracy": _figure("accuracy"), **_judges(all_facts)}
+    head |= {"accuracy": _figure("accuracy")}
+    head |= {f"judge {name}": column for name, column in _judges(all_facts).items()}
     head |= {"min": _result("seconds", lambda s: f"{s / 60:.1f}"), "note": _constant("note")}
     head |= {"parameters": _result("parameters", lambda n: f"{n:,}")}
     head |= {"trained": _result("trainable_parameters", lambda n: f"{n:,}"), "rate": _rate}
@@ -291,8 +311,8 @@ def grouped(all_facts, names, order=None) -> str:
     for header, of in GROUPED.items():
         cells[header] = [_spread([f.figure(*of)[0] for f in group], 4) for group in groups.values()]
     for judge in _judges(all_facts):
-        scores = [[f.judged.get(judge[6:], {}).get("score") for f in group] for group in groups.values()]
-        cells[judge] = [_spread(of_group, 2) for of_group in scores]
+        scores = [[f.judged.get(judge, {}).get("score") for f in group] for group in groups.values()]
+        cells[f"judge {judge}"] = [_spread(of_group, 2) for of_group in scores]
     times = [[f.result["seconds"] / 60 for f in group if "seconds" in f.result] for group in groups.values()]
     cells["min"] = [_spread(of_group, 1) for of_group in times]
     cells["also differ in"] = [
@@ -416,6 +436,8 @@ def write_hparams(all_facts) -> int:
         metrics = {name: value for name, value in metrics.items() if value is not None}
         folder = facts.folder / "hparams"
         shutil.rmtree(folder, ignore_errors=True)
+        if not os.access(facts.folder, os.W_OK):
+            raise core.UserError(f"{facts.folder} cannot be written: the table stands, HPARAMS does not")
         with SummaryWriter(folder) as writer:
             for summary in hparams(values, metrics):
                 writer.file_writer.add_summary(summary)

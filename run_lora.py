@@ -223,8 +223,8 @@ def announce_lora(run, cfg, model):
 evaluate = gpt_scratch.evaluate  # (examples, 3): summed loss, hits, targets of each
 
 
-def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, list[dict]]:
-    """The figures of a run's own val and test rows, measured again, and the lines of losses.jsonl."""
+def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
+    """The figures of a run's own val and test rows, measured again; losses.jsonl: its name and lines."""
     cfg, model, tokenizer = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
     return sft.remeasure(model, tokenizer, cfg, runs.read_config(folder)["facts"], world, poll)

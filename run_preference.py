@@ -501,11 +501,7 @@ def report(run, cfg, data, splits, outcomes) -> dict:
     run.leave_if_signalled()
     result, said, cards = figures(cfg, data, splits, outcomes)
     run.leave_if_signalled()
-    with core.whole_file(run.folder / "predictions.jsonl") as file:
-        for part, (rows, v) in said.items():
-            folds = np.repeat(np.arange(len(splits)), [len(split[part]) for split in splits])
-            lines = predictions(data, rows, v, part, folds if cfg.folds else None)
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+    core.write_lines(run.folder / "predictions.jsonl", all_predictions(cfg, data, splits, said))
     last = "test" if "test" in cards else "val"
     card, where = cards[last], "out of fold" if cfg.folds and last == "test" else last
     for line in report_card.card_lines(card, where, NAMES):
@@ -518,6 +514,13 @@ def report(run, cfg, data, splits, outcomes) -> dict:
     run.say(f"done  {where} loss {card['log_loss']:.4f}  accuracy {accuracy}  {run.seconds / 60:.1f} min")
     run.say(f"all figures: {run.folder}/result.json, report.png")
     return result
+
+
+def all_predictions(cfg, data, splits, said):
+    """Lines of predictions.jsonl: every held-out row, by the model that had not seen it."""
+    for part, (rows, v) in said.items():
+        folds = np.repeat(np.arange(len(splits)), [len(split[part]) for split in splits])
+        yield from predictions(data, rows, v, part, folds if cfg.folds else None)
 
 
 def predictions(data, rows, v, part, folds):
@@ -533,10 +536,9 @@ def predictions(data, rows, v, part, folds):
 # -------------------------------------------------------------------------------------------- measured again
 
 
-def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, None]:
-    """The report card of a run's own val and test rows, measured again (every fold by its own weights).
-
-    UserError if cfg.data has changed since. What pairs runs row by row is in predictions.jsonl.
+def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
+    """The report card of a run's own val and test rows, measured again (every fold by its own weights);
+    predictions.jsonl: its name and lines. UserError if cfg.data has changed since.
     """
     cfg, model, tokenizer = rebuild(folder, world, **({"eval_batch": eval_batch} if eval_batch else {}))
     data = pairs.load_data(cfg, world, tokenizer)
@@ -549,7 +551,8 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
         said = {part: evaluate(model, data, rows[part], cfg, world, poll) for part in held_out(cfg)}
         splits.append(rows)
         outcomes.append({"log_probs": said})
-    return figures(cfg, data, splits, outcomes)[0], None
+    result, said, _ = figures(cfg, data, splits, outcomes)
+    return result, ("predictions.jsonl", list(all_predictions(cfg, data, splits, said)))
 
 
 def measured_checkpoints(folder, cfg) -> list[str]:
@@ -557,13 +560,14 @@ def measured_checkpoints(folder, cfg) -> list[str]:
     return runs.tested_checkpoints(folder) if cfg.folds else [runs.chosen_checkpoint(folder)]
 
 
-def measure_other(folder, name, world, eval_batch=None, poll=lambda: None) -> tuple[dict, list, list]:
-    """(report card of other labelled rows, lines about them, lines of predictions.jsonl)
+def measure_other(folder, name, world, max_documents=None, eval_batch=None, poll=lambda: None):
+    """(report card of other labelled rows, lines about them, lines of predictions.jsonl, their fingerprint)
 
     Nothing of the training rows is needed: class shares are those of these rows, lengths alone are judged by
     fits on other prompts (five folds), and of several folds' models the probabilities are averaged.
     """
-    changes = {"data": name, "max_documents": None} | ({"eval_batch": eval_batch} if eval_batch else {})
+    changes = {"data": name, "max_documents": max_documents}
+    changes |= {"eval_batch": eval_batch} if eval_batch else {}
     cfg, model, tokenizer = rebuild(folder, world, **changes)
     data = pairs.load_data(cfg, world, tokenizer)
     pairs.measure_sequences(data, cfg.inputs, cfg.max_length)
@@ -582,7 +586,8 @@ def measure_other(folder, name, world, eval_batch=None, poll=lambda: None) -> tu
     facts |= {"log_probs": np.log(probs), "prior": prior, "by_length": by_length, "temperatures": None}
     v = report_card.Verdicts(symmetric=cfg.symmetric, **facts)
     lines = list(predictions(data, every, v, "test", None))
-    return report_card.make_card(v, NAMES), [*data.lines, cut_line(data)], lines
+    notes = [*data.lines, cut_line(data)]
+    return report_card.make_card(v, NAMES), notes, lines, data.fingerprint["data"]
 
 
 # ----------------------------------------------------------------------------------------------------- Kaggle

@@ -446,7 +446,7 @@ class Run:
         plan = {"folder": str(folder), "resumed": True, "finished": False, "checkpoint": None, "position": {}}
         if not folder:
             folder = _new_folder(out, cfg.tag)
-            self._lock = _locked(folder)
+            self._lock = locked(folder)
             return plan | {"folder": str(folder), "resumed": False, "constants": constants, "lines": lines}
         stored = read_config(folder)["constants"]
         if clash := _contradictions(cfg, stored):
@@ -468,7 +468,7 @@ class Run:
             raise core.UserError(
                 f"{folder} was packed without optimizer state: resume the original, not this copy"
             )
-        self._lock = _locked(folder)
+        self._lock = locked(folder)
         # while this one waited for the lock
         if cfg.resume_timestamp == "auto" and _status(folder) == "finished":
             return plan | {"finished": True}
@@ -612,24 +612,27 @@ def _keep_rows(path, before) -> list[dict]:
 # What two runs are compared by
 
 
-def loss_lines(numbers, groups, sums, spelt) -> list[dict]:
-    """Lines of losses.jsonl: a held-out row's number, group, loss in nats, hits, targets, their bytes."""
+def loss_lines(part, numbers, groups, sums, spelt) -> list[dict]:
+    """Lines of losses.jsonl, by which eval.py --compare pairs runs: part (test, val), row and group of each
+    held-out row, its loss in nats, hits, targets, and their bytes."""
     columns = (np.asarray(column).tolist() for column in (numbers, groups, sums.round(6), spelt))
     return [
-        {"row": row, "group": group, "nats": nats, "hits": int(hits), "targets": int(targets), "bytes": size}
+        {
+            "part": part,
+            "row": row,
+            "group": group,
+            "nats": nats,
+            "hits": int(hits),
+            "targets": int(targets),
+            "bytes": size,
+        }
         for row, group, (nats, hits, targets), size in zip(*columns, strict=True)
     ]
 
 
-def write_losses(folder, lines):
-    """losses.jsonl of a run folder: what eval.py --compare pairs two runs by."""
-    with core.whole_file(Path(folder) / "losses.jsonl") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-
-
-def same_data(stored, found, name):
-    """UserError unless the data that a run was trained on is what is there now."""
-    if stored["data"] != found["data"]:
+def same_data(stored, found, name, what=("data",)):
+    """UserError unless the data (and tokenizer, say) that a run was trained on is what is there now."""
+    if any(stored[key] != found[key] for key in what):
         raise core.UserError(f"data {name} is not what the run was trained on: restore it, or use --data")
 
 
@@ -710,7 +713,7 @@ def state_sha256(state) -> str:
 # Which folder, which checkpoint, which constants
 
 
-def _locked(folder):
+def locked(folder):
     """An open file that says who writes here; UserError if another process does. It ends with this one."""
     try:
         lock = open(folder / ".lock", "a+")

@@ -541,29 +541,38 @@ def held_out(cfg) -> tuple[str, ...]:
     return ("val", "test") if cfg.final_eval else ("val",)
 
 
-def measure(sums, examples, train) -> tuple[dict, list[dict]]:
+def measure(part, sums, examples, train) -> tuple[dict, list[dict]]:
     """Of gpt_scratch.evaluate's sums: figures of examples, and the lines of losses.jsonl."""
-    sizes = corpus.token_bytes(examples.data.tokenizer)
-    spelt = np.array([sizes[ids].sum() for ids in examples.wanted()])
+    spelt = spelt_bytes(examples)
     groups, numbers = (facts[examples.rows] for facts in (examples.data.groups, examples.data.numbers))
     metrics = core.language_metrics(sums, groups, unigram_losses(examples, train), spelt)
-    return metrics, runs.loss_lines(numbers, groups, sums, spelt)
+    return metrics, runs.loss_lines(part, numbers, groups, sums, spelt)
 
 
-def remeasure(model, tokenizer, cfg, facts, world, poll) -> tuple[dict, list[dict]]:
-    """The figures of a run's own val and test rows, measured again, and the lines of losses.jsonl.
+def spelt_bytes(examples) -> np.ndarray:
+    """Bytes of each row's targets: of a whole answer those of its text, whatever a tokenizer adds."""
+    data, sizes = examples.data, corpus.token_bytes(examples.data.tokenizer)
+    spelt = np.array([sizes[ids].sum() for ids in examples.wanted()], dtype=np.int64)
+    answers = np.array([len(data.texts[row][2].encode()) for row in examples.rows], dtype=np.int64)
+    whole = data.prompt_lengths[examples.rows] + data.answer_lengths[examples.rows] == examples.lengths
+    return spelt if examples.loss_on_prompt else np.where(whole, answers, spelt)
 
-    UserError if cfg.data has changed since. `facts` are those of its config.json.
-    """
+
+def own_data(cfg, world, tokenizer, facts) -> Instructions:
+    """The rows that a run was trained on; UserError if cfg.data changed. `facts`: of config.json."""
     data = load_instructions(cfg, world, tokenizer)
     runs.same_data(facts["fingerprint"], data.fingerprint, cfg.data)
-    parts = examples_of(data, cfg)[0]
-    result = {}
+    return data
+
+
+def remeasure(model, tokenizer, cfg, facts, world, poll) -> tuple[dict, tuple[str, list]]:
+    """The figures of a run's own val and test rows, measured again; losses.jsonl: its name and lines."""
+    parts, result = examples_of(own_data(cfg, world, tokenizer, facts), cfg)[0], {}
     for part in held_out(cfg):
         sums = gpt_scratch.evaluate(model, parts[part], cfg, world, poll)
-        metrics, losses = measure(sums, parts[part], parts["train"])
+        metrics, losses = measure(part, sums, parts[part], parts["train"])
         result |= {f"{part}/{name}": value for name, value in metrics.items()}
-    return result, losses
+    return result, ("losses.jsonl", losses)
 
 
 def unigram_losses(examples, train) -> np.ndarray:
@@ -706,7 +715,7 @@ def final_figures(run, cfg, s, model, answering, step) -> dict:
     result, done = {}, ""
     for part in held_out(cfg):
         sums = gpt_scratch.evaluate(model, s.parts[part], cfg, run.world, run.poll)
-        m, losses = measure(sums, s.parts[part], s.parts["train"])
+        m, losses = measure(part, sums, s.parts[part], s.parts["train"])
         result |= {f"{part}/{name}": value for name, value in m.items()}
         loss, accuracy = (
             core.plus_minus(m[k], m[f"{k}_interval"], n) for k, n in (("loss", 4), ("accuracy", 3))
@@ -715,7 +724,7 @@ def final_figures(run, cfg, s, model, answering, step) -> dict:
         guess = f"token frequencies {m['unigram_loss']:.4f}"
         run.say(f"{part:5} loss {loss}  {perplexity}  accuracy {accuracy}  {guess}")
         done = f"done  {part} loss {m['loss']:.4f}  {perplexity}"
-    core.on_main(run.world, lambda: runs.write_losses(run.folder, losses))
+    core.on_main(run.world, lambda: core.write_lines(run.folder / "losses.jsonl", losses))
     lowest, before = run.state["lowest"], run.state["before"]
     if step and not lowest[0] < before:
         result["alarm"] = f"NOT LEARNING: validation never fell below the {before:.4f} before training"

@@ -20,7 +20,13 @@ ALONE = np.arange(60)
 
 
 def losing(name, nats, groups=ALONE, hits=5, targets=10, sizes=40, files=(), **how):
-    columns = {"row": np.arange(len(nats)), "group": groups[: len(nats)], "nats": nats, "hits": hits}
+    columns = {
+        "part": "test",
+        "row": np.arange(len(nats)),
+        "group": groups[: len(nats)],
+        "nats": nats,
+        "hits": hits,
+    }
     columns |= {"targets": targets, "bytes": sizes}
     lists = [np.broadcast_to(column, len(nats)).tolist() for column in columns.values()]
     lines = [dict(zip(columns, line, strict=True)) for line in zip(*lists, strict=True)]

@@ -1,0 +1,180 @@
+"""Measures a language model on other data than its own: text in sliding windows, or rows of instructions.
+Used by eval.py.
+"""
+
+import hashlib
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+import core
+import corpus
+import gpt_scratch
+import runs
+import sft
+
+AS_TEXT = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+
+
+@dataclass
+class Measured:
+    """What a set of data gave."""
+
+    metrics: dict  # of core.language_metrics, or a report card
+    lines: list[str]  # what to tell the user
+    file: tuple[str, list[dict]]  # name and lines of the .jsonl by which --compare pairs rows
+    fingerprint: str  # of the data
+    constants: dict  # what it depends on, beside model and data
+
+
+def kind_of(data, text_column) -> str:
+    """text, or rows of instructions; UserError for a table that is neither."""
+    if data == "python-instructions":
+        return "rows"
+    if data in corpus.BUILT_IN or corpus.text_files(data):
+        return "text"
+    first = next(iter(core.stream_rows(data, streaming=True)), None)
+    columns = first.keys() if isinstance(first, dict) else set()
+    if {"instruction", "output"} <= columns or text_column in columns:
+        return "rows" if "instruction" in columns else "text"
+    where = f"{data} (or a column {text_column!r} of texts)"
+    core.require_columns([] if first is None else [first], ("instruction", "output"), where)
+    raise core.UserError(f"{data} cannot be measured: use text, or rows with instruction and output")
+
+
+# ---------------------------------------------------------------------------------------------------- text
+
+
+class Windows:
+    """Documents in windows of `context` tokens, each `stride` behind the last: a token counts once, in the
+    first window that holds it, where (but in the first) it has seen more than context - stride tokens.
+    """
+
+    def __init__(self, documents, context, stride):
+        self.documents, self.windows = documents, []  # (document, first input, end of inputs, first target)
+        for number, ids in enumerate(documents):
+            done = 1  # the first token is given
+            while done < len(ids):
+                end = min(len(ids), max(done + stride, context + 1))
+                self.windows.append((number, max(0, end - 1 - context), end - 1, done))
+                done = end
+        self.lengths = np.array([end - start for _, start, end, _ in self.windows])
+
+    def __len__(self):
+        return len(self.windows)
+
+    def wanted(self) -> list[np.ndarray]:
+        """The targets of each."""
+        return [self.documents[number][first : end + 1] for number, _, end, first in self.windows]
+
+    def batch(self, chosen, device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(input_ids, labels), both (B, T), padded on the right."""
+        shape = len(chosen), int(self.lengths[chosen].max())
+        input_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, core.IGNORE_INDEX)
+        for row, window in enumerate(chosen):
+            number, start, end, first = self.windows[window]
+            ids = torch.from_numpy(self.documents[number][start : end + 1].astype(np.int64))
+            input_ids[row, : end - start] = ids[:-1]
+            labels[row, first - 1 - start : end - start] = ids[first - start :]
+        return input_ids.to(device), labels.to(device)
+
+
+def documents_of(source, tokenizer, world) -> tuple[list[np.ndarray], dict]:
+    """(ids of each document, begin and end token included; facts of the cache), tokenised by rank 0, kept in
+    the cache and mapped into memory by every rank."""
+
+    def build() -> str:
+        words, fingerprint = core.tokenizer_fingerprint(tokenizer), corpus.data_fingerprint(source)
+        key = json.dumps([1, fingerprint, words, source.data, source.text_column, source.max_documents])
+        folder = core.cache_root() / f"measured_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        if not (folder / "meta.json").exists():
+            write_documents(folder, source, tokenizer, fingerprint)
+        return str(folder)
+
+    folder = Path(core.on_main(world, build))
+    tokens, offsets = core.read_texts(folder, "uint32")
+    documents = [tokens[start:end] for start, end in itertools.pairwise(offsets)]
+    return documents, json.loads((folder / "meta.json").read_text())
+
+
+def write_documents(folder, source, tokenizer, fingerprint):
+    """tokens.bin and offsets.npy as core.read_texts takes them; meta.json: fingerprint, bytes, lines."""
+    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    bad, offsets, size = core.BadRows(), [0], 0
+    with core.whole_folder(folder) as aside, core.progress(None, "tokenising") as bar:
+        with open(aside / "tokens.bin", "wb") as file:
+            for opens in corpus.documents(source, bad):
+                ids = [begin]
+                with opens() as stream:
+                    for text in corpus.pieces(stream):
+                        ids += tokenizer(text, **AS_TEXT).input_ids
+                        size += len(text.encode())
+                ids.append(tokenizer.eos_token_id)
+                file.write(np.asarray(ids, dtype=np.uint32).tobytes())
+                offsets.append(offsets[-1] + len(ids))
+                bar.update()
+        if not size:
+            column = f"a table with a column {source.text_column!r}"
+            raise core.UserError(f"{source.data} holds no text: use text files, or {column}")
+        np.save(aside / "offsets.npy", np.array(offsets, dtype=np.int64))
+        total = len(offsets) - 1 + len(bad.rows)
+        lines = bad.report(total, source.data) if bad.rows else []
+        core.write_json(aside / "meta.json", {"fingerprint": fingerprint, "bytes": size, "lines": lines})
+
+
+def measure_text(data, stored, model, tokenizer, cfg, world, poll) -> Measured:
+    """Text by sliding windows; rows of losses.jsonl are windows, intervals redraw documents or stretches."""
+    most = model.config.block_size
+    context = cfg.context or most
+    stride = cfg.stride or max(1, context // 2)
+    if context > most:
+        raise core.UserError(f"--context {context} is over the {most} positions of the model")
+    if stride > context:
+        raise core.UserError(f"--stride {stride} is over the {context} tokens of a window: use half of them")
+    source = corpus.Corpus(data, "", cfg.text_column, cfg.max_documents)
+    documents, facts = documents_of(source, tokenizer, world)
+    windows, sizes = Windows(documents, context, stride), corpus.token_bytes(tokenizer)
+    sums = gpt_scratch.evaluate(model, windows, stored, world, poll)
+    spelt = np.array([sizes[ids].sum() for ids in windows.wanted()])
+    groups = gpt_scratch.stretches(len(windows))
+    if len(documents) >= 100:
+        groups = np.array([number for number, *_ in windows.windows])
+    counts = f"{len(documents)} documents, {int(sums[:, 2].sum()):,} targets"
+    lines = [*facts["lines"], f"{counts}, windows of {context}, stride {stride}"]
+    if abs(spelt.sum() - facts["bytes"]) > 1e-3 * facts["bytes"]:
+        both = f"the tokens spell {spelt.sum():,} bytes, the text has {facts['bytes']:,}"
+        lines.append(f"{both}: bits are per byte spelt")
+    file = "losses.jsonl", runs.loss_lines("test", np.arange(len(windows)), groups, sums, spelt)
+    constants = {"text_column": cfg.text_column, "context": context, "stride": stride}
+    metrics = core.language_metrics(sums, groups, byte_counts=spelt)
+    return Measured(metrics, lines, file, facts["fingerprint"], constants)
+
+
+# ------------------------------------------------------------------------------------ rows of instructions
+
+
+def measure_rows(data, stored, model, tokenizer, cfg, world, poll) -> Measured:
+    """Answers of instruction rows as targets, under the template and the length that the model was taught."""
+    shape = {"template": cfg.template, "max_length": min(cfg.max_length, model.config.block_size)}
+    shape = {name: getattr(stored, name, value) for name, value in shape.items()}
+    asked = SimpleNamespace(data=data, model="", max_documents=cfg.max_documents, **shape)
+    rows = sft.load_instructions(asked, world, tokenizer)
+    whole, most = rows.prompt_lengths + rows.answer_lengths + 1, shape["max_length"]
+    fits = np.flatnonzero(rows.prompt_lengths < np.minimum(whole, most))
+    if not len(fits):
+        raise core.UserError(f"the prompts of all {len(rows)} rows fill {most} tokens: use a model with more")
+    examples, lines = sft.Examples(rows, fits, most), list(rows.lines)
+    if cut := int((whole[fits] > most).sum()):
+        lines.append(f"{cut} row(s) are cut at {most} tokens: they lose the end of the answer")
+    if left := len(rows) - len(fits):
+        lines.append(f"{left} row(s) are left out: their prompts alone fill {most} tokens")
+    sums = gpt_scratch.evaluate(model, examples, stored, world, poll)
+    spelt, groups = sft.spelt_bytes(examples), rows.groups[fits]
+    file = "losses.jsonl", runs.loss_lines("test", rows.numbers[fits], groups, sums, spelt)
+    metrics = core.language_metrics(sums, groups, byte_counts=spelt)
+    return Measured(metrics, lines, file, rows.fingerprint["data"], shape)
