@@ -84,7 +84,7 @@ class Config:
     pack: tuple[str, ...] = ()  # runs to be put into one archive each
     # run
     mode: Literal["measure", "generate", "judge"] = "measure"
-    out: str | None = None  # folder; none = runs/eval, runs/compare, or beside the runs (table, pack)
+    out: str | None = None  # folder; none = runs/eval, runs/compare, runs/tables, or (pack) the current one
     backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"
 
     def __post_init__(self):
@@ -570,7 +570,9 @@ def tabulate(cfg, say):
     """--table: Markdown to the terminal and table.md, curves.png, and TensorBoard's page of constants."""
     found = results.find(cfg.table)
     results.check_names(found, cfg.group_by, cfg.sort)
-    folder = prepared(cfg.out or (found[0].folder.parent if len(found) > 1 else found[0].folder))
+    folder = prepared(
+        Path(cfg.out or root(cfg) / "tables") / "-".join(Path(name).name for name in cfg.table)[:80]
+    )
     text = results.grouped(found, cfg.group_by, cfg.sort) if cfg.group_by else results.table(found, cfg.sort)
     say(text)
     with core.whole_file(folder / "table.md") as file:
@@ -588,13 +590,13 @@ def tabulate(cfg, say):
 
 
 def pack(cfg, say):
-    """--pack: <run>.tar.gz beside each run: the small files, and the weights it was tested with."""
+    """--pack: <run>.tar.gz in the current folder: the small files, and the weights a run was tested with."""
     for name in cfg.pack:
         folder = Path(name).resolve()
         config = runs.read_config(folder)
         if config.get("script") not in SCRIPTS:
             raise core.UserError(f"{name} is no run: name a run folder")
-        kept, out = packed_checkpoints(folder), prepared(cfg.out or Path(name).parent)
+        kept, out = packed_checkpoints(folder), prepared(cfg.out or ".")
         target = out / f"{folder.name}.tar.gz"
         small = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
         small = [path for path in small if path.relative_to(folder).parts[0] != "checkpoints"]
