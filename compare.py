@@ -75,9 +75,13 @@ def side_name(group) -> str:
     return f"{common or group[0].name} ({len(group)} seeds)"
 
 
+def runs_of(all_sides) -> list[results.Facts]:
+    return [facts for side in all_sides for facts in side.all_facts]
+
+
 def folder_name(all_sides) -> str:
     """Of the folder that a comparison goes to: names of the first sides, and a hash of all runs."""
-    every = [str(facts.folder.resolve()) for side in all_sides for facts in side.all_facts]
+    every = [str(facts.folder.resolve()) for facts in runs_of(all_sides)]
     mark = hashlib.sha256(json.dumps(every).encode()).hexdigest()[:6]
     return "-".join([*(re.sub(r"[^\w.]+", "_", side.name)[:60] for side in all_sides[:2]), mark])
 
@@ -409,7 +413,7 @@ def _grades(entries) -> dict:
 
 def report(all_sides) -> tuple[list[str], dict]:
     """Lines for terminal and compare.md, and the figures: each side against the first."""
-    all_facts = [facts for side in all_sides for facts in side.all_facts]
+    all_facts = runs_of(all_sides)
     for facts in all_facts:
         if not facts.finished:
             raise core.UserError(f"{facts.folder} is not finished: resume it, or compare others")

@@ -560,9 +560,11 @@ def compare_runs(cfg, say):
                 file.write(text)
     core.write_json(folder / "compare.json", figures)
     if cfg.plot:
-        results.draw([facts for side in all_sides for facts in side.all_facts], folder / "curves.png")
+        results.draw(compare.runs_of(all_sides), folder / "curves.png")
     say(f"written: {folder}/ ({', '.join(sorted(path.name for path in folder.iterdir()))})")
-    if not answers:
+    if not answers and any(
+        facts.folder.joinpath("responses.json").exists() for facts in compare.runs_of(all_sides)
+    ):
         say("no answers side by side: not all sides have answers to the same prompts (--mode generate)")
 
 
@@ -570,9 +572,8 @@ def tabulate(cfg, say):
     """--table: Markdown to the terminal and table.md, curves.png, and TensorBoard's page of constants."""
     found = results.find(cfg.table)
     results.check_names(found, cfg.group_by, cfg.sort)
-    folder = prepared(
-        Path(cfg.out or root(cfg) / "tables") / "-".join(Path(name).name for name in cfg.table)[:80]
-    )
+    where = "-".join(dict.fromkeys(facts.folder.resolve().parent.name for facts in found))
+    folder = prepared(cfg.out or root(cfg) / "tables" / where)
     text = results.grouped(found, cfg.group_by, cfg.sort) if cfg.group_by else results.table(found, cfg.sort)
     say(text)
     with core.whole_file(folder / "table.md") as file:

@@ -118,7 +118,9 @@ def test_a_run_is_told_from_a_better_one_only_and_one_prompt_or_no_number_tells_
         text, figures = report(*order)
         value, (low, high) = (figures["loss"][0][name] for name in ("difference", "interval"))
         assert value == pytest.approx(sign * (5 + noise.mean()) / 10) and sign * low > 0 < sign * high
-        said = f"loss {value:+.4f} ({low:+.4f} to {high:+.4f})\n  told apart on these 60 rows: trained is better"
+        said = (
+            f"loss {value:+.4f} ({low:+.4f} to {high:+.4f})\n  told apart on these 60 rows: trained is better"
+        )
         assert said in text and "comparisons" not in text
     assert "4 comparisons: of 20" in report(*names, losing("third", NATS + ALONE % 2))[0]
 
