@@ -83,7 +83,7 @@ def folder_name(all_sides) -> str:
     """Of the folder that a comparison goes to: names of the first sides, and a hash of all runs."""
     every = [str(facts.folder.resolve()) for facts in runs_of(all_sides)]
     mark = hashlib.sha256(json.dumps(every).encode()).hexdigest()[:6]
-    return "-".join([*(re.sub(r"[^\w.]+", "_", side.name)[:60] for side in all_sides[:2]), mark])
+    return "-".join([*(results.slug(side.name) for side in all_sides[:2]), mark])
 
 
 def seed_notes(all_sides) -> list[str]:
@@ -320,7 +320,7 @@ def _over_seeds(rows, first, second, means, value) -> dict:
     noise = sum(variance for variance, _ in components)
     freedom = noise**2 / max(sum(v**2 / f for v, f in components), 1e-300)
     half = student(max(freedom, 1.0)) * math.sqrt(noise)
-    if len(known) == 1:  # as simulations show, Satterthwaite's freedom is too high here
+    if min(map(len, means)) < 3:  # as simulations show, Satterthwaite's freedom is too high here
         half = math.hypot(*(student(f) * math.sqrt(v) for v, f in components))
     found = {"interval": [value - half, value + half], "noise": math.sqrt(noise)}
     found["seed_noise"] = math.sqrt(max(noise - of_rows, 0.0))
@@ -370,7 +370,8 @@ def needed(found) -> str:
     if not wanted:
         return "there is no difference to look for"
     if found.get("seed_noise") and found["row_noise"] ** 2 < wanted:
-        seeds = min(found["seeds"]) * found["seed_noise"] ** 2 / (wanted - found["row_noise"] ** 2)
+        now = min(found["seeds"])
+        seeds = max(now + 1, now * found["seed_noise"] ** 2 / (wanted - found["row_noise"] ** 2))
         return f"about {rounded(seeds)} seeds a side would be needed"
     rows = found["rows"] * found["row_noise"] ** 2 / wanted
     if found.get("seed_noise"):
@@ -392,7 +393,7 @@ def judged_rows(all_facts) -> list[Rows]:
     """Grades by each judge that graded all of the runs, prompt by prompt."""
     found = []
     for name in sorted(set(all_facts[0].judged).intersection(*(facts.judged for facts in all_facts[1:]))):
-        by_key = [_grades(facts.judged[name]["grades"]) for facts in all_facts]
+        by_key = [_grades(facts.judged[name].get("grades", [])) for facts in all_facts]
         keys, note = _in_common(by_key)
         sums, groups = (
             np.array([[of_run[key] for key in keys] for of_run in by_key]),
@@ -462,7 +463,7 @@ def side_by_side(all_sides, most) -> str | None:
     keys = [key for key in by_key[0] if all(key in of_run for of_run in by_key)]
     if not keys:
         return None
-    grades = [{name: _grades(s["grades"]) for name, s in facts.judged.items()} for facts in firsts]
+    grades = [{name: _grades(s.get("grades", [])) for name, s in facts.judged.items()} for facts in firsts]
     chosen = np.linspace(0, len(keys) - 1, min(most or len(keys), len(keys))).round().astype(int)
     lines = ["# Answers side by side", "", f"{len(chosen)} of {len(keys)} prompts"]
     for number, key in enumerate((keys[i] for i in chosen), start=1):

@@ -159,7 +159,8 @@ def _parser(config_class, defaults, presets, hints, doc) -> argparse.ArgumentPar
         parser.add_argument("--preset", choices=list(presets), help="a named set of constants")
     comments = dict(re.findall(r"^ +(\w+): .*?# (.*)$", inspect.getsource(config_class), re.M))
     for name, default in defaults.items():
-        text = f"{comments.get(name, '')} [{default}]".strip().replace("%", "%%")
+        shown = " ".join(default) or None if isinstance(default, tuple) else default
+        text = f"{comments.get(name, '')} [{shown}]".strip().replace("%", "%%")
         names = [f"--{name}", *([f"--{ALIASES[name]}"] if name in ALIASES else [])]
         parser.add_argument(*names, dest=name, help=text, **_flag(hints[name]))
     return parser

@@ -20,7 +20,6 @@ import importlib
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -208,6 +207,8 @@ def subject(name) -> Subject:
         name.count("/") > 1 or name[0] in "./~" or ("/" in name and folder.parent.is_dir())
     ):
         raise core.UserError(f"no such folder: {name}")
+    if folder.is_file():
+        raise core.UserError(f"{name} is a file: name a run's folder, or a model")
     if not (folder / "config.json").exists():
         if folder.exists():
             inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
@@ -238,7 +239,7 @@ def weights_note(folder) -> str | None:
     reason = runs.broken(Path(folder) / "checkpoints" / tested[0])
     if reason and len(tested) == 1:
         used = runs.chosen_checkpoint(folder)
-        return f"WARNING checkpoint {tested[0]} is broken ({reason}): {used} is used, figures will differ"
+        return f"WARNING checkpoint {tested[0]} is broken ({reason}): {used} is used, figures may differ"
     return None
 
 
@@ -277,7 +278,9 @@ def measure(cfg, world, say, poll):
     found, ones = [], subjects(cfg, world)
     for one in ones:
         if not one.script and set(cfg.data) == {"own"}:
-            raise core.UserError(f"{one.name} is no run and has no rows of its own: name some by --data")
+            kind = "a model" if Path(one.name).exists() else "no folder here"
+            raise core.UserError(f"{one.name} is {kind}, no run with rows of its own: name some by --data")
+    failed = []
     for one in ones:
         if one.script and (note := core.on_main(world, lambda one=one: weights_note(one.name))):
             say(note)
@@ -286,12 +289,21 @@ def measure(cfg, world, say, poll):
                 say(f"{one.name}  own: nothing, it is no run")
                 continue
             how = measure_own if data == "own" else functools.partial(measure_other, data=data)
-            metrics = how(one, cfg=cfg, world=world, say=say, poll=poll)
+            try:
+                metrics = how(one, cfg=cfg, world=world, say=say, poll=poll)
+            except core.UserError as error:
+                if len(ones) * len(cfg.data) == 1:
+                    raise
+                failed.append(f"{one.name} on {data}: {error}")  # the others still count
+                say(f"FAILED {failed[-1]}")
+                continue
             found.append({"model": Path(one.name).name, "data": Path(data).name, **cells(metrics)})
         one.loaded = None  # its memory is the next one's
     if len(found) > 1:
         headers = dict.fromkeys(header for row in found for header in row)
         say("\n" + results.markdown({header: [row.get(header, "") for row in found] for header in headers}))
+    if failed:
+        raise core.UserError(f"{len(failed)} of {len(failed) + len(found)} failed, first {failed[0]}")
 
 
 def cells(m) -> dict[str, str]:
@@ -319,10 +331,12 @@ def measure_own(one, cfg, world, say, poll) -> dict:
     pairs rows.
     """
     found, (name, lines) = one.module.remeasure(one.name, world, cfg.eval_batch, poll)
+    shown = None
     for part in ("val", "test"):
         metrics = {name[len(part) + 1 :]: x for name, x in found.items() if name.startswith(f"{part}/")}
         if metrics:
-            say(f"{one.name}  {part}  {said(metrics)}")
+            say(one.name) if not shown else None
+            say(f"  {part:4}  {said(metrics)}")
             last, shown = part, metrics
     if one.is_preference:
         where = "out of fold" if runs.read_config(one.name)["constants"]["folds"] else last
@@ -368,8 +382,8 @@ def measure_other(one, data, cfg, world, say, poll) -> dict:
     result = {"status": "finished", "step": 0, "seconds": time.time() - began}
     result |= {f"test/{name}": value for name, value in found.metrics.items()}
     core.on_main(world, lambda: write_folder(folder, config, result, found.file))
-    say(f"{one.name}  {data}  {said(found.metrics)}")
-    for line in found.lines:
+    say(f"{one.name} on {data}")
+    for line in [said(found.metrics), *found.lines]:
         say(f"  {line}")
     if one.is_preference:
         for line in report_card.card_lines(found.metrics, "rows", list(pairs.LABELS)):
@@ -387,7 +401,7 @@ def measure_pairs(one, data, cfg, world, poll) -> other_data.Measured:
 
 def other_folder(one, data, cfg) -> Path:
     """runs/eval/<model>-<data>-<hash of their paths and of what the figures depend on>."""
-    words = "-".join(re.sub(r"[^\w.]+", "_", Path(name).name)[:40] for name in (one.name, data))
+    words = "-".join(results.slug(Path(name).name) for name in (one.name, data))
     known = [str(Path(name).resolve()) if Path(name).exists() else name for name in (one.name, data)]
     known += [getattr(cfg, name) for name in ("max_documents", "text_column", "context", "stride")]
     known += [] if one.script else [cfg.template, cfg.max_length, cfg.dtype]
@@ -538,7 +552,8 @@ def duel(cfg, names, paths, rows, asked, say):
     found = judge.duel(asked, *rows, cfg.judge_repeats)
     for line in judge.lines_of_duel(*names, found):
         say(line)
-    target = folder / f"duel_{'_'.join(path.parent.name or path.stem for path in paths)}.json"
+    words = [cfg.judge_model, *(path.parent.name or path.stem for path in paths)]
+    target = folder / f"duel_{'_'.join(map(results.slug, words))}.json"
     core.write_json(target, {"sides": list(names), **found})
     say(f"written: {target}")
 
@@ -576,12 +591,15 @@ def tabulate(cfg, say):
     folder = prepared(cfg.out or root(cfg) / "tables" / where)
     text = results.grouped(found, cfg.group_by, cfg.sort) if cfg.group_by else results.table(found, cfg.sort)
     say(text)
-    with core.whole_file(folder / "table.md") as file:
+    by = "_by_" + "_".join(cfg.group_by) if cfg.group_by else ""
+    with core.whole_file(folder / f"table{by}.md") as file:
         file.write(text + "\n")
-    say(f"\nwritten: {folder}/table.md")
-    if cfg.plot:
-        results.draw(found, folder / "curves.png", cfg.group_by)
-        say(f"written: {folder}/curves.png")
+    say(f"\nwritten: {folder}/table{by}.md")
+    if cfg.plot and not any(facts.metrics for facts in found):
+        say("no curves: none of these has logged any")
+    elif cfg.plot:
+        results.draw(found, folder / f"curves{by}.png", cfg.group_by)
+        say(f"written: {folder}/curves{by}.png")
     if written := results.write_hparams(found):
         where = os.path.relpath(os.path.commonpath([facts.folder.resolve().parent for facts in found]))
         say(f"{written} runs on TensorBoard's HPARAMS page: tensorboard --logdir {where}")
@@ -598,6 +616,8 @@ def pack(cfg, say):
         if config.get("script") not in SCRIPTS:
             raise core.UserError(f"{name} is no run: name a run folder")
         kept, out = packed_checkpoints(folder), prepared(cfg.out or ".")
+        if missing := set(results.read(folder).result.get("test_checkpoints", ["none"])) - set(kept):
+            say(f"WARNING its tested weights ({', '.join(missing)}) are not whole: they are not inside")
         target = out / f"{folder.name}.tar.gz"
         small = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
         small = [path for path in small if path.relative_to(folder).parts[0] != "checkpoints"]

@@ -3,7 +3,9 @@ judged.json): a run that came home without its checkpoints counts. Used by eval.
 """
 
 import json
+import math
 import os
+import re
 import shutil
 import statistics
 import sys
@@ -55,7 +57,7 @@ class Facts:
         return None, None
 
     def curve(self, name) -> list[tuple[int, float]]:
-        return [(row["step"], row[name]) for row in self.metrics if row.get(name) is not None]
+        return [(row["step"], row[name]) for row in self.metrics if isinstance(row.get(name), int | float)]
 
 
 def read(folder) -> Facts:
@@ -65,9 +67,11 @@ def read(folder) -> Facts:
     if not isinstance(config, dict) or not {"script", "constants"} <= config.keys():
         raise core.UserError(f"{folder} is no run folder: its config.json is that of something else")
     lines = _text(folder / "metrics.jsonl").splitlines()
-    metrics = [row for line in lines if isinstance(row := _json(line), dict)]  # a kill leaves half a line
+    rows = [row for line in lines if isinstance(row := _json(line), dict)]  # a kill leaves half a line
+    metrics = [row for row in rows if isinstance(row.get("step"), int)]
     result, judged = _json(_text(folder / "result.json")), read_judged(folder / "judged.json")
-    return Facts(folder, config, result or {}, metrics, of_these_answers(folder, judged))
+    result = result if isinstance(result, dict) else {}
+    return Facts(folder, config, result, metrics, of_these_answers(folder, judged))
 
 
 def of_these_answers(folder, judged) -> dict:
@@ -85,7 +89,8 @@ def of_these_answers(folder, judged) -> dict:
 def read_judged(path) -> dict:
     """judge -> its summary; empty where there is none, or a damaged one."""
     judged = _json(_text(path))
-    return judged if isinstance(judged, dict) else {}
+    judged = judged if isinstance(judged, dict) else {}
+    return {name: summary for name, summary in judged.items() if isinstance(summary, dict)}
 
 
 def read_all(folders) -> list[Facts]:
@@ -207,7 +212,10 @@ def _judges(all_facts) -> dict:
     def column(name):
         def text(facts):
             s = facts.judged.get(name, {})
-            return "" if s.get("score") is None else core.plus_minus(s["score"], s["score_interval"], 2)
+            if s.get("score") is None or not s.get("score_interval"):
+                return ""
+            some = f" ({s['graded']} of {s['rows']})" if s.get("graded", 0) < s.get("rows", 0) else ""
+            return core.plus_minus(s["score"], s["score_interval"], 2) + some
 
         return text
 
@@ -252,9 +260,10 @@ def table(all_facts, order=None) -> str:
 
 
 def _order(facts, name):
+    name = {"bits/byte": "bits_per_byte", "min": "seconds"}.get(name, name)  # headers of the table
     value = facts.figure(name, "log_loss" if name == "loss" else name)[0]
-    value = facts.constant(name) if value is None else value
-    value = value if isinstance(value, int | float | str) else None
+    value = facts.result.get(name, facts.constant(name)) if value is None else value
+    value = value if isinstance(value, int | float | str) and value == value else None  # NaN comes last
     return (value is None, isinstance(value, str), value if value is not None else 0)
 
 
@@ -271,6 +280,11 @@ def check_names(all_facts, group_by, sort):
     if sort and sort not in known and all(_order(facts, sort)[0] for facts in all_facts):
         figures = "loss, accuracy, perplexity"
         raise core.UserError(f"--sort {sort}: no run has such a constant or figure: use lr or {figures}, say")
+
+
+def slug(text) -> str:
+    """Fit for a part of a file's name."""
+    return re.sub(r"[^\w.]+", "_", text)[:60]
 
 
 def markdown(cells) -> str:
@@ -343,6 +357,8 @@ def _spread(values, digits) -> str:
     values = [value for value in values if value is not None]
     if not values:
         return ""
+    if not all(map(math.isfinite, values)):
+        return "nan"
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
@@ -377,10 +393,12 @@ def draw(all_facts, path, by=()):
         for key, panel in axes.items():
             if points := facts.curve(key):
                 points = smoothed(points) if key == "train/loss" else points
-                panel.plot(*zip(*points, strict=True), label=name, **style)
+                marker = "o" if len(points) < 3 else None  # a line of one point cannot be seen
+                panel.plot(*zip(*points, strict=True), label=name, marker=marker, **style)
     for key, panel in axes.items():
         smooth = f", running mean of a {SMOOTHED}th of the run" if key == "train/loss" else ""
-        panel.set(xlabel="step", ylabel="loss", title=f"{key}{smooth}")
+        folds = ", folds behind each other" if any(f.constant("folds") for f in all_facts) else ""
+        panel.set(xlabel="step", ylabel="loss", title=f"{key}{smooth}{folds}")
         panel.grid(alpha=0.3)
         lines = [line.get_ydata() for line in panel.get_lines()]
         panel.set_ylim(*window([float(y) for line in lines for y in line]))
@@ -389,7 +407,9 @@ def draw(all_facts, path, by=()):
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(order)),
                       title=", ".join(by) or None)  # fmt: skip
     else:
-        figure.suptitle(f"{len(all_facts)} runs, dark: lowest final loss, bright: highest or none")
+        figure.suptitle(
+            f"{len(all_facts)} runs (too many to name), dark: lowest final loss, bright: highest or none"
+        )
     figure.savefig(path, dpi=110)
 
 
@@ -432,7 +452,7 @@ def write_hparams(all_facts) -> int:
         values = {name: facts.constant(name) for name in names}
         values = {name: value for name, value in values.items() if value not in (None, "")}
         metrics = {f"final/{name}": facts.figure(*of)[0] for name, of in GROUPED.items()}
-        metrics |= {f"judge/{name}": s["score"] for name, s in facts.judged.items()}
+        metrics |= {f"judge/{name}": s.get("score") for name, s in facts.judged.items()}
         metrics = {name: value for name, value in metrics.items() if value is not None}
         folder = facts.folder / "hparams"
         shutil.rmtree(folder, ignore_errors=True)

@@ -115,7 +115,7 @@ def test_without_a_name_the_newest_finished_run_is_measured(trained, tmp_path):
         shutil.copytree(trained(kind), tmp_path / "runs" / kind / f"2026010{number + 1}_000000")
     (tmp_path / "runs/run_lora/20270101_000000").mkdir(parents=True)
     said = evaluate()
-    assert "runs/run_instruct/20260102_000000  test" in said and "gpt_scratch" not in said
+    assert "runs/run_instruct/20260102_000000\n" in said and "gpt_scratch" not in said
     assert "runs/smoke" in refused("--smoke")
 
 
@@ -252,7 +252,7 @@ def test_a_transformers_model_has_the_loss_that_transformers_gives_it():
     [folder] = Path("runs/eval").iterdir()
     assert result(folder)["test/loss"] == pytest.approx(wanted, rel=1e-5)
     assert result(folder)["test/targets"] == ids.shape[1] - 1 and f"loss {wanted:.3f}" in said
-    assert "has no rows of its own: name some by --data" in refused("--run", "model")
+    assert "model is a model, no run with rows of its own: name some by --data" in refused("--run", "model")
 
 
 def test_instruction_rows_of_a_file_get_the_loss_that_the_run_gives_them(trained):
@@ -390,7 +390,7 @@ def test_a_broken_checkpoint_is_named_and_another_used(copy):
         f"WARNING checkpoint {name} is broken (model.safetensors is not what was written): {other} is used"
         in said
     )
-    assert f"{folder}  test  loss" in said
+    assert f"{folder}\n" in said and "  test  loss" in said
     for path in (folder / "checkpoints").glob("*/model.safetensors"):
         path.write_bytes(b"")
     assert "no checkpoint" in refused("--run", folder)

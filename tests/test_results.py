@@ -197,7 +197,10 @@ def test_the_table_from_the_command_line():
     assert code == 0, err
     assert [(row["lora_rank"], row["runs"]) for row in rows_of(out)] == [("4", "2"), ("16", "2")]
     written = [Path(line.split()[-1]) for line in out.splitlines() if line.startswith("written:")]
-    assert [path.name for path in written] == ["table.md", "curves.png"] and written[1].exists()
+    assert [path.name for path in written] == [
+        "table_by_lora_rank.md",
+        "curves_by_lora_rank.png",
+    ] and written[1].exists()
     assert rows_of(written[0].read_text()) == rows_of(out)
     assert "4 runs on TensorBoard's HPARAMS page: tensorboard --logdir runs" in out.splitlines()[-1]
     refusals = (
