@@ -1,16 +1,16 @@
-"""Measures any run again, lets models answer, has answers judged, compares runs, writes the journals' tables.
+"""Measures any run again, answers, has answers judged, compares runs, writes the journals' tables.
 
-    python eval.py --run runs/run_lora/20261122_101500                       # its own test rows once more
-    python eval.py --run RUN gpt2 --data own wikitext.txt rows.json          # several models, several sets
-    torchrun --nproc_per_node=4 eval.py --run_folder RUN                     # --run is torchrun's own
+    python eval.py --run runs/run_lora/20261122_101500                # its own test rows once more
+    python eval.py --run RUN gpt2 --data own wikitext.txt rows.json   # several models, several sets
+    torchrun --nproc_per_node=4 eval.py --run_folder RUN              # --run is torchrun's own
     python eval.py --mode generate --run gpt2-medium --data RUN/responses.json
-    python eval.py --mode judge --run RUN RUN --judge_model llama3           # Ollama; README has others
-    python eval.py --compare RUN RUN ...                                     # or presets, tags
+    python eval.py --mode judge --run RUN RUN --judge_model llama3    # Ollama; README has others
+    python eval.py --compare RUN RUN ...                              # or presets, tags
     python eval.py --table runs/run_lora --group_by preset --plot
-    python eval.py --pack RUN                                                # to copy home
+    python eval.py --pack RUN                                         # to copy home
 
-What is measured on other data than a run's own stands in a folder below runs/eval/, which --compare,
---table and --mode judge take like a run.
+What is measured on other data than a run's own stands in a folder below runs/eval/, which
+--compare, --table and --mode judge take like a run.
 """
 
 import contextlib
