@@ -522,6 +522,7 @@ def test_ctrl_c_then_the_same_command_with_auto_ends_in_the_same_weights(torchru
     assert result()["weights_sha256"] == result("straight")["weights_sha256"]
 
 
+@pytest.mark.slow
 def test_folds_predict_every_row_once_and_survive_a_kill():
     flags = ["--smoke", "--max_documents", 120, "--epochs", 1, "--batch", 12, "--folds", 3]
     whole = run("run_preference", *flags, "--out", "out")

@@ -189,6 +189,7 @@ def evaluate(*args):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_the_table_from_the_command_line():
     for name in ("run_instruct/0", "run_instruct/1", "run_lora/0", "run_lora/1"):
         make_run(name[-1], name[:-2], seed=int(name[-1]), lora_rank=4 if "lora" in name else 16)
