@@ -243,6 +243,11 @@ def weights_note(folder) -> str | None:
     return None
 
 
+def tell_weights(one, world, say):
+    if one.script and (note := core.on_main(world, lambda: weights_note(one.name))):
+        say(note)
+
+
 def listen(world):
     """poll(active) -> its sum over ranks; it raises core.Stop on all ranks after a signal to any of them.
 
@@ -280,25 +285,24 @@ def measure(cfg, world, say, poll):
         if not one.script and set(cfg.data) == {"own"}:
             kind = "a model" if Path(one.name).exists() else "no folder here"
             raise core.UserError(f"{one.name} is {kind}, no run with rows of its own: name some by --data")
-    failed = []
-    for one in ones:
-        if one.script and (note := core.on_main(world, lambda one=one: weights_note(one.name))):
-            say(note)
-        for data in cfg.data:
-            if data == "own" and not one.script:
-                say(f"{one.name}  own: nothing, it is no run")
-                continue
-            how = measure_own if data == "own" else functools.partial(measure_other, data=data)
-            try:
-                metrics = how(one, cfg=cfg, world=world, say=say, poll=poll)
-            except core.UserError as error:
-                if len(ones) * len(cfg.data) == 1:
-                    raise
-                failed.append(f"{one.name} on {data}: {error}")  # the others still count
-                say(f"FAILED {failed[-1]}")
-                continue
-            found.append({"model": Path(one.name).name, "data": Path(data).name, **cells(metrics)})
-        one.loaded = None  # its memory is the next one's
+    failed, pairs_of = [], [(one, data) for one in ones for data in cfg.data]
+    for one, data in pairs_of:
+        if data == "own" and not one.script:
+            say(f"{one.name}  own: nothing, it is no run")
+            continue
+        how = measure_own if data == "own" else functools.partial(measure_other, data=data)
+        try:
+            tell_weights(one, world, say) if data == cfg.data[0] else None
+            metrics = how(one, cfg=cfg, world=world, say=say, poll=poll)
+        except core.UserError as error:
+            if len(pairs_of) == 1:
+                raise
+            failed.append(f"{one.name} on {data}: {error}")  # the others still count
+            say(f"FAILED {failed[-1]}")
+            continue
+        found.append({"model": Path(one.name).name, "data": Path(data).name, **cells(metrics)})
+        if data == cfg.data[-1]:
+            one.loaded = None  # its memory is the next one's
     if len(found) > 1:
         headers = dict.fromkeys(header for row in found for header in row)
         say("\n" + results.markdown({header: [row.get(header, "") for row in found] for header in headers}))

@@ -131,6 +131,19 @@ def test_several_runs_on_several_sets_end_in_one_table(trained):
     assert len(list(Path("runs/eval").glob("*/losses.jsonl"))) == 2
 
 
+def test_a_set_that_cannot_be_measured_does_not_end_the_others(trained, copy):
+    """Nor does a run that came home without its weights."""
+    lost = copy("run_lora")
+    shutil.rmtree(lost / "checkpoints")
+    Path("text.txt").write_text("It was the best of times. " * 30)
+    argv = ["--run", trained("gpt_scratch"), lost, "--data", "absent.txt", "text.txt", "own"]
+    said = evaluate(*argv, codes=[2])
+    assert said.count("FAILED") == 4 and "eval.py: error: 4 of 6 failed, first" in said
+    assert f"FAILED {lost} on own: {lost} has no checkpoint" in said
+    table = [line for line in said.splitlines() if line.startswith("|")]
+    assert [line.split("|")[2].strip() for line in table[2:]] == ["text.txt", "own"]
+
+
 # other data
 
 
