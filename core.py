@@ -368,7 +368,8 @@ def on_main(world, function):
             reply = {"result": function()}
         return reply["result"]
     except BaseException as error:
-        reply = {"error": str(error), "kind": type(error).__name__}
+        kind = next((kind for kind in (UserError, Stop) if isinstance(error, kind)), type(error))
+        reply = {"error": str(error), "kind": kind.__name__}
         raise
     finally:
         _alone.clear()

@@ -36,7 +36,6 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import compare
 import core
 import corpus
-import gpt_scratch
 import judge
 import lora
 import other_data
@@ -45,6 +44,7 @@ import report_card
 import results
 import runs
 import sft
+import theirs
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Subject:
         return replace(stored, eval_batch=cfg.eval_batch or stored.eval_batch), model, tokenizer
 
     def _plain(self, cfg, world):
-        model, tokenizer = core.main_first(world, lambda: gpt_scratch.open_model(self.name))
+        model, tokenizer = core.main_first(world, lambda: theirs.open_plain(self.name))
         if tokenizer.eos_token_id is None:
             raise core.UserError(f"tokenizer of {self.name} has no end-of-text token: use a language model's")
         length = min(cfg.max_length, model.config.block_size)

@@ -455,6 +455,10 @@ def save_pretrained(model, tokenizer, folder):
         tokenizer.save_pretrained(folder)
 
 
+class OtherKind(core.UserError):
+    """A model that transformers knows and GPT does not."""
+
+
 def load_pretrained(name, dropout=0.0, checkpointing=False) -> GPT:
     """transformers' GPT-2 or Llama (folder or Hub id), in fp32. UserError names what we cannot express."""
 
@@ -468,7 +472,7 @@ def load_pretrained(name, dropout=0.0, checkpointing=False) -> GPT:
         raise core.UserError(f"model {name} lacks {len(missing)} weights, e.g. {missing[0]}")
     c = theirs.config
     if c.model_type not in FORMATS:
-        raise core.UserError(f"model {name} is a {c.model_type}: use a gpt2 or a llama")
+        raise OtherKind(f"model {name} is a {c.model_type}: use a gpt2 or a llama")
     config = (gpt2_config if c.model_type == "gpt2" else llama_config)(name, c)
     config, weights = replace(config, dropout=dropout, checkpointing=checkpointing), theirs.state_dict()
     del theirs  # so that each matrix can go when its transpose is there
@@ -496,9 +500,7 @@ def untied(model) -> GPT:
 def gpt2_config(name, c) -> GPTConfig:
     activation = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu"}.get(c.activation_function)
     if not activation or c.scale_attn_by_inverse_layer_idx or not c.scale_attn_weights:
-        raise core.UserError(
-            f"model {name}: {c.activation_function} or its scaling of attention is not GPT-2's"
-        )
+        raise OtherKind(f"model {name}: {c.activation_function} or its scaling of attention is not GPT-2's")
     return GPTConfig(c.vocab_size, c.n_positions, c.n_layer, c.n_head, c.n_embd, c.n_inner,
                      activation=activation, tie_head=c.tie_word_embeddings,
                      norm_eps=c.layer_norm_epsilon)  # fmt: skip
@@ -507,13 +509,11 @@ def gpt2_config(name, c) -> GPTConfig:
 def llama_config(name, c) -> GPTConfig:
     rope = c.rope_parameters
     if c.head_dim * c.num_attention_heads != c.hidden_size:
-        raise core.UserError(f"model {name} has heads of {c.head_dim}, not n_embd / n_head: not supported")
+        raise OtherKind(f"model {name} has heads of {c.head_dim}, not n_embd / n_head: not supported")
     if c.num_key_value_heads != c.num_attention_heads:
-        raise core.UserError(
-            f"model {name} shares keys between heads ({c.num_key_value_heads}): not supported"
-        )
+        raise OtherKind(f"model {name} shares keys between heads ({c.num_key_value_heads}): not supported")
     if c.hidden_act != "silu" or c.attention_bias or c.mlp_bias or rope["rope_type"] != "default":
-        raise core.UserError(f"model {name} has biases, scaled positions or {c.hidden_act}: not supported")
+        raise OtherKind(f"model {name} has biases, scaled positions or {c.hidden_act}: not supported")
     return GPTConfig(
         c.vocab_size, c.max_position_embeddings, c.num_hidden_layers, c.num_attention_heads, c.hidden_size,
         c.intermediate_size, positions="rotary", norm="rmsnorm", activation="swiglu", bias=False,

@@ -618,11 +618,12 @@ def answers(model, tokenizer, prompts, max_new_tokens, batch, world, poll=lambda
     )  # id + 1; a sum over ranks is a gather
     batches = core.ShardedBatches([len(ids) for ids in prompts], batch, world)
     how = {"temperature": 0, "stop": {tokenizer.eos_token_id}, "vocab_size": len(tokenizer)}
+    write = getattr(model, "continuations", None) or functools.partial(gpt_scratch.generate, model)
     with core.progress(len(batches), "answering", world) as bar:
         for step in range(len(batches)):
             if mine := batches.rank_batch(step):
                 chosen = [prompts[i] for i in mine]
-                rows = gpt_scratch.generate(model, chosen, max_new_tokens, **how, poll=lambda: poll(1))
+                rows = write(chosen, max_new_tokens, **how, poll=lambda: poll(1))
                 for i, ids in zip(mine, rows, strict=True):
                     found[i, : len(ids)] = torch.tensor(ids, dtype=torch.int64) + 1
             while poll(0):
