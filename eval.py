@@ -248,12 +248,13 @@ def tell_weights(one, world, say):
         say(note)
 
 
-def listen(world):
-    """poll(active) -> its sum over ranks; it raises core.Stop on all ranks after a signal to any of them.
+@contextlib.contextmanager
+def listening(world):
+    """Yields poll(active) -> its sum over ranks; it raises core.Stop on all ranks after a signal to one.
 
     Alone a signal stops at once; a second one always does, but for the TERM and HUP of a session that ends.
     """
-    heard = []
+    heard, before = [], {}
 
     def on_signal(number, frame):
         name, now = signal.Signals(number).name, time.monotonic()
@@ -271,8 +272,12 @@ def listen(world):
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, on_signal)
-    return poll
+            before[number] = signal.signal(number, on_signal)
+    try:
+        yield poll
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ----------------------------------------------------------------------------------------------- measuring
@@ -688,17 +693,18 @@ def add_text(archive, name, text):
 
 @record
 def main(cfg, world):
-    job, poll, terminal = job_of(cfg), listen(world), core.Terminal(sys.stdout)
+    job, terminal = job_of(cfg), core.Terminal(sys.stdout)
 
     def say(text):
         if world.is_main:
             terminal.write(f"{text}\n")
             terminal.flush()
 
-    if job in ("measure", "generate"):
-        return {"measure": measure, "generate": generate}[job](cfg, world, say, poll)
-    alone = {"judge": judge_answers, "compare": compare_runs, "table": tabulate, "pack": pack}[job]
-    core.on_main(world, lambda: alone(cfg, say))  # rank 0's work, the others wait
+    with listening(world) as poll:
+        if job in ("measure", "generate"):
+            return {"measure": measure, "generate": generate}[job](cfg, world, say, poll)
+        alone = {"judge": judge_answers, "compare": compare_runs, "table": tabulate, "pack": pack}[job]
+        core.on_main(world, lambda: alone(cfg, say))  # rank 0's work, the others wait
 
 
 if __name__ == "__main__":
