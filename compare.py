@@ -58,7 +58,7 @@ def named(name, root) -> list[results.Facts]:
     if (Path(name) / "config.json").exists():
         return [results.read(name)]
     found = results.read_all(path.parent for path in sorted(Path(root).glob("*/*/config.json")))
-    found = [facts for facts in found if name in (facts.tag, facts.config["preset"])]
+    found = [facts for facts in found if name in (facts.tag, facts.config.get("preset"))]
     if finished := [facts for facts in found if facts.finished]:
         return finished
     raise core.UserError(
@@ -394,11 +394,10 @@ def judged_rows(all_facts) -> list[Rows]:
     found = []
     for name in sorted(set(all_facts[0].judged).intersection(*(facts.judged for facts in all_facts[1:]))):
         by_key = [_grades(facts.judged[name].get("grades", [])) for facts in all_facts]
+        if not set(by_key[0]).intersection(*by_key[1:]):
+            continue  # answers to other prompts: no reason to compare nothing at all
         keys, note = _in_common(by_key)
-        sums, groups = (
-            np.array([[of_run[key] for key in keys] for of_run in by_key]),
-            [key[0] for key in keys],
-        )
+        sums, groups = np.array([[of_run[k] for k in keys] for of_run in by_key]), [key[0] for key in keys]
         found.append(Rows(f"grade by {name}", sums, np.ones(len(keys)), np.array(groups), note))
     return found
 

@@ -180,9 +180,8 @@ def token_bytes(tokenizer) -> np.ndarray:
     sizes = np.array([spelt_bytes(token, byte_level) for token in tokens])
     if tokenizer.unk_token_id is not None:
         sizes[tokenizer.unk_token_id] = 1
-    ends = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id} | {
-        tokenizer.eos_token_id
-    }  # GPT-2: one id for both
+    # GPT-2 has one id for both unknown and end: it is an end
+    ends = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}
     sizes[[i for i in ends if i is not None]] = 0
     return sizes
 

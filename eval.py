@@ -297,15 +297,16 @@ def measure(cfg, world, say, poll):
             continue
         how = measure_own if data == "own" else functools.partial(measure_other, data=data)
         try:
-            tell_weights(one, world, say) if data == cfg.data[0] else None
+            if data == cfg.data[0]:
+                tell_weights(one, world, say)
             metrics = how(one, cfg=cfg, world=world, say=say, poll=poll)
         except core.UserError as error:
             if len(pairs_of) == 1:
                 raise
             failed.append(f"{one.name} on {data}: {error}")  # the others still count
             say(f"FAILED {failed[-1]}")
-            continue
-        found.append({"model": Path(one.name).name, "data": Path(data).name, **cells(metrics)})
+        else:
+            found.append({"model": Path(one.name).name, "data": Path(data).name, **cells(metrics)})
         if data == cfg.data[-1]:
             one.loaded = None  # its memory is the next one's
     if len(found) > 1:
@@ -344,7 +345,8 @@ def measure_own(one, cfg, world, say, poll) -> dict:
     for part in ("val", "test"):
         metrics = {name[len(part) + 1 :]: x for name, x in found.items() if name.startswith(f"{part}/")}
         if metrics:
-            say(one.name) if not shown else None
+            if not shown:
+                say(one.name)
             say(f"  {part:4}  {said(metrics)}")
             last, shown = part, metrics
     if one.is_preference:
@@ -541,9 +543,7 @@ def judge_answers(cfg, say):
         for line in judge.lines_of_score(name, found):
             say(line)
         target = path.with_name(judged_name(path)).with_suffix(".json")
-        found["responses_sha256"] = core.sha256_file(
-            path
-        )  # other answers tomorrow: then this is no news of them
+        found["responses_sha256"] = core.sha256_file(path)  # tomorrow's answers may be others
         core.write_json(target, results.read_judged(target) | {cfg.judge_model: found})
         say(f"  written: {target}; {asked.asked - before} questions were asked, the others known")
 
@@ -663,9 +663,8 @@ def write_archive(target, folder, small, kept):
     inside = Path("runs") / folder.parent.name / folder.name
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        with tarfile.open(
-            aside, "w:gz", compresslevel=1, dereference=True
-        ) as archive:  # weights hardly shrink
+        # weights hardly shrink: the fastest compression
+        with tarfile.open(aside, "w:gz", compresslevel=1, dereference=True) as archive:
             for path in small:
                 archive.add(path, inside / path.relative_to(folder))
             for name in kept:

@@ -123,9 +123,8 @@ def load_data(cfg, world, tokenizer=None) -> Preferences:
     `tokenizer`: none is that of cfg.model.
     """
     builtin = cfg.data == "python-pairs"
-    if not tokenizer and not cfg.model.startswith(
-        "tiny:"
-    ):  # a tiny model's tokenizer is made of the rows' words
+    # a tiny model's tokenizer is made of the rows' words
+    if not tokenizer and not cfg.model.startswith("tiny:"):
         tokenizer = core.main_first(world, lambda: encoders.load_tokenizer(cfg.model))
 
     def source():

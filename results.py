@@ -455,9 +455,9 @@ def write_hparams(all_facts) -> int:
         metrics |= {f"judge/{name}": s.get("score") for name, s in facts.judged.items()}
         metrics = {name: value for name, value in metrics.items() if value is not None}
         folder = facts.folder / "hparams"
-        shutil.rmtree(folder, ignore_errors=True)
         if not os.access(facts.folder, os.W_OK):
             raise core.UserError(f"{facts.folder} cannot be written: the table stands, HPARAMS does not")
+        shutil.rmtree(folder, ignore_errors=True)
         with SummaryWriter(folder) as writer:
             for summary in hparams(values, metrics):
                 writer.file_writer.add_summary(summary)

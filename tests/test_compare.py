@@ -246,3 +246,14 @@ def test_answers_and_grades_stand_side_by_side_and_none_breaks_out():
     texts = {name: Path(folder, name).read_bytes() for name in files.split(", ")}
     assert json.loads(texts["compare.json"])["grade by j"][0]["difference"] == -11.25
     assert texts["answers.md"].decode() == wanted and b"| lr " in texts["compare.md"] and texts["curves.png"]
+
+
+def test_grades_of_other_prompts_do_not_end_a_comparison():
+    other = Path(graded("b", [[60], [90]], ["x", "y"], lr=1))
+    judged = json.loads((other / "judged.json").read_text())
+    for summary in judged.values():
+        for number, entry in enumerate(summary["grades"]):
+            entry["group"] = f"other {number}"
+    (other / "judged.json").write_text(json.dumps(judged))
+    text, figures = report(graded("a", [[50], [70]], ["x", "y"]), str(other))
+    assert list(figures) == ["loss", "accuracy"] and "grade" not in text

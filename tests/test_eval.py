@@ -131,6 +131,18 @@ def test_several_runs_on_several_sets_end_in_one_table(trained):
     assert len(list(Path("runs/eval").glob("*/losses.jsonl"))) == 2
 
 
+def test_other_text_gives_the_same_on_two_processes(trained):
+    Path("text.txt").write_text("It was the best of times, it was the worst of times. " * 40)
+    found = []
+    for size in (1, 2):
+        evaluate("--run_folder", trained("gpt_scratch"), "--data", "text.txt", "--eval_batch", 5, size=size)
+        [folder] = Path("runs/eval").iterdir()
+        found.append(result(folder))
+    same = [name for name in found[0] if name.startswith("test/") and "interval" not in name]
+    assert "test/loss" in same
+    assert [found[1][name] for name in same] == pytest.approx([found[0][name] for name in same], rel=1e-5)
+
+
 def test_a_set_that_cannot_be_measured_does_not_end_the_others(trained, copy):
     """Nor does a run that came home without its weights."""
     lost = copy("run_lora")
