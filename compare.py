@@ -140,7 +140,7 @@ def shared_rows(all_facts) -> list[Rows]:
 
 def kind_of(facts) -> str:
     """preference, text or rows; of a folder that eval.py made it is noted there."""
-    kinds = {"run_preference": "preference", "gpt_scratch": "text"}
+    kinds = {"run_preference": "preference", "gpt_scratch": "text", "run_pretrain_diversity": "text"}
     return facts.config.get("kind") or kinds.get(facts.config["script"], "rows")
 
 
@@ -288,32 +288,46 @@ def difference(rows, first, second) -> dict:
     found["groups"] = len(set(rows.groups.tolist()))
     found["means"] = [of_side.tolist() for of_side in means]
     if len(first) == len(second) == 1:
-        both = np.c_[rows.sums[first[0]] - rows.sums[second[0]], rows.weights]  # a weight may be 0
-        ratio = {"of": lambda means: means[:, :1] / means[:, 1:]}
-        interval = core.bootstrap(both, rows.groups, **ratio).tolist()[0]
+        interval = _by_groups(rows, rows.sums[first[0]] - rows.sums[second[0]])
         found["row_noise"] = found["noise"] = (interval[1] - interval[0]) / (2 * 1.96)
         return found | {"interval": interval}
-    return found | _over_seeds(rows, first, second, means, value)
+    return found | _over_seeds(rows, (first, second), means, value)
 
 
-def _over_seeds(rows, first, second, means, value) -> dict:
-    """Rows and seeds are crossed: the variance of the difference is that over groups (of seed means), plus
-    that over seeds (of row means), less what both contain, the seed-by-group rest. Welch's t.
+def mean(rows, side) -> dict:
+    """Mean of the runs `side` with its 95 % interval, over groups of rows and seeds as in `difference`."""
+    total = rows.weights.sum()
+    means = rows.sums[side].sum(1) / total
+    found = {"mean": float(means.mean()), "runs": means.tolist()}
+    if len(side) == 1:
+        return found | {"interval": _by_groups(rows, rows.sums[side[0]])}
+    return found | _over_seeds(rows, (side,), [means], found["mean"])
 
-    A side of one seed borrows the other's spread.
+
+def _by_groups(rows, sums) -> list[float]:
+    """Interval of sum / weight, groups of rows redrawn."""
+    ratio = {"of": lambda means: means[:, :1] / means[:, 1:]}
+    return core.bootstrap(np.c_[sums, rows.weights], rows.groups, **ratio).tolist()[0]  # a weight may be 0
+
+
+def _over_seeds(rows, sides, means, value) -> dict:
+    """Rows and seeds are crossed: the variance of a mean, or of the difference of two, is that over groups
+    (of seed means), plus that over seeds (of row means), less what both contain, the seed-by-group rest.
+    Welch's t. A side of one seed borrows the other's spread.
     """
     index = np.unique(rows.groups, return_inverse=True)[1]
     n, total = index.max() + 1, rows.weights.sum()
     share = np.bincount(index, rows.weights, n) / total
     parts = []
-    for side, of_seed in zip((first, second), means, strict=True):
+    for side, of_seed in zip(sides, means, strict=True):
         summed = np.stack([np.bincount(index, rows.sums[run], n) for run in side]) / total
         parts.append(summed - of_seed[:, None] * share)  # (seeds, groups): what a group adds to the error
-    by_group = parts[0].mean(0) - parts[1].mean(0)
+    by_group = sum(sign * part.mean(0) for sign, part in zip((1, -1), parts, strict=False))
     of_rows = n / max(n - 1, 1) * float((by_group**2).sum())
     spreads = [_seed_variance(part, of_seed) for part, of_seed in zip(parts, means, strict=True)]
     known, components = [spread for spread in spreads if spread], [(of_rows, max(n - 1, 1))]
-    shares = [1 / len(of_seed) for of_seed in means] if len(known) == 2 else [sum(1 / len(m) for m in means)]
+    shares = [1 / len(of_seed) for of_seed in means]
+    shares = shares if len(known) == len(means) else [sum(shares)]
     components += [
         (variance * share, freedom) for (variance, freedom), share in zip(known, shares, strict=True)
     ]

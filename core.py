@@ -94,6 +94,9 @@ LIMITS = {  # constants: lowest and highest legal value, in whichever script the
     "context": (2, math.inf),
     "stride judge_repeats judge_requests judge_attempts": (1, math.inf),
     "judge_seconds": (0.1, math.inf),
+    "seeds passes max_tokens neutral_tokens fisher_samples": (1, math.inf),
+    "diversity_batches head_epochs": (0, math.inf),
+    "diversity_batch diversity_length floor_repeats": (2, math.inf),
 }
 ALIASES = {"run_folder": "run"}  # flags that torchrun would take for its own (--run_path), python does not
 
@@ -560,9 +563,10 @@ def read_rows(name, max_documents=None, prefer="train") -> list[dict]:
     return list(itertools.islice(stream_rows(name, prefer), max_documents))
 
 
-def stream_rows(name, prefer="train", streaming=False):
-    """read_rows one by one, in flat memory but for one JSON list; `streaming` fetches what it reads only."""
-    return itertools.chain.from_iterable(_tables(name, prefer, streaming))
+def stream_rows(name, prefer="train", streaming=False, shuffled=None):
+    """read_rows one by one, in flat memory but for one JSON list; `streaming` fetches what it reads only;
+    a Hub set that is not streamed can come in an order drawn by the seed `shuffled`."""
+    return itertools.chain.from_iterable(_tables(name, prefer, streaming, shuffled))
 
 
 def data_fingerprint(name, prefer="train", streaming=False) -> str:
@@ -587,7 +591,7 @@ def data_fingerprint(name, prefer="train", streaming=False) -> str:
         raise UserError(f"{name} cannot be read: {error.strerror}") from None
 
 
-def _tables(name, prefer, streaming=False):
+def _tables(name, prefer, streaming=False, shuffled=None):
     """Yields tables, each an iterable of rows."""
     path = Path(name)
     if path.is_dir():
@@ -604,7 +608,8 @@ def _tables(name, prefer, streaming=False):
     elif path.exists():
         yield _read_table(path.open("rb"), path.suffix, path)
     else:
-        yield _hub_dataset(name, prefer, streaming)
+        rows = _hub_dataset(name, prefer, streaming)
+        yield rows if shuffled is None else rows.shuffle(seed=shuffled)
 
 
 def _table_files(folder, prefer) -> list[Path]:
@@ -655,7 +660,7 @@ def _read_table(stream, suffix, where):
 
 def _hub_dataset(name, split, streaming=False):
     form = re.fullmatch(
-        r"(?P<repo>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?", name
+        r"(?P<repo>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w .-]+))?(@(?P<revision>[\w./-]+))?", name
     )
     if not form or Path(name).suffix in (*TABLES, ".zip", ".txt") or name[0] in "./~":
         raise UserError(f"no such file or folder: {name}")
@@ -850,12 +855,12 @@ def read_texts(folder, kind) -> tuple[np.ndarray, np.ndarray]:
 
 
 @contextmanager
-def whole_file(path):
-    """A text file that appears under its name only when complete and on the disk."""
+def whole_file(path, mode="w"):
+    """A file that appears under its name only when complete and on the disk; `wb` for bytes."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(exist_ok=True)
     try:
-        with open(aside, "w", encoding="utf-8") as file:
+        with open(aside, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
         flush(aside)
         os.replace(aside, path)
@@ -1121,13 +1126,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         xs, ws, needs = terms[::2], terms[1::2], ctx.needs_input_grad
         kind, dtype = xs[0].device.type, ws[0].dtype
         half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
-        to_x = [torch.empty_like(x) for x in xs]
+        to_x = [torch.empty_like(x) if need else None for x, need in zip(xs, needs[2::2], strict=True)]
         to_w = [torch.zeros_like(w) if need else None for w, need in zip(ws, needs[3::2], strict=True)]
         to_b = torch.zeros_like(bias) if needs[1] else None
         with torch.autocast(kind, enabled=False):
             xs, ws = ([t.to(torch.bfloat16 if half else dtype) for t in ts] for ts in (xs, ws))
             parts = [
-                _add_chunk([x[c] for x in xs], ws, bias, labels[c], [t[c] for t in to_x], to_w, to_b, dtype)
+                _add_chunk([x[c] for x in xs], ws, bias, labels[c], _rows(to_x, c), to_w, to_b, dtype)
                 for c in _chunks(xs[0], ws[0])
             ]
         ctx.slopes = to_b, *itertools.chain(*zip(to_x, to_w, strict=True))
@@ -1137,6 +1142,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, scale):
         slopes, ctx.slopes = ctx.slopes, None  # scaled in place: there is no second backward
         return None, *(None if slope is None else slope.mul_(scale) for slope in slopes)
+
+
+def _rows(tensors, chunk) -> list:
+    return [None if t is None else t[chunk] for t in tensors]
 
 
 def _add_chunk(xs, ws, bias, y, to_x, to_w, to_b, dtype) -> torch.Tensor:
@@ -1155,7 +1164,8 @@ def _add_chunk(xs, ws, bias, y, to_x, to_w, to_b, dtype) -> torch.Tensor:
         e.div_(total).scatter_add_(1, y[:, None], torch.full_like(total, -1))
     slope = e.to(xs[0].dtype)
     for x, w, by_x, by_w in zip(xs, ws, to_x, to_w, strict=True):
-        by_x.copy_(slope @ w if half else linear(e, w.t()).div_(total).sub_(w[y]))
+        if by_x is not None:
+            by_x.copy_(slope @ w if half else linear(e, w.t()).div_(total).sub_(w[y]))
         if by_w is not None and half:
             by_w += slope.t() @ x  # chunks are added up in fp32
         elif by_w is not None:
@@ -1252,16 +1262,23 @@ def bootstrap(values, groups, *, weights=None, samples=2000, seed=0, of=None) ->
     np.add.at(sums, index, np.c_[values * weights[:, None], weights])
     rng, n = np.random.default_rng(seed), len(sums)
     draws = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) * 1.0 @ sums for _ in range(samples)])
-    # few groups: Hesterberg's expanded percentiles (2015), with Student's t to first order in 1 / (n - 1)
-    t = 1.96 + (1.96**3 + 1.96) / (4 * max(n - 1, 1))
-    tail = 50 * (1 - math.erf(t * math.sqrt(n / max(n - 1, 1) / 2)))  # in percent: 2.5 for many groups
     means = draws[:, :-1] / draws[:, -1:]
-    intervals = np.percentile(means if of is None else of(means), [tail, 100 - tail], axis=0).T
+    intervals = np.percentile(means if of is None else of(means), tails(n), axis=0).T
     if of is not None:
         return intervals
     intervals[(values == 0).all(0)] = 0, min(1, 3 / n)
     intervals[(values == 1).all(0)] = max(0, 1 - 3 / n), 1
     return intervals
+
+
+def tails(n) -> list[float]:
+    """Percentiles that bound a 95 % interval over n redrawn groups: 2.5 and 97.5 where they are many.
+
+    Few: Hesterberg's expanded percentiles (2015), with Student's t to first order in 1 / (n - 1).
+    """
+    t = 1.96 + (1.96**3 + 1.96) / (4 * max(n - 1, 1))
+    tail = 50 * (1 - math.erf(t * math.sqrt(n / max(n - 1, 1) / 2)))
+    return [tail, 100 - tail]
 
 
 def language_metrics(sums, groups, unigram=None, byte_counts=None) -> dict:

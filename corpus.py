@@ -34,16 +34,17 @@ import core
 # ----------------------------------------------------------------------------------------- built-in text
 # What every Python installation carries: a fresh machine may have no network.
 
-BUILT_IN = ("python-docs", "python-code")
+BUILT_IN = ("python-docs", "python-code", "numpy-docs")
 
 
 def built_in_texts(name):
-    """Yields the texts of python-docs (help topics, docstrings) or python-code (sources of the library)."""
+    """Yields the texts of python-docs (help topics, docstrings), python-code (sources of the library) or
+    numpy-docs (docstrings of a package that every installation of this project has)."""
     if name == "python-docs":
         from pydoc_data.topics import topics
 
         yield from (topics[topic] for topic in sorted(topics))
-    for path in _library_files():
+    for path in _numpy_files() if name == "numpy-docs" else _library_files():
         source = path.read_text(encoding="utf-8", errors="replace")
         if name == "python-code":
             yield source
@@ -58,6 +59,11 @@ def _library_files() -> list[Path]:
     skipped.add("ensurepip")
     files = (path.relative_to(folder) for path in sorted(folder.rglob("*.py")))
     return [folder / path for path in files if not skipped & set(path.parts)]
+
+
+def _numpy_files() -> list[Path]:
+    folder = Path(np.__file__).parent
+    return [path for path in sorted(folder.rglob("*.py")) if "tests" not in path.parts]
 
 
 def _docstrings(source):
@@ -285,6 +291,8 @@ def joined(symbols, pair) -> list[str]:
 # document. Built once by rank 0; a killed build goes on where it was.
 
 CACHE_VERSION = 1  # of the layout: change both together
+# of fields that Corpus has grown: older caches keep their names
+LATER = {"max_tokens": None, "held_out_tokens": 0, "streaming": None, "first_trains": True}
 PARTS = ("train", "val", "test")
 PIECE = 1 << 16  # characters of a document that are read and encoded at once
 TEXT_FILES = (".txt", ".text", ".md", ".rst", ".py")
@@ -301,6 +309,16 @@ class Corpus:
     val_share: float = 0.05
     test_share: float = 0.05
     split_seed: int = 42
+    max_tokens: int | None = None  # of training text: the first ones; then reading stops, when there are
+    held_out_tokens: int = 0  # so many in val and in test
+    # how a Hub set is read. True: streamed, what is needed only; CacheStream: downloaded, in its own order;
+    # False: downloaded, in an order drawn by split_seed; none: streamed where max_documents is given
+    streaming: str | None = None
+    first_trains: bool = True  # the first document is training text, whatever its hash says
+
+    @property
+    def streams(self) -> bool:
+        return self.max_documents is not None if self.streaming is None else self.streaming == "True"
 
 
 @dataclass
@@ -325,7 +343,8 @@ def token_cache(corpus) -> Path:
     source = data_fingerprint(corpus)
     name = corpus.tokenizer  # a Hub id or folder may hold another one tomorrow
     words = None if is_built_in(name) else core.tokenizer_fingerprint(named_tokenizer(name))
-    key = json.dumps([CACHE_VERSION, source, words, asdict(corpus)])
+    fields = {name: value for name, value in asdict(corpus).items() if value != LATER.get(name, "")}
+    key = json.dumps([CACHE_VERSION, source, words, fields])
     folder = core.cache_root() / f"tokens_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not (folder / "meta.json").exists():
         aside = folder.with_name(f".{folder.name}.partial")  # kept when killed
@@ -362,13 +381,14 @@ def open_cache(folder) -> Tokens:
 def data_fingerprint(corpus) -> str:
     """Of the text itself: it names the cache, and shows a resume that the data changed."""
     if corpus.data in BUILT_IN:
-        return f"{corpus.data} of Python {platform.python_version()}"
+        python = f"Python {platform.python_version()}"
+        return f"{corpus.data} of {f'numpy {np.__version__}' if corpus.data == 'numpy-docs' else python}"
     if files := text_files(corpus.data):
         try:
             return core.joint_hash([core.sha256_file(file) for file in files])
         except OSError as error:
             raise core.UserError(f"{error.filename} cannot be read ({error.strerror}): take it out") from None
-    return core.data_fingerprint(corpus.data, streaming=corpus.max_documents is not None)
+    return core.data_fingerprint(corpus.data, streaming=corpus.streams)
 
 
 def text_files(name) -> list[Path]:
@@ -399,7 +419,8 @@ def documents(corpus, bad):
             yield functools.partial(open, file, encoding="utf-8-sig", newline="")
         return
     else:
-        rows = core.stream_rows(corpus.data, streaming=corpus.max_documents is not None)
+        shuffled = corpus.split_seed if corpus.streaming == "False" else None
+        rows = core.stream_rows(corpus.data, streaming=corpus.streams, shuffled=shuffled)
     for number, row in enumerate(itertools.islice(rows, corpus.max_documents), start=1):
         if number == 1:
             core.require_columns([row], [column], corpus.data)
@@ -451,8 +472,9 @@ def split_pieces(corpus, bad):
                 if i == 0:
                     drawn = hashlib.sha256(f"{corpus.split_seed}/{text}".encode()).digest()
                     trained = trained or drawn
-                    share = 0 if drawn == trained else int.from_bytes(drawn[:6], "big") / 2**48
-                    part = part_of(share, corpus)
+                    share = int.from_bytes(drawn[:6], "big") / 2**48
+                    forced = corpus.first_trains and drawn == trained
+                    part = part_of(0 if forced else share, corpus)
                 yield part, text, i == 0
 
 
@@ -498,7 +520,7 @@ def build_cache(corpus, source, folder):
     for start in range(0, len(train), 1 << 24):
         counts += np.bincount(train[start : start + (1 << 24)], minlength=len(tokenizer))
     np.save(folder / "unigram.npy", counts)
-    total = sum(state["documents"].values()) + len(bad.rows)
+    total = state["read"] + len(bad.rows)
     core.write_json(folder / "meta.json", {
         "fingerprint": {"data": source, "tokenizer": core.sha256_file(path / "tokenizer.json")},
         "kind": kind.name, "corpus": asdict(corpus), "documents": state["documents"],
@@ -509,30 +531,43 @@ def build_cache(corpus, source, folder):
 
 def write_tokens(folder, corpus, tokenizer, kind, bad) -> dict:
     """Appends to the streams piece by piece; progress.json says every few seconds how much of them counts."""
-    encode, end = encoder(corpus.tokenizer, tokenizer), np.array([tokenizer.eos_token_id], kind).tobytes()
+    encode, end = encoder(corpus.tokenizer, tokenizer), np.array([tokenizer.eos_token_id], kind)
     path, none = folder / "progress.json", dict.fromkeys(PARTS, 0)
-    state = {"pieces": 0, "bytes": dict(none), "documents": dict(none)}
-    state = json.loads(path.read_text()) if path.exists() else state
+    state = {"pieces": 0, "read": 0, "bytes": dict(none), "documents": dict(none)}
+    state |= json.loads(path.read_text()) if path.exists() else {}
     files = {part: open(folder / f"{part}.bin", "ab") for part in PARTS}
     for part, file in files.items():
         file.truncate(state["bytes"][part])
     found, saved = itertools.islice(split_pieces(corpus, bad), state["pieces"], None), time.monotonic()
     size = sum(file.stat().st_size for file in text_files(corpus.data))
+    written = {part: size // kind.itemsize for part, size in state["bytes"].items()}
+    most, least = corpus.max_tokens or math.inf, corpus.held_out_tokens
+
+    def enough() -> bool:
+        return written["train"] >= most and all(written[part] >= least for part in ("val", "test"))
+
     with core.progress(size or None, "tokenising", unit="B") as bar, ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(up_to, found, 1 << 20)  # read while the cores are encoding
-        while group := ahead.result():
+        while not enough() and (group := ahead.result()):
             ahead = reader.submit(up_to, found, 1 << 20)
-            for (part, _, begins), ids in zip(group, encode([text for _, text, _ in group]), strict=True):
-                files[part].write(end * begins + np.asarray(ids, dtype=kind).tobytes())
-                state["documents"][part] += begins
+            wanted = [piece for piece in group if piece[0] != "train" or written["train"] < most]
+            for (part, _, begins), ids in zip(wanted, encode([text for _, text, _ in wanted]), strict=True):
+                if enough():  # to the piece: a killed build stops at the same one
+                    break
+                ids = np.concatenate([end[:begins], np.asarray(ids, dtype=kind)])
+                ids = ids[: min(len(ids), most - written["train"])] if part == "train" else ids
+                files[part].write(ids.tobytes())
+                written[part] += len(ids)
+                state["documents"][part] += begins and len(ids) > 0
             state["pieces"] += len(group)
+            state["read"] += sum(begins for _, _, begins in group)  # documents, also those not needed
             bar.update(sum(len(text) for _, text, _ in group))
             if time.monotonic() - saved > 5:
                 state["bytes"] = {part: flushed(file) for part, file in files.items()}
                 core.write_json(path, state)
                 saved = time.monotonic()
     for file in files.values():
-        file.write(end)
+        file.write(end.tobytes())
     return state | {"bytes": {part: flushed(file) for part, file in files.items()}}
 
 
@@ -601,3 +636,37 @@ class Blocks:
             ids[i, n + 1 :] = core.IGNORE_INDEX
         ids = torch.from_numpy(ids)
         return ids[:, :-1].clamp(min=0).to(device), ids[:, 1:].to(device)
+
+
+class Windows:
+    """Documents in windows of `context` tokens, each `stride` behind the last: a token counts once, in the
+    first window that holds it, where (but in the first) it has seen more than context - stride tokens.
+    """
+
+    def __init__(self, documents, context, stride):
+        self.documents, self.windows = documents, []  # (document, first input, end of inputs, first target)
+        for number, ids in enumerate(documents):
+            done = 1  # the first token is given
+            while done < len(ids):
+                end = min(len(ids), max(done + stride, context + 1))
+                self.windows.append((number, max(0, end - 1 - context), end - 1, done))
+                done = end
+        self.lengths = np.array([end - start for _, start, end, _ in self.windows])
+
+    def __len__(self):
+        return len(self.windows)
+
+    def wanted(self) -> list[np.ndarray]:
+        """The targets of each."""
+        return [self.documents[number][first : end + 1] for number, _, end, first in self.windows]
+
+    def batch(self, chosen, device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(input_ids, labels), both (B, T), padded on the right."""
+        shape = len(chosen), int(self.lengths[chosen].max())
+        input_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, core.IGNORE_INDEX)
+        for row, window in enumerate(chosen):
+            number, start, end, first = self.windows[window]
+            ids = torch.from_numpy(self.documents[number][start : end + 1].astype(np.int64))
+            input_ids[row, : end - start] = ids[:-1]
+            labels[row, first - 1 - start : end - start] = ids[first - start :]
+        return input_ids.to(device), labels.to(device)

@@ -21,7 +21,6 @@ import io
 import json
 import os
 import shutil
-import signal
 import sys
 import tarfile
 import time
@@ -30,7 +29,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import compare
@@ -94,7 +92,9 @@ class Config:
             raise core.UserError("--pairwise belongs to --mode judge")
 
 
-SCRIPTS = ("run_preference", "gpt_scratch", "run_instruct", "run_lora")  # whose runs are known
+SCRIPTS = (  # whose runs are known
+    *("run_preference", "gpt_scratch", "run_instruct", "run_lora", "run_pretrain_diversity"),
+)
 MODEL = {
     "run_folder",
     "data",
@@ -246,38 +246,6 @@ def weights_note(folder) -> str | None:
 def tell_weights(one, world, say):
     if one.script and (note := core.on_main(world, lambda: weights_note(one.name))):
         say(note)
-
-
-@contextlib.contextmanager
-def listening(world):
-    """Yields poll(active) -> its sum over ranks; it raises core.Stop on all ranks after a signal to one.
-
-    Alone a signal stops at once; a second one always does, but for the TERM and HUP of a session that ends.
-    """
-    heard, before = [], {}
-
-    def on_signal(number, frame):
-        name, now = signal.Signals(number).name, time.monotonic()
-        if heard and (name == heard[0][0] or now - heard[0][1] > 1):
-            os._exit(1)
-        heard.append((name, now))
-        if core.may_leave(world):
-            raise core.Stop(name)
-
-    def poll(active=0) -> int:
-        total, signalled = core.all_reduce_sum(world, torch.tensor([active, len(heard)])).tolist()
-        if signalled:
-            raise core.Stop(heard[0][0] if heard else "a signal to another rank")
-        return total
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            before[number] = signal.signal(number, on_signal)
-    try:
-        yield poll
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ----------------------------------------------------------------------------------------------- measuring
@@ -699,7 +667,7 @@ def main(cfg, world):
             terminal.write(f"{text}\n")
             terminal.flush()
 
-    with listening(world) as poll:
+    with runs.listening(world) as poll:
         if job in ("measure", "generate"):
             return {"measure": measure, "generate": generate}[job](cfg, world, say, poll)
         alone = {"judge": judge_answers, "compare": compare_runs, "table": tabulate, "pack": pack}[job]

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import torch
 
 import core
 import corpus
@@ -48,40 +47,6 @@ def kind_of(data, text_column) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- text
-
-
-class Windows:
-    """Documents in windows of `context` tokens, each `stride` behind the last: a token counts once, in the
-    first window that holds it, where (but in the first) it has seen more than context - stride tokens.
-    """
-
-    def __init__(self, documents, context, stride):
-        self.documents, self.windows = documents, []  # (document, first input, end of inputs, first target)
-        for number, ids in enumerate(documents):
-            done = 1  # the first token is given
-            while done < len(ids):
-                end = min(len(ids), max(done + stride, context + 1))
-                self.windows.append((number, max(0, end - 1 - context), end - 1, done))
-                done = end
-        self.lengths = np.array([end - start for _, start, end, _ in self.windows])
-
-    def __len__(self):
-        return len(self.windows)
-
-    def wanted(self) -> list[np.ndarray]:
-        """The targets of each."""
-        return [self.documents[number][first : end + 1] for number, _, end, first in self.windows]
-
-    def batch(self, chosen, device) -> tuple[torch.Tensor, torch.Tensor]:
-        """(input_ids, labels), both (B, T), padded on the right."""
-        shape = len(chosen), int(self.lengths[chosen].max())
-        input_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, core.IGNORE_INDEX)
-        for row, window in enumerate(chosen):
-            number, start, end, first = self.windows[window]
-            ids = torch.from_numpy(self.documents[number][start : end + 1].astype(np.int64))
-            input_ids[row, : end - start] = ids[:-1]
-            labels[row, first - 1 - start : end - start] = ids[first - start :]
-        return input_ids.to(device), labels.to(device)
 
 
 def documents_of(source, tokenizer, world) -> tuple[list[np.ndarray], dict]:
@@ -138,7 +103,7 @@ def measure_text(data, stored, model, tokenizer, cfg, world, poll) -> Measured:
         raise core.UserError(f"--stride {stride} is over the {context} tokens of a window: use half of them")
     source = corpus.Corpus(data, "", cfg.text_column, cfg.max_documents)
     documents, facts = documents_of(source, tokenizer, world)
-    windows, sizes = Windows(documents, context, stride), corpus.token_bytes(tokenizer)
+    windows, sizes = corpus.Windows(documents, context, stride), corpus.token_bytes(tokenizer)
     sums = gpt_scratch.evaluate(model, windows, stored, world, poll)
     spelt = np.array([sizes[ids].sum() for ids in windows.wanted()])
     groups = gpt_scratch.stretches(len(windows))

@@ -37,15 +37,10 @@ from tqdm import tqdm
 
 import core
 
-SHARED = (
-    "corpus.py",
-    "encoders.py",
-    "gpt_scratch.py",
-    "lora.py",
-    "pairs.py",
-    "report_card.py",
-    "sft.py",
-)  # go to source/ beside core.py and the script
+SHARED = (  # go to source/ beside core.py and the script
+    *("corpus.py", "encoders.py", "gpt_scratch.py", "lora.py", "pairs.py", "report_card.py", "sft.py"),
+    *("mixture.py", "task2vec.py", "diversity_report.py", "compare.py", "results.py", "judge.py"),
+)
 MAY_CHANGE = {  # what a flag may tell a resumed run anew: length, cadence, bookkeeping, how it is computed
     *("epochs", "max_steps", "max_minutes", "eval_batch", "eval_every", "final_eval", "save_every", "keep"),
     *("log_every", "price_per_hour", "note", "micro_batch", "micro_tokens", "compile", "answer_rows"),
@@ -78,7 +73,7 @@ class Run:
             if world.is_main:
                 print("\n".join([*plan["lines"], f"{self.folder} is finished: nothing to do"]))
             sys.exit(0)
-        self.cfg = dataclasses.replace(cfg, **plan["constants"])
+        self.cfg = dataclasses.replace(cfg, **_constants(plan["constants"]))
         object.__setattr__(self.cfg, "typed", core.typed(cfg))
         self.position = plan["position"]  # of the checkpoint: step, fold, first_step, best, sums, seconds ...
         self.seconds_before = self.position.get("seconds", 0.0)  # of earlier processes of this run
@@ -437,7 +432,7 @@ class Run:
 
     def _plan(self, cfg) -> dict:
         """Rank 0's decision, as JSON: a new folder, or one to resume; checkpoint, position, constants."""
-        out = _out(cfg, self.script)
+        out = out_folder(cfg, self.script)
         folder, constants, lines = (
             _resume_folder(cfg, self.script, out),
             dataclasses.asdict(cfg),
@@ -609,6 +604,38 @@ def _keep_rows(path, before) -> list[dict]:
     return rows
 
 
+@contextlib.contextmanager
+def listening(world):
+    """Yields poll(active) -> its sum over ranks; it raises core.Stop on all ranks after a signal to one.
+
+    Alone a signal stops at once; a second one always does, but for the TERM and HUP of a session that ends.
+    """
+    heard, before = [], {}
+
+    def on_signal(number, frame):
+        name, now = signal.Signals(number).name, time.monotonic()
+        if heard and (name == heard[0][0] or now - heard[0][1] > 1):
+            os._exit(1)
+        heard.append((name, now))
+        if core.may_leave(world):
+            raise core.Stop(name)
+
+    def poll(active=0) -> int:
+        total, signalled = core.all_reduce_sum(world, torch.tensor([active, len(heard)])).tolist()
+        if signalled:
+            raise core.Stop(heard[0][0] if heard else "a signal to another rank")
+        return total
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, on_signal)
+    try:
+        yield poll
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 # What two runs are compared by
 
 
@@ -743,7 +770,7 @@ def _override_lines(cfg) -> list[str]:
     return [*lines[:-1], lines[-1].rstrip(",")] if t.overrides else []
 
 
-def _out(cfg, script) -> Path:
+def out_folder(cfg, script) -> Path:
     """Where the runs of a script lie."""
     return Path(cfg.out or f"runs/{'smoke/' if core.typed(cfg).smoke else ''}{Path(script).stem}")
 
@@ -859,9 +886,15 @@ def tested_checkpoints(folder) -> list[str]:
     return names
 
 
+def finished_run(cfg, script) -> Path | None:
+    """The run that `--resume_timestamp auto` would find finished."""
+    folder = _resume_folder(cfg, Path(script), out_folder(cfg, script))
+    return folder if folder and _status(folder) == "finished" else None
+
+
 def newest_run(cfg, script, finished=False) -> Path:
     """The newest run folder of a script in cfg.out that holds a checkpoint (and is finished)."""
-    out = _out(cfg, script)
+    out = out_folder(cfg, script)
     runs = sorted({path.parents[2] for path in out.glob("*/checkpoints/*/manifest.json")})
     runs = [run for run in runs if not finished or _status(run) == "finished"]
     if not runs:
@@ -872,9 +905,17 @@ def newest_run(cfg, script, finished=False) -> Path:
 def read_config(folder) -> dict:
     """config.json of a run folder: constants, provenance, facts, resumes."""
     try:
-        return json.loads((Path(folder) / "config.json").read_text())
+        config = json.loads((Path(folder) / "config.json").read_text())
     except (OSError, ValueError):
         raise core.UserError(f"{folder} is no run folder: its config.json cannot be read") from None
+    if isinstance(config, dict) and isinstance(config.get("constants"), dict):
+        config["constants"] = _constants(config["constants"])
+    return config
+
+
+def _constants(values) -> dict:
+    """Constants as Config has them: JSON makes lists of tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _status(folder) -> str:

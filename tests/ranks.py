@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-SCRIPTS = ["run_preference", "gpt_scratch", "run_instruct", "run_lora"]
+SCRIPTS = ["run_preference", "gpt_scratch", "run_instruct", "run_lora", "run_pretrain_diversity"]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
@@ -29,6 +29,8 @@ PLACES = {  # where a kill or a signal can be made to strike: the function that 
     "caching gpt_scratch": ("corpus", "write_tokens"),
     "caching run_instruct": ("core", "write_texts"),
     "caching run_lora": ("core", "write_texts"),
+    "caching run_pretrain_diversity": ("corpus", "write_tokens"),
+    "embedding": ("task2vec", "embed"),
     "encoding run_preference": ("encoders.PairScorer", "encode"),
     "sampling gpt_scratch": ("gpt_scratch", "choose"),
     "sampling run_instruct": ("gpt_scratch", "choose"),

@@ -163,7 +163,7 @@ def test_a_set_that_cannot_be_measured_does_not_end_the_others(trained, copy):
 def test_windows_count_every_token_once_where_it_has_seen_most(context, stride):
     rng = np.random.default_rng(0)
     documents = [rng.integers(50, size=n) for n in (1, 2, 3, context, context + 1, context + 2, 40, 41)]
-    windows = other_data.Windows(documents, context, stride)
+    windows = corpus.Windows(documents, context, stride)
     counted = [np.zeros(len(ids), dtype=int) for ids in documents]
     for n, (number, start, end, first) in enumerate(windows.windows):
         input_ids, labels = windows.batch([n], "cpu")
@@ -187,15 +187,15 @@ def test_a_window_on_a_whole_document_gives_its_cross_entropy(trained):
         :32
     ]
     cfg = gpt_scratch.Config(eval_batch=4)
-    sums = gpt_scratch.evaluate(model, other_data.Windows([ids], 32, 16), cfg, World())
+    sums = gpt_scratch.evaluate(model, corpus.Windows([ids], 32, 16), cfg, World())
     with torch.no_grad():
         logits = model.logits(model.hidden(torch.tensor(ids[None, :-1])))[0].double()
     losses = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
     assert sums.shape == (1, 3) and sums[0, 2] == len(ids) - 1
     assert sums[0, 0] == pytest.approx(losses.sum().item(), rel=1e-5)
     assert sums[0, 1] == (logits.argmax(-1) == torch.tensor(ids[1:])).sum()
-    slid = gpt_scratch.evaluate(model, other_data.Windows([ids], 6, 3), cfg, World())
-    windows, expected = other_data.Windows([ids], 6, 3), 0.0
+    slid = gpt_scratch.evaluate(model, corpus.Windows([ids], 6, 3), cfg, World())
+    windows, expected = corpus.Windows([ids], 6, 3), 0.0
     for number, (_, start, end, first) in enumerate(windows.windows):
         with torch.no_grad():
             logits = model.logits(model.hidden(torch.tensor(ids[None, start:end])))[0].double()

@@ -41,6 +41,14 @@ TUNE = [
     *("--eval_every", 8, "--save_every", 5, "--log_every", 4),
     *("--sample_tokens", 4, "--answer_rows", 7, "--max_new_tokens", 4, "--plain_blocks", 3),
 ]
+DIVERSE = [
+    *("--smoke", "--mode", "train", "--max_documents", 60, "--val_share", 0.2, "--test_share", 0.2),
+    *("--held_out_tokens", 1500, "--n_embd", 32, "--block_size", 32, "--eval_rows", 20, "--eval_batch", 24),
+]
+SHORT["run_pretrain_diversity"] = [
+    *(*DIVERSE, "--batch", 10, "--max_steps", 28, "--dropout", 0.1),
+    *("--eval_every", 8, "--save_every", 5, "--log_every", 4),
+]
 SHORT |= {"run_instruct": [*TUNE, "--skip_spikes"], "run_lora": [*TUNE, "--lora_dropout", 0.1]}
 FROZEN = [  # run_preference with its encoder run once into the cache, and folds of 12 steps each
     *("--smoke", "--max_documents", 120, "--batch", 6, "--epochs", 2, "--folds", 3, "--freeze", "all"),
@@ -51,6 +59,7 @@ EXACT = {  # what makes the number of ranks invisible
     "gpt_scratch": ["--dropout", 0],
     "run_instruct": ["--dropout", 0],
     "run_lora": ["--dropout", 0, "--lora_dropout", 0],
+    "run_pretrain_diversity": ["--dropout", 0],
 }
 FEW = {  # hardly any rows, no training
     "run_preference": ["--smoke", "--max_documents", 90, "--epochs", 0],
@@ -61,11 +70,12 @@ FEW = {  # hardly any rows, no training
 }
 NONE = ["--smoke", "--max_documents", 200, "--max_steps", 0, "--sample_tokens", 0, "--answer_rows", 0]
 FEW |= dict.fromkeys(("run_instruct", "run_lora"), NONE)
+FEW["run_pretrain_diversity"] = [*DIVERSE, "--max_steps", 0]
 TUNED = ("run_instruct", "run_lora")
-COUNT = {"run_preference": "test/rows", "gpt_scratch": "test/targets", **dict.fromkeys(TUNED, "test/rows")}
-ROW = {"run_preference": 1, "gpt_scratch": 32, **dict.fromkeys(TUNED, 1)}  # targets of a full row
-LOSS = {"run_preference": "test/log_loss"} | dict.fromkeys(("gpt_scratch", *TUNED), "test/loss")
-RATE = {"run_preference": "examples_per_second"} | dict.fromkeys(("gpt_scratch", *TUNED), "tokens_per_second")
+COUNT = dict.fromkeys(SCRIPTS, "test/rows") | {"gpt_scratch": "test/targets"}
+ROW = dict.fromkeys(SCRIPTS, 1) | {"gpt_scratch": 32}  # targets of a full row
+LOSS = dict.fromkeys(SCRIPTS, "test/loss") | {"run_preference": "test/log_loss"}
+RATE = dict.fromkeys(SCRIPTS, "tokens_per_second") | {"run_preference": "examples_per_second"}
 AUTO = ("--resume_timestamp", "auto")
 
 
