@@ -82,6 +82,7 @@ LIMITS = {  # constants: lowest and highest legal value, in whichever script the
     "top_p": (1e-6, 1),
     "beta1 beta2 find_smoothing test_share": (0, 0.9999),
     "val_share": (1e-4, 0.9999),
+    "neutral_share": (1e-4, 0.5),
     "seed split_seed": (0, 2**31),
     "clip": (1e-6, math.inf),
     "max_length": (16, math.inf),

@@ -45,6 +45,9 @@ class Config:
         "c4=allenai/c4:en",
     )
     neutral: str = "c4"  # a third text, that nobody trains on: val/loss and test/loss are on it
+    # of its documents in val and in test; none = val_share and test_share, by the same hash, so that no
+    # document of it stands in any source's training text
+    neutral_share: float | None = None
     text_column: str = "text"  # of tables and Hub sets
     max_documents: int | None = None  # of each source; none = all that are needed
     max_tokens: int | None = None  # of each source's training text; none = what the arms need
@@ -197,9 +200,10 @@ def corpora_of(cfg) -> dict[str, corpus.Corpus]:
     if (neutral := neutral_of(cfg)) in found:
         raise core.UserError(f"--neutral {cfg.neutral} is trained on by an arm: use a third text")
     where = named.get(cfg.neutral, cfg.neutral)
-    return found | {
-        neutral: corpus.Corpus(where, max_tokens=1, **shared)
-    }  # of it only what is held out counts
+    if cfg.neutral_share:
+        shared |= {"val_share": cfg.neutral_share, "test_share": cfg.neutral_share}
+    # of it only what is held out counts
+    return found | {neutral: corpus.Corpus(where, max_tokens=1, **shared)}
 
 
 def neutral_of(cfg) -> str:
