@@ -135,18 +135,17 @@ def span(one) -> str:
 
 
 def link_table(found, neutral, cells) -> str:
-    """Markdown: each arm's coefficient beside its loss on the neutral text, and what that says."""
+    """Markdown: each arm's coefficient beside its losses, and what the neutral text's says."""
     arms = list(found["arms"])
-    losses = [cells["loss"][arm][neutral] for arm in arms]
-    text = results.markdown({
-        "arm": arms,
-        "diversity": [f"{found['arms'][arm]['coefficient']:.4f}" for arm in arms],
-        f"loss on {neutral}": [core.plus_minus(one["mean"], one["interval"], 4) for one in losses],
-    })  # fmt: skip
+    columns = {"arm": arms, "diversity": [f"{found['arms'][arm]['coefficient']:.4f}" for arm in arms]}
+    for name in cells["loss"][arms[0]]:
+        losses = [cells["loss"][arm][name] for arm in arms]
+        columns[f"loss on {name}"] = [core.plus_minus(one["mean"], one["interval"], 4) for one in losses]
+    text = results.markdown(columns)
     by_diversity = sorted(arms, key=lambda arm: -found["arms"][arm]["coefficient"])
     by_loss = sorted(arms, key=lambda arm: cells["loss"][arm][neutral]["mean"])
-    same, other = "the more diverse arm has the lower loss throughout", "the order is not that of loss"
-    said = same if by_diversity == by_loss else other
+    same, other = "the more diverse, the lower the loss", "that is not the order of loss"
+    said = f"{same if by_diversity == by_loss else other} on {neutral}"
     few = f"; {len(arms)} arms are too few for a correlation" if len(arms) < 5 else ""
     return f"{text}\n\nby diversity: {' > '.join(by_diversity)}\n{said}{few}"
 

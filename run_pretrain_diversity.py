@@ -190,7 +190,7 @@ def corpora_of(cfg) -> dict[str, corpus.Corpus]:
     # a run that belongs to the study reads what the study reads: the same pools, the same tokenizer
     arms = (cfg.data,) if cfg.mode == "train" and cfg.data not in cfg.arms else cfg.arms
     arms = [mixture.shares_of(arm) for arm in arms]
-    for name in sorted({name for shares in arms for name in shares}):
+    for name in dict.fromkeys(name for shares in arms for name in shares):
         most = cfg.max_tokens or max(1, math.ceil(max(s.get(name, 0) for s in arms) * pool)) + cfg.block_size
         one = corpus.Corpus(named.get(name, name), max_tokens=most, **shared)
         if found.setdefault(mixture.label(name), one) != one:
