@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import sys
+import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -214,9 +215,9 @@ def open_text(cfg, world) -> mixture.Text:
     """Token caches of the sources that cfg reads and of the neutral text (last), built if need be."""
     corpora, neutral = corpora_of(cfg), neutral_of(cfg)
     sources = {name: one for name, one in corpora.items() if name != neutral}
-    wanted = {
-        name: corpora[name] for name in [*(shares_of(cfg.data) if cfg.mode == "train" else sources), neutral]
-    }
+    names = [*(shares_of(cfg.data) if cfg.mode == "train" else sources)]
+    names += [] if cfg.mode == "diversity" else [neutral]
+    wanted = {name: corpora[name] for name in names}
     return mixture.open_text(wanted, cfg.tokenizer, sources, world)
 
 
@@ -527,13 +528,17 @@ OF_DIVERSITY = {"probe", "procedure", "sequences", "head_epochs", "fisher_sample
 OF_DIVERSITY |= {"diversity_batches", "diversity_batch", "diversity_length"}
 
 
-def run_config(cfg, arm, seed) -> Config:
-    """The constants of one run of the study. A run that differs in any that matters is not the same run."""
-    tag = "-".join(filter(None, [cfg.tag, results.slug(arm), f"s{seed}"]))
-    one = replace(cfg, mode="train", data=arm, seed=seed, tag=tag, resume_timestamp="auto")
+def matters(cfg) -> frozenset[str]:
+    """Names of the constants that make a run what it is; one that differs in any of them is another run."""
     own = {field.name for field in fields(Config)} - OF_DIVERSITY - runs.MAY_CHANGE - runs.OF_THE_CALL
-    own -= {"seeds", "dirty"} | (set() if mixture.is_learnt(cfg.tokenizer) else {"arms"})
-    object.__setattr__(one, "typed", replace(core.typed(cfg), flags=frozenset(own | {"max_steps"})))
+    return frozenset(own - {"seeds", "dirty"} - (set() if mixture.is_learnt(cfg.tokenizer) else {"arms"}))
+
+
+def run_config(cfg, arm, seed) -> Config:
+    """The constants of one run of the study; max_steps, which a resume might change, is in its tag."""
+    tag = "-".join(filter(None, [cfg.tag, results.slug(arm), str(cfg.max_steps), f"s{seed}"]))
+    one = replace(cfg, mode="train", data=arm, seed=seed, tag=tag, resume_timestamp="auto")
+    object.__setattr__(one, "typed", replace(core.typed(cfg), flags=matters(cfg)))
     return one
 
 
@@ -556,12 +561,14 @@ def study(cfg, world, say, poll):
     if cfg.diversity_batches:
         check_sequences(s, cfg.probe != "study")
     seeds = range(cfg.seed, cfg.seed + cfg.seeds)
-    where = {}  # arm -> its runs' folders
-    for number, (seed, arm) in enumerate([(seed, arm) for seed in seeds for arm in cfg.arms], start=1):
-        say(f"study  run {number} of {len(seeds) * len(cfg.arms)}  arm {arm}  seed {seed}")
+    where, planned, began = {}, [(seed, arm) for seed in seeds for arm in cfg.arms], time.monotonic()
+    for number, (seed, arm) in enumerate(planned):
+        left = (time.monotonic() - began) / number * (len(planned) - number) if number else None
+        eta = f"  eta of all {runs.clock(left)}" if left else ""
+        say(f"study  run {number + 1} of {len(planned)}  arm {arm}  seed {seed}{eta}")
         where.setdefault(arm, []).append(train_one(run_config(cfg, arm, seed), world, say))
         poll()
-    say(core.on_main(world, lambda: check_ledgers(where)))
+    say(core.on_main(world, lambda: check_ledgers(cfg, where)))
     matrix = cross_evaluate(s, where)
     found = diversity(s, where) if cfg.diversity_batches else None
     core.on_main(world, lambda: conclude(s, matrix, found))
@@ -585,17 +592,14 @@ def train_one(cfg, world, say) -> Path:
     return run.folder
 
 
-PER_ARM = {"data", "tag", "note", *runs.OF_THE_CALL}  # in which arms may differ
-
-
-def check_ledgers(where) -> str:
+def check_ledgers(cfg, where) -> str:
     """Two arms of a seed differ in nothing but the source: constants, tokens, first weights. UserError."""
     arms = list(where)
     for place in range(len(where[arms[0]])):
         configs = [runs.read_config(where[arm][place]) for arm in arms]
         for arm, config in zip(arms[1:], configs[1:], strict=True):
             first, other = configs[0]["constants"], config["constants"]
-            odd = [name for name in first if name not in PER_ARM and first[name] != other[name]]
+            odd = [name for name in sorted(matters(cfg) - {"data"}) if first[name] != other[name]]
             first, other = configs[0]["facts"], config["facts"]
             odd += mixture.differences(first["ledger"], other["ledger"])
             odd += ["initial_weights"] * (first["initial_weights"] != other["initial_weights"])
@@ -734,11 +738,10 @@ def reread(s, tokenizer) -> mixture.Text:
 def diversity(s, where) -> dict:
     """Embeds what is not embedded yet, spread over the ranks; then coefficients, floors, cross-distances."""
     probe, tokenizer = open_probe(s, where)
-    end, vocab_size = tokenizer.eos_token_id, len(tokenizer)
-    draws, cfg = draws_of(s, tokenizer), s.cfg
+    end, cfg, draws = tokenizer.eos_token_id, s.cfg, draws_of(s, tokenizer)
     weights = core.on_main(s.world, lambda: runs.weights_sha256(probe))
     for kind in ("lower bound", "upper bound"):
-        draws[kind] = functools.partial(draw_bound, kind, cfg, vocab_size, end)
+        draws[kind] = functools.partial(draw_bound, kind, cfg, len(tokenizer), end)
     places = {name: embedding_folder(s, name, weights) for name in draws}
     jobs = [(name, i, 0) for name in draws for i in range(batches_in(cfg, name))]
     jobs += [(arm, 0, repeat) for arm in cfg.arms for repeat in range(1, cfg.floor_repeats)]
@@ -746,18 +749,36 @@ def diversity(s, where) -> dict:
     missing = core.on_main(s.world, lambda: [job for job in jobs if not embedding_file(places, job).exists()])
     if missing:
         s.say(f"diversity  {len(missing)} of {len(jobs)} embeddings to make, procedure {cfg.procedure}")
-    with core.progress(len(missing), "embedding", s.world) as bar:
-        for start in range(0, len(missing), s.world.size):
-            s.poll()
-            for name, i, repeat in missing[start : start + s.world.size][s.world.rank :: s.world.size]:
-                core.reseed(cfg.seed, name, i, repeat)
-                samples = {"epochs": cfg.head_epochs, "samples": cfg.fisher_samples}
-                vector = task2vec.embed(probe, draws[name](i), end, cfg.procedure, **samples)
-                with core.whole_file(embedding_file(places, (name, i, repeat)), "wb") as file:
-                    np.save(file, vector)
-            bar.update(s.world.size)
-    core.barrier(s.world)
+
+    def embed(job):
+        name, i, repeat = job
+        core.reseed(cfg.seed, name, i, repeat)  # the same on whichever rank
+        choice = {"epochs": cfg.head_epochs, "samples": cfg.fisher_samples}
+        vector = task2vec.embed(probe, draws[name](i), end, cfg.procedure, **choice)
+        if not np.isfinite(vector).all():
+            raise FloatingPointError(
+                f"the embedding of batch {i} of {name} is not finite: is the probe whole?"
+            )
+        with core.whole_file(embedding_file(places, job), "wb") as file:
+            np.save(file, vector)
+
+    share_out(s, missing, embed)
     return core.on_main(s.world, lambda: coefficients(s, places))
+
+
+def share_out(s, jobs, work):
+    """`work(job)` for each, spread over the ranks, with polls between; a line at every tenth."""
+    began, told, size = time.monotonic(), 0, s.world.size
+    with core.progress(len(jobs), "embedding", s.world) as bar:
+        for start in range(0, len(jobs), size):
+            s.poll()
+            if start * 10 // len(jobs) > told:
+                told, left = start * 10 // len(jobs), (time.monotonic() - began) * (len(jobs) / start - 1)
+                s.say(f"embedded  {start} of {len(jobs)}  eta {runs.clock(left)}")
+            for job in jobs[start : start + size][s.world.rank :: size]:
+                work(job)
+            bar.update(size)
+    core.barrier(s.world)
 
 
 def batches_in(cfg, name) -> int:
