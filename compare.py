@@ -333,9 +333,9 @@ def _over_seeds(rows, sides, means, value) -> dict:
     ]
     noise = sum(variance for variance, _ in components)
     freedom = noise**2 / max(sum(v**2 / f for v, f in components), 1e-300)
-    half = student(max(freedom, 1.0)) * math.sqrt(noise)
+    half = core.student(max(freedom, 1.0)) * math.sqrt(noise)
     if min(map(len, means)) < 3:  # as simulations show, Satterthwaite's freedom is too high here
-        half = math.hypot(*(student(f) * math.sqrt(v) for v, f in components))
+        half = math.hypot(*(core.student(f) * math.sqrt(v) for v, f in components))
     found = {"interval": [value - half, value + half], "noise": math.sqrt(noise)}
     found["seed_noise"] = math.sqrt(max(noise - of_rows, 0.0))
     return found | {"row_noise": math.sqrt(of_rows)}
@@ -348,13 +348,6 @@ def _seed_variance(part, of_seed) -> tuple[float, int] | None:
         return None
     rest = n / max(n - 1, 1) * float(((part - part.mean(0)) ** 2).sum()) / (seeds - 1)
     return max(0.0, float(np.var(of_seed, ddof=1)) - rest), seeds - 1
-
-
-def student(freedom) -> float:
-    """The two-sided 95 % quantile of Student's t, by integrating over t = sqrt(freedom) tan(angle)."""
-    angle = np.linspace(0, math.pi / 2, 200_001)[:-1]
-    area = np.cumsum(np.cos(angle) ** (freedom - 1))
-    return math.sqrt(freedom) * math.tan(angle[np.searchsorted(area, 0.95 * area[-1])])
 
 
 FEWEST = 6  # prompts or stretches: all of five on one side of 0 happen by chance once in 16

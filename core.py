@@ -1282,6 +1282,13 @@ def tails(n) -> list[float]:
     return [tail, 100 - tail]
 
 
+def student(freedom) -> float:
+    """The two-sided 95 % quantile of Student's t, by integrating over t = sqrt(freedom) tan(angle)."""
+    angle = np.linspace(0, math.pi / 2, 200_001)[:-1]
+    area = np.cumsum(np.cos(angle) ** (freedom - 1))
+    return math.sqrt(freedom) * math.tan(angle[np.searchsorted(area, 0.95 * area[-1])])
+
+
 def language_metrics(sums, groups, unigram=None, byte_counts=None) -> dict:
     """Loss per target token, perplexity, accuracy of the likeliest token, with 95 % intervals by group.
 

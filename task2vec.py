@@ -51,11 +51,12 @@ def embed(probe, batch, end, procedure="clean", epochs=10, samples=1) -> np.ndar
 
     samples: Fisher passes, whose squares are averaged; end: id of the end token. Draws from torch's state.
     """
+    probe.eval()
     if procedure == "published":
         probe = tune_tied(probe, batch, end, epochs)
         passes = (published_pass(probe, batch, end) for _ in range(samples))
     else:
-        head = tune_head(probe.eval(), batch, epochs)
+        head = tune_head(probe, batch, epochs)
         passes = (clean_pass(probe, batch, head) for _ in range(samples))
     return fisher_rows(weights(probe), itertools.chain.from_iterable(passes))
 
@@ -176,7 +177,8 @@ def distances(first, second) -> np.ndarray:
         for i in range(len(first)):
             a = torch.from_numpy(first[i]).double()
             total = a + b + EPSILON
-            found[i, start : start + 16] = 1 - torch.cosine_similarity(a / total, b / total, dim=1).numpy()
+            nearness = torch.cosine_similarity(a / total, b / total, dim=1)
+            found[i, start : start + 16] = (1 - nearness).clamp(min=0).numpy()
     return found
 
 
@@ -194,26 +196,34 @@ def coefficient(table) -> float:
     return float(table[np.triu_indices(n, 1)].mean()) if n > 1 else math.nan
 
 
-def coefficient_interval(table, samples=2000, seed=0) -> list[float]:
-    """95 %: batches are redrawn, since pairs share them; a batch drawn twice is no pair with itself."""
-    n = len(table)
+def coefficient_interval(table) -> list[float]:
+    """95 %, by leaving out a batch at a time (jackknife, Student's t): pairs share batches, and a bootstrap
+    of few batches covers too little (52 % with 3, 92 % with 6, simulated). NaN for fewer than 3."""
+    n, sums = len(table), table.sum(1)
     if n < 3:
         return [math.nan, math.nan]
-    rng = np.random.default_rng(seed)
-    counts = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(samples)]).astype(
-        float
-    )
-    pairs = counts.sum(1) ** 2 - (counts**2).sum(1)
-    values = np.einsum("si,ij,sj->s", counts, table, counts)[pairs > 0] / pairs[pairs > 0]
-    return np.percentile(values, core.tails(n)).tolist()
+    without = (sums.sum() - 2 * sums) / ((n - 1) * (n - 2))
+    return around(coefficient(table), _jackknife(without), n - 1)
 
 
-def cross_interval(table, samples=2000, seed=0) -> list[float]:
-    """95 % of the mean of distances (n, m) between two sets of batches, both redrawn."""
-    rng, (n, m) = np.random.default_rng(seed), table.shape
-    rows = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(samples)]) / n
-    columns = np.stack([np.bincount(rng.integers(m, size=m), minlength=m) for _ in range(samples)]) / m
-    return np.percentile(np.einsum("si,ij,sj->s", rows, table, columns), core.tails(min(n, m))).tolist()
+def cross_interval(table) -> list[float]:
+    """The same of the mean of distances (n, m) between two sets of batches, batches of either left out."""
+    n, m = table.shape
+    if min(n, m) < 3:
+        return [math.nan, math.nan]
+    of_rows = _jackknife((table.sum() - table.sum(1)) / ((n - 1) * m))
+    of_columns = _jackknife((table.sum() - table.sum(0)) / ((m - 1) * n))
+    return around(float(table.mean()), of_rows + of_columns, min(n, m) - 1)
+
+
+def _jackknife(without) -> float:
+    """Variance of a figure, from its values without each of n batches."""
+    return float((len(without) - 1) / len(without) * ((without - without.mean()) ** 2).sum())
+
+
+def around(value, variance, freedom) -> list[float]:
+    half = core.student(freedom) * math.sqrt(variance)
+    return [value - half, value + half]
 
 
 # ---------------------------------------------------------------------------------------------- what is drawn

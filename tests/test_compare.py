@@ -12,6 +12,7 @@ import scipy.stats
 from test_results import evaluate, make_run, refused, rows_of
 
 import compare
+import core
 import judge
 import results
 
@@ -60,7 +61,7 @@ def test_one_run_a_side_is_a_paired_bootstrap_by_group_and_students_quantile_is_
     wanted = np.percentile(draws[0] / draws[1], [2.5, 97.5])
     np.testing.assert_allclose(found["interval"], wanted, atol=0.08 * np.ptp(wanted))
     for freedom in (1, 2, 3.7, 4, 10, 100, 20_000):
-        assert compare.student(freedom) == pytest.approx(scipy.stats.t.ppf(0.975, freedom), rel=1e-3)
+        assert core.student(freedom) == pytest.approx(scipy.stats.t.ppf(0.975, freedom), rel=1e-3)
 
 
 @pytest.mark.parametrize("trials", [120, pytest.param(2000, marks=pytest.mark.slow)])

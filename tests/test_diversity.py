@@ -92,9 +92,13 @@ def study_of(out="out") -> dict:
 
 
 def run_folders(out="out") -> dict[str, Path]:
-    """tag -> folder; each run is there once."""
-    found = {path.parent.name[16:]: path.parent for path in sorted(Path(out).glob("*/config.json"))}
-    assert len(found) == len(list(Path(out).glob("*/config.json")))
+    """arm-seed -> folder; each run is there once."""
+    found = {}
+    for path in sorted(Path(out).glob("*/config.json")):
+        constants = json.loads(path.read_text())["constants"]
+        name = f"{constants['data'].replace('+', '_')}-s{constants['seed']}"
+        assert name not in found, f"{path.parent} is {found[name]} again"
+        found[name] = path.parent
     return found
 
 
@@ -196,7 +200,8 @@ def test_the_smoke_set_is_of_its_family_offline_and_trains_on_what_ranks_divide(
     cfg = parsed("--smoke", "--preset", "journal")
     assert cfg.schedule == "linear" and cfg.beta2 == 0.999 and cfg.dropout == 0 and cfg.lr == 6 * 5e-5
     corpora = script.corpora_of(cfg)
-    assert [one.data for one in corpora.values()] == ["python-code", "python-docs", "numpy-docs"]
+    assert {one.data for one in corpora.values()} == {"python-code", "python-docs", "numpy-docs"}
+    assert list(corpora)[-1] == "numpy-docs"
     assert cfg.batch % 12 == 0 and cfg.probe == "study" and cfg.sources == ()
 
 
@@ -208,7 +213,7 @@ def test_no_held_out_document_of_any_text_is_trained_on_by_any_arm():
     shared = texts_of("a", 40)
     of = {"a": texts_of("a", 40) + texts_of("b", 60), "b": texts_of("b", 100)[::-1] + shared[::-1]}
     of["c"] = shared[::2] + texts_of("b", 100)[::3] + texts_of("c", 60)
-    cfg = parsed(*tiny("--max_steps", 20))
+    cfg = parsed(*tiny("--max_steps", 20, "--max_tokens", 10**6, "--held_out_tokens", 10**6))
     drawn = [mixture.open_text({"x": replace(one)}, "bytes", {}, World()) for one in prepared(cfg, of)]
     held = [set(documents_of(text.tokens["x"], part)) for text in drawn for part in ("val", "test")]
     first = next(iter(held[1]))  # a test document of a becomes the first of b and of c
@@ -226,8 +231,9 @@ def test_no_held_out_document_of_any_text_is_trained_on_by_any_arm():
     for (name, part), documents in parts.items():
         if part != "train":
             assert documents and not documents & trained, (name, part)
-    crossed = parts["a", "test"] & parts["b", "test"] & parts["c", "test"]
-    assert len(crossed) > 1, "the texts do share documents"
+    for one, other in ("ab", "bc", "ac"):
+        shared = set(of[one]) & set(of[other])
+        assert len(shared & parts[one, "test"]) > 1, "they do share held-out documents"
 
 
 def prepared(cfg, of):
@@ -260,14 +266,17 @@ def test_a_cell_of_the_matrix_is_the_mean_loss_of_the_runs_own_weights_on_that_t
             nats = hits = count = size = 0
             for begin, stop in itertools.pairwise(places):
                 for at in range(begin, stop, cfg.block_size):
-                    ids = torch.from_numpy(stream[at : min(at + cfg.block_size, stop) + 1])
+                    last = min(at + cfg.block_size, stop)  # the last window is moved back, to be a full one
+                    first = max(begin, last - cfg.block_size)
+                    ids = torch.from_numpy(stream[first : last + 1])
                     with torch.no_grad():
                         hidden = model.hidden(ids[None, :-1])[0]
-                        log_probs = (hidden @ model.wte.weight.t()).log_softmax(-1)
-                    nats -= log_probs[range(len(ids) - 1), ids[1:]].double().sum().item()
-                    hits += (log_probs.argmax(-1) == ids[1:]).sum().item()
-                    count += len(ids) - 1
-                    size += (ids[1:] != end).sum().item()  # a byte each, and none for the end
+                        log_probs = (hidden @ model.wte.weight.t()).log_softmax(-1)[at - first :]
+                    targets = ids[at - first + 1 :]
+                    nats -= log_probs[range(len(targets)), targets].double().sum().item()
+                    hits += (log_probs.argmax(-1) == targets).sum().item()
+                    count += len(targets)
+                    size += (targets != end).sum().item()  # a byte each, and none for the end
             found = {figure: study["matrix"][figure][arm][name]["mean"] for figure in show.FIGURES}
             want = {
                 "loss": nats / count,
@@ -315,7 +324,7 @@ def test_the_arms_of_a_seed_read_as_much_from_the_same_first_weights(whole, monk
         (("constants", "lr"), 1.0, "lr"),
         (("constants", "dropout"), 0.5, "dropout"),
         (("constants", "seed"), 1, "seed"),
-        (("constants", "max_steps"), 7, "max_steps"),
+        (("facts", "ledger", "steps"), 7, "steps"),
         (("facts", "ledger", "tokens"), 1, "tokens"),
         (("facts", "ledger", "batch"), 1, "batch"),
         (("facts", "initial_weights"), "others", "initial_weights"),
@@ -325,7 +334,7 @@ def test_runs_that_differ_in_more_than_their_text_are_refused(whole, monkeypatch
     shutil.copytree(whole / "out", "out", ignore=shutil.ignore_patterns("checkpoints", "study-*", "tb"))
     folders = run_folders()
     where = {"a": [folders["a-s0"]], "b": [folders["b-s0"]], "a+b": [folders["a_b-s0"]]}
-    assert "every run read 576 tokens in 6 steps" in script.check_ledgers(where)
+    assert "every run read 576 tokens in 6 steps" in script.check_ledgers(parsed(*TINY), where)
     path = folders["a_b-s0"] / "config.json"
     tree = config = json.loads(path.read_text())
     for name in place[:-1]:
@@ -333,8 +342,8 @@ def test_runs_that_differ_in_more_than_their_text_are_refused(whole, monkeypatch
     tree[place[-1]] = value
     path.write_text(json.dumps(config))
     with pytest.raises(UserError) as error:
-        script.check_ledgers(where)
-    assert f"differ in {named}, not in text alone" in str(error.value) and "a_b-s0" in str(error.value)
+        script.check_ledgers(parsed(*TINY), where)
+    assert f"differ in {named}, not in text alone" in str(error.value) and "-a_b-" in str(error.value)
 
 
 def test_what_a_study_writes_is_all_there(whole):
@@ -380,6 +389,7 @@ def test_a_finished_study_typed_again_computes_nothing_and_says_the_same(copied)
     same_study(study_of(), json.loads(next(Path("out").glob("study-*/study.json")).read_text()))
 
 
+@pytest.mark.slow
 def test_a_seed_more_trains_the_new_runs_alone(copied):
     before = snapshot("result.json", "checkpoints/**/*", "*.npy")
     said = go("--seeds", 2)
@@ -395,6 +405,20 @@ def test_a_seed_more_trains_the_new_runs_alone(copied):
         assert first != second
     facts = [runs.read_config(folder)["facts"]["initial_weights"] for folder in run_folders().values()]
     assert len(set(facts)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(
+    reason="the old mixture drew from fewer blocks of b, and is taken for finished", strict=True
+)
+def test_an_arm_more_leaves_no_mixture_that_read_other_blocks_than_its_sources(sources, whole):
+    """b becomes an arm of its own: from then on more of it is in the cache, and its order is another one."""
+    go("--arms", "a", "a+b", "--diversity_batches", 0)
+    (old,) = (json.loads(path.read_text()) for path in Path("out").glob("*-a_b-*/ledger.json"))
+    (want,) = (json.loads(path.read_text()) for path in (whole / "out").glob("*-a_b-*/ledger.json"))
+    go("--diversity_batches", 0)
+    found = [json.loads(path.read_text()) for path in Path("out").glob("*-a_b-*/ledger.json")]
+    assert old == want or want in found
 
 
 @pytest.mark.slow
@@ -446,7 +470,7 @@ def test_a_study_killed_in_every_phase_ends_with_the_same_figures(size, whole, s
     assert len(cross) == 9
     for path in cross:
         path.unlink()
-    assert struck("measuring", 4) == 3
+    assert struck("measuring", 12) == 3
     assert 0 < len(list(Path("out").glob("study-*/cross/*"))) < 9
     go(size=size)
     assert len(run_folders()) == 3
@@ -459,10 +483,10 @@ def test_a_study_killed_in_every_phase_ends_with_the_same_figures(size, whole, s
 @pytest.mark.parametrize(
     ("place", "nth", "size"),
     [
-        ("measuring", 2, 2),
+        pytest.param("measuring", 2, 2, marks=pytest.mark.slow),
         pytest.param("embedding", 2, 2, marks=pytest.mark.slow),
         pytest.param("embedding", 3, 1, marks=pytest.mark.slow),
-        pytest.param("measuring", 3, 1, marks=pytest.mark.slow),
+        ("measuring", 3, 1),
     ],
 )
 def test_a_signal_behind_the_training_stops_all_ranks_and_the_same_command_goes_on(
@@ -486,19 +510,19 @@ def test_a_signal_behind_the_training_stops_all_ranks_and_the_same_command_goes_
 
 @pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_signal_in_training_ends_the_study_and_the_same_command_goes_on(size, sources, whole):
-    flags = ["--diversity_batches", 0, "--arms", "a", "a+b"]
+    flags = ["--diversity_batches", 0, "--arms", "a", "b"]
     codes = launch(NAME, "--out", "out", *tiny(*flags), size=size, sent=("step", 5, signal.SIGTERM))
     assert codes == [0] * size, Path("out.txt").read_text()
     (stopped,) = results_of().values()
     assert stopped["status"] == "stopped" and "Stop: SIGTERM" in stopped["why"]
     assert "Traceback" not in Path("out.txt").read_text() and not list(Path("out").glob("study-*/cross"))
     go(*flags, size=size)
-    assert set(run_folders()) == {"a-s0", "a_b-s0"}
+    assert set(run_folders()) == {"a-s0", "b-s0"}
     want = study_of(whole / "out")["matrix"]["loss"]
     for arm, texts in study_of()["matrix"]["loss"].items():
         for name, cell in texts.items():
             assert cell["mean"] == pytest.approx(want[arm][name]["mean"], abs=1e-5)
-    if size == 1:  # the arms beside it are no part of a run, its pools are: of a mixture, half
+    if size == 1:  # what stands beside it is no part of a run
         assert results_of()["a-s0"]["weights_sha256"] == results_of(whole / "out")["a-s0"]["weights_sha256"]
 
 
@@ -648,6 +672,27 @@ def test_batches_for_the_coefficient_share_no_sequence_and_mix_in_proportion(who
     assert all(np.array(row[:8], np.uint16).tobytes() in trained for row in of_a)
 
 
+def study_here(*argv) -> script.Study:
+    cfg = parsed(*tiny(*argv))
+    return script.Study(cfg, World(), script.open_text(cfg, World()), Path("x"), print, lambda: None)
+
+
+@pytest.mark.xfail(reason="with b an arm of its own more of b is in the cache, and drawn from", strict=True)
+def test_embeddings_that_are_found_again_are_those_of_the_same_batches(sources):
+    one, other = (study_here("--arms", *arms) for arms in (("a", "a+b"), ("a", "b", "a+b")))
+    drawn = [script.draws_of(s, s.text.tokenizer)["a+b"](1).ids.tolist() for s in (one, other)]
+    folders = [script.embedding_folder(s, "a+b", "weights") for s in (one, other)]
+    assert (drawn[0] == drawn[1]) == (folders[0] == folders[1])
+
+
+@pytest.mark.xfail(reason="CacheStream and False read the same files, in another order", strict=True)
+def test_embeddings_of_a_set_in_another_order_are_others(sources):
+    text = script.open_text(parsed(*tiny()), World())
+    ways = [parsed(*tiny("--streaming", way)) for way in ("CacheStream", "False")]
+    studies = [script.Study(cfg, World(), text, Path("x"), print, None) for cfg in ways]
+    assert len({script.embedding_folder(s, "a", "weights") for s in studies}) == 2
+
+
 # errors
 
 
@@ -666,7 +711,7 @@ def fails(argv, monkeypatch, capfd) -> str:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--sources", "a=absent.jsonl", "b=b.jsonl", "c=c.jsonl"], ["no such file or folder: absent.jsonl"]),
+        (["--sources", "a=absent.jsonl", "b=b.jsonl", "c=c.jsonl"], ["absent.jsonl", "use a local file"]),
         (["--sources", "a=owner/absent", "b=b.jsonl", "c=c.jsonl"], ["owner/absent cannot be fetched"]),
         (["--sources", "a"], ["--sources a: write name=where"]),
         (["--sources", "a=a.jsonl", "a=b.jsonl", "c=c.jsonl"], ["a is both a.jsonl and b.jsonl"]),
@@ -702,6 +747,14 @@ def test_a_mistake_is_one_line_before_anything_is_trained(argv, words, sources, 
     assert all(word in error for word in words), error
 
 
+@pytest.mark.slow
+@pytest.mark.xfail(
+    reason="trains everything, then IndexError in check_ledgers", strict=True, raises=IndexError
+)
+def test_an_arm_that_is_named_twice_is_a_mistake_too(sources, monkeypatch, capfd):
+    assert "a" in fails(tiny("--arms", "a", "a", "a+b", "--diversity_batches", 0), monkeypatch, capfd)
+
+
 def test_few_unusable_rows_are_left_out_and_told(sources, monkeypatch, capfd):
     write("a.jsonl", [*texts_of("a"), ""])
     said = in_process([*TINY, "--out", "out", "--mode", "cache"], monkeypatch, capfd)
@@ -715,7 +768,7 @@ def test_every_constant_of_a_study_is_in_its_record(whole):
 
 
 def test_a_stored_run_is_opened_from_its_folder_alone(whole, tmp_path):
-    shutil.copytree(next((whole / "out").glob("*-a_b-s0")), "moved")
+    shutil.copytree(run_folders(whole / "out")["a_b-s0"], "moved")
     cfg, model, tokenizer = script.load_model("moved", World())
     assert cfg.data == "a+b" and isinstance(model, gpt_scratch.GPT) and not model.training
     want = json.loads(Path("moved/result.json").read_text())["weights_sha256"]

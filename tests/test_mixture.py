@@ -139,6 +139,12 @@ def test_sources_are_spread_evenly_over_the_run(counts):
         assert np.abs(given - np.arange(1, total + 1) * count / total).max() <= max(1, len(counts) - 1)
 
 
+def test_a_source_of_which_there_is_little_comes_in_the_middle_not_first():
+    assert mixture.interleave([9, 1]).tolist().index(1) in (4, 5)
+    rare = np.flatnonzero(mixture.interleave([2, 98]) == 0)
+    assert abs(rare[0] - 25) <= 1 and abs(rare[1] - 75) <= 1
+
+
 # the order of a source's blocks
 
 
@@ -450,7 +456,15 @@ def test_a_text_with_too_little_held_out_gives_all_it_has():
     assert found.parts["test"].tolist() == whole.parts["test"].tolist()
 
 
-@pytest.mark.parametrize("kills", [[(1, 5), (1, 1), (1, 2)], [(50, 12)], [(2, 9), (3, 3)]], ids=str)
+@pytest.mark.parametrize(
+    "kills",
+    [
+        [(1, 5), (1, 1), (1, 2)],
+        pytest.param([(50, 12)], marks=pytest.mark.slow),
+        pytest.param([(2, 9), (3, 3)], marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_killed_build_with_a_budget_ends_with_the_same_bytes(kills):
     texts = [*texts_of(12, words=3000), *texts_of(5, seed=1)]  # pieces larger than a file's buffer
     spec = Corpus(
@@ -477,6 +491,15 @@ def test_the_first_document_is_drawn_like_any_other_if_it_is_not_to_train():
     assert documents_of(moved, "test")[0] == held
     kept = opened(table([held, *(t for t in texts if t != held)], "kept.jsonl"), first_trains=True)
     assert documents_of(kept, "train")[0] == held  # as every script but the study has it
+
+
+@pytest.mark.xfail(
+    reason="rows read ahead count as unusable, the good ones among them not at all", strict=True
+)
+def test_what_was_read_ahead_makes_no_source_look_worse_than_it_is():
+    texts = ["" if i % 143 == 142 else f"{i} " + "word " * 1200 for i in range(700)]  # 0.7 % are empty
+    assert len(opened(table(texts)).lines) == 1
+    assert len(opened(table(texts), max_tokens=50_000).parts["train"]) == 50_001
 
 
 # sets of the Hub
@@ -580,7 +603,7 @@ def test_numpy_docs_are_a_text_of_their_own_that_every_installation_has():
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "megabytes"), [("ascii", 20), pytest.param("bytes", 200, marks=pytest.mark.slow)]
+    ("tokenizer", "megabytes"), [("ascii", 10), pytest.param("bytes", 200, marks=pytest.mark.slow)]
 )
 def test_memory_stays_flat_whatever_the_length_of_a_stream(tokenizer, megabytes, monkeypatch):
     """In a child: what it takes at its most must not grow with what it reads."""

@@ -521,6 +521,8 @@ def test_the_coefficient_takes_pairs_by_place_so_equal_batches_count_with_0():
     distance = by_hand(a[0], a[2])
     assert task2vec.coefficient(task2vec.pairwise(a)) == pytest.approx(2 / 3 * distance, rel=1e-12)
     assert task2vec.coefficient(task2vec.pairwise(a[[0, 0, 0]])) == pytest.approx(0, abs=1e-12)
+    table = np.array([[0, 0, 0.3], [0, 0, 0.6], [0.3, 0.6, 0]])  # exactly 0, where "non-zero" would drop it
+    assert task2vec.coefficient(table) == pytest.approx(0.3, rel=1e-12)
     assert math.isnan(task2vec.coefficient(task2vec.pairwise(a[:1])))
 
 
@@ -536,41 +538,42 @@ def test_the_order_of_batches_does_not_matter():
 # intervals
 
 
-def test_intervals_cover_their_point_and_are_the_same_each_time():
+def test_intervals_cover_their_point():
     table, cross = task2vec.pairwise(some(9)), task2vec.distances(some(9), some(5, seed=1))
     low, high = task2vec.coefficient_interval(table)
-    assert low < task2vec.coefficient(table) < high and task2vec.coefficient_interval(table) == [low, high]
+    assert low < task2vec.coefficient(table) < high
     low, high = task2vec.cross_interval(cross)
-    assert low < cross.mean() < high and task2vec.cross_interval(cross) == [low, high]
-    assert task2vec.coefficient_interval(table, seed=1) != task2vec.coefficient_interval(table)
+    assert low < cross.mean() < high
 
 
 @pytest.mark.parametrize("n", [3, 4, 30])
-def test_a_batch_drawn_twice_is_no_pair_with_itself(n):
-    """All distances are 1: with such pairs, and their distance of 0, the interval would lie under it."""
+def test_where_all_distances_are_equal_the_interval_is_a_point(n):
+    """A batch is no pair with itself: with its distance of 0 the interval would lie under it."""
     np.testing.assert_allclose(task2vec.coefficient_interval(np.ones((n, n)) - np.eye(n)), 1, rtol=1e-12)
 
 
 def test_fewer_than_three_batches_have_no_interval():
     for n in (1, 2):
         assert all(math.isnan(value) for value in task2vec.coefficient_interval(np.zeros((n, n))))
+        assert all(math.isnan(value) for value in task2vec.cross_interval(np.ones((n, 9))))
     assert not any(math.isnan(value) for value in task2vec.coefficient_interval(np.ones((3, 3)) - np.eye(3)))
 
 
-def test_the_interval_of_a_coefficient_holds_the_true_mean_distance_in_about_95_of_100():
+@pytest.mark.parametrize("n", [4, 20])
+def test_the_interval_of_a_coefficient_holds_the_true_mean_distance_in_about_95_of_100(n):
     """Each batch has a share in all its distances: an interval of pairs as if apart is too small."""
-    rng, n, sets = np.random.default_rng(0), 20, 300
+    rng, sets = np.random.default_rng(0), 600
     held, naive = 0, 0
     for _ in range(sets):
         share, noise = rng.normal(0, 0.1, n), np.triu(rng.normal(0, 0.05, (n, n)), 1)
         table = 1 + share[:, None] + share + noise + noise.T
         np.fill_diagonal(table, 0)
-        low, high = task2vec.coefficient_interval(table, samples=400)
+        low, high = task2vec.coefficient_interval(table)
         held += low <= 1 <= high
         pairs = table[np.triu_indices(n, 1)]
         naive += abs(pairs.mean() - 1) <= 1.96 * pairs.std(ddof=1) / math.sqrt(len(pairs))
-    assert 0.90 < held / sets < 0.98, held / sets  # 0.94 of 1,200; 3 standard errors of 300 sets are 0.04
-    assert naive / sets < 0.75
+    assert 0.92 < held / sets < 0.98, held / sets  # 0.95 of 3,000; 3 standard errors of 600 sets are 0.027
+    assert naive / sets < 0.8
 
 
 def test_the_interval_of_a_cross_distance_holds_the_true_mean_in_95_of_100():
@@ -578,12 +581,12 @@ def test_the_interval_of_a_cross_distance_holds_the_true_mean_in_95_of_100():
     held = 0
     for _ in range(sets):
         rows, columns = rng.normal(0, 0.1, (n, 1)), rng.normal(0, 0.1, m)
-        low, high = task2vec.cross_interval(1 + rows + columns + rng.normal(0, 0.05, (n, m)), samples=400)
+        low, high = task2vec.cross_interval(1 + rows + columns + rng.normal(0, 0.05, (n, m)))
         held += low <= 1 <= high
-    assert 0.91 < held / sets < 0.99, held / sets  # 0.95 of 1,200
+    assert 0.92 < held / sets < 0.995, held / sets  # Welch's freedom, taken low: a little wide
 
 
-def test_both_sets_of_a_cross_distance_are_redrawn():
+def test_both_sets_of_a_cross_distance_count():
     one = np.random.default_rng(0).normal(1, 0.1, (8, 1))
     for table in (np.tile(one, 6), np.tile(one, 6).T):  # only rows differ, only columns
         low, high = task2vec.cross_interval(table)
