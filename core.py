@@ -95,7 +95,7 @@ LIMITS = {  # constants: lowest and highest legal value, in whichever script the
     "context": (2, math.inf),
     "stride judge_repeats judge_requests judge_attempts": (1, math.inf),
     "judge_seconds": (0.1, math.inf),
-    "seeds passes max_tokens neutral_tokens fisher_samples": (1, math.inf),
+    "seeds passes max_tokens fisher_samples": (1, math.inf),
     "diversity_batches head_epochs": (0, math.inf),
     "diversity_batch diversity_length floor_repeats": (2, math.inf),
 }
@@ -143,6 +143,12 @@ def parse_config(config_class, presets, smoke, doc, argv=None):
 
 def typed(cfg) -> Typed:
     return getattr(cfg, "typed", Typed())
+
+
+def with_flags(cfg, like, flags):
+    """`cfg` as if `flags` had been typed; preset and the rest as in `like`."""
+    object.__setattr__(cfg, "typed", dataclasses.replace(like, flags=frozenset(flags)))
+    return cfg
 
 
 def _parser(config_class, defaults, presets, hints, doc) -> argparse.ArgumentParser:
@@ -580,6 +586,7 @@ def data_fingerprint(name, prefer="train", streaming=False) -> str:
     elif Path(name).exists():
         files = [name]
     elif streaming:
+        _hub_form(name)
         repo, _, revision = name.partition("@")
         return from_hub(
             "data set", name, lambda: _hub_commit(repo.partition(":")[0], revision), "a local file"
@@ -659,12 +666,18 @@ def _read_table(stream, suffix, where):
         raise UserError(f"{where} cannot be read as {suffix[1:]}: {_first_line(error)}") from None
 
 
-def _hub_dataset(name, split, streaming=False):
+def _hub_form(name) -> re.Match:
+    """The parts of a Hub id; UserError for what can only be a path."""
     form = re.fullmatch(
         r"(?P<repo>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w .-]+))?(@(?P<revision>[\w./-]+))?", name
     )
     if not form or Path(name).suffix in (*TABLES, ".zip", ".txt") or name[0] in "./~":
         raise UserError(f"no such file or folder: {name}")
+    return form
+
+
+def _hub_dataset(name, split, streaming=False):
+    form = _hub_form(name)
 
     def load():
         import datasets
@@ -745,7 +758,7 @@ class BadRows:
     """Counts unusable rows by reason; more than `limit` of all rows is an error that shows three."""
 
     def __init__(self, limit=0.01):
-        self.limit, self.rows = limit, []
+        self.limit, self.rows, self.seen = limit, [], 0  # seen: rows looked at, if whoever reads counts them
 
     def add(self, number, reason):
         self.rows.append((number, str(reason)))

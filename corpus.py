@@ -296,6 +296,7 @@ LATER = {"max_tokens": None, "held_out_tokens": 0, "streaming": None, "first_tra
 PARTS = ("train", "val", "test")
 PIECE = 1 << 16  # characters of a document that are read and encoded at once
 TEXT_FILES = (".txt", ".text", ".md", ".rst", ".py")
+SUFFIXES = (*TEXT_FILES, *core.TABLES, ".zip")  # of what can be read as text
 
 
 @dataclass(frozen=True)
@@ -309,8 +310,8 @@ class Corpus:
     val_share: float = 0.05
     test_share: float = 0.05
     split_seed: int = 42
-    max_tokens: int | None = None  # of training text: the first ones; then reading stops, when there are
-    held_out_tokens: int = 0  # so many in val and in test
+    max_tokens: int | None = None  # of training text, the first ones; then reading stops,
+    held_out_tokens: int = 0  # as soon as val and test have so many
     # how a Hub set is read. True: streamed, what is needed only; CacheStream: downloaded, in its own order;
     # False: downloaded, in an order drawn by split_seed; none: streamed where max_documents is given
     streaming: str | None = None
@@ -422,6 +423,7 @@ def documents(corpus, bad):
         shuffled = corpus.split_seed if corpus.streaming == "False" else None
         rows = core.stream_rows(corpus.data, streaming=corpus.streams, shuffled=shuffled)
     for number, row in enumerate(itertools.islice(rows, corpus.max_documents), start=1):
+        bad.seen = number
         if number == 1:
             core.require_columns([row], [column], corpus.data)
         text = row.get(column) if isinstance(row, dict) else None
@@ -430,6 +432,8 @@ def documents(corpus, bad):
                 number,
                 "no text" if not text or not isinstance(text, str) else "odd Unicode (a lone surrogate)",
             )
+            if len(bad.rows) == 1000:  # a stream may be long
+                bad.report(number, corpus.data)
             continue
         yield functools.partial(io.StringIO, text, newline="")
 
@@ -520,12 +524,11 @@ def build_cache(corpus, source, folder):
     for start in range(0, len(train), 1 << 24):
         counts += np.bincount(train[start : start + (1 << 24)], minlength=len(tokenizer))
     np.save(folder / "unigram.npy", counts)
-    total = state["read"] + len(bad.rows)
     core.write_json(folder / "meta.json", {
         "fingerprint": {"data": source, "tokenizer": core.sha256_file(path / "tokenizer.json")},
         "kind": kind.name, "corpus": asdict(corpus), "documents": state["documents"],
         "tokens": {part: size // kind.itemsize for part, size in state["bytes"].items()},
-        "lines": bad.report(total, corpus.data) if bad.rows else [],
+        "lines": bad.report(bad.seen, corpus.data) if bad.rows else [],
     })  # fmt: skip
 
 
@@ -533,7 +536,7 @@ def write_tokens(folder, corpus, tokenizer, kind, bad) -> dict:
     """Appends to the streams piece by piece; progress.json says every few seconds how much of them counts."""
     encode, end = encoder(corpus.tokenizer, tokenizer), np.array([tokenizer.eos_token_id], kind)
     path, none = folder / "progress.json", dict.fromkeys(PARTS, 0)
-    state = {"pieces": 0, "read": 0, "bytes": dict(none), "documents": dict(none)}
+    state = {"pieces": 0, "bytes": dict(none), "documents": dict(none)}
     state |= json.loads(path.read_text()) if path.exists() else {}
     files = {part: open(folder / f"{part}.bin", "ab") for part in PARTS}
     for part, file in files.items():
@@ -541,10 +544,11 @@ def write_tokens(folder, corpus, tokenizer, kind, bad) -> dict:
     found, saved = itertools.islice(split_pieces(corpus, bad), state["pieces"], None), time.monotonic()
     size = sum(file.stat().st_size for file in text_files(corpus.data))
     written = {part: size // kind.itemsize for part, size in state["bytes"].items()}
-    most, least = corpus.max_tokens or math.inf, corpus.held_out_tokens
+    most = math.inf if corpus.max_tokens is None else corpus.max_tokens
 
     def enough() -> bool:
-        return written["train"] >= most and all(written[part] >= least for part in ("val", "test"))
+        held_out = min(written["val"], written["test"])
+        return written["train"] >= most and held_out >= corpus.held_out_tokens
 
     with core.progress(size or None, "tokenising", unit="B") as bar, ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(up_to, found, 1 << 20)  # read while the cores are encoding
@@ -560,7 +564,6 @@ def write_tokens(folder, corpus, tokenizer, kind, bad) -> dict:
                 written[part] += len(ids)
                 state["documents"][part] += begins and len(ids) > 0
             state["pieces"] += len(group)
-            state["read"] += sum(begins for _, _, begins in group)  # documents, also those not needed
             bar.update(sum(len(text) for _, text, _ in group))
             if time.monotonic() - saved > 5:
                 state["bytes"] = {part: flushed(file) for part, file in files.items()}

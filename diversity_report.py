@@ -3,6 +3,7 @@
 matrix: arm -> text -> files of losses (as losses.jsonl), one a seed. found: the coefficients of task2vec.
 """
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -44,7 +45,18 @@ def cells(matrix) -> dict:
     return found
 
 
-def tables(found) -> str:
+def heading(runs_by_arm, commit) -> str:
+    """What was compared: the folders of each arm's runs."""
+    lines = [f"- {arm}: {', '.join(folders)}" for arm, folders in runs_by_arm.items()]
+    return "\n".join([f"# {' against '.join(runs_by_arm)}", "", f"commit {commit or 'unknown'}", "", *lines])
+
+
+def spread(seeds) -> str:
+    """What the intervals of the matrix are over."""
+    return f"95 % over documents and {seeds} seeds" if seeds > 1 else "95 % over documents; one seed"
+
+
+def tables(found, seeds) -> str:
     """Markdown of the matrix: loss and perplexity, accuracy, bits per byte."""
     parts = []
     for figure, by_arm in found.items():
@@ -54,7 +66,7 @@ def tables(found) -> str:
             columns[name] = [core.plus_minus(one["mean"], one["interval"], 4) for one in ones]
             if figure == "loss":
                 columns[f"{name} ppl"] = [f"{math.exp(min(one['mean'], 700)):.2f}" for one in ones]
-        parts.append(f"**{figure}** on the held-out part of\n\n{results.markdown(columns)}")
+        parts.append(f"**{figure}** on the held-out part of ({spread(seeds)})\n\n{results.markdown(columns)}")
     return "\n\n".join(parts)
 
 
@@ -88,7 +100,12 @@ def sentence(mixed, name, against, seeds) -> str:
         f"{one['difference']:+.4f} ({one['interval'][0]:+.4f} to {one['interval'][1]:+.4f}) against {arm}"
         for arm, one in against.items()
     ]
-    if seeds < FEWEST_SEEDS:
+    ends = [end for one in against.values() for end in one["interval"]]
+    if any(one["groups"] < compare.FEWEST for one in against.values()) or not np.isfinite(ends).all():
+        said = (
+            f"fewer than {compare.FEWEST} held-out documents, or a loss that is no number: nothing to decide"
+        )
+    elif seeds < FEWEST_SEEDS:
         said = f"too few seeds ({seeds}, {FEWEST_SEEDS} are needed) to say whether the mixture wins"
     elif all(one["interval"][1] < 0 for one in against.values()):
         said = "the mixture wins beyond noise against every single source"
@@ -112,7 +129,7 @@ def diversity_table(found) -> str:
     columns = {
         "text": list(ones),
         "diversity": [f"{one['coefficient']:.4f}" for one in ones.values()],
-        "95 %": [span(one) for one in ones.values()],
+        "95 %": [span(one["interval"]) for one in ones.values()],
         "noise floor": [f"{one['noise_floor']:.4f}" if "noise_floor" in one else "" for one in ones.values()],
         "batches": [one["batches"] for one in ones.values()],
     }
@@ -120,21 +137,23 @@ def diversity_table(found) -> str:
     if crossed := found["cross"]:
         columns = {"between": list(crossed)}
         columns["distance"] = [f"{one['coefficient']:.4f}" for one in crossed.values()]
-        columns["95 %"] = [span(one) for one in crossed.values()]
+        columns["95 %"] = [span(one["interval"]) for one in crossed.values()]
+        columns["diversity differs by"] = [f"{one['difference']:+.4f}" for one in crossed.values()]
+        columns["its 95 %"] = [span(one["difference_interval"], "+") for one in crossed.values()]
         text += "\n\n" + results.markdown(columns)
-    drowned = [arm for arm, one in found["arms"].items() if not one["interval"][0] > one["noise_floor"]]
+    drowned = [arm for arm, one in found["arms"].items() if one["interval"][0] <= one["noise_floor"]]
     if drowned:
         better = "use larger batches, or more --fisher_samples"
         text += f"\n\nnot above the distance of a batch from itself: {', '.join(drowned)}; {better}"
     return text
 
 
-def span(one) -> str:
-    low, high = one["interval"]
-    return f"{low:.4f} to {high:.4f}" if low == low else "too few batches"
+def span(interval, sign="") -> str:
+    low, high = interval
+    return f"{low:{sign}.4f} to {high:{sign}.4f}" if low == low else "too few batches"
 
 
-def link_table(found, neutral, cells) -> str:
+def link_table(found, neutral, cells, seeds) -> str:
     """Markdown: each arm's coefficient beside its losses, and what the neutral text's says."""
     arms = list(found["arms"])
     columns = {"arm": arms, "diversity": [f"{found['arms'][arm]['coefficient']:.4f}" for arm in arms]}
@@ -143,11 +162,24 @@ def link_table(found, neutral, cells) -> str:
         columns[f"loss on {name}"] = [core.plus_minus(one["mean"], one["interval"], 4) for one in losses]
     text = results.markdown(columns)
     by_diversity = sorted(arms, key=lambda arm: -found["arms"][arm]["coefficient"])
-    by_loss = sorted(arms, key=lambda arm: cells["loss"][arm][neutral]["mean"])
+
+    def of(arm):
+        return cells["loss"][arm][neutral]
+
+    by_loss = sorted(arms, key=lambda arm: of(arm)["mean"])
     same, other = "the more diverse, the lower the loss", "that is not the order of loss"
     said = f"{same if by_diversity == by_loss else other} on {neutral}"
-    few = f"; {len(arms)} arms are too few for a correlation" if len(arms) < 5 else ""
-    return f"{text}\n\nby diversity: {' > '.join(by_diversity)}\n{said}{few}"
+    if seeds < FEWEST_SEEDS:
+        said += f"; with fewer than {FEWEST_SEEDS} seeds that says nothing"
+    elif not apart([found["arms"][arm] for arm in by_diversity]) or not apart([of(arm) for arm in by_loss]):
+        said += "; intervals of neighbours overlap, so chance may have made this order"
+    return f"{text}\n\nby diversity: {' > '.join(by_diversity)}\n{said}"
+
+
+def apart(ones) -> bool:
+    """Whether no interval reaches into that of a neighbour in this order."""
+    pairs = ((a["interval"], b["interval"]) for a, b in itertools.pairwise(ones))
+    return all(a[0] > b[1] or b[0] > a[1] for a, b in pairs)
 
 
 # --------------------------------------------------------------------------------------------------- pictures
@@ -162,7 +194,7 @@ def pyplot():
     return pyplot
 
 
-def heat_map(by_arm, path, neutral):
+def heat_map(by_arm, path, neutral, seeds):
     """Loss of each arm on each text; the colour is the distance from the text's best arm."""
     plt, arms, texts = pyplot(), list(by_arm), list(next(iter(by_arm.values())))
     means = np.array([[by_arm[arm][name]["mean"] for name in texts] for arm in arms])
@@ -176,7 +208,7 @@ def heat_map(by_arm, path, neutral):
             axes.text(j, i, said, ha="center", va="center", color="white" if dark else "black", fontsize=9)
     axes.set_xticks(range(len(texts)), [f"{name}\n(neutral)" if name == neutral else name for name in texts])
     axes.set_yticks(range(len(arms)), arms)
-    axes.set(xlabel="tested on", ylabel="trained on", title="Loss per token on held-out text (± 95 %)")
+    axes.set(xlabel="tested on", ylabel="trained on", title=f"Loss per token (± {spread(seeds)})")
     figure.colorbar(image, label="above the best arm")
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)

@@ -129,18 +129,6 @@ def root(cfg) -> Path:
     return Path("runs/smoke" if core.typed(cfg).smoke else "runs")
 
 
-def prepared(folder) -> Path:
-    """A folder that can be written to; it is looked at before work begins."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise core.UserError(f"{folder} cannot be written ({error.strerror}): use another --out") from None
-    return folder
-
-
 # ------------------------------------------------------------------------------------------ runs and models
 
 
@@ -346,7 +334,7 @@ def agreement(found, stored) -> tuple[bool, str]:
 def measure_other(one, data, cfg, world, say, poll) -> dict:
     """Other data: into a folder below runs/eval/ that looks like a run's."""
     began, folder = time.time(), other_folder(one, data, cfg)
-    core.on_main(world, lambda: str(prepared(folder.parent)))
+    core.on_main(world, lambda: str(runs.prepared(folder.parent)))
     if one.is_preference:
         kind, found = "preference", measure_pairs(one, data, cfg, world, poll)
     else:
@@ -422,7 +410,7 @@ def generate(cfg, world, say, poll):
 
 def answer(one, data, cfg, world, say, poll):
     folder = Path(one.name) if data == "own" else other_folder(one, data, cfg)
-    core.on_main(world, lambda: str(prepared(folder)))
+    core.on_main(world, lambda: str(runs.prepared(folder)))
     stored, model, tokenizer = one.load(cfg, world)
     most = cfg.max_new_tokens or getattr(stored, "max_new_tokens", None) or LONGEST
     rows, prompts = core.main_first(world, lambda: prompts_of(one, data, stored, tokenizer, cfg))
@@ -525,7 +513,7 @@ def judged_name(path) -> str:
 def duel(cfg, names, paths, rows, asked, say):
     if len(names) != 2:
         raise core.UserError(f"--pairwise compares two, not {len(names)}: name both by --run")
-    folder = prepared(cfg.out or root(cfg) / "compare")
+    folder = runs.prepared(cfg.out or root(cfg) / "compare")
     found = judge.duel(asked, *rows, cfg.judge_repeats)
     for line in judge.lines_of_duel(*names, found):
         say(line)
@@ -538,7 +526,7 @@ def duel(cfg, names, paths, rows, asked, say):
 def compare_runs(cfg, say):
     """--compare: constants, verdicts, answers side by side; compare.md, compare.json and answers.md."""
     all_sides = compare.sides(cfg.compare, root(cfg))
-    folder = prepared(Path(cfg.out or root(cfg) / "compare") / compare.folder_name(all_sides))
+    folder = runs.prepared(Path(cfg.out or root(cfg) / "compare") / compare.folder_name(all_sides))
     for stale in ("answers.md", "curves.png"):  # of an earlier call
         (folder / stale).unlink(missing_ok=True)
     head = compare.constants_table(all_sides)
@@ -565,7 +553,7 @@ def tabulate(cfg, say):
     found = results.find(cfg.table)
     results.check_names(found, cfg.group_by, cfg.sort)
     where = "-".join(dict.fromkeys(facts.folder.resolve().parent.name for facts in found))
-    folder = prepared(cfg.out or root(cfg) / "tables" / where)
+    folder = runs.prepared(cfg.out or root(cfg) / "tables" / where)
     text = results.grouped(found, cfg.group_by, cfg.sort) if cfg.group_by else results.table(found, cfg.sort)
     say(text)
     by = "_by_" + "_".join(cfg.group_by) if cfg.group_by else ""
@@ -592,7 +580,7 @@ def pack(cfg, say):
         config = runs.read_config(folder)
         if config.get("script") not in SCRIPTS:
             raise core.UserError(f"{name} is no run: name a run folder")
-        kept, out = packed_checkpoints(folder), prepared(cfg.out or ".")
+        kept, out = packed_checkpoints(folder), runs.prepared(cfg.out or ".")
         if missing := set(results.read(folder).result.get("test_checkpoints", ["none"])) - set(kept):
             say(f"WARNING its tested weights ({', '.join(missing)}) are not whole: they are not inside")
         target = out / f"{folder.name}.tar.gz"

@@ -37,32 +37,31 @@ def named_sources(pairs) -> dict[str, str]:
 
 def shares_of(arm) -> dict[str, float]:
     """`0.7*a+0.3*b` -> {a: 0.7, b: 0.3}; without weights all are equal. UserError unless they add up to 1."""
-    terms = [re.fullmatch(r"(?:([\d.]+)\*)?(.+)", term.strip()) for term in arm.split("+")]
-    if not all(terms):
+    terms = [term.strip().rpartition("*") for term in arm.split("+")]
+    names = [name.strip() for _, _, name in terms]
+    if not all(names):
         raise core.UserError(f"arm {arm!r} has a part without a name: write a, a+b, or 0.7*a+0.3*b")
-    names = [term[2] for term in terms]
     if len(set(names)) < len(names):
         raise core.UserError(f"arm {arm} names a source twice: name each once, with a weight")
-    given = [term[1] for term in terms]
-    if None in given and any(given):
+    given = [weight for weight, times, _ in terms if times]
+    if given and len(given) < len(names):
         raise core.UserError(f"arm {arm}: give every source a weight, or none")
     try:
-        weights = [float(weight or 1 / len(names)) for weight in given]
+        weights = [float(weight) for weight in given] or [1 / len(names)] * len(names)
     except ValueError:
         raise core.UserError(f"arm {arm}: a weight is no number: write 0.7*a+0.3*b") from None
-    if not all(weights) or abs(sum(weights) - 1) > TOLERANCE:
-        raise core.UserError(
-            f"the weights of arm {arm} add up to {sum(weights):g}: make it 1, none of them 0"
-        )
+    if not all(w > 0 for w in weights) or not abs(sum(weights) - 1) <= TOLERANCE * len(names):
+        raise core.UserError(f"the weights of arm {arm} add up to {sum(weights):g}: make it 1, all above 0")
     return {name: weight / sum(weights) for name, weight in zip(names, weights, strict=True)}
 
 
-TOLERANCE = 0.011  # .33 three times is meant as a third each
+TOLERANCE = 0.0034  # of each weight: .33 three times is meant as a third each
 
 
 def label(name) -> str:
     """How a source that is a path or a Hub id is called in files and tables."""
-    return Path(name.partition("@")[0]).stem if "/" in name or Path(name).is_file() else name
+    last = name.rstrip("/").rpartition("/")[2] if "/" in name or Path(name).is_file() else name
+    return last.removesuffix(Path(last).suffix) if Path(last).suffix in corpus.SUFFIXES else last
 
 
 # ----------------------------------------------------------------------------------------------- token caches
@@ -80,11 +79,12 @@ class Text:
         """(V,): bytes that each id spells."""
         return corpus.token_bytes(self.tokenizer)
 
-    def fingerprint(self, neutral) -> dict:
-        """Of the tokenizer, the neutral text (as `data`: runs are compared on it) and every source."""
+    def fingerprint(self, neutral, sources) -> dict:
+        """Of the tokenizer, the neutral text (as `data`: runs are compared on it) and some sources."""
         found = {name: tokens.fingerprint["data"] for name, tokens in self.tokens.items()}
         tokenizer = core.tokenizer_fingerprint(self.tokenizer)
-        return {"tokenizer": tokenizer, "data": found[neutral], "sources": found}
+        sources = {name: found[name] for name in sources}
+        return {"tokenizer": tokenizer, "data": found[neutral], "sources": sources}
 
     def frequencies(self, shares) -> np.ndarray:
         """(V,): how often each id would occur in a hundred million tokens of a mixture."""
@@ -132,7 +132,7 @@ def shared_tokenizer(kind, corpora) -> Path:
     return folder
 
 
-def held_out(tokens, part, context) -> tuple[corpus.Windows, np.ndarray]:
+def windows_of(tokens, part, context) -> tuple[corpus.Windows, np.ndarray]:
     """Documents of val or test in windows of `context` tokens, each read from its own beginning; and the
     group of each window that intervals redraw: its document."""
     stream = tokens.parts[part]
@@ -184,14 +184,15 @@ class Batches:
     """Rows of every global batch, a pure function of (seed, step); a rank takes every size-th.
 
     Place p of the run (step x batch + slot) has one source; each source hands out its blocks in an order of
-    its own, which neither the shares nor the other sources change. `passes`: the run reads that often a pool
+    its own; its first pass is the same in all arms. `passes`: the run reads that often a pool
     of as many times fewer distinct blocks, shuffled anew. repeat: a source with too few is read more often.
     """
 
     def __init__(self, blocks, shares, batch, steps, world, seed, passes=1, repeat=False):
         self.blocks, self.batch, self.steps, self.world = blocks, batch, steps, world
         self.wanted = apportion([shares[name] for name in blocks.names], batch * steps)
-        self.pools = [math.ceil(n / passes) for n in self.wanted]
+        # equally many distinct blocks in every arm, whatever its number of sources
+        self.pools = apportion([shares[name] for name in blocks.names], math.ceil(batch * steps / passes))
         for name, there, pool in zip(blocks.names, blocks.counts, self.pools, strict=True):
             if pool > there and not (repeat and there):
                 has = f"{name} has {there} blocks of {blocks.block_size} training tokens"

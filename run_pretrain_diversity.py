@@ -1,7 +1,7 @@
 """Does more diverse text make a better model, everything else equal? (journal 002)
 
     torchrun --nproc_per_node=4 --shutdown-timeout 300 run_pretrain_diversity.py --preset journal
-    python run_pretrain_diversity.py --sources med=abstracts.jsonl pat=patents.jsonl --arms med pat med+pat
+    python run_pretrain_diversity.py --sources a=a.jsonl b=b.jsonl --arms a b a+b --neutral c.jsonl
     python run_pretrain_diversity.py --mode train --data 0.7*pubmed+0.3*uspto --resume_timestamp auto
     python run_pretrain_diversity.py --mode cache        # texts to token ids only
     python run_pretrain_diversity.py --mode diversity    # the diversity coefficient of the arms only
@@ -27,12 +27,12 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import core
 import corpus
+import diversity
 import diversity_report as show
 import gpt_scratch
 import mixture
 import results
 import runs
-import task2vec
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class Config:
     # data
     data: str = "pubmed+uspto"  # what mode train reads: a source, a mixture a+b, or 0.7*a+0.3*b
     arms: tuple[str, ...] = ("pubmed", "uspto", "pubmed+uspto")  # what a study compares
-    sources: tuple[str, ...] = (  # name=where: a file, folder, Hub id with :config, or built-in text
+    # name=where: a file, folder, Hub id with :config, or built-in text. These are mirrors of the journal's
+    # subsets of the Pile in a format that datasets 5 reads (the patents' name is misspelt there)
+    sources: tuple[str, ...] = (
         "pubmed=ArmelR/the-pile-splitted:PubMed Abstracts",
         "uspto=ArmelR/the-pile-splitted:UPSTO Backgrounds",
         "c4=allenai/c4:en",
@@ -52,7 +54,7 @@ class Config:
     text_column: str = "text"  # of tables and Hub sets
     max_documents: int | None = None  # of each source; none = all that are needed
     max_tokens: int | None = None  # of each source's training text; none = what the arms need
-    passes: int = 1  # over an arm's distinct tokens: every arm has max_steps x batch x block_size / passes
+    passes: int = 1  # over distinct tokens, max_steps x batch x block_size / passes of them in every arm
     repeat: bool = False  # a source that runs out is read again (and counted), otherwise it is an error
     # Hub sets are streamed, downloaded, or downloaded and read in random order
     streaming: Literal["True", "CacheStream", "False"] = "True"
@@ -108,7 +110,7 @@ class Config:
     sequences: Literal["documents", "pieces"] = "documents"  # a document's first tokens, or all of them
     head_epochs: int = 10  # over a batch, before its embedding is taken
     fisher_samples: int = 1  # target draws that an embedding averages
-    floor_repeats: int = 4  # embeddings of one batch: their distance is the noise floor
+    floor_repeats: int = 4  # embeddings of one batch: their distance is the noise floor (of 3 batches)
     # run
     mode: Literal["study", "train", "cache", "diversity"] = "study"
     dirty: bool = True  # --no-dirty refuses to start with uncommitted changes
@@ -130,6 +132,8 @@ class Config:
             raise core.UserError("--no-final_eval: a study needs its runs measured")
         if self.diversity_batches == 1:
             raise core.UserError("--diversity_batches 1: a distance needs 2, and 0 leaves it out")
+        if len({tuple(sorted(shares_of(arm).items())) for arm in self.arms}) < len(self.arms):
+            raise core.UserError(f"--arms {' '.join(self.arms)}: two are the same text, name each once")
         if not self.test_share:
             raise core.UserError("--test_share 0 leaves nothing to measure: use 0.01, say")
         if self.val_share + self.test_share >= 1:
@@ -165,7 +169,6 @@ SHAPES = {
         "qkv_bias": False,
     },
 }
-BOUND_BATCHES = 20  # of each synthetic bound, at most
 
 # --------------------------------------------------------------------------------------------------- the text
 
@@ -180,31 +183,46 @@ def shares_of(arm) -> dict[str, float]:
     return found
 
 
-def corpora_of(cfg) -> dict[str, corpus.Corpus]:
-    """Label -> where and how each source of an arm, and the neutral text, is read. UserError for bad arms."""
+def sources_of(cfg) -> dict[str, corpus.Corpus]:
+    """Label -> where and how each source of an arm is read. UserError for one that is nowhere."""
     named, found = mixture.named_sources(cfg.sources), {}
-    pool = cfg.max_steps * cfg.batch * cfg.block_size / cfg.passes
-    shared = {"text_column": cfg.text_column, "max_documents": cfg.max_documents, "streaming": cfg.streaming}
-    shared |= {"val_share": cfg.val_share, "test_share": cfg.test_share, "split_seed": cfg.split_seed}
-    # by the hash alone: a document is held out of every source, or of none
-    shared |= {"tokenizer": cfg.tokenizer, "first_trains": False, "held_out_tokens": cfg.held_out_tokens}
-    # a run that belongs to the study reads what the study reads: the same pools, the same tokenizer
+    # each source holds a whole pool, whatever its share: what an arm reads does not depend on other arms
+    pool = math.ceil(cfg.max_steps * cfg.batch / cfg.passes) * cfg.block_size + cfg.block_size
+    # a run that belongs to the study reads what the study reads, with the same tokenizer
     arms = (cfg.data,) if cfg.mode == "train" and cfg.data not in cfg.arms else cfg.arms
-    arms = [mixture.shares_of(arm) for arm in arms]
-    for name in dict.fromkeys(name for shares in arms for name in shares):
-        most = cfg.max_tokens or max(1, math.ceil(max(s.get(name, 0) for s in arms) * pool)) + cfg.block_size
-        one = corpus.Corpus(named.get(name, name), max_tokens=most, **shared)
+    for name in dict.fromkeys(name for arm in arms for name in mixture.shares_of(arm)):
+        one = corpus_of(cfg, address(named, name, "arm"), max_tokens=cfg.max_tokens or pool)
         if found.setdefault(mixture.label(name), one) != one:
             raise core.UserError(
                 f"two sources are called {mixture.label(name)}: name them by --sources name=where"
             )
-    if (neutral := neutral_of(cfg)) in found:
-        raise core.UserError(f"--neutral {cfg.neutral} is trained on by an arm: use a third text")
-    where = named.get(cfg.neutral, cfg.neutral)
-    if cfg.neutral_share:
-        shared |= {"val_share": cfg.neutral_share, "test_share": cfg.neutral_share}
-    # of it only what is held out counts
-    return found | {neutral: corpus.Corpus(where, max_tokens=1, **shared)}
+    return found
+
+
+def address(named, name, what) -> str:
+    """Where a text is: as --sources says, or the name itself, if it can be one."""
+    if name not in named and "/" not in name and name not in corpus.BUILT_IN and not Path(name).exists():
+        known = ", ".join([*named, *corpus.BUILT_IN])
+        raise core.UserError(
+            f"{what} {name}: no such text; use {known}, a path, or add --sources {name}=where"
+        )
+    return named.get(name, name)
+
+
+def neutral_corpus(cfg) -> corpus.Corpus:
+    """How the neutral text is read: streamed as far as its held-out part needs."""
+    where = address(mixture.named_sources(cfg.sources), cfg.neutral, "--neutral")
+    shares = {"val_share": cfg.neutral_share, "test_share": cfg.neutral_share} if cfg.neutral_share else {}
+    return corpus_of(cfg, where, max_tokens=0, streaming="True", **shares)
+
+
+def corpus_of(cfg, where, **given) -> corpus.Corpus:
+    shared = {name: getattr(cfg, name) for name in ("text_column", "max_documents", "streaming", "tokenizer")}
+    shared |= {
+        name: getattr(cfg, name) for name in ("val_share", "test_share", "split_seed", "held_out_tokens")
+    }
+    # by the hash alone: a document is held out of every source, or of none
+    return corpus.Corpus(where, **shared | {"first_trains": False} | given)
 
 
 def neutral_of(cfg) -> str:
@@ -213,11 +231,13 @@ def neutral_of(cfg) -> str:
 
 def open_text(cfg, world) -> mixture.Text:
     """Token caches of the sources that cfg reads and of the neutral text (last), built if need be."""
-    corpora, neutral = corpora_of(cfg), neutral_of(cfg)
-    sources = {name: one for name, one in corpora.items() if name != neutral}
+    sources, neutral = sources_of(cfg), neutral_of(cfg)
     names = [*(shares_of(cfg.data) if cfg.mode == "train" else sources)]
-    names += [] if cfg.mode == "diversity" else [neutral]
-    wanted = {name: corpora[name] for name in names}
+    wanted = {name: sources[name] for name in names}
+    if cfg.mode != "diversity":
+        wanted[neutral] = neutral_corpus(cfg)
+        if neutral in sources or wanted[neutral].data in [one.data for one in sources.values()]:
+            raise core.UserError(f"--neutral {cfg.neutral} is trained on by an arm: use a third text")
     return mixture.open_text(wanted, cfg.tokenizer, sources, world)
 
 
@@ -228,9 +248,15 @@ def batches_of(cfg, arm, text, world) -> mixture.Batches:
     return mixture.Batches(blocks, shares, cfg.batch, cfg.max_steps, world, cfg.seed, cfg.passes, cfg.repeat)
 
 
+def run_facts(cfg, text, world) -> dict:
+    """What config.json notes of a run's text: whose it is, and the ledger of what is read of it."""
+    fingerprint = text.fingerprint(neutral_of(cfg), shares_of(cfg.data))
+    return {"fingerprint": fingerprint, "ledger": batches_of(cfg, cfg.data, text, world).ledger()}
+
+
 def held_out(cfg, text, name, part):
     """(windows, document of each); of val at most eval_rows of them, spread evenly."""
-    windows, groups = mixture.held_out(text.tokens[name], part, cfg.block_size)
+    windows, groups = mixture.windows_of(text.tokens[name], part, cfg.block_size)
     if not len(windows):
         raise core.UserError(f"{name} leaves no {part} text: use more documents, or a larger --{part}_share")
     most = cfg.eval_rows if part == "val" else None
@@ -279,7 +305,7 @@ def measure(model, cfg, text, name, part, world, poll) -> Measured:
     return Measured(evaluate(model, windows, cfg, world, poll), groups, plain, spelt)
 
 
-def joined(parts) -> Measured:
+def pooled(parts) -> Measured:
     """Several texts as one, documents told apart."""
     groups, offset = [], 0
     for part in parts:
@@ -299,7 +325,7 @@ def figures(model, cfg, text, part, world, poll) -> tuple[dict, Measured]:
     (own/..., with an alarm), and on each of its sources."""
     neutral = measure(model, cfg, text, neutral_of(cfg), part, world, poll)
     sources = {name: measure(model, cfg, text, name, part, world, poll) for name in shares_of(cfg.data)}
-    own = joined(list(sources.values())).figures()
+    own = pooled(list(sources.values())).figures()
     alarm = f"NOT LEARNING: own loss {own['loss']:.4f}, token frequencies alone {own['unigram_loss']:.4f}"
     found = {f"{part}/{name}": value for name, value in neutral.figures().items()}
     found |= {f"{part}/own/{name}": value for name, value in own.items()}
@@ -320,7 +346,8 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
     cfg, model, _ = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
     text, result = open_text(cfg, world), {}
-    stored, found = runs.read_config(folder)["facts"]["fingerprint"], text.fingerprint(neutral_of(cfg))
+    stored = runs.read_config(folder)["facts"]["fingerprint"]
+    found = text.fingerprint(neutral_of(cfg), shares_of(cfg.data))
     runs.same_data(stored, found, cfg.data, ("data", "tokenizer", "sources"))
     for part in parts_of(cfg):
         of_part, neutral = figures(model, cfg, text, part, world, poll)
@@ -341,11 +368,12 @@ def report(run, cfg, found, part, where="", note=""):
 # ------------------------------------------------------------------------------------------------------ train
 
 
-def train(run, cfg, world) -> dict:
-    text, neutral = open_text(cfg, world), neutral_of(cfg)
-    run.pin("fingerprint", text.fingerprint(neutral))
+def train(run, cfg, world, text=None) -> dict:
+    """`text`: what a study has opened already."""
+    text, neutral = text or open_text(cfg, world), neutral_of(cfg)
     batches = batches_of(cfg, cfg.data, text, world)
-    run.pin("ledger", batches.ledger())  # another length would be another order: start a new run
+    for name, value in run_facts(cfg, text, world).items():
+        run.pin(name, value)  # another length would be another order: start a new run
     for name in (*shares_of(cfg.data), neutral):
         for part in parts_of(cfg):
             held_out(cfg, text, name, part)
@@ -478,7 +506,7 @@ def finish(run, cfg, world, text, model, batches, val=None) -> dict:
     ledger, seen = batches.ledger(), run.state["seen"]
     planned = {name: one["blocks"] for name, one in ledger["sources"].items()}
     if cfg.max_minutes is None and seen != planned:
-        raise RuntimeError(f"the run read {seen} blocks, its ledger says {planned}")
+        raise RuntimeError(f"the run read {seen} blocks, its ledger says {planned}: start a new one")
     sha256, measured, result = runs.weights_sha256(model), run.checkpoint, {}
     if cfg.test_weights == "best":
         measured = run.load_best(model)
@@ -518,11 +546,6 @@ class Study:
     say: object
     poll: object
 
-    @property
-    def texts(self) -> list[str]:
-        """Labels of the held-out texts, the neutral one last."""
-        return list(self.text.tokens)
-
 
 OF_DIVERSITY = {"probe", "procedure", "sequences", "head_epochs", "fisher_samples", "floor_repeats"}
 OF_DIVERSITY |= {"diversity_batches", "diversity_batch", "diversity_length"}
@@ -538,8 +561,7 @@ def run_config(cfg, arm, seed) -> Config:
     """The constants of one run of the study; max_steps, which a resume might change, is in its tag."""
     tag = "-".join(filter(None, [cfg.tag, results.slug(arm), str(cfg.max_steps), f"s{seed}"]))
     one = replace(cfg, mode="train", data=arm, seed=seed, tag=tag, resume_timestamp="auto")
-    object.__setattr__(one, "typed", replace(core.typed(cfg), flags=matters(cfg)))
-    return one
+    return core.with_flags(one, core.typed(cfg), matters(cfg) | core.typed(cfg).flags & runs.MAY_CHANGE)
 
 
 def study_folder(cfg) -> Path:
@@ -550,116 +572,147 @@ def study_folder(cfg) -> Path:
     return runs.out_folder(cfg, __file__) / "-".join(filter(None, ["study", cfg.tag, mark]))
 
 
-def study(cfg, world, say, poll):
+def prepare(cfg, world, say, poll) -> Study:
+    """Opens all text and finds all mistakes, before the first step of the first run."""
+    show.pyplot()
+    s = Study(cfg, world, open_text(cfg, world), study_folder(cfg), say, poll)
+    if cfg.mode != "diversity":
+        for arm in cfg.arms:
+            batches_of(cfg, arm, s.text, world)
+        for name in s.text.tokens:
+            for part in parts_of(cfg):
+                held_out(cfg, s.text, name, part)
+    if cfg.diversity_batches and cfg.probe == "study":
+        check_length(cfg, cfg.block_size)
+        draws_of(s, s.text.tokenizer)
+    elif cfg.diversity_batches:
+        draws_of(s, open_probe(s, {})[1])
+    core.on_main(world, lambda: str(runs.prepared(s.folder)))
+    if cfg.neutral_share and cfg.mode != "diversity":
+        say("NOTE --neutral_share: a document of the neutral text that a source holds too may be trained on")
+    return s
+
+
+def study(s):
     """Trains what is missing, measures, compares; each stage finds again what it had done."""
-    text = open_text(cfg, world)
-    for arm in cfg.arms:  # all mistakes before the first step
-        batches_of(cfg, arm, text, world)
-    folder = study_folder(cfg)
-    core.on_main(world, lambda: folder.mkdir(parents=True, exist_ok=True))
-    s = Study(cfg, world, text, folder, say, poll)
-    if cfg.diversity_batches:
-        check_sequences(s, cfg.probe != "study")
-    seeds = range(cfg.seed, cfg.seed + cfg.seeds)
-    where, planned, began = {}, [(seed, arm) for seed in seeds for arm in cfg.arms], time.monotonic()
+    cfg, began, trained, runs_by_arm = s.cfg, time.monotonic(), 0, {arm: [] for arm in s.cfg.arms}
+    planned = [(cfg.seed + number, arm) for number in range(cfg.seeds) for arm in cfg.arms]
     for number, (seed, arm) in enumerate(planned):
-        left = (time.monotonic() - began) / number * (len(planned) - number) if number else None
+        left = (time.monotonic() - began) / trained * (len(planned) - number) if trained else None
         eta = f"  eta of all {runs.clock(left)}" if left else ""
-        say(f"study  run {number + 1} of {len(planned)}  arm {arm}  seed {seed}{eta}")
-        where.setdefault(arm, []).append(train_one(run_config(cfg, arm, seed), world, say))
-        poll()
-    say(core.on_main(world, lambda: check_ledgers(cfg, where)))
-    matrix = cross_evaluate(s, where)
-    found = diversity(s, where) if cfg.diversity_batches else None
-    core.on_main(world, lambda: conclude(s, matrix, found))
+        s.say(f"study  run {number + 1} of {len(planned)}  arm {arm}  seed {seed}{eta}")
+        one = run_config(cfg, arm, seed)
+        folder = core.on_main(s.world, lambda one=one: finished_run(one))
+        if folder:
+            s.say(f"finished already: {folder}")
+        else:
+            folder, trained = train_one(one, s), trained + 1
+        runs_by_arm[arm].append(Path(folder))
+        s.poll()
+    notes = core.on_main(s.world, lambda: check_runs(s, runs_by_arm))
+    s.say("\n".join(notes))
+    losses = cross_evaluate(s, runs_by_arm)
+    found = coefficients(s, runs_by_arm) if cfg.diversity_batches else None
+    core.on_main(s.world, lambda: conclude(s, runs_by_arm, losses, found, notes))
 
 
-def finished(cfg) -> Path | None:
-    return runs.finished_run(cfg, __file__)
+def finished_run(cfg) -> str:
+    """Folder of the finished run with these constants, or nothing."""
+    return str(runs.finished_run(cfg, __file__) or "")
 
 
-def train_one(cfg, world, say) -> Path:
-    """The folder of the finished run, which is made or resumed if need be; core.Stop if it was stopped."""
-    if folder := core.on_main(world, lambda: str(finished(cfg) or "")):
-        say(f"finished already: {folder}")
-        return Path(folder)
+def train_one(cfg, s) -> Path:
+    """The folder of the run, made or resumed and finished; core.Stop if it was stopped."""
     ended = False
-    with runs.Run(cfg, world, __file__, unit="tokens") as run:
-        run.result = train(run, run.cfg, world)
+    with runs.Run(cfg, s.world, __file__, unit="tokens") as run:
+        run.result = train(run, run.cfg, s.world, s.text)
         ended = True
     if not ended:
+        core.barrier(s.world)  # all ranks have read what rank 0 said last, before it leaves
         raise core.Stop(f"the study: the same command goes on with {run.folder}")
     return run.folder
 
 
-def check_ledgers(cfg, where) -> str:
-    """Two arms of a seed differ in nothing but the source: constants, tokens, first weights. UserError."""
-    arms = list(where)
-    for place in range(len(where[arms[0]])):
-        configs = [runs.read_config(where[arm][place]) for arm in arms]
-        for arm, config in zip(arms[1:], configs[1:], strict=True):
-            first, other = configs[0]["constants"], config["constants"]
-            odd = [name for name in sorted(matters(cfg) - {"data"}) if first[name] != other[name]]
-            first, other = configs[0]["facts"], config["facts"]
-            odd += mixture.differences(first["ledger"], other["ledger"])
-            odd += ["initial_weights"] * (first["initial_weights"] != other["initial_weights"])
+def check_runs(s, runs_by_arm) -> list[str]:
+    """Lines on what was equal. UserError unless every run read what it would read today, and two arms of a
+    seed differ in nothing but the source: constants, tokens, first weights."""
+    configs = {arm: [runs.read_config(folder) for folder in folders] for arm, folders in runs_by_arm.items()}
+    for arm, folders in runs_by_arm.items():
+        for number, folder in enumerate(folders):
+            config, first = configs[arm][number], next(iter(configs.values()))[number]
+            today = run_facts(run_config(s.cfg, arm, s.cfg.seed + number), s.text, s.world)
+            odd = [name for name, value in today.items() if config["facts"][name] != value]
+            names = sorted(matters(s.cfg) - {"data"})
+            odd += [n for n in names if config["constants"].get(n) != first["constants"].get(n)]
+            odd += mixture.differences(config["facts"]["ledger"], first["facts"]["ledger"])
+            weights = [of["facts"]["initial_weights"] for of in (config, first)]
+            odd += ["initial_weights"] * (weights[0] != weights[1])
             if odd:
-                pair = f"{where[arms[0]][place]} and {where[arm][place]}"
-                raise core.UserError(f"{pair} differ in {', '.join(odd)}, not in text alone: train one anew")
-    ledger = configs[0]["facts"]["ledger"]
-    said = f"ledger  every run read {ledger['tokens']} tokens in {ledger['steps']} steps"
-    said += "; arms of a seed differ in text alone"
-    pools = {arm: distinct(runs.read_config(where[arm][0])["facts"]["ledger"]) for arm in arms}
-    if len(set(pools.values())) > 1:
-        said += "\nNOTE distinct blocks differ (--repeat): " + ", ".join(f"{a} {n}" for a, n in pools.items())
-    return said
-
-
-def distinct(ledger) -> int:
-    return sum(one["distinct_blocks"] for one in ledger["sources"].values())
+                other = f"differs from this study in more than its source ({', '.join(odd)})"
+                raise core.UserError(f"{folder} {other}: move it away, then the study trains it anew")
+    ledgers = {arm: of_arm[0]["facts"]["ledger"] for arm, of_arm in configs.items()}
+    ledger = next(iter(ledgers.values()))
+    lines = [f"ledger  every run read {ledger['tokens']} tokens in {ledger['steps']} equal steps"]
+    distinct = {a: sum(one["distinct_blocks"] for one in of["sources"].values()) for a, of in ledgers.items()}
+    if len(set(distinct.values())) > 1:
+        counts = ", ".join(f"{arm} {n}" for arm, n in distinct.items())
+        lines.append(f"NOTE by --repeat the arms read unequal numbers of distinct blocks: {counts}")
+    return lines
 
 
 # ------------------------------------------------------------------------------------------- cross-evaluation
 
 
-def cross_evaluate(s, where) -> dict:
+def cross_evaluate(s, runs_by_arm) -> dict:
     """Every run on the test part of every text: arm -> text -> a file like losses.jsonl for each seed."""
-    found, total, done = {}, sum(map(len, where.values())) * len(s.texts), 0
-    for arm, folders in where.items():
+    found = {arm: {name: [] for name in s.text.tokens} for arm in runs_by_arm}
+    for arm, folders in runs_by_arm.items():
         for folder in folders:
-            loaded = None
-            for name in s.texts:
-                path = Path(core.on_main(s.world, lambda f=folder, n=name: str(cross_file(s, f, n))))
-                if not core.on_main(s.world, path.exists):
-                    loaded = loaded or load_model(folder, s.world)
-                    cfg = replace(loaded[0], eval_batch=s.cfg.eval_batch)
-                    lines = measure(loaded[1], cfg, s.text, name, "test", s.world, s.poll).lines("test")
-                    core.on_main(s.world, functools.partial(core.write_lines, path, lines))
-                found.setdefault(arm, {}).setdefault(name, []).append(path)
-                done += 1
-            s.say(f"measured  {done} of {total}  {folder.name}")
+            paths = core.on_main(s.world, lambda folder=folder: cross_files(s, folder))
+            missing = core.on_main(s.world, lambda of=paths: [n for n in of if not Path(of[n]).exists()])
+            if missing:
+                cfg, model, _ = load_model(folder, s.world)
+                cfg = replace(cfg, eval_batch=s.cfg.eval_batch)
+            for name in missing:
+                lines = measure(model, cfg, s.text, name, "test", s.world, s.poll).lines("test")
+                core.on_main(s.world, functools.partial(core.write_lines, Path(paths[name]), lines))
+            for name, path in paths.items():
+                found[arm][name].append(path)
+            s.say(f"measured  {folder.name} on {', '.join(paths)}")
     return found
 
 
-def cross_file(s, folder, name) -> Path:
-    """Named after what it depends on: the weights, the text, how it is cut."""
+def cross_files(s, folder) -> dict[str, str]:
+    """text -> the file with a run's losses on it, named after what they depend on: weights, text, windows."""
     weights = json.loads((folder / "result.json").read_text())["test_checkpoints"][0]
     weights = runs.read_manifest(folder / "checkpoints" / weights)["files"]["model.safetensors"]
-    tokens = s.text.tokens[name]
-    key = json.dumps([weights, tokens.fingerprint, len(tokens.parts["test"]), s.cfg.block_size])
-    return s.folder / "cross" / f"{folder.name}-{name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.jsonl"
+    found = {}
+    for name, tokens in s.text.tokens.items():
+        key = json.dumps([weights, tokens.fingerprint, len(tokens.parts["test"]), s.cfg.block_size])
+        mark = hashlib.sha256(key.encode()).hexdigest()[:12]
+        found[name] = str(runs.out_folder(s.cfg, __file__) / "cross" / f"{folder.name}-{name}-{mark}.jsonl")
+    return found
 
 
 # -------------------------------------------------------------------------------------- diversity coefficient
 
 
-def check_sequences(s, opens_probe):
-    """Mistakes in what mode diversity would draw, before anything is trained."""
-    if opens_probe:
-        draws_of(s, open_probe(s, {})[1])
-    else:
-        check_length(s.cfg, s.cfg.block_size)
-        draws_of(s, s.text.tokenizer)
+def open_probe(s, runs_by_arm):
+    """(model, tokenizer) of cfg.probe; `study`: the last arm's first run, in runs_by_arm or finished."""
+    cfg, name = s.cfg, s.cfg.probe
+    if name == "study":
+        one, arm = run_config(cfg, cfg.arms[-1], cfg.seed), cfg.arms[-1]
+        found = runs_by_arm.get(arm, [])[:1] or [core.on_main(s.world, lambda: finished_run(one))]
+        if not (name := str(found[0])):
+            raise core.UserError(f"--probe study: arm {arm} has no finished run: train it, or name a probe")
+    probe, tokenizer = core.main_first(s.world, lambda: gpt_scratch.open_model(name))
+    check_length(cfg, probe.config.block_size)
+    if tokenizer.eos_token_id is None or probe.config.head_bias:
+        lacks = "an output bias" if probe.config.head_bias else "no end-of-text token"
+        raise core.UserError(f"--probe {name} has {lacks}: use a GPT-2 or a run without --head_bias")
+    # the squares of small gradients leave no room for halves
+    dtype = "fp64" if cfg.dtype == "fp64" else "fp32"
+    return core.Precision(dtype, s.world).prepare(probe).eval(), tokenizer
 
 
 def check_length(cfg, most):
@@ -667,57 +720,13 @@ def check_length(cfg, most):
         raise core.UserError(f"--diversity_length {cfg.diversity_length} is over the probe's {most} tokens")
 
 
-def open_probe(s, where):
-    """(model, tokenizer); `where`: arm -> folders of its finished runs."""
-    name = s.cfg.probe
-    if name == "study":
-        arm = s.cfg.arms[-1]
-        one = run_config(s.cfg, arm, s.cfg.seed)
-        name = core.on_main(s.world, lambda: str(where[arm][0] if where else finished(one) or ""))
-        if not name:
-            raise core.UserError(f"--probe study: arm {arm} has no finished run: train it, or name a probe")
-    probe, tokenizer = core.main_first(s.world, lambda: gpt_scratch.open_model(name))
-    check_length(s.cfg, probe.config.block_size)
-    if tokenizer.eos_token_id is None:
-        raise core.UserError(f"the probe {name} has no end-of-text token: use a GPT-2")
-    # the squares of small gradients leave no room for halves
-    dtype = "fp64" if s.cfg.dtype == "fp64" else "fp32"
-    return core.Precision(dtype, s.world).prepare(probe).eval(), tokenizer
-
-
-def draws_of(s, tokenizer) -> dict:
-    """arm -> a function that draws its batch i: (i) -> task2vec.Batch. UserError where a source is too small.
-
-    Batches of an arm share no sequence, unless its source is read again; a mixture takes what its sources'
-    own batches take, each in proportion.
-    """
-    cfg, n = s.cfg, s.cfg.diversity_batches
+def draws_of(s, tokenizer) -> diversity.Draws:
+    """What is embedded, in the tokens of the probe. UserError where a source is too small."""
     same = core.tokenizer_fingerprint(tokenizer) == core.tokenizer_fingerprint(s.text.tokenizer)
     text = s.text if same else reread(s, tokenizer)
-    known = {}
-    for name in {name for arm in cfg.arms for name in shares_of(arm)}:
-        stream = text.tokens[name].parts["train"]
-        known[name] = task2vec.Sequences(stream, tokenizer.eos_token_id, cfg.diversity_length, cfg.sequences)
-    draws = {}
-    for arm in cfg.arms:
-        shares = shares_of(arm)
-        counts = dict(zip(shares, mixture.apportion(list(shares.values()), cfg.diversity_batch), strict=True))
-        for name, count in counts.items():
-            if count * n > len(known[name]) and not (cfg.repeat and len(known[name])):
-                there = f"{len(known[name])} sequences, enough for {len(known[name]) // count}"
-                better = "use fewer or smaller ones, --sequences pieces, more text, or --repeat"
-                raise core.UserError(f"{name} has {there} of {n} diversity batches: {better}")
-        orders = {}
-        for name, count in counts.items():
-            most = min(count * n, len(known[name]))
-            orders[name] = mixture.source_order(cfg.seed, f"{name} drawn", len(known[name]), count * n, most)
-
-        def draw(i, counts=counts, orders=orders):
-            parts = [known[name].batch(orders[name][i * c : (i + 1) * c]) for name, c in counts.items()]
-            return task2vec.joined(parts)
-
-        draws[arm] = draw
-    return draws
+    arms = {arm: shares_of(arm) for arm in s.cfg.arms}
+    sequences = diversity.sequences_of(s.cfg, text, {name for shares in arms.values() for name in shares})
+    return diversity.Draws(s.cfg, arms, sequences, len(tokenizer), tokenizer.eos_token_id)
 
 
 def reread(s, tokenizer) -> mixture.Text:
@@ -731,141 +740,34 @@ def reread(s, tokenizer) -> mixture.Text:
         return str(folder)
 
     name = core.on_main(s.world, keep)
-    corpora = {label: one for label, one in corpora_of(s.cfg).items() if label != neutral_of(s.cfg)}
-    return mixture.open_text(corpora, name, {}, s.world)
+    return mixture.open_text(sources_of(s.cfg), name, {}, s.world)
 
 
-def diversity(s, where) -> dict:
-    """Embeds what is not embedded yet, spread over the ranks; then coefficients, floors, cross-distances."""
-    probe, tokenizer = open_probe(s, where)
-    end, cfg, draws = tokenizer.eos_token_id, s.cfg, draws_of(s, tokenizer)
-    weights = core.on_main(s.world, lambda: runs.weights_sha256(probe))
-    for kind in ("lower bound", "upper bound"):
-        draws[kind] = functools.partial(draw_bound, kind, cfg, len(tokenizer), end)
-    places = {name: embedding_folder(s, name, weights) for name in draws}
-    jobs = [(name, i, 0) for name in draws for i in range(batches_in(cfg, name))]
-    jobs += [(arm, 0, repeat) for arm in cfg.arms for repeat in range(1, cfg.floor_repeats)]
-    jobs = sorted(jobs, key=lambda job: job[1:])  # round by round: an early look sees all arms
-    missing = core.on_main(s.world, lambda: [job for job in jobs if not embedding_file(places, job).exists()])
-    if missing:
-        s.say(f"diversity  {len(missing)} of {len(jobs)} embeddings to make, procedure {cfg.procedure}")
-
-    def embed(job):
-        name, i, repeat = job
-        core.reseed(cfg.seed, name, i, repeat)  # the same on whichever rank
-        choice = {"epochs": cfg.head_epochs, "samples": cfg.fisher_samples}
-        vector = task2vec.embed(probe, draws[name](i), end, cfg.procedure, **choice)
-        if not np.isfinite(vector).all():
-            raise FloatingPointError(
-                f"the embedding of batch {i} of {name} is not finite: is the probe whole?"
-            )
-        with core.whole_file(embedding_file(places, job), "wb") as file:
-            np.save(file, vector)
-
-    share_out(s, missing, embed)
-    return core.on_main(s.world, lambda: coefficients(s, places))
-
-
-def share_out(s, jobs, work):
-    """`work(job)` for each, spread over the ranks, with polls between; a line at every tenth."""
-    began, told, size = time.monotonic(), 0, s.world.size
-    with core.progress(len(jobs), "embedding", s.world) as bar:
-        for start in range(0, len(jobs), size):
-            s.poll()
-            if start * 10 // len(jobs) > told:
-                told, left = start * 10 // len(jobs), (time.monotonic() - began) * (len(jobs) / start - 1)
-                s.say(f"embedded  {start} of {len(jobs)}  eta {runs.clock(left)}")
-            for job in jobs[start : start + size][s.world.rank :: size]:
-                work(job)
-            bar.update(size)
-    core.barrier(s.world)
-
-
-def batches_in(cfg, name) -> int:
-    return (
-        min(cfg.diversity_batches, BOUND_BATCHES)
-        if name in ("lower bound", "upper bound")
-        else cfg.diversity_batches
-    )
-
-
-def draw_bound(kind, cfg, vocab_size, end, i) -> task2vec.Batch:
-    rng, shape = np.random.default_rng([cfg.seed, i]), (cfg.diversity_batch, cfg.diversity_length)
-    token = None
-    if kind == "lower bound":  # the same in all batches
-        token = int(np.random.default_rng(cfg.seed).choice(np.delete(np.arange(vocab_size), end)))
-    return task2vec.synthetic(shape, vocab_size, end, rng, token)
-
-
-def embedding_folder(s, name, weights) -> Path:
-    """Named after everything that an embedding of this arm depends on."""
-    of_arm = {n: s.text.tokens[n].fingerprint["data"] for n in shares_of(name)} if name in s.cfg.arms else {}
-    of_arm |= {"shares": shares_of(name)} if of_arm else {}
-    constants = {
-        n: getattr(s.cfg, n) for n in sorted(OF_DIVERSITY - {"diversity_batches", "floor_repeats", "probe"})
-    }
-    constants |= {
-        n: getattr(s.cfg, n) for n in ("max_documents", "max_tokens", "val_share", "test_share", "split_seed")
-    }
-    constants |= {
-        "pool": s.cfg.max_steps * s.cfg.batch * s.cfg.block_size / s.cfg.passes,
-        "batches": s.cfg.diversity_batches * s.cfg.repeat,
-    }
-    constants |= {"seed": s.cfg.seed, "dtype": s.cfg.dtype == "fp64", "text_column": s.cfg.text_column}
-    mark = hashlib.sha256(json.dumps([name, weights, of_arm, constants]).encode()).hexdigest()[:12]
-    return runs.out_folder(s.cfg, __file__) / "embeddings" / f"{results.slug(name)}-{mark}"
-
-
-def embedding_file(places, job) -> Path:
-    name, i, repeat = job
-    places[name].mkdir(parents=True, exist_ok=True)
-    return places[name] / f"batch_{i:05d}{f'_again_{repeat}' if repeat else ''}.npy"
-
-
-def coefficients(s, places) -> dict:
-    """Rank 0: all figures of the coefficient, from the embeddings on the disk."""
-    cfg, found = s.cfg, {"arms": {}, "bounds": {}, "cross": {}}
-    kept = {}
-    for name in places:
-        files = [embedding_file(places, (name, i, 0)) for i in range(batches_in(cfg, name))]
-        kept[name] = np.stack([np.load(file) for file in files])
-        table = task2vec.pairwise(kept[name])
-        one = {"coefficient": task2vec.coefficient(table), "interval": task2vec.coefficient_interval(table)}
-        one |= {"batches": len(files), "length": kept[name].shape[1]}
-        if name in cfg.arms:
-            again = [embedding_file(places, (name, 0, repeat)) for repeat in range(1, cfg.floor_repeats)]
-            floor = task2vec.pairwise(np.stack([kept[name][0], *map(np.load, again)]))
-            one |= {"noise_floor": task2vec.coefficient(floor), "floor_repeats": cfg.floor_repeats}
-        found["arms" if name in cfg.arms else "bounds"][name] = one
-    for number, a in enumerate(cfg.arms):
-        for b in cfg.arms[number + 1 :]:
-            table = task2vec.distances(kept[a], kept[b])
-            one = {"coefficient": float(table.mean()), "interval": task2vec.cross_interval(table)}
-            found["cross"][f"{a} x {b}"] = one
-    return found
+def coefficients(s, runs_by_arm) -> dict:
+    probe, tokenizer = open_probe(s, runs_by_arm)
+    folder = runs.out_folder(s.cfg, __file__) / "embeddings"
+    return diversity.measure(s.cfg, draws_of(s, tokenizer), probe, folder, s.world, s.say, s.poll)
 
 
 # --------------------------------------------------------------------------------------------- what comes out
 
 
-def conclude(s, matrix, found):
+def conclude(s, runs_by_arm, losses, found, notes):
     """Rank 0: study.md, study.json, matrix.png, link.png; the same tables in the terminal."""
-    figures = show.cells(matrix)
-    told, differences = show.verdicts(matrix, s.cfg.seeds)
-    parts = ["\n".join(told), show.tables(figures)]
-    s.say("\n" + show.tables({"loss": figures["loss"]}) + "\n")
-    for line in told:
-        s.say(line)
-    neutral = neutral_of(s.cfg)
-    show.heat_map(figures["loss"], s.folder / "matrix.png", neutral)
-    content = {"matrix": figures, "differences": differences, "diversity": found, "constants": asdict(s.cfg)}
+    figures, seeds, neutral = show.cells(losses), s.cfg.seeds, neutral_of(s.cfg)
+    told, differences = show.verdicts(losses, seeds)
+    folders = {arm: [str(folder) for folder in of_arm] for arm, of_arm in runs_by_arm.items()}
+    parts = [show.heading(folders, runs.git_state()["commit"]), "\n".join([*notes, *told])]
+    parts.append(show.tables(figures, seeds))
+    s.say("\n" + show.tables({"loss": figures["loss"]}, seeds) + "\n")
+    s.say("\n".join(told))
+    show.heat_map(figures["loss"], s.folder / "matrix.png", neutral, seeds)
+    content = {"runs": folders, "matrix": figures, "differences": differences, "diversity": found}
+    content |= {"notes": notes, "constants": asdict(s.cfg)}
     if found:
-        link = show.link_table(found, neutral, figures)
-        parts += [
-            "**diversity coefficient**\n\n" + show.diversity_table(found),
-            "**diversity and loss**\n\n" + link,
-        ]
-        s.say("\n" + show.diversity_table(found) + "\n\n" + link)
+        tables = show.diversity_table(found), show.link_table(found, neutral, figures, seeds)
+        parts += [f"**diversity coefficient**\n\n{tables[0]}", f"**diversity and loss**\n\n{tables[1]}"]
+        s.say("\n" + "\n\n".join(tables))
         show.plot_link(found, figures["loss"], neutral, s.folder / "link.png")
     core.write_json(s.folder / "study.json", content)
     with core.whole_file(s.folder / "study.md") as file:
@@ -877,37 +779,30 @@ def conclude(s, matrix, found):
 # ------------------------------------------------------------------------------------------------------- main
 
 
-def cache(cfg, world, say):
-    """Mode cache: texts become token ids, nothing else."""
-    text = open_text(cfg, world)
-    parts = {part: [f"{len(one.parts[part]):,}" for one in text.tokens.values()] for part in corpus.PARTS}
-    documents = [f"{sum(one.documents.values()):,}" for one in text.tokens.values()]
-    say(results.markdown({"text": list(text.tokens), "documents": documents, **parts}))
-    for name, one in text.tokens.items():
+def cache(s):
+    """Mode cache: texts have become token ids; how many, and that they are enough."""
+    texts = s.text.tokens
+    parts = {part: [f"{len(one.parts[part]):,}" for one in texts.values()] for part in corpus.PARTS}
+    documents = [f"{sum(one.documents.values()):,}" for one in texts.values()]
+    s.say(results.markdown({"text": list(texts), "documents": documents, **parts}))
+    for name, one in texts.items():
         for line in one.lines:
-            say(f"{name}  {line}")
-    for arm in cfg.arms:
-        batches_of(cfg, arm, text, world)
-    say(f"tokens of {len(text.tokens)} texts, enough for every arm: {core.cache_root()}")
+            s.say(f"{name}  {line}")
+    s.say(f"tokens of {len(texts)} texts, enough for every arm: {core.cache_root()}")
 
 
-def coefficient_only(cfg, world, say, poll):
+def coefficient_only(s):
     """Mode diversity: the coefficients of the arms, without training."""
-    if not cfg.diversity_batches:
-        raise core.UserError("--diversity_batches 0: use 2 or more in mode diversity")
-    folder = study_folder(cfg)
-    core.on_main(world, lambda: folder.mkdir(parents=True, exist_ok=True))
-    s = Study(cfg, world, open_text(cfg, world), folder, say, poll)
-    found = diversity(s, {})
+    found = coefficients(s, {arm: [] for arm in s.cfg.arms})
 
     def write():
-        core.write_json(folder / "diversity.json", found)
-        with core.whole_file(folder / "diversity.md") as file:
+        core.write_json(s.folder / "diversity.json", found)
+        with core.whole_file(s.folder / "diversity.md") as file:
             file.write(show.diversity_table(found) + "\n")
-        say(show.diversity_table(found))
-        say(f"done  {folder}/diversity.md")
+        s.say(show.diversity_table(found))
+        s.say(f"done  {s.folder}/diversity.md")
 
-    core.on_main(world, write)
+    core.on_main(s.world, write)
 
 
 @record
@@ -924,9 +819,8 @@ def main(cfg, world):
             print(text, file=core.Terminal(sys.stdout), flush=True)
 
     with runs.listening(world) as poll:
-        if cfg.mode == "cache":
-            return cache(cfg, world, say)
-        return {"study": study, "diversity": coefficient_only}[cfg.mode](cfg, world, say, poll)
+        work = {"study": study, "cache": cache, "diversity": coefficient_only}[cfg.mode]
+        work(prepare(cfg, world, say, poll))
 
 
 if __name__ == "__main__":

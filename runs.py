@@ -39,7 +39,8 @@ import core
 
 SHARED = (  # go to source/ beside core.py and the script
     *("corpus.py", "encoders.py", "gpt_scratch.py", "lora.py", "pairs.py", "report_card.py", "sft.py"),
-    *("mixture.py", "task2vec.py", "diversity_report.py", "compare.py", "results.py", "judge.py"),
+    *("mixture.py", "task2vec.py", "diversity.py", "diversity_report.py"),
+    *("compare.py", "results.py", "judge.py"),
 )
 MAY_CHANGE = {  # what a flag may tell a resumed run anew: length, cadence, bookkeeping, how it is computed
     *("epochs", "max_steps", "max_minutes", "eval_batch", "eval_every", "final_eval", "save_every", "keep"),
@@ -602,6 +603,18 @@ def _keep_rows(path, before) -> list[dict]:
     with core.whole_file(path) as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     return rows
+
+
+def prepared(folder) -> Path:
+    """A folder that can be written to; it is looked at before work begins."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise core.UserError(f"{folder} cannot be written ({error.strerror}): use another --out") from None
+    return folder
 
 
 @contextlib.contextmanager

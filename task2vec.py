@@ -173,9 +173,9 @@ def distances(first, second) -> np.ndarray:
     """(n, m): cosine distance of a / (a + b) and b / (a + b), for a in first (n, D), b in second (m, D)."""
     found = np.zeros((len(first), len(second)))
     for start in range(0, len(second), 16):  # flat memory
-        b = torch.from_numpy(second[start : start + 16]).double()
+        b = torch.from_numpy(np.stack(second[start : start + 16])).double()
         for i in range(len(first)):
-            a = torch.from_numpy(first[i]).double()
+            a = torch.from_numpy(np.array(first[i])).double()
             total = a + b + EPSILON
             nearness = torch.cosine_similarity(a / total, b / total, dim=1)
             found[i, start : start + 16] = (1 - nearness).clamp(min=0).numpy()
@@ -223,20 +223,21 @@ def _jackknife(without) -> float:
 
 def around(value, variance, freedom) -> list[float]:
     half = core.student(freedom) * math.sqrt(variance)
-    return [value - half, value + half]
+    return [max(0.0, value - half), value + half]
 
 
 # ---------------------------------------------------------------------------------------------- what is drawn
 
 
 class Sequences:
-    """Sequences of `length` tokens of a stream: the beginning of each document, or all whole pieces of it."""
+    """Sequences of `length` tokens of a stream: the beginning of each of the `documents`, or all whole
+    `pieces` of them; a document's end token belongs to it."""
 
     def __init__(self, tokens, end, length, kind):
         ends = np.concatenate(
             [np.flatnonzero(part == end) + i * CHUNK for i, part in enumerate(chunks(tokens))]
         )
-        starts, sizes = ends[:-1] + 1, np.diff(ends) - 1
+        starts, sizes = ends[:-1] + 1, np.diff(ends)  # with the end token, which is a target, too
         starts, sizes = starts[sizes > 1], sizes[sizes > 1]
         if kind == "pieces":
             counts = np.maximum(1, sizes // length)
