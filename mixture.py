@@ -60,7 +60,9 @@ TOLERANCE = 0.0034  # of each weight: .33 three times is meant as a third each
 
 def label(name) -> str:
     """How a source that is a path or a Hub id is called in files and tables."""
-    last = name.rstrip("/").rpartition("/")[2] if "/" in name or Path(name).is_file() else name
+    if "/" not in name and not Path(name).is_file():
+        return name
+    last = name.partition("@")[0].rstrip("/").rpartition("/")[2]
     return last.removesuffix(Path(last).suffix) if Path(last).suffix in corpus.SUFFIXES else last
 
 
@@ -198,7 +200,7 @@ class Batches:
                 has = f"{name} has {there} blocks of {blocks.block_size} training tokens"
                 better = "use fewer --max_steps, more text, more --passes, or --repeat"
                 raise core.UserError(f"{has}, {pool} are asked for: {better}")
-        self.pools = np.minimum(self.pools, blocks.counts).tolist()
+        self.pools = np.minimum(np.maximum(self.pools, np.sign(self.wanted)), blocks.counts).tolist()
         self.rows, owner = np.zeros(batch * steps, dtype=np.int64), interleave(self.wanted)
         for source, (name, n) in enumerate(zip(blocks.names, self.wanted, strict=True)):
             order = source_order(seed, name, blocks.counts[source], n, self.pools[source])

@@ -49,7 +49,7 @@ def one_line(error) -> str:
         ("0.7*a+0.3*b", {"a": 0.7, "b": 0.3}),
         (" 0.7*a + 0.3*b ", {"a": 0.7, "b": 0.3}),
         ("0.33*a+0.33*b+0.33*c", {"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}),  # rounded by whoever typed it
-        ("0.67*a+.34*b", {"a": 0.67 / 1.01, "b": 0.34 / 1.01}),
+        ("0.667*a+.333*b", {"a": 0.667, "b": 0.333}),
         ("1*a", {"a": 1}),
         ("owner/set:a config", {"owner/set:a config": 1}),
     ],
@@ -66,7 +66,10 @@ def test_an_arm_is_read_as_shares_that_add_up_to_one(arm, shares):
         ("0.7*a+0.7*b", ["0.7*a+0.7*b", "add up to 1.4", "make it 1"]),
         ("0.5*a+0.48*b", ["add up to 0.98"]),  # two roundings are not worth 0.02
         ("0.7*a", ["add up to 0.7"]),
-        ("0*a+1*b", ["none of them 0"]),
+        ("0*a+1*b", ["all above 0"]),
+        ("-0.3*a+1.3*b", ["all above 0"]),
+        ("0.5*a+0.49*b", ["add up to 0.99"]),
+        ("nan*a", ["add up to nan"]),
         ("0.7*a+b", ["0.7*a+b", "every source a weight, or none"]),
         ("a+0.7*b", ["every source a weight, or none"]),
         ("1.2.3*a+0.3*b", ["a weight is no number", "0.7*a+0.3*b"]),
@@ -106,6 +109,7 @@ def test_a_path_or_hub_id_is_called_by_its_last_part_without_revision():
     Path("here.jsonl").touch()
     assert mixture.label("here.jsonl") == "here" and mixture.label("/data/there.jsonl") == "there"
     assert mixture.label("absent.jsonl") == "absent.jsonl"  # a name, as far as anybody knows
+    assert mixture.label("owner/med_v1.2") == "med_v1.2" and mixture.label("allenai/c4:en") == "c4:en"
     assert mixture.label("owner/set@a/branch") == "set" and mixture.label("pubmed") == "pubmed"
 
 
@@ -233,7 +237,7 @@ def test_a_source_gives_a_mixture_the_first_blocks_of_its_own_arm(arm, passes):
     mixed = batches(arm, passes=passes)
     for name in mixed.blocks.names:
         alone, pool = given(batches(name, passes=passes), name), mixed.pools[mixed.blocks.names.index(name)]
-        assert given(mixed, name)[:pool] == alone[:pool] and pool > 5
+        assert given(mixed, name)[:pool] == alone[:pool] and pool >= 5
 
 
 def test_passes_read_as_many_times_fewer_blocks_equally_many_in_all_arms():
@@ -245,10 +249,10 @@ def test_passes_read_as_many_times_fewer_blocks_equally_many_in_all_arms():
                 assert set(Counter(given(found, name)).values()) == {passes}
 
 
-def test_an_odd_number_of_passes_leaves_the_arms_less_than_a_block_a_source_apart():
+def test_an_odd_number_of_passes_leaves_the_arms_equal_too():
     for passes, steps in itertools.product((2, 3, 5, 7), (1, 5, 11)):
         pools = [sum(batches(arm, passes=passes, steps=steps).pools) for arm in ("a", "a+b", "a+b+c")]
-        assert max(pools) - min(pools) <= 2
+        assert len(set(pools)) == 1
 
 
 def test_each_pass_has_an_order_of_its_own():
@@ -385,7 +389,7 @@ def test_the_frequencies_of_a_mixture_are_those_of_its_sources_by_share():
 @pytest.mark.parametrize("part", ["val", "test"])
 def test_every_token_of_every_held_out_document_is_a_target_once(context, part):
     tokens = opened(table(texts_of(100)))
-    windows, groups = mixture.held_out(tokens, part, context)
+    windows, groups = mixture.windows_of(tokens, part, context)
     texts, end = documents_of(tokens, part), tokens.tokenizer.eos_token_id
     targets = [[] for _ in texts]
     for window, group in enumerate(groups):
@@ -407,13 +411,13 @@ def test_intervals_over_few_documents_redraw_stretches_of_windows():
     tokens = opened(table(texts_of(8, words=300)), val_share=0.3, test_share=0.3)
     documents = documents_of(tokens, "test")
     assert 0 < len(documents) < mixture.FEWEST
-    windows, groups = mixture.held_out(tokens, "test", 16)
+    windows, groups = mixture.windows_of(tokens, "test", 16)
     assert len(set(groups.tolist())) == min(100, len(windows)) > len(documents)
 
 
 def test_a_part_without_documents_has_no_windows():
     tokens = opened(table(texts_of(6)), test_share=0.0)
-    windows, groups = mixture.held_out(tokens, "test", 16)
+    windows, groups = mixture.windows_of(tokens, "test", 16)
     assert len(windows) == len(groups) == 0
 
 
@@ -493,9 +497,6 @@ def test_the_first_document_is_drawn_like_any_other_if_it_is_not_to_train():
     assert documents_of(kept, "train")[0] == held  # as every script but the study has it
 
 
-@pytest.mark.xfail(
-    reason="rows read ahead count as unusable, the good ones among them not at all", strict=True
-)
 def test_what_was_read_ahead_makes_no_source_look_worse_than_it_is():
     texts = ["" if i % 143 == 142 else f"{i} " + "word " * 1200 for i in range(700)]  # 0.7 % are empty
     assert len(opened(table(texts)).lines) == 1

@@ -610,17 +610,17 @@ def drawn(stream, length, kind):
 
 
 def test_documents_are_the_beginnings_of_documents_padded_with_the_end_token():
-    """Without their end token; one of a single token has nothing to predict."""
-    assert drawn(STREAM, 3, "documents") == [[1, 2, 3], [7, 8], [1, 3, 5]]
-    assert drawn(STREAM, 2, "documents") == [[1, 2], [7, 8], [1, 3]]
-    assert drawn(STREAM, 8, "documents") == [[1, 2, 3, 4, 5], [7, 8], [1, 3, 5]]
+    """Where it fits, the end token belongs to them: it is a target."""
+    assert drawn(STREAM, 3, "documents") == [[1, 2, 3], [6, E], [7, 8, E], [1, 3, 5]]
+    assert drawn(STREAM, 2, "documents") == [[1, 2], [6, E], [7, 8], [1, 3]]
+    assert drawn(STREAM, 8, "documents") == [[1, 2, 3, 4, 5, E], [6, E], [7, 8, E], [1, 3, 5, E]]
 
 
 def test_pieces_are_all_whole_pieces_of_each_document_or_the_short_one_as_it_is():
     """What is left of a document is dropped; no piece goes over a document's end."""
-    assert drawn(STREAM, 2, "pieces") == [[1, 2], [3, 4], [7, 8], [1, 3]]
-    assert drawn(STREAM, 3, "pieces") == [[1, 2, 3], [7, 8], [1, 3, 5]]
-    assert drawn(STREAM, 5, "pieces") == [[1, 2, 3, 4, 5], [7, 8], [1, 3, 5]]
+    assert drawn(STREAM, 2, "pieces") == [[1, 2], [3, 4], [5, E], [6, E], [7, 8], [1, 3], [5, E]]
+    assert drawn(STREAM, 3, "pieces") == [[1, 2, 3], [4, 5, E], [6, E], [7, 8, E], [1, 3, 5]]
+    assert drawn(STREAM, 5, "pieces") == [[1, 2, 3, 4, 5], [6, E], [7, 8, E], [1, 3, 5, E]]
 
 
 @pytest.mark.parametrize("kind", ["documents", "pieces"])
@@ -636,12 +636,12 @@ def test_documents_may_lie_over_the_borders_of_what_is_read_at_once(size, kind, 
 
 def test_a_batch_has_the_rows_that_are_asked_for_in_their_order():
     sequences = Sequences(STREAM, E, 3, "documents")
-    batch = sequences.batch([2, 0, 2])
+    batch = sequences.batch([3, 0, 3])
     assert batch.ids.tolist() == [[1, 3, 5], [1, 2, 3], [1, 3, 5]] and batch.lengths.tolist() == [3, 3, 3]
     both = task2vec.joined([batch, sequences.batch([1])])
-    assert both.ids.tolist()[3] == [7, 8, E] and both.lengths.tolist() == [3, 3, 3, 2]
+    assert both.ids.tolist()[3] == [6, E, E] and both.lengths.tolist() == [3, 3, 3, 2]
     assert len(both.ids) == 4
-    assert len(Sequences(np.array([E, 1, E], dtype=np.uint16), E, 3, "documents")) == 0
+    assert len(Sequences(np.array([E, E], dtype=np.uint16), E, 3, "documents")) == 0  # an empty document
 
 
 def test_mini_batches_are_of_eight_in_order_and_say_where_the_next_token_is_text():
