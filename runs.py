@@ -508,12 +508,16 @@ class Run:
 
     def pin(self, name, value):
         """Notes a fact (a fingerprint) in config.json; a resume that finds another value is refused."""
-        config = read_config(self.folder)
-        absent = name not in config["facts"]
-        if config["facts"].setdefault(name, value) != value:
-            raise core.UserError(f"{name} is not what {self.folder} began with: start a new run")
-        if self.world.is_main and absent:
-            core.write_json(self.folder / "config.json", config)
+
+        def note():
+            config = read_config(self.folder)
+            absent = name not in config["facts"]
+            if config["facts"].setdefault(name, value) != value:
+                raise core.UserError(f"{name} is not what {self.folder} began with: start a new run")
+            if absent:
+                core.write_json(self.folder / "config.json", config)
+
+        core.on_main(self.world, note)
 
     def _write_result(self, status, error):
         why = None if error is None else " ".join(f"{type(error).__name__}: {error}".split())

@@ -250,7 +250,7 @@ def test_passes_read_as_many_times_fewer_blocks_equally_many_in_all_arms():
 
 
 def test_an_odd_number_of_passes_leaves_the_arms_equal_too():
-    for passes, steps in itertools.product((2, 3, 5, 7), (1, 5, 11)):
+    for passes, steps in itertools.product((2, 3, 5, 7), (5, 11)):
         pools = [sum(batches(arm, passes=passes, steps=steps).pools) for arm in ("a", "a+b", "a+b+c")]
         assert len(set(pools)) == 1
 
