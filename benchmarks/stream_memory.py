@@ -1,6 +1,9 @@
 """Peak memory of writing the token cache of a generated stream of documents.
 
-python benchmarks/stream_memory.py [gigabytes] [tokenizer]      # chars writes two bytes a character
+python benchmarks/stream_memory.py [gigabytes] [tokenizer] [max_tokens]
+
+The whole stream is read: with max_tokens of training text, the rest for what is held out of it. `chars` is
+encoded by a table and writes two bytes a character; a folder or Hub id by the tokenizers library.
 """
 
 import resource
@@ -27,6 +30,7 @@ def generated(size):
 
 def main():
     gigabytes, tokenizer = float((sys.argv[1:] or ["1"])[0]), (sys.argv[2:] or ["chars"])[0]
+    most = int(sys.argv[3]) if len(sys.argv) > 3 else None
     corpus.data_fingerprint = lambda source: "generated"
     core.stream_rows = lambda *args, **options: generated(int(gigabytes * 1e9))
     folder = Path(tempfile.mkdtemp(dir="."))
@@ -37,7 +41,8 @@ def main():
         )
     began = time.perf_counter()
     try:
-        cache = corpus.token_cache(corpus.Corpus("generated/stream", tokenizer, first_trains=False))
+        budget = {"max_tokens": most, "held_out_tokens": 10**12, "val_share": 5e-4, "test_share": 5e-4}
+        cache = corpus.token_cache(corpus.Corpus("generated/stream", tokenizer, first_trains=False, **budget))
         written = sum(len(part) for part in corpus.open_cache(cache).parts.values())
     finally:
         shutil.rmtree(folder)

@@ -21,11 +21,13 @@ from ranks import launch
 from test_corpus import documents_of
 
 import core
+import diversity
 import diversity_report as show
 import gpt_scratch
 import mixture
 import run_pretrain_diversity as script
 import runs
+import task2vec
 from core import UserError, World
 
 NAME = "run_pretrain_diversity"
@@ -102,6 +104,18 @@ def run_folders(out="out") -> dict[str, Path]:
     return found
 
 
+JOBS = 3 * 3 * 2 + 2 * 3  # of the arms each batch twice, for the floor; of the bounds once
+
+
+def kept_in(out="out") -> list[Path]:
+    """Files of embeddings."""
+    return sorted(Path(out).glob("embeddings/*.npy"))
+
+
+def crossed_in(out="out") -> list[Path]:
+    return sorted(Path(out).glob("cross/*.jsonl"))
+
+
 def results_of(out="out") -> dict[str, dict]:
     return {tag: json.loads((folder / "result.json").read_text()) for tag, folder in run_folders(out).items()}
 
@@ -118,6 +132,21 @@ def whole(tmp_path_factory):
     return folder
 
 
+def study_here(*argv) -> script.Study:
+    """Of the sources in the current folder."""
+    cfg = parsed(*tiny("--out", "out", *argv))
+    return script.Study(cfg, World(), script.open_text(cfg, World()), Path("x"), print, lambda: None)
+
+
+def plan_of(folder) -> tuple[diversity.Draws, list]:
+    """(Draws, jobs) of the coefficients of a study, whose probe is its last arm's first run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        s = study_here()
+        draws = script.draws_of(s, s.text.tokenizer)
+        return draws, diversity.plan(s.cfg, draws, results_of()["a_b-s0"]["weights_sha256"], torch.float32)
+
+
 @pytest.fixture
 def copied(whole):
     """The current folder as a copy of it."""
@@ -125,7 +154,10 @@ def copied(whole):
     return Path(".")
 
 
-def same_study(found, want, tolerance=0.0):
+PARTS = ("matrix", "differences", "diversity")
+
+
+def same_study(found, want, tolerance=0.0, parts=PARTS):
     """Every figure of two studies, whose constants are the same but for what the call says."""
 
     def flat(tree, path=""):
@@ -134,7 +166,6 @@ def same_study(found, want, tolerance=0.0):
             return {name: value for key, one in items for name, value in flat(one, f"{path}/{key}").items()}
         return {path: tree}
 
-    parts = ("matrix", "differences", "diversity")
     found, want = (flat({part: one[part] for part in parts}) for one in (found, want))
     assert found.keys() == want.keys() and len(want) > 100
     for name, value in want.items():
@@ -142,6 +173,15 @@ def same_study(found, want, tolerance=0.0):
             assert found[name] == pytest.approx(value, rel=0, abs=tolerance, nan_ok=True), name
         else:
             assert found[name] == value, name
+
+
+def similar_coefficients(found, want):
+    """By a probe whose weights differ in a last digit: another name, and so other targets are drawn."""
+    floor = max(one["noise_floor"] for one in want["arms"].values())
+    for kind in ("arms", "bounds", "cross"):
+        assert found[kind].keys() == want[kind].keys()
+        for name, one in want[kind].items():
+            assert found[kind][name]["coefficient"] == pytest.approx(one["coefficient"], abs=floor)
 
 
 # the journal's run
@@ -182,26 +222,29 @@ def test_the_journals_model_has_its_parameters_to_the_unit():
 
 
 def test_what_the_arms_of_the_journal_need_is_asked_of_their_sources():
-    """Half of pubmed is in the mixture, all of it in its own arm: the cache holds what the larger needs."""
-    corpora = script.corpora_of(parsed("--preset", "journal"))
-    assert list(corpora) == ["pubmed", "uspto", "c4"]  # the neutral text last
-    pool = 20_000 * 64 * 1024
-    assert [one.max_tokens for one in corpora.values()] == [pool + 1024, pool + 1024, 1]
-    mixed = script.corpora_of(parsed("--arms", "0.7*pubmed+0.3*uspto", "--passes", 2))
-    assert [one.max_tokens for one in mixed.values()] == [
-        *(math.ceil(share * pool / 2) + 1024 for share in (0.7, 0.3)),
-        1,
-    ]
-    assert script.corpora_of(parsed("--max_tokens", 5000))["uspto"].max_tokens == 5000
-    assert all(one.held_out_tokens == 500_000 and not one.first_trains for one in corpora.values())
+    """A whole pool of each, whatever its share: what a mixture reads does not depend on the other arms."""
+    sources, pool = script.sources_of(parsed("--preset", "journal")), 20_000 * 64 * 1024
+    assert {name: one.max_tokens for name, one in sources.items()} == dict.fromkeys(
+        ("pubmed", "uspto"), pool + 1024
+    )
+    assert all(one.streaming == "CacheStream" for one in sources.values())
+    for arms in (["0.7*pubmed+0.3*uspto"], ["pubmed", "uspto"]):
+        mixed = script.sources_of(parsed("--arms", *arms, "--passes", 2))
+        assert [one.max_tokens for one in mixed.values()] == [pool // 2 + 1024] * 2
+    assert script.sources_of(parsed("--max_tokens", 5000))["uspto"].max_tokens == 5000
+    for flags in ([], ["--max_tokens", 5000], ["--preset", "journal"]):
+        neutral = script.neutral_corpus(parsed(*flags))  # streamed, as far as its held-out part needs
+        assert (neutral.data, neutral.max_tokens, neutral.streaming) == ("allenai/c4:en", 0, "True")
+    assert all(
+        one.held_out_tokens == 500_000 and not one.first_trains for one in (*sources.values(), neutral)
+    )
 
 
 def test_the_smoke_set_is_of_its_family_offline_and_trains_on_what_ranks_divide():
     cfg = parsed("--smoke", "--preset", "journal")
     assert cfg.schedule == "linear" and cfg.beta2 == 0.999 and cfg.dropout == 0 and cfg.lr == 6 * 5e-5
-    corpora = script.corpora_of(cfg)
-    assert {one.data for one in corpora.values()} == {"python-code", "python-docs", "numpy-docs"}
-    assert list(corpora)[-1] == "numpy-docs"
+    assert {one.data for one in script.sources_of(cfg).values()} == {"python-code", "python-docs"}
+    assert script.neutral_corpus(cfg).data == "numpy-docs"
     assert cfg.batch % 12 == 0 and cfg.probe == "study" and cfg.sources == ()
 
 
@@ -240,14 +283,46 @@ def prepared(cfg, of):
     """Writes the sources; yields the Corpus of each."""
     for name, texts in of.items():
         write(f"{name}.jsonl", texts)
-    yield from script.corpora_of(cfg).values()
+    yield from script.sources_of(cfg).values()
+    yield script.neutral_corpus(cfg)
 
 
-def test_a_larger_neutral_share_changes_the_neutral_text_alone(sources):
-    plain = script.corpora_of(parsed(*TINY))
-    shared = script.corpora_of(parsed(*tiny("--neutral_share", 0.45)))
-    assert (shared["c"].val_share, shared["c"].test_share) == (0.45, 0.45)
-    assert {name: shared[name] for name in "ab"} == {name: plain[name] for name in "ab"}
+def test_a_larger_neutral_share_changes_the_neutral_text_alone_and_is_told(sources, monkeypatch, capfd):
+    plain, cfg = parsed(*TINY), parsed(*tiny("--neutral_share", 0.45))
+    shared = script.neutral_corpus(cfg)
+    assert shared == replace(script.neutral_corpus(plain), val_share=0.45, test_share=0.45)
+    assert script.sources_of(cfg) == script.sources_of(plain)
+    said = in_process([*tiny("--neutral_share", 0.45), "--out", "out", "--mode", "cache"], monkeypatch, capfd)
+    assert "NOTE --neutral_share: a document of the neutral text that a source holds too" in said
+
+
+class Endless:
+    """A set of the Hub without an end; one text after the other, `most` of them before the test fails."""
+
+    cache_files = ()
+
+    def __init__(self, most):
+        self.most, self.read = most, 0
+
+    def __iter__(self):
+        for number in range(1, self.most):
+            self.read = number
+            yield {"text": f"{number} " + "click here and " * 1500}
+        raise AssertionError(f"{self.most} documents were read")
+
+
+@pytest.mark.parametrize("share", [0.5, 0.3, None])
+def test_an_endless_neutral_text_is_read_as_far_as_its_held_out_part_needs(share, sources, monkeypatch):
+    """With half of it in val and half in test there is no training text at all to wait for."""
+    endless = Endless(400)
+    monkeypatch.setattr(core, "_hub_dataset", lambda name, split, streaming=False: endless)
+    monkeypatch.setattr(core, "_hub_commit", lambda repo, revision: "a commit")
+    flags = ["--sources", "a=a.jsonl", "b=b.jsonl", "c=owner/endless", "--streaming", "CacheStream"]
+    cfg = parsed(*tiny(*flags, *(["--neutral_share", share] if share else [])))
+    neutral = script.open_text(cfg, World()).tokens["c"]
+    assert endless.read < 120  # a group of some 50 in hand, and one ahead
+    assert len(neutral.parts["train"]) <= 1 and neutral.documents["train"] == 0
+    assert all(len(neutral.parts[part]) > 1500 for part in ("val", "test"))
 
 
 # one study, looked at from all sides
@@ -324,17 +399,20 @@ def test_the_arms_of_a_seed_read_as_much_from_the_same_first_weights(whole, monk
         (("constants", "lr"), 1.0, "lr"),
         (("constants", "dropout"), 0.5, "dropout"),
         (("constants", "seed"), 1, "seed"),
+        (("constants", "held_out_tokens"), 1, "held_out_tokens"),
         (("facts", "ledger", "steps"), 7, "steps"),
         (("facts", "ledger", "tokens"), 1, "tokens"),
         (("facts", "ledger", "batch"), 1, "batch"),
+        (("facts", "ledger", "sources", "a", "order_sha256"), "another", "ledger"),
+        (("facts", "fingerprint", "sources", "b"), "another", "fingerprint"),
+        (("facts", "fingerprint", "data"), "another", "fingerprint"),
         (("facts", "initial_weights"), "others", "initial_weights"),
     ],
 )
-def test_runs_that_differ_in_more_than_their_text_are_refused(whole, monkeypatch, place, value, named):
-    shutil.copytree(whole / "out", "out", ignore=shutil.ignore_patterns("checkpoints", "study-*", "tb"))
-    folders = run_folders()
+def test_runs_that_differ_in_more_than_their_text_are_refused(copied, place, value, named):
+    folders, s = run_folders(), study_here()
     where = {"a": [folders["a-s0"]], "b": [folders["b-s0"]], "a+b": [folders["a_b-s0"]]}
-    assert "every run read 576 tokens in 6 steps" in script.check_ledgers(parsed(*TINY), where)
+    assert script.check_runs(s, where) == ["ledger  every run read 576 tokens in 6 equal steps"]
     path = folders["a_b-s0"] / "config.json"
     tree = config = json.loads(path.read_text())
     for name in place[:-1]:
@@ -342,19 +420,23 @@ def test_runs_that_differ_in_more_than_their_text_are_refused(whole, monkeypatch
     tree[place[-1]] = value
     path.write_text(json.dumps(config))
     with pytest.raises(UserError) as error:
-        script.check_ledgers(parsed(*TINY), where)
-    assert f"differ in {named}, not in text alone" in str(error.value) and "-a_b-" in str(error.value)
+        script.check_runs(s, where)
+    words, begun = str(error.value), f"{folders['a_b-s0']} differs from this study in more than its source ("
+    assert words.startswith(begun) and "move it away, then the study trains it anew" in words
+    odd = words.removeprefix(begun).partition(")")[0].split(", ")
+    assert named in odd and len(odd) <= 2 and "\n" not in words
 
 
 def test_what_a_study_writes_is_all_there(whole):
     (folder,) = (whole / "out").glob("study-*")
-    assert {"study.md", "study.json", "matrix.png", "link.png", "cross"} <= {p.name for p in folder.iterdir()}
+    assert {"study.md", "study.json", "matrix.png", "link.png"} == {p.name for p in folder.iterdir()}
     text, said = (folder / "study.md").read_text(), (whole / "said.txt").read_text()
     for words in ("too few seeds (1, 3 are needed)", "**loss**", "**bits per byte**", "noise floor", "a x b"):
         assert words in text
-    assert "arms of a seed differ in text alone" in said and "Traceback" not in said
-    assert len(list((folder / "cross").iterdir())) == 9
-    assert len(list((whole / "out" / "embeddings").rglob("*.npy"))) == 5 * 3 + 3
+    assert "every run read 576 tokens in 6 equal steps" in said and "every run read 576 tokens" in text
+    assert "Traceback" not in said and f"{JOBS} of {JOBS} embeddings to make" in said
+    assert len(list((whole / "out/cross").iterdir())) == 9
+    assert len(kept_in(whole / "out")) == len({file for _, _, file in plan_of(whole)[1]})
 
 
 def test_a_run_by_itself_is_the_run_of_the_study(copied):
@@ -408,17 +490,39 @@ def test_a_seed_more_trains_the_new_runs_alone(copied):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    reason="the old mixture drew from fewer blocks of b, and is taken for finished", strict=True
-)
 def test_an_arm_more_leaves_no_mixture_that_read_other_blocks_than_its_sources(sources, whole):
-    """b becomes an arm of its own: from then on more of it is in the cache, and its order is another one."""
+    """b becomes an arm of its own: the mixture that was trained without it stays, and is what it would be."""
     go("--arms", "a", "a+b", "--diversity_batches", 0)
+    before = snapshot("result.json", "checkpoints/**/*")
     (old,) = (json.loads(path.read_text()) for path in Path("out").glob("*-a_b-*/ledger.json"))
     (want,) = (json.loads(path.read_text()) for path in (whole / "out").glob("*-a_b-*/ledger.json"))
-    go("--diversity_batches", 0)
-    found = [json.loads(path.read_text()) for path in Path("out").glob("*-a_b-*/ledger.json")]
-    assert old == want or want in found
+    said = go("--diversity_batches", 0)
+    assert old == want and said.count("finished already: ") == 2
+    after = snapshot("result.json", "checkpoints/**/*")
+    assert {path: after[path] for path in before} == before and len(run_folders()) == 3
+    weights = [results_of(out)["a_b-s0"]["weights_sha256"] for out in ("out", whole / "out")]
+    assert weights[0] == weights[1]
+
+
+def test_a_source_that_changed_after_its_run_finished_is_refused(copied):
+    """Otherwise the study would measure a run on text that it may have been trained on."""
+    made, texts = snapshot(*MADE), texts_of("b")
+    write("b.jsonl", [*texts[:-1], texts[-1] + " and more"])
+    assert launch(NAME, "--out", "out", *TINY) == [2]
+    lines = [line for line in Path("out.txt").read_text().splitlines() if "error:" in line]
+    (line,) = lines
+    assert line.startswith(f"{NAME}.py: error: {run_folders()['b-s0']} differs from this study")
+    assert "(fingerprint" in line and line.endswith("move it away, then the study trains it anew")
+    assert snapshot(*MADE) == made and "Traceback" not in Path("out.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(reason="finished runs are held against today's text behind the training", strict=True)
+def test_a_source_that_changed_is_refused_before_anything_is_trained(copied):
+    shutil.rmtree(run_folders()["b-s0"])
+    write("a.jsonl", [*texts_of("a"), "one more"])
+    assert launch(NAME, "--out", "out", *TINY) == [2]
+    assert "move it away" in Path("out.txt").read_text() and "b-s0" not in run_folders()
 
 
 @pytest.mark.slow
@@ -428,23 +532,19 @@ def test_two_ranks_find_the_same_study(whole, sources):
     for arm, texts in study_of()["matrix"]["loss"].items():
         for name, cell in texts.items():
             assert cell["mean"] == pytest.approx(want["matrix"]["loss"][arm][name]["mean"], abs=1e-5)
-    found, diversity = study_of()["diversity"], want["diversity"]
-    for kind in ("arms", "bounds", "cross"):
-        for name, one in diversity[kind].items():
-            assert found[kind][name]["coefficient"] == pytest.approx(one["coefficient"], abs=1e-4)
-    kept = sorted(Path("out/embeddings").rglob("*.npy"))
-    others = sorted((whole / "out" / "embeddings").rglob("*.npy"))
-    assert len(kept) == len(others) == 18
-    by_name = {(path.parent.name.rpartition("-")[0], path.name): path for path in kept}
-    for path in others:
-        vector = np.load(by_name[path.parent.name.rpartition("-")[0], path.name])
-        np.testing.assert_allclose(vector, np.load(path), rtol=1e-4, atol=1e-4 * np.load(path).max())
+    similar_coefficients(study_of()["diversity"], want["diversity"])
+    (draws, jobs), (others, same) = plan_of("."), plan_of(whole)
+    assert {path.name for path in kept_in()} == {file for *_, file in jobs} and len(jobs) == JOBS
+    assert [job[:2] for job in jobs] == [job[:2] for job in same]
+    for name, i, _ in jobs:
+        assert draws.batch(name, i).ids.tolist() == others.batch(name, i).ids.tolist()
 
 
 # killed, signalled
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
 def test_a_study_killed_in_every_phase_ends_with_the_same_figures(size, whole, sources):
     """Each launch is struck a phase further on; nothing that was finished is made twice."""
 
@@ -466,18 +566,19 @@ def test_a_study_killed_in_every_phase_ends_with_the_same_figures(size, whole, s
     assert set(run_folders()) == {"a-s0", "b-s0"}
     assert struck("save", 2) in (1, 2)
     assert struck("embedding", 2) == 3
-    cross = sorted(Path("out").glob("study-*/cross/*"))
+    cross = crossed_in()
     assert len(cross) == 9
     for path in cross:
         path.unlink()
     assert struck("measuring", 12) == 3
-    assert 0 < len(list(Path("out").glob("study-*/cross/*"))) < 9
+    assert 0 < len(crossed_in()) < 9
     go(size=size)
     assert len(run_folders()) == 3
     if size == 1:
         same_study(study_of(), study_of(whole / "out"))
     else:
-        same_study(study_of(), study_of(whole / "out"), tolerance=5e-3)
+        same_study(study_of(), study_of(whole / "out"), tolerance=1e-4, parts=PARTS[:2])
+        similar_coefficients(study_of()["diversity"], study_of(whole / "out")["diversity"])
 
 
 @pytest.mark.parametrize(
@@ -492,38 +593,61 @@ def test_a_study_killed_in_every_phase_ends_with_the_same_figures(size, whole, s
 def test_a_signal_behind_the_training_stops_all_ranks_and_the_same_command_goes_on(
     place, nth, size, copied, whole
 ):
-    for path in [*Path("out").glob("study-*/cross/*"), *Path("out").rglob("*.npy")]:
+    made = len(kept_in())
+    for path in [*crossed_in(), *kept_in()]:
         path.unlink()
     before = snapshot("result.json", "checkpoints/**/*")
     codes = launch(NAME, "--out", "out", *TINY, size=size, sent=(place, nth, signal.SIGTERM))
     assert codes == [0] * size, Path("out.txt").read_text()
     said = Path("out.txt").read_text()
     assert "Traceback" not in said and "tables:" not in said
-    left = len(list(Path("out").glob("study-*/cross/*"))), len(list(Path("out").rglob("*.npy")))
-    assert left < (9, 18)
-    said = go(size=size)
-    if left[1]:
-        assert f"{18 - left[1]} of 18 embeddings to make" in said
+    left = len(crossed_in()), len(kept_in())
+    assert left[0] < 9 if place == "measuring" else left[0] == 9 and 0 < left[1] < made
+    kept = {path.name for path in kept_in()}
+    missing = [file for *_, file in plan_of(".")[1] if file not in kept]
+    assert f"{len(missing)} of {JOBS} embeddings to make" in go(size=size) and len(kept_in()) == made
     assert snapshot("result.json", "checkpoints/**/*") == before
     same_study(study_of(), study_of(whole / "out"), tolerance=0.0 if size == 1 else 1e-4)
 
 
-@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
 def test_a_signal_in_training_ends_the_study_and_the_same_command_goes_on(size, sources, whole):
     flags = ["--diversity_batches", 0, "--arms", "a", "b"]
     codes = launch(NAME, "--out", "out", *tiny(*flags), size=size, sent=("step", 5, signal.SIGTERM))
     assert codes == [0] * size, Path("out.txt").read_text()
     (stopped,) = results_of().values()
     assert stopped["status"] == "stopped" and "Stop: SIGTERM" in stopped["why"]
-    assert "Traceback" not in Path("out.txt").read_text() and not list(Path("out").glob("study-*/cross"))
-    go(*flags, size=size)
+    assert "Traceback" not in Path("out.txt").read_text() and not crossed_in()
+    anew = ["--micro_batch", 2] if size == 2 else []  # typed anew it holds for what goes on and what comes
+    said = go(*flags, *anew, size=size)
     assert set(run_folders()) == {"a-s0", "b-s0"}
+    assert said.count("resumed: micro_batch is now 2 (it was None)") == bool(anew)
+    stored = {runs.read_config(folder)["constants"]["micro_batch"] for folder in run_folders().values()}
+    assert stored <= ({2, None} if anew else {None}) and (2 in stored) == bool(anew)
     want = study_of(whole / "out")["matrix"]["loss"]
     for arm, texts in study_of()["matrix"]["loss"].items():
         for name, cell in texts.items():
             assert cell["mean"] == pytest.approx(want[arm][name]["mean"], abs=1e-5)
     if size == 1:  # what stands beside it is no part of a run
         assert results_of()["a-s0"]["weights_sha256"] == results_of(whole / "out")["a-s0"]["weights_sha256"]
+
+
+def test_what_may_change_is_honoured_by_a_study_that_goes_on(copied, whole):
+    """--micro_batch, for one, after memory ran out: the run that was stopped takes it, finished ones stay."""
+    folder, before = run_folders()["b-s0"], snapshot("result.json")
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(result | {"status": "stopped"}))
+    shutil.rmtree(folder / "checkpoints" / result["checkpoint"])
+    said = go("--micro_batch", 2)
+    assert "resumed: micro_batch is now 2 (it was None)" in said and said.count("finished already: ") == 2
+    assert "resumes " in said and "step 6/6" in said and len(run_folders()) == 3
+    batches = {tag: runs.read_config(of)["constants"]["micro_batch"] for tag, of in run_folders().items()}
+    again = json.loads((folder / "result.json").read_text())
+    assert again["status"] == "finished" and batches["a-s0"] is batches["a_b-s0"] is None
+    assert again["test/loss"] == pytest.approx(result["test/loss"], abs=1e-5)
+    changed = {path for path, made in snapshot("result.json").items() if before[path] != made}
+    assert changed == {str(folder / "result.json")}
 
 
 # what the sentences say
@@ -572,6 +696,23 @@ def test_the_verdict_is_what_the_intervals_say(a, b, seeds, words):
         assert text in numbers and low < one["difference"] < high
 
 
+@pytest.mark.parametrize(("documents", "decided"), [(5, False), (6, True)])
+def test_few_documents_decide_nothing(documents, decided):
+    levels = {"a": 5.5, "b": 5.4, "a+b": 5.0}
+    matrix = {arm: {"n": losses_of(arm, "n", level, documents=documents)} for arm, level in levels.items()}
+    (line,), _ = show.verdicts(matrix, 3)
+    assert ("fewer than 6 held-out documents" in line) != decided
+    assert ("the mixture wins beyond noise against every single source" in line) == decided
+
+
+def test_a_loss_that_is_no_number_decides_nothing():
+    matrix = {arm: {"n": losses_of(arm, "n", 5.0)} for arm in ("a", "b", "a+b")}
+    path = matrix["a+b"]["n"][0]
+    path.write_text(re.sub(r'"nats": [\d.]+', '"nats": NaN', path.read_text(), count=1))
+    (line,), _ = show.verdicts(matrix, 3)
+    assert "or a loss that is no number: nothing to decide" in line
+
+
 def test_the_neutral_text_is_spoken_of_first_and_a_study_without_mixtures_decides_nothing():
     arms = ("a", "b", "a+b")
     matrix = {arm: {name: losses_of(arm, name, 5.0) for name in "abn"} for arm in arms}
@@ -589,7 +730,9 @@ def test_cells_are_sums_over_sums():
     assert found["loss"]["a"]["n"]["runs"] == pytest.approx([n / 400 for n in nats])
     assert found["accuracy"]["a"]["n"]["mean"] == pytest.approx(0.3)
     assert found["bits per byte"]["a"]["n"]["mean"] == pytest.approx(sum(nats) / 3 / (40 * 25) / math.log(2))
-    table = show.tables({"loss": found["loss"]})
+    table = show.tables({"loss": found["loss"]}, 3)
+    assert "95 % over documents and 3 seeds" in table
+    assert "95 % over documents; one seed" in show.tables({"loss": found["loss"]}, 1)
     assert f"{math.exp(found['loss']['a']['n']['mean']):.2f}" in table
 
 
@@ -606,7 +749,8 @@ def in_process(argv, monkeypatch, capfd):
 def test_mode_cache_fills_the_token_cache_and_trains_nothing(sources, monkeypatch, capfd, tmp_path):
     monkeypatch.setenv("TOKEN_CACHE", str(tmp_path / "tokens"))
     said = in_process([*TINY, "--out", "out", "--mode", "cache"], monkeypatch, capfd)
-    assert not Path("out").exists() and len(list(Path("tokens").glob("tokens_*/meta.json"))) == 3
+    assert not [path for path in Path("out").rglob("*") if path.is_file()]
+    assert len(list(Path("tokens").glob("tokens_*/meta.json"))) == 3
     text = script.open_text(parsed(*TINY), World())
     for name in "abc":
         counts = [f"{len(text.tokens[name].parts[part]):,}" for part in ("train", "val", "test")]
@@ -643,54 +787,94 @@ def test_the_coefficient_is_the_mean_distance_of_the_embeddings_that_were_kept(w
         x, y = x / total, y / total
         return 1 - (x * y).sum() / math.sqrt((x * x).sum() * (y * y).sum())
 
-    kept = {}
-    for arm, slug in {"a": "a", "b": "b", "a+b": "a_b"}.items():
-        (folder,) = [p for p in (whole / "out/embeddings").iterdir() if p.name.rpartition("-")[0] == slug]
-        kept[arm] = [np.load(folder / f"batch_{i:05d}.npy") for i in range(3)]
-        pairs = [distance(kept[arm][i], kept[arm][j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    (draws, jobs), kept = plan_of(whole), {}
+    for arm, i, file in jobs:
+        kept.setdefault((arm, i), []).append(np.load(whole / "out/embeddings" / file))
+    for arm in ("a", "b", "a+b"):
+        pairs = [distance(kept[arm, i][0], kept[arm, j][0]) for i, j in ((0, 1), (0, 2), (1, 2))]
         assert found["arms"][arm]["coefficient"] == pytest.approx(np.mean(pairs), abs=1e-9)
-        again = np.load(folder / "batch_00000_again_1.npy")
-        assert found["arms"][arm]["noise_floor"] == pytest.approx(distance(kept[arm][0], again), abs=1e-9)
-        assert found["arms"][arm]["noise_floor"] > 0, "the same batch, other draws"
-    crossed = [distance(x, y) for x in kept["a"] for y in kept["b"]]
+        floors = [distance(*kept[arm, i]) for i in range(3)]
+        assert found["arms"][arm]["noise_floors"] == pytest.approx(floors, abs=1e-9)
+        assert found["arms"][arm]["noise_floor"] == pytest.approx(np.mean(floors), abs=1e-9)
+        assert min(floors) > 0, "the same batch, other draws"
+        low, high = found["arms"][arm]["interval"]
+        assert 0 <= low <= found["arms"][arm]["coefficient"] <= high
+    crossed = [distance(kept["a", i][0], kept["b", j][0]) for i in range(3) for j in range(3)]
     assert found["cross"]["a x b"]["coefficient"] == pytest.approx(np.mean(crossed), abs=1e-9)
+    _, model, tokenizer = script.load_model(run_folders(whole / "out")["a_b-s0"], World())
+    for arm, i, file in (jobs[0], jobs[1], jobs[-1]):  # and they are what the batches of the plan give
+        core.reseed(file)
+        vector = task2vec.embed(model, draws.batch(arm, i), tokenizer.eos_token_id, "clean", 1, 1)
+        np.testing.assert_allclose(vector, np.load(whole / "out/embeddings" / file), rtol=1e-4, atol=1e-12)
 
 
-def test_batches_for_the_coefficient_share_no_sequence_and_mix_in_proportion(whole, monkeypatch):
+@pytest.mark.parametrize("kind", ["documents", "pieces"])
+def test_batches_for_the_coefficient_share_no_sequence_and_mix_in_proportion(kind, whole, monkeypatch):
     monkeypatch.chdir(whole)
-    cfg = parsed(*tiny("--arms", "a", "0.75*a+0.25*b"))
-    s = script.Study(cfg, World(), script.open_text(cfg, World()), Path("x"), print, lambda: None)
+    flags = ["--diversity_length", 16, "--sequences", kind, "--max_tokens", 10**6]
+    s = study_here("--arms", "a", "0.75*a+0.25*b", *flags)
     draws = script.draws_of(s, s.text.tokenizer)
-    alone = [draws["a"](i).ids.tolist() for i in range(3)]
-    mixed = [draws["0.75*a+0.25*b"](i).ids.tolist() for i in range(3)]
-    for batches in (alone, mixed):
-        rows = [tuple(row) for batch in batches for row in batch]
-        assert len(set(rows)) == len(rows) == 12
-    of_a = [row for batch in alone for row in batch]
-    assert [sum(row in of_a for row in batch) for batch in mixed] == [3, 3, 3]
-    trained = s.text.tokens["a"].parts["train"].tobytes()
-    assert all(np.array(row[:8], np.uint16).tobytes() in trained for row in of_a)
+    alone, mixed = ([draws.batch(arm, i) for i in range(3)] for arm in draws.arms)
+    trained = {name: s.text.tokens[name].parts["train"].astype(np.uint16).tobytes() for name in "ab"}
+    rows = {}
+    for arm, batches in (("alone", alone), ("mixed", mixed)):
+        rows[arm] = [tuple(row.tolist()) for batch in batches for row in batch.ids]
+        assert len(set(rows[arm])) == len(rows[arm]) == 12
+        for batch in batches:
+            of = [
+                [name for name in "ab" if np.array(row[:n], np.uint16).tobytes() in trained[name]]
+                for row, n in zip(batch.ids.tolist(), batch.lengths.tolist(), strict=True)
+            ]
+            assert of == [["a"]] * 4 if arm == "alone" else of == [["a"]] * 3 + [["b"]]
+    # an arm draws with a key of its own: otherwise the mixture would look like its sources
+    assert len(set(rows["mixed"]) & set(rows["alone"])) < 6
 
 
-def study_here(*argv) -> script.Study:
-    cfg = parsed(*tiny(*argv))
-    return script.Study(cfg, World(), script.open_text(cfg, World()), Path("x"), print, lambda: None)
+def ids_and_files(s) -> dict[tuple, str]:
+    """(ids of the batch, which repeat of it) -> file of its embedding"""
+    draws, found = script.draws_of(s, s.text.tokenizer), {}
+    for name, i, file in diversity.plan(s.cfg, draws, "weights", torch.float32):
+        ids = draws.batch(name, i).ids.numpy().tobytes()
+        repeat = sum(key == ids and of != file for (key, _), of in found.items())
+        assert found.setdefault((ids, repeat), file) == file
+    assert len(set(found.values())) == len(found)
+    return found
 
 
-@pytest.mark.xfail(reason="with b an arm of its own more of b is in the cache, and drawn from", strict=True)
 def test_embeddings_that_are_found_again_are_those_of_the_same_batches(sources):
     one, other = (study_here("--arms", *arms) for arms in (("a", "a+b"), ("a", "b", "a+b")))
-    drawn = [script.draws_of(s, s.text.tokenizer)["a+b"](1).ids.tolist() for s in (one, other)]
-    folders = [script.embedding_folder(s, "a+b", "weights") for s in (one, other)]
-    assert (drawn[0] == drawn[1]) == (folders[0] == folders[1])
+    first, second = ids_and_files(one), ids_and_files(other)
+    assert first.items() <= second.items() and len(second) == len(first) + 3 * 2  # an arm more: its own
+    write("b.jsonl", texts_of("b")[::-1])  # the same text in another order: other batches, for b
+    third = ids_and_files(study_here())
+    assert all(third[key] == second[key] for key in third.keys() & second.keys())
+    assert len(third.keys() - second.keys()) >= 3 * 2
 
 
-@pytest.mark.xfail(reason="CacheStream and False read the same files, in another order", strict=True)
-def test_embeddings_of_a_set_in_another_order_are_others(sources):
-    text = script.open_text(parsed(*tiny()), World())
-    ways = [parsed(*tiny("--streaming", way)) for way in ("CacheStream", "False")]
-    studies = [script.Study(cfg, World(), text, Path("x"), print, None) for cfg in ways]
-    assert len({script.embedding_folder(s, "a", "weights") for s in studies}) == 2
+@pytest.mark.parametrize(
+    "flags",
+    [["--procedure", "published"], ["--head_epochs", 2], ["--fisher_samples", 2], ["--seed", 1]],
+    ids=str,
+)
+def test_embeddings_made_in_another_way_have_other_names(flags, sources):
+    one, other = ids_and_files(study_here()), ids_and_files(study_here(*flags))
+    assert not set(one.values()) & set(other.values())
+
+
+def test_embeddings_of_other_weights_have_other_names_and_more_repeats_keep_theirs(sources):
+    s = study_here()
+    draws, more = script.draws_of(s, s.text.tokenizer), replace(s.cfg, floor_repeats=4)
+    plans = [
+        {file for *_, file in diversity.plan(cfg, draws, weights, dtype)}
+        for cfg, weights, dtype in (
+            (s.cfg, "w", torch.float32),
+            (s.cfg, "v", torch.float32),
+            (s.cfg, "w", torch.float64),
+            (more, "w", torch.float32),
+        )
+    ]
+    assert not plans[0] & plans[1] and not plans[0] & plans[2] and plans[0] < plans[3]
+    assert len(plans[3] - plans[0]) == 3 * 3 * 2
 
 
 # errors
@@ -711,7 +895,15 @@ def fails(argv, monkeypatch, capfd) -> str:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--sources", "a=absent.jsonl", "b=b.jsonl", "c=c.jsonl"], ["absent.jsonl", "use a local file"]),
+        (["--sources", "a=absent.jsonl", "b=b.jsonl", "c=c.jsonl"], ["no such file or folder: absent.jsonl"]),
+        (["--arms", "a", "nowhere"], ["arm nowhere: no such text", "use a, b, c, python-docs",
+                                      "a path, or add --sources nowhere=where"]),
+        (["--neutral", "nowhere"], ["--neutral nowhere: no such text", "add --sources nowhere=where"]),
+        (["--arms", "a", "a"], ["--arms a a: two are the same text, name each once"]),
+        (["--arms", "a", "a+b", "b+a"], ["two are the same text"]),
+        (["--arms", "a", "0.5*b+0.5*a", "a+b"], ["two are the same text"]),
+        (["--sources", "a=a.jsonl", "b=b.jsonl", "d=a.jsonl", "--neutral", "d"],
+         ["--neutral d is trained on by an arm: use a third text"]),
         (["--sources", "a=owner/absent", "b=b.jsonl", "c=c.jsonl"], ["owner/absent cannot be fetched"]),
         (["--sources", "a"], ["--sources a: write name=where"]),
         (["--sources", "a=a.jsonl", "a=b.jsonl", "c=c.jsonl"], ["a is both a.jsonl and b.jsonl"]),
@@ -723,10 +915,20 @@ def fails(argv, monkeypatch, capfd) -> str:
                                  "fewer --max_steps, more text, more --passes, or --repeat"]),
         (["--arms", "a", "0.7*a+0.7*b"], ["0.7*a+0.7*b add up to 1.4: make it 1"]),
         (["--arms", "a", "a+c"], ["--neutral c is trained on by an arm: use a third text"]),
-        (["--arms", "x/a.jsonl", "y/a.jsonl"], ["two sources are called a", "--sources name=where"]),
+        pytest.param(
+            ["--arms", "x/a.jsonl", "y/a.jsonl"], ["two sources are called a", "--sources name=where"],
+            marks=pytest.mark.xfail(reason="said to be the same text, by their label", strict=True),
+        ),
+        pytest.param(
+            ["--sources", "a=a.jsonl", "b=b.jsonl", "d=./a.jsonl", "--neutral", "d", "--mode", "cache"],
+            ["--neutral d is trained on by an arm: use a third text"],
+            marks=pytest.mark.xfail(reason="addresses are compared as they are written", strict=True),
+        ),
         (["--resume_step", 3], ["mode study goes on by itself", "--resume_step"]),
         (["--resume_timestamp", "latest"], ["mode study goes on by itself"]),
-        (["--diversity_batches", 500], ["of 500 diversity batches", "more text, or --repeat"]),
+        (["--diversity_batches", 500], ["sequences of 12 tokens, 2000 are asked for", "more text",
+                                        "use fewer --diversity_batches, smaller ones, --sequences pieces"]),
+        (["--diversity_batches", 500, "--repeat"], ["sequences of 12 tokens, 2000 are asked for"]),
         (["--diversity_batches", 1], ["--diversity_batches 1: a distance needs 2"]),
         (["--diversity_length", 17], ["--diversity_length 17 is over the probe's 16 tokens"]),
         (["--probe", "absent/folder"], ["absent/folder"]),
@@ -745,14 +947,6 @@ def test_a_mistake_is_one_line_before_anything_is_trained(argv, words, sources, 
         shutil.copy("a.jsonl", f"{name}/a.jsonl")
     error = fails(tiny(*argv), monkeypatch, capfd)
     assert all(word in error for word in words), error
-
-
-@pytest.mark.slow
-@pytest.mark.xfail(
-    reason="trains everything, then IndexError in check_ledgers", strict=True, raises=IndexError
-)
-def test_an_arm_that_is_named_twice_is_a_mistake_too(sources, monkeypatch, capfd):
-    assert "a" in fails(tiny("--arms", "a", "a", "a+b", "--diversity_batches", 0), monkeypatch, capfd)
 
 
 def test_few_unusable_rows_are_left_out_and_told(sources, monkeypatch, capfd):

@@ -581,6 +581,18 @@ def test_each_way_of_reading_has_a_cache_of_its_own(hub):
     assert [spec.streams for spec in specs] == [True, False, False]
 
 
+@pytest.mark.parametrize("good", [0, 50])
+def test_a_stream_of_unusable_rows_is_refused_early(good, hub):
+    """A Hub set may have no end: a thousand bad rows that are more than 1 % are enough to know."""
+    texts = [text for i in range(3000) for text in ([""] if i else [f"{n} words" for n in range(good)])]
+    sets = hub(texts * 2)
+    with pytest.raises(UserError) as error:
+        opened("owner/set", streaming="True", max_tokens=10**9)
+    share = f"1000 of {1000 + good} rows are unusable, more than 1%" if not good else "rows are unusable"
+    assert share in one_line(error) and "owner/set" in str(error.value)
+    assert sets[0][-1].read <= 1000 + good
+
+
 @pytest.mark.parametrize(("given", "streams"), [({}, False), ({"max_documents": 5}, True)])
 def test_other_scripts_stream_where_documents_are_counted(given, streams):
     assert Corpus("owner/set", "bytes", **given).streams is streams
