@@ -425,14 +425,17 @@ def documents(corpus, bad):
     for number, row in enumerate(itertools.islice(rows, corpus.max_documents), start=1):
         bad.seen = number
         if number == 1:
-            core.require_columns([row], [column], corpus.data)
+            try:
+                core.require_columns([row], [column], corpus.data)
+            except core.UserError as error:
+                raise core.UserError(f"{error}; say --text_column") from None
         text = row.get(column) if isinstance(row, dict) else None
         if not isinstance(text, str) or not text or not core.is_clean(text):
             bad.add(
                 number,
                 "no text" if not text or not isinstance(text, str) else "odd Unicode (a lone surrogate)",
             )
-            if len(bad.rows) == 1000:  # a stream may be long
+            if len(bad.rows) % 1000 == 0:  # a stream may be long
                 bad.report(number, corpus.data)
             continue
         yield functools.partial(io.StringIO, text, newline="")

@@ -45,7 +45,8 @@ class Draws:
             n, there = count * self.cfg.diversity_batches, len(self.sequences[name])
             if n > there:
                 has = f"{name} has {there} sequences of {self.cfg.diversity_length} tokens"
-                better = "use fewer --diversity_batches, smaller ones, --sequences pieces, or more text"
+                better = "use fewer --diversity_batches, smaller ones, or more text"
+                better += ", or --sequences pieces" * (self.cfg.sequences == "documents")
                 raise core.UserError(f"{has}, {n} are asked for: {better}")
             order = mixture.source_order(self.cfg.seed, f"{arm} draws {name}", there, n, n)
             orders[name] = order.reshape(self.cfg.diversity_batches, count)
@@ -70,13 +71,14 @@ def measure(cfg, draws, probe, folder, world, say, poll) -> dict:
     weights = core.on_main(world, lambda: runs.weights_sha256(probe))
     jobs = core.on_main(world, lambda: plan(cfg, draws, weights, probe.wte.weight.dtype))
     core.on_main(world, lambda: folder.mkdir(parents=True, exist_ok=True))
-    missing = core.on_main(world, lambda: [job for job in jobs if not (folder / job[2]).exists()])
+    files = {file: (name, i, file, drawn) for name, i, file, drawn in jobs}  # equal batches share one
+    missing = core.on_main(world, lambda: [files[file] for file in files if not (folder / file).exists()])
     if missing:
-        say(f"diversity  {len(missing)} of {len(jobs)} embeddings to make, procedure {cfg.procedure}")
+        say(f"diversity  {len(missing)} of {len(files)} embeddings to make, procedure {cfg.procedure}")
 
     def embed(job):
-        name, i, file = job
-        core.reseed(file)  # the same targets on whichever rank
+        name, i, file, drawn = job
+        core.reseed(drawn)  # the same targets on whichever rank, and whatever the probe's last digits
         choice = {"epochs": cfg.head_epochs, "samples": cfg.fisher_samples}
         vector = task2vec.embed(probe, draws.batch(name, i), draws.end, cfg.procedure, **choice)
         if not np.isfinite(vector).all():
@@ -88,8 +90,8 @@ def measure(cfg, draws, probe, folder, world, say, poll) -> dict:
     return core.on_main(world, lambda: figures(cfg, draws, jobs, folder))
 
 
-def plan(cfg, draws, weights, dtype) -> list[tuple[str, int, str]]:
-    """(arm or bound, batch, file) of every embedding; one batch's repeats follow each other."""
+def plan(cfg, draws, weights, dtype) -> list[tuple[str, int, str, str]]:
+    """(arm or bound, batch, file, seed of its targets) of every embedding, a batch's repeats side by side."""
     places = [(name, i) for name in draws.names for i in range(draws.count(name))]
     jobs = []
     for name, i in sorted(places, key=lambda place: place[1]):  # round by round: an early look sees all arms
@@ -98,7 +100,8 @@ def plan(cfg, draws, weights, dtype) -> list[tuple[str, int, str]]:
         how = [weights, str(dtype), cfg.procedure, cfg.head_epochs, cfg.fisher_samples, cfg.seed, ids]
         for repeat in range(again):
             key = json.dumps([*how, repeat])
-            jobs.append((name, i, f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"))
+            file = f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
+            jobs.append((name, i, file, f"{cfg.seed}/{ids}/{repeat}"))
     return jobs
 
 
@@ -122,8 +125,8 @@ def figures(cfg, draws, jobs, folder) -> dict:
     """Coefficients with interval and noise floor of arms and bounds; distances between arms. Rank 0."""
     found, vectors = {"arms": {}, "bounds": {}, "cross": {}}, {}
     for name in draws.names:
-        files = [[file for n, i, file in jobs if (n, i) == (name, at)] for at in range(draws.count(name))]
-        opened = [[np.load(folder / file, mmap_mode="r") for file in of_batch] for of_batch in files]
+        files = [[file for n, i, file, _ in jobs if (n, i) == (name, at)] for at in range(draws.count(name))]
+        opened = [[kept(folder / file) for file in of_batch] for of_batch in files]
         vectors[name] = [of_batch[0] for of_batch in opened]
         table = task2vec.pairwise(vectors[name])
         one = {"coefficient": task2vec.coefficient(table), "interval": task2vec.coefficient_interval(table)}
@@ -136,6 +139,13 @@ def figures(cfg, draws, jobs, folder) -> dict:
     for a, b in [(a, b) for i, a in enumerate(arms) for b in arms[i + 1 :]]:
         found["cross"][f"{a} x {b}"] = pair(vectors[a], vectors[b], found["arms"][a], found["arms"][b])
     return found | {"procedure": cfg.procedure, "probe": str(cfg.probe)}
+
+
+def kept(path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError):
+        raise core.UserError(f"{path} is damaged: delete it, and the same command makes it anew") from None
 
 
 def pair(first, second, a, b) -> dict:

@@ -20,7 +20,7 @@ import results
 
 def rows_of(files, figure) -> compare.Rows:
     """The lines of several runs on one text as rows of one figure."""
-    lines = [[json.loads(line) for line in Path(path).read_text().splitlines()] for path in files]
+    lines = [read_lines(Path(path)) for path in files]
     names = ("nats", "hits", "targets", "bytes")
     columns = {name: np.array([[line[name] for line in of] for of in lines], float) for name in names}
     groups = np.array([line["group"] for line in lines[0]])
@@ -28,6 +28,13 @@ def rows_of(files, figure) -> compare.Rows:
         return compare.Rows(figure, columns["nats"] / math.log(2), columns["bytes"][0], groups)
     sums = columns["nats" if figure == "loss" else "hits"]
     return compare.Rows(figure, sums, columns["targets"][0], groups)
+
+
+def read_lines(path) -> list[dict]:
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError:
+        raise core.UserError(f"{path} is damaged: delete it, and the same command makes it anew") from None
 
 
 FIGURES = ("loss", "accuracy", "bits per byte")
@@ -106,7 +113,7 @@ def sentence(mixed, name, against, seeds) -> str:
             f"fewer than {compare.FEWEST} held-out documents, or a loss that is no number: nothing to decide"
         )
     elif seeds < FEWEST_SEEDS:
-        said = f"too few seeds ({seeds}, {FEWEST_SEEDS} are needed) to say whether the mixture wins"
+        said = f"too few seeds ({seeds} of {FEWEST_SEEDS}) to say whether the mixture wins"
     elif all(one["interval"][1] < 0 for one in against.values()):
         said = "the mixture wins beyond noise against every single source"
     elif all(one["interval"][0] > 0 for one in against.values()):
@@ -117,7 +124,7 @@ def sentence(mixed, name, against, seeds) -> str:
         same = [arm for arm in against if arm not in (*better, *worse)]
         parts = [("better than", better), ("worse than", worse), ("not to be told apart from", same)]
         said = "the mixture is " + ", ".join(f"{word} {' and '.join(arms)}" for word, arms in parts if arms)
-    return f"on {name}, {mixed}: {said}\n  loss {', '.join(told)}"
+    return "\n  loss ".join([f"on {name}, {mixed}: {said}", *told])
 
 
 # ---------------------------------------------------------------------- the diversity coefficient beside them
@@ -154,7 +161,7 @@ def span(interval, sign="") -> str:
 
 
 def link_table(found, neutral, cells, seeds) -> str:
-    """Markdown: each arm's coefficient beside its losses, and what the neutral text's says."""
+    """Markdown: each arm's coefficient beside its losses; the order of arms by either, if there is one."""
     arms = list(found["arms"])
     columns = {"arm": arms, "diversity": [f"{found['arms'][arm]['coefficient']:.4f}" for arm in arms]}
     for name in cells["loss"][arms[0]]:
@@ -167,13 +174,14 @@ def link_table(found, neutral, cells, seeds) -> str:
         return cells["loss"][arm][neutral]
 
     by_loss = sorted(arms, key=lambda arm: of(arm)["mean"])
-    same, other = "the more diverse, the lower the loss", "that is not the order of loss"
-    said = f"{same if by_diversity == by_loss else other} on {neutral}"
+    orders = [f"by diversity: {' > '.join(by_diversity)}", f"by loss on {neutral}: {' < '.join(by_loss)}"]
+    if not apart([found["arms"][arm] for arm in by_diversity]):
+        orders[0] += " (intervals of neighbours overlap: no order)"
     if seeds < FEWEST_SEEDS:
-        said += f"; with fewer than {FEWEST_SEEDS} seeds that says nothing"
-    elif not apart([found["arms"][arm] for arm in by_diversity]) or not apart([of(arm) for arm in by_loss]):
-        said += "; intervals of neighbours overlap, so chance may have made this order"
-    return f"{text}\n\nby diversity: {' > '.join(by_diversity)}\n{said}"
+        orders[1] += " (too few seeds for an order)"
+    elif not apart([of(arm) for arm in by_loss]):
+        orders[1] += " (intervals of neighbours overlap: no order)"
+    return "\n".join([text, "", *orders])
 
 
 def apart(ones) -> bool:

@@ -51,7 +51,8 @@ def shares_of(arm) -> dict[str, float]:
     except ValueError:
         raise core.UserError(f"arm {arm}: a weight is no number: write 0.7*a+0.3*b") from None
     if not all(w > 0 for w in weights) or not abs(sum(weights) - 1) <= TOLERANCE * len(names):
-        raise core.UserError(f"the weights of arm {arm} add up to {sum(weights):g}: make it 1, all above 0")
+        said = f"the weights of arm {arm} add up to {sum(weights):g}"
+        raise core.UserError(f"{said}: make it 1, with every weight above 0")
     return {name: weight / sum(weights) for name, weight in zip(names, weights, strict=True)}
 
 
@@ -196,7 +197,9 @@ class Batches:
         # equally many distinct blocks in every arm, whatever its number of sources
         self.pools = apportion([shares[name] for name in blocks.names], math.ceil(batch * steps / passes))
         for name, there, pool in zip(blocks.names, blocks.counts, self.pools, strict=True):
-            if pool > there and not (repeat and there):
+            if pool and not there:
+                raise core.UserError(f"{name} holds no block of training text: use more or other text")
+            if pool > there and not repeat:
                 has = f"{name} has {there} blocks of {blocks.block_size} training tokens"
                 better = "use fewer --max_steps, more text, more --passes, or --repeat"
                 raise core.UserError(f"{has}, {pool} are asked for: {better}")

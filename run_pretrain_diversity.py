@@ -40,24 +40,20 @@ class Config:
     # data
     data: str = "pubmed+uspto"  # what mode train reads: a source, a mixture a+b, or 0.7*a+0.3*b
     arms: tuple[str, ...] = ("pubmed", "uspto", "pubmed+uspto")  # what a study compares
-    # name=where: a file, folder, Hub id with :config, or built-in text. These are mirrors of the journal's
-    # subsets of the Pile in a format that datasets 5 reads (the patents' name is misspelt there)
-    sources: tuple[str, ...] = (
+    # mirrors of the journal's subsets in a format that datasets 5 reads (the patents' name is misspelt there)
+    sources: tuple[str, ...] = (  # name=where: a file, folder, Hub id with :config, or built-in text
         "pubmed=ArmelR/the-pile-splitted:PubMed Abstracts",
         "uspto=ArmelR/the-pile-splitted:UPSTO Backgrounds",
         "c4=allenai/c4:en",
     )
     neutral: str = "c4"  # a third text, that nobody trains on: val/loss and test/loss are on it
-    # of its documents in val and in test; none = val_share and test_share, by the same hash, so that no
-    # document of it stands in any source's training text
-    neutral_share: float | None = None
+    neutral_share: float | None = None  # of its documents in val and in test; none = val_share and test_share
     text_column: str = "text"  # of tables and Hub sets
     max_documents: int | None = None  # of each source; none = all that are needed
     max_tokens: int | None = None  # of each source's training text; none = what the arms need
     passes: int = 1  # over distinct tokens, max_steps x batch x block_size / passes of them in every arm
     repeat: bool = False  # a source that runs out is read again (and counted), otherwise it is an error
-    # Hub sets are streamed, downloaded, or downloaded and read in random order
-    streaming: Literal["True", "CacheStream", "False"] = "True"
+    streaming: Literal["True", "CacheStream", "False"] = "True"  # or download Hub sets; False: and shuffle
     tokenizer: str = "gpt2"  # of all arms: bpe:<size>, chars, bytes, Hub id or folder
     val_share: float = 0.005  # of each text's documents, by a hash of the document
     test_share: float = 0.005
@@ -132,7 +128,7 @@ class Config:
             raise core.UserError("--no-final_eval: a study needs its runs measured")
         if self.diversity_batches == 1:
             raise core.UserError("--diversity_batches 1: a distance needs 2, and 0 leaves it out")
-        if len({tuple(sorted(shares_of(arm).items())) for arm in self.arms}) < len(self.arms):
+        if len({tuple(sorted(mixture.shares_of(arm).items())) for arm in self.arms}) < len(self.arms):
             raise core.UserError(f"--arms {' '.join(self.arms)}: two are the same text, name each once")
         if not self.test_share:
             raise core.UserError("--test_share 0 leaves nothing to measure: use 0.01, say")
@@ -188,10 +184,11 @@ def sources_of(cfg) -> dict[str, corpus.Corpus]:
     named, found = mixture.named_sources(cfg.sources), {}
     # each source holds a whole pool, whatever its share: what an arm reads does not depend on other arms
     pool = math.ceil(cfg.max_steps * cfg.batch / cfg.passes) * cfg.block_size + cfg.block_size
-    # a run that belongs to the study reads what the study reads, with the same tokenizer
-    arms = (cfg.data,) if cfg.mode == "train" and cfg.data not in cfg.arms else cfg.arms
+    # a run that belongs to a study shares its tokenizer, which all arms' sources may teach
+    alone = cfg.mode == "train" and (cfg.data not in cfg.arms or not mixture.is_learnt(cfg.tokenizer))
+    arms = (cfg.data,) if alone else cfg.arms
     for name in dict.fromkeys(name for arm in arms for name in mixture.shares_of(arm)):
-        one = corpus_of(cfg, address(named, name, "arm"), max_tokens=cfg.max_tokens or pool)
+        one = corpus_of(cfg, address(named, name, "--arms"), max_tokens=cfg.max_tokens or pool)
         if found.setdefault(mixture.label(name), one) != one:
             raise core.UserError(
                 f"two sources are called {mixture.label(name)}: name them by --sources name=where"
@@ -199,13 +196,12 @@ def sources_of(cfg) -> dict[str, corpus.Corpus]:
     return found
 
 
-def address(named, name, what) -> str:
+def address(named, name, flag) -> str:
     """Where a text is: as --sources says, or the name itself, if it can be one."""
-    if name not in named and "/" not in name and name not in corpus.BUILT_IN and not Path(name).exists():
-        known = ", ".join([*named, *corpus.BUILT_IN])
-        raise core.UserError(
-            f"{what} {name}: no such text; use {known}, a path, or add --sources {name}=where"
-        )
+    known = name in named or "/" in name or name in corpus.BUILT_IN or Path(name).exists()
+    if not name or not known:
+        names = ", ".join([*named, *corpus.BUILT_IN])
+        raise core.UserError(f"{flag} {name!r}: no such text; use {names}, a path, or --sources {name}=where")
     return named.get(name, name)
 
 
@@ -236,9 +232,14 @@ def open_text(cfg, world) -> mixture.Text:
     wanted = {name: sources[name] for name in names}
     if cfg.mode != "diversity":
         wanted[neutral] = neutral_corpus(cfg)
-        if neutral in sources or wanted[neutral].data in [one.data for one in sources.values()]:
+        if neutral in sources:
             raise core.UserError(f"--neutral {cfg.neutral} is trained on by an arm: use a third text")
-    return mixture.open_text(wanted, cfg.tokenizer, sources, world)
+    text = mixture.open_text(wanted, cfg.tokenizer, sources, world)
+    names = {}
+    for name, tokens in text.tokens.items():
+        if (other := names.setdefault(tokens.fingerprint["data"], name)) != name:
+            raise core.UserError(f"{other} and {name} are the same text: sources and --neutral must differ")
+    return text
 
 
 def batches_of(cfg, arm, text, world) -> mixture.Batches:
@@ -554,14 +555,21 @@ OF_DIVERSITY |= {"diversity_batches", "diversity_batch", "diversity_length"}
 def matters(cfg) -> frozenset[str]:
     """Names of the constants that make a run what it is; one that differs in any of them is another run."""
     own = {field.name for field in fields(Config)} - OF_DIVERSITY - runs.MAY_CHANGE - runs.OF_THE_CALL
-    return frozenset(own - {"seeds", "dirty"} - (set() if mixture.is_learnt(cfg.tokenizer) else {"arms"}))
+    return frozenset(own - {"seeds", "dirty"})
 
 
 def run_config(cfg, arm, seed) -> Config:
     """The constants of one run of the study; max_steps, which a resume might change, is in its tag."""
     tag = "-".join(filter(None, [cfg.tag, results.slug(arm), str(cfg.max_steps), f"s{seed}"]))
     one = replace(cfg, mode="train", data=arm, seed=seed, tag=tag, resume_timestamp="auto")
-    return core.with_flags(one, core.typed(cfg), matters(cfg) | core.typed(cfg).flags & runs.MAY_CHANGE)
+    # other arms are not its business, but for the sources that its tokenizer is learnt from
+    taught = cfg.arms if mixture.is_learnt(cfg.tokenizer) else (arm,)
+    names = sorted({name for each in taught for name in mixture.shares_of(each)})
+    named = mixture.named_sources(cfg.sources)
+    sources = tuple(f"{name}={named[name]}" for name in sorted({*names, cfg.neutral}) if name in named)
+    one = replace(one, arms=tuple(dict.fromkeys([*names, arm])), sources=sources)
+    typed = replace(core.typed(cfg), overrides={})
+    return core.with_flags(one, typed, matters(cfg) | core.typed(cfg).flags & runs.MAY_CHANGE)
 
 
 def study_folder(cfg) -> Path:
@@ -575,6 +583,8 @@ def study_folder(cfg) -> Path:
 def prepare(cfg, world, say, poll) -> Study:
     """Opens all text and finds all mistakes, before the first step of the first run."""
     show.pyplot()
+    for line in runs.override_lines(cfg):
+        say(line)
     s = Study(cfg, world, open_text(cfg, world), study_folder(cfg), say, poll)
     if cfg.mode != "diversity":
         for arm in cfg.arms:
@@ -587,7 +597,8 @@ def prepare(cfg, world, say, poll) -> Study:
         draws_of(s, s.text.tokenizer)
     elif cfg.diversity_batches:
         draws_of(s, open_probe(s, {})[1])
-    core.on_main(world, lambda: str(runs.prepared(s.folder)))
+    if cfg.mode != "cache":
+        core.on_main(world, lambda: str(runs.prepared(s.folder)))
     if cfg.neutral_share and cfg.mode != "diversity":
         say("NOTE --neutral_share: a document of the neutral text that a source holds too may be trained on")
     return s
@@ -597,6 +608,7 @@ def study(s):
     """Trains what is missing, measures, compares; each stage finds again what it had done."""
     cfg, began, trained, runs_by_arm = s.cfg, time.monotonic(), 0, {arm: [] for arm in s.cfg.arms}
     planned = [(cfg.seed + number, arm) for number in range(cfg.seeds) for arm in cfg.arms]
+    core.on_main(s.world, lambda: check_text(s, planned))
     for number, (seed, arm) in enumerate(planned):
         left = (time.monotonic() - began) / trained * (len(planned) - number) if trained else None
         eta = f"  eta of all {runs.clock(left)}" if left else ""
@@ -629,27 +641,40 @@ def train_one(cfg, s) -> Path:
         ended = True
     if not ended:
         core.barrier(s.world)  # all ranks have read what rank 0 said last, before it leaves
-        raise core.Stop(f"the study: the same command goes on with {run.folder}")
+        raise core.Stop("the study")
     return run.folder
+
+
+def check_text(s, planned):
+    """UserError for a finished run that read something else than it would read today. Rank 0."""
+    for seed, arm in planned:
+        one = run_config(s.cfg, arm, seed)
+        if folder := finished_run(one):
+            runs.tested_checkpoints(folder)  # UserError where its weights are damaged
+            then = runs.read_config(folder)["facts"]
+            odd = [name for name, value in run_facts(one, s.text, s.world).items() if then[name] != value]
+            if odd:
+                raise core.UserError(
+                    f"{folder} read other text ({', '.join(odd)}): move it away, or use --out"
+                )
 
 
 def check_runs(s, runs_by_arm) -> list[str]:
     """Lines on what was equal. UserError unless every run read what it would read today, and two arms of a
-    seed differ in nothing but the source: constants, tokens, first weights."""
+    seed differ in nothing but the source: constants, tokens, first weights. Rank 0."""
+    check_text(s, [(s.cfg.seed + number, arm) for number in range(s.cfg.seeds) for arm in runs_by_arm])
     configs = {arm: [runs.read_config(folder) for folder in folders] for arm, folders in runs_by_arm.items()}
     for arm, folders in runs_by_arm.items():
         for number, folder in enumerate(folders):
             config, first = configs[arm][number], next(iter(configs.values()))[number]
-            today = run_facts(run_config(s.cfg, arm, s.cfg.seed + number), s.text, s.world)
-            odd = [name for name, value in today.items() if config["facts"][name] != value]
-            names = sorted(matters(s.cfg) - {"data"})
+            odd, names = [], sorted(matters(s.cfg) - {"data", "arms", "sources"})
             odd += [n for n in names if config["constants"].get(n) != first["constants"].get(n)]
             odd += mixture.differences(config["facts"]["ledger"], first["facts"]["ledger"])
             weights = [of["facts"]["initial_weights"] for of in (config, first)]
             odd += ["initial_weights"] * (weights[0] != weights[1])
             if odd:
-                other = f"differs from this study in more than its source ({', '.join(odd)})"
-                raise core.UserError(f"{folder} {other}: move it away, then the study trains it anew")
+                pair = f"{next(iter(runs_by_arm.values()))[number]} and {folder}"
+                raise core.UserError(f"{pair} differ in {', '.join(odd)}, not in text alone: move one away")
     ledgers = {arm: of_arm[0]["facts"]["ledger"] for arm, of_arm in configs.items()}
     ledger = next(iter(ledgers.values()))
     lines = [f"ledger  every run read {ledger['tokens']} tokens in {ledger['steps']} equal steps"]
@@ -657,7 +682,18 @@ def check_runs(s, runs_by_arm) -> list[str]:
     if len(set(distinct.values())) > 1:
         counts = ", ".join(f"{arm} {n}" for arm, n in distinct.items())
         lines.append(f"NOTE by --repeat the arms read unequal numbers of distinct blocks: {counts}")
-    return lines
+    for arm, folders in runs_by_arm.items():
+        found = [json.loads((folder / "result.json").read_text()) for folder in folders]
+        if idle := sum(result["test/own/alarm"] is not None for result in found):
+            lines.append(
+                f"NOTE NOT LEARNING: {idle} of {len(found)} runs of {arm} do not beat token frequencies"
+            )
+    counts = {name: tokens.documents["test"] for name, tokens in s.text.tokens.items()}
+    few = {name: "" if n >= mixture.FEWEST else " (its stretches)" for name, n in counts.items()}
+    return [
+        *lines,
+        "tested on documents  " + "  ".join(f"{name} {n}{few[name]}" for name, n in counts.items()),
+    ]
 
 
 # ------------------------------------------------------------------------------------------- cross-evaluation
@@ -705,7 +741,10 @@ def open_probe(s, runs_by_arm):
         found = runs_by_arm.get(arm, [])[:1] or [core.on_main(s.world, lambda: finished_run(one))]
         if not (name := str(found[0])):
             raise core.UserError(f"--probe study: arm {arm} has no finished run: train it, or name a probe")
-    probe, tokenizer = core.main_first(s.world, lambda: gpt_scratch.open_model(name))
+    try:
+        probe, tokenizer = core.main_first(s.world, lambda: gpt_scratch.open_model(name))
+    except core.UserError as error:
+        raise core.UserError(f"--probe: {error}") from None
     check_length(cfg, probe.config.block_size)
     if tokenizer.eos_token_id is None or probe.config.head_bias:
         lacks = "an output bias" if probe.config.head_bias else "no end-of-text token"
@@ -820,7 +859,11 @@ def main(cfg, world):
 
     with runs.listening(world) as poll:
         work = {"study": study, "cache": cache, "diversity": coefficient_only}[cfg.mode]
-        work(prepare(cfg, world, say, poll))
+        try:
+            work(prepare(cfg, world, say, poll))
+        except core.Stop:
+            say("next: the same command goes on where it was")
+            raise
 
 
 if __name__ == "__main__":

@@ -437,7 +437,7 @@ class Run:
         folder, constants, lines = (
             _resume_folder(cfg, self.script, out),
             dataclasses.asdict(cfg),
-            _override_lines(cfg),
+            override_lines(cfg),
         )
         plan = {"folder": str(folder), "resumed": True, "finished": False, "checkpoint": None, "position": {}}
         if not folder:
@@ -535,7 +535,9 @@ class Run:
                 f"the newest checkpoint is {self.checkpoint}" if self.checkpoint else "there is no checkpoint"
             )
             self.say(f"{status}  {why}; {saved}")
-            self.say(f"next: the same command with --resume_timestamp {self.folder.name[:15]}")
+            auto = self.cfg.resume_timestamp == "auto"
+            flag = "" if auto else f" with --resume_timestamp {self.folder.name[:15]}"
+            self.say(f"next: the same command{flag}")
             if "TORCHELASTIC_RUN_ID" in os.environ:
                 self.say("(torchrun reports every stop with a traceback of its own)")
         core.write_json(self.folder / "result.json", self.result)
@@ -775,7 +777,7 @@ def locked(folder):
     raise core.UserError(f"{folder} is being written by {lock.read()}: stop it first")
 
 
-def _override_lines(cfg) -> list[str]:
+def override_lines(cfg) -> list[str]:
     """What preset and smoke changed, in lines of at most 100 columns."""
     t = core.typed(cfg)
     lines = [" and ".join(filter(None, [t.preset and f"preset {t.preset}", t.smoke and "smoke"])) + " set:"]

@@ -223,7 +223,7 @@ def _jackknife(without) -> float:
 
 def around(value, variance, freedom) -> list[float]:
     half = core.student(freedom) * math.sqrt(variance)
-    return [max(0.0, value - half), value + half]
+    return [max(0.0, value - half), min(1.0, value + half)]  # no two embeddings are farther apart than 1
 
 
 # ---------------------------------------------------------------------------------------------- what is drawn

@@ -66,8 +66,8 @@ def test_an_arm_is_read_as_shares_that_add_up_to_one(arm, shares):
         ("0.7*a+0.7*b", ["0.7*a+0.7*b", "add up to 1.4", "make it 1"]),
         ("0.5*a+0.48*b", ["add up to 0.98"]),  # two roundings are not worth 0.02
         ("0.7*a", ["add up to 0.7"]),
-        ("0*a+1*b", ["all above 0"]),
-        ("-0.3*a+1.3*b", ["all above 0"]),
+        ("0*a+1*b", ["every weight above 0"]),
+        ("-0.3*a+1.3*b", ["every weight above 0"]),
         ("0.5*a+0.49*b", ["add up to 0.99"]),
         ("nan*a", ["add up to nan"]),
         ("0.7*a+b", ["0.7*a+b", "every source a weight, or none"]),
@@ -274,7 +274,9 @@ def test_a_source_that_holds_too_little_is_an_error_that_says_what_would_do():
     ]
     assert all(word in one_line(error) for word in words)
     batches("a+b", sizes=(1000, 41), passes=3)  # 9 distinct ones do
-    with pytest.raises(UserError, match=r"a has 0 blocks"):  # of nothing, no repetition makes more
+    with pytest.raises(
+        UserError, match=r"a holds no block of training text"
+    ):  # of nothing, no repetition makes more
         batches("a", sizes=(3,), repeat=True)
 
 
