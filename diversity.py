@@ -71,10 +71,9 @@ def measure(cfg, draws, probe, folder, world, say, poll) -> dict:
     weights = core.on_main(world, lambda: runs.weights_sha256(probe))
     jobs = core.on_main(world, lambda: plan(cfg, draws, weights, probe.wte.weight.dtype))
     core.on_main(world, lambda: folder.mkdir(parents=True, exist_ok=True))
-    files = {file: (name, i, file, drawn) for name, i, file, drawn in jobs}  # equal batches share one
-    missing = core.on_main(world, lambda: [files[file] for file in files if not (folder / file).exists()])
+    missing = core.on_main(world, lambda: [job for job in jobs if not (folder / job[2]).exists()])
     if missing:
-        say(f"diversity  {len(missing)} of {len(files)} embeddings to make, procedure {cfg.procedure}")
+        say(f"diversity  {len(missing)} of {len(jobs)} embeddings to make, procedure {cfg.procedure}")
 
     def embed(job):
         name, i, file, drawn = job
@@ -97,11 +96,11 @@ def plan(cfg, draws, weights, dtype) -> list[tuple[str, int, str, str]]:
     for name, i in sorted(places, key=lambda place: place[1]):  # round by round: an early look sees all arms
         again = cfg.floor_repeats if name in draws.arms and i < FLOOR_BATCHES else 1
         ids = hashlib.sha256(draws.batch(name, i).ids.numpy().tobytes()).hexdigest()
-        how = [weights, str(dtype), cfg.procedure, cfg.head_epochs, cfg.fisher_samples, cfg.seed, ids]
+        how = [weights, str(dtype), cfg.procedure, cfg.head_epochs, cfg.fisher_samples, cfg.seed, i, ids]
         for repeat in range(again):
             key = json.dumps([*how, repeat])
             file = f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
-            jobs.append((name, i, file, f"{cfg.seed}/{ids}/{repeat}"))
+            jobs.append((name, i, file, f"{cfg.seed}/{i}/{ids}/{repeat}"))  # equal batches draw apart, too
     return jobs
 
 

@@ -847,6 +847,16 @@ def ids_and_files(s) -> dict[tuple, str]:
     return found
 
 
+def test_equal_batches_draw_targets_of_their_own(sources):
+    """With a large vocabulary all batches of the lower bound are equal: it measures the draws alone, not 0."""
+    s = study_here()
+    draws = script.draws_of(s, s.text.tokenizer)
+    draws.vocab_size = 10**6
+    lower = [job for job in diversity.plan(s.cfg, draws, "weights", torch.float32) if job[0] == "lower bound"]
+    assert len({draws.batch("lower bound", i).ids.numpy().tobytes() for _, i, *_ in lower}) == 1
+    assert len(lower) == len({job[2] for job in lower}) == len({job[3] for job in lower}) == 3
+
+
 def test_embeddings_that_are_found_again_are_those_of_the_same_batches(sources):
     one, other = (study_here("--arms", *arms) for arms in (("a", "a+b"), ("a", "b", "a+b")))
     first, second = ids_and_files(one), ids_and_files(other)
