@@ -848,7 +848,7 @@ def ids_and_files(s) -> dict[tuple, str]:
 
 
 def test_equal_batches_draw_targets_of_their_own(sources):
-    """With a large vocabulary all batches of the lower bound are equal: it measures the draws alone, not 0."""
+    """With a large vocabulary all batches of the lower bound are equal: it is that of the draws, not 0."""
     s = study_here()
     draws = script.draws_of(s, s.text.tokenizer)
     draws.vocab_size = 10**6
