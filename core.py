@@ -15,6 +15,7 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import functools
 import hashlib
 import inspect
 import io
@@ -579,18 +580,17 @@ def stream_rows(name, prefer="train", streaming=False, shuffled=None):
 def data_fingerprint(name, prefer="train", streaming=False) -> str:
     """SHA-256 over the files that read_rows would read: it names caches and shows a resume changed data.
 
-    Of a Hub set that is streamed it is the commit.
+    Of a Hub set that is streamed it is the commit, and the set's name there.
     """
     if Path(name).is_dir():
         files = _table_files(Path(name), prefer)
     elif Path(name).exists():
         files = [name]
     elif streaming:
-        _hub_form(name)
-        repo, _, revision = name.partition("@")
-        return from_hub(
-            "data set", name, lambda: _hub_commit(repo.partition(":")[0], revision), "a local file"
-        )
+        form = _hub_form(name)
+        load = functools.partial(_hub_commit, form["repo"], form["revision"])
+        commit = from_hub("data set", name, load, "a local file")
+        return f"{commit}:{form['config']}" if form["config"] else commit  # its sets share the commit
     else:
         files = [file["filename"] for file in _hub_dataset(name, prefer).cache_files]
     try:

@@ -555,7 +555,7 @@ def test_a_streamed_set_is_read_as_far_as_it_is_needed(hub):
     assert sets[0][-1].read <= 2.2 * (1 << 20) / len(texts[0]) < len(texts)
     whole = opened(table(texts, "same.jsonl"))
     assert found.parts["train"][:-1].tolist() == whole.parts["train"][:100_000].tolist()
-    assert found.fingerprint["data"] == "commit of owner/set at "
+    assert found.fingerprint["data"] == "commit of owner/set at None:config"
 
 
 def test_a_downloaded_set_comes_in_its_own_order_or_in_one_drawn_by_the_split_seed(hub):
@@ -665,3 +665,16 @@ def test_a_reader_that_was_one_group_ahead_leaves_no_trace():
     assert other.documents == found.documents
     for part in corpus.PARTS:
         assert other.parts[part].tolist() == found.parts[part].tolist()
+
+
+def test_two_sets_of_one_repository_are_two_texts(monkeypatch):
+    """Streamed, they share the repository's commit: journal 002's two subsets would be called the same."""
+    asked = []
+    monkeypatch.setattr(
+        core, "_hub_commit", lambda repo, revision: asked.append((repo, revision)) or "c0ffee"
+    )
+    monkeypatch.setattr(core, "_hub_answers", lambda: True)
+    names = ("owner/pile:PubMed Abstracts", "owner/pile:USPTO@v1", "owner/pile")
+    found = [core.data_fingerprint(name, streaming=True) for name in names]
+    assert found == ["c0ffee:PubMed Abstracts", "c0ffee:USPTO", "c0ffee"]
+    assert asked == [("owner/pile", None), ("owner/pile", "v1"), ("owner/pile", None)]
