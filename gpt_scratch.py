@@ -677,7 +677,7 @@ def corpus_of(cfg) -> corpus.Corpus:
         if typed := sorted((own - {"block_size", "dropout", "checkpointing"}) & core.typed(cfg).flags):
             raise core.UserError(f"--model {cfg.model} brings its own {', '.join(typed)}: drop these flags")
         name = tokenizer_of(cfg.model)
-    values = {field.name: getattr(cfg, field.name) for field in fields(corpus.Corpus)}
+    values = {f.name: getattr(cfg, f.name) for f in fields(corpus.Corpus) if hasattr(cfg, f.name)}
     return corpus.Corpus(**values | {"tokenizer": name})
 
 
