@@ -469,7 +469,7 @@ def announce(run, cfg, text, batches, model):
         for line in text.tokens[name].lines:
             run.say(f"{name}  {line}")
     passes = [one["epochs"] for one in ledger["sources"].values()]
-    if max(passes) > cfg.passes:
+    if cfg.repeat and max(passes) > cfg.passes:
         run.say("NOTE --repeat: a source is read more often than the others, it has less new text")
     core.on_main(run.world, lambda: core.write_json(run.folder / "ledger.json", ledger))
 
