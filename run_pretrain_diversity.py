@@ -249,10 +249,10 @@ def batches_of(cfg, arm, text, world) -> mixture.Batches:
     return mixture.Batches(blocks, shares, cfg.batch, cfg.max_steps, world, cfg.seed, cfg.passes, cfg.repeat)
 
 
-def run_facts(cfg, text, world) -> dict:
+def run_facts(cfg, text, batches) -> dict:
     """What config.json notes of a run's text: whose it is, and the ledger of what is read of it."""
     fingerprint = text.fingerprint(neutral_of(cfg), shares_of(cfg.data))
-    return {"fingerprint": fingerprint, "ledger": batches_of(cfg, cfg.data, text, world).ledger()}
+    return {"fingerprint": fingerprint, "ledger": batches.ledger()}
 
 
 def held_out(cfg, text, name, part):
@@ -373,7 +373,7 @@ def train(run, cfg, world, text=None) -> dict:
     """`text`: what a study has opened already."""
     text, neutral = text or open_text(cfg, world), neutral_of(cfg)
     batches = batches_of(cfg, cfg.data, text, world)
-    for name, value in run_facts(cfg, text, world).items():
+    for name, value in run_facts(cfg, text, batches).items():
         run.pin(name, value)  # another length would be another order: start a new run
     for name in (*shares_of(cfg.data), neutral):
         for part in parts_of(cfg):
@@ -652,7 +652,8 @@ def check_text(s, planned):
         if folder := finished_run(one):
             runs.tested_checkpoints(folder)  # UserError where its weights are damaged
             then = runs.read_config(folder)["facts"]
-            odd = [name for name, value in run_facts(one, s.text, s.world).items() if then[name] != value]
+            now = run_facts(one, s.text, batches_of(one, arm, s.text, s.world))
+            odd = [name for name in now if then[name] != now[name]]
             if odd:
                 raise core.UserError(
                     f"{folder} read other text ({', '.join(odd)}): move it away, or use --out"
