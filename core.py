@@ -97,6 +97,12 @@ LIMITS = {  # constants: lowest and highest legal value, in whichever script the
     "stride judge_repeats judge_requests judge_attempts": (1, math.inf),
     "judge_seconds": (0.1, math.inf),
     "seeds passes max_tokens fisher_samples": (1, math.inf),
+    "pretrain_batch pretrain_micro_batch pretrain_eval_every pretrain_save_every": (1, math.inf),
+    "pretrain_max_steps pretrain_max_minutes pretrain_lr pretrain_min_lr init_step": (0, math.inf),
+    "pretrain_weight_decay": (0, math.inf),
+    "text_documents text_tokens vocab_multiple": (1, math.inf),
+    "pretrain_warmup qat_start": (0, 1),
+    "qat_group": (2, math.inf),
     "diversity_batches head_epochs": (0, math.inf),
     "diversity_batch diversity_length floor_repeats": (2, math.inf),
 }
@@ -1006,21 +1012,27 @@ def _one_cycle(start, peak, end, step, rising, total_steps) -> float:
     return high + (low - high) * 0.5 * (1 + math.cos(math.pi * min(1, done)))
 
 
-def make_optimizer(
-    model, optimizer, weight_decay, betas=(0.9, 0.999), eps=1e-8, scales=None
-) -> torch.optim.Optimizer:
-    """adamw (fused) or sgd (momentum 0.9); only matrices decay. optimizer_step sets the lr.
+def parameter_groups(model, weight_decay, scales=None, undecayed=()) -> list[dict]:
+    """Only matrices decay, those named in `undecayed` do not either.
 
-    `scales` maps parameter names to the share of that lr at which they learn (otherwise 1).
+    `scales` maps parameter names to the share of the lr at which they learn (otherwise 1).
     """
     found = {}  # (scale, decays) -> parameters
     for name, p in model.named_parameters():
         if p.requires_grad:
-            found.setdefault(((scales or {}).get(name, 1.0), p.dim() >= 2), []).append(p)
-    groups = [
+            decays = p.dim() >= 2 and name not in undecayed
+            found.setdefault(((scales or {}).get(name, 1.0), decays), []).append(p)
+    return [
         {"params": params, "weight_decay": weight_decay if decays else 0.0, "scale": scale}
         for (scale, decays), params in sorted(found.items(), key=lambda item: item[0], reverse=True)
     ]
+
+
+def make_optimizer(
+    model, optimizer, weight_decay, betas=(0.9, 0.999), eps=1e-8, scales=None
+) -> torch.optim.Optimizer:
+    """adamw (fused) or sgd (momentum 0.9) over parameter_groups. optimizer_step sets the lr."""
+    groups = parameter_groups(model, weight_decay, scales)
     if optimizer == "adamw":
         return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
     return torch.optim.SGD(groups, momentum=0.9)

@@ -90,6 +90,14 @@ class Linear(nn.Linear):
         return [(x, self.weight)], self.bias
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding whose matrix a tied head reads, too."""
+
+    def matrix(self) -> torch.Tensor:
+        """(V, C)"""
+        return self.weight
+
+
 def linear(x, weight, bias, packed):
     few = packed is not None and x.numel() // x.shape[-1] <= FEW_ROWS
     return core.onednn(x, packed, bias) if few else core.linear(x, weight, bias)
@@ -166,7 +174,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = Embedding(config.vocab_size, config.n_embd)
         if config.positions == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         else:
@@ -196,12 +204,12 @@ class GPT(nn.Module):
 
     def head(self, hidden):
         """Of what the logits of hidden (N, C) are the sum: ([(x, weight (V, ...)), ...], bias or None)."""
-        return ([(hidden, self.wte.weight)], None) if self.config.tie_head else self.lm_head.terms(hidden)
+        return ([(hidden, self.wte.matrix())], None) if self.config.tie_head else self.lm_head.terms(hidden)
 
     def logits(self, hidden):
         """(..., C) -> (..., V)"""
         if self.config.tie_head:
-            return linear(hidden, self.wte.weight, None, self.packed)
+            return linear(hidden, self.wte.matrix(), None, self.packed)
         return self.lm_head(hidden)
 
     def hidden(self, input_ids, cache=None, segments=None):
@@ -318,7 +326,7 @@ def generating(model, rows):
     takes a third to a half of the time (torch.compile's freezing does the same). Costs their memory again.
     """
     holders = [(module, module.weight) for module in model.modules() if isinstance(module, Linear)]
-    holders += [(model, model.wte.weight)] if model.config.tie_head else []
+    holders += [(model, model.wte.matrix())] if model.config.tie_head else []
     fits = all(weight.device.type == "cpu" and weight.dtype == torch.float32 for _, weight in holders)
     # compiled blocks would be compiled anew for every length; set_stance imports the compiler (1.5 s)
     compiled = "torch._dynamo" in sys.modules

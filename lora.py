@@ -23,15 +23,31 @@ SCALINGS = {  # alpha, rank -> multiplier
 FUSED = {"attn.c_attn": 3}  # query, key and value: one matrix in GPT-2, an adapter for each of them here
 
 
-class LoRALinear(nn.Module):
+class Adapter(nn.Module):
+    """A linear layer `base`, not trained, with what is: it adds `delta()` to the layer's weight."""
+
+    def __init__(self, base, multiplier):
+        super().__init__()
+        self.base, self.multiplier = base, multiplier
+
+    def delta(self) -> torch.Tensor:
+        """What the adapter adds to base.weight, (out, in)."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """What it trains, by name."""
+        return {name: p for name, p in self.named_parameters() if not name.startswith("base.")}
+
+
+class LoRALinear(Adapter):
     """base(x) + multiplier * B A dropout(x); the output of a fused layer in `parts` with an A and B each.
 
     A (parts * rank, in), B (out, rank): the rows of B of part i belong to rows i * rank ... of A.
     """
 
     def __init__(self, base, rank, multiplier, dropout=0.0, parts=1):
-        super().__init__()
-        self.base, self.multiplier, self.dropout, self.parts = base, multiplier, nn.Dropout(dropout), parts
+        super().__init__(base, multiplier)
+        self.dropout, self.parts = nn.Dropout(dropout), parts
         like = {"device": base.weight.device, "dtype": base.weight.dtype}
         self.A = nn.Parameter(torch.empty(parts * rank, base.in_features, **like))
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
@@ -53,7 +69,6 @@ class LoRALinear(nn.Module):
         return self.B if self.parts == 1 else torch.block_diag(*self.B.chunk(self.parts))
 
     def delta(self) -> torch.Tensor:
-        """What the adapter adds to base.weight, (out, in)."""
         return self.multiplier * (self.wide_B() @ self.A)
 
     @torch.no_grad()
@@ -76,20 +91,23 @@ def add_lora(
     head=False,
     last_layers=None,
     init="fan_in",
+    parts=None,
 ):
     """Freezes the model, then puts adapters on layers of its blocks, in place; returns the layers' names.
 
-    targets: all | attention | mlp; head: the output matrix too; last_layers: only so many blocks at the top.
+    targets: all | attention | mlp; head: the output matrix too; last_layers: only so many blocks at the top;
+    parts: adapters of a fused layer, none: one for each of its matrices (FUSED).
     """
     model.requires_grad_(False)  # first: the adapters are to train
-    names = _targets(model, targets, head, last_layers)
+    names = layer_names(model, targets, head, last_layers)
     for name in names:
-        layer = _wrap(model, name, rank, SCALINGS[scaling](alpha, rank), dropout)
+        layer = _wrap(model, name, rank, SCALINGS[scaling](alpha, rank), dropout, parts)
         layer.initialise(init)
     return names
 
 
-def _targets(model, targets, head, last_layers) -> list[str]:
+def layer_names(model, targets="all", head=False, last_layers=None) -> list[str]:
+    """The linear layers that get an adapter."""
     if head and model.config.tie_head:
         raise core.UserError("the output matrix is the embedding: use --no-tie_head, or --no-lora_head")
     if last_layers is not None and last_layers > len(model.h):
@@ -103,11 +121,9 @@ def _targets(model, targets, head, last_layers) -> list[str]:
     return [*names, *(["lm_head"] if head else [])]
 
 
-def _wrap(model, name, rank, multiplier, dropout=0.0) -> LoRALinear:
-    path, _, last = name.rpartition(".")
-    parent = model.get_submodule(path)
-    layer = LoRALinear(getattr(parent, last), rank, multiplier, dropout, _parts(name))
-    setattr(parent, last, layer)
+def _wrap(model, name, rank, multiplier, dropout=0.0, parts=None) -> LoRALinear:
+    layer = LoRALinear(model.get_submodule(name), rank, multiplier, dropout, parts or _parts(name))
+    model.set_submodule(name, layer)
     return layer
 
 
@@ -115,9 +131,9 @@ def _parts(name) -> int:
     return FUSED.get(name.split(".", 2)[-1], 1)
 
 
-def adapted(model) -> dict[str, LoRALinear]:
+def adapted(model) -> dict[str, Adapter]:
     """The layers with an adapter, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
 
 
 class Adapters:
@@ -128,7 +144,7 @@ class Adapters:
 
     def named_parameters(self):
         for name, layer in adapted(self.model).items():
-            yield from ((f"{name}.A", layer.A), (f"{name}.B", layer.B))
+            yield from ((f"{name}.{own}", p) for own, p in layer.tensors().items())
 
     def parameters(self):
         return (p for _, p in self.named_parameters())

@@ -40,6 +40,7 @@ import core
 SHARED = (  # go to source/ beside core.py and the script
     *("corpus.py", "encoders.py", "gpt_scratch.py", "lora.py", "pairs.py", "report_card.py", "sft.py"),
     *("mixture.py", "task2vec.py", "diversity.py", "diversity_report.py"),
+    *("mathqa.py", "mathqa_report.py", "adapters.py", "quantise.py"),
     *("compare.py", "results.py", "judge.py"),
 )
 MAY_CHANGE = {  # what a flag may tell a resumed run anew: length, cadence, bookkeeping, how it is computed
@@ -84,6 +85,7 @@ class Run:
         self.fold, self.first_step, self._last_step = 0, 0, 0  # folds follow each other on one axis of steps
         self.result, self.clock_share, self.stopping, self.meter = {}, 0.0, None, Meter(world)
         self.unit, self._clock_said = unit, False  # what rates count
+        self._steps_in_budget = None  # of max_minutes, by the forecast; later the clock itself says it
         self._lines = plan["lines"]
         if world.is_main:
             self._log = open(self.folder / "log.txt", "a", encoding="utf-8")
@@ -390,8 +392,8 @@ class Run:
 
     def schedule_length(self, step, total_steps) -> int:
         """Steps the schedule should span: `total_steps`, or fewer where the clock ends the run earlier."""
-        if not self.clock_share:
-            return total_steps
+        if not self.clock_share:  # before the first step: as many as the forecast's fit into the clock
+            return min(total_steps, self._steps_in_budget or total_steps)
         return min(total_steps, max(step + 1, round(step / self.clock_share)))
 
     def forecast(self, model, optimizer, steps, seconds, typical):
@@ -400,18 +402,25 @@ class Run:
         Raises UserError where the disk cannot hold the checkpoints of a new run.
         """
         total, trainable = core.count_parameters(model)
-        checkpoint_mb = 4 * (total + 2 * trainable) / 1e6  # fp32 weights and AdamW's two moments
+        moments = 2 if isinstance(optimizer, torch.optim.AdamW) else 1  # tensors of state per weight
+        checkpoint_mb = 4 * (total + moments * trainable) / 1e6  # all of it in fp32
         kept = (getattr(self.cfg, "folds", None) or 1) + 1  # while one is being written
         disk_mb = (self.cfg.keep + 1) * checkpoint_mb + 4 * kept * total / 1e6
         free_mb = core.on_main(self.world, lambda: shutil.disk_usage(self.folder).free / 1e6)
         if not self.resumed and free_mb < disk_mb:
             room = f"checkpoints need {disk_mb:.0f} MB, {self.folder} has {free_mb:.0f} MB free"
             raise core.UserError(f"{room}: free some, or use another --out")
-        memory_gb = (peak_memory_mb(self.world) + (0 if optimizer.state else 8 * trainable / 1e6)) / 1e3
+        memory_gb = (
+            peak_memory_mb(self.world) + (0 if optimizer.state else 4 * moments * trainable / 1e6)
+        ) / 1e3
         if steps < 0:
             raise core.UserError(
                 f"{self.folder} is {-steps} steps further already: use a larger --max_steps or --epochs"
             )
+        if self.cfg.max_minutes is not None:
+            fit = round(60 * self.cfg.max_minutes / max(seconds * typical, 1e-9))
+            self._steps_in_budget = max(1, core.on_main(self.world, lambda: fit))
+            steps = min(steps, self._steps_in_budget)
         hours, price = steps * seconds * typical / 3600, self.cfg.price_per_hour
         if self.cfg.max_minutes is not None:
             hours = min(hours, max(0, self.cfg.max_minutes / 60 - self.train_seconds / 3600))

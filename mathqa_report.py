@@ -1,0 +1,120 @@
+"""What a study of arms found, as tables and plain sentences. Used by run_mathqa.py."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+import compare
+import core
+import results
+
+
+def read(folder, name):
+    return json.loads((Path(folder) / name).read_text(encoding="utf-8"))
+
+
+def length(folder) -> dict:
+    """Steps and seconds of training of a run: what other arms get, too."""
+    result = read(folder, "result.json")
+    return {"steps": result["steps"], "seconds": result["train_seconds"]}
+
+
+def lines(folder, name) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / name).read_text(encoding="utf-8").splitlines()]
+
+
+def loss_rows(folders) -> compare.Rows:
+    """The last part's rows of several runs, by target token."""
+    found = [lines(folder, "losses.jsonl") for folder in folders]
+    nats = np.array([[line["nats"] for line in of_run] for of_run in found])
+    groups = np.array([line["group"] for line in found[0]])
+    return compare.Rows("loss", nats, np.array([line["targets"] for line in found[0]], float), groups)
+
+
+def answer_rows(folders) -> compare.Rows:
+    """Whether each problem was answered rightly."""
+    found = [lines(folder, "answers.jsonl") for folder in folders]
+    right = np.array([[float(line["right"]) for line in of_run] for of_run in found])
+    return compare.Rows(
+        "answers", right, np.ones(right.shape[1]), np.array([line["group"] for line in found[0]])
+    )
+
+
+def report(found, small, cfg) -> tuple[str, dict]:
+    """Markdown and figures. found: budget -> arm -> run folders, one a seed; small: arm -> quantise_run's."""
+    parts, figures = [], {}
+    seeds = f"{cfg.seeds} seeds" if cfg.seeds > 1 else "one seed"
+    for budget, arms in found.items():
+        title = f"equal {budget}" if budget in ("steps", "time") else budget
+        parts.append(f"**{title}** (95 % over problems and seeds; {seeds})\n\n{table(arms)}")
+        told, figures[budget] = verdicts(arms)
+        parts.append("\n".join(told))
+    if small:
+        parts.append(f"**int4** (means over {seeds})\n\n{quantised_table(small)}")
+    return "\n\n".join(parts), figures
+
+
+def table(arms) -> str:
+    """One line an arm: what it learnt, what it forgot, what it cost."""
+    cells = {}
+    for arm, folders in arms.items():
+        of_arm = [read(folder, "result.json") for folder in folders]
+        every, part = list(range(len(folders))), "test" if "test/loss" in of_arm[0] else "val"
+        row = {"arm": arm}
+        for name, rows, digits in (("loss", loss_rows(folders), 4), ("answers", answer_rows(folders), 3)):
+            one = compare.mean(rows, every)
+            row[name] = core.plus_minus(one["mean"], one["interval"], digits)
+        row["per token"] = f"{over(of_arm, f'{part}/answer_accuracy_per_token'):.3f}"
+        row["shuffled"] = f"{over(of_arm, f'{part}/shuffled_accuracy'):.3f}"
+        forgotten = over(of_arm, "plain/forgotten")
+        row["forgotten"] = "" if forgotten is None else f"{forgotten:+.4f}"
+        row["trained"] = f"{of_arm[0]['trainable_parameters']:,}"
+        row["steps"] = f"{over(of_arm, 'steps'):.0f}"
+        row["train s"] = f"{over(of_arm, 'train_seconds'):.1f}"
+        row["tokens/s"] = f"{over(of_arm, 'tokens_per_second') or 0:.0f}"
+        row["gradients + optimizer MB"] = f"{over(of_arm, 'state_mb'):.2f}"
+        for name, cell in row.items():
+            cells.setdefault(name, []).append(cell)
+    return results.markdown({name: column for name, column in cells.items() if any(column)})
+
+
+def over(of_arm, name) -> float | None:
+    """The mean of a figure over runs; None where one lacks it."""
+    values = [result.get(name) for result in of_arm]
+    return None if None in values else float(np.mean(values))
+
+
+def verdicts(arms) -> tuple[list[str], list[dict]]:
+    """Each arm against the first, in loss and in answers: told apart, or noise?"""
+    told, found = [], []
+    first, *others = arms
+    for arm in others:
+        folders = [*arms[arm], *arms[first]]
+        n = len(arms[arm])
+        for rows in (loss_rows(folders), answer_rows(folders)):
+            one = compare.difference(rows, list(range(n)), list(range(n, len(folders))))
+            found.append({"arm": arm, "against": first, "figure": rows.name, **one})
+            told.append(f"{arm} - {first}  {compare.verdict(one, rows.name, (arm, first))}")
+    return told, found
+
+
+def quantised_table(small) -> str:
+    """A line for the float weights and the int4 ones of each arm's runs."""
+    cells = {}
+    for arm, of_arm in small.items():
+        for kind in ("float", "int4"):
+            how = f"int4 by {of_arm[0]['group']}" + (
+                ", trained for it" if of_arm[0]["trained_for_it"] else ""
+            )
+            figures = [one[kind] for one in of_arm]
+            part = "test" if "test/loss" in figures[0] else "val"
+            row = {"run": arm, "weights": how if kind == "int4" else "float"}
+            row["loss"] = f"{over(figures, f'{part}/loss'):.4f}"
+            answers = over(figures, f"{part}/answer_accuracy")
+            row["answers"] = "" if answers is None else f"{answers:.3f}"
+            row["MB"] = f"{over(figures, 'mb'):.2f}"
+            row["tokens/s"] = f"{over(figures, 'tokens_per_second'):.0f}"
+            for name, cell in row.items():
+                cells.setdefault(name, []).append(cell)
+    return results.markdown({name: column for name, column in cells.items() if any(column)})

@@ -1,0 +1,1047 @@
+"""Timed pretraining, then MathQA: by all weights, LoRA, LoHa or LoKr; Lion; quantised to int4 (journal 004).
+
+    torchrun --nproc_per_node=4 --shutdown-timeout 300 run_mathqa.py         # 3 h of text, 1 h of MathQA
+    python run_mathqa.py --mode pretrain --preset noam_wide4_effective --resume_timestamp auto
+    python run_mathqa.py --mode finetune --method lora --lr 5e-4 --init_from runs/run_mathqa/<run>
+    python run_mathqa.py --mode study                   # full, LoRA, LoHa, LoKr, QAT: equal steps, equal time
+    python run_mathqa.py --mode split                   # how to share a fixed time between the two stages
+    python run_mathqa.py --mode quantise --run_folder runs/run_mathqa/<run>
+    python run_mathqa.py --smoke
+
+Constants called pretrain_... are the first stage's, their namesakes without it fine-tuning's. Each stage is a
+run of its own under runs/run_mathqa/; modes both, study and split make several and go on where they were.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+
+import adapters
+import core
+import corpus
+import gpt_scratch
+import lora
+import mathqa
+import mathqa_report as show
+import quantise
+import results
+import runs
+import sft
+
+
+@dataclass(frozen=True)
+class Config:
+    # data
+    data: str = (
+        "kinit/math_qa"  # problems: Hub id, table, folder of train, validation, test; template-problems
+    )
+    max_documents: int | None = None  # rows of each part, or of a single table; none = all
+    answer_format: Literal["text", "letter"] = "text"  # problem -> option, or problem and options -> letter
+    loss_on_prompt: bool = False  # problems are learnt, too, as in the journal
+    max_length: int = 512  # tokens of a problem and its answer; longer rows are left out
+    pack: bool = False  # rows side by side, up to max_length tokens; a pack is then one unit of batch
+    text: str = "DKYoon/SlimPajama-6B"  # what is read first: Hub id, file, folder, python-docs (built in)
+    text_column: str = "text"  # of a table or Hub set
+    text_documents: int | None = None  # none = all
+    text_tokens: int | None = None  # of training text, the first ones; none = all
+    tokenizer: str = "gpt2"  # Hub id, folder, chars, bytes, bpe:<size>
+    val_share: float = 0.0005  # of the text's documents
+    test_share: float = 0.0005
+    split_seed: int = 42  # the same rows and documents for every seed
+    block_size: int = 512  # tokens of context
+    # model
+    n_layer: int = 10
+    n_head: int = 16
+    n_embd: int = 1024
+    vocab_multiple: int = 64  # the embedding's rows are rounded up to it
+    dropout: float = 0.0
+    checkpointing: bool = False  # recompute blocks in the backward: more time, less memory
+    init_from: str | None = (
+        None  # what is tuned: a run, a GPT-2 or Llama folder, new; none = newest pretraining
+    )
+    init_step: int | None = None  # a checkpoint of that run; none = the one it was tested with
+    method: Literal["full", "lora", "loha", "lokr"] = "full"
+    lora_rank: int = 16  # of all three kinds of adapter
+    lora_alpha: float = 32.0  # they are multiplied by alpha / rank
+    lora_dropout: float = 0.0  # of what LoRA reads
+    qat: Literal["off", "int4"] = "off"  # train for int4 weights and int8 activations; with method full
+    qat_group: int = 256  # inputs of an output that share a scale; 32 is finer
+    qat_start: float = 0.25  # share of the steps before it
+    # first stage
+    pretrain_batch: int = 256  # blocks per optimizer step, over all ranks
+    pretrain_micro_batch: int | None = 64  # blocks per forward and rank
+    pretrain_max_steps: int | None = None
+    pretrain_max_minutes: float | None = 180.0  # of training, over resumes
+    pretrain_lr: float = 8e-4  # peak
+    pretrain_min_lr: float = 0.0
+    pretrain_warmup: float = 0.3  # fraction of all steps; of one_cycle its rise
+    pretrain_schedule: Literal["linear", "cosine", "constant", "one_cycle"] = "one_cycle"
+    pretrain_optimizer: Literal["adamw", "lion", "sgd"] = "adamw"
+    pretrain_weight_decay: float = 0.1
+    pretrain_eval_every: int | None = 2000  # steps; none = each epoch
+    pretrain_save_every: int | None = 500  # steps; none = at each evaluation, before it
+    # optimisation
+    batch: int = 128  # rows (or packs) per optimizer step, over all ranks
+    micro_batch: int | None = None  # per forward and rank; none = groups that waste least on padding,
+    micro_tokens: int = 16384  # of so many tokens each at most
+    group_lengths: bool = True  # rows of similar length meet in a batch
+    epochs: int | None = None  # passes over the training rows
+    max_steps: int | None = None  # the shortest of these three ends it
+    max_minutes: float | None = 60.0  # of training, over resumes
+    lr: float = 5e-5  # peak; adapters want ten times it, Lion a third to a tenth
+    min_lr: float = 0.0
+    warmup: float = 0.05  # fraction of all steps
+    schedule: Literal["linear", "cosine", "constant", "one_cycle"] = "cosine"
+    cycle_beta1: bool = True  # one_cycle moves beta1 between 0.95 and 0.85, against the rate
+    optimizer: Literal["adamw", "lion", "sgd"] = "adamw"
+    beta1: float = 0.9
+    beta2: float = 0.95  # of Lion 0.99 is usual
+    weight_decay: float = 0.1  # of matrices but the embedding; Lion wants three to ten times AdamW's
+    clip: float | None = 1.0  # global gradient norm; none = off
+    skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
+    dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    compile: bool = False
+    seed: int = 0  # of weights, order and dropout; the first one of a study
+    # evaluation and logging
+    eval_batch: int = 64  # blocks or rows per evaluation step, over all ranks
+    eval_every: int | None = 500  # steps; none = each epoch
+    eval_rows: int | None = 500  # validation rows or blocks looked at during training; none = all
+    answer_rows: int = 200  # validation problems answered then; 0 = none
+    final_eval: bool = True  # the test rows, once, at the end
+    test_weights: Literal["best", "last"] = "best"  # lowest validation loss, or the final ones
+    save_every: int | None = None  # steps; none = at each evaluation, before it
+    keep: int = 2  # checkpoints
+    log_every: int = 25  # steps
+    price_per_hour: float | None = None  # dollars for the whole box
+    note: str = ""  # kept in config.json
+    plain: str | None = None  # text that shows what is forgotten; none = held out of the pretraining's
+    plain_blocks: int = 100  # of it; 0 = none
+    # study
+    arms: tuple[
+        str, ...
+    ] = (  # method,constant=value,...: the first one sets the steps and the time of the others
+        *("full", "lora,lr=5e-4", "loha,lr=5e-4", "lokr,lr=2e-3", "full,qat=int4"),
+    )
+    budgets: tuple[str, ...] = ("steps", "time")  # what the arms have equal
+    shares: tuple[str, ...] = ("0.5", "0.75", "0.9")  # of mode split: pretraining's share of both budgets
+    seeds: int = 3  # of each arm: seed, seed + 1, ...
+    # run
+    mode: Literal["both", "pretrain", "finetune", "study", "split", "quantise", "export"] = "both"
+    run_folder: str | None = None  # the run that is quantised or exported
+    out: str | None = None  # none = runs/run_mathqa below the current folder
+    tag: str | None = None  # none = the preset's name
+    resume_timestamp: str | None = None  # of one stage: a timestamp, latest, or auto
+    resume_step: int | None = None  # an older checkpoint than the newest
+    backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"
+
+    def __post_init__(self):
+        if self.qat != "off" and self.method != "full":
+            raise core.UserError(f"--qat int4 trains all weights: use --method full, not {self.method}")
+        if self.lora_dropout and self.method in ("loha", "lokr"):
+            raise core.UserError(f"--lora_dropout {self.lora_dropout:g}: {self.method} has none, use 0")
+        if self.mode in SEVERAL and (self.resume_timestamp not in (None, "auto") or self.resume_step):
+            raise core.UserError(
+                f"mode {self.mode} goes on by itself: drop --resume_timestamp, --resume_step"
+            )
+        if self.mode in SEVERAL and self.init_from:
+            raise core.UserError(f"--init_from: mode {self.mode} pretrains first, use --mode finetune")
+        if odd := set(self.budgets) - {"steps", "time"}:
+            raise core.UserError(f"--budgets {odd.pop()}: use steps, time, or both")
+
+
+SEVERAL = ("both", "study", "split")  # modes that make several runs
+
+# 64 x 4 blocks of 512 tokens a step. The one-cycle of journal 004 ignored the 8e-4 of its file and took 1e-3,
+# and was 10,000 steps long whatever the clock said; here it ends with the clock.
+NOAM_WIDE4 = {
+    **{"mode": "pretrain", "text": "DKYoon/SlimPajama-6B", "block_size": 512, "n_layer": 10, "n_head": 16},
+    **{"n_embd": 1024, "pretrain_batch": 256, "pretrain_micro_batch": 64, "pretrain_max_minutes": 180.0},
+    **{"pretrain_lr": 8e-4, "pretrain_schedule": "one_cycle", "pretrain_warmup": 0.3, "cycle_beta1": True},
+    **{"beta1": 0.9, "beta2": 0.95, "pretrain_weight_decay": 0.1, "clip": 1.0, "test_weights": "last"},
+    **{"pretrain_eval_every": 2000, "pretrain_save_every": 500, "eval_rows": 1536},
+}
+# Its rows were padded to 1,024 tokens and cut into two windows of 512, the second one mostly nothing but
+# padding: 256 windows are 128 rows. It validated on the test part, which is not repeated.
+SECOND_STAGE_FULL = {
+    **{"mode": "finetune", "method": "full", "answer_format": "text", "loss_on_prompt": True, "batch": 128},
+    **{"group_lengths": False, "lr": 5e-6, "min_lr": 5e-7, "warmup": 0.05, "schedule": "cosine"},
+    **{"max_minutes": 60.0, "weight_decay": 0.1, "clip": 1.0, "eval_every": 500, "test_weights": "last"},
+}
+PRESETS = {
+    "recommended": {},
+    "noam_wide4": NOAM_WIDE4,
+    "noam_wide4_effective": NOAM_WIDE4 | {"pretrain_lr": 1e-3},
+    "second_stage_full": SECOND_STAGE_FULL,
+}
+SMOKE = {
+    **{"mode": lambda mode: "study" if mode == "both" else mode},
+    **{"data": "template-problems", "max_documents": None, "text": "python-docs", "text_documents": 400},
+    **{"tokenizer": "bpe:512", "val_share": 0.1, "test_share": 0.1, "block_size": 64, "max_length": 64},
+    **{"n_layer": 2, "n_head": 4, "n_embd": 64, "dropout": 0.0, "qat_group": 32, "vocab_multiple": 32},
+    **{"pretrain_batch": 24, "pretrain_micro_batch": None, "pretrain_max_steps": 120},
+    **{"pretrain_max_minutes": None, "pretrain_lr": lambda lr: 5 * lr, "pretrain_eval_every": 60},
+    **{"pretrain_save_every": None, "batch": 48, "max_minutes": None, "max_steps": 240},
+    **{"lr": lambda lr: 80 * lr, "warmup": 0.1, "dtype": "fp32", "eval_every": 120, "eval_rows": 100},
+    **{"answer_rows": 50, "save_every": None, "plain_blocks": 20, "seeds": 1, "budgets": ("steps",)},
+    **{"arms": ("full", "lora,lr=1e-2", "loha,lr=1e-2", "lokr,lr=2e-2", "full,qat=int4")},
+}
+FOREVER = 10**9  # steps, where only the clock ends a stage
+
+
+class Lion(torch.optim.Optimizer):
+    """p <- p (1 - lr wd) - lr sign(b1 m + (1 - b1) g); m <- b2 m + (1 - b2) g (Chen et al. 2023).
+
+    One tensor of state for each parameter. Every step is as long as the rate says: a third to a tenth of
+    AdamW's, with a decay as many times higher, since decay is scaled by the rate; for batches of 64 and more.
+    """
+
+    def __init__(self, groups, betas=(0.9, 0.99)):
+        super().__init__(groups, {"lr": 0.0, "betas": betas, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            for p in group["params"]:
+                if p.grad is not None:
+                    m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                    p.mul_(1 - lr * group["weight_decay"])
+                    p.add_(m.lerp(p.grad, 1 - beta1).sign_(), alpha=-lr)
+                    m.lerp_(p.grad, 1 - beta2)
+
+
+def make_optimizer(cfg, model):
+    """Of what trains: made when adapters and quantisation are in place."""
+    groups = core.parameter_groups(model, cfg.weight_decay, undecayed=("wte.weight",))
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), fused=True)
+    return (
+        Lion(groups, (cfg.beta1, cfg.beta2))
+        if cfg.optimizer == "lion"
+        else torch.optim.SGD(groups, momentum=0.9)
+    )
+
+
+# ------------------------------------------------------------------------------------------------ both stages
+
+
+@dataclass
+class Stage:
+    """What the loop needs to know of pretraining or of fine-tuning."""
+
+    units: object  # what batches are made of: corpus.Blocks, sft.Examples, sft.Packs
+    batches: core.ShardedBatches
+    total_steps: int
+    model: gpt_scratch.GPT
+    trained: object  # what checkpoints hold: the model, or its adapters
+    precision: core.Precision
+    announce: object  # () -> None: says what is about to run, and begins the run
+    check: object  # (step, where, keep_best, poll) -> None: validation
+    describe: object  # () -> str: what the loss sees
+    autopsy: object  # (step, lr) -> dict: what an odd step saw
+
+
+def length_of(cfg, batches) -> int:
+    """Optimizer steps of a stage, as far as steps and epochs bound it."""
+    epochs = None if cfg.epochs is None else cfg.epochs * len(batches)
+    bounds = [steps for steps in (epochs, cfg.max_steps) if steps is not None]
+    if not bounds and cfg.max_minutes is None:
+        prefix = "pretrain_" if cfg.mode == "pretrain" else ""
+        raise core.UserError(
+            f"nothing ends mode {cfg.mode}: use --{prefix}max_minutes or --{prefix}max_steps"
+        )
+    return min([*bounds, FOREVER])
+
+
+def fit(run, cfg, world, s) -> dict:
+    """The loop. Returns how long it was and what memory the gradients and the optimizer took."""
+    units, batches, model = s.units, s.batches, s.model
+    lengths, total_steps = np.asarray(units.lengths), s.total_steps
+    optimizer = make_optimizer(cfg, model)
+    saved = s.trained, optimizer, s.precision
+    s.announce()
+    step = run.load(*saved)
+    if cfg.compile:
+        for block in model.h:
+            block.compile(dynamic=cfg.mode == "finetune")
+    ddp = core.wrap_ddp(model, world)
+
+    def forward_backward(mine, targets) -> float:
+        """Gradients of this rank's share of the summed loss / targets; returns the share's sum."""
+        losses = []
+        for part in core.micro_batches(ddp, mine, cfg.micro_batch, lengths[mine], cfg.micro_tokens):
+            with s.precision.autocast():
+                losses.append(ddp(*units.batch(part, world.device)))
+            core.scaled_backward(losses[-1], world, targets, s.precision)
+        return sum(loss.item() for loss in losses)
+
+    core.reseed(cfg.seed, "worst case")
+    quantise.switch(model, True)
+    worst = batches.longest()[: math.ceil(cfg.batch / world.size)].tolist()
+    at_once = cfg.micro_batch or core.length_groups(lengths[worst].tolist(), cfg.micro_tokens)[0]
+    seconds = core.worst_case(world, ddp, lambda: forward_backward(worst, 1), optimizer, at_once)
+    run.poll()
+    run.forecast(s.trained, optimizer, total_steps - step, seconds, lengths.mean() / lengths[worst].mean())
+    run.say(s.describe())
+    quantised = run.state.get("quantised_from") is not None
+
+    def where():
+        return f"epoch {step / len(batches):.3g}" + (f"/{cfg.epochs}" if cfg.epochs else "")
+
+    def keep_best(loss) -> bool:
+        comparable = cfg.qat == "off" or quantised  # a loss without quantisation is no record to beat
+        return (
+            cfg.test_weights == "best"
+            and comparable
+            and (ends or step > 0)
+            and run.save_best(step, loss, s.trained)
+        )
+
+    while True:
+        length = run.schedule_length(step, total_steps)
+        ends = step >= total_steps
+        if cfg.qat != "off" and not quantised and (ends or step >= cfg.qat_start * length):
+            quantised, run.state["quantised_from"] = True, step
+            run.say(f"{where()}  step {step}: int4 weights and int8 activations from here on")
+        quantise.switch(model, quantised)
+        due = ends or step % (cfg.eval_every or len(batches)) == 0
+        saves = step % cfg.save_every == 0 if cfg.save_every else due
+        if ends or (saves and step > 0):
+            run.save(step, *saved, must=ends)
+        if due and run.state.get("evaluated") != step:
+            # without a checkpoint just made, a signal waits until the evaluation is over, and is then saved
+            s.check(step, where(), keep_best, run.poll if ends or saves else run.agree)
+            run.state["evaluated"] = step
+        if ends:
+            break
+        mine = batches.rank_batch(step)
+        targets = run.agree(int(units.targets(mine).sum()))
+        if run.stopping:
+            run.save(step, *saved, must=True)
+            raise core.Stop(run.stopping)
+        if run.clock_share >= 1:  # max_minutes are spent
+            total_steps = step
+            continue
+        length = run.schedule_length(step, total_steps)
+        core.reseed(cfg.seed, step, world.rank)
+        lr, beta1 = core.lr_at(cfg, step, length), core.beta1_at(cfg, step, length)
+        loss_sum = forward_backward(mine, targets)
+        odd = run.watch(step + 1, loss_sum, targets, model, functools.partial(s.autopsy, step, lr))
+        step += 1
+        grad_norm = core.optimizer_step(optimizer, s.precision, cfg.clip, lr, beta1, skip=odd)
+        run.step_done(loss_sum, targets, int(lengths[batches.global_batch(step - 1)].sum()))
+        if cfg.max_minutes is not None:  # such a run is not repeated to the bit: its path is kept
+            run.metrics(step, {"clock/lr": lr, "clock/share": run.clock_share})
+        if step % cfg.log_every == 0 or step == total_steps:
+            run.log_training(where(), step, length, {"lr": lr, "grad_norm": grad_norm})
+    trains = [p for p in model.parameters() if p.requires_grad]
+    state = [t for of in optimizer.state.values() for t in of.values() if isinstance(t, torch.Tensor)]
+    found = {"steps": step, "state_mb": sum(t.numel() * t.element_size() for t in (*trains, *state)) / 1e6}
+    optimizer.zero_grad(set_to_none=True)  # makes room for measuring
+    optimizer.state.clear()
+    return found
+
+
+def held_out(cfg) -> tuple[str, ...]:
+    """The parts whose figures a run ends with, the most important one last."""
+    return ("val", "test") if cfg.final_eval else ("val",)
+
+
+def weights_of(run, cfg, s) -> dict:
+    """The final weights' checksum; then the model has the weights that are to be tested."""
+    found = {"weights_sha256": runs.weights_sha256(s.trained), "test_checkpoints": [run.checkpoint]}
+    if cfg.test_weights == "best":
+        found["test_checkpoints"] = [run.load_best(s.trained)]
+    return found | dict(
+        zip(("parameters", "trainable_parameters"), core.count_parameters(s.model), strict=True)
+    )
+
+
+def said(m, part) -> str:
+    """The figures that both stages have, for a line."""
+    loss, accuracy = (core.plus_minus(m[f"{part}/{k}"], m[f"{part}/{k}_interval"], n) for k, n in FIGURES)
+    guess = f"token frequencies {m[f'{part}/unigram_loss']:.4f}"
+    return f"loss {loss}  perplexity {m[f'{part}/perplexity']:.2f}  accuracy {accuracy}  {guess}"
+
+
+FIGURES = (("loss", 4), ("accuracy", 3))
+
+
+def farewell(run, result, part):
+    """The last lines of a stage."""
+    loss, perplexity = f"{result[f'{part}/loss']:.4f}", f"{result[f'{part}/perplexity']:.2f}"
+    run.say(f"done  {part} loss {loss}  perplexity {perplexity}  {run.seconds / 60:.1f} min")
+    run.say(f"all figures: {run.folder}/result.json")
+    run.say(f"next: python eval.py --run {run.folder}")
+
+
+# ------------------------------------------------------------------------------------------------ pretraining
+
+
+def pretraining(cfg) -> Config:
+    """The constants of the first stage: what is called pretrain_... takes the place of its namesake."""
+    names = {field.name for field in fields(Config) if field.name.startswith("pretrain_")}
+    theirs = {name.removeprefix("pretrain_"): getattr(cfg, name) for name in names}
+    typed = core.typed(cfg)
+    if cfg.mode == "pretrain" and (odd := sorted(typed.flags & {*theirs, "epochs"})):
+        other = "pretrain_max_steps" if odd[0] == "epochs" else f"pretrain_{odd[0]}"
+        raise core.UserError(f"--{odd[0]} is fine-tuning's: use --{other}")
+    flags = {name.removeprefix("pretrain_") for name in typed.flags - {*theirs, "epochs"}}
+    own = {"mode": "pretrain", "epochs": None, "method": "full", "qat": "off", **theirs}
+    return core.with_flags(replace(cfg, **own), typed, flags)
+
+
+def corpus_of(cfg) -> corpus.Corpus:
+    return corpus.Corpus(
+        cfg.text, cfg.tokenizer, cfg.text_column, cfg.text_documents, cfg.val_share, cfg.test_share,
+        cfg.split_seed, cfg.text_tokens,
+    )  # fmt: skip
+
+
+def new_model(cfg, tokenizer) -> gpt_scratch.GPT:
+    """Rotary positions, SwiGLU, RMSNorm, no biases, tied: journal 004's `noam`."""
+    rows = math.ceil(len(tokenizer) / cfg.vocab_multiple) * cfg.vocab_multiple
+    return gpt_scratch.GPT(gpt_scratch.GPTConfig(
+        rows, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, positions="rotary", norm="rmsnorm",
+        activation="swiglu", bias=False, qkv_bias=False, dropout=cfg.dropout, checkpointing=cfg.checkpointing,
+    ))  # fmt: skip
+
+
+def blocks_of(cfg, tokens, part, most=None) -> corpus.Blocks:
+    """The first `most` blocks of a part; none: all."""
+    ids = tokens.parts[part][: None if most is None else most * cfg.block_size + 1]
+    if len(ids) < 2:
+        share = "" if part == "train" else f" or a larger --{part}_share"
+        raise core.UserError(f"{cfg.text} leaves no {part} text: use more documents{share}")
+    return corpus.Blocks(ids, cfg.block_size)
+
+
+def pretrain(run, cfg, world) -> dict:
+    tokens = corpus.open_corpus(corpus_of(cfg), world)
+    run.pin("fingerprint", tokens.fingerprint)
+    train, val = blocks_of(cfg, tokens, "train"), blocks_of(cfg, tokens, "val", cfg.eval_rows)
+    for part in held_out(cfg):
+        blocks_of(cfg, tokens, part)
+    batches = core.ShardedBatches(np.full(len(train), cfg.block_size), cfg.batch, world, seed=cfg.seed)
+    core.reseed(cfg.seed, "init")
+    precision = core.Precision(cfg.dtype, world)
+    model = precision.prepare(new_model(cfg, tokens.tokenizer))
+
+    def announce():
+        total = core.count_parameters(model)[0]
+        sizes = "  ".join(f"{part} {len(of)}" for part, of in tokens.parts.items())
+        run.say(f"model noam  {total / 1e6:.1f}M parameters ({total:,})   tokens {sizes}")
+        run.begin()
+        for line in tokens.lines:
+            run.say(line)
+        run.say(f"{cfg.batch * cfg.block_size:,} tokens a step, {len(batches):,} steps an epoch")
+        core.on_main(world, lambda: gpt_scratch.describe_model(run.folder, model, tokens.tokenizer))
+
+    def check(step, where, keep_best, poll):
+        sums = gpt_scratch.evaluate(model, val, cfg, world, poll)
+        found = core.language_metrics(sums, gpt_scratch.stretches(len(sums)))
+        if step == 0:
+            run.say(f"initial loss {found['loss']:.4f}  ln V {math.log(model.config.vocab_size):.4f}")
+        sft.report_validation(run, step, found, where, keep_best(found["loss"]), len(batches))
+
+    def autopsy(step, lr) -> dict:
+        rows = batches.global_batch(step).tolist()
+        first = train.tokens[rows[0] * cfg.block_size : (rows[0] + 1) * cfg.block_size + 1]
+        return {"lr": lr, "rows": rows, "first_row": tokens.tokenizer.decode(first.tolist())}
+
+    def describe() -> str:
+        text = gpt_scratch.one_line(tokens.tokenizer.decode(train.tokens[: cfg.block_size].tolist()))
+        return f"the loss sees, in {train.targets([0])[0]} targets (all but the first token):\n  {text[:96]}"
+
+    s = Stage(
+        train, batches, length_of(cfg, batches), model, model, precision, announce, check, describe, autopsy
+    )
+    result = fit(run, cfg, world, s)
+    result |= weights_of(run, cfg, s)
+    figures, losses, _ = measure_text(model, tokens, cfg, world, run.poll)
+    for part in held_out(cfg):
+        run.say(f"{part:5} {said(figures, part)}")
+        if alarm := figures[f"{part}/alarm"]:
+            run.say(alarm)
+    core.on_main(world, lambda: core.write_lines(run.folder / "losses.jsonl", losses))
+    farewell(run, figures, part)
+    return result | figures
+
+
+def measure_text(model, tokens, cfg, world, poll) -> tuple[dict, list, list]:
+    """Figures of val and test, lines of losses.jsonl, and no answers."""
+    found, sizes = {}, corpus.token_bytes(tokens.tokenizer)
+    for part in held_out(cfg):
+        blocks = blocks_of(cfg, tokens, part)
+        sums = gpt_scratch.evaluate(model, blocks, cfg, world, poll)
+        metrics = gpt_scratch.measure(sums, blocks, tokens.unigram, sizes)
+        found |= {f"{part}/{name}": value for name, value in metrics.items()}
+    return found, gpt_scratch.losses(part, sums, blocks, sizes), []
+
+
+# ------------------------------------------------------------------------------------------------ fine-tuning
+
+
+def newest_pretraining(cfg) -> str | None:
+    """The newest finished run of mode pretrain in cfg.out."""
+    folders = sorted(path.parent for path in runs.out_folder(cfg, __file__).glob("*/result.json"))
+    for folder in reversed(folders):
+        finished = json.loads((folder / "result.json").read_text()).get("status") == "finished"
+        if finished and runs.read_config(folder)["constants"].get("mode") == "pretrain":
+            return str(folder)
+    return None
+
+
+def is_own_pretraining(name) -> bool:
+    """Whether cfg.init_from is a run of this script's first stage, whose text is in the token cache."""
+    if not gpt_scratch.is_run(name):
+        return False
+    config = runs.read_config(name)
+    return config["script"] == Path(__file__).stem and config["constants"]["mode"] == "pretrain"
+
+
+def open_base(cfg, world):
+    """(model, tokenizer, pretraining text or None) of cfg.init_from."""
+    name, text = cfg.init_from, None
+    if name is None:
+        raise core.UserError("there is no pretraining run: --mode pretrain makes one, or use --init_from")
+    if name == "new":
+        text = corpus.open_corpus(corpus_of(cfg), world)
+        core.reseed(cfg.seed, "init")
+        return new_model(cfg, text.tokenizer), text.tokenizer, text
+    if (Path(name) / "checkpoints").is_dir() and not gpt_scratch.is_run(name):
+        raise core.UserError(f"--init_from {name} holds adapters only: --mode export merges them")
+    model, tokenizer = core.main_first(
+        world, lambda: gpt_scratch.open_model(name, cfg.dropout, cfg.checkpointing)
+    )
+    if cfg.init_step is not None:
+        folder = Path(name) / "checkpoints" / f"step_{cfg.init_step:08d}"
+        if not gpt_scratch.is_run(name) or runs.broken(folder):
+            found = ", ".join(sorted(path.name for path in folder.parent.glob("step_*"))) or "none"
+            raise core.UserError(
+                f"--init_step {cfg.init_step}: no whole checkpoint {folder.name}; there: {found}"
+            )
+        runs.load_weights(folder, model)
+    if is_own_pretraining(name):
+        text = corpus.open_corpus(corpus_of(stored_config(name)), world)
+    if len(tokenizer) > model.config.vocab_size:
+        raise core.UserError(f"the tokenizer of {name} has {len(tokenizer)} tokens, the model "
+                             f"{model.config.vocab_size}: they do not belong together")  # fmt: skip
+    return model, tokenizer, text
+
+
+def tuned(cfg, base, world):
+    """(model as it is trained, what of it a checkpoint holds)"""
+    core.reseed(cfg.seed, "adapters")
+    if cfg.method != "full":
+        adapters.add_adapters(base, cfg.method, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
+    if cfg.qat != "off":
+        quantise.prepare(base, cfg.qat_group)
+    model = core.Precision(cfg.dtype, world).prepare(base)
+    return model, model if cfg.method == "full" else lora.Adapters(model)
+
+
+def plain_text(cfg, tokenizer, text, world) -> corpus.Blocks | None:
+    """Held-out blocks of the text that the base has read, or of cfg.plain."""
+    if not cfg.plain_blocks:
+        return None
+    if cfg.plain is None and text is not None:
+        return blocks_of(cfg, text, "test", cfg.plain_blocks)
+    sizes = min(cfg.block_size, cfg.max_length), cfg.plain_blocks
+    try:
+        return core.main_first(world, lambda: sft.plain_blocks(cfg.plain or "python-docs", tokenizer, *sizes))
+    except core.UserError as error:
+        raise core.UserError(f"--plain: {error}") from None
+
+
+def finetune(run, cfg, world) -> dict:
+    base, tokenizer, text = open_base(cfg, world)
+    if cfg.max_length > base.config.block_size:
+        raise core.UserError(
+            f"--max_length {cfg.max_length} is over the {base.config.block_size} of {cfg.init_from}"
+        )
+    data = mathqa.load_problems(cfg, world, tokenizer)
+    run.pin("fingerprint", data.fingerprint)
+    parts, lines = mathqa.examples_of(data, cfg)
+    units = sft.Packs(parts["train"], cfg.max_length) if cfg.pack else parts["train"]
+    block = 50 if cfg.group_lengths else 1
+    batches = core.ShardedBatches(units.lengths, cfg.batch, world, seed=cfg.seed, block=block)
+    plain, val = plain_text(cfg, tokenizer, text, world), parts["val"].some(cfg.eval_rows)
+    asked = mathqa.some(parts["val"].rows, cfg.answer_rows)
+    model, trained = tuned(cfg, base, world)
+    base_sha256 = runs.state_sha256(lora.base_weights(model))
+    run.pin("base_sha256", base_sha256)
+    precision = core.Precision(cfg.dtype, world)
+
+    def announce():
+        (total, trains), method = core.count_parameters(model), cfg.method
+        counts = "  ".join(f"{name} {len(of)}" for name, of in parts.items())
+        method += f" r={cfg.lora_rank}" if method != "full" else " int4" if cfg.qat != "off" else ""
+        run.say(f"model {method} of {total / 1e6:.1f}M parameters, {trains:,} trainable   {counts}")
+        run.begin()
+        run.say(f"from {cfg.init_from}\ndata {cfg.data}  {len(data)} rows")
+        for line in [*data.lines, *lines]:
+            run.say(line)
+        length, targets = (
+            parts["train"].lengths.mean(),
+            parts["train"].targets(range(len(parts["train"]))).mean(),
+        )
+        rows = f"train rows have {length:.0f} tokens, {targets:.1f} of them targets"
+        run.say(f"{rows}; {len(batches)} steps an epoch")
+        if cfg.data != mathqa.BUILT_IN:
+            run.say(
+                "(about a quarter of MathQA's formulas disagree with its labels: accuracy has a low ceiling)"
+            )
+        if cfg.optimizer == "lion" and cfg.batch < 64:
+            run.say(f"NOTE Lion is recommended for batches of 64 and more, not {cfg.batch}")
+        core.on_main(world, lambda: keep_for_later(run.folder, cfg, model, tokenizer))
+
+    def check(step, where, keep_best, poll):
+        if step == 0 and plain:
+            run.state["plain"] = sft.plain_losses(run, cfg, plain, model, poll).tolist()
+        sums = gpt_scratch.evaluate(model, val, cfg, world, poll)
+        found = core.language_metrics(sums, data.groups[val.rows])
+        sft.report_validation(run, step, found, where, keep_best(found["loss"]), len(batches))
+        if len(asked):
+            scores = mathqa.Scores.of(model, mathqa.Choices(data, asked), cfg, world, poll)
+            share = scores.right(data, asked).mean(0).tolist()
+            run.say(f"{where}  val  answers {share[0]:.3f}  per token {share[1]:.3f} of {len(asked)}")
+            run.metrics(step, {"val/answer_accuracy": share[0], "val/answer_accuracy_per_token": share[1]})
+
+    whole = sft.Study(data, parts, units, batches, 0, val, plain, lines)
+
+    def autopsy(step, lr) -> dict:
+        return sft.autopsy(run, cfg, whole, model, batches.global_batch(step).tolist(), {"lr": lr})
+
+    describe = functools.partial(sft.describe_example, parts["train"])
+    s = Stage(
+        units, batches, length_of(cfg, batches), model, trained, precision, announce, check, describe, autopsy
+    )
+    result = fit(run, cfg, world, s)
+    if cfg.method != "full":
+        if runs.state_sha256(lora.base_weights(model)) != base_sha256:
+            raise RuntimeError("the base has moved: only adapters may")
+        run.say("the base is unchanged (checksum)")
+    result |= weights_of(run, cfg, s)
+    figures, losses, answers = measure_rows(model, data, parts, cfg, world, run.poll)
+    for part in held_out(cfg):
+        run.say(f"{part:5} {said(figures, part)}")
+        everywhere = figures[f"{part}/accuracy_over_padding"]
+        run.say(f"{part:5} (over every position of rows padded to 1,024, as the journal: {everywhere:.4f})")
+        for line in mathqa.answer_lines(part, figures):
+            run.say(line)
+    if plain:
+        figures |= sft.forgetting(run, replace(cfg, plain=cfg.plain or "the pretraining"), plain, model)
+    core.on_main(world, lambda: core.write_lines(run.folder / "losses.jsonl", losses))
+    core.on_main(world, lambda: core.write_lines(run.folder / "answers.jsonl", answers))
+    farewell(run, figures, part)
+    return result | figures | {"base_sha256": base_sha256}
+
+
+def measure_rows(model, data, parts, cfg, world, poll) -> tuple[dict, list, list]:
+    """Figures of val and test, lines of losses.jsonl and of answers.jsonl (of the last part)."""
+    found = {}
+    for part in held_out(cfg):
+        of_part, losses, answers = mathqa.measure(model, part, parts, data, cfg, world, poll)
+        found |= of_part
+    return found, losses, answers
+
+
+def keep_for_later(folder, cfg, model, tokenizer):
+    """tokenizer/ and, where a checkpoint holds a whole model, gpt.json: they let the folder rebuild it."""
+    if cfg.method == "full":
+        gpt_scratch.describe_model(folder, model, tokenizer)
+    else:
+        tokenizer.save_pretrained(folder / "tokenizer")
+
+
+# ------------------------------------------------------------------------------------- a run, from its folder
+
+
+def stored_config(folder) -> Config:
+    """The constants that a run had; those that the script no longer knows are passed over."""
+    stored, known = runs.read_config(folder), {field.name for field in fields(Config)}
+    if stored["script"] != Path(__file__).stem:
+        raise core.UserError(f"{folder} is a run of {stored['script']}.py: open it there")
+    return Config(**{name: value for name, value in stored["constants"].items() if name in known})
+
+
+def load_model(folder, world):
+    """(Config, model, tokenizer) of a run, with the weights it was tested with; quantised as in training."""
+    cfg = stored_config(folder)
+    if cfg.mode == "pretrain":
+        model, tokenizer = gpt_scratch.open_model(folder)
+        return cfg, core.Precision(cfg.dtype, world).prepare(model).eval(), tokenizer
+    if cfg.method == "full":  # the base is in the folder
+        base, tokenizer = gpt_scratch.open_model(folder)
+        model, _ = tuned(cfg, base, world)
+        quantise.switch(model, True)
+        return cfg, model.eval(), tokenizer
+    base, tokenizer, _ = open_base(cfg, world)
+    model, trained = tuned(cfg, base, world)
+    if runs.state_sha256(lora.base_weights(model)) != runs.read_config(folder)["facts"].get("base_sha256"):
+        raise core.UserError(f"--init_from {cfg.init_from} is not the model that {folder} was trained on")
+    runs.load_weights(Path(folder) / "checkpoints" / runs.chosen_checkpoint(folder), trained)
+    return cfg, model.eval(), tokenizer
+
+
+evaluate = gpt_scratch.evaluate  # (blocks or rows, 3): summed loss, hits, targets of each
+
+
+def own_measure(folder, cfg, tokenizer, world):
+    """What measures a model on the held-out data of a run, (model, poll) -> figures, losses, answers; and the
+    units of its last part."""
+    stored = runs.read_config(folder)["facts"]["fingerprint"]
+    if cfg.mode == "pretrain":
+        tokens = corpus.open_corpus(corpus_of(cfg), world)
+        runs.same_data(stored, tokens.fingerprint, cfg.text, ("data", "tokenizer"))
+        units = blocks_of(cfg, tokens, held_out(cfg)[-1])
+        return (lambda model, poll: measure_text(model, tokens, cfg, world, poll)), units
+    data = mathqa.load_problems(cfg, world, tokenizer)
+    runs.same_data(stored, data.fingerprint, cfg.data)
+    parts, _ = mathqa.examples_of(data, cfg)
+    return (lambda model, poll: measure_rows(model, data, parts, cfg, world, poll)), parts[held_out(cfg)[-1]]
+
+
+def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
+    """The figures of a run's own val and test data, measured again; losses.jsonl: its name and lines."""
+    cfg, model, tokenizer = load_model(folder, world)
+    cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
+    measure, _ = own_measure(folder, cfg, tokenizer, world)
+    found, losses, _ = measure(model, poll)
+    return found, ("losses.jsonl", losses)
+
+
+def merged(model) -> gpt_scratch.GPT:
+    """A plain float GPT of whatever was trained."""
+    return (
+        lora.merge_lora(model)
+        if lora.adapted(model)
+        else gpt_scratch.with_weights(model.config, model.state_dict())
+    )
+
+
+# -------------------------------------------------------------------------------------------- int4 and export
+
+
+def quantise_run(folder, cfg, world, say, poll) -> dict:
+    """Makes <run>/quantised_<group>/, loads it from the disk and measures it beside the run's float weights:
+    {"float": figures, "int4": figures, ...}. What has been measured before is read.
+    """
+    own, model, tokenizer = load_model(folder, world)
+    group = own.qat_group if own.qat != "off" else cfg.qat_group  # the one it was trained for
+    model, target = merged(model).eval(), Path(folder) / f"quantised_{group}"
+    weights = runs.weights_sha256(model)
+    if known := core.on_main(world, lambda: known_figures(target, weights)):
+        return known
+    core.on_main(world, lambda: quantise.save(quantise.convert(model, group), group, tokenizer, target))
+    small, _ = core.main_first(world, lambda: quantise.load(target))
+    measure, units = own_measure(folder, replace(own, eval_batch=cfg.eval_batch), tokenizer, world)
+    found = {"weights_sha256": weights, "group": group, "trained_for_it": own.qat != "off"}
+    bytes_of = {"float": sum(t.numel() * t.element_size() for t in model.state_dict().values())}
+    bytes_of["int4"] = (target / "model.safetensors").stat().st_size
+    for kind, of in (("float", model), ("int4", small.to(world.device))):
+        figures, _, _ = measure(of, poll)
+        rate = tokens_per_second(of, units, own, world, poll)
+        found[kind] = figures | {"mb": bytes_of[kind] / 1e6, "tokens_per_second": rate}
+        say(f"{kind:5} {held_out(own)[-1]} {said(figures, held_out(own)[-1])}")
+    core.on_main(world, lambda: core.write_json(target / "result.json", found))
+    return found
+
+
+def known_figures(target, weights) -> dict | None:
+    """What quantise_run found for these weights; a folder of others, or an unfinished one, is removed."""
+    try:
+        known = json.loads((target / "result.json").read_text())
+    except (OSError, ValueError):
+        known = {}
+    if known.get("weights_sha256") == weights:
+        return known
+    shutil.rmtree(target, ignore_errors=True)
+    return None
+
+
+def tokens_per_second(model, units, cfg, world, poll) -> float:
+    """Of evaluation, over at most 200 rows; the first pass is not counted."""
+    some = (
+        units.some(200)
+        if hasattr(units, "some")
+        else corpus.Blocks(units.tokens[: 200 * units.block_size + 1], units.block_size)
+    )
+    for _ in range(2):
+        began = time.perf_counter()
+        gpt_scratch.evaluate(model, some, cfg, world, poll)
+    return int(np.asarray(some.lengths).sum()) / (time.perf_counter() - began)
+
+
+def of_one_run(cfg, world, say, poll):
+    """Modes quantise and export."""
+    if not cfg.run_folder:
+        raise core.UserError(f"--mode {cfg.mode} needs --run_folder")
+    if cfg.mode == "quantise":
+        found = quantise_run(cfg.run_folder, cfg, world, say, poll)
+        say(show.quantised_table({Path(cfg.run_folder).name: [found]}))
+        return say(f"done  {cfg.run_folder}/quantised_{found['group']}")
+    _, model, tokenizer = load_model(cfg.run_folder, world)
+    folder = Path(cfg.run_folder) / "merged"
+    core.on_main(world, lambda: gpt_scratch.save_pretrained(merged(model), tokenizer, folder))
+    say(f"written: {folder}\nnext: python gpt_scratch.py --mode generate --model {folder}")
+
+
+# ---------------------------------------------------------------------------------------------- several runs
+
+
+@dataclass
+class Study:
+    """What the stages share: where results go, how to say a line, what polls for signals."""
+
+    cfg: Config
+    world: core.World
+    folder: Path
+    say: object
+    poll: object
+
+
+# constants that decide how a run is made, but not what comes out of it
+OF_NO_MATTER = (runs.MAY_CHANGE - {"epochs", "max_steps", "max_minutes"}) | runs.OF_THE_CALL | {"run_folder"}
+OF_STUDIES = {"arms", "budgets", "shares", "seeds"}
+ARM_MAY = {  # what an arm may have of its own: how it is tuned, not what on or how much of it
+    *("lr", "min_lr", "warmup", "schedule", "cycle_beta1", "optimizer", "beta1", "beta2", "weight_decay"),
+    *(
+        "clip",
+        "dropout",
+        "lora_rank",
+        "lora_alpha",
+        "lora_dropout",
+        "qat",
+        "qat_group",
+        "qat_start",
+        "method",
+    ),
+}
+
+
+def arm_config(cfg, arm) -> Config:
+    """cfg with the constants of an arm, `lora,lr=5e-4`. UserError for what no arm may change."""
+    method, *given = (word.strip() for word in arm.split(","))
+    argv = ["--method", method]
+    for word in given:
+        name, equals, value = word.partition("=")
+        if not equals or name not in ARM_MAY:
+            raise core.UserError(
+                f"--arms {arm}: {word!r} is no constant of an arm; use {', '.join(sorted(ARM_MAY))}"
+            )
+        argv += (
+            [f"--no-{name}"]
+            if value == "false"
+            else [f"--{name}"]
+            if value == "true"
+            else [f"--{name}", value]
+        )
+    parsed = core.parse_config(Config, {}, {}, "", argv)
+    return replace(cfg, **{name: getattr(parsed, name) for name in core.typed(parsed).flags})
+
+
+def as_run(s, cfg, tag) -> Config:
+    """`cfg` as a run of a study, found again by its tag; another one where a constant of its stage differs."""
+    first = {field.name for field in fields(Config) if field.name.startswith("pretrain_")}
+    text = {"text", "text_column", "text_documents", "text_tokens", "tokenizer", "vocab_multiple"}
+    text |= {"n_layer", "n_head", "n_embd", "val_share", "test_share", "block_size"}
+    of_rows = {"data", "max_documents", "answer_format", "loss_on_prompt", "max_length", "pack", "init_from"}
+    of_rows |= {
+        "init_step",
+        "method",
+        "lora_rank",
+        "lora_alpha",
+        "lora_dropout",
+        "qat",
+        "qat_group",
+        "qat_start",
+    }
+    of_rows |= {"group_lengths", "answer_rows", "plain", "plain_blocks"}
+    other = of_rows if cfg.mode == "pretrain" else text
+    own = {field.name for field in fields(Config)} - OF_NO_MATTER - OF_STUDIES - first - other
+    tag = "-".join(filter(None, [s.cfg.tag, tag, f"s{cfg.seed}"]))
+    one = replace(cfg, tag=tag, resume_timestamp="auto")
+    typed = replace(core.typed(s.cfg), overrides={})
+    return core.with_flags(
+        one, typed, own | core.typed(s.cfg).flags & runs.MAY_CHANGE - {"epochs", "max_steps", "max_minutes"}
+    )
+
+
+def length_name(cfg) -> str:
+    """The length of a stage, as a part of its tag."""
+    named = ((cfg.max_minutes, "min"), (cfg.max_steps, "steps"), (cfg.epochs, "epochs"))
+    return "-".join(f"{n:g}{unit}" for n, unit in named if n is not None)
+
+
+def one_run(s, cfg) -> Path:
+    """The folder of the run with these constants, made now or before; core.Stop if it is stopped."""
+    if folder := core.on_main(s.world, lambda: str(runs.finished_run(cfg, __file__) or "")):
+        s.say(f"finished already: {folder}")
+        return Path(folder)
+    if s.world.device.type != "cpu":
+        getattr(torch, s.world.device.type).reset_peak_memory_stats()
+    ended = False
+    with runs.Run(cfg, s.world, __file__, unit="tokens") as run:
+        run.result = STAGES[cfg.mode](run, run.cfg, s.world)
+        ended = True
+    if not ended:
+        core.barrier(s.world)  # all ranks have read what rank 0 said last, before it leaves
+        raise core.Stop("the study")
+    s.poll()
+    return run.folder
+
+
+STAGES = {"pretrain": pretrain, "finetune": finetune}
+
+
+def pretrained(s, cfg) -> Path:
+    one = pretraining(cfg)
+    return one_run(s, as_run(s, one, f"pretrain-{length_name(one)}"))
+
+
+def tuned_run(s, cfg, base, name) -> Path:
+    return one_run(s, as_run(s, replace(cfg, mode="finetune", init_from=str(base)), results.slug(name)))
+
+
+def both(s):
+    """Pretraining, then fine-tuning of what came out."""
+    base = pretrained(s, s.cfg)
+    folder = tuned_run(s, s.cfg, base, f"{s.cfg.method}-{length_name(s.cfg)}")
+    s.say(f"both stages are done: {base}, {folder}")
+
+
+def study(s):
+    """Every arm with every seed at equal steps and at equal time; then int4 of the first arm and of qat."""
+    cfg, found = s.cfg, {}
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        base = pretrained(s, replace(cfg, seed=seed))
+        one = arm_config(replace(cfg, seed=seed), cfg.arms[0])
+        first = tuned_run(s, one, base, f"{cfg.arms[0]}-{length_name(one)}")
+        length = core.on_main(s.world, lambda folder=first: show.length(folder))
+        for budget in cfg.budgets:
+            equal = {"max_minutes": None, "max_steps": length["steps"], "epochs": None}
+            if budget == "time":
+                equal |= {"max_minutes": length["seconds"] / 60, "max_steps": None}
+            for arm in cfg.arms:
+                one = arm_config(replace(cfg, seed=seed, **equal), arm)
+                is_first = arm == cfg.arms[0]
+                folder = first if is_first else tuned_run(s, one, base, f"{arm}-equal-{budget}")
+                found.setdefault(budget, {}).setdefault(arm, []).append(folder)
+    budget = cfg.budgets[0]
+    small = {
+        arm: [quantise_run(folder, cfg, s.world, s.say, s.poll) for folder in found[budget][arm]]
+        for arm in (cfg.arms[0], *(arm for arm in cfg.arms[1:] if arm_config(cfg, arm).qat != "off"))
+    }
+    core.on_main(s.world, lambda: conclude(s, found, small))
+
+
+def split(s):
+    """The first arm after each share of pretraining, both stages together as long as ever."""
+    cfg, found = s.cfg, {}
+    unit = "max_steps" if cfg.pretrain_max_steps and cfg.max_steps else "max_minutes"
+    total = [getattr(cfg, f"{prefix}{unit}") for prefix in ("pretrain_", "")]
+    others = [cfg.epochs, *(getattr(cfg, f"{prefix}max_steps") for prefix in ("pretrain_", ""))]
+    if None in total or (unit == "max_minutes" and any(others)):
+        raise core.UserError(
+            "--mode split shares out minutes, or steps: bound both stages by the same of them alone"
+        )
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        for share in cfg.shares:
+            lengths = [part * sum(total) for part in (float(share), 1 - float(share))]
+            lengths = [max(1, round(n)) if unit == "max_steps" else round(n, 6) for n in lengths]
+            one = replace(cfg, seed=seed, **{f"pretrain_{unit}": lengths[0], unit: lengths[1]})
+            base = pretrained(s, one)
+            folder = tuned_run(s, arm_config(one, cfg.arms[0]), base, f"{cfg.arms[0]}-after-{share}")
+            found.setdefault(f"{float(share):.0%} pretraining", []).append(folder)
+    core.on_main(
+        s.world, lambda: conclude(s, {f"total {unit.removeprefix('max_')} {sum(total):g}": found}, {})
+    )
+
+
+def conclude(s, found, small):
+    """Rank 0: study.md and study.json; the same in the terminal."""
+    text, figures = show.report(found, small, s.cfg)
+    content = {
+        "runs": {b: {arm: [str(f) for f in of] for arm, of in arms.items()} for b, arms in found.items()}
+    }
+    core.write_json(
+        s.folder / "study.json",
+        content | {"figures": figures, "quantised": small, "constants": asdict(s.cfg)},
+    )
+    with core.whole_file(s.folder / "study.md") as file:
+        file.write(f"commit {runs.git_state()['commit'] or 'unknown'}\n\n{text}\n")
+    s.say(f"\n{text}\n\ndone  tables: {s.folder}/study.md")
+    s.say(f"next: python eval.py --table {s.folder.parent}")
+
+
+def study_folder(cfg) -> Path:
+    """<out>/<mode>[-tag]-<hash of the constants that its results depend on>/"""
+    aside = OF_NO_MATTER | {"mode"}
+    constants = {name: value for name, value in asdict(cfg).items() if name not in aside}
+    mark = hashlib.sha256(json.dumps(constants).encode()).hexdigest()[:6]
+    return runs.out_folder(cfg, __file__) / "-".join(filter(None, [cfg.mode, cfg.tag, mark]))
+
+
+def several(cfg, world, say, poll):
+    """Modes both, study and split; all mistakes are found before the first step."""
+    if cfg.mode != "both":
+        for arm in cfg.arms:
+            arm_config(cfg, arm)
+        if len(set(cfg.arms)) < len(cfg.arms):
+            raise core.UserError(f"--arms {' '.join(cfg.arms)}: one stands there twice")
+        try:
+            inside = all(0 < float(share) < 1 for share in cfg.shares)
+        except ValueError:
+            inside = False
+        if not inside:
+            raise core.UserError(f"--shares {' '.join(cfg.shares)}: use numbers between 0 and 1")
+    for line in runs.override_lines(cfg):
+        say(line)
+    folder = study_folder(cfg)
+    if cfg.mode != "both":
+        core.on_main(world, lambda: str(runs.prepared(folder)))
+    work = {"both": both, "study": study, "split": split}[cfg.mode]
+    try:
+        work(Study(cfg, world, folder, say, poll))
+    except core.Stop:
+        say("next: the same command goes on where it was")
+        raise
+
+
+@record
+def main(cfg, world):
+    if cfg.mode in STAGES:
+        if cfg.mode == "pretrain":
+            cfg = pretraining(cfg)
+        elif cfg.init_from is None and cfg.resume_timestamp in (None, "auto"):
+            found = core.on_main(world, lambda: newest_pretraining(cfg))
+            cfg = core.with_flags(replace(cfg, init_from=found), core.typed(cfg), core.typed(cfg).flags)
+        with runs.Run(cfg, world, __file__, unit="tokens") as run:
+            run.result = STAGES[cfg.mode](run, run.cfg, world)
+        return run.result
+
+    def say(text):
+        if world.is_main:
+            print(text, file=core.Terminal(sys.stdout), flush=True)
+
+    with runs.listening(world) as poll:
+        (several if cfg.mode in SEVERAL else of_one_run)(cfg, world, say, poll)
+
+
+if __name__ == "__main__":
+    cfg = core.parse_config(Config, PRESETS, SMOKE, __doc__)
+    with core.distributed(cfg.backend) as world:
+        main(cfg, world)
