@@ -854,7 +854,7 @@ def arm_config(cfg, arm) -> Config:
 
 
 def as_run(s, cfg, tag) -> Config:
-    """`cfg` as a run of a study, found again by its tag; another one where a constant of its stage differs."""
+    """`cfg` as a run of a study, found by its tag; another one where a constant of its stage differs."""
     first = {field.name for field in fields(Config) if field.name.startswith("pretrain_")}
     text = {"text", "text_column", "text_documents", "text_tokens", "tokenizer", "vocab_multiple"}
     text |= {"n_layer", "n_head", "n_embd", "val_share", "test_share", "block_size"}
