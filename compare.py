@@ -135,17 +135,31 @@ def shared_rows(all_facts) -> list[Rows]:
     kinds = {kind_of(facts) for facts in all_facts}
     if len(kinds) > 1:
         raise core.UserError(f"these runs answer different questions: {' and '.join(sorted(kinds))}")
-    return {"preference": _verdicts, "text": _text_rows, "rows": _losses}[kinds.pop()](all_facts)
+    rows = {"preference": _verdicts, "text": _text_rows, "rows": _losses}[kinds.pop()](all_facts)
+    return [*rows, *answer_rows(all_facts)]
+
+
+def answer_rows(all_facts) -> list[Rows]:
+    """Whether each multiple-choice problem was answered rightly, where all runs say it."""
+    if not all((facts.folder / "answers.jsonl").exists() for facts in all_facts):
+        return []
+    by_key = [judge.numbered(read_lines(facts, "answers.jsonl")) for facts in all_facts]
+    keys, note = _in_common(by_key)
+    right = np.array([[float(of_run[key]["right"]) for key in keys] for of_run in by_key])
+    return [Rows("answers", right, np.ones(len(keys)), np.array([group for group, _ in keys]), note)]
 
 
 def kind_of(facts) -> str:
     """preference, text or rows; of a folder that eval.py made it is noted there."""
     kinds = {"run_preference": "preference", "gpt_scratch": "text", "run_pretrain_diversity": "text"}
+    if facts.config["script"] == "run_mathqa" and facts.constant("mode") == "pretrain":
+        return "text"
     return facts.config.get("kind") or kinds.get(facts.config["script"], "rows")
 
 
 NEEDED = {
     "losses.jsonl": {"part", "group", "nats", "hits", "targets", "bytes"},
+    "answers.jsonl": {"group", "right"},
     "predictions.jsonl": {"id", "row", "group", "split", "label", "A", "B", "tie"},
 }
 
@@ -235,7 +249,7 @@ def _per_target(lines, groups, note) -> list[Rows]:
     return [Rows("bits per byte", nats / math.log(2), sizes[0], groups, note)]
 
 
-SAME_TEXT = ("max_documents", "text_column", "val_share", "test_share", "split_seed")
+SAME_TEXT = ("max_documents", "text_documents", "text_column", "val_share", "test_share", "split_seed")
 
 
 def _text_rows(all_facts) -> list[Rows]:

@@ -93,7 +93,7 @@ class Config:
 
 
 SCRIPTS = (  # whose runs are known
-    *("run_preference", "gpt_scratch", "run_instruct", "run_lora", "run_pretrain_diversity"),
+    *("run_preference", "gpt_scratch", "run_instruct", "run_lora", "run_pretrain_diversity", "run_mathqa"),
 )
 MODEL = {
     "run_folder",

@@ -7,7 +7,6 @@ five options behind it) -> figures. Examples and batches are those of sft.py.
 import hashlib
 import json
 import os
-import platform
 import re
 import zipfile
 from collections import Counter
@@ -232,7 +231,8 @@ def load_problems(cfg, world, tokenizer) -> Problems:
 
     def build() -> str:
         if cfg.data == BUILT_IN:
-            parts, source = None, f"built in, Python {platform.python_version()}, numpy {np.__version__}"
+            made = json.dumps(template_problems()).encode()
+            parts, source = None, hashlib.sha256(made).hexdigest()
         else:
             parts = official_parts(cfg.data)
             kinds = parts.values() if parts else ["train"]
@@ -453,18 +453,23 @@ def examples_of(data, cfg) -> tuple[dict[str, sft.Examples], list[str]]:
     return {name: sft.Examples(data, of, most, cfg.loss_on_prompt) for name, of in rows.items()}, lines
 
 
-def measure(model, part, parts, data, cfg, world, poll) -> tuple[dict, list[dict], list[dict]]:
-    """Of a whole part: figures by name, lines of losses.jsonl, lines of answers.jsonl."""
+def measure(model, part, parts, data, cfg, world, poll, answers=True) -> tuple[dict, list[dict], list[dict]]:
+    """Of a whole part: figures by name, lines of losses.jsonl, lines of answers.jsonl.
+
+    Without `answers`, which take ten forwards of each row, none of those.
+    """
     examples = parts[part]
     sums = gpt_scratch.evaluate(model, examples, cfg, world, poll)
     spelt = spelt_bytes(examples)
     unigram = sft.unigram_losses(examples, parts["train"])
     found = core.language_metrics(sums, data.groups[examples.rows], unigram, spelt)
     found["accuracy_over_padding"] = over_padding(sums, examples)
-    answered, answers = answer_figures(model, data, examples.rows, parts["train"].rows, cfg, world, poll)
+    answered, lines = {}, []
+    if answers:
+        answered, lines = answer_figures(model, data, examples.rows, parts["train"].rows, cfg, world, poll)
     numbers, groups = data.numbers[examples.rows], data.groups[examples.rows]
     losses = runs.loss_lines(part, numbers, groups, sums, spelt)
-    return {f"{part}/{name}": value for name, value in (found | answered).items()}, losses, answers
+    return {f"{part}/{name}": value for name, value in (found | answered).items()}, losses, lines
 
 
 def spelt_bytes(examples) -> np.ndarray:

@@ -20,25 +20,10 @@ def length(folder) -> dict:
     return {"steps": result["steps"], "seconds": result["train_seconds"]}
 
 
-def lines(folder, name) -> list[dict]:
-    return [json.loads(line) for line in (Path(folder) / name).read_text(encoding="utf-8").splitlines()]
-
-
-def loss_rows(folders) -> compare.Rows:
-    """The last part's rows of several runs, by target token."""
-    found = [lines(folder, "losses.jsonl") for folder in folders]
-    nats = np.array([[line["nats"] for line in of_run] for of_run in found])
-    groups = np.array([line["group"] for line in found[0]])
-    return compare.Rows("loss", nats, np.array([line["targets"] for line in found[0]], float), groups)
-
-
-def answer_rows(folders) -> compare.Rows:
-    """Whether each problem was answered rightly."""
-    found = [lines(folder, "answers.jsonl") for folder in folders]
-    right = np.array([[float(line["right"]) for line in of_run] for of_run in found])
-    return compare.Rows(
-        "answers", right, np.ones(right.shape[1]), np.array([line["group"] for line in found[0]])
-    )
+def shared(folders) -> list[compare.Rows]:
+    """Loss and answers of several runs on the rows that they share."""
+    rows = compare.shared_rows([results.read(folder) for folder in folders])
+    return [one for one in rows if one.name in ("loss", "answers")]
 
 
 def report(found, small, cfg) -> tuple[str, dict]:
@@ -62,9 +47,9 @@ def table(arms) -> str:
         of_arm = [read(folder, "result.json") for folder in folders]
         every, part = list(range(len(folders))), "test" if "test/loss" in of_arm[0] else "val"
         row = {"arm": arm}
-        for name, rows, digits in (("loss", loss_rows(folders), 4), ("answers", answer_rows(folders), 3)):
+        for rows, digits in zip(shared(folders), (4, 3), strict=True):
             one = compare.mean(rows, every)
-            row[name] = core.plus_minus(one["mean"], one["interval"], digits)
+            row[rows.name] = core.plus_minus(one["mean"], one["interval"], digits)
         row["per token"] = f"{over(of_arm, f'{part}/answer_accuracy_per_token'):.3f}"
         row["shuffled"] = f"{over(of_arm, f'{part}/shuffled_accuracy'):.3f}"
         forgotten = over(of_arm, "plain/forgotten")
@@ -92,7 +77,7 @@ def verdicts(arms) -> tuple[list[str], list[dict]]:
     for arm in others:
         folders = [*arms[arm], *arms[first]]
         n = len(arms[arm])
-        for rows in (loss_rows(folders), answer_rows(folders)):
+        for rows in shared(folders):
             one = compare.difference(rows, list(range(n)), list(range(n, len(folders))))
             found.append({"arm": arm, "against": first, "figure": rows.name, **one})
             told.append(f"{arm} - {first}  {compare.verdict(one, rows.name, (arm, first))}")

@@ -235,7 +235,7 @@ def columns(all_facts) -> dict:
     head |= {name: _constant(name) for name in also}  # what else tells these runs apart
     head |= {"seed": _constant("seed"), "loss": _figure("loss", "log_loss", digits=4)}
     head |= {"perplexity": _figure("perplexity"), "bits/byte": _figure("bits_per_byte", digits=4)}
-    head |= {"accuracy": _figure("accuracy")}
+    head |= {"accuracy": _figure("accuracy"), "answers": _figure("answer_accuracy")}
     head |= {f"judge {name}": column for name, column in _judges(all_facts).items()}
     head |= {"min": _result("seconds", lambda s: f"{s / 60:.1f}"), "note": _constant("note")}
     head |= {"parameters": _result("parameters", lambda n: f"{n:,}")}
@@ -303,6 +303,7 @@ GROUPED = {
     "perplexity": ("perplexity",),
     "bits/byte": ("bits_per_byte",),
     "accuracy": ("accuracy",),
+    "answers": ("answer_accuracy",),
 }
 
 

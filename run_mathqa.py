@@ -186,15 +186,15 @@ PRESETS = {
 }
 SMOKE = {
     **{"mode": lambda mode: "study" if mode == "both" else mode},
-    **{"data": "template-problems", "max_documents": None, "text": "python-docs", "text_documents": 400},
-    **{"tokenizer": "bpe:512", "val_share": 0.1, "test_share": 0.1, "block_size": 64, "max_length": 64},
+    **{"data": "template-problems", "max_documents": 3000, "text": "python-docs", "text_documents": 400},
+    **{"tokenizer": "bpe:1024", "val_share": 0.1, "test_share": 0.1, "block_size": 64, "max_length": 64},
     **{"n_layer": 2, "n_head": 4, "n_embd": 64, "dropout": 0.0, "qat_group": 32, "vocab_multiple": 32},
     **{"pretrain_batch": 24, "pretrain_micro_batch": None, "pretrain_max_steps": 120},
     **{"pretrain_max_minutes": None, "pretrain_lr": lambda lr: 5 * lr, "pretrain_eval_every": 60},
-    **{"pretrain_save_every": None, "batch": 48, "max_minutes": None, "max_steps": 240},
-    **{"lr": lambda lr: 80 * lr, "warmup": 0.1, "dtype": "fp32", "eval_every": 120, "eval_rows": 100},
+    **{"pretrain_save_every": None, "batch": 36, "max_minutes": None, "max_steps": 200},
+    **{"lr": lambda lr: 80 * lr, "warmup": 0.1, "dtype": "fp32", "eval_every": 100, "eval_rows": 100},
     **{"answer_rows": 50, "save_every": None, "plain_blocks": 20, "seeds": 1, "budgets": ("steps",)},
-    **{"arms": ("full", "lora,lr=1e-2", "loha,lr=1e-2", "lokr,lr=2e-2", "full,qat=int4")},
+    **{"arms": ("full", "lora,lr=3e-3", "loha,lr=1e-2", "lokr,lr=3e-2", "full,qat=int4")},
 }
 FOREVER = 10**9  # steps, where only the clock ends a stage
 
@@ -639,8 +639,8 @@ def finetune(run, cfg, world) -> dict:
         run.say(f"{part:5} {said(figures, part)}")
         everywhere = figures[f"{part}/accuracy_over_padding"]
         run.say(f"{part:5} (over every position of rows padded to 1,024, as the journal: {everywhere:.4f})")
-        for line in mathqa.answer_lines(part, figures):
-            run.say(line)
+    for line in mathqa.answer_lines(part, figures):
+        run.say(line)
     if plain:
         figures |= sft.forgetting(run, replace(cfg, plain=cfg.plain or "the pretraining"), plain, model)
     core.on_main(world, lambda: core.write_lines(run.folder / "losses.jsonl", losses))
@@ -650,10 +650,11 @@ def finetune(run, cfg, world) -> dict:
 
 
 def measure_rows(model, data, parts, cfg, world, poll) -> tuple[dict, list, list]:
-    """Figures of val and test, lines of losses.jsonl and of answers.jsonl (of the last part)."""
+    """Figures of val and test, lines of losses.jsonl and of answers.jsonl; only the last part is answered."""
     found = {}
     for part in held_out(cfg):
-        of_part, losses, answers = mathqa.measure(model, part, parts, data, cfg, world, poll)
+        last = part == held_out(cfg)[-1]
+        of_part, losses, answers = mathqa.measure(model, part, parts, data, cfg, world, poll, last)
         found |= of_part
     return found, losses, answers
 

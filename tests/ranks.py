@@ -12,7 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-SCRIPTS = ["run_preference", "gpt_scratch", "run_instruct", "run_lora", "run_pretrain_diversity"]
+SCRIPTS = [
+    *("run_preference", "gpt_scratch", "run_instruct", "run_lora", "run_pretrain_diversity", "run_mathqa"),
+]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
@@ -29,6 +31,7 @@ PLACES = {  # where a kill or a signal can be made to strike: the function that 
     "caching gpt_scratch": ("corpus", "write_tokens"),
     "caching run_instruct": ("core", "write_texts"),
     "caching run_lora": ("core", "write_texts"),
+    "caching run_mathqa": ("core", "write_texts"),
     "caching run_pretrain_diversity": ("corpus", "write_tokens"),
     "embedding": ("task2vec", "embed"),
     "encoding run_preference": ("encoders.PairScorer", "encode"),

@@ -49,6 +49,14 @@ SHORT["run_pretrain_diversity"] = [
     *(*DIVERSE, "--batch", 10, "--max_steps", 28, "--dropout", 0.1),
     *("--eval_every", 8, "--save_every", 5, "--log_every", 4),
 ]
+MATHQA = [
+    *("--smoke", "--mode", "finetune", "--init_from", "new", "--max_documents", 200, "--answer_rows", 7),
+    *("--text_documents", 30, "--tokenizer", "bpe:300", "--n_embd", 32, "--plain_blocks", 3),
+]
+SHORT["run_mathqa"] = [
+    *(*MATHQA, "--batch", 10, "--epochs", 2, "--dropout", 0.1),
+    *("--eval_every", 8, "--save_every", 5, "--log_every", 4),
+]
 SHORT |= {"run_instruct": [*TUNE, "--skip_spikes"], "run_lora": [*TUNE, "--lora_dropout", 0.1]}
 FROZEN = [  # run_preference with its encoder run once into the cache, and folds of 12 steps each
     *("--smoke", "--max_documents", 120, "--batch", 6, "--epochs", 2, "--folds", 3, "--freeze", "all"),
@@ -60,6 +68,7 @@ EXACT = {  # what makes the number of ranks invisible
     "run_instruct": ["--dropout", 0],
     "run_lora": ["--dropout", 0, "--lora_dropout", 0],
     "run_pretrain_diversity": ["--dropout", 0],
+    "run_mathqa": ["--dropout", 0],
 }
 FEW = {  # hardly any rows, no training
     "run_preference": ["--smoke", "--max_documents", 90, "--epochs", 0],
@@ -71,6 +80,7 @@ FEW = {  # hardly any rows, no training
 NONE = ["--smoke", "--max_documents", 200, "--max_steps", 0, "--sample_tokens", 0, "--answer_rows", 0]
 FEW |= dict.fromkeys(("run_instruct", "run_lora"), NONE)
 FEW["run_pretrain_diversity"] = [*DIVERSE, "--max_steps", 0]
+FEW["run_mathqa"] = [*MATHQA, "--max_steps", 0]
 TUNED = ("run_instruct", "run_lora")
 COUNT = dict.fromkeys(SCRIPTS, "test/rows") | {"gpt_scratch": "test/targets"}
 ROW = dict.fromkeys(SCRIPTS, 1) | {"gpt_scratch": 32}  # targets of a full row
