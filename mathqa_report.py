@@ -32,7 +32,8 @@ def report(found, small, cfg) -> tuple[str, dict]:
     seeds = f"{cfg.seeds} seeds" if cfg.seeds > 1 else "one seed"
     for budget, arms in found.items():
         title = f"equal {budget}" if budget in ("steps", "time") else budget
-        parts.append(f"**{title}** (95 % over problems and seeds; {seeds})\n\n{table(arms)}")
+        said = "95 % over problems and seeds" if cfg.seeds > 1 else "95 % over problems, one seed"
+        parts.append(f"**{title}** ({said}; s: of training; MB: gradients and optimizer)\n\n{table(arms)}")
         told, figures[budget] = verdicts(arms)
         parts.append("\n".join(told))
     if small:
@@ -56,9 +57,9 @@ def table(arms) -> str:
         row["forgotten"] = "" if forgotten is None else f"{forgotten:+.4f}"
         row["trained"] = f"{of_arm[0]['trainable_parameters']:,}"
         row["steps"] = f"{over(of_arm, 'steps'):.0f}"
-        row["train s"] = f"{over(of_arm, 'train_seconds'):.1f}"
+        row["s"] = f"{over(of_arm, 'train_seconds'):.1f}"
         row["tokens/s"] = f"{over(of_arm, 'tokens_per_second') or 0:.0f}"
-        row["gradients + optimizer MB"] = f"{over(of_arm, 'state_mb'):.2f}"
+        row["MB"] = f"{over(of_arm, 'state_mb'):.2f}"
         for name, cell in row.items():
             cells.setdefault(name, []).append(cell)
     return results.markdown({name: column for name, column in cells.items() if any(column)})

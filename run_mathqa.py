@@ -214,11 +214,14 @@ class Lion(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, (beta1, beta2) = group["lr"], group["betas"]
             for p in group["params"]:
-                if p.grad is not None:
-                    m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
-                    p.mul_(1 - lr * group["weight_decay"])
-                    p.add_(m.lerp(p.grad, 1 - beta1).sign_(), alpha=-lr)
-                    m.lerp_(p.grad, 1 - beta2)
+                if p.grad is None:
+                    continue
+                if not self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+                m = self.state[p]["exp_avg"]
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(m.lerp(p.grad, 1 - beta1).sign_(), alpha=-lr)
+                m.lerp_(p.grad, 1 - beta2)
 
 
 def make_optimizer(cfg, model):
@@ -226,11 +229,9 @@ def make_optimizer(cfg, model):
     groups = core.parameter_groups(model, cfg.weight_decay, undecayed=("wte.weight",))
     if cfg.optimizer == "adamw":
         return torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), fused=True)
-    return (
-        Lion(groups, (cfg.beta1, cfg.beta2))
-        if cfg.optimizer == "lion"
-        else torch.optim.SGD(groups, momentum=0.9)
-    )
+    if cfg.optimizer == "lion":
+        return Lion(groups, (cfg.beta1, cfg.beta2))
+    return torch.optim.SGD(groups, momentum=0.9)
 
 
 # ------------------------------------------------------------------------------------------------ both stages
@@ -300,19 +301,16 @@ def fit(run, cfg, world, s) -> dict:
         return f"epoch {step / len(batches):.3g}" + (f"/{cfg.epochs}" if cfg.epochs else "")
 
     def keep_best(loss) -> bool:
-        comparable = cfg.qat == "off" or quantised  # a loss without quantisation is no record to beat
-        return (
-            cfg.test_weights == "best"
-            and comparable
-            and (ends or step > 0)
-            and run.save_best(step, loss, s.trained)
-        )
+        if cfg.test_weights == "last" or (cfg.qat != "off" and not quantised):
+            return False  # a loss without quantisation is no record to beat
+        return (ends or step > 0) and run.save_best(step, loss, s.trained)
 
     while True:
         length = run.schedule_length(step, total_steps)
         ends = step >= total_steps
         if cfg.qat != "off" and not quantised and (ends or step >= cfg.qat_start * length):
             quantised, run.state["quantised_from"] = True, step
+            run.state.pop("lowest", None)  # of another model, so to speak
             run.say(f"{where()}  step {step}: int4 weights and int8 activations from here on")
         quantise.switch(model, quantised)
         due = ends or step % (cfg.eval_every or len(batches)) == 0
@@ -464,9 +462,8 @@ def pretrain(run, cfg, world) -> dict:
         text = gpt_scratch.one_line(tokens.tokenizer.decode(train.tokens[: cfg.block_size].tolist()))
         return f"the loss sees, in {train.targets([0])[0]} targets (all but the first token):\n  {text[:96]}"
 
-    s = Stage(
-        train, batches, length_of(cfg, batches), model, model, precision, announce, check, describe, autopsy
-    )
+    of_text = announce, check, describe, autopsy
+    s = Stage(train, batches, length_of(cfg, batches), model, model, precision, *of_text)
     result = fit(run, cfg, world, s)
     result |= weights_of(run, cfg, s)
     figures, losses, _ = measure_text(model, tokens, cfg, world, run.poll)
@@ -593,16 +590,13 @@ def finetune(run, cfg, world) -> dict:
         run.say(f"from {cfg.init_from}\ndata {cfg.data}  {len(data)} rows")
         for line in [*data.lines, *lines]:
             run.say(line)
-        length, targets = (
-            parts["train"].lengths.mean(),
-            parts["train"].targets(range(len(parts["train"]))).mean(),
-        )
-        rows = f"train rows have {length:.0f} tokens, {targets:.1f} of them targets"
-        run.say(f"{rows}; {len(batches)} steps an epoch")
+        train = parts["train"]
+        tokens, targets = train.lengths.mean(), train.targets(range(len(train))).mean()
+        run.say(f"train rows have {tokens:.0f} tokens, {targets:.1f} of them targets")
+        if left := len(units) % cfg.batch:
+            run.say(f"each epoch leaves out {left} of {len(units)}, others each time: they fill no batch")
         if cfg.data != mathqa.BUILT_IN:
-            run.say(
-                "(about a quarter of MathQA's formulas disagree with its labels: accuracy has a low ceiling)"
-            )
+            run.say("(a quarter of MathQA's own formulas disagree with its labels: the ceiling is low)")
         if cfg.optimizer == "lion" and cfg.batch < 64:
             run.say(f"NOTE Lion is recommended for batches of 64 and more, not {cfg.batch}")
         core.on_main(world, lambda: keep_for_later(run.folder, cfg, model, tokenizer))
@@ -624,10 +618,8 @@ def finetune(run, cfg, world) -> dict:
     def autopsy(step, lr) -> dict:
         return sft.autopsy(run, cfg, whole, model, batches.global_batch(step).tolist(), {"lr": lr})
 
-    describe = functools.partial(sft.describe_example, parts["train"])
-    s = Stage(
-        units, batches, length_of(cfg, batches), model, trained, precision, announce, check, describe, autopsy
-    )
+    of_rows = announce, check, functools.partial(sft.describe_example, parts["train"]), autopsy
+    s = Stage(units, batches, length_of(cfg, batches), model, trained, precision, *of_rows)
     result = fit(run, cfg, world, s)
     if cfg.method != "full":
         if runs.state_sha256(lora.base_weights(model)) != base_sha256:
@@ -641,6 +633,9 @@ def finetune(run, cfg, world) -> dict:
         run.say(f"{part:5} (over every position of rows padded to 1,024, as the journal: {everywhere:.4f})")
     for line in mathqa.answer_lines(part, figures):
         run.say(line)
+    if alarm := sft.alarm(run, result["steps"], part, figures):
+        run.say(alarm)
+        figures["alarm"] = alarm
     if plain:
         figures |= sft.forgetting(run, replace(cfg, plain=cfg.plain or "the pretraining"), plain, model)
     core.on_main(world, lambda: core.write_lines(run.folder / "losses.jsonl", losses))
@@ -726,11 +721,9 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
 
 def merged(model) -> gpt_scratch.GPT:
     """A plain float GPT of whatever was trained."""
-    return (
-        lora.merge_lora(model)
-        if lora.adapted(model)
-        else gpt_scratch.with_weights(model.config, model.state_dict())
-    )
+    if lora.adapted(model):
+        return lora.merge_lora(model)
+    return gpt_scratch.with_weights(model.config, model.state_dict())
 
 
 # -------------------------------------------------------------------------------------------- int4 and export
@@ -775,11 +768,10 @@ def known_figures(target, weights) -> dict | None:
 
 def tokens_per_second(model, units, cfg, world, poll) -> float:
     """Of evaluation, over at most 200 rows; the first pass is not counted."""
-    some = (
-        units.some(200)
-        if hasattr(units, "some")
-        else corpus.Blocks(units.tokens[: 200 * units.block_size + 1], units.block_size)
-    )
+    if isinstance(units, corpus.Blocks):
+        some = corpus.Blocks(units.tokens[: 200 * units.block_size + 1], units.block_size)
+    else:
+        some = units.some(200)
     for _ in range(2):
         began = time.perf_counter()
         gpt_scratch.evaluate(model, some, cfg, world, poll)
@@ -814,22 +806,20 @@ class Study:
     poll: object
 
 
-# constants that decide how a run is made, but not what comes out of it
-OF_NO_MATTER = (runs.MAY_CHANGE - {"epochs", "max_steps", "max_minutes"}) | runs.OF_THE_CALL | {"run_folder"}
-OF_STUDIES = {"arms", "budgets", "shares", "seeds"}
+OF_STUDIES = {"arms", "budgets", "shares", "seeds", "run_folder"}
 ARM_MAY = {  # what an arm may have of its own: how it is tuned, not what on or how much of it
     *("lr", "min_lr", "warmup", "schedule", "cycle_beta1", "optimizer", "beta1", "beta2", "weight_decay"),
-    *(
-        "clip",
-        "dropout",
-        "lora_rank",
-        "lora_alpha",
-        "lora_dropout",
-        "qat",
-        "qat_group",
-        "qat_start",
-        "method",
-    ),
+    *("clip", "dropout", "lora_rank", "lora_alpha", "lora_dropout", "qat", "qat_group", "qat_start"),
+}
+# of the other stage: they decide nothing in this one
+OF_TEXT = {
+    *("text", "text_column", "text_documents", "text_tokens", "tokenizer", "vocab_multiple", "n_layer"),
+    *("n_head", "n_embd", "val_share", "test_share", "block_size"),
+}
+OF_ROWS = {
+    *("data", "max_documents", "answer_format", "loss_on_prompt", "max_length", "pack", "group_lengths"),
+    *("init_from", "init_step", "method", "lora_rank", "lora_alpha", "lora_dropout", "qat", "qat_group"),
+    *("qat_start", "answer_rows", "plain", "plain_blocks"),
 }
 
 
@@ -843,46 +833,28 @@ def arm_config(cfg, arm) -> Config:
             raise core.UserError(
                 f"--arms {arm}: {word!r} is no constant of an arm; use {', '.join(sorted(ARM_MAY))}"
             )
-        argv += (
-            [f"--no-{name}"]
-            if value == "false"
-            else [f"--{name}"]
-            if value == "true"
-            else [f"--{name}", value]
-        )
+        switch = {"true": [f"--{name}"], "false": [f"--no-{name}"]}
+        argv += switch.get(value, [f"--{name}", value])
     parsed = core.parse_config(Config, {}, {}, "", argv)
     return replace(cfg, **{name: getattr(parsed, name) for name in core.typed(parsed).flags})
 
 
 def as_run(s, cfg, tag) -> Config:
     """`cfg` as a run of a study, found by its tag; another one where a constant of its stage differs."""
-    first = {field.name for field in fields(Config) if field.name.startswith("pretrain_")}
-    text = {"text", "text_column", "text_documents", "text_tokens", "tokenizer", "vocab_multiple"}
-    text |= {"n_layer", "n_head", "n_embd", "val_share", "test_share", "block_size"}
-    of_rows = {"data", "max_documents", "answer_format", "loss_on_prompt", "max_length", "pack", "init_from"}
-    of_rows |= {
-        "init_step",
-        "method",
-        "lora_rank",
-        "lora_alpha",
-        "lora_dropout",
-        "qat",
-        "qat_group",
-        "qat_start",
-    }
-    of_rows |= {"group_lengths", "answer_rows", "plain", "plain_blocks"}
-    other = of_rows if cfg.mode == "pretrain" else text
-    own = {field.name for field in fields(Config)} - OF_NO_MATTER - OF_STUDIES - first - other
+    other = OF_ROWS if cfg.mode == "pretrain" else OF_TEXT
+    names = {field.name for field in fields(Config) if not field.name.startswith("pretrain_")}
+    matter = names - runs.MAY_CHANGE - runs.OF_THE_CALL - OF_STUDIES - other
     tag = "-".join(filter(None, [s.cfg.tag, tag, f"s{cfg.seed}"]))
     one = replace(cfg, tag=tag, resume_timestamp="auto")
     typed = replace(core.typed(s.cfg), overrides={})
-    return core.with_flags(
-        one, typed, own | core.typed(s.cfg).flags & runs.MAY_CHANGE - {"epochs", "max_steps", "max_minutes"}
-    )
+    return core.with_flags(one, typed, matter | core.typed(s.cfg).flags & runs.MAY_CHANGE - set(LENGTH))
+
+
+LENGTH = ("max_minutes", "max_steps", "epochs")
 
 
 def length_name(cfg) -> str:
-    """The length of a stage, as a part of its tag."""
+    """The length of a stage, as a part of its tag: a run of another length is another run."""
     named = ((cfg.max_minutes, "min"), (cfg.max_steps, "steps"), (cfg.epochs, "epochs"))
     return "-".join(f"{n:g}{unit}" for n, unit in named if n is not None)
 
@@ -939,7 +911,8 @@ def study(s):
             for arm in cfg.arms:
                 one = arm_config(replace(cfg, seed=seed, **equal), arm)
                 is_first = arm == cfg.arms[0]
-                folder = first if is_first else tuned_run(s, one, base, f"{arm}-equal-{budget}")
+                name = f"{arm}-equal-{budget}-{length_name(cfg)}"
+                folder = first if is_first else tuned_run(s, one, base, name)
                 found.setdefault(budget, {}).setdefault(arm, []).append(folder)
     budget = cfg.budgets[0]
     small = {
@@ -965,23 +938,19 @@ def split(s):
             lengths = [max(1, round(n)) if unit == "max_steps" else round(n, 6) for n in lengths]
             one = replace(cfg, seed=seed, **{f"pretrain_{unit}": lengths[0], unit: lengths[1]})
             base = pretrained(s, one)
-            folder = tuned_run(s, arm_config(one, cfg.arms[0]), base, f"{cfg.arms[0]}-after-{share}")
+            name = f"{cfg.arms[0]}-after-{share}-{length_name(one)}"
+            folder = tuned_run(s, arm_config(one, cfg.arms[0]), base, name)
             found.setdefault(f"{float(share):.0%} pretraining", []).append(folder)
-    core.on_main(
-        s.world, lambda: conclude(s, {f"total {unit.removeprefix('max_')} {sum(total):g}": found}, {})
-    )
+    title = f"total {unit.removeprefix('max_')} {sum(total):g}"
+    core.on_main(s.world, lambda: conclude(s, {title: found}, {}))
 
 
 def conclude(s, found, small):
     """Rank 0: study.md and study.json; the same in the terminal."""
     text, figures = show.report(found, small, s.cfg)
-    content = {
-        "runs": {b: {arm: [str(f) for f in of] for arm, of in arms.items()} for b, arms in found.items()}
-    }
-    core.write_json(
-        s.folder / "study.json",
-        content | {"figures": figures, "quantised": small, "constants": asdict(s.cfg)},
-    )
+    folders = {b: {arm: [str(f) for f in of] for arm, of in arms.items()} for b, arms in found.items()}
+    content = {"runs": folders, "figures": figures, "quantised": small, "constants": asdict(s.cfg)}
+    core.write_json(s.folder / "study.json", content)
     with core.whole_file(s.folder / "study.md") as file:
         file.write(f"commit {runs.git_state()['commit'] or 'unknown'}\n\n{text}\n")
     s.say(f"\n{text}\n\ndone  tables: {s.folder}/study.md")
@@ -990,7 +959,7 @@ def conclude(s, found, small):
 
 def study_folder(cfg) -> Path:
     """<out>/<mode>[-tag]-<hash of the constants that its results depend on>/"""
-    aside = OF_NO_MATTER | {"mode"}
+    aside = (runs.MAY_CHANGE - set(LENGTH)) | runs.OF_THE_CALL | {"mode", "run_folder"}
     constants = {name: value for name, value in asdict(cfg).items() if name not in aside}
     mark = hashlib.sha256(json.dumps(constants).encode()).hexdigest()[:6]
     return runs.out_folder(cfg, __file__) / "-".join(filter(None, [cfg.mode, cfg.tag, mark]))

@@ -710,6 +710,16 @@ def forgetting(run, cfg, plain, model) -> dict:
     }
 
 
+def alarm(run, step, part, figures) -> str | None:
+    """A sentence where `step` steps have taught nothing."""
+    lowest, before = run.state["lowest"], run.state["before"]
+    if step and not lowest[0] < before:
+        return f"NOT LEARNING: validation never fell below the {before:.4f} before training"
+    if step and figures[f"{part}/above_unigram_interval"][1] >= 0:
+        return f"NOT LEARNING: {part} loss cannot be told from that of token frequencies"
+    return None
+
+
 def final_figures(run, cfg, s, model, answering, step) -> dict:
     """Loss, perplexity, accuracy on val and test; forgetting; answers to the test rows by `answering()`, the
     same model as it generates fastest; an alarm if validation is no better than before training."""
@@ -726,13 +736,9 @@ def final_figures(run, cfg, s, model, answering, step) -> dict:
         run.say(f"{part:5} loss {loss}  {perplexity}  accuracy {accuracy}  {guess}")
         done = f"done  {part} loss {m['loss']:.4f}  {perplexity}"
     core.on_main(run.world, lambda: core.write_lines(run.folder / "losses.jsonl", losses))
-    lowest, before = run.state["lowest"], run.state["before"]
-    if step and not lowest[0] < before:
-        result["alarm"] = f"NOT LEARNING: validation never fell below the {before:.4f} before training"
-    elif step and m["above_unigram_interval"][1] >= 0:
-        result["alarm"] = f"NOT LEARNING: {part} loss cannot be told from that of token frequencies"
-    if "alarm" in result:
-        run.say(result["alarm"])
+    if said := alarm(run, step, part, result):
+        run.say(said)
+        result["alarm"] = said
     if s.plain:
         result |= forgetting(run, cfg, s.plain, model)
     if cfg.final_eval and cfg.answer_rows != 0:
