@@ -4,12 +4,14 @@ tables -> parsed rows -> token ids -> examples (the right answer behind its prob
 five options behind it) -> figures. Examples and batches are those of sft.py.
 """
 
+import functools
 import hashlib
+import itertools
 import json
 import os
 import re
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +46,7 @@ def parse(row) -> tuple[str, list[str], int]:
     if not all(map(core.is_clean, [problem, *options])):
         raise ValueError("odd Unicode (a lone surrogate)")
     letter = str(correct).strip().lower()
-    if letter not in LETTERS or not letter:
+    if letter not in tuple(LETTERS):
         raise ValueError("the right answer is none of a to e")
     return problem.strip(), options, LETTERS.index(letter)
 
@@ -57,16 +59,15 @@ def parse_options(options) -> list[str]:
     if isinstance(options, list):  # AQuA: ["A)32400", ...]
         texts = [str(text).strip() for text in options]
     elif isinstance(options, str):
-        starts, at = [], 0
-        for letter in LETTERS:
-            mark = re.compile(rf"(?<![a-z0-9]){letter} ?\)", re.I).search(options, at)
-            if mark is None:
-                raise ValueError("options are not five, a ) to e )")
-            starts.append(mark.start())
-            at = mark.end()
+        # behind a comma if they all are, so that "( 2 + b )" is text
+        starts = _marks(options, r"(?:^[\s\['\"]*|,[\s'\"]*)") or _marks(options, r"(?<![a-z0-9])")
+        if not starts:
+            raise ValueError("options are not five, a ) to e )")
         texts = [options[i:j] for i, j in zip(starts, [*starts[1:], None], strict=True)]
         listed = options.lstrip().startswith("[")  # "['a ) 8', 'b ) 1', ...]"
-        texts = [text.rstrip(" ,'\"[]" if listed else " ,") for text in texts]
+        texts = [
+            re.sub(r"['\"][\s,]*\]?[\s'\"]*$", "", text) if listed else text.rstrip(" ,") for text in texts
+        ]
     else:
         raise ValueError("options are no text")
     if len(texts) != len(LETTERS):
@@ -76,6 +77,18 @@ def parse_options(options) -> list[str]:
     if not all(texts):
         raise ValueError("an option is empty")
     return texts
+
+
+def _marks(options, before) -> list[int]:
+    """Where the labels `a )` to `e )` begin, in this order, each behind the pattern `before`; or none."""
+    starts, at = [], 0
+    for letter in LETTERS:
+        mark = re.compile(rf"{before}({letter}) ?\)", re.I).search(options, at)
+        if mark is None:
+            return []
+        starts.append(mark.start(1))
+        at = mark.end()
+    return starts
 
 
 NAMES = (
@@ -187,16 +200,16 @@ class Problems(sft.Instructions):
     right: np.ndarray  # number of the right option
     part: list[str | None]  # train, val, test where the data set says so
 
-    @property
+    @functools.cached_property
     def pieces(self) -> np.ndarray:
         """(rows, 6): tokens of each piece."""
         return np.diff(self.offsets).reshape(-1, 1 + len(LETTERS))
 
-    @property
+    @functools.cached_property
     def prompt_lengths(self):
         return self.pieces[:, 0]
 
-    @property
+    @functools.cached_property
     def answer_lengths(self):
         """Of the right option, without the end token."""
         return self.pieces[np.arange(len(self)), 1 + self.right]
@@ -255,26 +268,23 @@ def read_parts(cfg, parts) -> list[tuple[str | None, dict]]:
     found = []
     for part, begin in (parts or {None: "train"}).items():
         rows = core.read_rows(cfg.data, cfg.max_documents, begin)
-        core.require_columns([renamed(row) for row in rows[:100]], COLUMNS, cfg.data)
+        names = {key for row in rows[:100] if isinstance(row, dict) for key in row}
+        core.require_columns(rows, [c if c in names else OTHER_NAMES.get(c, c) for c in COLUMNS], cfg.data)
         found += [(part, row) for row in rows]
     return found
-
-
-def renamed(row):
-    """AQuA's columns by MathQA's names."""
-    ours = {their: our for our, their in OTHER_NAMES.items()}
-    return {ours.get(name, name): value for name, value in row.items()} if isinstance(row, dict) else row
 
 
 def write_cache(folder, rows, tokenizer, cfg, fingerprint):
     """Usable rows -> a folder of token ids and texts; unusable ones counted and named."""
     bad, kept, numbers = core.BadRows(MOST_BAD), [], []
-    for number, (part, row) in enumerate(rows, start=1):
+    counts = defaultdict(lambda: itertools.count(1))  # rows are numbered in each part
+    for part, row in rows:
+        number = next(counts[part])
         try:
             kept.append((part, *parse(row)))
             numbers.append(number)
         except ValueError as error:
-            bad.add(number, error)
+            bad.add(f"{part} {number}" if part else number, error)
     lines = bad.report(len(rows), cfg.data)
     if twins := sum(options.count(options[right]) > 1 for _, _, options, right in kept):
         lines.append(f"{twins} row(s) have the right option twice: either counts as right")
@@ -385,14 +395,15 @@ def some(rows, n) -> np.ndarray:
     return rows[np.linspace(0, len(rows) - 1, n).round().astype(int)]
 
 
-def strangers(data, rows) -> np.ndarray:
+def strangers(data, rows, most=10**9) -> np.ndarray:
     """For each row another row, with another problem where there is one: the control's problems."""
     order = np.random.default_rng(0).permutation(len(rows))
     asked = np.empty_like(rows)
     asked[order] = rows[np.roll(order, 1)]
-    for i in np.flatnonzero(data.groups[asked] == data.groups[rows]):
-        others = np.flatnonzero(data.groups[rows] != data.groups[rows[i]])
-        asked[i] = rows[others[i % len(others)]] if len(others) else asked[i]
+    prompts, room = data.prompt_lengths, most - data.pieces[rows, 1:].max(1)
+    for i in np.flatnonzero((data.groups[asked] == data.groups[rows]) | (prompts[asked] > room)):
+        others = np.flatnonzero((data.groups[rows] != data.groups[rows[i]]) & (prompts[rows] <= room[i]))
+        asked[i] = rows[others[i % len(others)]] if len(others) else rows[i]
     return asked
 
 
@@ -403,7 +414,7 @@ def answer_figures(model, data, rows, train, cfg, world, poll) -> tuple[dict, li
     Also a line for each row: its number, group, the scores, and whether each way was right.
     """
     own = Scores.of(model, Choices(data, rows), cfg, world, poll)
-    control = Scores.of(model, Choices(data, rows, strangers(data, rows)), cfg, world, poll)
+    control = Scores.of(model, Choices(data, rows, strangers(data, rows, cfg.max_length)), cfg, world, poll)
     usual = Counter(data.right[train].tolist()).most_common(1)[0][0]
     right, shuffled = own.right(data, rows), control.right(data, rows)
     values = np.c_[right, shuffled, data.right[rows] == usual]

@@ -210,7 +210,7 @@ class Lion(torch.optim.Optimizer):
         super().__init__(groups, {"lr": 0.0, "betas": betas, "weight_decay": 0.0})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         for group in self.param_groups:
             lr, (beta1, beta2) = group["lr"], group["betas"]
             for p in group["params"]:
@@ -616,7 +616,8 @@ def finetune(run, cfg, world) -> dict:
     whole = sft.Study(data, parts, units, batches, 0, val, plain, lines)
 
     def autopsy(step, lr) -> dict:
-        return sft.autopsy(run, cfg, whole, model, batches.global_batch(step).tolist(), {"lr": lr})
+        uncut = replace(cfg, max_length=cfg.max_length + 1)  # the last token is only a target
+        return sft.autopsy(run, uncut, whole, model, batches.global_batch(step).tolist(), {"lr": lr})
 
     of_rows = announce, check, functools.partial(sft.describe_example, parts["train"]), autopsy
     s = Stage(units, batches, length_of(cfg, batches), model, trained, precision, *of_rows)
@@ -723,7 +724,8 @@ def merged(model) -> gpt_scratch.GPT:
     """A plain float GPT of whatever was trained."""
     if lora.adapted(model):
         return lora.merge_lora(model)
-    return gpt_scratch.with_weights(model.config, model.state_dict())
+    plain = gpt_scratch.with_weights(model.config, model.state_dict())
+    return plain.requires_grad_(False).train(model.training)
 
 
 # -------------------------------------------------------------------------------------------- int4 and export
