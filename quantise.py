@@ -7,6 +7,8 @@ The scheme is torchao's Int8DynActInt4Weight. Used by run_mathqa.py.
 """
 
 import json
+import math
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -75,13 +77,13 @@ class QATLinear(gpt_scratch.Linear):
     def forward(self, x):
         if not self.on:
             return super().forward(x)
-        return core.linear(straight_through(x, int8_tokens(x.detach())), self.matrix(), self.bias)
-
-    def matrix(self) -> torch.Tensor:
-        return fake_int4(self.weight, self.group)
+        [(x, matrix)], bias = self.terms(x)
+        return core.linear(x, matrix, bias)
 
     def terms(self, x):
-        return ([(x, self.matrix())], self.bias) if self.on else super().terms(x)
+        if not self.on:
+            return super().terms(x)
+        return [(straight_through(x, int8_tokens(x.detach())), fake_int4(self.weight, self.group))], self.bias
 
 
 class QATEmbedding(gpt_scratch.Embedding):
@@ -96,23 +98,28 @@ class QATEmbedding(gpt_scratch.Embedding):
 
 def prepare(model, group):
     """Puts QAT layers in the place of a GPT's linear layers and embedding, with the same parameters; off."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, gpt_scratch.Linear):
-            check_group(name, layer.in_features, group)
-            with torch.device("meta"):
-                new = QATLinear(layer.in_features, layer.out_features, layer.bias is not None)
-            new.weight, new.bias, new.group = layer.weight, layer.bias, group
-            model.set_submodule(name, new)
+    for name, layer in linear_layers(model, group):
+        with torch.device("meta"):
+            new = QATLinear(layer.in_features, layer.out_features, layer.bias is not None)
+        new.weight, new.bias, new.group = layer.weight, layer.bias, group
+        model.set_submodule(name, new)
     with torch.device("meta"):
         wte = QATEmbedding(*model.wte.weight.shape)
     wte.weight, model.wte = model.wte.weight, wte
 
 
-def check_group(name, inputs, group):
-    if inputs % group or group % 2:
-        raise core.UserError(
-            f"--qat_group {group} does not divide the {inputs} inputs of {name}: use 32, say"
-        )
+def linear_layers(model, group) -> list[tuple[str, gpt_scratch.Linear]]:
+    """(name, layer) of all of them. UserError where groups of this size do not fit one."""
+    found = [(n, layer) for n, layer in model.named_modules() if isinstance(layer, gpt_scratch.Linear)]
+    common = math.gcd(*(layer.in_features for _, layer in found))
+    fits = ", ".join(str(n) for n in (16, 32, 64, 128, 256) if common % n == 0) or "another width"
+    for name, layer in found:
+        if layer.in_features % group or group % 2:
+            why = "is odd, like no group of" if group % 2 else "does not divide"
+            raise core.UserError(
+                f"--qat_group {group} {why} the {layer.in_features} inputs of {name}: use {fits}"
+            )
+    return found
 
 
 def switch(model, on):
@@ -143,7 +150,7 @@ class Int4Linear(nn.Module):
         return core.linear(int8_tokens(x), self.matrix(), self.bias)
 
     def terms(self, x):
-        return [(x, self.matrix())], self.bias
+        return [(int8_tokens(x), self.matrix())], self.bias
 
 
 class Int8Embedding(nn.Module):
@@ -172,17 +179,15 @@ def convert(model, group) -> gpt_scratch.GPT:
 
     The same logits as a model trained with `prepare` and switched on.
     """
-    state = {}
+    state, linear = {}, {name for name, _ in linear_layers(model, group)}
     for name, value in model.state_dict().items():
         prefix, _, kind = name.rpartition(".")
-        layer = model.get_submodule(prefix)
-        if kind == "weight" and isinstance(layer, gpt_scratch.Linear):
-            check_group(prefix, layer.in_features, group)
+        if kind == "weight" and prefix in linear:
             levels, scales = int4_groups(value, group)
             halves = levels.clamp(-8, 7).add_(8).to(torch.uint8).flatten(1)
             state[f"{prefix}.packed_weight"] = halves[:, ::2] | halves[:, 1::2] << 4
             state[f"{prefix}.scales"] = scales[..., 0]
-        elif kind == "weight" and isinstance(layer, gpt_scratch.Embedding) and prefix == "wte":
+        elif name == "wte.weight":
             levels, scales = int8_rows(value)
             state |= {"wte.levels": levels.clamp(-128, 127).to(torch.int8), "wte.scales": scales}
         else:
@@ -206,9 +211,10 @@ def with_state(config, group, state) -> gpt_scratch.GPT:
 
 
 def save(model, group, tokenizer, folder):
-    """model.safetensors, quantised.json and tokenizer/: all that `load` needs; whole, or not there."""
+    """model.safetensors, quantised.json and tokenizer/: all that `load` needs; replaces an older one."""
     import safetensors.torch
 
+    shutil.rmtree(folder, ignore_errors=True)
     with core.whole_folder(Path(folder)) as aside:
         tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
         safetensors.torch.save_file(tensors, aside / "model.safetensors", {"format": "pt"})
@@ -225,8 +231,7 @@ def load(folder) -> tuple[gpt_scratch.GPT, object]:
         stored = json.loads((folder / "quantised.json").read_text())
         state = safetensors.torch.load_file(folder / "model.safetensors")
         model = with_state(gpt_scratch.GPTConfig(**stored["config"]), stored["group"], state)
-    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
-        raise core.UserError(
-            f"{folder} is no whole quantised model ({error}): delete it, make it anew"
-        ) from None
+    except Exception as error:  # as many kinds as there are ways to damage a folder
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise core.UserError(f"{folder} is no whole quantised model ({why}): make it anew") from None
     return model, core.pretrained_tokenizer(str(folder / "tokenizer"), "")

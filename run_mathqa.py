@@ -256,13 +256,19 @@ class Stage:
 def length_of(cfg, batches) -> int:
     """Optimizer steps of a stage, as far as steps and epochs bound it."""
     epochs = None if cfg.epochs is None else cfg.epochs * len(batches)
-    bounds = [steps for steps in (epochs, cfg.max_steps) if steps is not None]
-    if not bounds and cfg.max_minutes is None:
-        prefix = "pretrain_" if cfg.mode == "pretrain" else ""
-        raise core.UserError(
-            f"nothing ends mode {cfg.mode}: use --{prefix}max_minutes or --{prefix}max_steps"
+    return min(steps for steps in (epochs, cfg.max_steps, FOREVER) if steps is not None)
+
+
+def check_length(cfg):
+    """UserError where nothing would end a stage."""
+    if cfg.epochs is cfg.max_steps is cfg.max_minutes is None:
+        first = cfg.mode == "pretrain"
+        flags = (
+            "--pretrain_max_minutes or --pretrain_max_steps"
+            if first
+            else "--max_minutes, --max_steps or --epochs"
         )
-    return min([*bounds, FOREVER])
+        raise core.UserError(f"nothing ends {'pretraining' if first else 'fine-tuning'}: use {flags}")
 
 
 def fit(run, cfg, world, s) -> dict:
@@ -342,7 +348,7 @@ def fit(run, cfg, world, s) -> dict:
         if cfg.max_minutes is not None:  # such a run is not repeated to the bit: its path is kept
             run.metrics(step, {"clock/lr": lr, "clock/share": run.clock_share})
         if step % cfg.log_every == 0 or step == total_steps:
-            run.log_training(where(), step, length, {"lr": lr, "grad_norm": grad_norm})
+            run.log_training(where(), step, round(length), {"lr": lr, "grad_norm": grad_norm})
     trains = [p for p in model.parameters() if p.requires_grad]
     state = [t for of in optimizer.state.values() for t in of.values() if isinstance(t, torch.Tensor)]
     found = {"steps": step, "state_mb": sum(t.numel() * t.element_size() for t in (*trains, *state)) / 1e6}
@@ -426,6 +432,7 @@ def blocks_of(cfg, tokens, part, most=None) -> corpus.Blocks:
 
 
 def pretrain(run, cfg, world) -> dict:
+    check_length(cfg)
     tokens = corpus.open_corpus(corpus_of(cfg), world)
     run.pin("fingerprint", tokens.fingerprint)
     train, val = blocks_of(cfg, tokens, "train"), blocks_of(cfg, tokens, "val", cfg.eval_rows)
@@ -549,6 +556,11 @@ def tuned(cfg, base, world):
     return model, model if cfg.method == "full" else lora.Adapters(model)
 
 
+def check_context(cfg, most, of):
+    if cfg.max_length > most:
+        raise core.UserError(f"--max_length {cfg.max_length} is over the {most} positions of {of}")
+
+
 def plain_text(cfg, tokenizer, text, world) -> corpus.Blocks | None:
     """Held-out blocks of the text that the base has read, or of cfg.plain."""
     if not cfg.plain_blocks:
@@ -563,11 +575,9 @@ def plain_text(cfg, tokenizer, text, world) -> corpus.Blocks | None:
 
 
 def finetune(run, cfg, world) -> dict:
+    check_length(cfg)
     base, tokenizer, text = open_base(cfg, world)
-    if cfg.max_length > base.config.block_size:
-        raise core.UserError(
-            f"--max_length {cfg.max_length} is over the {base.config.block_size} of {cfg.init_from}"
-        )
+    check_context(cfg, base.config.block_size, cfg.init_from)
     data = mathqa.load_problems(cfg, world, tokenizer)
     run.pin("fingerprint", data.fingerprint)
     parts, lines = mathqa.examples_of(data, cfg)
@@ -982,6 +992,7 @@ def several(cfg, world, say, poll):
             raise core.UserError(f"--shares {' '.join(cfg.shares)}: use numbers between 0 and 1")
     for line in runs.override_lines(cfg):
         say(line)
+    check_stages(cfg, world)
     folder = study_folder(cfg)
     if cfg.mode != "both":
         core.on_main(world, lambda: str(runs.prepared(folder)))
@@ -991,6 +1002,28 @@ def several(cfg, world, say, poll):
     except core.Stop:
         say("next: the same command goes on where it was")
         raise
+
+
+def check_stages(cfg, world):
+    """Opens text and rows of both stages, and looks at the model's shape: a mistake of the second stage
+    should not wait for the end of the first."""
+    check_length(cfg)
+    check_length(pretraining(cfg))
+    check_context(cfg, cfg.block_size, "--block_size")
+    tokens = corpus.open_corpus(corpus_of(cfg), world)
+    data = mathqa.load_problems(cfg, world, tokens.tokenizer)
+    parts, _ = mathqa.examples_of(data, cfg)
+    if len(parts["train"]) < cfg.batch and not cfg.pack:
+        raise core.UserError(
+            f"--batch {cfg.batch} is over the {len(parts['train'])} training rows: use fewer"
+        )
+    for part in corpus.PARTS:
+        blocks_of(cfg, tokens, part)
+    arms = (cfg.method,) if cfg.mode == "both" else cfg.arms
+    with torch.device("meta"):
+        for one in (cfg, *(arm_config(cfg, arm) for arm in arms)):
+            if cfg.mode == "study" or one.qat != "off":
+                quantise.linear_layers(new_model(one, tokens.tokenizer), one.qat_group)
 
 
 @record

@@ -390,11 +390,14 @@ class Run:
         self.train_seconds += seconds
         self.meter.add(loss_sum, targets, examples, seconds)
 
-    def schedule_length(self, step, total_steps) -> int:
-        """Steps the schedule should span: `total_steps`, or fewer where the clock ends the run earlier."""
+    def schedule_length(self, step, total_steps) -> float:
+        """Steps the schedule should span: `total_steps`, or fewer where the clock ends the run earlier.
+
+        By the rate so far: step / length is the spent share of the clock, so the end is always reached.
+        """
         if not self.clock_share:  # before the first step: as many as the forecast's fit into the clock
             return min(total_steps, self._steps_in_budget or total_steps)
-        return min(total_steps, max(step + 1, round(step / self.clock_share)))
+        return min(total_steps, max(step + 1, step / self.clock_share))
 
     def forecast(self, model, optimizer, steps, seconds, typical):
         """One line from the worst-case step's seconds; `typical` is an average step's share of its length.
