@@ -890,7 +890,7 @@ UNBOUND = {
 
 @pytest.mark.parametrize("mode", UNBOUND)
 def test_a_stage_that_nothing_ends_is_one_line(mode):
-    with pytest.raises(core.UserError, match="nothing ends (pretraining|fine-tuning)") as error:
+    with pytest.raises(core.UserError, match=r"nothing ends (pretraining|fine-tuning)") as error:
         here("--smoke", *UNBOUND[mode])
     assert "\n" not in str(error.value)
     assert ("--pretrain_max_minutes" in str(error.value)) == (mode == "pretrain")
