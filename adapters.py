@@ -58,6 +58,11 @@ class _LoHa(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, slope):
+        with torch.autocast(slope.device.type, enabled=False):  # a compiled backward would inherit it
+            return _LoHa.slopes(ctx, slope)
+
+    @staticmethod
+    def slopes(ctx, slope):
         x, weight, *factors = ctx.saved_tensors
         W1a, W1b, W2a, W2b = factors
         rows, to_x = slope.reshape(-1, slope.shape[-1]), None
@@ -87,8 +92,8 @@ class LoKrLinear(lora.Adapter):
         (rows, k), (columns, n) = near_factors(base.out_features), near_factors(base.in_features)
         new = base.weight.new_empty
         self.W1 = nn.Parameter(base.weight.new_zeros(rows, columns))
-        self.low = rank < max(k, n) / 2
-        if self.low:
+        self.low_rank = rank < max(k, n) / 2
+        if self.low_rank:
             self.W2a, self.W2b = nn.Parameter(new(k, rank)), nn.Parameter(new(rank, n))
             uniform(self.W2a, self.W2b)
         else:
@@ -96,14 +101,13 @@ class LoKrLinear(lora.Adapter):
             uniform(self.W2)
 
     def forward(self, x):
-        m, n = self.W1.shape[1], self.W2b.shape[1] if self.low else self.W2.shape[1]
-        X = x.reshape(*x.shape[:-1], m, n)
-        X = core.linear(core.linear(X, self.W2b), self.W2a) if self.low else core.linear(X, self.W2)
+        X = x.reshape(*x.shape[:-1], self.W1.shape[1], -1)
+        X = core.linear(core.linear(X, self.W2b), self.W2a) if self.low_rank else core.linear(X, self.W2)
         # (..., m, k) -> (..., l, k)
         return self.base(x) + (self.multiplier * self.W1 @ X).flatten(-2)
 
     def delta(self):
-        return self.multiplier * torch.kron(self.W1, self.W2a @ self.W2b if self.low else self.W2)
+        return self.multiplier * torch.kron(self.W1, self.W2a @ self.W2b if self.low_rank else self.W2)
 
 
 def near_factors(n) -> tuple[int, int]:

@@ -1013,7 +1013,7 @@ def _one_cycle(start, peak, end, step, rising, total_steps) -> float:
 
 
 def parameter_groups(model, weight_decay, scales=None, undecayed=()) -> list[dict]:
-    """Only matrices decay, those named in `undecayed` do not either.
+    """Matrices decay, except those named in `undecayed`.
 
     `scales` maps parameter names to the share of the lr at which they learn (otherwise 1).
     """
@@ -1029,10 +1029,10 @@ def parameter_groups(model, weight_decay, scales=None, undecayed=()) -> list[dic
 
 
 def make_optimizer(
-    model, optimizer, weight_decay, betas=(0.9, 0.999), eps=1e-8, scales=None
+    model, optimizer, weight_decay, betas=(0.9, 0.999), eps=1e-8, scales=None, undecayed=()
 ) -> torch.optim.Optimizer:
     """adamw (fused) or sgd (momentum 0.9) over parameter_groups. optimizer_step sets the lr."""
-    groups = parameter_groups(model, weight_decay, scales)
+    groups = parameter_groups(model, weight_decay, scales, undecayed)
     if optimizer == "adamw":
         return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
     return torch.optim.SGD(groups, momentum=0.9)

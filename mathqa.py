@@ -12,7 +12,7 @@ import os
 import re
 import zipfile
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +27,10 @@ COLUMNS = ("Problem", "options", "correct")  # MathQA's; Rationale, formulas and
 OTHER_NAMES = {"Problem": "question"}  # AQuA's
 LETTERS = "abcde"
 BUILT_IN = "template-problems"
-CACHE_VERSION = 1  # of the layout that write_cache writes: change both together
+CACHE_VERSION = 2  # of the layout that write_cache writes: change both together
 MOST_BAD = 0.05  # share of rows: some of MathQA's have fewer than five options
 CHANCE = 1 / len(LETTERS)
+FIRST = 2  # pieces of a problem before its first answer
 JOURNAL_LENGTH = 1024  # journal 004 padded each row to a multiple of it
 
 # ------------------------------------------------------------------------------------------------ rows
@@ -91,36 +92,8 @@ def _marks(options, before) -> list[int]:
     return starts
 
 
-NAMES = (
-    "ann",
-    "ben",
-    "cora",
-    "dan",
-    "emma",
-    "finn",
-    "ida",
-    "jan",
-    "kate",
-    "leo",
-    "mona",
-    "ned",
-    "olga",
-    "pat",
-)
-THINGS = (
-    "apples",
-    "books",
-    "coins",
-    "pens",
-    "cards",
-    "roses",
-    "stamps",
-    "balls",
-    "keys",
-    "eggs",
-    "cups",
-    "tins",
-)
+NAMES = (*("ann", "ben", "cora", "dan", "emma", "finn", "ida"), *("jan", "kate", "leo", "mona", "ned", "pat"))
+THINGS = ("apples", "books", "coins", "pens", "cards", "roses", "stamps", "balls", "keys", "eggs", "cups")
 TEMPLATES = (  # problem, rationale, the two formulas, answer; numbers from 2 to 9
     ("{n} has {a} {t} and gets {b} more . how many {t} ?", "{a} + {b} = {c}",
      "add({a}, {b})", "add(n0,n1)|", lambda a, b: a + b),
@@ -173,7 +146,8 @@ def official_parts(name) -> dict[str, str] | None:
         except (zipfile.BadZipFile, OSError):
             raise core.UserError(f"{path} is not a whole zip file: fetch it again") from None
     tables = sorted(Path(found).name for found in names if Path(found).suffix in core.TABLES)
-    if len(tables) < 2:
+    tables = [table for table in tables if table[0] != "."]  # what a Mac leaves in a zip
+    if len(tables) < 2 or all(table.startswith("train") for table in tables):
         return None
     found = {
         part: next((p for p in begins if any(t.startswith(p) for t in tables)), None)
@@ -191,7 +165,8 @@ def official_parts(name) -> dict[str, str] | None:
 
 @dataclass
 class Problems(sft.Instructions):
-    """Tokenised problems: piece 6 i is problem i as the model reads it, 6 i + 1 ... 6 i + 5 its options.
+    """Tokenised problems: pieces 7 i and 7 i + 1 are what the model reads of problem i (the problem; the list
+    of its options, if it gets to see one), 7 i + 2 ... 7 i + 6 the answers to choose from.
 
     texts: [problem, "", right answer].
     """
@@ -202,40 +177,41 @@ class Problems(sft.Instructions):
 
     @functools.cached_property
     def pieces(self) -> np.ndarray:
-        """(rows, 6): tokens of each piece."""
-        return np.diff(self.offsets).reshape(-1, 1 + len(LETTERS))
+        """(rows, 7): tokens of each piece."""
+        return np.diff(self.offsets).reshape(-1, FIRST + len(LETTERS))
 
     @functools.cached_property
     def prompt_lengths(self):
-        return self.pieces[:, 0]
+        return self.pieces[:, :FIRST].sum(1)
 
     @functools.cached_property
     def answer_lengths(self):
         """Of the right option, without the end token."""
-        return self.pieces[np.arange(len(self)), 1 + self.right]
+        return self.pieces[np.arange(len(self)), FIRST + self.right]
 
     def piece(self, row, number) -> list[int]:
-        at = (1 + len(LETTERS)) * row + number
+        at = (FIRST + len(LETTERS)) * row + number
         return self.tokens[self.offsets[at] : self.offsets[at + 1]].tolist()
 
     def prompt(self, row) -> list[int]:
-        return self.piece(row, 0)
+        return self.piece(row, 0) + self.piece(row, 1)
 
     def whole(self, row) -> list[int]:
         """Problem, right answer, end token."""
         return self.ended(row, row, self.right[row])
 
     def ended(self, asked, row, option) -> list[int]:
-        """Problem `asked`, then an option of `row`, then the end token."""
-        return [*self.piece(asked, 0), *self.piece(row, 1 + option), self.tokenizer.eos_token_id]
+        """Problem `asked`, then all that belongs to an option of `row`, then the end token."""
+        end = self.tokenizer.eos_token_id
+        return [*self.piece(asked, 0), *self.piece(row, 1), *self.piece(row, FIRST + option), end]
 
 
 def as_read(problem, options, answer_format) -> list[str]:
-    """What the model reads before an answer, and the five answers to choose from."""
+    """What the model reads before an answer (the problem, the list of options), and the five answers."""
     if answer_format == "text":
-        return [problem, *(f" {option}" for option in options)]
+        return [problem, "", *(f" {option}" for option in options)]
     listed = " , ".join(f"{letter} ) {option}" for letter, option in zip(LETTERS, options, strict=True))
-    return [f"{problem} options : {listed} answer :", *(f" {letter}" for letter in LETTERS)]
+    return [problem, f" options : {listed} answer :", *(f" {letter}" for letter in LETTERS)]
 
 
 def load_problems(cfg, world, tokenizer) -> Problems:
@@ -328,7 +304,7 @@ def split(data, cfg) -> tuple[dict[str, np.ndarray], list[str]]:
         parts = {name: np.flatnonzero(drawn == i) for i, name in enumerate(SHARES)}
         lines = ["a single table: 80 % train, 10 % val, 10 % test, drawn by problem"]
     # the last token is no input
-    fits = data.prompt_lengths + data.pieces[:, 1:].max(1) <= cfg.max_length
+    fits = data.prompt_lengths + data.pieces[:, FIRST:].max(1) <= cfg.max_length
     if not fits.all():
         lines.append(f"{int((~fits).sum())} row(s) are left out: they are over {cfg.max_length} tokens")
     parts = {name: rows[fits[rows]] for name, rows in parts.items()}
@@ -353,14 +329,15 @@ class Choices(sft.Examples):
 
     def __init__(self, data, rows, asked=None):
         self.data, self.rows, self.asked = data, rows, rows if asked is None else asked
-        lengths = data.prompt_lengths[self.asked][:, None] + data.pieces[rows, 1:]
+        self.prompts = data.pieces[self.asked, 0] + data.pieces[rows, 1]
+        lengths = self.prompts[:, None] + data.pieces[rows, FIRST:]
         self.lengths, self.max_length, self.loss_on_prompt = lengths.reshape(-1), None, False
 
     def __len__(self):
         return len(self.lengths)
 
     def masked(self, examples):
-        return self.data.prompt_lengths[self.asked[np.asarray(examples) // len(LETTERS)]] - 1
+        return self.prompts[np.asarray(examples) // len(LETTERS)] - 1
 
     def pair(self, example):
         row, option = divmod(example, len(LETTERS))
@@ -377,7 +354,9 @@ class Scores:
 
     @classmethod
     def of(cls, model, choices, cfg, world, poll):
-        sums = gpt_scratch.evaluate(model, choices, cfg, world, poll)
+        # in half precision close options would be equal, and the first one chosen
+        exact = replace(cfg, dtype="fp32") if cfg.dtype in ("bf16", "fp16") else cfg
+        sums = gpt_scratch.evaluate(model, choices, exact, world, poll)
         plain, targets = -sums[:, 0].reshape(-1, len(LETTERS)), sums[:, 2].reshape(-1, len(LETTERS))
         return cls(plain, plain / targets)
 
@@ -400,7 +379,7 @@ def strangers(data, rows, most=10**9) -> np.ndarray:
     order = np.random.default_rng(0).permutation(len(rows))
     asked = np.empty_like(rows)
     asked[order] = rows[np.roll(order, 1)]
-    prompts, room = data.prompt_lengths, most - data.pieces[rows, 1:].max(1)
+    prompts, room = data.pieces[:, 0], most - data.pieces[rows, 1] - data.pieces[rows, FIRST:].max(1)
     for i in np.flatnonzero((data.groups[asked] == data.groups[rows]) | (prompts[asked] > room)):
         others = np.flatnonzero((data.groups[rows] != data.groups[rows[i]]) & (prompts[rows] <= room[i]))
         asked[i] = rows[others[i % len(others)]] if len(others) else rows[i]
@@ -417,9 +396,10 @@ def answer_figures(model, data, rows, train, cfg, world, poll) -> tuple[dict, li
     control = Scores.of(model, Choices(data, rows, strangers(data, rows, cfg.max_length)), cfg, world, poll)
     usual = Counter(data.right[train].tolist()).most_common(1)[0][0]
     right, shuffled = own.right(data, rows), control.right(data, rows)
-    values = np.c_[right, shuffled, data.right[rows] == usual]
+    values = np.c_[right, shuffled, data.right[rows] == usual, right - shuffled]
     names = ("answer_accuracy", "answer_accuracy_per_token", "shuffled_accuracy")
     names = (*names, "shuffled_accuracy_per_token", "letter_accuracy")
+    names = (*names, "above_shuffled", "above_shuffled_per_token")
     found, intervals = {}, core.bootstrap(values, data.groups[rows]).tolist()
     for name, value, interval in zip(names, values.mean(0).tolist(), intervals, strict=True):
         found |= {name: value, f"{name}_interval": interval}
@@ -445,9 +425,15 @@ def answer_lines(part, m) -> list[str]:
         f"{part:5} control, problems shuffled: {said('shuffled_accuracy')}  "
         f"per token {said('shuffled_accuracy_per_token')}",
     ]
-    low = max(m[f"{part}/{name}_interval"][0] for name in ("answer_accuracy", "answer_accuracy_per_token"))
-    guess = max(CHANCE, m[f"{part}/letter_accuracy"])
-    return [*lines, f"{part:5} answers cannot be told from guessing"] if low <= guess else lines
+    low, guess = m[f"{part}/answer_accuracy_interval"][0], max(CHANCE, m[f"{part}/letter_accuracy"])
+    if low <= guess:
+        return [*lines, f"{part:5} answers cannot be told from guessing"]
+    if m[f"{part}/above_shuffled_interval"][0] <= 0:
+        return [
+            *lines,
+            f"{part:5} answers are no better than without the problem: options give themselves away",
+        ]
+    return lines
 
 
 def over_padding(sums, examples) -> float:

@@ -9,6 +9,8 @@ import compare
 import core
 import results
 
+RATES = "Each arm has the rate it was given: which one suits it, several arms of one method can tell."
+
 
 def read(folder, name):
     return json.loads((Path(folder) / name).read_text(encoding="utf-8"))
@@ -36,8 +38,11 @@ def report(found, small, cfg) -> tuple[str, dict]:
         parts.append(f"**{title}** ({said}; s: of training; MB: gradients and optimizer)\n\n{table(arms)}")
         told, figures[budget] = verdicts(arms)
         parts.append("\n".join(told))
+    if (count := sum(map(len, figures.values()))) > 2:
+        parts.append(f"{count} comparisons: of 20 between equals one looks like a difference.\n{RATES}")
     if small:
         parts.append(f"**int4** (means over {seeds})\n\n{quantised_table(small)}")
+        parts.append("\n".join(small_verdicts(small)))
     return "\n\n".join(parts), figures
 
 
@@ -58,8 +63,12 @@ def table(arms) -> str:
         row["trained"] = f"{of_arm[0]['trainable_parameters']:,}"
         row["steps"] = f"{over(of_arm, 'steps'):.0f}"
         row["s"] = f"{over(of_arm, 'train_seconds'):.1f}"
-        row["tokens/s"] = f"{over(of_arm, 'tokens_per_second') or 0:.0f}"
+        rate = over(of_arm, "tokens_per_second")
+        row["tokens/s"] = "" if rate is None else f"{rate:.0f}"
         row["MB"] = f"{over(of_arm, 'state_mb'):.2f}"
+        # on a CPU that of the process: all runs so far
+        on_cpu = read(folders[0], "config.json")["device"].startswith("cpu")
+        row["peak MB"] = "" if on_cpu else f"{over(of_arm, 'peak_memory_mb'):.0f}"
         for name, cell in row.items():
             cells.setdefault(name, []).append(cell)
     return results.markdown({name: column for name, column in cells.items() if any(column)})
@@ -104,3 +113,27 @@ def quantised_table(small) -> str:
             for name, cell in row.items():
                 cells.setdefault(name, []).append(cell)
     return results.markdown({name: column for name, column in cells.items() if any(column)})
+
+
+def small_difference(small, whole) -> dict:
+    """int4 - float on the same rows, by figure; each side is (lines of losses.jsonl, of answers.jsonl)."""
+    found = {}
+    for (ours, theirs), name, column in (
+        ((small[0], whole[0]), "loss", "nats"),
+        ((small[1], whole[1]), "answers", "right"),
+    ):
+        if ours:
+            sums = np.array([[float(line[column]) for line in of] for of in (ours, theirs)])
+            weights = np.array([float(line.get("targets", 1)) for line in ours])
+            rows = compare.Rows(name, sums, weights, np.array([line["group"] for line in ours]))
+            found[name] = compare.difference(rows, [0], [1])
+    return found
+
+
+def small_verdicts(small) -> list[str]:
+    """For the first run of each arm: does int4 differ from float?"""
+    return [
+        f"{arm}, int4 - float  {compare.verdict(one, name, ('int4', 'float'))}"
+        for arm, of_arm in small.items()
+        for name, one in of_arm[0]["int4 - float"].items()
+    ]

@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import core
@@ -37,10 +36,14 @@ def int8_rows(weight) -> tuple[torch.Tensor, torch.Tensor]:
 
 def int8_tokens(x) -> torch.Tensor:
     """x (..., C) as 256 levels between a token's lowest and highest number (0 included) give it again."""
+    dtype, x = (
+        x.dtype,
+        x.to(torch.promote_types(x.dtype, torch.float32)),
+    )  # half a number is too coarse a scale
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     scale = _positive((high - low) / 255)
     zero = torch.round(-128 - low / scale).clamp(-128, 127)
-    return ((torch.round(x / scale) + zero).clamp(-128, 127) - zero) * scale
+    return (((torch.round(x / scale) + zero).clamp(-128, 127) - zero) * scale).to(dtype)
 
 
 def _positive(scales):
@@ -93,7 +96,8 @@ class QATEmbedding(gpt_scratch.Embedding):
         return fake_int8_rows(self.weight) if self.on else self.weight
 
     def forward(self, ids):
-        return F.embedding(ids, self.matrix())
+        rows = super().forward(ids)  # a row has its own scale: only those that are read
+        return fake_int8_rows(rows) if self.on else rows
 
 
 def prepare(model, group):
@@ -220,6 +224,11 @@ def save(model, group, tokenizer, folder):
         safetensors.torch.save_file(tensors, aside / "model.safetensors", {"format": "pt"})
         core.write_json(aside / "quantised.json", {"group": group, "config": asdict(model.config)})
         tokenizer.save_pretrained(aside / "tokenizer")
+
+
+def is_quantised(name) -> bool:
+    """Whether `save` has written there."""
+    return (Path(name) / "quantised.json").exists()
 
 
 def load(folder) -> tuple[gpt_scratch.GPT, object]:

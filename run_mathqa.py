@@ -12,10 +12,13 @@ Constants called pretrain_... are the first stage's, their namesakes without it 
 run of its own under runs/run_mathqa/; modes both, study and split make several and go on where they were.
 """
 
+import contextlib
 import functools
+import gc
 import hashlib
 import json
 import math
+import re
 import shutil
 import sys
 import time
@@ -39,13 +42,16 @@ import results
 import runs
 import sft
 
+ARMS = (  # rates as each kind of tuning wants them; a study of them takes several of each
+    *("full", "full,optimizer=lion,lr=1e-5,weight_decay=1,beta2=0.99", "lora,lr=5e-4", "loha,lr=5e-4"),
+    *("lokr,lr=2e-3", "full,qat=int4"),
+)
+
 
 @dataclass(frozen=True)
 class Config:
     # data
-    data: str = (
-        "kinit/math_qa"  # problems: Hub id, table, folder of train, validation, test; template-problems
-    )
+    data: str = "kinit/math_qa"  # Hub id, table, folder of train, validation, test, or template-problems
     max_documents: int | None = None  # rows of each part, or of a single table; none = all
     answer_format: Literal["text", "letter"] = "text"  # problem -> option, or problem and options -> letter
     loss_on_prompt: bool = False  # problems are learnt, too, as in the journal
@@ -67,9 +73,7 @@ class Config:
     vocab_multiple: int = 64  # the embedding's rows are rounded up to it
     dropout: float = 0.0
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory
-    init_from: str | None = (
-        None  # what is tuned: a run, a GPT-2 or Llama folder, new; none = newest pretraining
-    )
+    init_from: str | None = None  # a run, a GPT-2 or Llama folder, new; none = the newest pretraining run
     init_step: int | None = None  # a checkpoint of that run; none = the one it was tested with
     method: Literal["full", "lora", "loha", "lokr"] = "full"
     lora_rank: int = 16  # of all three kinds of adapter
@@ -107,7 +111,7 @@ class Config:
     optimizer: Literal["adamw", "lion", "sgd"] = "adamw"
     beta1: float = 0.9
     beta2: float = 0.95  # of Lion 0.99 is usual
-    weight_decay: float = 0.1  # of matrices but the embedding; Lion wants three to ten times AdamW's
+    weight_decay: float = 0.1  # of matrices but the token embedding; Lion wants three to ten times AdamW's
     clip: float | None = 1.0  # global gradient norm; none = off
     skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
     dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
@@ -118,6 +122,7 @@ class Config:
     eval_every: int | None = 500  # steps; none = each epoch
     eval_rows: int | None = 500  # validation rows or blocks looked at during training; none = all
     answer_rows: int = 200  # validation problems answered then; 0 = none
+    sample_tokens: int = 24  # most in what is written behind three of them; 0 = nothing
     final_eval: bool = True  # the test rows, once, at the end
     test_weights: Literal["best", "last"] = "best"  # lowest validation loss, or the final ones
     save_every: int | None = None  # steps; none = at each evaluation, before it
@@ -125,14 +130,10 @@ class Config:
     log_every: int = 25  # steps
     price_per_hour: float | None = None  # dollars for the whole box
     note: str = ""  # kept in config.json
-    plain: str | None = None  # text that shows what is forgotten; none = held out of the pretraining's
+    plain: str | None = None  # shows what is forgotten; none = held out of the pretraining text, if known
     plain_blocks: int = 100  # of it; 0 = none
     # study
-    arms: tuple[
-        str, ...
-    ] = (  # method,constant=value,...: the first one sets the steps and the time of the others
-        *("full", "lora,lr=5e-4", "loha,lr=5e-4", "lokr,lr=2e-3", "full,qat=int4"),
-    )
+    arms: tuple[str, ...] = ARMS  # method,constant=value,...: the first one sets steps and time of the others
     budgets: tuple[str, ...] = ("steps", "time")  # what the arms have equal
     shares: tuple[str, ...] = ("0.5", "0.75", "0.9")  # of mode split: pretraining's share of both budgets
     seeds: int = 3  # of each arm: seed, seed + 1, ...
@@ -154,8 +155,17 @@ class Config:
             raise core.UserError(
                 f"mode {self.mode} goes on by itself: drop --resume_timestamp, --resume_step"
             )
-        if self.mode in SEVERAL and self.init_from:
-            raise core.UserError(f"--init_from: mode {self.mode} pretrains first, use --mode finetune")
+        if self.mode in ("both", "split") and self.init_from:
+            raise core.UserError(f"--init_from: mode {self.mode} pretrains first, use finetune or study")
+        for first, schedule, low in (
+            ("", self.schedule, self.min_lr),
+            ("pretrain_", self.pretrain_schedule, self.pretrain_min_lr),
+        ):
+            if schedule == "one_cycle" and low:
+                raise core.UserError(f"--{first}min_lr {low}: one_cycle has an end of its own, leave it 0")
+        if self.val_share + self.test_share >= 1:
+            shares = f"val_share {self.val_share} + test_share {self.test_share}"
+            raise core.UserError(f"{shares} leave nothing to train on")
         if odd := set(self.budgets) - {"steps", "time"}:
             raise core.UserError(f"--budgets {odd.pop()}: use steps, time, or both")
 
@@ -169,7 +179,11 @@ NOAM_WIDE4 = {
     **{"n_embd": 1024, "pretrain_batch": 256, "pretrain_micro_batch": 64, "pretrain_max_minutes": 180.0},
     **{"pretrain_lr": 8e-4, "pretrain_schedule": "one_cycle", "pretrain_warmup": 0.3, "cycle_beta1": True},
     **{"beta1": 0.9, "beta2": 0.95, "pretrain_weight_decay": 0.1, "clip": 1.0, "test_weights": "last"},
-    **{"pretrain_eval_every": 2000, "pretrain_save_every": 500, "eval_rows": 1536},
+    **{"pretrain_eval_every": 2000, "pretrain_save_every": 500, "eval_rows": 1536, "compile": True},
+}
+CONTINUE_NOAM = {  # the same text for 45 minutes more
+    **{"init_from": "newest", "pretrain_schedule": "cosine", "pretrain_lr": 8e-5, "pretrain_min_lr": 8e-6},
+    **{"pretrain_warmup": 0.05, "pretrain_max_minutes": 45.0},
 }
 # Its rows were padded to 1,024 tokens and cut into two windows of 512, the second one mostly nothing but
 # padding: 256 windows are 128 rows. It validated on the test part, which is not repeated.
@@ -177,11 +191,13 @@ SECOND_STAGE_FULL = {
     **{"mode": "finetune", "method": "full", "answer_format": "text", "loss_on_prompt": True, "batch": 128},
     **{"group_lengths": False, "lr": 5e-6, "min_lr": 5e-7, "warmup": 0.05, "schedule": "cosine"},
     **{"max_minutes": 60.0, "weight_decay": 0.1, "clip": 1.0, "eval_every": 500, "test_weights": "last"},
+    **{"eval_rows": 1536, "compile": True},
 }
 PRESETS = {
     "recommended": {},
     "noam_wide4": NOAM_WIDE4,
     "noam_wide4_effective": NOAM_WIDE4 | {"pretrain_lr": 1e-3},
+    "continue_noam": NOAM_WIDE4 | CONTINUE_NOAM,
     "second_stage_full": SECOND_STAGE_FULL,
 }
 SMOKE = {
@@ -193,6 +209,7 @@ SMOKE = {
     **{"pretrain_max_minutes": None, "pretrain_lr": lambda lr: 5 * lr, "pretrain_eval_every": 60},
     **{"pretrain_save_every": None, "batch": 36, "max_minutes": None, "max_steps": 200},
     **{"lr": lambda lr: 80 * lr, "warmup": 0.1, "dtype": "fp32", "eval_every": 100, "eval_rows": 100},
+    **{"pretrain_min_lr": lambda lr: 5 * lr, "min_lr": lambda lr: 80 * lr, "compile": False},
     **{"answer_rows": 50, "save_every": None, "plain_blocks": 20, "seeds": 1, "budgets": ("steps",)},
     **{"arms": ("full", "lora,lr=3e-3", "loha,lr=1e-2", "lokr,lr=3e-2", "full,qat=int4")},
 }
@@ -226,12 +243,10 @@ class Lion(torch.optim.Optimizer):
 
 def make_optimizer(cfg, model):
     """Of what trains: made when adapters and quantisation are in place."""
-    groups = core.parameter_groups(model, cfg.weight_decay, undecayed=("wte.weight",))
-    if cfg.optimizer == "adamw":
-        return torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), fused=True)
+    decay, betas, undecayed = cfg.weight_decay, (cfg.beta1, cfg.beta2), ("wte.weight",)
     if cfg.optimizer == "lion":
-        return Lion(groups, (cfg.beta1, cfg.beta2))
-    return torch.optim.SGD(groups, momentum=0.9)
+        return Lion(core.parameter_groups(model, decay, undecayed=undecayed), betas)
+    return core.make_optimizer(model, cfg.optimizer, decay, betas, undecayed=undecayed)
 
 
 # ------------------------------------------------------------------------------------------------ both stages
@@ -316,7 +331,8 @@ def fit(run, cfg, world, s) -> dict:
         ends = step >= total_steps
         if cfg.qat != "off" and not quantised and (ends or step >= cfg.qat_start * length):
             quantised, run.state["quantised_from"] = True, step
-            run.state.pop("lowest", None)  # of another model, so to speak
+            for name in ("lowest", "evaluated"):  # of another model, so to speak
+                run.state.pop(name, None)
             run.say(f"{where()}  step {step}: int4 weights and int8 activations from here on")
         quantise.switch(model, quantised)
         due = ends or step % (cfg.eval_every or len(batches)) == 0
@@ -406,6 +422,20 @@ def pretraining(cfg) -> Config:
     return core.with_flags(replace(cfg, **own), typed, flags)
 
 
+@contextlib.contextmanager
+def flags_of_stage(cfg):
+    """Errors of the first stage name the flags that are its own."""
+    try:
+        yield
+    except core.UserError as error:
+        if cfg.mode != "pretrain":
+            raise
+        names = "|".join(
+            f.name.removeprefix("pretrain_") for f in fields(Config) if f.name.startswith("pretrain_")
+        )
+        raise core.UserError(re.sub(rf"--({names})\b", r"--pretrain_\1", str(error))) from None
+
+
 def corpus_of(cfg) -> corpus.Corpus:
     return corpus.Corpus(
         cfg.text, cfg.tokenizer, cfg.text_column, cfg.text_documents, cfg.val_share, cfg.test_share,
@@ -420,6 +450,19 @@ def new_model(cfg, tokenizer) -> gpt_scratch.GPT:
         rows, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, positions="rotary", norm="rmsnorm",
         activation="swiglu", bias=False, qkv_bias=False, dropout=cfg.dropout, checkpointing=cfg.checkpointing,
     ))  # fmt: skip
+
+
+def first_model(cfg, tokenizer, world) -> gpt_scratch.GPT:
+    """A new model, or that of cfg.init_from, which goes on reading."""
+    if cfg.init_from in (None, "new"):
+        return new_model(cfg, tokenizer)
+    model, own = open_weights(cfg, world)
+    if core.tokenizer_fingerprint(own) != core.tokenizer_fingerprint(tokenizer):
+        tokenizer = gpt_scratch.tokenizer_of(cfg.init_from)
+        raise core.UserError(f"--tokenizer {cfg.tokenizer} is not that of {cfg.init_from}: use {tokenizer}")
+    if cfg.block_size > (most := model.config.block_size):
+        raise core.UserError(f"--block_size {cfg.block_size} is over the {most} of {cfg.init_from}")
+    return model
 
 
 def blocks_of(cfg, tokens, part, most=None) -> corpus.Blocks:
@@ -441,14 +484,14 @@ def pretrain(run, cfg, world) -> dict:
     batches = core.ShardedBatches(np.full(len(train), cfg.block_size), cfg.batch, world, seed=cfg.seed)
     core.reseed(cfg.seed, "init")
     precision = core.Precision(cfg.dtype, world)
-    model = precision.prepare(new_model(cfg, tokens.tokenizer))
+    model = precision.prepare(first_model(cfg, tokens.tokenizer, world))
 
     def announce():
         total = core.count_parameters(model)[0]
         sizes = "  ".join(f"{part} {len(of)}" for part, of in tokens.parts.items())
         run.say(f"model noam  {total / 1e6:.1f}M parameters ({total:,})   tokens {sizes}")
         run.begin()
-        for line in tokens.lines:
+        for line in [*tokens.lines, *([f"from {cfg.init_from}"] if cfg.init_from else [])]:
             run.say(line)
         run.say(f"{cfg.batch * cfg.block_size:,} tokens a step, {len(batches):,} steps an epoch")
         core.on_main(world, lambda: gpt_scratch.describe_model(run.folder, model, tokens.tokenizer))
@@ -503,7 +546,7 @@ def newest_pretraining(cfg) -> str | None:
     for folder in reversed(folders):
         finished = json.loads((folder / "result.json").read_text()).get("status") == "finished"
         if finished and runs.read_config(folder)["constants"].get("mode") == "pretrain":
-            return str(folder)
+            return str(folder.resolve())
     return None
 
 
@@ -515,34 +558,34 @@ def is_own_pretraining(name) -> bool:
     return config["script"] == Path(__file__).stem and config["constants"]["mode"] == "pretrain"
 
 
-def open_base(cfg, world):
-    """(model, tokenizer, pretraining text or None) of cfg.init_from."""
-    name, text = cfg.init_from, None
-    if name is None:
-        raise core.UserError("there is no pretraining run: --mode pretrain makes one, or use --init_from")
-    if name == "new":
-        text = corpus.open_corpus(corpus_of(cfg), world)
-        core.reseed(cfg.seed, "init")
-        return new_model(cfg, text.tokenizer), text.tokenizer, text
+def open_weights(cfg, world):
+    """(model, tokenizer) of cfg.init_from, at cfg.init_step or as it was tested."""
+    name = cfg.init_from
     if (Path(name) / "checkpoints").is_dir() and not gpt_scratch.is_run(name):
         raise core.UserError(f"--init_from {name} holds adapters only: --mode export merges them")
-    model, tokenizer = core.main_first(
-        world, lambda: gpt_scratch.open_model(name, cfg.dropout, cfg.checkpointing)
-    )
-    if cfg.init_step is not None:
-        folder = Path(name) / "checkpoints" / f"step_{cfg.init_step:08d}"
-        if not gpt_scratch.is_run(name) or runs.broken(folder):
-            found = ", ".join(sorted(path.name for path in folder.parent.glob("step_*"))) or "none"
-            raise core.UserError(
-                f"--init_step {cfg.init_step}: no whole checkpoint {folder.name}; there: {found}"
-            )
-        runs.load_weights(folder, model)
-    if is_own_pretraining(name):
-        text = corpus.open_corpus(corpus_of(stored_config(name)), world)
+    opened = functools.partial(gpt_scratch.open_model, name, cfg.dropout, cfg.checkpointing)
+    model, tokenizer = core.main_first(world, opened)
     if len(tokenizer) > model.config.vocab_size:
         raise core.UserError(f"the tokenizer of {name} has {len(tokenizer)} tokens, the model "
                              f"{model.config.vocab_size}: they do not belong together")  # fmt: skip
-    return model, tokenizer, text
+    if cfg.init_step is not None:
+        folder = Path(name) / "checkpoints" / f"step_{cfg.init_step:08d}"
+        if not gpt_scratch.is_run(name) or runs.broken(folder):
+            there = ", ".join(sorted(path.name for path in folder.parent.glob("step_*"))) or "none"
+            raise core.UserError(f"--init_step {cfg.init_step}: no whole {folder.name}; there: {there}")
+        runs.load_weights(folder, model)
+    return model, tokenizer
+
+
+def open_base(cfg, world):
+    """(model, tokenizer) that fine-tuning begins with."""
+    if cfg.init_from is None:
+        raise core.UserError("there is no pretraining run: --mode pretrain makes one, or use --init_from")
+    if cfg.init_from != "new":
+        return open_weights(cfg, world)
+    tokenizer = corpus.open_corpus(corpus_of(cfg), world).tokenizer
+    core.reseed(cfg.seed, "init")
+    return new_model(cfg, tokenizer), tokenizer
 
 
 def tuned(cfg, base, world):
@@ -561,22 +604,27 @@ def check_context(cfg, most, of):
         raise core.UserError(f"--max_length {cfg.max_length} is over the {most} positions of {of}")
 
 
-def plain_text(cfg, tokenizer, text, world) -> corpus.Blocks | None:
-    """Held-out blocks of the text that the base has read, or of cfg.plain."""
+def plain_text(cfg, tokenizer, block_size, world) -> tuple[str, corpus.Blocks | None]:
+    """What the text is, and blocks of it that nobody was trained on: cfg.plain, or the text of the base."""
     if not cfg.plain_blocks:
-        return None
-    if cfg.plain is None and text is not None:
-        return blocks_of(cfg, text, "test", cfg.plain_blocks)
-    sizes = min(cfg.block_size, cfg.max_length), cfg.plain_blocks
+        return "", None
+    if cfg.plain is None and (cfg.init_from == "new" or is_own_pretraining(cfg.init_from)):
+        then = cfg if cfg.init_from == "new" else stored_config(cfg.init_from)
+        tokens = corpus.open_corpus(corpus_of(then), world)
+        if then is not cfg:
+            known = runs.read_config(cfg.init_from)["facts"]["fingerprint"]
+            runs.same_data(known, tokens.fingerprint, then.text, ("data", "tokenizer"))
+        return then.text, blocks_of(replace(then, block_size=block_size), tokens, "test", cfg.plain_blocks)
+    name, most = cfg.plain or "python-docs", (min(block_size, cfg.max_length), cfg.plain_blocks)
     try:
-        return core.main_first(world, lambda: sft.plain_blocks(cfg.plain or "python-docs", tokenizer, *sizes))
+        return name, core.main_first(world, lambda: sft.plain_blocks(name, tokenizer, *most))
     except core.UserError as error:
         raise core.UserError(f"--plain: {error}") from None
 
 
 def finetune(run, cfg, world) -> dict:
     check_length(cfg)
-    base, tokenizer, text = open_base(cfg, world)
+    base, tokenizer = open_base(cfg, world)
     check_context(cfg, base.config.block_size, cfg.init_from)
     data = mathqa.load_problems(cfg, world, tokenizer)
     run.pin("fingerprint", data.fingerprint)
@@ -584,7 +632,8 @@ def finetune(run, cfg, world) -> dict:
     units = sft.Packs(parts["train"], cfg.max_length) if cfg.pack else parts["train"]
     block = 50 if cfg.group_lengths else 1
     batches = core.ShardedBatches(units.lengths, cfg.batch, world, seed=cfg.seed, block=block)
-    plain, val = plain_text(cfg, tokenizer, text, world), parts["val"].some(cfg.eval_rows)
+    text, plain = plain_text(cfg, tokenizer, base.config.block_size, world)
+    val = parts["val"].some(cfg.eval_rows)
     asked = mathqa.some(parts["val"].rows, cfg.answer_rows)
     model, trained = tuned(cfg, base, world)
     base_sha256 = runs.state_sha256(lora.base_weights(model))
@@ -622,6 +671,7 @@ def finetune(run, cfg, world) -> dict:
             share = scores.right(data, asked).mean(0).tolist()
             run.say(f"{where}  val  answers {share[0]:.3f}  per token {share[1]:.3f} of {len(asked)}")
             run.metrics(step, {"val/answer_accuracy": share[0], "val/answer_accuracy_per_token": share[1]})
+            sample(run, cfg, step, model, data, asked[:3], poll)
 
     whole = sft.Study(data, parts, units, batches, 0, val, plain, lines)
 
@@ -641,18 +691,35 @@ def finetune(run, cfg, world) -> dict:
     for part in held_out(cfg):
         run.say(f"{part:5} {said(figures, part)}")
         everywhere = figures[f"{part}/accuracy_over_padding"]
-        run.say(f"{part:5} (over every position of rows padded to 1,024, as the journal: {everywhere:.4f})")
+        what = "hits" if cfg.loss_on_prompt else "an answer's hits"
+        run.say(
+            f"{part:5} ({what} over every position of rows padded to 1,024, the journal's: {everywhere:.4f})"
+        )
     for line in mathqa.answer_lines(part, figures):
         run.say(line)
     if alarm := sft.alarm(run, result["steps"], part, figures):
         run.say(alarm)
         figures["alarm"] = alarm
     if plain:
-        figures |= sft.forgetting(run, replace(cfg, plain=cfg.plain or "the pretraining"), plain, model)
+        figures |= sft.forgetting(run, replace(cfg, plain=text), plain, model)
     core.on_main(world, lambda: core.write_lines(run.folder / "losses.jsonl", losses))
     core.on_main(world, lambda: core.write_lines(run.folder / "answers.jsonl", answers))
     farewell(run, figures, part)
     return result | figures | {"base_sha256": base_sha256}
+
+
+def sample(run, cfg, step, model, data, rows, poll):
+    """What the model writes behind problems: to samples.jsonl, TensorBoard, the first one to the terminal."""
+    if not cfg.sample_tokens:
+        return
+    prompts, world = [data.prompt(row) for row in rows], run.world
+    texts = sft.answers(model, data.tokenizer, prompts, cfg.sample_tokens, len(rows), world, poll)
+    asked = [data.texts[row][0] for row in rows]
+    run.samples(step, [f"{problem}\n{text}" for problem, text in zip(asked, texts, strict=True)])
+    right = data.texts[rows[0]][2]
+    run.say(
+        f"  | {sft.shortened(asked[0], 50)} -> {sft.shortened(gpt_scratch.one_line(texts[0]), 20)} ({right})"
+    )
 
 
 def measure_rows(model, data, parts, cfg, world, poll) -> tuple[dict, list, list]:
@@ -695,7 +762,7 @@ def load_model(folder, world):
         model, _ = tuned(cfg, base, world)
         quantise.switch(model, True)
         return cfg, model.eval(), tokenizer
-    base, tokenizer, _ = open_base(cfg, world)
+    base, tokenizer = open_base(cfg, world)
     model, trained = tuned(cfg, base, world)
     if runs.state_sha256(lora.base_weights(model)) != runs.read_config(folder)["facts"].get("base_sha256"):
         raise core.UserError(f"--init_from {cfg.init_from} is not the model that {folder} was trained on")
@@ -722,11 +789,16 @@ def own_measure(folder, cfg, tokenizer, world):
 
 
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
-    """The figures of a run's own val and test data, measured again; losses.jsonl: its name and lines."""
+    """The figures of a run's own val and test data, measured again; losses.jsonl: its name and lines.
+
+    answers.jsonl is written anew, too.
+    """
     cfg, model, tokenizer = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
     measure, _ = own_measure(folder, cfg, tokenizer, world)
-    found, losses, _ = measure(model, poll)
+    found, losses, answers = measure(model, poll)
+    if answers:
+        core.on_main(world, lambda: core.write_lines(Path(folder) / "answers.jsonl", answers))
     return found, ("losses.jsonl", losses)
 
 
@@ -757,11 +829,13 @@ def quantise_run(folder, cfg, world, say, poll) -> dict:
     found = {"weights_sha256": weights, "group": group, "trained_for_it": own.qat != "off"}
     bytes_of = {"float": sum(t.numel() * t.element_size() for t in model.state_dict().values())}
     bytes_of["int4"] = (target / "model.safetensors").stat().st_size
+    lines = {}
     for kind, of in (("float", model), ("int4", small.to(world.device))):
-        figures, _, _ = measure(of, poll)
+        figures, *lines[kind] = measure(of, poll)
         rate = tokens_per_second(of, units, own, world, poll)
         found[kind] = figures | {"mb": bytes_of[kind] / 1e6, "tokens_per_second": rate}
         say(f"{kind:5} {held_out(own)[-1]} {said(figures, held_out(own)[-1])}")
+    found["int4 - float"] = show.small_difference(lines["int4"], lines["float"])
     core.on_main(world, lambda: core.write_json(target / "result.json", found))
     return found
 
@@ -797,10 +871,18 @@ def of_one_run(cfg, world, say, poll):
     if cfg.mode == "quantise":
         found = quantise_run(cfg.run_folder, cfg, world, say, poll)
         say(show.quantised_table({Path(cfg.run_folder).name: [found]}))
-        return say(f"done  {cfg.run_folder}/quantised_{found['group']}")
+        folder = f"{cfg.run_folder}/quantised_{found['group']}"
+        say("\n".join(show.small_verdicts({Path(cfg.run_folder).name: [found]})))
+        return say(f"done  {folder}\nnext: python eval.py --run {folder} --data <text or rows>")
     _, model, tokenizer = load_model(cfg.run_folder, world)
     folder = Path(cfg.run_folder) / "merged"
-    core.on_main(world, lambda: gpt_scratch.save_pretrained(merged(model), tokenizer, folder))
+
+    def write():
+        shutil.rmtree(folder, ignore_errors=True)
+        with core.whole_folder(folder) as aside:
+            gpt_scratch.save_pretrained(merged(model), tokenizer, aside)
+
+    core.on_main(world, write)
     say(f"written: {folder}\nnext: python gpt_scratch.py --mode generate --model {folder}")
 
 
@@ -859,7 +941,8 @@ def as_run(s, cfg, tag) -> Config:
     tag = "-".join(filter(None, [s.cfg.tag, tag, f"s{cfg.seed}"]))
     one = replace(cfg, tag=tag, resume_timestamp="auto")
     typed = replace(core.typed(s.cfg), overrides={})
-    return core.with_flags(one, typed, matter | core.typed(s.cfg).flags & runs.MAY_CHANGE - set(LENGTH))
+    changed = core.typed(s.cfg).flags & (runs.MAY_CHANGE - set(LENGTH))
+    return core.with_flags(one, typed, matter | changed)
 
 
 LENGTH = ("max_minutes", "max_steps", "epochs")
@@ -876,15 +959,19 @@ def one_run(s, cfg) -> Path:
     if folder := core.on_main(s.world, lambda: str(runs.finished_run(cfg, __file__) or "")):
         s.say(f"finished already: {folder}")
         return Path(folder)
-    if s.world.device.type != "cpu":
+    if s.world.device.type != "cpu":  # what the last run left is not this one's
+        gc.collect()
+        getattr(torch, s.world.device.type).empty_cache()
         getattr(torch, s.world.device.type).reset_peak_memory_stats()
+    if cfg.compile:
+        torch.compiler.reset()  # or the blocks of all runs share one limit of recompilations
     ended = False
-    with runs.Run(cfg, s.world, __file__, unit="tokens") as run:
+    with flags_of_stage(cfg), runs.Run(cfg, s.world, __file__, unit="tokens") as run:
         run.result = STAGES[cfg.mode](run, run.cfg, s.world)
         ended = True
     if not ended:
         core.barrier(s.world)  # all ranks have read what rank 0 said last, before it leaves
-        raise core.Stop("the study")
+        raise core.Stop(f"mode {s.cfg.mode}")
     s.poll()
     return run.folder
 
@@ -898,7 +985,10 @@ def pretrained(s, cfg) -> Path:
 
 
 def tuned_run(s, cfg, base, name) -> Path:
-    return one_run(s, as_run(s, replace(cfg, mode="finetune", init_from=str(base)), results.slug(name)))
+    """The run of these constants and this very length."""
+    one = replace(cfg, mode="finetune", init_from=base if base == "new" else str(Path(base).resolve()))
+    mark = hashlib.sha256(f"{name} {[getattr(one, length) for length in LENGTH]}".encode()).hexdigest()[:6]
+    return one_run(s, as_run(s, one, f"{results.slug(name)[:40]}-{mark}"))
 
 
 def both(s):
@@ -912,9 +1002,9 @@ def study(s):
     """Every arm with every seed at equal steps and at equal time; then int4 of the first arm and of qat."""
     cfg, found = s.cfg, {}
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-        base = pretrained(s, replace(cfg, seed=seed))
+        base = cfg.init_from or pretrained(s, replace(cfg, seed=seed))
         one = arm_config(replace(cfg, seed=seed), cfg.arms[0])
-        first = tuned_run(s, one, base, f"{cfg.arms[0]}-{length_name(one)}")
+        first = tuned_run(s, one, base, cfg.arms[0])
         length = core.on_main(s.world, lambda folder=first: show.length(folder))
         for budget in cfg.budgets:
             equal = {"max_minutes": None, "max_steps": length["steps"], "epochs": None}
@@ -923,8 +1013,7 @@ def study(s):
             for arm in cfg.arms:
                 one = arm_config(replace(cfg, seed=seed, **equal), arm)
                 is_first = arm == cfg.arms[0]
-                name = f"{arm}-equal-{budget}-{length_name(cfg)}"
-                folder = first if is_first else tuned_run(s, one, base, name)
+                folder = first if is_first else tuned_run(s, one, base, f"equal-{budget}-{arm}")
                 found.setdefault(budget, {}).setdefault(arm, []).append(folder)
     budget = cfg.budgets[0]
     small = {
@@ -934,25 +1023,30 @@ def study(s):
     core.on_main(s.world, lambda: conclude(s, found, small))
 
 
+def split_budget(cfg) -> tuple[str, list]:
+    """What bounds both stages, max_minutes or max_steps, and how much of it each has."""
+    for unit, other in (("max_minutes", "max_steps"), ("max_steps", "max_minutes")):
+        total, others = ([getattr(cfg, f"{p}{n}") for p in ("pretrain_", "")] for n in (unit, other))
+        if None not in total and others == [None, None] and cfg.epochs is None:
+            return unit, total
+    what = "bound both stages by the same alone, e.g. --pretrain_max_minutes none --max_minutes none"
+    raise core.UserError(
+        f"mode split shares out minutes or steps: {what} --pretrain_max_steps 900 --max_steps 300"
+    )
+
+
 def split(s):
     """The first arm after each share of pretraining, both stages together as long as ever."""
     cfg, found = s.cfg, {}
-    unit = "max_steps" if cfg.pretrain_max_steps and cfg.max_steps else "max_minutes"
-    total = [getattr(cfg, f"{prefix}{unit}") for prefix in ("pretrain_", "")]
-    others = [cfg.epochs, *(getattr(cfg, f"{prefix}max_steps") for prefix in ("pretrain_", ""))]
-    if None in total or (unit == "max_minutes" and any(others)):
-        raise core.UserError(
-            "--mode split shares out minutes, or steps: bound both stages by the same of them alone"
-        )
+    unit, total = split_budget(cfg)
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for share in cfg.shares:
             lengths = [part * sum(total) for part in (float(share), 1 - float(share))]
             lengths = [max(1, round(n)) if unit == "max_steps" else round(n, 6) for n in lengths]
             one = replace(cfg, seed=seed, **{f"pretrain_{unit}": lengths[0], unit: lengths[1]})
             base = pretrained(s, one)
-            name = f"{cfg.arms[0]}-after-{share}-{length_name(one)}"
-            folder = tuned_run(s, arm_config(one, cfg.arms[0]), base, name)
-            found.setdefault(f"{float(share):.0%} pretraining", []).append(folder)
+            folder = tuned_run(s, arm_config(one, cfg.arms[0]), base, f"after-{share}-{cfg.arms[0]}")
+            found.setdefault(f"{float(share):.4g} pretraining", []).append(folder)
     title = f"total {unit.removeprefix('max_')} {sum(total):g}"
     core.on_main(s.world, lambda: conclude(s, {title: found}, {}))
 
@@ -984,18 +1078,32 @@ def several(cfg, world, say, poll):
             arm_config(cfg, arm)
         if len(set(cfg.arms)) < len(cfg.arms):
             raise core.UserError(f"--arms {' '.join(cfg.arms)}: one stands there twice")
+        if len(set(cfg.budgets)) < len(cfg.budgets):
+            raise core.UserError(f"--budgets {' '.join(cfg.budgets)}: one stands there twice")
+    if cfg.mode == "split":
+        split_budget(cfg)
         try:
-            inside = all(0 < float(share) < 1 for share in cfg.shares)
+            shares = {f"{float(share):.4g}" for share in cfg.shares if 0 < float(share) < 1}
         except ValueError:
-            inside = False
-        if not inside:
-            raise core.UserError(f"--shares {' '.join(cfg.shares)}: use numbers between 0 and 1")
-    for line in runs.override_lines(cfg):
-        say(line)
-    check_stages(cfg, world)
+            shares = ()
+        if len(shares) < len(cfg.shares):
+            raise core.UserError(f"--shares {' '.join(cfg.shares)}: use different numbers between 0 and 1")
     folder = study_folder(cfg)
     if cfg.mode != "both":
         core.on_main(world, lambda: str(runs.prepared(folder)))
+    printed, log = say, folder / "log.txt"
+
+    def say(text):
+        printed(text)
+        if world.is_main and cfg.mode != "both":
+            with open(log, "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+    for line in runs.override_lines(cfg):
+        say(line)
+    check_stages(cfg, world)
+    for line in plan(cfg):
+        say(line)
     work = {"both": both, "study": study, "split": split}[cfg.mode]
     try:
         work(Study(cfg, world, folder, say, poll))
@@ -1004,10 +1112,31 @@ def several(cfg, world, say, poll):
         raise
 
 
+def plan(cfg) -> list[str]:
+    """How many runs a study makes, how long they train at most, and what that costs."""
+    if cfg.mode == "both":
+        return []
+    tunings = len(cfg.shares) if cfg.mode == "split" else 1 + (len(cfg.arms) - 1) * len(cfg.budgets)
+    firsts = len(cfg.shares) if cfg.mode == "split" else int(not cfg.init_from)
+    line = f"{cfg.mode}  {cfg.seeds} x ({firsts} pretraining + {tunings} tuning) runs"
+    if cfg.pretrain_max_minutes is None or cfg.max_minutes is None:
+        return [line]
+    minutes = [firsts * cfg.pretrain_max_minutes, tunings * cfg.max_minutes]
+    if cfg.mode == "split":
+        minutes = [len(cfg.shares) * (cfg.pretrain_max_minutes + cfg.max_minutes)]
+    hours = cfg.seeds * sum(minutes) / 60
+    cost = f", ${hours * cfg.price_per_hour:.2f}" if cfg.price_per_hour else ""
+    return [f"{line}, some {hours:.1f} h of training{cost}"]
+
+
 def check_stages(cfg, world):
     """Opens text and rows of both stages, and looks at the model's shape: a mistake of the second stage
     should not wait for the end of the first."""
     check_length(cfg)
+    if min(cfg.batch, cfg.pretrain_batch) < world.size:
+        raise core.UserError(f"--batch or --pretrain_batch is smaller than {world.size} ranks: use more rows")
+    if cfg.init_from:
+        return
     check_length(pretraining(cfg))
     check_context(cfg, cfg.block_size, "--block_size")
     tokens = corpus.open_corpus(corpus_of(cfg), world)
@@ -1031,10 +1160,13 @@ def main(cfg, world):
     if cfg.mode in STAGES:
         if cfg.mode == "pretrain":
             cfg = pretraining(cfg)
-        elif cfg.init_from is None and cfg.resume_timestamp in (None, "auto"):
+        asked = "newest" if cfg.mode == "pretrain" else None
+        if cfg.init_from in (asked, "newest") and cfg.resume_timestamp in (None, "auto"):
             found = core.on_main(world, lambda: newest_pretraining(cfg))
+            if cfg.init_from == "newest" and found is None:
+                raise core.UserError("--init_from newest: there is no finished pretraining run in --out")
             cfg = core.with_flags(replace(cfg, init_from=found), core.typed(cfg), core.typed(cfg).flags)
-        with runs.Run(cfg, world, __file__, unit="tokens") as run:
+        with flags_of_stage(cfg), runs.Run(cfg, world, __file__, unit="tokens") as run:
             run.result = STAGES[cfg.mode](run, run.cfg, world)
         return run.result
 

@@ -9,10 +9,16 @@ from torch import nn
 
 import core
 import gpt_scratch
+import quantise
 
 
 def open_plain(name):
-    """(model, tokenizer) of a transformers folder or Hub id, fp32, on the CPU: ours where there is one."""
+    """(model, tokenizer) of a transformers folder or Hub id, fp32, on the CPU: ours where there is one.
+
+    A folder that run_mathqa.py --mode quantise wrote is one, too.
+    """
+    if quantise.is_quantised(name):
+        return quantise.load(name)
     try:
         return gpt_scratch.open_model(name)
     except gpt_scratch.OtherKind:
