@@ -225,7 +225,7 @@ def test_factors_are_pefts():
 @pytest.mark.parametrize(("inputs", "outputs", "rank"), LAYERS)
 def test_a_lokr_layer_is_a_product_with_the_kronecker_product(inputs, outputs, rank):
     layer = trained_layer("lokr", inputs, outputs, rank)
-    W2 = layer.W2a @ layer.W2b if layer.low else layer.W2
+    W2 = layer.W2a @ layer.W2b if layer.low_rank else layer.W2
     whole = layer.base.weight + 7 / rank * torch.kron(layer.W1, W2)
     torch.manual_seed(9)
     for size in [(inputs,), (4, inputs), (2, 3, inputs)]:
@@ -297,7 +297,7 @@ def pass_through(forward, layer, rows=3):
 @pytest.mark.parametrize("rank", [4, 16], ids=["low", "whole"])
 def test_lokr_never_makes_the_kronecker_product(rank):
     layer = trained_layer("lokr", 256, 512, rank, dtype=torch.float32)
-    assert layer.low == (rank == 4)
+    assert layer.low_rank == (rank == 4)
     made, kept = pass_through(layer, layer)
     assert max(made, kept) <= 3 * 16 * 32  # the rows, or a factor
     made, kept = pass_through(lambda x: F.linear(x, layer.base.weight + layer.delta()), layer)
