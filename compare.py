@@ -37,7 +37,7 @@ def sides(names, root) -> list[Side]:
     chosen = list(once.values()) if len(once) > 1 else chosen
     groups = {}
     for facts in chosen:
-        constants = {n: v for n, v in facts.config["constants"].items() if n not in results.OF_NO_ACCOUNT}
+        constants = results.of_account(facts)
         data = facts.config["facts"].get("fingerprint", {}).get("data")
         key = json.dumps([facts.config["script"], constants, data], sort_keys=True)
         groups.setdefault(key, []).append(facts)

@@ -631,6 +631,7 @@ def _table_files(folder, prefer) -> list[Path]:
 
 
 def _preferred(names, prefer, where) -> list[str]:
+    names = [name for name in names if Path(name).name[0] != "."]  # what a Mac leaves in a zip
     tables = [name for name in names if Path(name).suffix in TABLES]
     chosen = [name for name in tables if Path(name).name.startswith(prefer)]
     if not chosen and len(tables) != 1:

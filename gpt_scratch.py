@@ -719,13 +719,17 @@ def build_model(cfg, tokens, world) -> GPT:
 
 
 def open_model(name, dropout=0.0, checkpointing=False):
-    """(model, tokenizer) of a run folder, a GPT-2 or Llama folder, or a Hub id; fp32, on the CPU."""
+    """(model, tokenizer) of a run folder (as it was trained, fp32 or fp64), a GPT-2 or Llama folder, or a Hub
+    id; on the CPU."""
+    import safetensors.torch
+
     if not is_run(name):
         return load_pretrained(name, dropout, checkpointing), core.pretrained_tokenizer(name, "a run folder")
     folder = Path(name)
     config = GPTConfig(**json.loads((folder / "gpt.json").read_text()))
-    model = GPT(replace(config, dropout=dropout, checkpointing=checkpointing))
-    runs.load_weights(folder / "checkpoints" / runs.chosen_checkpoint(folder), model)
+    config = replace(config, dropout=dropout, checkpointing=checkpointing)
+    weights = folder / "checkpoints" / runs.chosen_checkpoint(folder) / "model.safetensors"
+    model = with_weights(config, safetensors.torch.load_file(weights))
     return model, core.pretrained_tokenizer(str(folder / "tokenizer"), "")
 
 

@@ -21,16 +21,21 @@ import gpt_scratch
 # ---------------------------------------------------------------------------------------------------- numbers
 
 
+# The largest weight of a group stands at 7.5 levels, halfway between two: a last digit, as another order of
+# additions leaves it, would decide. So it stands a little beyond, and goes to -8, or is clamped to 7.
+UP = 1 + 1e-6
+
+
 def int4_groups(weight, group) -> tuple[torch.Tensor, torch.Tensor]:
     """weight (out, in) -> levels, to be clamped to -8 ... 7, (out, in / group, group); scales: max / 7.5."""
     groups = weight.unflatten(1, (-1, group))
-    scales = _positive(groups.abs().amax(-1, keepdim=True) / 7.5)
+    scales = _positive(groups.abs().amax(-1, keepdim=True) / (7.5 * UP))
     return torch.round(groups / scales), scales
 
 
 def int8_rows(weight) -> tuple[torch.Tensor, torch.Tensor]:
     """weight (V, C) -> levels, to be clamped to -128 ... 127, (V, C); scales (V, 1): max / 127.5."""
-    scales = _positive(weight.abs().amax(-1, keepdim=True) / 127.5)
+    scales = _positive(weight.abs().amax(-1, keepdim=True) / (127.5 * UP))
     return torch.round(weight / scales), scales
 
 

@@ -138,14 +138,25 @@ LENGTH = {"epochs", "max_steps", "max_minutes", "final_eval"}
 OF_NO_ACCOUNT = runs.OF_THE_CALL | (runs.MAY_CHANGE - LENGTH) | {"seed", "run_folder", "prompt"}
 
 
+def of_account(facts) -> dict:
+    """The constants that tell a run from another but for the seed: without notes, those of another stage, and
+    the seed in the name of the run it began with."""
+    constants = {n: v for n, v in facts.config["constants"].items() if n not in OF_NO_ACCOUNT}
+    if facts.config["script"] == "run_mathqa":
+        constants = {n: v for n, v in constants.items() if not n.startswith("pretrain_")}
+        base = re.fullmatch(r".*/\d{8}_\d{6}-(.+)-s\d+", constants.get("init_from") or "")
+        constants["init_from"] = base[1] if base else constants.get("init_from")
+    return constants
+
+
 def differing(all_facts) -> list[str]:
     """Names of the constants in which runs that have them differ, in the scripts' order; seed and notes are
     none."""
     values = {}
     for facts in all_facts:
-        for name, value in facts.config["constants"].items():
+        for name, value in of_account(facts).items():
             values.setdefault(name, set()).add(repr(value))
-    return [name for name, of_runs in values.items() if len(of_runs) > 1 and name not in OF_NO_ACCOUNT]
+    return [name for name, of_runs in values.items() if len(of_runs) > 1]
 
 
 # ------------------------------------------------------------------------------------------------- the table

@@ -481,7 +481,8 @@ def pretrain(run, cfg, world) -> dict:
     train, val = blocks_of(cfg, tokens, "train"), blocks_of(cfg, tokens, "val", cfg.eval_rows)
     for part in held_out(cfg):
         blocks_of(cfg, tokens, part)
-    batches = core.ShardedBatches(np.full(len(train), cfg.block_size), cfg.batch, world, seed=cfg.seed)
+    order = cfg.seed + (1000 if cfg.init_from else 0)  # who goes on reading does not begin again
+    batches = core.ShardedBatches(np.full(len(train), cfg.block_size), cfg.batch, world, seed=order)
     core.reseed(cfg.seed, "init")
     precision = core.Precision(cfg.dtype, world)
     model = precision.prepare(first_model(cfg, tokens.tokenizer, world))
@@ -540,13 +541,22 @@ def measure_text(model, tokens, cfg, world, poll) -> tuple[dict, list, list]:
 # ------------------------------------------------------------------------------------------------ fine-tuning
 
 
+def newest_base(cfg, world) -> str | None:
+    """newest_pretraining on all ranks; an error where one was asked for by name."""
+    found = core.on_main(world, lambda: newest_pretraining(cfg))
+    if cfg.init_from == "newest" and found is None:
+        out = runs.out_folder(cfg, __file__)
+        raise core.UserError(f"--init_from newest: there is no finished pretraining run in {out}")
+    return found
+
+
 def newest_pretraining(cfg) -> str | None:
     """The newest finished run of mode pretrain in cfg.out."""
     folders = sorted(path.parent for path in runs.out_folder(cfg, __file__).glob("*/result.json"))
     for folder in reversed(folders):
         finished = json.loads((folder / "result.json").read_text()).get("status") == "finished"
         if finished and runs.read_config(folder)["constants"].get("mode") == "pretrain":
-            return str(folder.resolve())
+            return str(folder)
     return None
 
 
@@ -561,6 +571,8 @@ def is_own_pretraining(name) -> bool:
 def open_weights(cfg, world):
     """(model, tokenizer) of cfg.init_from, at cfg.init_step or as it was tested."""
     name = cfg.init_from
+    if name.count("/") > 1 and not Path(name).exists():
+        raise core.UserError(f"--init_from {name} is not there; paths count from where the run was started")
     if (Path(name) / "checkpoints").is_dir() and not gpt_scratch.is_run(name):
         raise core.UserError(f"--init_from {name} holds adapters only: --mode export merges them")
     opened = functools.partial(gpt_scratch.open_model, name, cfg.dropout, cfg.checkpointing)
@@ -583,6 +595,8 @@ def open_base(cfg, world):
         raise core.UserError("there is no pretraining run: --mode pretrain makes one, or use --init_from")
     if cfg.init_from != "new":
         return open_weights(cfg, world)
+    if cfg.init_step is not None:
+        raise core.UserError(f"--init_step {cfg.init_step}: a new model has no checkpoints, drop it")
     tokenizer = corpus.open_corpus(corpus_of(cfg), world).tokenizer
     core.reseed(cfg.seed, "init")
     return new_model(cfg, tokenizer), tokenizer
@@ -913,7 +927,7 @@ OF_TEXT = {
 OF_ROWS = {
     *("data", "max_documents", "answer_format", "loss_on_prompt", "max_length", "pack", "group_lengths"),
     *("init_from", "init_step", "method", "lora_rank", "lora_alpha", "lora_dropout", "qat", "qat_group"),
-    *("qat_start", "answer_rows", "plain", "plain_blocks"),
+    *("qat_start", "answer_rows", "sample_tokens", "plain", "plain_blocks"),
 }
 
 
@@ -935,13 +949,14 @@ def arm_config(cfg, arm) -> Config:
 
 def as_run(s, cfg, tag) -> Config:
     """`cfg` as a run of a study, found by its tag; another one where a constant of its stage differs."""
-    other = OF_ROWS if cfg.mode == "pretrain" else OF_TEXT
+    other = OF_ROWS if cfg.mode == "pretrain" else set() if cfg.init_from == "new" else OF_TEXT
     names = {field.name for field in fields(Config) if not field.name.startswith("pretrain_")}
     matter = names - runs.MAY_CHANGE - runs.OF_THE_CALL - OF_STUDIES - other
     tag = "-".join(filter(None, [s.cfg.tag, tag, f"s{cfg.seed}"]))
     one = replace(cfg, tag=tag, resume_timestamp="auto")
     typed = replace(core.typed(s.cfg), overrides={})
-    changed = core.typed(s.cfg).flags & (runs.MAY_CHANGE - set(LENGTH))
+    flags = core.typed(cfg if cfg.mode == "pretrain" else s.cfg).flags  # those of the first stage are renamed
+    changed = flags & (runs.MAY_CHANGE - set(LENGTH))
     return core.with_flags(one, typed, matter | changed)
 
 
@@ -980,13 +995,14 @@ STAGES = {"pretrain": pretrain, "finetune": finetune}
 
 
 def pretrained(s, cfg) -> Path:
-    one = pretraining(cfg)
+    typed = core.typed(s.cfg)
+    one = pretraining(core.with_flags(replace(cfg), typed, typed.flags))
     return one_run(s, as_run(s, one, f"pretrain-{length_name(one)}"))
 
 
 def tuned_run(s, cfg, base, name) -> Path:
     """The run of these constants and this very length."""
-    one = replace(cfg, mode="finetune", init_from=base if base == "new" else str(Path(base).resolve()))
+    one = replace(cfg, mode="finetune", init_from=str(base))
     mark = hashlib.sha256(f"{name} {[getattr(one, length) for length in LENGTH]}".encode()).hexdigest()[:6]
     return one_run(s, as_run(s, one, f"{results.slug(name)[:40]}-{mark}"))
 
@@ -1041,9 +1057,9 @@ def split(s):
     unit, total = split_budget(cfg)
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for share in cfg.shares:
-            lengths = [part * sum(total) for part in (float(share), 1 - float(share))]
-            lengths = [max(1, round(n)) if unit == "max_steps" else round(n, 6) for n in lengths]
-            one = replace(cfg, seed=seed, **{f"pretrain_{unit}": lengths[0], unit: lengths[1]})
+            first = float(share) * sum(total)
+            first = round(first) if unit == "max_steps" else first
+            one = replace(cfg, seed=seed, **{f"pretrain_{unit}": first, unit: sum(total) - first})
             base = pretrained(s, one)
             folder = tuned_run(s, arm_config(one, cfg.arms[0]), base, f"after-{share}-{cfg.arms[0]}")
             found.setdefault(f"{float(share):.4g} pretraining", []).append(folder)
@@ -1088,6 +1104,10 @@ def several(cfg, world, say, poll):
             shares = ()
         if len(shares) < len(cfg.shares):
             raise core.UserError(f"--shares {' '.join(cfg.shares)}: use different numbers between 0 and 1")
+    if cfg.init_from == "newest":
+        cfg = core.with_flags(
+            replace(cfg, init_from=newest_base(cfg, world)), core.typed(cfg), core.typed(cfg).flags
+        )
     folder = study_folder(cfg)
     if cfg.mode != "both":
         core.on_main(world, lambda: str(runs.prepared(folder)))
@@ -1136,23 +1156,24 @@ def check_stages(cfg, world):
     if min(cfg.batch, cfg.pretrain_batch) < world.size:
         raise core.UserError(f"--batch or --pretrain_batch is smaller than {world.size} ranks: use more rows")
     if cfg.init_from:
-        return
-    check_length(pretraining(cfg))
-    check_context(cfg, cfg.block_size, "--block_size")
-    tokens = corpus.open_corpus(corpus_of(cfg), world)
-    data = mathqa.load_problems(cfg, world, tokens.tokenizer)
-    parts, _ = mathqa.examples_of(data, cfg)
+        base, tokenizer = open_base(cfg, world)
+    else:
+        check_length(pretraining(cfg))
+        tokens = corpus.open_corpus(corpus_of(cfg), world)
+        for part in corpus.PARTS:
+            blocks_of(cfg, tokens, part)
+        tokenizer = tokens.tokenizer
+        with torch.device("meta"):
+            base = new_model(cfg, tokenizer)
+    check_context(cfg, base.config.block_size, cfg.init_from or "--block_size")
+    parts, _ = mathqa.examples_of(mathqa.load_problems(cfg, world, tokenizer), cfg)
     if len(parts["train"]) < cfg.batch and not cfg.pack:
         raise core.UserError(
             f"--batch {cfg.batch} is over the {len(parts['train'])} training rows: use fewer"
         )
-    for part in corpus.PARTS:
-        blocks_of(cfg, tokens, part)
-    arms = (cfg.method,) if cfg.mode == "both" else cfg.arms
-    with torch.device("meta"):
-        for one in (cfg, *(arm_config(cfg, arm) for arm in arms)):
-            if cfg.mode == "study" or one.qat != "off":
-                quantise.linear_layers(new_model(one, tokens.tokenizer), one.qat_group)
+    for one in [cfg] if cfg.mode == "both" else [arm_config(cfg, arm) for arm in cfg.arms]:
+        if cfg.mode == "study" or one.qat != "off":
+            quantise.linear_layers(base, one.qat_group)
 
 
 @record
@@ -1162,10 +1183,9 @@ def main(cfg, world):
             cfg = pretraining(cfg)
         asked = "newest" if cfg.mode == "pretrain" else None
         if cfg.init_from in (asked, "newest") and cfg.resume_timestamp in (None, "auto"):
-            found = core.on_main(world, lambda: newest_pretraining(cfg))
-            if cfg.init_from == "newest" and found is None:
-                raise core.UserError("--init_from newest: there is no finished pretraining run in --out")
-            cfg = core.with_flags(replace(cfg, init_from=found), core.typed(cfg), core.typed(cfg).flags)
+            found = newest_base(cfg, world)
+            typed = core.typed(cfg)  # tomorrow another one is the newest: a resume keeps its own
+            cfg = core.with_flags(replace(cfg, init_from=found), typed, typed.flags - {"init_from"})
         with flags_of_stage(cfg), runs.Run(cfg, world, __file__, unit="tokens") as run:
             run.result = STAGES[cfg.mode](run, run.cfg, world)
         return run.result

@@ -1,6 +1,7 @@
 """mathqa.py: rows and their options, parts, token ids, what the loss counts, choices, answers and figures."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -88,10 +89,10 @@ def load(rows, tokenizer, **others) -> mathqa.Problems:
 
 
 def by_hand(*rows, right=None, groups=None, said=None) -> mathqa.Problems:
-    """Rows of (problem's ids, ids of five options)."""
-    pieces = [piece for problem, options in rows for piece in (problem, *options)]
+    """Rows of (problem's ids, ids of five options), or of these and the ids of their list."""
+    pieces = [piece for problem, options, *listed in rows for piece in (problem, *(listed or [[]]), *options)]
     tokens = np.array(list(itertools.chain.from_iterable(pieces)), dtype=np.uint16)
-    words = [[str(option) for option in options] for _, options in rows] if said is None else said
+    words = [[str(option) for option in options] for _, options, *_ in rows] if said is None else said
     right = np.zeros(len(rows), dtype=int) if right is None else np.array(right)
     return mathqa.Problems(
         texts=[["", "", words[i][r]] for i, r in enumerate(right)], categories=[None] * len(rows),
@@ -102,12 +103,13 @@ def by_hand(*rows, right=None, groups=None, said=None) -> mathqa.Problems:
     )  # fmt: skip
 
 
-def random_problems(n=20, seed=0, most=12) -> mathqa.Problems:
-    """Ids below 90, options of one to four tokens."""
+def random_problems(n=20, seed=0, most=12, listed=False) -> mathqa.Problems:
+    """Ids below 90, options of one to four tokens; `listed`: behind a list of one to six."""
     rng = np.random.default_rng(seed)
     rows = [
         (rng.integers(1, 90, rng.integers(1, most)).tolist(),
-         [rng.integers(1, 90, size).tolist() for size in rng.integers(1, 5, 5)])
+         [rng.integers(1, 90, size).tolist() for size in rng.integers(1, 5, 5)],
+         *([rng.integers(1, 90, rng.integers(1, 7)).tolist()] if listed else []))
         for _ in range(n)
     ]  # fmt: skip
     return by_hand(*rows, right=rng.integers(0, 5, n))
@@ -144,17 +146,23 @@ class Fake(nn.Module):
 
 
 def knowing(data, size) -> Fake:
-    """Wants the right answer and an end behind every problem that it knows, nothing elsewhere."""
+    """Wants the right answer of every problem that it knows and an end, whatever options are listed."""
     answers = {}
     for row in range(len(data)):
-        wanted = [*data.piece(row, 1 + data.right[row]), data.tokenizer.eos_token_id]
-        answers[tuple(data.prompt(row))] = wanted
+        wanted = [*data.piece(row, mathqa.FIRST + data.right[row]), data.tokenizer.eos_token_id]
+        answers.setdefault(tuple(data.piece(row, 0)), wanted)
+        answers[tuple(data.prompt(row))] = wanted  # the same problem may stand before other options
+    listed = data.fingerprint["answer_format"] == "letter"
+    mark = data.tokenizer(" answer :", add_special_tokens=False).input_ids
 
     def scores(ids):
         logits = torch.zeros(len(ids), size, dtype=torch.float64)
         asked = next(tuple(ids[:n]) for n in range(len(ids), 0, -1) if tuple(ids[:n]) in answers)
-        wanted = answers[asked][: len(ids) - len(asked) + 1]
-        logits[range(len(asked) - 1, len(asked) - 1 + len(wanted)), wanted] = 9.0
+        start = len(asked)
+        if listed:
+            start = next(n for n in range(start, len(ids) + 1) if ids[n - len(mark) : n] == mark)
+        wanted = answers[asked][: len(ids) - start + 1]
+        logits[range(start - 1, start - 1 + len(wanted)), wanted] = 9.0
         return logits
 
     return Fake(scores)
@@ -445,6 +453,57 @@ def test_max_documents_counts_in_each_part(letters):
     expect_own_parts(data, *mathqa.split(data, cfg), sizes=(3, 3, 3))
 
 
+def test_rows_are_numbered_in_each_part(letters):
+    val, train = [dict(row) for row in PARTS["validation"]], made_up(30, 1)
+    val[2]["correct"] = train[4]["correct"] = "f"
+    data = load(official("set", train=train, validation=val), letters)
+    numbers = {part: data.numbers[np.array(data.part) == part].tolist() for part in ("train", "val", "test")}
+    assert numbers["train"] == [n for n in range(1, 31) if n != 5]
+    assert numbers["val"] == [1, 2, 4, 5] and numbers["test"] == [1, 2, 3, 4, 5, 6]
+    assert data.lines == ["left out 2 row(s), the right answer is none of a to e: train 5, val 3"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_several_training_tables_alone_are_a_single_table(kind, letters):
+    for i in range(3):
+        write(made_up(40, i, 100 * i), f"set/train-{i}.json")
+    name = "set"
+    if kind == "zip":
+        with zipfile.ZipFile(name := "set.zip", "w") as archive:
+            for path in sorted(Path("set").iterdir()):
+                archive.write(path)
+    assert mathqa.official_parts(name) is None
+    data = load(name, letters)
+    parts, lines = mathqa.split(data, cfg_of(name))
+    assert lines == ["a single table: 80 % train, 10 % val, 10 % test, drawn by problem"]
+    assert sorted(np.concatenate(list(parts.values())).tolist()) == list(range(120))
+    assert data.numbers.tolist() == list(range(1, 121))
+
+
+def zipped(name, *members, hidden=()) -> str:
+    with zipfile.ZipFile(name, "w") as archive:
+        for path in members:
+            archive.write(path)
+        for path in hidden:
+            archive.writestr(path, b"\x00\x05\x16\x07")
+    return name
+
+
+def test_what_a_mac_leaves_beside_the_tables_is_no_part(letters):
+    members = sorted(str(path) for path in Path(official("set")).iterdir())
+    hidden = [f"__MACOSX/set/._{Path(path).name}" for path in members]
+    data = load(zipped("set.zip", *members, hidden=hidden), letters)
+    expect_own_parts(data, *mathqa.split(data, cfg_of("set.zip")))
+    one = write(made_up(40), "train.json")
+    assert mathqa.official_parts(zipped("one.zip", one, hidden=["__MACOSX/._train.json"])) is None
+    assert len(load("one.zip", letters)) == 40
+
+
+def test_what_a_mac_leaves_beside_a_single_table_is_no_table(letters):
+    one = write(made_up(40), "problems.json")
+    assert len(load(zipped("one.zip", one, hidden=["__MACOSX/._problems.json"]), letters)) == 40
+
+
 @pytest.mark.parametrize(
     ("part", "named"), [("train", "train"), ("validation", "validation"), ("test", "test")]
 )
@@ -512,7 +571,9 @@ def test_rows_over_max_length_are_left_out_and_counted_and_none_is_cut(answer_fo
     rows = made_up(80)
     rows[3]["options"] = spelt([*FIVE[:4], "5" * 90])
     data = load(rows, letters, answer_format=answer_format)
-    longest = [len(data.prompt(i)) + max(len(data.piece(i, 1 + o)) for o in range(5)) for i in range(80)]
+    longest = [
+        len(data.prompt(i)) + max(len(data.piece(i, mathqa.FIRST + o)) for o in range(5)) for i in range(80)
+    ]
     most = sorted(longest)[60]
     cfg = cfg_of(max_length=most)
     parts, lines = mathqa.examples_of(data, cfg)
@@ -763,15 +824,16 @@ def test_a_choice_is_an_option_behind_a_problem():
 
 @pytest.mark.parametrize("eval_batch", [3, 64])
 @pytest.mark.parametrize("strange", [False, True])
-def test_scores_are_log_likelihoods_of_option_and_end(eval_batch, strange):
-    data, model = random_problems(9), small_gpt(**MODERN)
+@pytest.mark.parametrize("listed", [False, True])
+def test_scores_are_log_likelihoods_of_option_and_end(eval_batch, strange, listed):
+    data, model = random_problems(9, listed=listed), small_gpt(**MODERN)
     rows = np.array([8, 1, 4, 5])
     asked = np.array([1, 2, 5, 0]) if strange else rows
     choices = mathqa.Choices(data, rows, asked if strange else None)
     scores = mathqa.Scores.of(model, choices, cfg_of(eval_batch=eval_batch), World(), quiet)
     for i, option in itertools.product(range(4), range(5)):
-        wanted = [*data.piece(rows[i], 1 + option), END]
-        plain = log_likelihood(model, data.prompt(asked[i]), wanted)
+        wanted = [*data.piece(rows[i], mathqa.FIRST + option), END]
+        plain = log_likelihood(model, data.piece(asked[i], 0) + data.piece(rows[i], 1), wanted)
         assert scores.plain[i, option] == pytest.approx(plain, rel=1e-9)
         assert scores.per_token[i, option] == pytest.approx(plain / len(wanted), rel=1e-9)
 
@@ -802,11 +864,17 @@ def test_letters_are_chosen_behind_all_options(letters):
         assert (
             letters.decode(data.prompt(row)) == f"{rows[row]['Problem']} options : {spelt(options)} answer :"
         )
-        pieces = [letters.decode(data.piece(row, 1 + option)) for option in range(5)]
+        assert letters.decode(data.piece(row, 0)) == rows[row]["Problem"]
+        pieces = [letters.decode(data.piece(row, mathqa.FIRST + option)) for option in range(5)]
         assert pieces == [" a", " b", " c", " d", " e"]
         assert letters.decode(data.whole(row)[:-1]).endswith(f" answer : {rows[row]['correct']}")
         assert data.options[row] == options
-    assert mathqa.as_read("p ?", FIVE, "text") == ["p ?", " 1", " 2", " 3", " 4", " 5"]
+    assert mathqa.as_read("p ?", FIVE, "text") == ["p ?", "", " 1", " 2", " 3", " 4", " 5"]
+    listed = " options : a ) 1 , b ) 2 , c ) 3 , d ) 4 , e ) 5 answer :"
+    assert mathqa.as_read("p ?", FIVE, "letter") == ["p ?", listed, " a", " b", " c", " d", " e"]
+    text = load(rows, letters)
+    assert all(text.piece(row, 1) == [] for row in range(40))
+    assert letters.decode(text.prompt(3)) == rows[3]["Problem"]
 
 
 @pytest.mark.parametrize("n", [2, 3, 50])
@@ -832,6 +900,48 @@ def test_without_another_problem_the_control_has_its_own(n):
     data = by_hand(*[([1], [[1]] * 5)] * n, groups=["a"] * n)
     asked = mathqa.strangers(data, np.arange(n))
     assert sorted(asked.tolist()) == list(range(n))
+
+
+def test_strangers_fit_before_the_options_or_are_the_own_problem():
+    """The room before the options of each row is `room`: no other problem fits the fourth."""
+    sizes, own = [4, 5, 11, 2, 18], [[7] * 3, [8] * 3, [9] * 2, [], []]
+    longest = [7, 22, 16, 28, 12]
+    rows = [([i + 1] * n, [[3]] * 4 + [[4] * most], listed)
+            for i, (n, most, listed) in enumerate(zip(sizes, longest, own, strict=True))]  # fmt: skip
+    data, room = by_hand(*rows), np.array([20, 5, 12, 2, 18])
+    rows = np.arange(5)
+    asked = mathqa.strangers(data, rows, 30)
+    lengths = mathqa.Choices(data, rows, asked).lengths.reshape(5, 5).max(1)
+    assert (lengths <= 30).all() and (data.pieces[asked, 0] <= room).all()
+    assert asked[3] == 3 and (asked != rows).sum() == 4  # nothing else has two tokens
+    assert (mathqa.Choices(data, rows, mathqa.strangers(data, rows)).lengths > 30).any()  # without a limit
+
+
+@pytest.mark.parametrize("listed", [0, 4])
+def test_without_the_room_for_a_stranger_the_control_has_its_own(listed):
+    data = by_hand(([1] * 30, [[2]] * 5, [7] * listed), ([3] * 30, [[4]] * 5, [8] * listed))
+    assert mathqa.strangers(data, np.arange(2), 31 + listed).tolist() == [1, 0]
+    assert mathqa.strangers(data, np.arange(2), 30 + listed).tolist() == [0, 1]
+
+
+def test_the_controls_options_are_the_rows_own_in_both_formats(letters):
+    rows = made_up(12)
+    for answer_format in ("text", "letter"):
+        data = load(rows, letters, answer_format=answer_format)
+        own = np.array([3, 8, 5])
+        asked = mathqa.strangers(data, own)
+        choices = mathqa.Choices(data, own, asked)
+        for i, option in itertools.product(range(3), range(5)):
+            options = mathqa.parse_options(rows[own[i]]["options"])
+            ids, labels = choices.pair(5 * i + option)
+            before = rows[asked[i]]["Problem"]
+            answer = f" {options[option]}"
+            if answer_format == "letter":
+                before, answer = f"{before} options : {spelt(options)} answer :", f" {LETTERS[option]}"
+            assert letters.decode(ids) == before + answer
+            wanted = [label for label in labels if label != IGNORE_INDEX]
+            assert letters.decode(wanted[:-1]) == answer and wanted[-1] == letters.eos_token_id
+            assert rows[asked[i]]["options"] not in letters.decode(ids)
 
 
 def test_some_rows_are_spread_evenly():
@@ -890,6 +1000,103 @@ def test_the_letter_figure_is_how_often_trainings_usual_letter_is_right():
     train, rows = np.arange(6), np.arange(6, 14)
     found, _ = figures_of(small_gpt(), data, cfg_of(), train, rows)
     assert found["letter"] == "c" and found["letter_accuracy"] == 2 / 8  # of these rows b is usual
+
+
+def choosing_x(data, size) -> Fake:
+    """Wants the letter whose listed option is x, whatever the problem."""
+    decode, marks = data.tokenizer.decode, [f"{letter} ) x" for letter in LETTERS]
+    wanted = [data.tokenizer(f" {letter}", add_special_tokens=False).input_ids for letter in LETTERS]
+
+    def scores(ids):
+        text, logits = decode(ids), torch.zeros(len(ids), size, dtype=torch.float64)
+        place = next(i for i, mark in enumerate(marks) if mark in text)
+        start = text.index(" answer :") + len(" answer :")
+        for i, token in enumerate(wanted[place]):
+            logits[start - 1 + i, token] = 9.0
+        return logits
+
+    return Fake(scores)
+
+
+def test_options_that_give_themselves_away_are_found_out_in_the_letter_format(letters):
+    """A model that reads no problem: right behind any. With another row's options it would look clever."""
+    rng, rows = np.random.default_rng(2), []
+    for i in range(60):
+        options, right = rng.choice(np.arange(10, 99), 5, replace=False).tolist(), int(rng.integers(5))
+        options[right if i % 10 else (right + 1) % 5] = "x"  # nine of ten times x is right
+        rows.append(row_of(f"problem {i} ?", options, right))
+    data = load(rows, letters, answer_format="letter")
+    found, _ = figures_of(choosing_x(data, len(letters)), data, cfg_of())
+    assert found["answer_accuracy"] == found["shuffled_accuracy"] == pytest.approx(0.9)
+    assert found["above_shuffled"] == found["above_shuffled_per_token"] == 0
+    lines = mathqa.answer_lines("val", {f"val/{name}": value for name, value in found.items()})
+    assert lines[-1].startswith("val   answers are no better than without the problem") and len(lines) == 3
+
+
+def test_above_shuffled_is_the_paired_difference_with_its_interval(letters):
+    """Knows three of four problems: its gain over its own control, row by row, groups redrawn."""
+    data = load(mathqa.template_problems(120, seed=4), letters)
+    partly = load(mathqa.template_problems(120, seed=4), letters)
+    partly.right = np.where(np.arange(120) % 4 == 0, (data.right + 1) % 5, data.right)
+    model, rows, cfg = knowing(partly, len(letters)), np.arange(120), cfg_of(eval_batch=100)
+    found, lines = figures_of(model, data, cfg)
+    asked = mathqa.strangers(data, rows, cfg.max_length)
+    scores = mathqa.Scores.of(model, mathqa.Choices(data, rows, asked), cfg, World(), quiet)
+    own = np.array([[line["right"], line["right_per_token"]] for line in lines], dtype=float)
+    gains = own - scores.right(data, rows)
+    assert len(np.unique(gains)) == 3  # the control is right where the model is not, too
+    intervals = core.bootstrap(gains, data.groups)
+    for i, name in enumerate(("", "_per_token")):
+        assert found[f"above_shuffled{name}"] == pytest.approx(gains[:, i].mean())
+        plain = found[f"answer_accuracy{name}"] - found[f"shuffled_accuracy{name}"]
+        assert found[f"above_shuffled{name}"] == pytest.approx(plain)
+        assert found[f"above_shuffled{name}_interval"] == pytest.approx(intervals[i].tolist())
+        low, high = found[f"above_shuffled{name}_interval"]
+        assert 0.3 < low < found[f"above_shuffled{name}"] < high < 0.8
+
+
+def figures_by_hand(right, letter, above, per_token=1.0) -> dict:
+    """Named as answer_lines wants them; right, above: (low, high)."""
+    middle = {"answer_accuracy": right, "answer_accuracy_per_token": (per_token - 0.01, per_token)}
+    middle |= {"shuffled_accuracy": (0.2, 0.3), "shuffled_accuracy_per_token": (0.2, 0.3)}
+    middle |= {"above_shuffled": above, "above_shuffled_per_token": (0.5, 0.6)}
+    found = {"test/letter": "c", "test/letter_accuracy": letter}
+    for name, ends in middle.items():
+        found |= {f"test/{name}": sum(ends) / 2, f"test/{name}_interval": list(ends)}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("right", "letter", "above", "last"),
+    [
+        ((0.19, 0.4), 0.1, (0.1, 0.2), "cannot be told from guessing"),
+        ((0.20, 0.4), 0.1, (0.1, 0.2), "cannot be told from guessing"),
+        ((0.25, 0.4), 0.26, (0.1, 0.2), "cannot be told from guessing"),
+        ((0.19, 0.4), 0.1, (-0.1, 0.2), "cannot be told from guessing"),
+        ((0.25, 0.4), 0.24, (-0.1, 0.2), "no better than without the problem"),
+        ((0.25, 0.4), 0.1, (0.0, 0.2), "no better than without the problem"),
+        ((0.25, 0.4), 0.24, (0.01, 0.2), None),
+    ],
+)
+def test_the_last_line_says_what_answers_are_worth(right, letter, above, last):
+    """By the plain choice alone: a second way of choosing is a second chance to be lucky."""
+    lines = mathqa.answer_lines("test", figures_by_hand(right, letter, above))
+    said = [line for line in lines if "guessing" in line or "no better" in line]
+    assert lines[2:] == said and len(said) == (last is not None)
+    assert last is None or last in lines[-1]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_answers_are_measured_in_fp32_where_training_is_in_half(dtype):
+    fields = [("dtype", str), ("eval_batch", int)]
+    cfg = dataclasses.make_dataclass("Cfg", fields, frozen=True)(dtype, 8)
+    data, model, rows = random_problems(12), small_gpt(torch.float32, **MODERN), np.arange(12)
+    choices = mathqa.Choices(data, rows)
+    got = mathqa.Scores.of(model, choices, cfg, World(), quiet)
+    exact = mathqa.Scores.of(model, choices, dataclasses.replace(cfg, dtype="fp32"), World(), quiet)
+    assert (got.plain == exact.plain).all() and (got.per_token == exact.per_token).all()
+    half = gpt_scratch.evaluate(model, choices, cfg, World())[:, 0].reshape(-1, 5)
+    assert np.abs(half + exact.plain).max() > 1e-4 and cfg.dtype == dtype
 
 
 @pytest.fixture(scope="module")
@@ -965,6 +1172,9 @@ def test_intervals_hold_their_figures_and_shares_stay_between_0_and_1(measured):
     for name in (*shares, "letter_accuracy", "accuracy"):
         low, high = figures[f"test/{name}_interval"]
         assert 0 <= low <= figures[f"test/{name}"] <= high <= 1 and low < high
+    for name in ("above_shuffled", "above_shuffled_per_token"):
+        low, high = figures[f"test/{name}_interval"]
+        assert -1 <= low <= figures[f"test/{name}"] <= high <= 1 and low < high
 
 
 def test_the_control_is_the_options_behind_another_rows_problem(measured):
@@ -984,7 +1194,7 @@ def test_the_control_fits_into_a_model_that_the_rows_fit_into():
     """The longest problem meets the longest option: each row alone is within max_length."""
     data = by_hand(([1] * 60, [[2], [3], [4], [5], [6]]), ([1], [[7] * 40, [8], [9], [10], [11]]))
     rows, cfg = np.arange(2), cfg_of(max_length=64)
-    assert (data.prompt_lengths + data.pieces[:, 1:].max(1) <= cfg.max_length).all()
+    assert (data.prompt_lengths + data.pieces[:, mathqa.FIRST :].max(1) <= cfg.max_length).all()
     found, _ = figures_of(small_gpt(block_size=64), data, cfg, rows, rows)
     assert 0 <= found["shuffled_accuracy"] <= 1
 
@@ -1028,7 +1238,7 @@ def test_a_second_load_reads_what_the_first_one_wrote(tokenised, letters):
     rows[4]["options"] = "?"
     first = load(rows, letters)
     second = load("problems.json", letters)
-    assert tokenised == [19 * 6] and len(folders()) == 1
+    assert tokenised == [19 * 7] and len(folders()) == 1
     for name in ("texts", "options", "part", "lines", "fingerprint", "tokenizer"):
         assert getattr(first, name) == getattr(second, name)
     for name in ("tokens", "offsets", "numbers", "groups", "right"):

@@ -1,0 +1,864 @@
+"""run_mathqa.py: two stages, adapters, int4 under the house laws; modes both, study, split, quantise, export.
+test_laws.py has mode finetune with all weights, other files the parts.
+"""
+
+import itertools
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranks
+import torch
+from ranks import launch
+from safetensors.torch import load_file, save_file
+
+import core
+import gpt_scratch
+import run_mathqa as script
+import runs
+from core import World
+
+NAME = "run_mathqa"
+PROJECT = Path(script.__file__).parent
+DATA = [
+    *("--smoke", "--max_documents", 200, "--text_documents", 30, "--tokenizer", "bpe:300", "--n_embd", 32),
+    *("--eval_rows", 20, "--answer_rows", 7, "--plain_blocks", 3, "--log_every", 4),
+]
+FIRST = ["--pretrain_batch", 10, "--pretrain_max_steps", 10, "--pretrain_eval_every", 4]
+FIRST = [*FIRST, "--pretrain_save_every", 3]
+SECOND = ["--batch", 10, "--max_steps", 12, "--eval_every", 5, "--save_every", 4]
+PRETRAIN = [*DATA, "--mode", "pretrain", *FIRST]
+FINETUNE = [*DATA, "--mode", "finetune", *SECOND]
+BOTH = [*DATA, "--mode", "both", *FIRST, *SECOND]
+NEW = [*FINETUNE, "--init_from", "new"]
+AUTO = ["--resume_timestamp", "auto"]
+ADAPTERS = ("lora", "loha", "lokr")
+QAT = ["--qat", "int4", "--qat_start", 0.4]  # of 12 steps: it is on from the sixth one
+KINDS = {
+    "pretrain": PRETRAIN,
+    "full": NEW,
+    **{method: [*NEW, "--method", method] for method in ADAPTERS},
+    "qat": [*NEW, *QAT],
+    "pack": [*NEW, "--pack", "--batch", 5],
+    "lion": [*NEW, "--optimizer", "lion", "--lr", 1e-3],
+    "letter": [*NEW, "--answer_format", "letter", "--max_length", 128, "--block_size", 128],
+    "prompt": [*NEW, "--loss_on_prompt"],
+}
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory, cache):
+    """Makes the current folder a new one that lasts as long as the module, for the length of a `with`."""
+
+    def enter(name):
+        patch = pytest.MonkeyPatch()
+        patch.chdir(tmp_path_factory.mktemp(name))
+        return patch
+
+    return enter
+
+
+def shared_cache(cache) -> dict:
+    return {"TOKEN_CACHE": str(cache)}
+
+
+@pytest.fixture
+def go(cache):
+    """The script, expected to end well; returns what it printed."""
+
+    def run(*argv, size=1, out="out", name=NAME, **options) -> str:
+        codes = launch(
+            name, *(["--out", out] if out else []), *argv, size=size, env=shared_cache(cache), **options
+        )
+        said = Path("out.txt").read_text()
+        assert codes == [0] * size, said
+        return said
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def made(here, cache):
+    """kind -> folder of a short run on `base`, made once; a test that changes it takes a copy."""
+    known = {}
+
+    def folder(kind, *more):
+        key = (kind, *more)
+        if key not in known:
+            start = [] if kind == "pretrain" else ["--init_from", folder("pretrain")]
+            patch = here(f"made_{kind}")
+            ranks.run(NAME, *KINDS[kind], *start, *more, env=shared_cache(cache))
+            known[key] = ranks.newest().absolute()
+            patch.undo()
+        return known[key]
+
+    return folder
+
+
+def result_of(folder) -> dict:
+    return json.loads((Path(folder) / "result.json").read_text())
+
+
+def constants_of(folder) -> dict:
+    return json.loads((Path(folder) / "config.json").read_text())["constants"]
+
+
+def weights_at(folder, name) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "checkpoints" / name / "model.safetensors")
+
+
+def run_folders(out="out") -> list[Path]:
+    return sorted(path.parent for path in Path(out).glob("*/config.json"))
+
+
+def same_weights(got, want, tolerance=0.0, note=""):
+    assert got.keys() == want.keys()
+    for name, value in got.items():
+        torch.testing.assert_close(value, want[name], rtol=0, atol=tolerance, msg=f"{note} {name}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# laws 1 to 3
+# ----------------------------------------------------------------------------------------------------------
+
+FEW, MANY = [(1, "none"), (2, 3)], [(1, "none"), (1, 3), (2, 1), (3, "none")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "ways"),
+    [
+        *((kind, FEW) for kind in ("pretrain", "lokr", "qat", "pack")),
+        *(pytest.param(kind, FEW, marks=slow) for kind in ("lion", "letter", "prompt")),
+        *(pytest.param(kind, MANY, marks=slow) for kind in ("pretrain", *ADAPTERS, "qat")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{len(value)} ways",
+)
+def test_weights_and_figures_do_not_depend_on_ranks_or_accumulation(kind, ways, go):
+    """fp64, to 1e-9. With int4, too: a number that is between two levels by as little as additions in another
+    order move it is not to be met by chance.
+    """
+    flags = [*KINDS[kind], "--dtype", "fp64", "--test_weights", "last", "--save_every", "none"]
+    if kind == "pretrain":
+        flags = [*flags[:-2], "--pretrain_save_every", "none"]
+    prefix, want = "pretrain_" if kind == "pretrain" else "", None
+    for size, micro_batch in ways:
+        go(*flags, f"--{prefix}micro_batch", micro_batch, size=size)
+        got = ranks.result(), weights_at(ranks.newest(), ranks.result()["checkpoint"])
+        want = want or got
+        same_weights(got[1], want[1], 1e-9, f"{size} x {micro_batch}")
+        figures = [name for name in want[0] if name.startswith("test/") and "interval" not in name]
+        assert len(figures) > 5
+        for name in figures:
+            assert got[0][name] == pytest.approx(want[0][name], abs=1e-9), name
+        shutil.rmtree("out")
+
+
+@pytest.fixture(scope="module")
+def straight(here, cache):
+    """kind, ranks -> result of a run that nothing disturbed."""
+    known = {}
+
+    def reference(kind, size):
+        if (kind, size) not in known:
+            patch = here(f"straight_{kind}_{size}")
+            known[kind, size] = ranks.run(NAME, *KINDS[kind], size=size, env=shared_cache(cache))
+            patch.undo()
+        return known[kind, size]
+
+    return reference
+
+
+def same_outcome(got, want):
+    names = [name for name in want if name.startswith(("test/", "weights", "test_check", "alarm", "plain"))]
+    assert got["status"] == "finished" and len(names) > 10
+    assert {name: got.get(name) for name in names} == {name: want[name] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "nth", "who", "size"),
+    [
+        ("pretrain", "step", 6, 0, 1),
+        pytest.param("pretrain", "save", 3, "all", 2, marks=slow),
+        pytest.param("pretrain", "step", 8, 2, 3, marks=slow),
+        ("loha", "step", 7, 0, 1),
+        pytest.param("loha", "evaluation", 6, 1, 2, marks=slow),
+        pytest.param("loha", "step", 10, 2, 3, marks=slow),
+        pytest.param("lokr", "evaluation", 5, 0, 1, marks=slow),
+        pytest.param("lokr", "step", 9, "all", 2, marks=slow),
+        pytest.param("lokr", "save", 3, 0, 3, marks=slow),
+        ("qat", "step", 5, 0, 1),  # from the checkpoint after step 4, before int4 begins
+        ("qat", "step", 10, 0, 1),  # after it
+        pytest.param("qat", "step", 10, 1, 2, marks=slow),
+        pytest.param("qat", "step", 5, 1, 2, marks=slow),
+        pytest.param("qat", "step", 11, 2, 3, marks=slow),
+    ],
+)
+def test_killed_and_resumed_ends_in_the_same_weights(kind, place, nth, who, size, straight, go):
+    want = straight(kind, size)
+    codes = launch(NAME, "--out", "out", *KINDS[kind], *AUTO, size=size, kill=(place, nth, who))
+    assert -9 in codes, Path("out.txt").read_text()
+    go(*KINDS[kind], *AUTO, size=size)
+    same_outcome(ranks.result(), want)
+    assert len(run_folders()) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "nth", "size"),
+    [
+        pytest.param("pretrain", 5, 2, marks=slow),
+        pytest.param("lora", 7, 1, marks=slow),
+        pytest.param("loha", 7, 2, marks=slow),
+        pytest.param("qat", 3, 1, marks=slow),
+        ("qat", 8, 1),
+        pytest.param("qat", 8, 2, marks=slow),
+    ],
+)
+def test_a_signal_in_a_step_saves_and_the_run_goes_on_from_there(kind, nth, size, straight, go):
+    go(*KINDS[kind], *AUTO, size=size, sent=("step", nth, signal.SIGTERM))
+    stopped = ranks.result()
+    assert stopped["status"] == "stopped" and stopped["checkpoint"] == f"step_{nth:08d}"
+    go(*KINDS[kind], *AUTO, size=size)
+    same_outcome(ranks.result(), straight(kind, size))
+
+
+def test_the_best_weights_of_a_quantised_run_were_quantised(made):
+    """A lower loss from before int4 began is no record."""
+    folder = made("qat")
+    (best,) = result_of(folder)["test_checkpoints"]
+    assert int(best.removeprefix("best_step_")) >= 5
+    log = (folder / "log.txt").read_text()
+    assert log.count("int4 weights and int8 activations from here on") == 1
+    assert "step 5: int4 weights" in log
+
+
+@pytest.mark.parametrize("kind", ["pretrain", *ADAPTERS, "qat"])
+def test_figures_do_not_depend_on_the_evaluation_batch(kind, made):
+    """int8 activations, too: what fp32 adds up in another order seldom reaches another level, and that is one
+    of 255 of one number.
+    """
+    folder = made(kind)
+    stored = result_of(folder)
+    for batch in (7, 64):
+        found, _ = script.remeasure(folder, World(), batch)
+        assert found["test/answer_accuracy" if kind != "pretrain" else "test/rows"] is not None
+        for name, value in found.items():
+            if isinstance(value, float):
+                assert value == pytest.approx(stored[name], rel=1e-5, abs=1e-6), (batch, name)
+
+
+@slow
+@pytest.mark.parametrize("kind", [*ADAPTERS, "qat"])
+def test_figures_do_not_depend_on_the_number_of_ranks(kind, made, go):
+    folder = made(kind)
+    for size, batch in ((2, 3), (3, 64)):
+        said = go("--run_folder", folder, "--eval_batch", batch, size=size, out=None, name="eval")
+        assert "  as result.json has it" in said, said
+
+
+# ----------------------------------------------------------------------------------------------------------
+# mode both
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(here, cache):
+    """ranks -> a folder in which mode both has run to its end: not to be written to."""
+    known = {}
+
+    def folder(size):
+        if size not in known:
+            patch = here(f"both_{size}")
+            codes = launch(NAME, "--out", "out", *BOTH, size=size, env=shared_cache(cache))
+            assert codes == [0] * size, Path("out.txt").read_text()
+            known[size] = Path.cwd()
+            patch.undo()
+        return known[size]
+
+    return folder
+
+
+def stages(out="out") -> tuple[Path, Path]:
+    """The only two runs there: of the first stage, and of the second. They may have begun in one second."""
+    found = {constants_of(folder)["mode"]: folder for folder in run_folders(out)}
+    assert len(run_folders(out)) == 2
+    return found["pretrain"], found["finetune"]
+
+
+def same_stages(want):
+    """out/ holds the two runs of want/out/, with the same weights and figures."""
+    assert constants_of(stages()[1])["init_from"] == str(stages()[0])
+    for mine, theirs in zip(stages(), stages(want / "out"), strict=True):
+        same_outcome(result_of(mine), result_of(theirs))
+
+
+def test_the_second_stage_starts_from_the_first(whole):
+    first, second = stages(whole(1) / "out")
+    assert constants_of(second)["init_from"] == f"out/{first.name}"
+    base, _ = gpt_scratch.open_model(first)
+    assert result_of(second)["base_sha256"] == runs.weights_sha256(base)
+    assert result_of(first)["steps"] == 10 and result_of(second)["steps"] == 12
+
+
+def test_both_stages_typed_again_make_nothing_new(whole, go):
+    shutil.copytree(whole(1) / "out", "out")
+    before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*")}
+    said = go(*BOTH)
+    assert said.count("finished already") == 2
+    assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("place", "nth", "size"),
+    [
+        ("step", 7, 1),  # in the first stage
+        pytest.param("save", 2, 1, marks=slow),
+        ("caching", 1, 1),  # the second has a folder and no step
+        ("step", 17, 1),  # in the second stage
+        pytest.param("step", 7, 2, marks=slow),
+        pytest.param("worst case", 2, 2, marks=slow),
+        pytest.param("step", 17, 2, marks=slow),
+    ],
+)
+def test_both_stages_killed_and_typed_again_end_in_the_same_weights(place, nth, size, whole, go):
+    want = whole(size)
+    codes = launch(
+        NAME, "--out", "out", *BOTH, size=size, kill=(place, nth, size - 1 if place == "step" else 0)
+    )
+    assert -9 in codes, Path("out.txt").read_text()
+    go(*BOTH, size=size)
+    same_stages(want)
+
+
+def test_both_stages_ended_between_the_two_go_on_with_the_second(whole, go):
+    first, _ = stages(whole(1) / "out")
+    shutil.copytree(first, f"out/{first.name}")
+    assert go(*BOTH).count("finished already") == 1
+    same_stages(whole(1))
+
+
+@pytest.mark.parametrize("mode", ["pretrain", "both"])
+def test_a_resumed_pretraining_may_be_cut_into_smaller_micro_batches(mode, go):
+    """As into other evaluations and saves: what runs.MAY_CHANGE lists."""
+    argv = [*(PRETRAIN if mode == "pretrain" else BOTH), *(AUTO if mode == "pretrain" else [])]
+    assert launch(NAME, "--out", "out", *argv, kill=("step", 7, 0)) == [-9]
+    said = go(*argv, "--pretrain_micro_batch", 3)
+    assert "resumed: micro_batch is now 3 (it was None)" in said, [
+        x for x in said.splitlines() if "resumed" in x
+    ]
+
+
+@pytest.mark.parametrize("nth", [7, pytest.param(17, marks=slow)])
+def test_a_signal_in_mode_both_stops_and_the_same_command_goes_on(nth, whole, go):
+    said = go(*BOTH, sent=("step", nth, signal.SIGTERM))
+    assert "the same command goes on where it was" in said and "Traceback" not in said
+    assert len(run_folders()) == 1 + (nth > 10)
+    go(*BOTH)
+    same_stages(whole(1))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# mode study
+# ----------------------------------------------------------------------------------------------------------
+
+ARMS = ("full", "lora,lr=3e-3", "full,qat=int4")
+STUDY = [*DATA, "--mode", "study", *FIRST, *SECOND, "--pretrain_max_steps", 4, "--answer_rows", 0]
+STUDY = [*STUDY, "--arms", *ARMS, "--budgets", "steps", "time", "--seeds", 2]
+
+
+def arms(*names, of=STUDY) -> list:
+    """STUDY with other arms: words of a flag given twice would add up."""
+    start = of.index("--arms") + 1
+    return [*of[:start], *names, *of[start + len(ARMS) :]]
+
+
+def budgets(*names, of=STUDY) -> list:
+    start = of.index("--budgets") + 1
+    return [*of[:start], *names, *of[start + 2 :]]
+
+
+@pytest.fixture(scope="module")
+def studied(here, cache):
+    """A folder in which a study has run to its end: not to be written to."""
+    patch = here("studied")
+    assert launch(NAME, "--out", "out", *STUDY, env=shared_cache(cache)) == [0], Path("out.txt").read_text()
+    folder = Path.cwd()
+    patch.undo()
+    return folder
+
+
+@pytest.fixture
+def copied(studied, monkeypatch):
+    """The current folder is a copy of `studied`."""
+    shutil.copytree(studied, "copied")
+    monkeypatch.chdir("copied")
+
+
+def study_of(folder=".", mode="study") -> dict:
+    """study.json of the newest study there."""
+    path = max(Path(folder).glob(f"out/{mode}-*/study.json"), key=lambda path: path.stat().st_mtime_ns)
+    return json.loads(path.read_text())
+
+
+def tables_of(text) -> list[list[dict]]:
+    """The rows of each Markdown table in `text`."""
+    found = []
+    for is_table, lines in itertools.groupby(text.splitlines(), lambda line: line.startswith("|")):
+        if is_table:
+            head, _, *rows = ([c.strip() for c in line.rstrip()[1:-1].split("|")] for line in lines)
+            found.append([dict(zip(head, row, strict=True)) for row in rows])
+    return found
+
+
+def rows_of(text) -> list[dict]:
+    """The rows of the first one."""
+    return tables_of(text)[0]
+
+
+def test_every_arm_stands_in_both_tables_with_the_figures_of_its_runs(studied):
+    (path,) = studied.glob("out/study-*/study.md")
+    sections = path.read_text().split("**equal ")[1:]
+    sections[-1], last = sections[-1].split("**int4**")
+    found = study_of(studied)["runs"]
+    assert list(found) == ["steps", "time"]
+    for section, budget in zip(sections, found, strict=True):
+        assert section.startswith(budget)
+        rows = {row["arm"]: row for row in rows_of(section)}
+        assert tuple(rows) == tuple(found[budget]) == ARMS
+        for arm, row in rows.items():
+            results = [result_of(studied / folder) for folder in found[budget][arm]]
+            for name, figure, digits in (
+                ("loss", "test/loss", 4),
+                ("answers", "test/answer_accuracy", 3),
+                ("per token", "test/answer_accuracy_per_token", 3),
+                ("shuffled", "test/shuffled_accuracy", 3),
+                ("forgotten", "plain/forgotten", 4),
+                ("steps", "steps", 0),
+                ("s", "train_seconds", 1),
+                ("MB", "state_mb", 2),
+            ):
+                mean = np.mean([result[figure] for result in results])
+                assert float(row[name].split()[0]) == pytest.approx(mean, abs=0.501 * 10.0**-digits), (
+                    arm,
+                    name,
+                )
+            assert row["trained"] == f"{results[0]['trainable_parameters']:,}"
+    assert {row["run"] for row in rows_of(last)} == {"full", "full,qat=int4"}
+
+
+def test_a_difference_of_the_study_is_that_of_its_runs(studied):
+    study = study_of(studied)
+    for budget, figures in study["figures"].items():
+        assert {(one["arm"], one["figure"]) for one in figures} == {
+            (arm, figure) for arm in ARMS[1:] for figure in ("loss", "answers")
+        }
+        for one in figures:
+            name = {"loss": "test/loss", "answers": "test/answer_accuracy"}[one["figure"]]
+            means = [
+                np.mean([result_of(studied / folder)[name] for folder in study["runs"][budget][arm]])
+                for arm in (one["arm"], "full")
+            ]
+            assert one["difference"] == pytest.approx(means[0] - means[1], abs=1e-6)
+
+
+def test_arms_differ_in_what_they_name_alone(studied):
+    study, aside = study_of(studied), runs.OF_THE_CALL | {"max_steps", "max_minutes"}
+    for arms in study["runs"].values():
+        for seed in (0, 1):
+            first, lora, int4 = (constants_of(studied / arms[arm][seed]) for arm in ARMS)
+            assert first["seed"] == seed and f"pretrain-4steps-s{seed}" in first["init_from"]
+            differ = [{n for n in first if n not in aside and first[n] != one[n]} for one in (lora, int4)]
+            assert differ == [{"method", "lr"}, {"qat"}]
+            assert lora["lr"] == 3e-3 and lora["method"] == "lora" and int4["qat"] == "int4"
+
+
+def test_equal_steps_are_equal_and_equal_time_is_to_a_step(studied):
+    found = study_of(studied)["runs"]
+    assert found["steps"]["full"] == found["time"]["full"]
+    for seed in (0, 1):
+        first = result_of(studied / found["steps"]["full"][seed])
+        for arm in ARMS[1:]:
+            assert result_of(studied / found["steps"][arm][seed])["steps"] == first["steps"] == 12
+            folder = studied / found["time"][arm][seed]
+            lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+            shares = [line["clock/share"] for line in lines if "clock/share" in line]  # before each step
+            assert len(shares) == result_of(folder)["steps"] and shares[-1] < 1
+            assert result_of(folder)["train_seconds"] >= first["train_seconds"] - 1e-6
+
+
+def test_the_quantised_figures_of_the_study_are_those_of_its_folders(studied):
+    study = study_of(studied)
+    assert list(study["quantised"]) == ["full", "full,qat=int4"]
+    for arm, of_arm in study["quantised"].items():
+        for folder, one in zip(study["runs"]["steps"][arm], of_arm, strict=True):
+            assert one == json.loads((studied / folder / "quantised_32" / "result.json").read_text())
+            assert one["trained_for_it"] == ("qat" in arm)
+            own = result_of(studied / folder)["test/loss"]
+            assert one["int4" if "qat" in arm else "float"]["test/loss"] == pytest.approx(own, abs=1e-4)
+            assert one["int4"]["mb"] < one["float"]["mb"] / 2
+
+
+def test_a_finished_study_typed_again_makes_nothing_and_says_the_same(copied, go):
+    folders, (path,) = run_folders(), Path("out").glob("study-*/study.md")
+    before = study_of(), path.read_text()
+    said = go(*STUDY)
+    assert said.count("finished already") == len(folders) == 12 and "forecast" not in said
+    assert (
+        run_folders() == folders
+        and (study_of(), next(Path("out").glob("study-*/study.md")).read_text()) == before
+    )
+
+
+def test_another_rate_of_an_arm_makes_that_arm_anew(copied, go):
+    folders, was = run_folders(), study_of()["runs"]
+    go(*arms("full", "lora,lr=1e-3", "full,qat=int4"), "--seeds", 1)
+    new = [constants_of(folder) for folder in run_folders() if folder not in folders]
+    assert [(one["method"], one["lr"]) for one in new] == [("lora", 1e-3)] * 2
+    assert study_of()["runs"]["steps"]["full"] == was["steps"]["full"][:1]
+
+
+def test_other_lengths_and_rates_of_tuning_repeat_no_pretraining(copied, go):
+    folders = run_folders()
+    go(*arms("full", of=budgets("steps")), "--seeds", 1, "--max_steps", 5, "--lr", 1e-3, "--loss_on_prompt")
+    (new,) = (constants_of(folder) for folder in run_folders() if folder not in folders)
+    assert new["mode"] == "finetune" and new["max_steps"] == 5 and new["lr"] == 1e-3
+    assert "pretrain-4steps-s0" in new["init_from"] and study_of()["runs"]["steps"].keys() == {"full"}
+
+
+@slow
+def test_another_length_makes_every_arm_anew_and_no_pretraining(copied, go):
+    folders = run_folders()
+    go(*STUDY, "--seeds", 1, "--max_steps", 6)
+    new = [constants_of(folder) for folder in run_folders() if folder not in folders]
+    assert [one["mode"] for one in new] == ["finetune"] * 5
+
+
+def test_equal_time_is_that_of_the_first_arm_there_is_now(copied, go):
+    """The arms of another first arm had another time."""
+    go(*arms("lora,lr=3e-3", "full", "full,qat=int4"), "--seeds", 1)
+    found = study_of()["runs"]["time"]
+    first = result_of(found["lora,lr=3e-3"][0])["train_seconds"]
+    for arm in ("full", "full,qat=int4"):
+        assert constants_of(found[arm][0])["max_minutes"] == pytest.approx(first / 60), arm
+
+
+def test_arms_of_many_words_are_trained_for_both_budgets(copied, go):
+    long = "lora,lr=3e-3,beta1=0.9,beta2=0.95,weight_decay=0.1,warmup=0.1,clip=1.0"
+    go(*arms("full", long), "--seeds", 1)
+    found = study_of()["runs"]
+    assert found["steps"][long] != found["time"][long]
+    assert constants_of(found["time"][long][0])["max_minutes"]
+
+
+@slow
+@pytest.mark.parametrize(("place", "nth"), [("step", 2), ("save", 4), ("step", 20)])
+def test_a_study_killed_anywhere_and_typed_again_has_the_same_figures(place, nth, studied, go):
+    """At equal steps: what follows the clock is not repeated to the bit."""
+    argv = [*budgets("steps"), "--seeds", 1]
+    assert -9 in launch(NAME, "--out", "out", *argv, kill=(place, nth, 0)), Path("out.txt").read_text()
+    go(*argv)
+    for arm, (folder,) in study_of()["runs"]["steps"].items():
+        same_outcome(result_of(folder), result_of(studied / study_of(studied)["runs"]["steps"][arm][0]))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# mode split
+# ----------------------------------------------------------------------------------------------------------
+
+SPLIT = [*DATA, "--mode", "split", *FIRST, *SECOND, "--answer_rows", 0, "--plain_blocks", 0]
+
+
+@pytest.mark.parametrize(
+    "total", [pytest.param((8, 12), id="even", marks=slow), pytest.param((9, 12), id="odd")]
+)
+def test_the_steps_of_each_share_add_up_to_the_total(total, go):
+    shares = ("0.5", "0.9")
+    go(*SPLIT, "--pretrain_max_steps", total[0], "--max_steps", total[1], "--shares", *shares)
+    (arms,) = study_of(mode="split")["runs"].values()
+    assert list(arms) == ["0.5 pretraining", "0.9 pretraining"]
+    for share, (folder,) in zip(shares, arms.values(), strict=True):
+        steps = [result_of(each)["steps"] for each in (constants_of(folder)["init_from"], folder)]
+        assert steps[0] == pytest.approx(float(share) * sum(total), abs=0.5)
+        assert sum(steps) == sum(total), (share, steps)
+
+
+def test_the_minutes_of_each_share_add_up_to_the_total(go):
+    minutes = ["--pretrain_max_steps", "none", "--max_steps", "none", "--max_minutes", 0.003]
+    go(*SPLIT, *minutes, "--pretrain_max_minutes", 0.003, "--shares", 0.25, 0.5)
+    (arms,) = study_of(mode="split")["runs"].values()
+    assert list(arms) == ["0.25 pretraining", "0.5 pretraining"]
+    for share, (folder,) in zip((0.25, 0.5), arms.values(), strict=True):
+        for each, part in ((constants_of(folder)["init_from"], share), (folder, 1 - share)):
+            assert constants_of(each)["max_minutes"] == pytest.approx(part * 0.006)
+            assert result_of(each)["train_seconds"] >= part * 0.36
+
+
+def test_shares_that_are_near_each_other_are_not_seeds_of_one(go):
+    go(*SPLIT, "--pretrain_max_steps", 8, "--max_steps", 12, "--shares", 0.5, 0.504)
+    (arms,) = study_of(mode="split")["runs"].values()
+    assert [len(folders) for folders in arms.values()] == [1, 1], arms
+
+
+# ----------------------------------------------------------------------------------------------------------
+# what is tuned
+# ----------------------------------------------------------------------------------------------------------
+
+BLANK = [*FINETUNE, "--max_steps", 0, "--answer_rows", 0, "--plain_blocks", 0]  # the weights stay the base's
+
+
+def start_of(folder) -> dict[str, torch.Tensor]:
+    return weights_at(folder, "step_00000000")
+
+
+def test_a_run_is_tuned_from_the_weights_it_was_tested_with(made, go):
+    base = made("pretrain")
+    (best,) = result_of(base)["test_checkpoints"]
+    assert best.startswith("best_")
+    go(*BLANK, "--init_from", base)
+    same_weights(start_of(ranks.newest()), weights_at(base, best))
+
+
+def test_init_step_picks_an_older_checkpoint_and_names_those_there_are(made, go):
+    base = made("pretrain")
+    assert [path.name[-2:] for path in sorted(base.glob("checkpoints/step_*"))] == ["09", "10"]
+    go(*BLANK, "--init_from", base, "--init_step", 9)
+    same_weights(start_of(ranks.newest()), weights_at(base, "step_00000009"))
+    said = refused(*BLANK, "--init_from", base, "--init_step", 3)
+    assert "--init_step 3" in said and "step_00000009, step_00000010" in said
+
+
+def test_a_run_of_gpt_scratch_and_its_exported_llama_are_tuned(go):
+    """Weights from either are the run's."""
+    small = ["--smoke", "--max_documents", 20, "--val_share", 0.2, "--test_share", 0.2, "--n_embd", 32]
+    noam = ["--positions", "rotary", "--norm", "rmsnorm", "--activation", "swiglu", "--no-bias"]
+    scratch = [*small, *noam, "--block_size", 64, "--tokenizer", "bpe:300", "--batch", 8, "--max_steps", 2]
+    go(*scratch, "--sample_tokens", 0, out="scratch", name="gpt_scratch")
+    base = ranks.newest("scratch")
+    (tested,) = result_of(base)["test_checkpoints"]
+    go(*BLANK, "--init_from", base, out="a")
+    same_weights(start_of(ranks.newest("a")), weights_at(base, tested))
+    go("--mode", "export", "--model", base, out="llama", name="gpt_scratch")
+    go(*BLANK, "--init_from", "llama", out="b")
+    same_weights(start_of(ranks.newest("b")), weights_at(base, tested))
+    assert script.is_own_pretraining(base) is False
+
+
+def test_adapters_alone_are_refused_and_merged_are_taken(made, go):
+    said = refused(*BLANK, "--init_from", made("lora"))
+    assert "holds adapters only: --mode export merges them" in said
+    shutil.copytree(made("lora"), "lora")
+    go("--mode", "export", "--run_folder", "lora", out=None)
+    go(*BLANK, "--init_from", "lora/merged")
+    _, model, _ = script.load_model("lora", World())
+    same_weights(start_of(ranks.newest()), dict(script.merged(model).state_dict()), 1e-6)
+
+
+def test_none_is_the_newest_finished_pretraining_in_out(made, go):
+    assert "there is no pretraining run: --mode pretrain makes one" in refused(*BLANK)
+    for name in ("20000101_000000", "20000102_000000", "20000103_000000"):
+        shutil.copytree(made("pretrain"), f"out/{name}")
+    Path("out/20000103_000000/result.json").unlink()  # not finished
+    shutil.copytree(made("full"), "out/20000104_000000")
+    go(*BLANK)
+    assert constants_of(ranks.newest())["init_from"] == "out/20000102_000000"
+
+
+def test_a_base_that_has_changed_is_not_gone_on_with(made, go):
+    shutil.copytree(made("pretrain"), "base")
+    argv = [*FINETUNE, "--init_from", "base", "--method", "loha", *AUTO]
+    assert launch(NAME, "--out", "out", *argv, kill=("step", 9, 0)) == [-9]
+    (best,) = result_of("base")["test_checkpoints"]
+    weights = Path("base/checkpoints") / best
+    state = load_file(weights / "model.safetensors")
+    state["wte.weight"][0, 0] += 1e-3
+    save_file(state, weights / "model.safetensors")
+    content = runs.read_manifest(weights)
+    hashes = {"model.safetensors": core.sha256_file(weights / "model.safetensors")}
+    content.pop("files")
+    core.write_json(weights / "manifest.json", runs.manifest(content, hashes))
+    assert "base_sha256 is not what" in refused(*argv)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# eval.py, export, quantise
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [*((kind, "fp32") for kind in ("pretrain", "full", *ADAPTERS, "qat")), ("qat", "fp64")]
+)
+def test_eval_measures_each_kind_of_run_as_it_ended(kind, dtype, made, go):
+    folder = made(kind, *(["--dtype", dtype] if dtype != "fp32" else []))
+    said = go("--run_folder", folder, out=None, name="eval")
+    assert "  as result.json has it" in said, said
+    assert f"{result_of(folder)['test/loss']:.4f}" in said
+
+
+def test_eval_compares_tuned_runs_in_loss_and_answers_and_lists_them(made, go):
+    full, lora = made("full"), made("lora")
+    said = go("--compare", full, lora, out="compare", name="eval")
+    assert "**loss** on" in said and "**answers** on" in said
+    means = {float(row["mean"]) for rows in tables_of(said) for row in rows if "mean" in row}
+    rows = rows_of(go("--table", full, lora, made("pretrain"), out="table", name="eval"))
+    for folder in (full, lora):
+        loss, answers = (result_of(folder)[f"test/{name}"] for name in ("loss", "answer_accuracy"))
+        assert {round(loss, 4), round(answers, 4)} <= means
+        (row,) = (row for row in rows if row["loss"].startswith(f"{loss:.4f}"))
+        assert row["answers"].startswith(f"{answers:.3f}")
+    assert len(rows) == 3
+
+
+def test_eval_takes_the_seeds_of_an_arm_for_one_side(copied, go):
+    """Each seed has a pretraining of its own: their init_from differ as their seeds do."""
+    arms = study_of()["runs"]["steps"]
+    said = go("--compare", *arms["full"], *arms["lora,lr=3e-3"], out="compare", name="eval")
+    assert "(2 seeds) - " in said, said[-500:]
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "full", *ADAPTERS, "qat"])
+def test_transformers_gives_the_logits_of_an_exported_run(kind, made, go):
+    """Of a run trained for int4: those of its float weights."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    shutil.copytree(made(kind), "run")
+    go("--mode", "export", "--run_folder", "run", out=None)
+    theirs = AutoModelForCausalLM.from_pretrained("run/merged").eval()
+    _, ours, tokenizer = script.load_model("run", World())
+    script.quantise.switch(ours, False)
+    text = "ned had 14 tins and lost 9 of them . how many tins ?"
+    ids = torch.tensor([tokenizer.encode(text)])
+    assert AutoTokenizer.from_pretrained("run/merged").encode(text) == ids[0].tolist()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours(ids), rtol=0, atol=1e-4)
+        assert ours(ids).std() > 0.05
+
+
+def test_mode_quantise_measures_what_it_writes_and_reads_it_the_second_time(made, go):
+    shutil.copytree(made("qat"), "run")
+    argv = ["--smoke", "--mode", "quantise", "--run_folder", "run"]
+    said = go(*argv, out=None)
+    found = json.loads(Path("run/quantised_32/result.json").read_text())
+    own = result_of("run")
+    assert found["int4"]["test/loss"] == pytest.approx(own["test/loss"], abs=1e-4)
+    assert found["float"]["test/loss"] != pytest.approx(own["test/loss"], abs=1e-6)
+    assert [row["weights"] for row in rows_of(said)] == ["float", "int4 by 32, trained for it"]
+    before = Path("run/quantised_32/model.safetensors").stat().st_mtime_ns
+    assert rows_of(go(*argv, out=None)) == rows_of(said)
+    assert Path("run/quantised_32/model.safetensors").stat().st_mtime_ns == before
+
+
+# ----------------------------------------------------------------------------------------------------------
+# mistakes
+# ----------------------------------------------------------------------------------------------------------
+
+
+def refused(*argv) -> str:
+    """The one line of a user error: exit code 2, and no run is begun."""
+    before = run_folders()
+    codes = launch(NAME, "--out", "out", *argv)
+    said = Path("out.txt").read_text()
+    assert codes == [2], said[-500:]
+    lines = [line for line in said.splitlines() if "error: " in line]
+    assert len(lines) == 1 and "Traceback" not in said
+    assert run_folders() == before and "forecast" not in said, lines[0]
+    return lines[0]
+
+
+def table(**columns):
+    Path("rows.jsonl").write_text("".join(f"{json.dumps(columns)}\n" for _ in range(60)))
+    return "rows.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([*PRETRAIN, "--lr", 1e-3], "--lr is fine-tuning's: use --pretrain_lr"),
+        ([*PRETRAIN, "--epochs", 2], "--epochs is fine-tuning's: use --pretrain_max_steps"),
+        (arms("full", "lora,seed=3"), "'seed=3' is no constant of an arm; use beta1, "),
+        (arms("full", "lora,lr=much"), "much"),
+        (arms("full", "lara"), "lara"),
+        (arms("full", "lora,qat=int4"), "--qat int4 trains all weights"),
+        (arms("full", "full"), "one stands there twice"),
+        (budgets("steps", "money"), "--budgets money: use steps, time, or both"),
+        ([*SPLIT, "--shares", 0.5, 1], "--shares 0.5 1: use different numbers between 0 and 1"),
+        ([*SPLIT, "--shares", "half"], "--shares half: use different numbers between 0 and 1"),
+        ([*SPLIT, "--max_steps", "none", "--max_minutes", 1], "bound both stages by the same alone"),
+        ([*SPLIT, "--epochs", 1, "--shares", 0.5], "bound both stages by the same alone"),
+        ([*NEW, *QAT, "--method", "lora"], "--qat int4 trains all weights: use --method full, not lora"),
+        ([*NEW, *QAT, "--qat_group", 24], "--qat_group 24 does not divide the 32 inputs of"),
+        ([*NEW, "--max_length", 65], "--max_length 65 is over the 64 positions of new"),
+        (
+            [*NEW, "--max_steps", "none"],
+            "nothing ends fine-tuning: use --max_minutes, --max_steps or --epochs",
+        ),
+        ([*NEW, "--init_step", 3], "--init_step 3"),
+        ([*BOTH, "--max_length", 65], "--max_length 65 is over the 64"),
+        ([*BOTH, *QAT, "--qat_group", 24], "--qat_group 24 does not divide"),
+        ([*BOTH, "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        ([*BOTH, "--max_steps", "none"], "nothing ends fine-tuning"),
+        ([*BOTH, "--init_from", "new"], "--init_from: mode both pretrains first"),
+        ([*SPLIT, "--init_from", "new"], "--init_from: mode split pretrains first"),
+        ([*STUDY, "--resume_timestamp", "latest"], "mode study goes on by itself"),
+        (["--smoke", "--mode", "quantise"], "--mode quantise needs --run_folder"),
+        (["--smoke", "--mode", "export"], "--mode export needs --run_folder"),
+        (["--smoke", "--mode", "quantise", "--run_folder", "."], ". is no run folder"),
+        (["--smoke", "--mode", "quantise", "--run_folder", "nowhere"], "nowhere is no run folder"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_starts(argv, said):
+    assert said in refused(*argv)
+
+
+@pytest.mark.parametrize("start", [NEW, BOTH], ids=["finetune", "both"])
+def test_data_without_the_columns_is_refused_before_anything_starts(start):
+    said = refused(*start, "--data", table(Problem="how many ?", options="a ) 1"))
+    assert "rows.jsonl" in said and "correct" in said
+
+
+def test_a_run_of_another_script_is_not_quantised(go):
+    ranks.run("gpt_scratch", *gpt_few())
+    said = refused("--smoke", "--mode", "quantise", "--run_folder", ranks.newest())
+    assert "is a run of gpt_scratch.py" in said
+
+
+def gpt_few() -> list:
+    small = ["--smoke", "--max_documents", 20, "--val_share", 0.2, "--test_share", 0.2, "--n_embd", 32]
+    return [*small, "--max_steps", 0, "--sample_tokens", 0]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# as a user types it
+# ----------------------------------------------------------------------------------------------------------
+
+
+@slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_smoke_run_learns_to_answer_with_all_weights_and_with_int4(size):
+    start = [sys.executable]
+    if size > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"]
+    command = [*start, str(PROJECT / f"{NAME}.py"), "--smoke"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (path,) = Path("runs/smoke/run_mathqa").glob("study-*/study.md")
+    learnt, int4 = path.read_text().split("**int4**")
+    arms = [row["arm"] for row in rows_of(learnt)]
+    assert len(arms) == len(script.SMOKE["arms"]) == 5
+    found = json.loads((path.parent / "study.json").read_text())
+    for arm in ("full", "full,qat=int4"):
+        (folder,) = found["runs"]["steps"][arm]
+        result = result_of(folder)
+        assert result["test/answer_accuracy_interval"][0] > 0.3, (arm, result["test/answer_accuracy"])
+        low, high = result["test/shuffled_accuracy_interval"]
+        assert low <= 0.2 <= high
+        (small,) = found["quantised"][arm]
+        assert abs(small["int4"]["test/loss"] - small["float"]["test/loss"]) < 0.1
+        assert abs(small["int4"]["test/answer_accuracy"] - small["float"]["test/answer_accuracy"]) < 0.06
+        assert small["int4"]["mb"] < small["float"]["mb"] / 2
+    assert [row["run"] for row in rows_of(int4)] == ["full", "full", "full,qat=int4", "full,qat=int4"]
+    assert "Traceback" not in done.stderr
