@@ -125,24 +125,29 @@ def parse_config(config_class, presets, smoke, doc, argv=None):
     Anything wrong is one line on stderr and exit code 2. `typed(cfg)` tells what stood on the command line.
     """
     try:
-        hints = typing.get_type_hints(config_class)
-        defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
-        named = {f"preset {name}": values for name, values in presets.items()}
-        for where, values in {"Config": defaults, "SMOKE": smoke, **named}.items():
-            for name, value in values.items():
-                _check_type(where, name, value, hints)
-        given = vars(_parser(config_class, defaults, presets, hints, doc).parse_args(argv))
-        preset, is_smoke = given.pop("preset", None), given.pop("smoke", False)
-        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-        changed = ({"tag": preset} if "tag" in defaults else {}) | presets.get(preset, {})
-        for name, value in smoke.items() if is_smoke else ():
-            changed[name] = value(changed.get(name, defaults[name])) if callable(value) else value
-        cfg = config_class(**{**changed, **given})
-        _check_limits(cfg)
+        return parsed_config(config_class, presets, smoke, doc, argv)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # every process of a launch meets it, one says it
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def parsed_config(config_class, presets, smoke, doc, argv=None):
+    """parse_config for who has words of their own for a UserError."""
+    hints = typing.get_type_hints(config_class)
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+    named = {f"preset {name}": values for name, values in presets.items()}
+    for where, values in {"Config": defaults, "SMOKE": smoke, **named}.items():
+        for name, value in values.items():
+            _check_type(where, name, value, hints)
+    given = vars(_parser(config_class, defaults, presets, hints, doc).parse_args(argv))
+    preset, is_smoke = given.pop("preset", None), given.pop("smoke", False)
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    changed = ({"tag": preset} if "tag" in defaults else {}) | presets.get(preset, {})
+    for name, value in smoke.items() if is_smoke else ():
+        changed[name] = value(changed.get(name, defaults[name])) if callable(value) else value
+    cfg = config_class(**{**changed, **given})
+    _check_limits(cfg)
     overrides = {name: value for name, value in changed.items() if name not in {"tag", *given}}
     object.__setattr__(cfg, "typed", Typed(preset, is_smoke, frozenset(given), overrides))  # no constant
     return cfg

@@ -38,6 +38,7 @@ import judge
 import lora
 import other_data
 import pairs
+import quantise
 import report_card
 import results
 import runs
@@ -197,6 +198,8 @@ def subject(name) -> Subject:
         raise core.UserError(f"no such folder: {name}")
     if folder.is_file():
         raise core.UserError(f"{name} is a file: name a run's folder, or a model")
+    if quantise.is_quantised(folder):
+        return Subject(str(folder))
     if not (folder / "config.json").exists():
         if folder.exists():
             inside = sorted(path.parent.name for path in folder.glob("*/config.json"))

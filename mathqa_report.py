@@ -28,9 +28,39 @@ def shared(folders) -> list[compare.Rows]:
     return [one for one in rows if one.name in ("loss", "answers")]
 
 
+def shuffled_rows(folders) -> compare.Rows:
+    """Whether each problem was answered rightly behind another one's: the control."""
+    found = [compare.read_lines(results.read(folder), "answers.jsonl") for folder in folders]
+    right = np.array([[float(line["right_shuffled"]) for line in of_run] for of_run in found])
+    return compare.Rows("shuffled", right, np.ones(right.shape[1]), np.array([x["group"] for x in found[0]]))
+
+
+def heading(found) -> str:
+    """What was studied, and what the columns mean."""
+    folder = next(iter(next(iter(found.values())).values()))[0]
+    config, result = read(folder, "config.json"), read(folder, "result.json")
+    part = "test" if "test/loss" in result else "val"
+    c, usual = config["constants"], result[f"{part}/letter"]
+    rows = f"{result[f'{part}/rows']} {part} rows of {c['data']}"
+    lines = [
+        f"{rows}; a model of {result['parameters']:,} parameters, begun with {c['init_from']}",
+        f"answers: the likeliest of five options is right; by chance 0.200, always {usual} "
+        f"{result[f'{part}/letter_accuracy']:.3f}",
+        "per token: the same by likelihood per token; shuffled: behind another row's problem",
+        "forgotten: nats per token more on held-out text of the pretraining",
+    ]
+    alarms = [name for arms in found.values() for name, of in arms.items() if any(
+        read(folder, "result.json").get("alarm") for folder in of)]  # fmt: skip
+    if alarms:
+        lines.append(
+            f"NOT LEARNING in some run (its result.json says how): {', '.join(dict.fromkeys(alarms))}"
+        )
+    return "\n".join(lines)
+
+
 def report(found, small, cfg) -> tuple[str, dict]:
     """Markdown and figures. found: budget -> arm -> run folders, one a seed; small: arm -> quantise_run's."""
-    parts, figures = [], {}
+    parts, figures = [heading(found)], {}
     seeds = f"{cfg.seeds} seeds" if cfg.seeds > 1 else "one seed"
     for budget, arms in found.items():
         title = f"equal {budget}" if budget in ("steps", "time") else budget
@@ -57,7 +87,8 @@ def table(arms) -> str:
             one = compare.mean(rows, every)
             row[rows.name] = core.plus_minus(one["mean"], one["interval"], digits)
         row["per token"] = f"{over(of_arm, f'{part}/answer_accuracy_per_token'):.3f}"
-        row["shuffled"] = f"{over(of_arm, f'{part}/shuffled_accuracy'):.3f}"
+        one = compare.mean(shuffled_rows(folders), every)
+        row["shuffled"] = core.plus_minus(one["mean"], one["interval"])
         forgotten = over(of_arm, "plain/forgotten")
         row["forgotten"] = "" if forgotten is None else f"{forgotten:+.4f}"
         row["trained"] = f"{of_arm[0]['trainable_parameters']:,}"
@@ -115,25 +146,26 @@ def quantised_table(small) -> str:
     return results.markdown({name: column for name, column in cells.items() if any(column)})
 
 
-def small_difference(small, whole) -> dict:
-    """int4 - float on the same rows, by figure; each side is (lines of losses.jsonl, of answers.jsonl)."""
-    found = {}
-    for (ours, theirs), name, column in (
-        ((small[0], whole[0]), "loss", "nats"),
-        ((small[1], whole[1]), "answers", "right"),
-    ):
-        if ours:
-            sums = np.array([[float(line[column]) for line in of] for of in (ours, theirs)])
-            weights = np.array([float(line.get("targets", 1)) for line in ours])
-            rows = compare.Rows(name, sums, weights, np.array([line["group"] for line in ours]))
-            found[name] = compare.difference(rows, [0], [1])
+def paired_rows(whole, small) -> dict:
+    """What two measures of the same rows said, for small_verdicts; each is [lines of losses, of answers]."""
+    found = {"group": [line["group"] for line in whole[0]], "targets": [line["targets"] for line in whole[0]]}
+    found["loss"] = [[line["nats"] for line in losses] for losses, _ in (whole, small)]
+    found["answers"] = [[float(line["right"]) for line in answers] for _, answers in (whole, small)]
     return found
 
 
 def small_verdicts(small) -> list[str]:
-    """For the first run of each arm: does int4 differ from float?"""
-    return [
-        f"{arm}, int4 - float  {compare.verdict(one, name, ('int4', 'float'))}"
-        for arm, of_arm in small.items()
-        for name, one in of_arm[0]["int4 - float"].items()
-    ]
+    """For each arm: does int4 differ from float? Over all of its runs."""
+    told = []
+    for arm, of_arm in small.items():
+        group, seeds = np.array(of_arm[0]["rows"]["group"]), range(len(of_arm))
+        for name in ("loss", "answers"):
+            sums = np.array([run["rows"][name][i] for i in (0, 1) for run in of_arm])
+            if not sums.size:
+                continue  # a text has no answers
+            weights = np.array(of_arm[0]["rows"]["targets"], float) if name == "loss" else np.ones(len(group))
+            one = compare.difference(
+                compare.Rows(name, sums, weights, group), [len(of_arm) + i for i in seeds], list(seeds)
+            )
+            told.append(f"{arm}, int4 - float  {compare.verdict(one, name, ('int4', 'float'))}")
+    return told

@@ -20,6 +20,7 @@ import json
 import math
 import re
 import shutil
+import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -67,15 +68,15 @@ class Config:
     split_seed: int = 42  # the same rows and documents for every seed
     block_size: int = 512  # tokens of context
     # model
-    n_layer: int = 10
-    n_head: int = 16
-    n_embd: int = 1024
+    n_layer: int = 10  # blocks
+    n_head: int = 16  # heads of attention
+    n_embd: int = 1024  # width
     vocab_multiple: int = 64  # the embedding's rows are rounded up to it
     dropout: float = 0.0
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory
     init_from: str | None = None  # a run, a GPT-2 or Llama folder, new; none = the newest pretraining run
     init_step: int | None = None  # a checkpoint of that run; none = the one it was tested with
-    method: Literal["full", "lora", "loha", "lokr"] = "full"
+    method: Literal["full", "lora", "loha", "lokr"] = "full"  # all weights, or adapters on a base that stands
     lora_rank: int = 16  # of all three kinds of adapter
     lora_alpha: float = 32.0  # they are multiplied by alpha / rank
     lora_dropout: float = 0.0  # of what LoRA reads
@@ -85,7 +86,7 @@ class Config:
     # first stage
     pretrain_batch: int = 256  # blocks per optimizer step, over all ranks
     pretrain_micro_batch: int | None = 64  # blocks per forward and rank
-    pretrain_max_steps: int | None = None
+    pretrain_max_steps: int | None = None  # the shorter of these two ends the stage
     pretrain_max_minutes: float | None = 180.0  # of training, over resumes
     pretrain_lr: float = 8e-4  # peak
     pretrain_min_lr: float = 0.0
@@ -95,7 +96,7 @@ class Config:
     pretrain_weight_decay: float = 0.1
     pretrain_eval_every: int | None = 2000  # steps; none = each epoch
     pretrain_save_every: int | None = 500  # steps; none = at each evaluation, before it
-    # optimisation
+    # optimisation; what has no pretrain_... above serves both stages
     batch: int = 128  # rows (or packs) per optimizer step, over all ranks
     micro_batch: int | None = None  # per forward and rank; none = groups that waste least on padding,
     micro_tokens: int = 16384  # of so many tokens each at most
@@ -114,8 +115,8 @@ class Config:
     weight_decay: float = 0.1  # of matrices but the token embedding; Lion wants three to ten times AdamW's
     clip: float | None = 1.0  # global gradient norm; none = off
     skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
-    dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
-    compile: bool = False
+    dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"  # bf16 from Ampere on; fp16 uses a GradScaler
+    compile: bool = False  # the blocks, by torch.compile
     seed: int = 0  # of weights, order and dropout; the first one of a study
     # evaluation and logging
     eval_batch: int = 64  # blocks or rows per evaluation step, over all ranks
@@ -138,7 +139,10 @@ class Config:
     shares: tuple[str, ...] = ("0.5", "0.75", "0.9")  # of mode split: pretraining's share of both budgets
     seeds: int = 3  # of each arm: seed, seed + 1, ...
     # run
-    mode: Literal["both", "pretrain", "finetune", "study", "split", "quantise", "export"] = "both"
+    # one run of each stage, one stage, many tunings of one base, shares of the time, int4, a Llama folder
+    mode: Literal["both", "pretrain", "finetune", "study", "split", "quantise", "export"] = (
+        "both"  # see above
+    )
     run_folder: str | None = None  # the run that is quantised or exported
     out: str | None = None  # none = runs/run_mathqa below the current folder
     tag: str | None = None  # none = the preset's name
@@ -316,6 +320,8 @@ def fit(run, cfg, world, s) -> dict:
     run.poll()
     run.forecast(s.trained, optimizer, total_steps - step, seconds, lengths.mean() / lengths[worst].mean())
     run.say(s.describe())
+    if cfg.max_minutes is not None and total_steps == FOREVER:
+        run.say("the clock ends this stage: how many steps it will have is estimated anew at each line")
     quantised = run.state.get("quantised_from") is not None
 
     def where():
@@ -436,6 +442,13 @@ def flags_of_stage(cfg):
         raise core.UserError(re.sub(rf"--({names})\b", r"--pretrain_\1", str(error))) from None
 
 
+def open_text(cfg, world) -> corpus.Tokens:
+    try:
+        return corpus.open_corpus(corpus_of(cfg), world)
+    except core.UserError as error:
+        raise core.UserError(f"--text, --tokenizer: {error}".replace("--help of --data", "README")) from None
+
+
 def corpus_of(cfg) -> corpus.Corpus:
     return corpus.Corpus(
         cfg.text, cfg.tokenizer, cfg.text_column, cfg.text_documents, cfg.val_share, cfg.test_share,
@@ -476,7 +489,7 @@ def blocks_of(cfg, tokens, part, most=None) -> corpus.Blocks:
 
 def pretrain(run, cfg, world) -> dict:
     check_length(cfg)
-    tokens = corpus.open_corpus(corpus_of(cfg), world)
+    tokens = open_text(cfg, world)
     run.pin("fingerprint", tokens.fingerprint)
     train, val = blocks_of(cfg, tokens, "train"), blocks_of(cfg, tokens, "val", cfg.eval_rows)
     for part in held_out(cfg):
@@ -571,6 +584,8 @@ def is_own_pretraining(name) -> bool:
 def open_weights(cfg, world):
     """(model, tokenizer) of cfg.init_from, at cfg.init_step or as it was tested."""
     name = cfg.init_from
+    if Path(name).is_file():
+        raise core.UserError(f"--init_from {name} is a file: use a run's folder")
     if name.count("/") > 1 and not Path(name).exists():
         raise core.UserError(f"--init_from {name} is not there; paths count from where the run was started")
     if (Path(name) / "checkpoints").is_dir() and not gpt_scratch.is_run(name):
@@ -597,7 +612,7 @@ def open_base(cfg, world):
         return open_weights(cfg, world)
     if cfg.init_step is not None:
         raise core.UserError(f"--init_step {cfg.init_step}: a new model has no checkpoints, drop it")
-    tokenizer = corpus.open_corpus(corpus_of(cfg), world).tokenizer
+    tokenizer = open_text(cfg, world).tokenizer
     core.reseed(cfg.seed, "init")
     return new_model(cfg, tokenizer), tokenizer
 
@@ -624,7 +639,7 @@ def plain_text(cfg, tokenizer, block_size, world) -> tuple[str, corpus.Blocks | 
         return "", None
     if cfg.plain is None and (cfg.init_from == "new" or is_own_pretraining(cfg.init_from)):
         then = cfg if cfg.init_from == "new" else stored_config(cfg.init_from)
-        tokens = corpus.open_corpus(corpus_of(then), world)
+        tokens = open_text(then, world)
         if then is not cfg:
             known = runs.read_config(cfg.init_from)["facts"]["fingerprint"]
             runs.same_data(known, tokens.fingerprint, then.text, ("data", "tokenizer"))
@@ -668,8 +683,6 @@ def finetune(run, cfg, world) -> dict:
         run.say(f"train rows have {tokens:.0f} tokens, {targets:.1f} of them targets")
         if left := len(units) % cfg.batch:
             run.say(f"each epoch leaves out {left} of {len(units)}, others each time: they fill no batch")
-        if cfg.data != mathqa.BUILT_IN:
-            run.say("(a quarter of MathQA's own formulas disagree with its labels: the ceiling is low)")
         if cfg.optimizer == "lion" and cfg.batch < 64:
             run.say(f"NOTE Lion is recommended for batches of 64 and more, not {cfg.batch}")
         core.on_main(world, lambda: keep_for_later(run.folder, cfg, model, tokenizer))
@@ -711,11 +724,14 @@ def finetune(run, cfg, world) -> dict:
         )
     for line in mathqa.answer_lines(part, figures):
         run.say(line)
-    if alarm := sft.alarm(run, result["steps"], part, figures):
+    alarm = sft.alarm(run, result["steps"], part, figures)
+    if alarm and not mathqa.knows(
+        part, figures
+    ):  # few steps may teach answers before they teach their spelling
         run.say(alarm)
         figures["alarm"] = alarm
     if plain:
-        figures |= sft.forgetting(run, replace(cfg, plain=text), plain, model)
+        figures |= sft.forgetting(run, replace(cfg, plain=Path(text).name), plain, model)
     core.on_main(world, lambda: core.write_lines(run.folder / "losses.jsonl", losses))
     core.on_main(world, lambda: core.write_lines(run.folder / "answers.jsonl", answers))
     farewell(run, figures, part)
@@ -728,12 +744,11 @@ def sample(run, cfg, step, model, data, rows, poll):
         return
     prompts, world = [data.prompt(row) for row in rows], run.world
     texts = sft.answers(model, data.tokenizer, prompts, cfg.sample_tokens, len(rows), world, poll)
-    asked = [data.texts[row][0] for row in rows]
+    asked = [gpt_scratch.one_line(data.tokenizer.decode(prompt)) for prompt in prompts]
     run.samples(step, [f"{problem}\n{text}" for problem, text in zip(asked, texts, strict=True)])
-    right = data.texts[rows[0]][2]
-    run.say(
-        f"  | {sft.shortened(asked[0], 50)} -> {sft.shortened(gpt_scratch.one_line(texts[0]), 20)} ({right})"
-    )
+    right = data.tokenizer.decode(data.whole(rows[0])[len(prompts[0]) : -1]).strip()
+    written = sft.shortened(gpt_scratch.one_line(texts[0]), 20)
+    run.say(f"  | {sft.shortened(asked[0], 50)} -> {written} ({sft.shortened(right, 16)})")
 
 
 def measure_rows(model, data, parts, cfg, world, poll) -> tuple[dict, list, list]:
@@ -792,7 +807,7 @@ def own_measure(folder, cfg, tokenizer, world):
     units of its last part."""
     stored = runs.read_config(folder)["facts"]["fingerprint"]
     if cfg.mode == "pretrain":
-        tokens = corpus.open_corpus(corpus_of(cfg), world)
+        tokens = open_text(cfg, world)
         runs.same_data(stored, tokens.fingerprint, cfg.text, ("data", "tokenizer"))
         units = blocks_of(cfg, tokens, held_out(cfg)[-1])
         return (lambda model, poll: measure_text(model, tokens, cfg, world, poll)), units
@@ -848,8 +863,11 @@ def quantise_run(folder, cfg, world, say, poll) -> dict:
         figures, *lines[kind] = measure(of, poll)
         rate = tokens_per_second(of, units, own, world, poll)
         found[kind] = figures | {"mb": bytes_of[kind] / 1e6, "tokens_per_second": rate}
-        say(f"{kind:5} {held_out(own)[-1]} {said(figures, held_out(own)[-1])}")
-    found["int4 - float"] = show.small_difference(lines["int4"], lines["float"])
+        part = held_out(own)[-1]
+        say(
+            f"{kind:5} {part} loss {figures[f'{part}/loss']:.4f}  {rate:.0f} tokens/s  of {Path(folder).name}"
+        )
+    found["rows"] = show.paired_rows(lines["float"], lines["int4"])
     core.on_main(world, lambda: core.write_json(target / "result.json", found))
     return found
 
@@ -867,15 +885,17 @@ def known_figures(target, weights) -> dict | None:
 
 
 def tokens_per_second(model, units, cfg, world, poll) -> float:
-    """Of evaluation, over at most 200 rows; the first pass is not counted."""
+    """Of evaluation, over at most 200 rows; the median of three passes behind a first one."""
     if isinstance(units, corpus.Blocks):
         some = corpus.Blocks(units.tokens[: 200 * units.block_size + 1], units.block_size)
     else:
         some = units.some(200)
-    for _ in range(2):
+    seconds = []
+    for _ in range(4):
         began = time.perf_counter()
         gpt_scratch.evaluate(model, some, cfg, world, poll)
-    return int(np.asarray(some.lengths).sum()) / (time.perf_counter() - began)
+        seconds.append(time.perf_counter() - began)
+    return int(np.asarray(some.lengths).sum()) / statistics.median(seconds[1:])
 
 
 def of_one_run(cfg, world, say, poll):
@@ -943,7 +963,10 @@ def arm_config(cfg, arm) -> Config:
             )
         switch = {"true": [f"--{name}"], "false": [f"--no-{name}"]}
         argv += switch.get(value, [f"--{name}", value])
-    parsed = core.parse_config(Config, {}, {}, "", argv)
+    try:
+        parsed = core.parsed_config(Config, {}, {}, "", argv)
+    except core.UserError as error:
+        raise core.UserError(f"--arms {arm}: {error}") from None
     return replace(cfg, **{name: getattr(parsed, name) for name in core.typed(parsed).flags})
 
 
@@ -981,7 +1004,11 @@ def one_run(s, cfg) -> Path:
     if cfg.compile:
         torch.compiler.reset()  # or the blocks of all runs share one limit of recompilations
     ended = False
-    with flags_of_stage(cfg), runs.Run(cfg, s.world, __file__, unit="tokens") as run:
+    try:
+        opened = runs.Run(cfg, s.world, __file__, unit="tokens")
+    except SystemExit:  # another process has finished it while this one waited
+        return one_run(s, cfg)
+    with flags_of_stage(cfg), opened as run:
         run.result = STAGES[cfg.mode](run, run.cfg, s.world)
         ended = True
     if not ended:
@@ -1011,7 +1038,7 @@ def both(s):
     """Pretraining, then fine-tuning of what came out."""
     base = pretrained(s, s.cfg)
     folder = tuned_run(s, s.cfg, base, f"{s.cfg.method}-{length_name(s.cfg)}")
-    s.say(f"both stages are done: {base}, {folder}")
+    s.say(f"both stages are done\n  {base}\n  {folder}")
 
 
 def study(s):
@@ -1067,11 +1094,21 @@ def split(s):
     core.on_main(s.world, lambda: conclude(s, {title: found}, {}))
 
 
+def without_rows(small) -> dict:
+    """quantise_run's figures alone: each row's stand in the run's folder."""
+    return {arm: [{n: v for n, v in one.items() if n != "rows"} for one in of] for arm, of in small.items()}
+
+
 def conclude(s, found, small):
     """Rank 0: study.md and study.json; the same in the terminal."""
     text, figures = show.report(found, small, s.cfg)
     folders = {b: {arm: [str(f) for f in of] for arm, of in arms.items()} for b, arms in found.items()}
-    content = {"runs": folders, "figures": figures, "quantised": small, "constants": asdict(s.cfg)}
+    content = {
+        "runs": folders,
+        "figures": figures,
+        "quantised": without_rows(small),
+        "constants": asdict(s.cfg),
+    }
     core.write_json(s.folder / "study.json", content)
     with core.whole_file(s.folder / "study.md") as file:
         file.write(f"commit {runs.git_state()['commit'] or 'unknown'}\n\n{text}\n")
@@ -1159,7 +1196,7 @@ def check_stages(cfg, world):
         base, tokenizer = open_base(cfg, world)
     else:
         check_length(pretraining(cfg))
-        tokens = corpus.open_corpus(corpus_of(cfg), world)
+        tokens = open_text(cfg, world)
         for part in corpus.PARTS:
             blocks_of(cfg, tokens, part)
         tokenizer = tokens.tokenizer
@@ -1176,8 +1213,25 @@ def check_stages(cfg, world):
             quantise.linear_layers(base, one.qat_group)
 
 
+def check_flags(cfg, world):
+    """Says which flags are of the other stage; UserError for a preset of another mode."""
+    typed = core.typed(cfg)
+    of_preset = PRESETS.get(typed.preset, {}).get("mode", cfg.mode)
+    if of_preset != cfg.mode:
+        raise core.UserError(f"--preset {typed.preset} is for --mode {of_preset}, not {cfg.mode}")
+    odd = set()
+    if cfg.mode == "finetune":
+        odd = {name for name in typed.flags if name.startswith("pretrain_")}
+        odd |= typed.flags & OF_TEXT if cfg.init_from != "new" else set()
+    if cfg.mode == "pretrain":
+        odd = typed.flags & OF_ROWS - {"init_from", "init_step"}
+    if odd and world.is_main:
+        print(f"NOTE of the other stage, without effect in mode {cfg.mode}: --{' --'.join(sorted(odd))}")
+
+
 @record
 def main(cfg, world):
+    check_flags(cfg, world)
     if cfg.mode in STAGES:
         if cfg.mode == "pretrain":
             cfg = pretraining(cfg)

@@ -231,7 +231,7 @@ class Run:
         self.stopping = (self._signal or "a signal to another rank") if signalled else None
         if self.clock_share >= 1 and not self._clock_said:
             self._clock_said = True
-            self.say(f"max_minutes {self.cfg.max_minutes:g} are spent: training ends here")
+            self.say(f"{self.cfg.max_minutes:g} minutes of training are spent: it ends here")
         return int(targets)
 
     def poll(self, active=0) -> int:

@@ -715,8 +715,11 @@ def alarm(run, step, part, figures) -> str | None:
     lowest, before = run.state["lowest"], run.state["before"]
     if step and not lowest[0] < before:
         return f"NOT LEARNING: validation never fell below the {before:.4f} before training"
-    if step and figures[f"{part}/above_unigram_interval"][1] >= 0:
-        return f"NOT LEARNING: {part} loss cannot be told from that of token frequencies"
+    low, high = figures[f"{part}/above_unigram_interval"]
+    if step and high >= 0:
+        loss, guess = figures[f"{part}/loss"], figures[f"{part}/unigram_loss"]
+        how = "is above" if low > 0 else "cannot be told from"
+        return f"NOT LEARNING: {part} loss {loss:.4f} {how} that of token frequencies, {guess:.4f}"
     return None
 
 

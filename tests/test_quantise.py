@@ -915,7 +915,7 @@ def test_all_ranks_stop_on_one_step_when_the_clock_is_out(size):
     progress = (share - 0.1) / 0.9 - 2 / len(rows)  # whole steps
     assert rows[-1]["clock/lr"] <= peak * 0.5 * (1 + math.cos(math.pi * progress)) + 1e-9
     assert rows[-1]["clock/lr"] < 0.3 * peak
-    assert "max_minutes 0.02 are spent" in Path("out.txt").read_text()
+    assert "0.02 minutes of training are spent" in Path("out.txt").read_text()
 
 
 UNBOUND = {
