@@ -74,6 +74,8 @@ class Run:
         if plan["finished"]:
             if world.is_main:
                 print("\n".join([*plan["lines"], f"{self.folder} is finished: nothing to do"]))
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
             sys.exit(0)
         self.cfg = dataclasses.replace(cfg, **_constants(plan["constants"]))
         object.__setattr__(self.cfg, "typed", core.typed(cfg))
