@@ -140,9 +140,7 @@ class Config:
     seeds: int = 3  # of each arm: seed, seed + 1, ...
     # run
     # one run of each stage, one stage, many tunings of one base, shares of the time, int4, a Llama folder
-    mode: Literal["both", "pretrain", "finetune", "study", "split", "quantise", "export"] = (
-        "both"  # see above
-    )
+    mode: Literal["both", "pretrain", "finetune", "study", "split", "quantise", "export"] = "both"
     run_folder: str | None = None  # the run that is quantised or exported
     out: str | None = None  # none = runs/run_mathqa below the current folder
     tag: str | None = None  # none = the preset's name
@@ -156,15 +154,12 @@ class Config:
         if self.lora_dropout and self.method in ("loha", "lokr"):
             raise core.UserError(f"--lora_dropout {self.lora_dropout:g}: {self.method} has none, use 0")
         if self.mode in SEVERAL and (self.resume_timestamp not in (None, "auto") or self.resume_step):
-            raise core.UserError(
-                f"mode {self.mode} goes on by itself: drop --resume_timestamp, --resume_step"
-            )
+            flags = "--resume_timestamp, --resume_step"
+            raise core.UserError(f"mode {self.mode} goes on by itself: drop {flags}")
         if self.mode in ("both", "split") and self.init_from:
             raise core.UserError(f"--init_from: mode {self.mode} pretrains first, use finetune or study")
-        for first, schedule, low in (
-            ("", self.schedule, self.min_lr),
-            ("pretrain_", self.pretrain_schedule, self.pretrain_min_lr),
-        ):
+        for first in ("", "pretrain_"):
+            schedule, low = (getattr(self, f"{first}{name}") for name in ("schedule", "min_lr"))
             if schedule == "one_cycle" and low:
                 raise core.UserError(f"--{first}min_lr {low}: one_cycle has an end of its own, leave it 0")
         if self.val_share + self.test_share >= 1:
