@@ -397,7 +397,7 @@ def verdict(found, name, names) -> str:
 def needed(found) -> str:
     """What would show a difference of this size four times in five."""
     wanted = (abs(found["difference"]) / (1.96 * math.sqrt(POWER))) ** 2  # variance
-    if not wanted:
+    if abs(found["difference"]) < 1e-12:
         return "there is no difference to look for"
     if found.get("seed_noise") and found["row_noise"] ** 2 < wanted:
         now = min(found["seeds"])
