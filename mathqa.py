@@ -131,6 +131,12 @@ def template_problems(count=4000, seed=0) -> list[dict]:
     return rows
 
 
+@functools.cache
+def built_in() -> list[dict]:
+    """The rows of BUILT_IN, made once: a study opens them for every run."""
+    return template_problems()
+
+
 PARTS = {"train": ("train",), "val": ("validation", "val", "dev"), "test": ("test",)}  # how files begin
 
 
@@ -220,7 +226,7 @@ def load_problems(cfg, world, tokenizer) -> Problems:
 
     def build() -> str:
         if cfg.data == BUILT_IN:
-            made = json.dumps(template_problems()).encode()
+            made = json.dumps(built_in()).encode()
             parts, source = None, hashlib.sha256(made).hexdigest()
         else:
             parts = official_parts(cfg.data)
@@ -240,7 +246,7 @@ def load_problems(cfg, world, tokenizer) -> Problems:
 def read_parts(cfg, parts) -> list[tuple[str | None, dict]]:
     """(part, row) of every row; max_documents counts in each part."""
     if cfg.data == BUILT_IN:
-        return [(None, row) for row in template_problems()[: cfg.max_documents]]
+        return [(None, row) for row in built_in()[: cfg.max_documents]]
     found = []
     for part, begin in (parts or {None: "train"}).items():
         rows = core.read_rows(cfg.data, cfg.max_documents, begin)
@@ -430,21 +436,22 @@ def answer_lines(part, m) -> list[str]:
         f"{part:5} control, problems shuffled: {said('shuffled_accuracy')}  "
         f"per token {said('shuffled_accuracy_per_token')}",
     ]
-    low, guess = m[f"{part}/answer_accuracy_interval"][0], max(CHANCE, m[f"{part}/letter_accuracy"])
-    if low <= guess:
-        return [*lines, f"{part:5} answers cannot be told from guessing"]
-    if m[f"{part}/above_shuffled_interval"][0] <= 0:
-        return [
-            *lines,
-            f"{part:5} answers are no better than without the problem: options give themselves away",
-        ]
+    if not above_guessing(part, m):
+        lines.append(f"{part:5} answers cannot be told from guessing")
+    elif not knows(part, m):
+        why = "options give themselves away"
+        lines.append(f"{part:5} answers are no better than without the problem: {why}")
     return lines
+
+
+def above_guessing(part, m) -> bool:
+    """Whether answers beat chance and the most frequent letter."""
+    return m[f"{part}/answer_accuracy_interval"][0] > max(CHANCE, m[f"{part}/letter_accuracy"])
 
 
 def knows(part, m) -> bool:
     """Whether answers beat both guesses and the control."""
-    low, guess = m[f"{part}/answer_accuracy_interval"][0], max(CHANCE, m[f"{part}/letter_accuracy"])
-    return low > guess and m[f"{part}/above_shuffled_interval"][0] > 0
+    return above_guessing(part, m) and m[f"{part}/above_shuffled_interval"][0] > 0
 
 
 def over_padding(sums, examples) -> float:
@@ -481,14 +488,20 @@ def measure(model, part, parts, data, cfg, world, poll, answers=True) -> tuple[d
 
 
 def unigram_losses(examples, train) -> np.ndarray:
-    """Summed loss of each row's targets by how often each token is a target in training (Witten-Bell: as many
-    unseen ones as there are kinds). One more of each of 50,000 tokens would drown five letters.
+    """Summed loss of each row's targets by how often each token is a target in training."""
+    logs = log_shares(train)
+    return np.array([-logs[ids].sum() for ids in examples.wanted()])
+
+
+@functools.lru_cache(maxsize=1)
+def log_shares(train) -> np.ndarray:
+    """(V,): how often each token is a target (Witten-Bell: as many unseen ones as there are kinds). One more
+    of each of 50,000 tokens, as sft.py counts, would drown five letters.
     """
     counts = np.bincount(np.concatenate(train.wanted()), minlength=len(train.data.tokenizer)).astype(float)
     kinds = np.count_nonzero(counts)
     counts[counts == 0] = kinds / max(1, len(counts) - kinds)
-    logs = np.log(counts / counts.sum())
-    return np.array([-logs[ids].sum() for ids in examples.wanted()])
+    return np.log(counts / counts.sum())
 
 
 def spelt_bytes(examples) -> np.ndarray:

@@ -276,13 +276,10 @@ def length_of(cfg, batches) -> int:
 def check_length(cfg):
     """UserError where nothing would end a stage."""
     if cfg.epochs is cfg.max_steps is cfg.max_minutes is None:
-        first = cfg.mode == "pretrain"
-        flags = (
-            "--pretrain_max_minutes or --pretrain_max_steps"
-            if first
-            else "--max_minutes, --max_steps or --epochs"
-        )
-        raise core.UserError(f"nothing ends {'pretraining' if first else 'fine-tuning'}: use {flags}")
+        what = "fine-tuning: use --max_minutes, --max_steps or --epochs"
+        if cfg.mode == "pretrain":
+            what = "pretraining: use --pretrain_max_minutes or --pretrain_max_steps"
+        raise core.UserError(f"nothing ends {what}")
 
 
 def fit(run, cfg, world, s) -> dict:
@@ -374,9 +371,7 @@ def fit(run, cfg, world, s) -> dict:
     return found
 
 
-def held_out(cfg) -> tuple[str, ...]:
-    """The parts whose figures a run ends with, the most important one last."""
-    return ("val", "test") if cfg.final_eval else ("val",)
+held_out = sft.held_out  # the parts whose figures a run ends with
 
 
 def weights_of(run, cfg, s) -> dict:
@@ -562,8 +557,10 @@ def newest_pretraining(cfg) -> str | None:
     """The newest finished run of mode pretrain in cfg.out."""
     folders = sorted(path.parent for path in runs.out_folder(cfg, __file__).glob("*/result.json"))
     for folder in reversed(folders):
-        finished = json.loads((folder / "result.json").read_text()).get("status") == "finished"
-        if finished and runs.read_config(folder)["constants"].get("mode") == "pretrain":
+        if (
+            runs.status_of(folder) == "finished"
+            and runs.read_config(folder)["constants"].get("mode") == "pretrain"
+        ):
             return str(folder)
     return None
 
@@ -720,9 +717,8 @@ def finetune(run, cfg, world) -> dict:
     for line in mathqa.answer_lines(part, figures):
         run.say(line)
     alarm = sft.alarm(run, result["steps"], part, figures)
-    if alarm and not mathqa.knows(
-        part, figures
-    ):  # few steps may teach answers before they teach their spelling
+    # few steps may teach answers before they teach their spelling
+    if alarm and not mathqa.knows(part, figures):
         run.say(alarm)
         figures["alarm"] = alarm
     if plain:
@@ -858,10 +854,8 @@ def quantise_run(folder, cfg, world, say, poll) -> dict:
         figures, *lines[kind] = measure(of, poll)
         rate = tokens_per_second(of, units, own, world, poll)
         found[kind] = figures | {"mb": bytes_of[kind] / 1e6, "tokens_per_second": rate}
-        part = held_out(own)[-1]
-        say(
-            f"{kind:5} {part} loss {figures[f'{part}/loss']:.4f}  {rate:.0f} tokens/s  of {Path(folder).name}"
-        )
+        loss = figures[f"{held_out(own)[-1]}/loss"]
+        say(f"{kind:5} {held_out(own)[-1]} loss {loss:.4f}  {rate:.0f} tokens/s  of {Path(folder).name}")
     found["rows"] = show.paired_rows(lines["float"], lines["int4"])
     core.on_main(world, lambda: core.write_json(target / "result.json", found))
     return found

@@ -472,7 +472,7 @@ class Run:
                 lines.append(f"resumed: {name} stays {old} (the script now says {constants[name]})")
                 constants[name] = old
         plan |= {"constants": constants, "lines": lines}
-        if cfg.resume_timestamp == "auto" and _status(folder) == "finished":
+        if cfg.resume_timestamp == "auto" and status_of(folder) == "finished":
             return plan | {"finished": True}
         if (folder / PACKED).exists():
             raise core.UserError(
@@ -480,7 +480,7 @@ class Run:
             )
         self._lock = locked(folder)
         # while this one waited for the lock
-        if cfg.resume_timestamp == "auto" and _status(folder) == "finished":
+        if cfg.resume_timestamp == "auto" and status_of(folder) == "finished":
             return plan | {"finished": True}
         name, notes = _choose_checkpoint(folder / "checkpoints", cfg.resume_step)
         notes.append(f"resumes {folder.name} from {name or 'step 0: there is no checkpoint yet'}")
@@ -846,7 +846,7 @@ def _resume_folder(cfg, script, out) -> Path | None:
         if wanted == "auto":  # a loop over seeds types the same words: another seed is another run
             runs = [run for run in runs if not _contradictions(cfg, read_config(run)["constants"])]
             return runs[-1] if runs else None
-        if unfinished := [run for run in runs if _status(run) != "finished"]:
+        if unfinished := [run for run in runs if status_of(run) != "finished"]:
             return unfinished[-1]
         raise core.UserError(
             f"--resume_timestamp latest: no unfinished run{tag and f' with tag {cfg.tag}'} in {out}"
@@ -922,14 +922,14 @@ def tested_checkpoints(folder) -> list[str]:
 def finished_run(cfg, script) -> Path | None:
     """The run that `--resume_timestamp auto` would find finished."""
     folder = _resume_folder(cfg, Path(script), out_folder(cfg, script))
-    return folder if folder and _status(folder) == "finished" else None
+    return folder if folder and status_of(folder) == "finished" else None
 
 
 def newest_run(cfg, script, finished=False) -> Path:
     """The newest run folder of a script in cfg.out that holds a checkpoint (and is finished)."""
     out = out_folder(cfg, script)
     runs = sorted({path.parents[2] for path in out.glob("*/checkpoints/*/manifest.json")})
-    runs = [run for run in runs if not finished or _status(run) == "finished"]
+    runs = [run for run in runs if not finished or status_of(run) == "finished"]
     if not runs:
         raise core.UserError(f"no run with a checkpoint in {out}: train one, name one, or add --smoke")
     return runs[-1]
@@ -951,7 +951,8 @@ def _constants(values) -> dict:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
-def _status(folder) -> str:
+def status_of(folder) -> str:
+    """Of result.json: finished, stopped, failed; or that there is none."""
     try:
         return json.loads((folder / "result.json").read_text())["status"]
     except (OSError, ValueError, KeyError):  # absent, or half of it on a full disk

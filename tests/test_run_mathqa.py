@@ -866,3 +866,28 @@ def test_the_smoke_run_learns_to_answer_with_all_weights_and_with_int4(size):
         assert small["int4"]["mb"] < small["float"]["mb"] / 2
     assert [row["run"] for row in rows_of(int4)] == ["full", "full", "full,qat=int4", "full,qat=int4"]
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_taken_as_it_is(monkeypatch):
+    """runs.Run leaves by SystemExit when it finds the run finished behind the lock: a study goes on."""
+    found = iter([None, Path("out/theirs")])
+
+    def finished_meanwhile(*args, **options):
+        raise SystemExit(0)
+
+    monkeypatch.setattr(runs, "finished_run", lambda cfg, script: next(found))
+    monkeypatch.setattr(runs, "Run", finished_meanwhile)
+    said = []
+    study = script.Study(script.Config(mode="study"), core.World(), Path("out"), said.append, lambda: None)
+    assert script.one_run(study, script.Config(mode="finetune")) == Path("out/theirs")
+    assert said == ["finished already: out/theirs"]
+
+
+def test_a_damaged_result_hides_no_other_pretraining(tmp_path):
+    for name, text in (("20000101_000000", '{"status": "finished"}'), ("20000102_000000", '{"status": "fin')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(text)
+        config = {"script": "run_mathqa", "constants": {"mode": "pretrain"}}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    newest_one = script.newest_pretraining(script.Config(out=str(tmp_path)))
+    assert newest_one == str(tmp_path / "20000101_000000")
