@@ -34,6 +34,7 @@ import types
 import typing
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -117,6 +118,7 @@ class Typed:
     smoke: bool = False
     flags: frozenset = frozenset()
     overrides: dict = dataclasses.field(default_factory=dict)  # what preset and SMOKE changed
+    chosen: str | None = None  # a line: what the device decided
 
 
 def parse_config(config_class, presets, smoke, doc, argv=None):
@@ -1044,26 +1046,74 @@ def make_optimizer(
     return torch.optim.SGD(groups, momentum=0.9)
 
 
+Dtype = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
+
+
+def native_dtype(device) -> str:
+    """What `dtype` auto becomes: bf16 where the device computes in it, fp16 on older cards, fp32 on a CPU."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return {"xpu": "bf16"}.get(device.type, "fp32")
+
+
+def with_dtype(cfg, world):
+    """`cfg` with the dtype that this device will compute in; config.json then holds what it became.
+
+    auto: native_dtype. On a card fp32 becomes tf32, unless it stands on the command line.
+    """
+    given, dtype = typed(cfg), native_dtype(world.device) if cfg.dtype == "auto" else cfg.dtype
+    if dtype == "fp32" and world.device.type == "cuda" and "dtype" not in given.flags:
+        dtype = "tf32"
+    if dtype == cfg.dtype:
+        return cfg
+    kept = {"bf16": "--dtype fp32 for full precision", "fp16": "--dtype fp32 for full precision"}
+    why = kept.get(dtype, "fp32 with products rounded to 10 bits; --dtype fp32 for all 23")
+    line = None if world.device.type == "cpu" else f"dtype {cfg.dtype} is {dtype} on this card ({why})"
+    flags = given.flags - {"dtype"} if cfg.dtype == "auto" else given.flags  # auto asks for nothing
+    given = dataclasses.replace(given, chosen=line)
+    return with_flags(dataclasses.replace(cfg, dtype=dtype), given, flags)
+
+
 class Precision:
-    """fp32 and fp64 run as they are; bf16 and fp16 under autocast, fp16 with a GradScaler."""
+    """fp32 and fp64 run as they are, tf32 is fp32 with rounded products on a card; bf16 and fp16 run under
+    autocast, fp16 with a GradScaler."""
 
     def __init__(self, dtype, world):
-        self.dtype, self.world = dtype, world
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == "fp16")
+        self.dtype, self.world = native_dtype(world.device) if dtype == "auto" else dtype, world
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == "fp16")
         self.skipped, self.skipped_in_a_row = 0, 0  # steps that overflowed in fp16
 
     def prepare(self, model):
         return model.to(self.world.device, torch.float64 if self.dtype == "fp64" else torch.float32)
 
+    @contextmanager
     def autocast(self):
+        """For a forward pass (and for a backward: scaled_backward)."""
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.dtype)
-        return torch.autocast(self.world.device.type, dtype=half) if half else nullcontext()
+        with self.products(), torch.autocast(self.world.device.type, half) if half else nullcontext():
+            yield
+
+    @contextmanager
+    def products(self):
+        """On a card: what remains in fp32 is multiplied in TF32, but for dtype fp32. Put back afterwards."""
+        if self.world.device.type != "cuda":
+            yield
+            return
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest" if self.dtype in ("fp32", "fp64") else "high")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     def warning(self) -> str | None:
-        cpuinfo = Path("/proc/cpuinfo")
-        if self.world.device.type != "cpu" or self.dtype not in ("bf16", "fp16"):
+        if self.dtype not in ("bf16", "fp16") or self.dtype == native_dtype(self.world.device):
             return None
-        if self.dtype == "bf16" and cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text():
+        if self.world.device.type == "cuda" and self.dtype == "bf16":
+            return "WARNING this card only emulates bf16: --dtype fp16 is many times faster"
+        cpuinfo = Path("/proc/cpuinfo")
+        amx = self.dtype == "bf16" and cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text()
+        if amx or self.world.device.type != "cpu":
             return None
         return f"WARNING this CPU has no fast {self.dtype}: --dtype fp32 may be a hundred times faster"
 
@@ -1129,8 +1179,12 @@ def linear_cross_entropy(terms, bias, labels) -> torch.Tensor:
 def token_log_probs(terms, bias, labels) -> tuple[torch.Tensor, torch.Tensor]:
     """Of every target in `labels` (N,): its log-probability in fp64, and whether it was the likeliest."""
     log_probs, hits = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.bool)]
+    xs, ws, V = [x for x, _ in terms], [w for _, w in terms], len(terms[0][1])
+    if padded := xs[0].device.type != "cpu":
+        ws = [_whole_rows(w, _product_dtype(w, xs[0].device.type)) for w in ws]
     for chunk in _chunks(*terms[0]):
-        scores = sum(linear(x[chunk], weight) for x, weight in terms)
+        scores = sum(linear(x[chunk], weight) for x, weight in zip(xs, ws, strict=True))
+        scores = scores[:, :V] if padded else scores
         scores = scores if bias is None else scores + bias
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(-1)
         log_probs.append(scores.gather(1, labels[chunk, None])[:, 0].double().cpu())
@@ -1139,41 +1193,155 @@ def token_log_probs(terms, bias, labels) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _chunks(hidden, weight) -> list[slice]:
-    """Equal slices of rows whose logits are 64 MB in fp32 (a CPU: smaller is slower) or 256 MB at most."""
-    most = 1 << 24 if hidden.device.type == "cpu" else 1 << 26
+    """Equal slices of rows whose logits are 64 MB in fp32 on a CPU (smaller is slower), and on a card 2^26 to
+    2^28 numbers by its memory: a function of the card alone, since the order of additions follows from it."""
+    if hidden.device.type == "cpu":
+        most = 1 << 24
+    else:
+        card = getattr(torch, hidden.device.type).get_device_properties(hidden.device)
+        most = 1 << min(28, max(26, int(math.log2(card.total_memory / 256))))  # 48 GB: 2^27, 80 GB: 2^28
     rows = max(1, math.ceil(len(hidden) / math.ceil(max(1, len(hidden) * len(weight)) / most)))
     return [slice(start, start + rows) for start in range(0, len(hidden), rows)]
+
+
+def _product_dtype(weight, kind) -> torch.dtype:
+    """bf16 under its autocast; otherwise the weight's: fp16 would overflow, so there the head stays fp32."""
+    half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+    return torch.bfloat16 if half else weight.dtype
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """With e = exp(logits - top) and Z its row sums, the slope by the logits is e / Z - one-hot.
 
-    In fp32 and fp64 e is the one large array, made in place of the logits; division and one-hot go into the
-    products: to_x = e w / Z - w[y], to_w = e^T (x / Z) - x at rows y. bf16 would lose the small difference of
-    a late subtraction, so there the slope is formed in fp32 first; fp16 would overflow: its head is fp32.
+    On a CPU in fp32 and fp64 e is the one large array, made in place of the logits; division and one-hot go
+    into the products: to_x = e w / Z - w[y], to_w = e^T (x / Z) - x at rows y. bf16 would lose the small
+    difference of a late subtraction, so there the slope is formed in fp32 first, as it is on a card.
     """
 
     @staticmethod
     def forward(ctx, labels, bias, *terms):  # x, w, x, w, ...
         xs, ws, needs = terms[::2], terms[1::2], ctx.needs_input_grad
-        kind, dtype = xs[0].device.type, ws[0].dtype
-        half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+        kind, dtype = xs[0].device.type, _product_dtype(ws[0], xs[0].device.type)
         to_x = [torch.empty_like(x) if need else None for x, need in zip(xs, needs[2::2], strict=True)]
-        to_w = [torch.zeros_like(w) if need else None for w, need in zip(ws, needs[3::2], strict=True)]
         to_b = torch.zeros_like(bias) if needs[1] else None
         with torch.autocast(kind, enabled=False):
-            xs, ws = ([t.to(torch.bfloat16 if half else dtype) for t in ts] for ts in (xs, ws))
-            parts = [
-                _add_chunk([x[c] for x in xs], ws, bias, labels[c], _rows(to_x, c), to_w, to_b, dtype)
-                for c in _chunks(xs[0], ws[0])
-            ]
+            head = _head_on_cpu if kind == "cpu" else _head_on_card
+            xs = [x.to(dtype) for x in xs]
+            loss, to_w = head(xs, ws, bias, labels, to_x, needs[3::2], to_b, dtype)
         ctx.slopes = to_b, *itertools.chain(*zip(to_x, to_w, strict=True))
-        return torch.stack(parts).sum() if parts else ws[0].new_zeros((), dtype=dtype)
+        return loss
 
     @staticmethod
     def backward(ctx, scale):
         slopes, ctx.slopes = ctx.slopes, None  # scaled in place: there is no second backward
         return None, *(None if slope is None else slope.mul_(scale) for slope in slopes)
+
+
+def _head_on_cpu(xs, ws, bias, labels, to_x, needs, to_b, dtype):
+    """The summed loss and the slopes by `ws` that are needed; fills to_x, adds to to_b."""
+    to_w = [torch.zeros_like(w) if need else None for w, need in zip(ws, needs, strict=True)]
+    wide, ws = ws[0].dtype, [w.to(dtype) for w in ws]
+    parts = [
+        _add_chunk([x[c] for x in xs], ws, bias, labels[c], _rows(to_x, c), to_w, to_b, wide)
+        for c in _chunks(xs[0], ws[0])
+    ]
+    return torch.stack(parts).sum() if parts else ws[0].new_zeros((), dtype=wide), to_w
+
+
+def _head_on_card(xs, ws, bias, labels, to_x, needs, to_b, dtype):
+    """The same; the vocabulary is rounded up to whole tiles of the tensor cores, which are slow beside them:
+    50,257 rows take 3.8 times as long as 50,304. Rows that do not exist get no probability and no slope."""
+    V, wide, ws = len(ws[0]), ws[0].dtype, [_whole_rows(w, dtype) for w in ws]
+    to_w = [torch.zeros_like(w, dtype=wide) if need else None for w, need in zip(ws, needs, strict=True)]
+    loss, x_all, w_all = ws[0].new_zeros((), dtype=wide), _side_by_side(xs), _side_by_side(ws)
+    for c in _chunks(xs[0], ws[0]):
+        slope, chunk_loss = _slope(x_all[c] @ w_all.t(), bias, labels[c], V)
+        loss += chunk_loss
+        if to_b is not None:
+            to_b += slope.sum(0, dtype=wide)[:V]
+        for x, w, by_x, by_w in zip(xs, ws, _rows(to_x, c), to_w, strict=True):
+            if by_x is not None:
+                by_x.copy_(slope @ w)
+            if by_w is not None:
+                _add_product(by_w, slope.t(), x[c])
+    return loss, [None if w is None else w[:V] for w in to_w]
+
+
+TILE = 64
+
+
+def _side_by_side(tensors) -> torch.Tensor:
+    """One matrix, so that one product makes the sum, rounded once; its width a multiple of 8 (16 bytes)."""
+    wide = torch.cat(tensors, dim=1) if len(tensors) > 1 else tensors[0]
+    return F.pad(wide, (0, -wide.shape[1] % 8)) if wide.shape[1] % 8 else wide
+
+
+def _whole_rows(weight, dtype) -> torch.Tensor:
+    """(V, C) in `dtype`, V rounded up to a multiple of TILE by rows of zeros."""
+    rows = -len(weight) % TILE
+    return F.pad(weight.detach().to(dtype), (0, 0, 0, rows)) if rows else weight.detach().to(dtype)
+
+
+def _slope(logits, bias, y, V):
+    """logits (n, padded V) -> their slope e / Z - one-hot, in the same dtype, and the summed loss.
+
+    Compiled where that pays and works: one kernel instead of seven passes over the largest array of a step.
+    """
+    global _compiled_slope
+    if logits.device.type == "cuda" and logits.numel() >= LARGE and _compiled_slope is not _eager_slope:
+        try:
+            if _compiled_slope is None:
+                warnings.filterwarnings("ignore", message="\\s*Online softmax is disabled")
+                _compiled_slope = torch.compile(_fused_slope, dynamic=True)
+            return _compiled_slope(logits, bias, y, V)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # no Triton, no C compiler
+            _compiled_slope = _eager_slope
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            warnings.warn(f"the head is not compiled, some 20 % of a step slower ({reason})", stacklevel=2)
+    return _eager_slope(logits, bias, y, V)
+
+
+LARGE = 1 << 24  # logits, from which on compiling pays
+
+
+def _eager_slope(logits, bias, y, V):
+    """20 bytes a bf16 logit are moved: 6 by log_softmax, 8 by exp_, 6 by the rounding."""
+    half, wide = logits.dtype, torch.promote_types(logits.dtype, torch.float32)
+    if bias is not None:
+        logits = logits.to(wide) + F.pad(bias, (0, logits.shape[1] - V))
+    logits[:, V:] = -math.inf
+    log_p = logits.log_softmax(-1, dtype=wide)
+    loss = -log_p.gather(1, y[:, None]).sum()
+    slope = log_p.exp_().scatter_add_(1, y[:, None], log_p.new_full((len(y), 1), -1))
+    return slope.to(half), loss
+
+
+def _fused_slope(logits, bias, y, V):
+    columns = torch.arange(logits.shape[1], device=logits.device)[None]
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if bias is not None:
+        x = x + F.pad(bias, (0, logits.shape[1] - V))
+    x = torch.where(columns < V, x, -math.inf)
+    top = x.amax(1, keepdim=True)
+    total, hit = (x - top).exp().sum(1, keepdim=True), columns == y[:, None]
+    target = torch.where(hit, x, 0.0).sum(1, keepdim=True)
+    slope = (x - top).exp() / total - hit.to(x.dtype)
+    return slope.to(logits.dtype), (top + total.log() - target).sum()
+
+
+_compiled_slope = None
+
+
+def _add_product(total, a, b):
+    """total += a @ b: chunks are added up in total's dtype, by the product itself where torch can."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif hasattr(torch.ops.aten.addmm, "dtype_out") and a.device.type == "cuda":
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 def _rows(tensors, chunk) -> list:
@@ -1210,7 +1378,8 @@ def scaled_backward(loss_sum, world, targets, precision):
 
     DDP averages over ranks, hence the world size; no targets at all give zero gradients.
     """
-    precision.scaler.scale(loss_sum * (world.size / max(targets, 1))).backward()
+    with precision.products():
+        precision.scaler.scale(loss_sum * (world.size / max(targets, 1))).backward()
 
 
 def optimizer_step(optimizer, precision, clip, lr, beta1=None, skip=None) -> float:

@@ -61,7 +61,7 @@ class Config:
     eval_batch: int | None = (
         None  # rows per step, over all ranks; on each when answering; none = as in the run
     )
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of models that are no run; a run has its own
+    dtype: core.Dtype = "auto"  # of models that are no run (a run has its own): bf16 or fp16 on a card
     max_new_tokens: int | None = None  # most in an answer; none = as the run has it, or 256
     # judge
     judge_url: str = "http://localhost:11434/v1"  # speaks OpenAI's chat completions; this is Ollama's
@@ -651,6 +651,7 @@ def add_text(archive, name, text):
 
 @record
 def main(cfg, world):
+    cfg = core.with_dtype(cfg, world)
     job, terminal = job_of(cfg), core.Terminal(sys.stdout)
 
     def say(text):
@@ -660,6 +661,8 @@ def main(cfg, world):
 
     with runs.listening(world) as poll:
         if job in ("measure", "generate"):
+            if chosen := core.typed(cfg).chosen:
+                say(chosen)
             return {"measure": measure, "generate": generate}[job](cfg, world, say, poll)
         alone = {"judge": judge_answers, "compare": compare_runs, "table": tabulate, "pack": pack}[job]
         core.on_main(world, lambda: alone(cfg, say))  # rank 0's work, the others wait

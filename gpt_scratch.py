@@ -78,12 +78,10 @@ class GPTConfig:
 
 
 class Linear(nn.Linear):
-    """nn.Linear that can hold its weight a second time, as `generating` lays it out."""
-
-    packed = None
+    """nn.Linear by `linear`."""
 
     def forward(self, x):
-        return linear(x, self.weight, self.bias, self.packed)
+        return linear(x, self.weight, self.bias, self)
 
     def terms(self, x):
         """forward(x) as core.linear_cross_entropy wants it: ([(x, weight)], bias)."""
@@ -98,12 +96,16 @@ class Embedding(nn.Embedding):
         return self.weight
 
 
-def linear(x, weight, bias, packed):
-    few = packed is not None and x.numel() // x.shape[-1] <= FEW_ROWS
-    return core.onednn(x, packed, bias) if few else core.linear(x, weight, bias)
+def linear(x, weight, bias, module):
+    """core.linear, while `generating` by the second layout of the module's weight where there is one."""
+    if torch.compiler.is_compiling() or x.numel() // x.shape[-1] > FEW_ROWS:
+        return core.linear(x, weight, bias)
+    packed = PACKED.get(module)
+    return core.linear(x, weight, bias) if packed is None else core.onednn(x, packed, bias)
 
 
 FEW_ROWS = 64  # from here on the usual layout is as fast
+PACKED = {}  # module -> second layout; an attribute of the module would have compiled blocks compiled anew
 
 
 class Attention(nn.Module):
@@ -121,7 +123,8 @@ class Attention(nn.Module):
         if remember is not None:
             k, v = remember(k, v)  # (B, H, S, D)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T > 1)
+        causal = mask is None and (remember is None or T > 1)  # T decides nothing: one graph
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -169,8 +172,6 @@ def make_norm(config):
 class GPT(nn.Module):
     """Pre-norm decoder; module names are GPT-2's. One forward serves training, evaluation and generation."""
 
-    packed = None  # the embedding as a tied head, see `generating`
-
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
@@ -209,7 +210,7 @@ class GPT(nn.Module):
     def logits(self, hidden):
         """(..., C) -> (..., V)"""
         if self.config.tie_head:
-            return linear(hidden, self.wte.matrix(), None, self.packed)
+            return linear(hidden, self.wte.matrix(), None, self)
         return self.lm_head(hidden)
 
     def hidden(self, input_ids, cache=None, segments=None):
@@ -336,13 +337,13 @@ def generating(model, rows):
     try:
         if fits and rows <= FEW_ROWS and core.ONEDNN:
             for module, weight in holders:
-                module.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+                PACKED[module] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
         with eager:
             yield
     finally:
         model.train(was_training)
         for module, _ in holders:
-            module.packed = None
+            PACKED.pop(module, None)
 
 
 def left_padded(rows) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -577,7 +578,7 @@ class Config:
     weight_decay: float = 0.1  # of matrices
     clip: float | None = 1.0  # global gradient norm; none = off
     skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
-    dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    dtype: core.Dtype = "auto"  # auto: bf16 on a card (fp16 on old ones), fp32 on a CPU
     compile: bool = False
     seed: int = 0
     # learning-rate finder
@@ -666,7 +667,7 @@ SMOKE = {
     "micro_batch": None,
     "max_steps": 200,
     "lr": 4e-3,
-    "dtype": "fp32",
+    "dtype": "auto",
     "val_share": 0.1,
     "test_share": 0.1,
     "eval_every": 100,
@@ -1330,6 +1331,7 @@ def profile(run, cfg, world) -> dict:
 
 @record
 def main(cfg, world):
+    cfg = core.with_dtype(cfg, world)
     if not cfg.dirty:
         core.on_main(world, runs.refuse_dirty)
     if cfg.mode in ("generate", "export"):

@@ -57,7 +57,7 @@ class Config:
     weight_decay: float = 0.1  # of matrices
     clip: float | None = 1.0  # global gradient norm; none = off
     skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
-    dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"  # bf16 from Ampere on; fp16 uses a GradScaler
+    dtype: core.Dtype = "auto"  # auto: bf16 on a card (fp16 on old ones), fp32 on a CPU
     compile: bool = False
     seed: int = 0  # of order, dropout and fresh weights
     # evaluation and logging
@@ -116,7 +116,7 @@ SMOKE = {
     "epochs": 12,
     "lr": lambda lr: 80 * lr,  # the model is random and tiny; presets keep their distance
     "min_lr": 0.0,
-    "dtype": "fp32",
+    "dtype": "auto",
     "eval_every": 100,
     "eval_rows": None,
     "save_every": None,
@@ -259,6 +259,7 @@ def one_process(cfg, world):
 
 @record
 def main(cfg, world):
+    cfg = core.with_dtype(cfg, world)
     if cfg.mode != "train":
         return one_process(cfg, world)
     with runs.Run(cfg, world, __file__, unit="tokens") as run:

@@ -70,7 +70,7 @@ class Config:
     weight_decay: float = 0.0  # of A and B
     clip: float | None = 1.0  # global gradient norm; none = off
     skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
-    dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"  # bf16 from Ampere on; fp16 uses a GradScaler
+    dtype: core.Dtype = "auto"  # auto: bf16 on a card (fp16 on old ones), fp32 on a CPU
     compile: bool = False
     seed: int = 0  # of order, dropout and fresh weights
     # evaluation and logging
@@ -147,7 +147,7 @@ SMOKE = {
     "tie_head": False,
     "lora_head": True,
     "lr": lambda lr: 20 * lr,  # the base is random; presets keep their distance
-    "dtype": "fp32",
+    "dtype": "auto",
     "eval_every": 100,
     "eval_rows": None,
     "save_every": None,
@@ -347,6 +347,7 @@ def one_process(cfg, world):
 
 @record
 def main(cfg, world):
+    cfg = core.with_dtype(cfg, world)
     if cfg.mode != "train":
         return one_process(cfg, world)
     with runs.Run(cfg, world, __file__, unit="tokens") as run:

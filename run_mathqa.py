@@ -115,7 +115,7 @@ class Config:
     weight_decay: float = 0.1  # of matrices but the token embedding; Lion wants three to ten times AdamW's
     clip: float | None = 1.0  # global gradient norm; none = off
     skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
-    dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"  # bf16 from Ampere on; fp16 uses a GradScaler
+    dtype: core.Dtype = "auto"  # auto: bf16 on a card (fp16 on old ones), fp32 on a CPU
     compile: bool = False  # the blocks, by torch.compile
     seed: int = 0  # of weights, order and dropout; the first one of a study
     # evaluation and logging
@@ -207,7 +207,7 @@ SMOKE = {
     **{"pretrain_batch": 24, "pretrain_micro_batch": None, "pretrain_max_steps": 120},
     **{"pretrain_max_minutes": None, "pretrain_lr": lambda lr: 5 * lr, "pretrain_eval_every": 60},
     **{"pretrain_save_every": None, "batch": 36, "max_minutes": None, "max_steps": 200},
-    **{"lr": lambda lr: 80 * lr, "warmup": 0.1, "dtype": "fp32", "eval_every": 100, "eval_rows": 100},
+    **{"lr": lambda lr: 80 * lr, "warmup": 0.1, "dtype": "auto", "eval_every": 100, "eval_rows": 100},
     **{"pretrain_min_lr": lambda lr: 5 * lr, "min_lr": lambda lr: 80 * lr, "compile": False},
     **{"answer_rows": 50, "save_every": None, "plain_blocks": 20, "seeds": 1, "budgets": ("steps",)},
     **{"arms": ("full", "lora,lr=3e-3", "loha,lr=1e-2", "lokr,lr=3e-2", "full,qat=int4")},
@@ -1220,6 +1220,7 @@ def check_flags(cfg, world):
 
 @record
 def main(cfg, world):
+    cfg = core.with_dtype(cfg, world)
     check_flags(cfg, world)
     if cfg.mode in STAGES:
         if cfg.mode == "pretrain":

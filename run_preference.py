@@ -75,7 +75,7 @@ class Config:
     swap_augmentation: bool = False  # half of the training rows, drawn anew, with A and B swapped
     clip: float | None = 1.0  # global gradient norm; none = off
     skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
-    dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"  # bf16 from Ampere on; fp16 uses a GradScaler
+    dtype: core.Dtype = "auto"  # auto: bf16 on a card (fp16 on old ones), fp32 on a CPU
     compile: bool = False
     seed: int = 0
     # evaluation and logging
@@ -116,7 +116,7 @@ class Config:
 
 JOURNAL = {  # as its scripts trained; not repeated: prompt and answer as one string, cut on the right
     **{"schedule": "constant", "warmup": 0.0, "clip": None, "test_weights": "last", "symmetric": False},
-    **{"start_at_prior": False, "head_lr": None},
+    **{"start_at_prior": False, "head_lr": None, "dtype": "fp32"},
     **{"model": "distilbert-base-uncased", "lr": 1e-5, "batch": 32, "epochs": 3},
 }
 PRESETS = {
@@ -187,6 +187,8 @@ def build_model(cfg, data, world):
         raise core.UserError(
             f"--max_length {cfg.max_length} is more than the {most} positions of {cfg.model}"
         )
+    if cfg.dtype in ("bf16", "fp16") and encoder.config.model_type == "deberta":  # its mask overflows
+        raise core.UserError(f"{cfg.model} cannot compute in {cfg.dtype} (deberta-v3 can): use --dtype tf32")
     return scorer(cfg, encoder)
 
 
@@ -692,6 +694,7 @@ def cross_validate(run, cfg, world, data) -> tuple[list, list]:
 
 @record
 def main(cfg, world):
+    cfg = core.with_dtype(cfg, world)
     if cfg.mode == "submit":
         return submit_of_a_run(cfg, world)
     if cfg.freeze == "all" and "head_lr" in core.typed(cfg).flags:

@@ -82,7 +82,7 @@ class Config:
     weight_decay: float = 0.1  # of matrices
     clip: float | None = 1.0  # global gradient norm; none = off
     skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
-    dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    dtype: core.Dtype = "auto"  # auto: bf16 on a card (fp16 on old ones), fp32 on a CPU
     compile: bool = False
     seed: int = 0  # of weights, order and dropout; the first one of a study
     seeds: int = 3  # of each arm in a study: seed, seed + 1, ...
@@ -142,7 +142,7 @@ class Config:
 # the journal's interleaving stopped there, ours reads it again and counts.
 JOURNAL = {
     **{"streaming": "CacheStream", "repeat": True, "dropout": 0.1, "lr": 5e-5, "min_lr": 0.0, "warmup": 0.0},
-    **{"schedule": "linear", "beta2": 0.999, "weight_decay": 0.0, "seed": 42},
+    **{"schedule": "linear", "beta2": 0.999, "weight_decay": 0.0, "dtype": "fp32", "seed": 42},
 }
 PRESETS = {"recommended": {}, "journal": JOURNAL}
 SMOKE = {
@@ -150,7 +150,7 @@ SMOKE = {
     **{"sources": (), "neutral": "numpy-docs", "max_documents": 1500, "held_out_tokens": 20_000},
     **{"tokenizer": "bpe:512", "val_share": 0.05, "test_share": 0.05, "block_size": 64, "repeat": False},
     **{"n_layer": 2, "n_head": 4, "n_embd": 64, "dropout": 0.0, "batch": 24, "max_steps": 200},
-    **{"lr": lambda lr: 6 * lr, "dtype": "fp32", "seeds": 1, "save_every": None},
+    **{"lr": lambda lr: 6 * lr, "dtype": "auto", "seeds": 1, "save_every": None},
     **{"eval_every": 100, "eval_rows": 60},
     **{"probe": "study", "diversity_batches": 4, "diversity_batch": 24, "diversity_length": 32},
     **{"sequences": "pieces", "head_epochs": 2, "floor_repeats": 3},
@@ -847,6 +847,7 @@ def coefficient_only(s):
 
 @record
 def main(cfg, world):
+    cfg = core.with_dtype(cfg, world)
     if not cfg.dirty:
         core.on_main(world, runs.refuse_dirty)
     if cfg.mode == "train":

@@ -457,6 +457,7 @@ class Run:
         if not folder:
             folder = _new_folder(out, cfg.tag)
             self._lock = locked(folder)
+            lines += filter(None, [core.typed(cfg).chosen])
             return plan | {"folder": str(folder), "resumed": False, "constants": constants, "lines": lines}
         stored = read_config(folder)["constants"]
         if clash := _contradictions(cfg, stored):

@@ -972,7 +972,7 @@ def test_a_preset_builds_the_journals_model(preset, vocabulary, expected):
 @pytest.mark.parametrize("preset", RESOLVED)
 def test_every_preset_has_a_smoke_run_without_a_network(preset):
     cfg = parsed("--preset", preset, "--smoke")
-    assert cfg.data == "python-docs" and cfg.dtype == "fp32" and cfg.dropout == 0
+    assert cfg.data == "python-docs" and cfg.dtype == "auto" and cfg.dropout == 0
     assert cfg.tokenizer == {"gpt2": "bpe:512"}.get(parsed("--preset", preset).tokenizer, cfg.tokenizer)
     assert cfg.schedule == parsed("--preset", preset).schedule and all(cfg.batch % n == 0 for n in (2, 3, 4))
 

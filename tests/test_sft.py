@@ -658,7 +658,7 @@ OF_ALL = {
         "dropout": 0.0,
         "skip_spikes": False,
         "group_lengths": False,
-        "dtype": "fp32",
+        "dtype": "auto",
         "max_steps": None,
     },
 }

@@ -1,0 +1,98 @@
+"""Which dtype a device computes in: auto, TF32, what a run notes and keeps."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import core
+import runs
+from core import World
+
+CARD, CPU = World(device=torch.device("cuda", 0)), World()
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    dtype: core.Dtype = "auto"
+    batch: int = 4
+    tag: str | None = None
+
+
+PRESETS = {"half": {"dtype": "bf16"}, "full": {"dtype": "fp32"}}
+
+
+@pytest.fixture(params=[True, False], ids=["bf16 natively", "fp16 only"])
+def native(request, monkeypatch):
+    def supported(including_emulation=True):
+        return request.param or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    return "bf16" if request.param else "fp16"
+
+
+def settled(*argv, world=CARD):
+    return core.with_dtype(core.parse_config(Config, PRESETS, {}, "doc", list(argv)), world)
+
+
+@pytest.mark.parametrize(
+    ("argv", "on_card", "on_cpu"),
+    [
+        ([], None, "fp32"),
+        (["--dtype", "auto"], None, "fp32"),
+        (["--preset", "half"], "bf16", "bf16"),
+        (["--preset", "half", "--dtype", "auto"], None, "fp32"),
+        (["--preset", "full"], "tf32", "fp32"),
+        (["--preset", "full", "--dtype", "fp32"], "fp32", "fp32"),
+        (["--dtype", "fp32"], "fp32", "fp32"),
+        (["--dtype", "tf32"], "tf32", "tf32"),
+        (["--dtype", "fp64"], "fp64", "fp64"),
+    ],
+)
+def test_auto_is_what_the_device_has_and_fp32_is_tf32_unless_typed(argv, on_card, on_cpu, native):
+    assert settled(*argv).dtype == (on_card or native)
+    assert settled(*argv, world=CPU).dtype == on_cpu
+
+
+def test_what_was_chosen_is_one_line_and_on_a_cpu_none(native):
+    assert f"dtype auto is {native} on this card" in core.typed(settled()).chosen
+    assert "dtype fp32 is tf32" in core.typed(settled("--preset", "full")).chosen
+    assert core.typed(settled("--dtype", "bf16")).chosen is None
+    assert core.typed(settled(world=CPU)).chosen is None
+
+
+def test_auto_on_the_command_line_asks_a_resumed_run_for_nothing(native):
+    cfg = settled("--dtype", "auto", "--batch", "8")
+    assert core.typed(cfg).flags == {"batch"}
+    assert runs._contradictions(cfg, {"dtype": "fp32", "batch": 8}) == []
+    typed = settled("--dtype", "fp32")
+    assert runs._contradictions(typed, {"dtype": "tf32"}) == ["--dtype tf32, not fp32"]
+
+
+@pytest.mark.parametrize(("dtype", "inside"), [("fp32", "highest"), ("tf32", "high"), ("bf16", "high")])
+def test_tf32_is_allowed_for_the_pass_alone(dtype, inside, monkeypatch):
+    """Forward and backward; what comes next finds what was set before."""
+    switched = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", switched.append)
+    precision = core.Precision(dtype, CARD)
+    with precision.autocast():
+        pass
+    assert switched == [inside, torch.get_float32_matmul_precision()]
+    core.scaled_backward(torch.ones((), requires_grad=True), CPU, 1, precision)
+    assert switched[2:] == switched[:2]
+
+
+def test_a_cpu_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: pytest.fail("was set"))
+    with core.Precision("tf32", CPU).autocast():
+        assert not torch.is_autocast_enabled("cpu")
+
+
+def test_emulated_bf16_is_warned_of(native):
+    warned = core.Precision("bf16", CARD).warning()
+    assert (warned is None) == (native == "bf16") and ("emulates" in (warned or "emulates"))
+    assert core.Precision("fp16", CARD).warning() is None
+
+
+def test_a_precision_is_never_auto(native):
+    assert core.Precision("auto", CPU).dtype == "fp32" and core.Precision("auto", CARD).dtype == native
