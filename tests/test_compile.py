@@ -15,7 +15,7 @@ SHAPES = {
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Number of nodes of each graph that dynamo hands over; none is made into code, that is inductor's part."""
+    """Sizes of the graphs that dynamo hands over; none is made into code."""
     torch.compiler.reset()
     found = []
 

@@ -1,4 +1,4 @@
-"""The language-model head as a card computes it (on a CPU here): padded vocabulary, slope by both formulas."""
+"""The language-model head as a card computes it (on a CPU): padded vocabulary, both formulas of the slope."""
 
 import itertools
 from contextlib import nullcontext
