@@ -102,15 +102,66 @@ def _common_start(texts) -> str:
 
 
 def constants_table(all_sides) -> str:
-    """The constants in which sides differ, as Markdown: what is being compared, first."""
+    """The constants in which sides differ, as Markdown: what is being compared, first.
+
+    Sides that differ in seed and bookkeeping only are listed by these.
+    """
     firsts = [side.all_facts[0] for side in all_sides]
-    names = ["script"] * (len({facts.constant("script") for facts in firsts}) > 1)
-    if not (names := [*names, *results.differing(firsts)]):
-        return "the constants are the same"
+    trained = [facts for facts in firsts if facts.trained]
+    names = [*results.differing_scripts(firsts), *results.differing(firsts), *results.had_by_some(trained)]
+    if not names and len(all_sides) == len(runs_of(all_sides)):
+        names = results.differing_bookkeeping(firsts)
+    if not names:
+        return agreement(runs_of(all_sides))
+    names = list(dict.fromkeys(names))
     cells = {"constant": names}
     for side, facts in zip(all_sides, firsts, strict=True):
-        cells[side.name] = [str(facts.constant(name)) for name in names]
+        cells[side.name] = [results.value_of(facts, name) for name in names]
     return results.markdown(cells)
+
+
+def agreement(all_facts) -> str:
+    """How far runs without a differing constant are the same."""
+    if results.code_versions(all_facts):
+        return "no constant differs, but the code does"
+    if results.resume_notes([(facts.name, facts) for facts in all_facts]):
+        return "no constant differs at the end, but a run was resumed"
+    return "the constants are the same"
+
+
+def notes(all_sides) -> list[str]:
+    """Lines on what the table of constants does not show: seeds that repeat, other code, other schedules."""
+    named = [
+        (side.name if len(side.all_facts) == 1 else facts.name, facts)
+        for side in all_sides
+        for facts in side.all_facts
+    ]
+    lines = [*seed_notes(all_sides), *code_notes(all_sides), *results.resume_notes(named)]
+    return [*lines, ""] if lines else []
+
+
+def code_notes(all_sides) -> list[str]:
+    """Which files of the code that ran are not the same in all sides, or within one, and how to see it."""
+    lines, alike, all_facts = [], {}, runs_of(all_sides)
+    for file, versions in results.code_versions(all_facts).items():
+        who = ", another in ".join(_names_of(all_sides, of_version) for of_version in versions)
+        alike.setdefault(who, {})[file] = versions
+    for who, files in alike.items():
+        lines.append(f"NOTE {results.not_the_same(files)}: one version in {who}")
+        lines.append(f"  {results.how_to_see(next(iter(files.values())))}")
+    if unknown := [facts for facts in all_facts if facts.trained and not facts.code]:
+        who = _names_of(all_sides, unknown)
+        lines.append(f"NOTE no source/ in {who}: whether the code was the same is not known")
+    return lines
+
+
+def _names_of(all_sides, all_facts) -> str:
+    """Sides of which all runs are among these, by the side's name; other runs by their own."""
+    names = []
+    for side in all_sides:
+        among = [facts.name for facts in side.all_facts if any(facts is one for one in all_facts)]
+        names += [side.name] if len(among) == len(side.all_facts) else among
+    return ", ".join(names)
 
 
 # ------------------------------------------------------------------------------------ the rows they share
@@ -442,7 +493,7 @@ def report(all_sides) -> tuple[list[str], dict]:
     for facts in all_facts:
         if not facts.finished:
             raise core.UserError(f"{facts.folder} is not finished: resume it, or compare others")
-    lines, figures, place, where = seed_notes(all_sides), {}, 0, []
+    lines, figures, place, where = notes(all_sides), {}, 0, []
     for side in all_sides:
         where.append(list(range(place, place + len(side.all_facts))))
         place += len(side.all_facts)

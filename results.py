@@ -2,10 +2,13 @@
 judged.json): a run that came home without its checkpoints counts. Used by eval.py.
 """
 
+import collections
+import functools
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import statistics
 import sys
@@ -16,6 +19,9 @@ import core
 import runs
 
 # ------------------------------------------------------------------------------------------ what a run says
+
+ABSENT = "absent"  # what is shown of a constant that a run's script did not have; one that is None is "none"
+IMPORTED = re.compile(r"^\s*(?:import|from) (\w+)", re.MULTILINE)
 
 
 @dataclass
@@ -48,6 +54,28 @@ class Facts:
     def constant(self, name):
         """Of config.json; preset and script are there, too."""
         return self.config["constants"].get(name, self.config.get(name))
+
+    def has(self, name) -> bool:
+        return name in self.config["constants"] or name in self.config
+
+    @property
+    def trained(self) -> bool:
+        """Of a training script, not of eval.py, whose folders hold the measure's constants only."""
+        return self.config["script"] != "eval"
+
+    @functools.cached_property
+    def code(self) -> dict[str, str]:
+        """File -> SHA-256 of the script and of the project's modules that it imports, as they ran.
+
+        Empty without source/. What lies in source/ and is not imported (the tables' code) changes no run.
+        """
+        hashes, waiting = {}, [f"{self.config['script']}.py"]
+        while waiting:
+            path = self.folder / "source" / waiting.pop()
+            if path.name not in hashes and path.exists():
+                hashes[path.name] = core.sha256_file(path)
+                waiting += [f"{name}.py" for name in IMPORTED.findall(_text(path))]
+        return dict(sorted(hashes.items()))
 
     def figure(self, *names):
         """(value, interval) of the first of these figures that there is, of `part`."""
@@ -144,19 +172,108 @@ def of_account(facts) -> dict:
     constants = {n: v for n, v in facts.config["constants"].items() if n not in OF_NO_ACCOUNT}
     if facts.config["script"] == "run_mathqa":
         constants = {n: v for n, v in constants.items() if not n.startswith("pretrain_")}
-        base = re.fullmatch(r".*/\d{8}_\d{6}-(.+)-s\d+", constants.get("init_from") or "")
-        constants["init_from"] = base[1] if base else constants.get("init_from")
+        if base := re.fullmatch(r".*/\d{8}_\d{6}-(.+)-s\d+", constants.get("init_from") or ""):
+            constants["init_from"] = base[1]
     return constants
 
 
 def differing(all_facts) -> list[str]:
-    """Names of the constants in which runs that have them differ, in the scripts' order; seed and notes are
-    none."""
-    values = {}
+    """Names of the constants in which runs that have them differ, or that only some runs of one script have,
+    in the scripts' order; seed and notes are none."""
+    values, scripts = {}, {}
     for facts in all_facts:
         for name, value in of_account(facts).items():
             values.setdefault(name, set()).add(repr(value))
-    return [name for name, of_runs in values.items() if len(of_runs) > 1]
+        kind = facts.config.get("kind")  # what eval.py measures of texts and of rows has other constants
+        scripts.setdefault((facts.config["script"], kind), []).append(facts)
+    partly = {name for of_script in scripts.values() for name in had_by_some(of_script)}
+    return [name for name, of_runs in values.items() if len(of_runs) > 1 or name in partly]
+
+
+def had_by_some(all_facts) -> list[str]:
+    """Names of the constants that some of these runs have and others lack, in the scripts' order."""
+    counts = collections.Counter(name for facts in all_facts for name in of_account(facts))
+    return [name for name, count in counts.items() if count < len(all_facts)]
+
+
+def differing_bookkeeping(all_facts) -> list[str]:
+    """Names of the constants of no account, seed first, in which these runs differ."""
+    names = ["seed", *sorted(OF_NO_ACCOUNT - runs.OF_THE_CALL - {"seed", "note"})]
+    return [name for name in names if len({value_of(facts, name) for facts in all_facts}) > 1]
+
+
+def differing_scripts(all_facts) -> list[str]:
+    return ["script"] if len({facts.constant("script") for facts in all_facts}) > 1 else []
+
+
+# ------------------------------------------------------------------------- what constants do not tell of runs
+
+
+def code_versions(all_facts) -> dict[str, list[list[Facts]]]:
+    """File -> the runs that ran each of its versions, for the files of which there are several."""
+    versions = {}
+    for facts in all_facts:
+        for file, digest in facts.code.items():
+            versions.setdefault(file, {}).setdefault(digest, []).append(facts)
+    return {file: list(of_file.values()) for file, of_file in sorted(versions.items()) if len(of_file) > 1}
+
+
+def how_to_see(versions) -> str:
+    """The command that shows in what the first two versions of a file differ."""
+    return shlex.join(["diff", "-r", *(str(of_version[0].folder / "source") for of_version in versions[:2])])
+
+
+def not_the_same(files) -> str:
+    return f"{', '.join(files)} {'is' if len(files) == 1 else 'are'} not the same"
+
+
+def resumed(facts) -> dict[int, dict]:
+    """Step at which a run was resumed -> constants that changed there: name -> (before, after).
+
+    A resume from an older checkpoint undoes the later ones: the changes of both count from the older step.
+    """
+    changes, step = {}, math.inf
+    for entry in reversed(facts.config.get("resumes", [])):
+        step = min(step, entry["step"])
+        here = changes.setdefault(step, {})
+        for name, change in entry.get("changed", {}).items():
+            after = here[name][1] if name in here else change.get("is", ABSENT)
+            here[name] = (change.get("was", ABSENT), after)
+    return dict(sorted(changes.items()))
+
+
+def resume_notes(named) -> list[str]:
+    """Lines on the runs that were resumed with other constants or code; `named`: (name to be said, Facts)."""
+    lines, untold = [], []
+    for name, facts in named:
+        for step, changes in resumed(facts).items():
+            if step and (changes := _that_matter(changes)):  # at step 0 nothing had been trained before
+                lines.append(f"NOTE {name} was resumed at step {step} with {_changes(facts, changes)}")
+        for entry in facts.config.get("resumes", []):
+            if files := facts.code.keys() & entry.get("other_code", []):
+                step, files = entry["step"], ", ".join(sorted(files))
+                lines.append(
+                    f"NOTE {name} was resumed at step {step} with another {files} than its source/ has"
+                )
+        steps = [entry["step"] for entry in facts.config.get("resumes", []) if "changed" not in entry]
+        untold += [f"{name} at step {step}" for step in steps if step]
+    if untold:  # by the code before changes were recorded
+        lines.append(f"NOTE resumed, perhaps with another length (not recorded): {', '.join(untold)}")
+    return list(dict.fromkeys(lines))
+
+
+def _that_matter(changes) -> dict:
+    """Without bookkeeping, and without what was changed and changed back."""
+    passed_over = OF_NO_ACCOUNT | {"final_eval"}
+    return {n: (was, now) for n, (was, now) in changes.items() if n not in passed_over and was != now}
+
+
+def _changes(facts, changes) -> str:
+    text = ", ".join(f"{name} {_word(now)} (before: {_word(was)})" for name, (was, now) in changes.items())
+    has_schedule = facts.constant("schedule") != "constant" or facts.constant("warmup")
+    if has_schedule and changes.keys() & LENGTH:
+        text += ": its learning rate followed another schedule until then"
+    return text
 
 
 # ------------------------------------------------------------------------------------------------- the table
@@ -169,8 +286,23 @@ def _number(value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _constant(name):
-    return lambda facts: _number(facts.constant(name))
+def _word(value) -> str:
+    return "none" if value is None else str(value)
+
+
+def _constant(name, all_facts):
+    """A cell; `absent` where another run has the constant."""
+    known = any(facts.has(name) for facts in all_facts)
+
+    def text(facts):
+        return ABSENT if known and facts.trained and not facts.has(name) else _number(facts.constant(name))
+
+    return text
+
+
+def value_of(facts, name) -> str:
+    """A constant's value in full: `none` and `absent` are two things."""
+    return _word(facts.constant(name)) if facts.has(name) else ABSENT
 
 
 def _figure(*names, digits=3):
@@ -233,27 +365,61 @@ def _judges(all_facts) -> dict:
     return {name: column(name) for name in names}
 
 
+def _code(all_facts):
+    """A cell: runs of one number ran the same code. Empty everywhere where all did."""
+    files = code_versions(all_facts)
+
+    def version(facts):
+        return tuple(facts.code.get(file) for file in files)
+
+    numbers = {}
+    for facts in all_facts:
+        if any(version(facts)):
+            numbers.setdefault(version(facts), len(numbers) + 1)
+
+    def text(facts):
+        unknown = files and facts.trained and not facts.code
+        return "unknown" if unknown else str(numbers.get(version(facts), ""))
+
+    return text
+
+
 def columns(all_facts) -> dict:
     """Header -> what makes a run's cell."""
-    head = {"run": lambda facts: facts.name, "script": _constant("script"), "data": _constant("data")}
-    head |= {"model": _model, "batch": _constant("batch"), "epochs": _constant("epochs")}
-    head |= {"opt": _constant("optimizer"), "lr": _constant("lr"), "min_lr": _constant("min_lr")}
-    head |= {"warmup": _constant("warmup"), "wd": _constant("weight_decay")}
-    head |= {"rank": _constant("lora_rank"), "alpha": _constant("lora_alpha")}
+
+    def constant(name):
+        return _constant(name, all_facts)
+
+    head = {"run": lambda facts: facts.name, "script": constant("script"), "data": constant("data")}
+    head |= {"model": _model, "batch": constant("batch"), "epochs": constant("epochs")}
+    head |= {"opt": constant("optimizer"), "lr": constant("lr"), "min_lr": constant("min_lr")}
+    head |= {"warmup": constant("warmup"), "wd": constant("weight_decay")}
+    head |= {"rank": constant("lora_rank"), "alpha": constant("lora_alpha")}
     shown = {"script", "data", "optimizer", "tag", "preset", "mode", *OF_NO_ACCOUNT}
     shown |= {"model", "batch", "epochs", "lr", "min_lr", "warmup", "weight_decay", "lora_rank", "lora_alpha"}
     also = [name for name in differing(all_facts) if name not in shown]
-    head |= {name: _constant(name) for name in also}  # what else tells these runs apart
-    head |= {"seed": _constant("seed"), "loss": _figure("loss", "log_loss", digits=4)}
+    head |= {name: constant(name) for name in also}  # what else tells these runs apart
+    head |= {"code version": _code(all_facts)}
+    head |= {"seed": constant("seed"), "loss": _figure("loss", "log_loss", digits=4)}
     head |= {"perplexity": _figure("perplexity"), "bits/byte": _figure("bits_per_byte", digits=4)}
     head |= {"accuracy": _figure("accuracy"), "answers": _figure("answer_accuracy")}
     head |= {f"judge {name}": column for name, column in _judges(all_facts).items()}
-    head |= {"min": _result("seconds", lambda s: f"{s / 60:.1f}"), "note": _constant("note")}
+    head |= {"min": _result("seconds", lambda s: f"{s / 60:.1f}"), "note": constant("note")}
     head |= {"parameters": _result("parameters", lambda n: f"{n:,}")}
     head |= {"trained": _result("trainable_parameters", lambda n: f"{n:,}"), "rate": _rate}
     head |= {"memory MB": _result("peak_memory_mb", lambda mb: f"{mb:.0f}")}
-    head |= {"device": _constant("device"), "dollars": _dollars, "unfinished": _status}
+    head |= {"device": constant("device"), "dollars": _dollars, "unfinished": _status}
     return head
+
+
+def notes_below(all_facts) -> list[str]:
+    """What constants do not show: runs of other code, runs resumed with another schedule."""
+    lines, versions = [], code_versions(all_facts)
+    if versions:
+        lines.append(f"NOTE {not_the_same(versions)} in all of these runs:")
+        lines.append(f"  {how_to_see(next(iter(versions.values())))}")
+    lines += resume_notes([(facts.name, facts) for facts in all_facts])
+    return ["", *lines] if lines else []
 
 
 SAME = ("script", "data", "device", "seed")  # said once above the table where all runs agree
@@ -267,7 +433,8 @@ def table(all_facts, order=None) -> str:
     cells = {header: [cell(facts) for facts in all_facts] for header, cell in columns(all_facts).items()}
     said = [f"{name} {cells[name][0]}" for name in SAME if len(set(cells[name])) == 1 and cells[name][0]]
     kept = {h: c for h, c in cells.items() if any(c) and not (h in SAME and len(set(c)) == 1)}
-    return "\n".join([f"{len(all_facts)} runs  {'  '.join(said)}", "", markdown(kept)])
+    lines = [f"{len(all_facts)} runs  {'  '.join(said)}", "", markdown(kept), *notes_below(all_facts)]
+    return "\n".join(lines)
 
 
 def _order(facts, name):
@@ -341,18 +508,23 @@ def grouped(all_facts, names, order=None) -> str:
         cells[f"judge {judge}"] = [_spread(of_group, 2) for of_group in scores]
     times = [[f.result["seconds"] / 60 for f in group if "seconds" in f.result] for group in groups.values()]
     cells["min"] = [_spread(of_group, 1) for of_group in times]
-    cells["also differ in"] = [
-        ", ".join(name for name in differing(group) if name not in names) for group in groups.values()
-    ]
+    cells["also differ in"] = [_also_differing(group, names) for group in groups.values()]
     lines = ["means ± standard deviation over runs", ""]
     lines.append(markdown({header: column for header, column in cells.items() if any(column)}))
+    lines += notes_below([facts for group in groups.values() for facts in group])
     if unfinished:
         lines += ["", f"not counted, unfinished: {', '.join(facts.name for facts in unfinished)}"]
     return "\n".join(lines)
 
 
 def values_of(facts, names) -> tuple[str, ...]:
-    return tuple(_number(facts.constant(name)) or "none" for name in names)
+    return tuple((_number(facts.constant(name)) or "none") if facts.has(name) else ABSENT for name in names)
+
+
+def _also_differing(group, names) -> str:
+    """Constants beside `names`, and files of code, in which runs of one group differ."""
+    found = [*differing_scripts(group), *differing(group)]
+    return ", ".join([*(name for name in found if name not in names), *code_versions(group)])
 
 
 def _mean_order(group, order):
@@ -462,6 +634,7 @@ def write_hparams(all_facts) -> int:
     finished = [facts for facts in all_facts if facts.finished]
     for facts in finished:
         values = {name: facts.constant(name) for name in names}
+        values |= {name: ABSENT for name in names if facts.trained and not facts.has(name)}
         values = {name: value for name, value in values.items() if value not in (None, "")}
         metrics = {f"final/{name}": facts.figure(*of)[0] for name, of in GROUPED.items()}
         metrics |= {f"judge/{name}": s.get("score") for name, s in facts.judged.items()}

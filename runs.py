@@ -973,10 +973,14 @@ def _write_provenance(run):
     }
     if run.resumed:
         config = read_config(run.folder)
-        config["resumes"].append({"step": run.position.get("step", 0), **now, "git": git_state()})
+        entry = {"step": run.position.get("step", 0), **now, "git": git_state()}
+        entry["changed"] = changed_constants(config["constants"], dataclasses.asdict(run.cfg))
+        entry["other_code"] = []
+        config["resumes"].append(entry)
         for path in _sources(run.script):
             began = run.folder / "source" / path.name  # absent where the project has grown a file since
             if began.exists() and core.sha256_file(path) != core.sha256_file(began):
+                entry["other_code"].append(path.name)
                 run.say(f"WARNING {path.name} is not the one this run began with (that one is in source/)")
         config |= {"launcher": _launcher(), "constants": dataclasses.asdict(run.cfg)}
     else:
@@ -988,6 +992,18 @@ def _write_provenance(run):
         config |= {"preset": t.preset, "smoke": t.smoke, "versions": _versions(), "git": git_state()}
         config |= {"host": socket.gethostname(), "launcher": _launcher(), "facts": {}, "resumes": []}
     core.write_json(run.folder / "config.json", config)
+
+
+def changed_constants(stored, now) -> dict[str, dict]:
+    """Name -> {was, is} of the constants that a resume changes; one that the script has gained or lost since
+    has only one of the two."""
+    changed = {}
+    for name in (*stored, *(name for name in now if name not in stored)):
+        if name in OF_THE_CALL or (name in stored and name in now and stored[name] == now[name]):
+            continue
+        sides = {"was": stored, "is": now}
+        changed[name] = {word: side[name] for word, side in sides.items() if name in side}
+    return changed
 
 
 def _sources(script) -> list[Path]:

@@ -3,13 +3,18 @@
 import functools
 import json
 import math
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
-from test_results import evaluate, make_run, refused, rows_of
+from conftest import PROJECT
+from test_results import evaluate, make_run, refused, resumes, rows_of, source
 
 import compare
 import core
@@ -153,6 +158,78 @@ def test_runs_that_differ_in_their_seed_are_one_side_and_what_else_differs_is_li
     assert compare.constants_table(compare.sides(twins, "runs")).count("twin") == 2
 
 
+def head(*names):
+    """What is said above the figures: the table of constants, and the notes."""
+    sides = compare.sides(names, "runs")
+    notes = "\n".join(compare.report(sides)[0]).partition("**")[0]
+    return compare.constants_table(sides), notes.strip().splitlines()
+
+
+def listed(*names):
+    """Rows of the table of constants: name -> the sides' values."""
+    found = [list(row.values()) for row in rows_of(compare.constants_table(compare.sides(names, "runs")))]
+    return {name: values for name, *values in found}
+
+
+def test_a_constant_that_one_side_lacks_is_listed_as_absent():
+    old, none = losing("old", NATS), losing("none", NATS, label_smoothing=None)
+    new = [losing(f"new{seed}", NATS + 1, label_smoothing=0.1, seed=seed, tag="new") for seed in (0, 1)]
+    wanted = {"label_smoothing": ["absent", "none", "0.1"]}
+    assert listed(old, none, *new) == wanted
+    sides = compare.sides([old, none, *new], "runs")
+    assert [side.name for side in sides] == ["old", "none", "new (2 seeds)"]
+    full = losing("full", NATS, script="run_instruct", freeze_blocks=0, lr=0.5, keep=3, note="n")
+    instruct = results.read(full).folder / "config.json"
+    config = json.loads(instruct.read_text())
+    del config["constants"]["lora_rank"]
+    instruct.write_text(json.dumps(config))
+    wanted = {"script": ["run_instruct", "run_lora"], "lr": ["0.5", "0.01"]}
+    wanted |= {"freeze_blocks": ["0", "absent"], "lora_rank": ["absent", "16"]}
+    assert listed(full, old) == wanted
+    measured = losing("measured", NATS, script="eval", config={"kind": "rows"})
+    (Path(measured) / "config.json").write_text(
+        json.dumps({"script": "eval", "kind": "rows", "facts": {}, "constants": {"model": "gpt2"}})
+    )
+    assert list(listed(measured, old)) == ["script", "model"]  # it was not trained: nothing is absent
+
+
+def test_runs_that_differ_in_their_seed_only_are_not_called_the_same():
+    a, b = losing("a", NATS, micro_batch=1), losing("b", NATS, seed=1, micro_batch=2)
+    assert listed(a, b) == {"seed": ["0", "1"], "micro_batch": ["1", "2"]}
+    assert head(a, losing("c", NATS, note="n", micro_batch=1))[0] == "the constants are the same"
+
+
+def test_code_that_is_not_the_same_is_named_between_sides_and_within_one():
+    old, new = losing("old", NATS, files=source()), losing("new", NATS, files=source("x = 2\n"))
+    table, notes = head(old, new)
+    assert table == "no constant differs, but the code does"
+    see = f"  diff -r {old}/source {new}/source"
+    assert notes == ["NOTE run_lora.py is not the same: one version in old, another in new", see]
+    text, _ = report(old, new)
+    assert "\n".join(notes) + "\n\n**loss**" in text
+    passed_over = losing("judge", NATS, files=source(also="the tables' code is imported by no run"))
+    assert head(old, passed_over) == ("the constants are the same", [])
+    seeds = [
+        losing(f"s{i}", NATS, seed=i, lr=1, tag="s", files=source(imported=f"y = {i // 2}")) for i in range(3)
+    ]
+    notes = head(new, *seeds)[1]
+    assert notes[0] == "NOTE core.py is not the same: one version in new, another in s0, s1, another in s2"
+    assert notes[2] == "NOTE run_lora.py is not the same: one version in new, another in s (3 seeds)"
+    unknown = "NOTE no source/ in none: whether the code was the same is not known"
+    assert head(old, losing("none", NATS)) == ("the constants are the same", [unknown])
+
+
+def test_a_side_that_was_resumed_with_another_schedule_is_named():
+    changed = {"config": resumes((40, {"epochs": (3, 6)})), "schedule": "linear", "epochs": 6, "lr": 0.1}
+    panda, other = losing("a", NATS, tag="panda", **changed), losing("b", NATS, lr=0.2)
+    end = "epochs 6 (before: 3): its learning rate followed another schedule until then"
+    assert f"NOTE panda was resumed at step 40 with {end}" in head(panda, other)[1]
+    seeds = [panda, losing("c", NATS, tag="panda", seed=1, **changed | {"config": {}})]
+    assert f"NOTE a was resumed at step 40 with {end}" in head(*seeds, other)[1]
+    twin = losing("d", NATS, **changed | {"config": resumes((40, {}))})
+    assert head(panda, twin)[0] == "no constant differs at the end, but a run was resumed"
+
+
 def test_rows_are_paired_by_prompt_whatever_their_order_and_number():
     groups, order = np.repeat([f"p{i}" for i in range(30)], 2), np.random.default_rng(5).permutation(30)[3:]
     order = np.stack([2 * order, 2 * order + 1], 1).ravel()  # prompts shuffled, three of them missing
@@ -258,3 +335,35 @@ def test_grades_of_other_prompts_do_not_end_a_comparison():
     (other / "judged.json").write_text(json.dumps(judged))
     text, figures = report(graded("a", [[50], [70]], ["x", "y"]), str(other))
     assert list(figures) == ["loss", "accuracy"] and "grade" not in text
+
+
+@pytest.mark.slow
+def test_a_constant_added_to_a_script_as_a_user_adds_it():
+    """run_lora.py as it is; edited, with the new constant; the first run resumed longer. Then --compare."""
+    for path in PROJECT.glob("*.py"):
+        shutil.copy(path, ".")
+    script = Path("run_lora.py")
+
+    def trained(*flags):
+        small = ["--smoke", "--max_documents", "80", "--out", "runs/run_lora"]
+        command = [sys.executable, "run_lora.py", *small, *flags]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."})
+        assert done.returncode == 0, done.stderr
+
+    trained("--max_steps", "2", "--tag", "old")
+    line = "    lora_rank: int = 16\n"
+    script.write_text(
+        script.read_text().replace(line, f"{line}    label_smoothing: float = 0.0  # a share\n")
+    )
+    trained("--max_steps", "3", "--tag", "new", "--label_smoothing", "0.1")
+    code, out, err = evaluate("--compare", "old", "new")
+    assert code == 0, err
+    found = {row["constant"]: (row["old"], row["new"]) for row in rows_of(out.split("**loss**")[0])}
+    assert found == {"label_smoothing": ("absent", "0.1"), "max_steps": ("2", "3")}
+    assert "NOTE run_lora.py is not the same: one version in old, another in new" in out
+    (old,) = Path("runs/run_lora").glob("*-old")
+    trained("--max_steps", "3", "--tag", "old", "--resume_timestamp", old.name[:15])
+    out = evaluate("--compare", "old", "new")[1]
+    changed = "max_steps 3 (before: 2), label_smoothing 0.0 (before: absent)"
+    note = f"NOTE old was resumed at step 2 with {changed}: its learning rate followed another schedule"
+    assert f"{note} until then\nNOTE old was resumed at step 2 with another run_lora.py than" in out

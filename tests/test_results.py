@@ -1,10 +1,12 @@
 """Tables, means over seeds and pictures, from run folders made by hand: every cell against its file."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from matplotlib.figure import Figure
 
 import core
 import results
+import runs
 
 CONSTANTS = {"data": "rows.json", "text_column": "text", "max_documents": None, "split_seed": 42}
 CONSTANTS |= {"val_share": 0.1, "test_share": 0.1, "model": "/some/models/tiny", "lora_rank": 16, "lr": 0.01}
@@ -36,6 +39,7 @@ def make_run(name, script="run_lora", status="finished", result=(), config=(), f
         if isinstance(content, list) and file.endswith(".jsonl"):
             content = "".join(json.dumps(line) + "\n" for line in content)
         if content:
+            (folder / file).parent.mkdir(exist_ok=True)
             (folder / file).write_text(content if isinstance(content, str) else json.dumps(content))
     return str(folder)
 
@@ -84,6 +88,115 @@ def test_columns_are_those_that_tell_runs_apart_or_hold_something():
     make_run("elsewhere", config={"device": "NVIDIA H100"}, note="a | b\n\n|c\r\nd")  # breaks no table
     assert [row["device"] for row in table()] == ["NVIDIA H100", "cpu", "cpu"]
     assert table()[0]["note"].split() == ["a", "/", "b", "/c", "d"]
+
+
+def smoothing_runs():
+    """Before a constant was added to run_lora.py; with it, as none and as a number; of another script."""
+    make_run("before")
+    make_run("none", label_smoothing=None)
+    make_run("some", label_smoothing=0.1)
+    make_run("other", script="run_instruct", freeze_blocks=2)
+
+
+def test_a_constant_that_only_some_runs_of_a_script_have_is_a_column_and_absent_is_not_none():
+    smoothing_runs()
+    assert [row["label_smoothing"] for row in table()] == ["absent", "", "absent", "0.1"]
+    assert "freeze_blocks" not in table()[0]  # all runs of its script have the same
+    by = {row["label_smoothing"]: row for row in table(by=["label_smoothing"])}
+    assert {value: row["runs"] for value, row in by.items()} == {"absent": "2", "none": "1", "0.1": "1"}
+    assert by["absent"]["also differ in"] == "script"
+    make_run("again", script="run_instruct")
+    assert [row["freeze_blocks"] for row in table()] == ["absent", "absent", "absent", "2", "absent"]
+    (row,) = table(by=["lr"])
+    assert row["also differ in"] == "script, label_smoothing, freeze_blocks"
+    make_run("measured", script="eval", config={"kind": "rows"})  # has no constants of training to lack
+    assert [row["label_smoothing"] for row in table() if row["script"] == "eval"] == [""]
+
+
+def source(first="x = 1\n", imported="", also="never imported"):
+    """source/ of a run of run_lora.py, which imports sft.py, which imports core.py."""
+    files = {"run_lora.py": f"import sft\n{first}", "sft.py": "def f():\n    import core\n"}
+    files |= {"core.py": f"import torch\n{imported}", "judge.py": also}
+    return {f"source/{name}": text for name, text in files.items()}
+
+
+def test_runs_of_other_code_have_another_number_and_a_note_below_the_table():
+    make_run("a", files=source())
+    make_run("b", files=source(also="changed, and not imported"), seed=1)
+    assert "NOTE" not in results.table(results.find(["runs/run_lora"])) and "code version" not in table()[0]
+    make_run("c", files=source(first="x = 2\n"), seed=2)
+    make_run("d", files=source(imported="y = 1\n"), seed=3)
+    make_run("e")
+    make_run("f", script="run_instruct", files={"source/run_instruct.py": "import torch"})
+    rows = {row["run"]: row["code version"] for row in table()}
+    assert rows == {"a": "1", "b": "1", "c": "2", "d": "3", "e": "unknown", "f": ""}
+    found = results.find(["runs/run_lora"])
+    note = (
+        "NOTE core.py, run_lora.py are not the same in all of these runs:\n  diff -r runs/run_lora/a/source "
+    )
+    for text in (results.table(found), results.grouped(found, ["lr"])):
+        assert f"\n\n{note}" in text
+    assert rows_of(results.grouped(found, ["lr"]))[0]["also differ in"] == "core.py, run_lora.py"
+
+
+def resumes(*entries):
+    """config.json's list: (step, {name: (was, is)}), or a step alone as runs had it once."""
+    entries = [entry if isinstance(entry, tuple) else (entry, None) for entry in entries]
+    return {"resumes": [{"step": step} if changed is None else {"step": step, "other_code": []}
+            | {"changed": {name: {"was": was, "is": now} for name, (was, now) in changed.items()}}
+            for step, changed in entries]}  # fmt: skip
+
+
+def resume_notes(name, *entries, other_code=(), **constants):
+    config = resumes(*entries)
+    for entry in config["resumes"] if other_code else ():
+        entry["other_code"] = list(other_code)
+    folder = make_run(
+        name, config=config, files=source(), **{"schedule": "cosine", "warmup": 0.1} | constants
+    )
+    return results.resume_notes([(name, results.read(folder))])
+
+
+def test_a_resume_with_another_length_is_told_and_one_that_goes_on_as_before_is_not():
+    end = ": its learning rate followed another schedule until then"
+    longer = {"epochs": (3, 6), "max_steps": (10, None), "micro_batch": (1, 2), "final_eval": (True, False)}
+    text = "NOTE a was resumed at step 40 with epochs 6 (before: 3), max_steps none (before: 10)"
+    assert resume_notes("a", (10, {}), (40, longer)) == [text + end]
+    assert resume_notes("b", (40, longer), schedule="constant", warmup=0) == [text.replace("a", "b", 1)]
+    assert resume_notes("c", (40, {}), (60, {"keep": (2, 3)}), (0, longer)) == []
+    assert resume_notes("d", (40, {"epochs": (3, 6)}), (40, {"epochs": (6, 3)})) == []  # and back again
+    back = [(40, {"epochs": (3, 6)}), (60, {"epochs": (6, 8)}), (20, {})]  # of an older checkpoint
+    assert resume_notes("e", *back) == [f"NOTE e was resumed at step 20 with epochs 8 (before: 3){end}"]
+    untold = "NOTE resumed, perhaps with another length (not recorded): f at step 7, f at step 9"
+    assert resume_notes("f", 0, 7, 9) == [untold]
+    code = "NOTE g was resumed at step 5 with another core.py than its source/ has"
+    assert resume_notes("g", (5, {}), other_code=["judge.py", "core.py"]) == [code]
+    text = results.table(results.find(["runs/run_lora"]))
+    assert "|\n\nNOTE a was resumed at step 40 " in text and text.endswith(f"{code}\n{untold}")
+
+
+@dataclasses.dataclass
+class Resumed:
+    """Constants of a script at a resume."""
+
+    epochs: int = 6
+    lr: float = 0.1
+    tag: str | None = None
+    arms: tuple = ("a",)
+    label_smoothing: float = 0.0
+
+
+def test_a_resume_records_which_constants_and_files_are_not_those_it_began_with():
+    stored = {"epochs": 3, "lr": 0.1, "lost": 1, "tag": "x", "arms": ["a"]}
+    Path("run_lora.py").write_text("x = 2\n")
+    began = {"source/run_lora.py": "x = 1\n", "source/core.py": (PROJECT / "core.py").read_text()}
+    folder = Path(make_run("a", config={"constants": stored, "resumes": []}, files=began))
+    run = SimpleNamespace(folder=folder, resumed=True, position={"step": 7}, script=Path("run_lora.py"))
+    run.world, run.cfg, run.say = core.World(), Resumed(), print
+    runs._write_provenance(run)
+    (entry,) = runs.read_config(folder)["resumes"]
+    wanted = {"epochs": {"was": 3, "is": 6}, "lost": {"was": 1}, "label_smoothing": {"is": 0.0}}
+    assert (entry["step"], entry["changed"], entry["other_code"]) == (7, wanted, ["run_lora.py"])
 
 
 def test_runs_are_sorted_with_ties_kept_and_unfinished_ones_say_how_far_they_came():
@@ -181,6 +294,22 @@ def test_tensorboard_reads_constants_and_figures_back():
     assert {name: value for name, value in read.items() if value != ""} == wanted
     scalars = {tag: [(s.step, s.value) for s in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert scalars == {"final/loss": [(75, 2.5)], "final/accuracy": [(75, 0.25)], "judge/j": [(75, 61.5)]}
+
+
+def test_tensorboard_shows_a_constant_that_a_script_did_not_have_as_absent():
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    smoothing_runs()
+    results.write_hparams(results.find(["runs/run_lora", "runs/run_instruct"]))
+    found = {}
+    for path in Path("runs").glob("*/*/hparams"):
+        content = EventAccumulator(str(path)).Reload().PluginTagToContent("hparams")
+        values = HParamsPluginData.FromString(content["_hparams_/session_start_info"]).session_start_info
+        if "label_smoothing" in values.hparams:
+            value = values.hparams["label_smoothing"]
+            found[path.parent.name] = value.string_value or value.number_value
+    assert found == {"before": "absent", "other": "absent", "some": 0.1}  # none is left out
 
 
 def evaluate(*args):
