@@ -114,6 +114,8 @@ def straight(tmp_path_factory):
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(folder)
                 known[key] = run(script, *(flags or SHORT[script]), size=size), curves(newest())
+                constants = json.loads((newest() / "config.json").read_text())["constants"]
+                assert constants["dtype"] == "fp32"  # what auto became
                 known[key][1]["samples"] = samples(newest())
             assert Path.cwd() == here
         return known[key]

@@ -1,9 +1,12 @@
 """Which dtype a device computes in: auto, TF32, what a run notes and keeps."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
+
+from ranks import launch, newest, run
 
 import core
 import runs
@@ -96,3 +99,11 @@ def test_emulated_bf16_is_warned_of(native):
 
 def test_a_precision_is_never_auto(native):
     assert core.Precision("auto", CPU).dtype == "fp32" and core.Precision("auto", CARD).dtype == native
+
+
+def test_a_resumed_run_keeps_the_dtype_it_began_with():
+    flags = ("--smoke", "--max_documents", 90, "--max_steps", 6, "--save_every", 2)
+    launch("run_preference", *flags, "--dtype", "fp64", "--out", "out", kill=("step", 4, 0))
+    run("run_preference", *flags, "--resume_timestamp", "auto")
+    assert runs.read_config(newest())["constants"]["dtype"] == "fp64"
+    assert "dtype stays fp64 (the script now says fp32)" in Path("out.txt").read_text()
