@@ -1011,11 +1011,12 @@ def _sources(script) -> list[Path]:
     return [path for path in paths if path.exists()]
 
 
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
+def _versions() -> dict[str, str | None]:
+    from importlib.metadata import distributions
 
     names = ("torch", "transformers", "datasets", "tokenizers", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    found = {name: next((one.version for one in distributions(name=name)), None) for name in names}
+    return {"python": platform.python_version(), **found}  # built-in data need no `datasets`
 
 
 def device_name(world) -> str:

@@ -1,4 +1,6 @@
-"""Offline, quiet, and with the project importable; `launch` (ranks.py) starts the processes of a run."""
+"""Offline, quiet, without a GPU (cards.py), and with the project importable; `launch` (ranks.py) starts the
+processes of a run.
+"""
 
 import os
 import signal
@@ -14,11 +16,22 @@ os.environ |= {
 }
 sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 
+import cards  # noqa: E402
+
+cards.hide()  # before torch is imported here or, later on, by a process that a test starts
+
 import pytest  # noqa: E402
 
 # a shell starts what it puts in the background deaf to Ctrl-C, and so would every process be that tests start
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` are part of every run, and skipped where they cannot run."""
+    for item in items if cards.found() is None else ():
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no GPU here"))
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import zipfile
 from types import SimpleNamespace
 from typing import Literal
 
+import half_head
 import numpy as np
 import pytest
 import torch
@@ -335,6 +336,15 @@ def test_loss_sums_in_fp32_and_a_batch_without_targets_gives_zero():
     nothing = core.sum_cross_entropy(logits, torch.full((6,), core.IGNORE_INDEX))
     nothing.backward()
     assert nothing == 0 and logits.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    "case",  # rows, width, vocabulary, rank of an adapter, bias
+    [(64, 32, 97, 0, False), (64, 32, 129, 4, False), (64, 32, 97, 4, True), (200_000, 8, 97, 0, True)],
+    ids=["plain", "adapter", "adapter and bias", "chunks"],
+)
+def test_the_head_in_bf16_is_the_one_in_fp64(case):
+    half_head.check(half_head.errors("cpu", "bf16", *case))  # test_gpu.py has larger ones
 
 
 def small_model(scale=1.0):
