@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from ranks import launch, newest, run
 
 import core
