@@ -18,7 +18,6 @@ import os
 import platform
 import re
 import string
-import sys
 import sysconfig
 import time
 from collections import Counter, defaultdict
@@ -149,7 +148,10 @@ def trained_bpe(texts, size):
     tokenizer = byte_level_rules(tokenizers.Tokenizer(tokenizers.models.BPE()))
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=sys.stderr.isatty()
+        vocab_size=size,
+        special_tokens=[END],
+        initial_alphabet=alphabet,
+        show_progress=False,  # its bar, in Rust, panics on a terminal that has been closed
     )
     tokenizer.train_from_iterator(texts, trainer)
     return fast(tokenizer)
