@@ -134,7 +134,7 @@ def whole(tmp_path_factory):
 
 def study_here(*argv) -> script.Study:
     """Of the sources in the current folder."""
-    cfg = parsed(*tiny("--out", "out", *argv))
+    cfg = core.with_dtype(parsed(*tiny("--out", "out", *argv)), World())
     return script.Study(cfg, World(), script.open_text(cfg, World()), Path("x"), print, lambda: None)
 
 
