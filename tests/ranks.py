@@ -55,18 +55,19 @@ PLACES = {  # where a kill or a signal can be made to strike: the function that 
 
 
 def launch(
-    script, *argv, size=1, kill=None, sent=None, closed=None, again=None, crash=None, timeout=120, env=None
+    script, *argv, size=1, kill=None, sent=None, closed=None, again=None, crash=None, timeout=300, env=None
 ) -> list[int]:
     """Runs `script argv` on `size` ranks in the current folder; returns their exit codes (-9: killed).
 
     kill: (place, n-th call, rank or "all") dies by SIGKILL there, and the others are killed as torchrun
     would; ("time", seconds, rank or "all") dies whatever it is doing then. sent: (place, n-th call, signal):
     rank 0 sends it to all ranks there. closed: (place, n-th call, signals, seconds): the other end of the
-    terminal of every rank is closed there, then come the signals, so many seconds later; `again`, (place,
-    n-th call, signal) is sent by rank 0 to itself. Output of all ranks goes to out.txt.
+    terminal of every rank is closed there (or "time", seconds), then come the signals, so many seconds later;
+    `again`, (place, n-th call, signal) is sent by rank 0 to itself. Output of all ranks goes to out.txt.
     """
     port = free_port()
     terminals = [OpenTerminal() for _ in range(size)] if closed else [None] * size
+    how = closed and closed[2:]
     ranks = [
         _context.Process(
             target=_rank,
@@ -101,8 +102,10 @@ def launch(
         if closed:
             for terminal in terminals:
                 terminal.read()
-            if Path("signal").exists():
-                close(terminals, ranks, *closed[2:])
+            if Path("signal").exists() or (closed[0] == "time" and time.monotonic() - began > closed[1]):
+                Path("signal").touch()
+                closed = None
+                close(terminals, ranks, *how)
                 Path("signal").rename("signalled")
         time.sleep(0.01)
     return [rank.exitcode for rank in ranks]
@@ -195,7 +198,7 @@ def _rank(script, argv, rank, size, port, kill, sent, crash, folder, env, termin
         strike(script, kill[0], kill[1], lambda: os.kill(os.getpid(), signal.SIGKILL))
     if crash and crash[2] == rank:
         strike(script, *crash[:2], _crash)
-    if sent and rank == 0:
+    if sent and rank == 0 and sent[0] != "time":
         strike(script, sent[0], sent[1], _send_and_wait)
     if again and rank == 0:
         strike(script, *again[:2], lambda: os.kill(os.getpid(), again[2]))

@@ -287,8 +287,8 @@ for _ in range(3):
     tqdm.write("words")
     for _ in tqdm(range(3), mininterval=0):
         pass
-    for _ in core.progress(3, "words"):
-        pass
+    with core.progress(3, "words") as bar:
+        bar.update()
     sys.stdout.writelines(["words", "words"])
     if sys.argv[1] != "disk":  # a full disk may have room again: those who go past core.Terminal do fail
         subprocess.run(["echo", "words"], check=True)
