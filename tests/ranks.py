@@ -168,6 +168,7 @@ def close(terminals, ranks, signals=(), seconds=0.0):
 def take_terminal(name):
     """Makes it the streams and the controlling terminal of this process, which leads a session of its own."""
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's deafness would be inherited
     terminal = os.open(name, os.O_RDWR)
     fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
     for stream in (0, 1, 2):

@@ -505,7 +505,7 @@ def test_a_finished_run_is_rebuilt_from_its_folder_alone(smoke, cache):
 def test_ctrl_c_then_the_same_command_with_auto_ends_in_the_same_weights(torchrun):
     flags = ["--smoke", "--max_documents", 600, "--epochs", 6, "--log_every", 5]
     straight = command(*flags, "--out", "straight", torchrun=torchrun)
-    said = straight.communicate(timeout=120)[0]
+    said = straight.communicate(timeout=600)[0]
     assert straight.returncode == 0, said
     process = command(*flags, "--out", "out", "--resume_timestamp", "auto", torchrun=torchrun)
     while "step  20/" not in process.stdout.readline():
@@ -518,7 +518,7 @@ def test_ctrl_c_then_the_same_command_with_auto_ends_in_the_same_weights(torchru
     if not torchrun:
         assert process.returncode == -signal.SIGINT
     again = command(*flags, "--out", "out", "--resume_timestamp", "auto", torchrun=torchrun)
-    said = again.communicate(timeout=120)[0]
+    said = again.communicate(timeout=600)[0]
     assert again.returncode == 0, said
     assert len(list(Path("out").iterdir())) == 1
     assert result()["weights_sha256"] == result("straight")["weights_sha256"]
