@@ -15,6 +15,7 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import errno
 import functools
 import hashlib
 import inspect
@@ -25,6 +26,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -60,8 +62,9 @@ class UserError(Exception):
 
 
 class Stop(BaseException):
-    """All ranks agreed to end before the work is complete; what was computed is saved. Exit code 0.
+    """All ranks agreed to end before the work is complete; what was computed is saved.
 
+    Raised after a signal only, so plain python then dies of that signal (see `distributed`).
     No Exception: a library that retries or reports whatever fails must not catch it.
     """
 
@@ -126,6 +129,7 @@ def parse_config(config_class, presets, smoke, doc, argv=None):
 
     Anything wrong is one line on stderr and exit code 2. `typed(cfg)` tells what stood on the command line.
     """
+    outlive_terminal()
     try:
         return parsed_config(config_class, presets, smoke, doc, argv)
     except UserError as error:
@@ -271,8 +275,11 @@ def distributed(backend="auto", timeout_minutes=30):
     """Joins the processes that torchrun started (or none) and leaves them whatever happens. Yields the World.
 
     auto: nccl on CUDA, xccl on XPU, gloo on CPU; CPU tensors (counts, stop flags) always travel over gloo.
-    A UserError is printed once, without traceback, and exits with 2.
+    A UserError is printed once, without traceback, and exits with 2. After a stop signal plain python dies of
+    that signal, whatever was still finished: a shell's `for` and `&&` end only so (codes 130, 143, 129).
     """
+    outlive_terminal()
+    heard_signals.clear()
     env = {name: int(os.environ.get(name, default)) for name, default in _LAUNCH.items()}
     world = World(env["RANK"])
     try:
@@ -314,12 +321,29 @@ def distributed(backend="auto", timeout_minutes=30):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if heard_signals and not under_torchrun(world):
+        die_of(heard_signals[0])
     if world.size > 1:
         # all is written; on a busy machine torch's own threads now and then abort the interpreter's shutdown
         # ("terminate called without an active exception"), and torchrun would call a finished run failed
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+heard_signals = []  # numbers of the stop signals that this process has noted (runs.py listens)
+
+
+def under_torchrun(world) -> bool:
+    return world.size > 1 or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def die_of(number):
+    """Ends this process by a signal as if nobody had listened to it; what was said so far is shown."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 _LAUNCH = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}  # set by torchrun
@@ -946,22 +970,69 @@ def joint_hash(hashes) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
+LOST = (errno.EIO, errno.EPIPE)  # a terminal or a pipe that nobody will ever read again; a disk may have room
+
+
 class Terminal:
-    """A stream that outlives its terminal (SSH lost, tmux killed) and a locale without ± in it."""
+    """A stream whose writes never raise: it outlives its terminal (SSH lost, tmux killed), the reader of its
+    pipe, a full disk, and a locale without ± in it. All else is the stream's own."""
 
     def __init__(self, stream):
-        self.stream, self.isatty = stream, stream.isatty
+        self.stream, self.is_dead = stream, False
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
     def write(self, text):
-        with contextlib.suppress(OSError):
-            try:
-                self.stream.write(text)
-            except UnicodeEncodeError:
-                self.stream.write(text.encode("ascii", "replace").decode())
+        try:
+            self.stream.write(text)
+        except UnicodeEncodeError:
+            self.write(text.encode("ascii", "replace").decode())
+        except OSError as error:
+            self._failed(error)
+        return len(text)
+
+    def writelines(self, lines):
+        for line in lines:
+            self.write(line)
 
     def flush(self):
-        with contextlib.suppress(OSError):
+        try:
             self.stream.flush()
+        except OSError as error:
+            self._failed(error)
+
+    def _failed(self, error):
+        if error.errno in LOST:
+            self.is_dead = True
+            with contextlib.suppress(OSError):
+                silence(self.stream.fileno())
+
+
+def silence(descriptor):
+    """Points stdout or stderr to /dev/null, for those who write to it past Terminal: libraries that took the
+    stream before it was wrapped, C++, child processes, and Python's last flush at exit."""
+    if descriptor in (1, 2):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+
+
+def outlive_terminal():
+    """From now on no print, bar, warning or traceback of this process raises because nobody can read it."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # None where the shell closed it: >&-
+        if not isinstance(stream, Terminal):
+            setattr(sys, name, Terminal(stream))
+
+
+def write_in_handler(text):
+    """To stderr from a signal handler: past Python's stream, which may be amid a write. Never raises."""
+    try:
+        os.write(2, text.encode())
+    except OSError as error:
+        if error.errno in LOST:
+            silence(2)
 
 
 def progress(total, what, world=World(), unit="it"):

@@ -148,13 +148,17 @@ def trained_bpe(texts, size):
     tokenizer = byte_level_rules(tokenizers.Tokenizer(tokenizers.models.BPE()))
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=[END],
-        initial_alphabet=alphabet,
-        show_progress=False,  # its bar, in Rust, panics on a terminal that has been closed
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+        vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )  # its own bar panics where the terminal is gone
+    with core.progress(None, "texts to learn a tokenizer from") as bar:
+        tokenizer.train_from_iterator(_counted(texts, bar), trainer)
     return fast(tokenizer)
+
+
+def _counted(texts, bar):
+    for text in texts:
+        bar.update()
+        yield text
 
 
 def byte_level_rules(tokenizer):

@@ -1282,8 +1282,8 @@ def prompt_notes(model, tokenizer, prompt) -> list[str]:
 
 
 def prompt_loop(interactive):
-    """Lines until end of file; Ctrl-C or Ctrl-D leave."""
-    while True:
+    """Lines until end of file; Ctrl-C or Ctrl-D leave, and so does a reader of the answers that is gone."""
+    while not getattr(sys.stdout, "is_dead", False):
         try:
             yield input("prompt> " if interactive else "")
         except (EOFError, KeyboardInterrupt):

@@ -1142,7 +1142,7 @@ def several(cfg, world, say, poll):
     def say(text):
         printed(text)
         if world.is_main and cfg.mode != "both":
-            with open(log, "a", encoding="utf-8") as file:
+            with contextlib.suppress(OSError), open(log, "a", encoding="utf-8") as file:  # a full disk
                 file.write(text + "\n")
 
     for line in runs.override_lines(cfg):
@@ -1226,8 +1226,9 @@ def main(cfg, world):
         if cfg.mode == "pretrain":
             cfg = pretraining(cfg)
         asked = "newest" if cfg.mode == "pretrain" else None
-        if cfg.init_from in (asked, "newest") and cfg.resume_timestamp in (None, "auto"):
-            found = newest_base(cfg, world)
+        if cfg.init_from in (asked, "newest"):
+            resumes = cfg.resume_timestamp not in (None, "auto")
+            found = cfg.init_from if resumes else newest_base(cfg, world)
             typed = core.typed(cfg)  # tomorrow another one is the newest: a resume keeps its own
             cfg = core.with_flags(replace(cfg, init_from=found), typed, typed.flags - {"init_from"})
         with flags_of_stage(cfg), runs.Run(cfg, world, __file__, unit="tokens") as run:

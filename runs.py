@@ -104,14 +104,16 @@ class Run:
     def __exit__(self, kind, error, trace):
         status = "finished" if kind is None else "stopped" if kind is core.Stop else "failed"
         unborn = kind is core.UserError and not self.resumed and self.checkpoint is None
+        touched = self._deferring or not self.resumed
+        self._deferring = True  # a signal must not break this off
         if self.world.is_main:
-            if not unborn and (self._deferring or not self.resumed):
+            if touched and not unborn:
                 try:
                     self._write_result(status, error)
                 except OSError as full:  # the lines above it have been said
                     self.say(f"WARNING result.json is not written: {full}")
-            for stream in (self._log, self._metrics, self._tensorboard, self._lock):
-                if stream:
+            for stream in filter(None, (self._log, self._metrics, self._tensorboard, self._lock)):
+                with contextlib.suppress(OSError):  # closing flushes: the disk may be full
                     stream.close()
             if unborn:
                 shutil.rmtree(self.folder)
@@ -255,15 +257,14 @@ class Run:
         name, now = signal.Signals(number).name, time.monotonic()
         if self._signal is None:
             self._signal, self._signal_time = name, now
+            core.heard_signals.append(number)
             if not self._deferring and core.may_leave(self.world):
                 raise core.Stop(name)  # nothing to save: leave from wherever this is
             if self.world.is_main:
-                os.write(2, f"{name}: saving after this step; once more leaves at once, without\n".encode())
-        elif (
-            name == self._signal or now - self._signal_time > 1
-        ):  # a session that ends sends TERM and HUP together
-            os.write(2, b"second signal: out at once, the newest checkpoint stands\n")
-            os._exit(1)
+                core.write_in_handler(f"{name}: saving after this step; once more leaves at once, without\n")
+        elif forces_exit(self._signal, self._signal_time, name, now, self.world):
+            core.write_in_handler("second signal: out at once, the newest checkpoint stands\n")
+            leave_at_once(number, self.world)
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 
@@ -550,12 +551,20 @@ class Run:
                 f"the newest checkpoint is {self.checkpoint}" if self.checkpoint else "there is no checkpoint"
             )
             self.say(f"{status}  {why}; {saved}")
-            auto = self.cfg.resume_timestamp == "auto"
-            flag = "" if auto else f" with --resume_timestamp {self.folder.name[:15]}"
-            self.say(f"next: the same command{flag}")
+            self.say(f"next: the same command{self._flags_to_go_on()}")
             if "TORCHELASTIC_RUN_ID" in os.environ:
                 self.say("(torchrun reports every stop with a traceback of its own)")
         core.write_json(self.folder / "result.json", self.result)
+
+    def _flags_to_go_on(self) -> str:
+        """What a resume needs beside the command as it was typed. Without a checkpoint nothing: that is a new
+        run (find_lr and profile never save one, and refuse to be resumed)."""
+        flags = []
+        if self.checkpoint and self.cfg.resume_timestamp != "auto":
+            flags.append(f"with --resume_timestamp {self.folder.name[:15]}")
+        if self.cfg.resume_step is not None:
+            flags.append("without --resume_step")
+        return " " * bool(flags) + " and ".join(flags)
 
 
 class Meter:
@@ -638,26 +647,51 @@ def prepared(folder) -> Path:
     return folder
 
 
+def forces_exit(first, first_time, name, now, world) -> bool:
+    """Whether signal `name` after a `first` one is from a person who will not wait for the save.
+
+    Not a HUP: nobody presses keys at a terminal that is gone, but the kernel and the shell send one each, and
+    tmux or sshd may add theirs. Not another signal within a second: a session that ends sends TERM and HUP.
+    torchrun's workers may get that TERM twice, from the session and from torchrun, which also turns its own
+    second HUP, however late, into a TERM for them.
+    """
+    torchrun = core.under_torchrun(world)
+    if name == "SIGHUP" or (torchrun and (first, name) == ("SIGHUP", "SIGTERM")):
+        return False
+    return now - first_time > 1 or (name == first and not torchrun)
+
+
+def leave_at_once(number, world):
+    """After a second signal. Plain python dies of it, which ends a shell's loop, too."""
+    if not core.under_torchrun(world):
+        core.die_of(number)
+    os._exit(1)
+
+
 @contextlib.contextmanager
 def listening(world):
     """Yields poll(active) -> its sum over ranks; it raises core.Stop on all ranks after a signal to one.
 
-    Alone a signal stops at once; a second one always does, but for the TERM and HUP of a session that ends.
+    Alone a signal stops at once; a second one always does, but for those of a terminal that closes.
     """
     heard, before = [], {}
+    core.heard_signals.clear()
 
     def on_signal(number, frame):
         name, now = signal.Signals(number).name, time.monotonic()
-        if heard and (name == heard[0][0] or now - heard[0][1] > 1):
-            os._exit(1)
-        heard.append((name, now))
-        if core.may_leave(world):
-            raise core.Stop(name)
+        if not heard:
+            heard.append((name, now))
+            core.heard_signals.append(number)
+            if core.may_leave(world):
+                raise core.Stop(name)
+        elif forces_exit(*heard[0], name, now, world):
+            leave_at_once(number, world)
 
     def poll(active=0) -> int:
-        total, signalled = core.all_reduce_sum(world, torch.tensor([active, len(heard)])).tolist()
+        mine = core.heard_signals  # also what a run of a study heard too late to stop
+        total, signalled = core.all_reduce_sum(world, torch.tensor([active, len(mine)])).tolist()
         if signalled:
-            raise core.Stop(heard[0][0] if heard else "a signal to another rank")
+            raise core.Stop(signal.Signals(mine[0]).name if mine else "a signal to another rank")
         return total
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

@@ -1,14 +1,19 @@
 """Starts a script's processes the way torchrun does, a hundred times faster: forked off a server that has
-already imported torch. Can kill a process at a named place, which a timer cannot hit.
+already imported torch. Can kill a process, or close its terminal, at a named place, which a timer cannot hit.
 """
 
+import contextlib
+import fcntl
 import importlib
 import json
 import multiprocessing
 import os
+import pty
+import select
 import signal
 import socket
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -43,20 +48,31 @@ PLACES = {  # where a kill or a signal can be made to strike: the function that 
     "pruning": ("runs", "_remove_checkpoint"),
     "worst case": ("core", "worst_case"),
     "measuring": ("core", "token_log_probs"),
+    "sampling run_lora": ("gpt_scratch", "choose"),
+    "answering run_mathqa": ("mathqa", "answer_figures"),
+    "result": ("runs.Run", "_write_result"),
 }
 
 
-def launch(script, *argv, size=1, kill=None, sent=None, crash=None, timeout=120, env=None) -> list[int]:
+def launch(
+    script, *argv, size=1, kill=None, sent=None, closed=None, again=None, crash=None, timeout=300, env=None
+) -> list[int]:
     """Runs `script argv` on `size` ranks in the current folder; returns their exit codes (-9: killed).
 
     kill: (place, n-th call, rank or "all") dies by SIGKILL there, and the others are killed as torchrun
     would; ("time", seconds, rank or "all") dies whatever it is doing then. sent: (place, n-th call, signal):
-    rank 0 sends it to all ranks there. Output of all ranks goes to out.txt.
+    rank 0 sends it to all ranks there. closed: (place, n-th call, signals, seconds): the other end of the
+    terminal of every rank is closed there (or "time", seconds), then come the signals, so many seconds later;
+    `again`, (place, n-th call, signal) is sent by rank 0 to itself. Output of all ranks goes to out.txt.
     """
     port = free_port()
+    terminals = [OpenTerminal() for _ in range(size)] if closed else [None] * size
+    how = closed and closed[2:]
     ranks = [
         _context.Process(
-            target=_rank, args=(script, argv, rank, size, port, kill, sent, crash, os.getcwd(), env or {})
+            target=_rank,
+            args=(script, argv, rank, size, port, kill, sent or closed, crash, os.getcwd(), env or {}),
+            kwargs={"terminal": closed and terminals[rank].name, "again": again},
         )
         for rank in range(size)
     ]
@@ -83,8 +99,21 @@ def launch(script, *argv, size=1, kill=None, sent=None, crash=None, timeout=120,
             for rank in ranks if len(sent) == 3 else [ranks[sent[3]]]:
                 os.kill(rank.pid, sent[2])
             Path("signal").rename("signalled")
+        if closed:
+            for terminal in terminals:
+                terminal.read()
+            if Path("signal").exists() or (closed[0] == "time" and time.monotonic() - began > closed[1]):
+                Path("signal").touch()
+                closed = None
+                close(terminals, ranks, *how)
+                Path("signal").rename("signalled")
         time.sleep(0.01)
     return [rank.exitcode for rank in ranks]
+
+
+def stopped(size, number) -> list[int]:
+    """Exit codes after a stop signal: plain python dies of it, the ranks of a launch leave with 0."""
+    return [-number] if size == 1 else [0] * size
 
 
 def run(script, *argv, size=1, **options) -> dict:
@@ -102,11 +131,61 @@ def newest(out="out") -> Path:
     return sorted(Path(out).glob("*/config.json"))[-1].parent
 
 
-def _rank(script, argv, rank, size, port, kill, sent, crash, folder, env):
+class OpenTerminal:
+    """A pseudo-terminal; what is shown on it goes to out.txt until it is closed."""
+
+    def __init__(self):
+        self.other_end, self.slave = pty.openpty()
+        self.name = os.ttyname(self.slave)
+
+    def read(self):
+        while self.other_end and select.select([self.other_end], [], [], 0)[0]:
+            try:
+                shown = os.read(self.other_end, 65536)
+            except OSError:  # nobody has it open any more
+                return
+            with open("out.txt", "ab") as file:
+                file.write(shown.replace(b"\r\n", b"\n"))
+
+    def close(self):
+        """As an SSH connection that breaks: the kernel hangs up, and SIGHUP goes to who leads the session."""
+        self.read()
+        os.close(self.other_end)
+        os.close(self.slave)
+        self.other_end = None
+
+
+def close(terminals, ranks, signals=(), seconds=0.0):
+    for terminal in terminals:
+        terminal.close()
+    for number in signals:
+        time.sleep(seconds)
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank.pid, number)
+
+
+def take_terminal(name):
+    """Makes it the streams and the controlling terminal of this process, which leads a session of its own."""
+    os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's deafness would be inherited
+    terminal = os.open(name, os.O_RDWR)
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+    for stream in (0, 1, 2):
+        os.dup2(terminal, stream)
+    os.close(terminal)
+    # Python's streams were made for something else: as at a start, a terminal's stdout is shown line by line
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)
+
+
+def _rank(script, argv, rank, size, port, kill, sent, crash, folder, env, terminal=None, again=None):
     os.chdir(folder)
-    out = os.open("out.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
+    if terminal:
+        take_terminal(terminal)
+    else:
+        out = os.open("out.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
     os.environ |= {"TOKEN_CACHE": env.get("TOKEN_CACHE", str(Path("cache").absolute())), **env}
     if size > 1:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
@@ -120,8 +199,10 @@ def _rank(script, argv, rank, size, port, kill, sent, crash, folder, env):
         strike(script, kill[0], kill[1], lambda: os.kill(os.getpid(), signal.SIGKILL))
     if crash and crash[2] == rank:
         strike(script, *crash[:2], _crash)
-    if sent and rank == 0:
+    if sent and rank == 0 and sent[0] != "time":
         strike(script, sent[0], sent[1], _send_and_wait)
+    if again and rank == 0:
+        strike(script, *again[:2], lambda: os.kill(os.getpid(), again[2]))
     main(script)
 
 
@@ -131,7 +212,7 @@ def _crash():
 
 def _send_and_wait():
     Path("signal").touch()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while not Path("signalled").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
 

@@ -604,7 +604,7 @@ def test_a_signal_behind_the_training_stops_all_ranks_and_the_same_command_goes_
         path.unlink()
     before = snapshot("result.json", "checkpoints/**/*")
     codes = launch(NAME, "--out", "out", *TINY, size=size, sent=(place, nth, signal.SIGTERM))
-    assert codes == [0] * size, Path("out.txt").read_text()
+    assert codes == ranks.stopped(size, signal.SIGTERM), Path("out.txt").read_text()
     said = Path("out.txt").read_text()
     assert "Traceback" not in said and "tables:" not in said
     left = len(crossed_in()), len(kept_in())
@@ -621,7 +621,7 @@ def test_a_signal_behind_the_training_stops_all_ranks_and_the_same_command_goes_
 def test_a_signal_in_training_ends_the_study_and_the_same_command_goes_on(size, sources, whole):
     flags = ["--diversity_batches", 0, "--arms", "a", "b"]
     codes = launch(NAME, "--out", "out", *tiny(*flags), size=size, sent=("step", 5, signal.SIGTERM))
-    assert codes == [0] * size, Path("out.txt").read_text()
+    assert codes == ranks.stopped(size, signal.SIGTERM), Path("out.txt").read_text()
     (stopped,) = results_of().values()
     assert stopped["status"] == "stopped" and "Stop: SIGTERM" in stopped["why"]
     assert "Traceback" not in Path("out.txt").read_text() and not crossed_in()

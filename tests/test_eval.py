@@ -492,10 +492,12 @@ def test_bad_input_is_one_line(argv, line, trained):
     assert line in said
 
 
-def test_a_signal_ends_measuring_on_all_processes(trained):
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_signal_ends_measuring_on_all_processes(size, trained):
     """Rank 0 sends it to all in its third batch; nothing was written."""
     argv = ["--run_folder", trained("gpt_scratch"), "--data", "python-docs", "--max_documents", 40]
-    said = evaluate(*argv, size=2, sent=("measuring", 3, signal.SIGTERM))
+    sent, codes = ("measuring", 3, signal.SIGTERM), ranks.stopped(size, signal.SIGTERM)
+    said = evaluate(*argv, size=size, sent=sent, codes=codes)
     assert "stopped  SIGTERM" in said and not [path for path in Path("runs").rglob("*") if path.is_file()]
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import SCRIPTS, launch, newest, result, run
+from ranks import SCRIPTS, launch, newest, result, run, stopped
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -102,10 +102,13 @@ def on_every_script(*cases):
 _uses = itertools.count()
 
 
+_known = {}
+
+
 @pytest.fixture(scope="session")
 def straight(tmp_path_factory):
     """What an uninterrupted run on `size` ranks ends with: (result, curve of TensorBoard)."""
-    known = {}
+    known = _known  # test_terminals.py asks for the same runs
 
     def reference(script, size, flags=None):
         key = (script, size, str(flags))
@@ -204,7 +207,8 @@ def test_a_frozen_encoder_and_folds_are_resumed_to_the_same_weights(place, nth, 
 def test_a_signal_while_a_frozen_encoder_runs_or_folds_are_judged_is_agreed_on(place, size, straight):
     sent = (place, 1 if place == "encoding" else 12, signal.SIGTERM)
     codes = launch("run_preference", "--out", "out", *FROZEN, *AUTO, size=size, sent=sent)
-    assert codes == [0] * size and result()["why"] == "Stop: SIGTERM", Path("out.txt").read_text()
+    assert codes == stopped(size, signal.SIGTERM), Path("out.txt").read_text()
+    assert result()["why"] == "Stop: SIGTERM"
     want = straight("run_preference", size, FROZEN)[0]
     same_outcome(run("run_preference", *FROZEN, *AUTO, size=size), want)
 
@@ -265,12 +269,12 @@ def test_killed_again_and_again_at_random_moments(script, size, seed, straight):
 def test_a_signal_saves_and_leaves_within_ten_seconds(script, number, place, nth, size, straight):
     codes = launch(script, "--out", "out", *SHORT[script], *AUTO, size=size, sent=(place, nth, number))
     left = time.time() - Path("signalled").stat().st_ctime
-    assert codes == [0] * size, Path("out.txt").read_text()
+    assert codes == stopped(size, number), Path("out.txt").read_text()
     assert left < 10
-    stopped = result()
-    assert stopped["status"] == "stopped" and stopped["why"] == f"Stop: {signal.Signals(number).name}"
+    got = result()
+    assert got["status"] == "stopped" and got["why"] == f"Stop: {signal.Signals(number).name}"
     if place == "step":  # the signal came before step nth was made: it is made, then saved
-        assert stopped["checkpoint"] == f"step_{nth:08d}"
+        assert got["checkpoint"] == f"step_{nth:08d}"
     same_outcome(run(script, *SHORT[script], *AUTO, size=size), straight(script, size)[0])
     same_curves(newest(), straight(script, size)[1])
 
@@ -280,7 +284,7 @@ def test_a_signal_while_rank_0_samples_is_heard_there(size, straight):
     """Law 5: the twelfth token is the fourth of the samples after step 16, which are then not written."""
     script = "gpt_scratch"
     codes = launch(script, "--out", "out", *SHORT[script], size=size, sent=("sampling", 12, signal.SIGTERM))
-    assert codes == [0] * size, Path("out.txt").read_text()
+    assert codes == stopped(size, signal.SIGTERM), Path("out.txt").read_text()
     assert result()["why"] == "Stop: SIGTERM" and result()["checkpoint"] == "step_00000016"
     assert {json.loads(line)["step"] for line in samples(newest())} == {8}
     same_outcome(run(script, *SHORT[script], *AUTO, size=size), straight(script, size)[0])
@@ -293,7 +297,7 @@ def test_a_signal_while_all_ranks_answer_is_agreed_on(size, straight):
     script = "run_instruct"
     flags = [*SHORT[script], "--sample_tokens", 0]
     codes = launch(script, "--out", "out", *flags, size=size, sent=("sampling", 2, signal.SIGTERM))
-    assert codes == [0] * size, Path("out.txt").read_text()
+    assert codes == stopped(size, signal.SIGTERM), Path("out.txt").read_text()
     assert result()["why"] == "Stop: SIGTERM" and result()["checkpoint"] == "step_00000034"
     same_outcome(run(script, *flags, *AUTO, size=size), straight(script, size)[0])
 
@@ -324,7 +328,7 @@ def test_a_signal_to_one_rank_stops_all(script, straight):
 )
 def test_a_signal_before_the_first_step_leaves_on_all_ranks(script, place, size, straight):
     codes = launch(script, "--out", "out", *SHORT[script], *AUTO, size=size, sent=(place, 1, signal.SIGINT))
-    assert codes == [0] * size, Path("out.txt").read_text()
+    assert codes == stopped(size, signal.SIGINT), Path("out.txt").read_text()
     assert result()["status"] == "stopped" and "Traceback" not in Path("out.txt").read_text()
     same_outcome(run(script, *SHORT[script], *AUTO, size=size), straight(script, size)[0])
 
