@@ -968,7 +968,7 @@ def test_few_unusable_rows_are_left_out_and_told(sources, monkeypatch, capfd):
 
 def test_every_constant_of_a_study_is_in_its_record(whole):
     stored = study_of(whole / "out")["constants"]
-    want = json.loads(json.dumps(asdict(parsed(*tiny("--out", "out")))))
+    want = json.loads(json.dumps(asdict(core.with_dtype(parsed(*tiny("--out", "out")), World()))))
     assert stored == want
 
 
