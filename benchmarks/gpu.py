@@ -5,7 +5,8 @@ python benchmarks/gpu.py --tiny     # the same on a CPU, to try the logic
 
 The peer: SDPA, half precision, fused AdamW, whole model compiled, vocabulary padded to 50,304. Ours is what
 gpt_scratch.py does in a step with nothing typed (dtype auto), then with --compile. All in one process, 4
-steps to warm up and 12 timed. MFU: 6 FLOPs a weight and token and attention's 12 L C T, of the card's dense peak.
+steps to warm up and 12 timed. MFU: 6 FLOPs a weight and token and attention's 12 L C T, of the card's dense
+peak.
 """
 
 import argparse
