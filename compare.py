@@ -104,7 +104,7 @@ def _common_start(texts) -> str:
 def constants_table(all_sides) -> str:
     """The constants in which sides differ, as Markdown: what is being compared, first.
 
-    Sides that differ in seed and bookkeeping only are listed by these.
+    If they differ in seed or bookkeeping only, these are listed.
     """
     firsts = [side.all_facts[0] for side in all_sides]
     trained = [facts for facts in firsts if facts.trained]

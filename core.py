@@ -276,7 +276,7 @@ def distributed(backend="auto", timeout_minutes=30):
 
     auto: nccl on CUDA, xccl on XPU, gloo on CPU; CPU tensors (counts, stop flags) always travel over gloo.
     A UserError is printed once, without traceback, and exits with 2. After a stop signal plain python dies of
-    that signal, whatever was still finished: a shell's `for` and `&&` end only so (codes 130, 143, 129).
+    that signal, even if the work was finished meanwhile, so that a shell's loop stops (130, 143, 129).
     """
     outlive_terminal()
     heard_signals.clear()
@@ -322,6 +322,8 @@ def distributed(backend="auto", timeout_minutes=30):
         if dist.is_initialized():
             dist.destroy_process_group()
     if heard_signals and not under_torchrun(world):
+        sys.stdout.flush()
+        sys.stderr.flush()
         die_of(heard_signals[0])
     if world.size > 1:
         # all is written; on a busy machine torch's own threads now and then abort the interpreter's shutdown
@@ -339,11 +341,10 @@ def under_torchrun(world) -> bool:
 
 
 def die_of(number):
-    """Ends this process by a signal as if nobody had listened to it; what was said so far is shown."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """Ends this process by a signal as if nobody had listened. For handlers, too: it flushes nothing."""
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
+    os._exit(128 + number)  # process 1 of a container cannot be killed so
 
 
 _LAUNCH = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}  # set by torchrun
@@ -981,6 +982,8 @@ class Terminal:
         self.stream, self.is_dead = stream, False
 
     def __getattr__(self, name):
+        if name == "stream" or name.startswith("__"):  # of a copy that is still empty
+            raise AttributeError(name)
         return getattr(self.stream, name)
 
     def write(self, text):
@@ -988,7 +991,7 @@ class Terminal:
             self.stream.write(text)
         except UnicodeEncodeError:
             self.write(text.encode("ascii", "replace").decode())
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: it was closed
             self._failed(error)
         return len(text)
 
@@ -999,13 +1002,13 @@ class Terminal:
     def flush(self):
         try:
             self.stream.flush()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._failed(error)
 
     def _failed(self, error):
-        if error.errno in LOST:
+        if isinstance(error, ValueError) or error.errno in LOST:
             self.is_dead = True
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 silence(self.stream.fileno())
 
 
@@ -1020,6 +1023,11 @@ def silence(descriptor):
 
 def outlive_terminal():
     """From now on no print, bar, warning or traceback of this process raises because nobody can read it."""
+    for descriptor in (0, 1, 2):  # one that the shell closed would become the next file that is opened
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # None where the shell closed it: >&-
         if not isinstance(stream, Terminal):
@@ -1038,8 +1046,9 @@ def write_in_handler(text):
 def progress(total, what, world=World(), unit="it"):
     """A bar for work that logs no lines: rank 0, interactive terminals only. total none: only counts."""
     hide, scaled = None if world.is_main else True, unit != "it"
-    stream = Terminal(sys.stderr)
-    return tqdm(total=total, desc=what, leave=False, disable=hide, file=stream, unit=unit, unit_scale=scaled)
+    return tqdm(
+        total=total, desc=what, leave=False, disable=hide, file=sys.stderr, unit=unit, unit_scale=scaled
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1124,7 +1133,7 @@ def native_dtype(device) -> str:
     """What `dtype` auto becomes: bf16 where the device computes in it, fp16 on older cards, fp32 on a CPU."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return {"xpu": "bf16"}.get(device.type, "fp32")
+    return "bf16" if device.type == "xpu" else "fp32"
 
 
 def with_dtype(cfg, world):
@@ -1137,8 +1146,8 @@ def with_dtype(cfg, world):
         dtype = "tf32"
     if dtype == cfg.dtype:
         return cfg
-    kept = {"bf16": "--dtype fp32 for full precision", "fp16": "--dtype fp32 for full precision"}
-    why = kept.get(dtype, "fp32 with products rounded to 10 bits; --dtype fp32 for all 23")
+    why = "fp32 whose factors are rounded to 10 bits" if dtype == "tf32" else "half precision"
+    why += "; --dtype fp32 for full precision"
     line = None if world.device.type == "cpu" else f"dtype {cfg.dtype} is {dtype} on this card ({why})"
     flags = given.flags - {"dtype"} if cfg.dtype == "auto" else given.flags  # auto asks for nothing
     given = dataclasses.replace(given, chosen=line)
@@ -1146,8 +1155,8 @@ def with_dtype(cfg, world):
 
 
 class Precision:
-    """fp32 and fp64 run as they are, tf32 is fp32 with rounded products on a card; bf16 and fp16 run under
-    autocast, fp16 with a GradScaler."""
+    """fp32 and fp64 run as they are; tf32 is fp32 whose products have rounded factors, on NVIDIA cards; bf16
+    and fp16 run under autocast, fp16 with a GradScaler."""
 
     def __init__(self, dtype, world):
         self.dtype, self.world = native_dtype(world.device) if dtype == "auto" else dtype, world
@@ -1159,7 +1168,7 @@ class Precision:
 
     @contextmanager
     def autocast(self):
-        """For a forward pass (and for a backward: scaled_backward)."""
+        """Wrap the forward pass; scaled_backward wraps its own."""
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.dtype)
         with self.products(), torch.autocast(self.world.device.type, half) if half else nullcontext():
             yield
@@ -1248,18 +1257,21 @@ def linear_cross_entropy(terms, bias, labels) -> torch.Tensor:
 
 @torch.no_grad()
 def token_log_probs(terms, bias, labels) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of every target in `labels` (N,): its log-probability in fp64, and whether it was the likeliest."""
+    """Of every target in `labels` (N,): its log-probability in fp64, and whether it was the likeliest.
+
+    Logits have the weights' dtype, whatever the autocast: near -100, where GPT-2's lie, bf16 has steps of a
+    half, and many ids would be the likeliest together; fp16 would overflow.
+    """
     log_probs, hits = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.bool)]
-    xs, ws, V = [x for x, _ in terms], [w for _, w in terms], len(terms[0][1])
-    if padded := xs[0].device.type != "cpu":
-        ws = [_whole_rows(w, _product_dtype(w, xs[0].device.type)) for w in ws]
-    for chunk in _chunks(*terms[0]):
-        scores = sum(linear(x[chunk], weight) for x, weight in zip(xs, ws, strict=True))
-        scores = scores[:, :V] if padded else scores
-        scores = scores if bias is None else scores + bias
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(-1)
-        log_probs.append(scores.gather(1, labels[chunk, None])[:, 0].double().cpu())
-        hits.append((scores.argmax(-1) == labels[chunk]).cpu())
+    V, device = len(terms[0][1]), terms[0][0].device.type
+    if device != "cpu":
+        terms = [(x, _whole_rows(w, w.dtype)) for x, w in terms]
+    with torch.autocast(device, enabled=False):
+        for chunk in _chunks(*terms[0]):
+            scores = sum(linear(x[chunk].to(w.dtype), w) for x, w in terms)[:, :V]
+            scores = (scores if bias is None else scores + bias).log_softmax(-1)
+            log_probs.append(scores.gather(1, labels[chunk, None])[:, 0].cpu().double())
+            hits.append((scores.argmax(-1) == labels[chunk]).cpu())
     return torch.cat(log_probs), torch.cat(hits)
 
 
@@ -1311,7 +1323,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _head_on_cpu(xs, ws, bias, labels, to_x, needs, to_b, dtype):
     """The summed loss and the slopes by `ws` that are needed; fills to_x, adds to to_b."""
     to_w = [torch.zeros_like(w) if need else None for w, need in zip(ws, needs, strict=True)]
-    wide, ws = ws[0].dtype, [w.to(dtype) for w in ws]
+    wide = ws[0].dtype
+    ws = [w.to(dtype) for w in ws]
     parts = [
         _add_chunk([x[c] for x in xs], ws, bias, labels[c], _rows(to_x, c), to_w, to_b, wide)
         for c in _chunks(xs[0], ws[0])
@@ -1320,9 +1333,10 @@ def _head_on_cpu(xs, ws, bias, labels, to_x, needs, to_b, dtype):
 
 
 def _head_on_card(xs, ws, bias, labels, to_x, needs, to_b, dtype):
-    """The same; the vocabulary is rounded up to whole tiles of the tensor cores, which are slow beside them:
-    50,257 rows take 3.8 times as long as 50,304. Rows that do not exist get no probability and no slope."""
-    V, wide, ws = len(ws[0]), ws[0].dtype, [_whole_rows(w, dtype) for w in ws]
+    """The same, with the vocabulary rounded up: a product whose width is no multiple of the tensor cores'
+    tile misses the fast kernels. The rows of zeros get no probability and no slope."""
+    V, wide = len(ws[0]), ws[0].dtype
+    ws = [_whole_rows(w, dtype) for w in ws]
     to_w = [torch.zeros_like(w, dtype=wide) if need else None for w, need in zip(ws, needs, strict=True)]
     loss, x_all, w_all = ws[0].new_zeros((), dtype=wide), _side_by_side(xs), _side_by_side(ws)
     for c in _chunks(xs[0], ws[0]):
@@ -1349,8 +1363,11 @@ def _side_by_side(tensors) -> torch.Tensor:
 
 def _whole_rows(weight, dtype) -> torch.Tensor:
     """(V, C) in `dtype`, V rounded up to a multiple of TILE by rows of zeros."""
-    rows = -len(weight) % TILE
-    return F.pad(weight.detach().to(dtype), (0, 0, 0, rows)) if rows else weight.detach().to(dtype)
+    if len(weight) % TILE == 0:
+        return weight.detach().to(dtype)
+    whole = weight.new_zeros(len(weight) + -len(weight) % TILE, weight.shape[1], dtype=dtype)
+    whole[: len(weight)] = weight.detach()
+    return whole
 
 
 def _slope(logits, bias, y, V):
@@ -1363,18 +1380,20 @@ def _slope(logits, bias, y, V):
         try:
             if _compiled_slope is None:
                 warnings.filterwarnings("ignore", message="\\s*Online softmax is disabled")
-                _compiled_slope = torch.compile(_fused_slope, dynamic=True)
+                # fullgraph: too many recompilations raise, instead of running this formula step by step
+                _compiled_slope = torch.compile(_fused_slope, dynamic=True, fullgraph=True)
             return _compiled_slope(logits, bias, y, V)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no Triton, no C compiler
             _compiled_slope = _eager_slope
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            warnings.warn(f"the head is not compiled, some 20 % of a step slower ({reason})", stacklevel=2)
+            notes.append(f"NOTE the head is not compiled, which makes a step slower: {reason}")
     return _eager_slope(logits, bias, y, V)
 
 
 LARGE = 1 << 24  # logits, from which on compiling pays
+notes = []  # what a run should say once it has a log
 
 
 def _eager_slope(logits, bias, y, V):
@@ -1409,7 +1428,7 @@ def _add_product(total, a, b):
     """total += a @ b: chunks are added up in total's dtype, by the product itself where torch can."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif hasattr(torch.ops.aten.addmm, "dtype_out") and a.device.type == "cuda":
+    elif hasattr(torch.ops.aten.addmm, "dtype_out") and a.device.type == "cuda" and not torch.version.hip:
         torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
     else:
         total += a @ b

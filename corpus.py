@@ -150,7 +150,7 @@ def trained_bpe(texts, size):
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
     )  # its own bar panics where the terminal is gone
-    with core.progress(None, "texts to learn a tokenizer from") as bar:
+    with core.progress(None, "reading texts for a tokenizer") as bar:
         tokenizer.train_from_iterator(_counted(texts, bar), trainer)
     return fast(tokenizer)
 

@@ -167,6 +167,8 @@ class Subject:
         model, tokenizer = core.main_first(world, lambda: theirs.open_plain(self.name))
         if tokenizer.eos_token_id is None:
             raise core.UserError(f"tokenizer of {self.name} has no end-of-text token: use a language model's")
+        if (chosen := core.typed(cfg).chosen) and world.is_main:  # a run has a dtype of its own
+            print(chosen)
         length = min(cfg.max_length, model.config.block_size)
         plain = {"dtype": cfg.dtype, "eval_batch": cfg.eval_batch or 32, "template": cfg.template}
         plain |= {"max_length": length, "max_new_tokens": cfg.max_new_tokens}
@@ -652,7 +654,7 @@ def add_text(archive, name, text):
 @record
 def main(cfg, world):
     cfg = core.with_dtype(cfg, world)
-    job, terminal = job_of(cfg), core.Terminal(sys.stdout)
+    job, terminal = job_of(cfg), sys.stdout
 
     def say(text):
         if world.is_main:
@@ -661,8 +663,6 @@ def main(cfg, world):
 
     with runs.listening(world) as poll:
         if job in ("measure", "generate"):
-            if chosen := core.typed(cfg).chosen:
-                say(chosen)
             return {"measure": measure, "generate": generate}[job](cfg, world, say, poll)
         alone = {"judge": judge_answers, "compare": compare_runs, "table": tabulate, "pack": pack}[job]
         core.on_main(world, lambda: alone(cfg, say))  # rank 0's work, the others wait

@@ -97,15 +97,15 @@ class Embedding(nn.Embedding):
 
 
 def linear(x, weight, bias, module):
-    """core.linear, while `generating` by the second layout of the module's weight where there is one."""
+    """core.linear; `generating` lays some weights out a second time, and then it uses that one."""
     if torch.compiler.is_compiling() or x.numel() // x.shape[-1] > FEW_ROWS:
         return core.linear(x, weight, bias)
-    packed = PACKED.get(module)
+    packed = SECOND_LAYOUT.get(module)
     return core.linear(x, weight, bias) if packed is None else core.onednn(x, packed, bias)
 
 
 FEW_ROWS = 64  # from here on the usual layout is as fast
-PACKED = {}  # module -> second layout; an attribute of the module would have compiled blocks compiled anew
+SECOND_LAYOUT = {}  # module -> weight; as an attribute of the module it would have blocks compiled anew
 
 
 class Attention(nn.Module):
@@ -123,7 +123,7 @@ class Attention(nn.Module):
         if remember is not None:
             k, v = remember(k, v)  # (B, H, S, D)
         dropout = self.dropout if self.training else 0.0
-        causal = mask is None and (remember is None or T > 1)  # T decides nothing: one graph
+        causal = mask is None and (remember is None or T > 1)  # whatever T is: one graph
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -337,13 +337,13 @@ def generating(model, rows):
     try:
         if fits and rows <= FEW_ROWS and core.ONEDNN:
             for module, weight in holders:
-                PACKED[module] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+                SECOND_LAYOUT[module] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
         with eager:
             yield
     finally:
         model.train(was_training)
         for module, _ in holders:
-            PACKED.pop(module, None)
+            SECOND_LAYOUT.pop(module, None)
 
 
 def left_padded(rows) -> tuple[torch.Tensor, torch.Tensor | None]:

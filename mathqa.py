@@ -365,8 +365,8 @@ class Scores:
 
     @classmethod
     def of(cls, model, choices, cfg, world, poll):
-        # in half precision close options would be equal, and the first one chosen
-        exact = replace(cfg, dtype="fp32") if cfg.dtype in ("bf16", "fp16") else cfg
+        # rounded, close options would be equal, and the first one chosen
+        exact = cfg if cfg.dtype == "fp64" else replace(cfg, dtype="fp32")
         sums = gpt_scratch.evaluate(model, choices, exact, world, poll)
         plain, targets = -sums[:, 0].reshape(-1, len(LETTERS)), sums[:, 2].reshape(-1, len(LETTERS))
         return cls(plain, plain / targets)

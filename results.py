@@ -249,17 +249,23 @@ def resume_notes(named) -> list[str]:
         for step, changes in resumed(facts).items():
             if step and (changes := _that_matter(changes)):  # at step 0 nothing had been trained before
                 lines.append(f"NOTE {name} was resumed at step {step} with {_changes(facts, changes)}")
-        for entry in facts.config.get("resumes", []):
+        standing = _standing(facts.config.get("resumes", []))
+        for entry in standing:
             if files := facts.code.keys() & entry.get("other_code", []):
                 step, files = entry["step"], ", ".join(sorted(files))
                 lines.append(
                     f"NOTE {name} was resumed at step {step} with another {files} than its source/ has"
                 )
-        steps = [entry["step"] for entry in facts.config.get("resumes", []) if "changed" not in entry]
+        steps = [entry["step"] for entry in standing if "changed" not in entry]
         untold += [f"{name} at step {step}" for step in steps if step]
     if untold:  # by the code before changes were recorded
         lines.append(f"NOTE resumed, perhaps with another length (not recorded): {', '.join(untold)}")
     return list(dict.fromkeys(lines))
+
+
+def _standing(resumes) -> list[dict]:
+    """Those whose steps are part of the run: a later return to an older checkpoint threw the others away."""
+    return [entry for i, entry in enumerate(resumes) if all(entry["step"] <= e["step"] for e in resumes[i:])]
 
 
 def _that_matter(changes) -> dict:

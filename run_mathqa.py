@@ -21,7 +21,6 @@ import math
 import re
 import shutil
 import statistics
-import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -990,8 +989,8 @@ def one_run(s, cfg) -> Path:
         gc.collect()
         getattr(torch, s.world.device.type).empty_cache()
         getattr(torch, s.world.device.type).reset_peak_memory_stats()
-    if cfg.compile:
-        torch.compiler.reset()  # or the blocks of all runs share one limit of recompilations
+    if cfg.compile or s.world.device.type != "cpu":  # each run compiles for itself, as it would alone
+        torch.compiler.reset()
     ended = False
     try:
         opened = runs.Run(cfg, s.world, __file__, unit="tokens")
@@ -1237,7 +1236,7 @@ def main(cfg, world):
 
     def say(text):
         if world.is_main:
-            print(text, file=core.Terminal(sys.stdout), flush=True)
+            print(text, flush=True)
 
     with runs.listening(world) as poll:
         (several if cfg.mode in SEVERAL else of_one_run)(cfg, world, say, poll)

@@ -173,6 +173,8 @@ NAMES = list(pairs.LABELS)  # A, B, tie: the order of classes everywhere
 
 def scorer(cfg, encoder):
     """`encoder` with frozen parts and a fresh head on top."""
+    if cfg.dtype in ("bf16", "fp16") and encoder.config.model_type == "deberta":  # its mask overflows
+        raise core.UserError(f"{cfg.model} cannot compute in {cfg.dtype} (deberta-v3 can): use --dtype tf32")
     frozen = encoders.freeze(encoder, cfg.freeze)
     options = {"pooling": cfg.pooling, "head": cfg.head, "dropout": cfg.dropout, "frozen": frozen}
     return encoders.PairScorer(encoder, joint=cfg.inputs == "joint", **options)
@@ -187,8 +189,6 @@ def build_model(cfg, data, world):
         raise core.UserError(
             f"--max_length {cfg.max_length} is more than the {most} positions of {cfg.model}"
         )
-    if cfg.dtype in ("bf16", "fp16") and encoder.config.model_type == "deberta":  # its mask overflows
-        raise core.UserError(f"{cfg.model} cannot compute in {cfg.dtype} (deberta-v3 can): use --dtype tf32")
     return scorer(cfg, encoder)
 
 

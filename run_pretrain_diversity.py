@@ -16,7 +16,6 @@ import functools
 import hashlib
 import json
 import math
-import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -636,6 +635,10 @@ def finished_run(cfg) -> str:
 def train_one(cfg, s) -> Path:
     """The folder of the run, made or resumed and finished; core.Stop if it was stopped."""
     ended = False
+    if cfg.compile or s.world.device.type != "cpu":  # each run compiles for itself, as it would alone
+        import torch
+
+        torch.compiler.reset()
     with runs.Run(cfg, s.world, __file__, unit="tokens") as run:
         run.result = train(run, run.cfg, s.world, s.text)
         ended = True
@@ -786,7 +789,8 @@ def reread(s, tokenizer) -> mixture.Text:
 def coefficients(s, runs_by_arm) -> dict:
     probe, tokenizer = open_probe(s, runs_by_arm)
     folder = runs.out_folder(s.cfg, __file__) / "embeddings"
-    return diversity.measure(s.cfg, draws_of(s, tokenizer), probe, folder, s.world, s.say, s.poll)
+    with core.Precision("fp32", s.world).products():  # not even in TF32
+        return diversity.measure(s.cfg, draws_of(s, tokenizer), probe, folder, s.world, s.say, s.poll)
 
 
 # --------------------------------------------------------------------------------------------- what comes out
@@ -857,7 +861,7 @@ def main(cfg, world):
 
     def say(text):
         if world.is_main:
-            print(text, file=core.Terminal(sys.stdout), flush=True)
+            print(text, flush=True)
 
     with runs.listening(world) as poll:
         work = {"study": study, "cache": cache, "diversity": coefficient_only}[cfg.mode]

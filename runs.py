@@ -127,11 +127,11 @@ class Run:
         """Lines to the terminal and log.txt, rank 0 only."""
         if not self.world.is_main:
             return
-        terminal, log = core.Terminal(sys.stdout), core.Terminal(self._log)  # a full disk must not end a run
+        log = core.Terminal(self._log)  # a full disk must not end a run
         log.write(text + "\n")
         log.flush()
-        tqdm.write(text, file=terminal)  # past a bar, if there is one
-        terminal.flush()
+        tqdm.write(text, file=sys.stdout)  # past a bar, if there is one
+        sys.stdout.flush()
 
     def metrics(self, step, values):
         """Numbers of a step to metrics.jsonl and TensorBoard, rank 0 only."""
@@ -261,7 +261,7 @@ class Run:
             if not self._deferring and core.may_leave(self.world):
                 raise core.Stop(name)  # nothing to save: leave from wherever this is
             if self.world.is_main:
-                core.write_in_handler(f"{name}: saving after this step; once more leaves at once, without\n")
+                core.write_in_handler(f"{name}: saving after this step; Ctrl-C leaves at once, without\n")
         elif forces_exit(self._signal, self._signal_time, name, now, self.world):
             core.write_in_handler("second signal: out at once, the newest checkpoint stands\n")
             leave_at_once(number, self.world)
@@ -433,6 +433,9 @@ class Run:
         if memory_gb > (room_gb := device_memory_gb(self.world)):
             room = f"training needs {memory_gb:.1f} GB, the device has {room_gb:.1f}"
             raise core.UserError(f"{room}: use a smaller --micro_batch, --checkpointing, or a smaller model")
+        for note in core.notes:
+            self.say(note)
+        core.notes.clear()
         self.say(
             f"forecast  {steps} steps  training {clock(3600 * hours)}  peak memory {memory_gb:.2f} GB  "
             f"disk {disk_mb:.0f} MB" + (f"  ${price * hours:.2f}" if price else "")
@@ -557,8 +560,8 @@ class Run:
         core.write_json(self.folder / "result.json", self.result)
 
     def _flags_to_go_on(self) -> str:
-        """What a resume needs beside the command as it was typed. Without a checkpoint nothing: that is a new
-        run (find_lr and profile never save one, and refuse to be resumed)."""
+        """What a resume needs beside the command as it was typed. None without a checkpoint: the same command
+        starts over (find_lr and profile never save one, and refuse to be resumed)."""
         flags = []
         if self.checkpoint and self.cfg.resume_timestamp != "auto":
             flags.append(f"with --resume_timestamp {self.folder.name[:15]}")

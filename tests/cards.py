@@ -41,7 +41,10 @@ def hide():
 
 def _ask_torch() -> dict | None:
     """In a process of its own: this one shall not have seen the card."""
-    done = subprocess.run([sys.executable, "-c", ASK], stdout=subprocess.PIPE, text=True, timeout=120)
+    try:
+        done = subprocess.run([sys.executable, "-c", ASK], stdout=subprocess.PIPE, text=True, timeout=120)
+    except subprocess.TimeoutExpired:  # a driver that hangs
+        return None
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 

@@ -89,10 +89,10 @@ def test_nothing_is_written_to_a_module_while_generating():
 
     def look():
         during.append({name: set(module.__dict__) for name, module in model.named_modules()})
-        assert gpt_scratch.PACKED or not core.ONEDNN
+        assert gpt_scratch.SECOND_LAYOUT or not core.ONEDNN
 
     gpt_scratch.generate(model, [[1, 2, 3]], 4, poll=look)
-    assert during == [before] * 4 and not gpt_scratch.PACKED
+    assert during == [before] * 4 and not gpt_scratch.SECOND_LAYOUT
 
 
 def test_export_takes_any_length():

@@ -83,3 +83,75 @@ def test_in_bf16_it_is_fp64_within_3_thousandths(V, terms, bias, on_card, monkey
     assert {slope.dtype for slope in got[1]} == {torch.float32}
     for mine, reference in zip(got[1], wanted[1], strict=True):
         assert error(mine, reference) < 3e-3
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16, None])
+def test_what_is_measured_is_measured_in_the_weights_dtype(half, padded, bias, monkeypatch):
+    """Also where fp16 would overflow, and where bf16 would call many ids the likeliest."""
+    if padded:  # as on a card
+        whole, linear = core._whole_rows, core.linear
+        monkeypatch.setattr(core, "linear", lambda x, w: linear(x, whole(w, w.dtype)))
+    terms, b, labels = inputs(97, 2, bias, torch.float32)
+    terms = [(300 * x, w) for x, w in terms] + [(torch.full((48, 1), -1.0), torch.full((97, 1), 1e5))]
+    autocast = torch.autocast("cpu", half) if half else nullcontext()
+    with autocast:
+        log_probs, hits = core.token_log_probs(terms, b, labels)
+    scores = sum(x.double() @ w.double().t() for x, w in terms) + (0 if b is None else b.double())
+    wanted = scores.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    assert log_probs.shape == wanted.shape and log_probs.dtype == torch.float64
+    torch.testing.assert_close(log_probs, wanted, rtol=1e-3, atol=0.1)  # fp32 numbers near 100,000
+    assert (hits == (scores.argmax(-1) == labels)).float().mean() > 0.95
+
+
+class FakeCard(torch.Tensor):
+    """Says that it lies on a card."""
+
+    @property
+    def device(self):
+        return torch.device("cuda", 0)
+
+
+@pytest.fixture
+def on_no_card(monkeypatch):
+    monkeypatch.setattr(core, "_compiled_slope", None)
+    monkeypatch.setattr(core, "notes", [])
+    monkeypatch.setattr(core, "LARGE", 100)
+    logits = torch.randn(4, 64).as_subclass(FakeCard)
+    return logits, None, torch.tensor([1, 2, 3, 4]), 60
+
+
+def test_where_nothing_compiles_the_other_formula_is_used_and_said_once(on_no_card, monkeypatch):
+    calls = []
+
+    def compile(*args, **how):
+        def fails(*args):
+            calls.append(1)
+            raise RuntimeError("no C compiler\nsecond line")
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(core, "_eager_slope", lambda *given: "eager")
+    assert [core._slope(*on_no_card), core._slope(*on_no_card)] == ["eager", "eager"]
+    assert len(calls) == 1 and len(core.notes) == 1 and core.notes[0].endswith("RuntimeError: no C compiler")
+
+
+def test_out_of_memory_is_no_reason_to_give_up_compiling(on_no_card, monkeypatch):
+    def full(*given):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **how: full)
+    with pytest.raises(torch.OutOfMemoryError):
+        core._slope(*on_no_card)
+    assert core._compiled_slope is full and not core.notes
+
+
+def test_few_logits_and_a_cpu_are_not_compiled(on_no_card, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda *args, **how: pytest.fail("compiled"))
+    logits, *rest = on_no_card
+    core._slope(logits.as_subclass(torch.Tensor), *rest)
+    monkeypatch.setattr(core, "LARGE", 1000)
+    core._slope(logits, *rest)
+    assert core._compiled_slope is None

@@ -92,12 +92,25 @@ def test_a_cpu_is_left_as_it_is(monkeypatch):
 
 def test_emulated_bf16_is_warned_of(native):
     warned = core.Precision("bf16", CARD).warning()
-    assert (warned is None) == (native == "bf16") and ("emulates" in (warned or "emulates"))
+    if native == "bf16":
+        assert warned is None
+    else:
+        assert "emulates bf16: --dtype fp16" in warned
     assert core.Precision("fp16", CARD).warning() is None
 
 
 def test_a_precision_is_never_auto(native):
     assert core.Precision("auto", CPU).dtype == "fp32" and core.Precision("auto", CARD).dtype == native
+
+
+def test_an_encoder_that_overflows_in_half_precision_is_refused_by_name():
+    flags = ("--smoke", "--max_documents", 90, "--max_steps", 2, "--out", "out")
+    assert launch("run_preference", *flags, "--model", "tiny:deberta", "--dtype", "bf16") == [2]
+    assert (
+        "tiny:deberta cannot compute in bf16 (deberta-v3 can): use --dtype tf32"
+        in Path("out.txt").read_text()
+    )
+    assert launch("run_preference", *flags, "--preset", "deberta") == [0]  # states fp32
 
 
 def test_a_resumed_run_keeps_the_dtype_it_began_with():

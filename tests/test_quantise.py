@@ -554,7 +554,7 @@ def test_a_loaded_model_generates_what_the_prepared_one_does(temperature, saved)
     assert texts[0] == texts[1] and len(texts[0][2]) == 40  # past block_size 16, too
     quantise.switch(model, False)
     assert gpt_scratch.generate(model, prompts, 40, **how) != texts[0]
-    assert not gpt_scratch.PACKED
+    assert not gpt_scratch.SECOND_LAYOUT
 
 
 @pytest.mark.parametrize(

@@ -323,7 +323,7 @@ def test_no_write_raises_where_nobody_reads(dead):
 
 
 @slow
-@pytest.mark.parametrize("where", ["> /dev/full 2>&1", "2>&1 | head -1", ">&- 2>&-"])
+@pytest.mark.parametrize("where", ["> /dev/full 2>&1", "2>&1 | head -1", "<&- >&- 2>&-"])
 def test_a_run_ends_well_though_its_output_has_no_place(where):
     flags = ["--out", "out", *SHORT["run_preference"]]
     command = f"set -o pipefail; {typed('run_preference', *flags)} {where}"
@@ -331,3 +331,52 @@ def test_a_run_ends_well_though_its_output_has_no_place(where):
     assert done.returncode == 0 and done.stderr == ""
     log = (newest() / "log.txt").read_text()
     assert result()["status"] == "finished" and log.endswith(f"next: python eval.py --run {newest()}\n")
+
+
+CLOSED = """
+import copy, sys, core
+
+core.outlive_terminal()
+first = open("first", "w")
+print("words", flush=True)
+core.write_in_handler("words")
+again = copy.copy(sys.stdout)
+sys.stdout.stream.close()
+print("words")
+first.close()
+open("lived", "w").write(str(again.is_dead))
+"""
+
+
+def test_streams_that_were_closed_are_no_file_that_is_opened_later():
+    """A shell's >&- leaves the number free: a checkpoint opened next would get what is said."""
+    command = f"{shlex.join([sys.executable, '-c', CLOSED])} <&- >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command], timeout=120).returncode == 0
+    assert Path("first").read_text() == "" and Path("lived").read_text() == "False"
+
+
+INTERRUPTED = """
+import io, os, signal, sys, core, runs
+
+core.outlive_terminal()
+with runs.listening(core.World(size=2)) as poll:  # which cannot leave on its own
+    os.kill(os.getpid(), signal.SIGINT)
+
+    class Raw(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):  # a second Ctrl-C strikes amid a write of Python's buffered stream
+            os.kill(os.getpid(), signal.SIGINT)
+            return len(data)
+
+    sys.stdout = core.Terminal(io.TextIOWrapper(io.BufferedWriter(Raw()), write_through=True))
+    runs.core.under_torchrun = lambda world: False
+    print("words" * 10_000, flush=True)
+open("lived", "w").close()
+"""
+
+
+def test_a_second_ctrl_c_amid_a_write_ends_the_process():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], timeout=120, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and not Path("lived").exists(), done.stderr
