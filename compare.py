@@ -62,7 +62,8 @@ def named(name, root) -> list[results.Facts]:
     if finished := [facts for facts in found if facts.finished]:
         return finished
     raise core.UserError(
-        f"--compare {name}: no run folder, and no finished run in {root} has such a tag or preset"
+        f"--compare {name}: no run folder, and no finished run in {root} has such a tag or preset "
+        "(of smoke runs: add --smoke)"
     )
 
 

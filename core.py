@@ -1034,13 +1034,17 @@ def outlive_terminal():
             setattr(sys, name, Terminal(stream))
 
 
-def write_in_handler(text):
-    """To stderr from a signal handler: past Python's stream, which may be amid a write. Never raises."""
-    try:
-        os.write(2, text.encode())
-    except OSError as error:
-        if error.errno in LOST:
-            silence(2)
+def write_in_handler(text, log=None):
+    """To stderr, and an open log, from a signal handler: past Python's streams, which may be amid a write.
+
+    Never raises.
+    """
+    for descriptor in (2, *([log.fileno()] if log else [])):
+        try:
+            os.write(descriptor, text.encode())
+        except OSError as error:
+            if error.errno in LOST:
+                silence(descriptor)
 
 
 def progress(total, what, world=World(), unit="it"):
@@ -1142,13 +1146,17 @@ def with_dtype(cfg, world):
     auto: native_dtype. On a card fp32 becomes tf32, unless it stands on the command line.
     """
     given, dtype = typed(cfg), native_dtype(world.device) if cfg.dtype == "auto" else cfg.dtype
-    if dtype == "fp32" and world.device.type == "cuda" and "dtype" not in given.flags:
+    has_tf32 = world.device.type == "cuda"
+    if dtype == "fp32" and has_tf32 and "dtype" not in given.flags:
         dtype = "tf32"
+    elif dtype == "tf32" and not has_tf32:
+        dtype = "fp32"
     if dtype == cfg.dtype:
         return cfg
     why = "fp32 whose factors are rounded to 10 bits" if dtype == "tf32" else "half precision"
-    why += "; --dtype fp32 for full precision"
-    line = None if world.device.type == "cpu" else f"dtype {cfg.dtype} is {dtype} on this card ({why})"
+    line = f"dtype {cfg.dtype} is {dtype} on this card ({why}; --dtype fp32 for full precision)"
+    if world.device.type == "cpu":
+        line = "dtype tf32 is fp32 on a CPU" if cfg.dtype == "tf32" else None
     flags = given.flags - {"dtype"} if cfg.dtype == "auto" else given.flags  # auto asks for nothing
     given = dataclasses.replace(given, chosen=line)
     return with_flags(dataclasses.replace(cfg, dtype=dtype), given, flags)

@@ -75,7 +75,7 @@ class Config:
     swap_augmentation: bool = False  # half of the training rows, drawn anew, with A and B swapped
     clip: float | None = 1.0  # global gradient norm; none = off
     skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
-    dtype: core.Dtype = "auto"  # auto: bf16 on a card (fp16 on old ones), fp32 on a CPU
+    dtype: core.Dtype = "auto"  # auto: bf16 on a card (or fp16), else fp32, which untyped is tf32 on a card
     compile: bool = False
     seed: int = 0
     # evaluation and logging

@@ -81,7 +81,7 @@ class Config:
     weight_decay: float = 0.1  # of matrices
     clip: float | None = 1.0  # global gradient norm; none = off
     skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
-    dtype: core.Dtype = "auto"  # auto: bf16 on a card (fp16 on old ones), fp32 on a CPU
+    dtype: core.Dtype = "auto"  # auto: bf16 on a card (or fp16), else fp32, which untyped is tf32 on a card
     compile: bool = False
     seed: int = 0  # of weights, order and dropout; the first one of a study
     seeds: int = 3  # of each arm in a study: seed, seed + 1, ...

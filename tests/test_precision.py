@@ -47,7 +47,7 @@ def settled(*argv, world=CARD):
         (["--preset", "full"], "tf32", "fp32"),
         (["--preset", "full", "--dtype", "fp32"], "fp32", "fp32"),
         (["--dtype", "fp32"], "fp32", "fp32"),
-        (["--dtype", "tf32"], "tf32", "tf32"),
+        (["--dtype", "tf32"], "tf32", "fp32"),
         (["--dtype", "fp64"], "fp64", "fp64"),
     ],
 )
@@ -61,6 +61,7 @@ def test_what_was_chosen_is_one_line_and_on_a_cpu_none(native):
     assert "dtype fp32 is tf32" in core.typed(settled("--preset", "full")).chosen
     assert core.typed(settled("--dtype", "bf16")).chosen is None
     assert core.typed(settled(world=CPU)).chosen is None
+    assert core.typed(settled("--dtype", "tf32", world=CPU)).chosen == "dtype tf32 is fp32 on a CPU"
 
 
 def test_auto_on_the_command_line_asks_a_resumed_run_for_nothing(native):
@@ -119,3 +120,15 @@ def test_a_resumed_run_keeps_the_dtype_it_began_with():
     run("run_preference", *flags, "--resume_timestamp", "auto")
     assert runs.read_config(newest())["constants"]["dtype"] == "fp64"
     assert "dtype stays fp64 (the script now says fp32)" in Path("out.txt").read_text()
+
+
+def test_auto_says_which_unfinished_run_it_does_not_go_on_with():
+    flags = ("--smoke", "--max_documents", 90, "--max_steps", 6, "--save_every", 2, "--out", "out")
+    auto = ("--resume_timestamp", "auto", "--dtype")
+    launch("run_preference", *flags, *auto, "fp64", kill=("step", 4, 0))
+    begun = newest().name
+    assert launch("run_preference", *flags, *auto, "fp32") == [0] and newest().name != begun
+    line = f"a new run: {begun} is unfinished, but ran with --dtype fp64, not fp32"
+    assert line in Path("out.txt").read_text()
+    assert launch("run_preference", *flags, *auto, "fp64") == [0] and len(list(Path("out").iterdir())) == 2
+    assert line not in Path("out.txt").read_text()
