@@ -1,4 +1,4 @@
-"""The house laws (DESIGN section 2) on every script. A script joins SCRIPTS (ranks.py) and SHORT the day it
+"""The laws (docs/laws.md) on every script. A script joins SCRIPTS (ranks.py) and SHORT the day it
 is born.
 """
 
