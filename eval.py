@@ -58,14 +58,12 @@ class Config:
     context: int | None = None  # tokens that a window on text holds; none = all the model can
     stride: int | None = None  # tokens from one window to the next; none = half of context
     max_length: int = 512  # tokens of an instruction row, for models that bring none
-    eval_batch: int | None = (
-        None  # rows per step, over all ranks; on each when answering; none = as in the run
-    )
+    eval_batch: int | None = None  # rows per step over all ranks (answering: on each); none = as in the run
     dtype: core.Dtype = "auto"  # of models that are no run (a run has its own): bf16 or fp16 on a card
     max_new_tokens: int | None = None  # most in an answer; none = as the run has it, or 256
     # judge
     judge_url: str = "http://localhost:11434/v1"  # speaks OpenAI's chat completions; this is Ollama's
-    judge_model: str = "llama3"
+    judge_model: str = "llama3"  # as the server calls it
     judge_key: str | None = "JUDGE_API_KEY"  # the environment variable that holds the key; none = no key
     judge_repeats: int = 1  # grades of each answer: their spread is the judge's own noise
     judge_requests: int = 4  # at once
@@ -81,9 +79,9 @@ class Config:
     plot: bool = False  # curves of these runs in one PNG
     pack: tuple[str, ...] = ()  # runs to be put into one archive each
     # run
-    mode: Literal["measure", "generate", "judge"] = "measure"
+    mode: Literal["measure", "generate", "judge"] = "measure"  # judge and generate: answers
     out: str | None = None  # folder; none = runs/eval, runs/compare, runs/tables, or (pack) the current one
-    backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"
+    backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"  # auto: nccl, xccl, or gloo on CPUs
 
     def __post_init__(self):
         asked = [name for name in ("compare", "table", "pack") if getattr(self, name)]

@@ -542,49 +542,49 @@ class Config:
     max_documents: int | None = None  # none = all
     tokenizer: str = "chars"  # chars, ascii, bytes, bpe:<size>, bpe_scratch:<size>, Hub id or folder
     val_share: float = 0.05  # of the documents; of a single document, its end
-    test_share: float = 0.05
-    split_seed: int = 42
+    test_share: float = 0.05  # of the text, for the end
+    split_seed: int = 42  # of what is held out
     block_size: int = 64  # tokens of context
     # model
     model: str = "new"  # or where to start from: a run folder, a GPT-2 or Llama folder, a Hub id
-    n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 128
+    n_layer: int = 4  # blocks
+    n_head: int = 4  # attention heads
+    n_embd: int = 128  # width
     n_inner: int | None = 344  # none = 4 n_embd; swiglu: 8/3 n_embd, rounded up to a multiple of 256
-    positions: Literal["learned", "rotary"] = "rotary"
-    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
-    activation: Literal["gelu", "relu", "swiglu"] = "swiglu"
+    positions: Literal["learned", "rotary"] = "rotary"  # rotary as in Llama
+    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"  # before each half of a block
+    activation: Literal["gelu", "relu", "swiglu"] = "swiglu"  # of the MLP
     bias: bool = False  # of linear layers and LayerNorms
-    qkv_bias: bool = False
-    tie_head: bool = True
-    head_bias: bool = False
-    dropout: float = 0.0
+    qkv_bias: bool = False  # of queries, keys and values
+    tie_head: bool = True  # the output matrix is the embedding
+    head_bias: bool = False  # of an output matrix of its own
+    dropout: float = 0.0  # share of activations set to 0 in training
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory
     # optimisation
     batch: int = 8  # blocks per optimizer step, over all ranks
     micro_batch: int | None = None  # blocks per forward and rank; none = all of the rank's blocks
-    epochs: int = 10
+    epochs: int = 10  # passes over the training rows
     max_steps: int | None = 3600  # optimizer steps; whichever of the two ends first
     max_minutes: float | None = None  # of training, over resumes
     lr: float = 3e-3  # peak; GPT-3's sizes and rates lie near 1.95 parameters^-0.437 (journal 003)
-    min_lr: float = 0.0
+    min_lr: float = 0.0  # at the end of the schedule
     warmup: float = 0.05  # fraction of all steps; of one_cycle its rise (the usual is 0.3)
-    schedule: Literal["linear", "cosine", "constant", "one_cycle", "gpt3"] = "linear"
+    schedule: Literal["linear", "cosine", "constant", "one_cycle", "gpt3"] = "linear"  # of the rate
     cycle_beta1: bool = True  # one_cycle moves beta1 between 0.95 and 0.85, against the rate
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    beta1: float = 0.9
-    beta2: float = 0.99
-    eps: float = 1e-8
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
+    beta1: float = 0.9  # of Adam: how fast the mean forgets
+    beta2: float = 0.99  # of Adam: how fast the squares forget
+    eps: float = 1e-8  # of Adam
     weight_decay: float = 0.1  # of matrices
     clip: float | None = 1.0  # global gradient norm; none = off
     skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
     dtype: core.Dtype = "auto"  # auto: bf16 on a card (or fp16), else fp32, which untyped is tf32 on a card
-    compile: bool = False
-    seed: int = 0
+    compile: bool = False  # the blocks, by torch.compile
+    seed: int = 0  # of weights, order and dropout
     # learning-rate finder
-    find_from: float = 1e-6
-    find_to: float = 1.0
-    find_steps: int = 100
+    find_from: float = 1e-6  # lowest rate of mode find_lr
+    find_to: float = 1.0  # highest
+    find_steps: int = 100  # of mode find_lr
     find_smoothing: float = 0.8  # weight of the past in the running mean of the loss
     # evaluation and logging
     eval_batch: int = 64  # blocks per evaluation step, over all ranks
@@ -595,23 +595,23 @@ class Config:
     keep: int = 2  # checkpoints
     log_every: int = 50  # steps
     price_per_hour: float | None = None  # dollars for the whole box
-    note: str = ""
+    note: str = ""  # anything; eval.py --table shows it
     # samples and generation
     prompt: str | None = None  # none = an end-of-text token in training, a prompt loop in mode generate
     sample_tokens: int = 300  # of each of three samples after an evaluation; 0 = none
     max_new_tokens: int = 300  # in mode generate
     temperature: float = 0.8  # 0 = greedy
-    top_k: int | None = None
-    top_p: float | None = None
+    top_k: int | None = None  # sample from so many of the likeliest; none = all
+    top_p: float | None = None  # sample from the likeliest that reach this; none = all
     stop: str | None = None  # a token that ends a continuation, beside end-of-text
     # run
-    mode: Literal["train", "find_lr", "generate", "profile", "export"] = "train"
+    mode: Literal["train", "find_lr", "generate", "profile", "export"] = "train"  # what to do
     dirty: bool = True  # --no-dirty refuses to start with uncommitted changes
     out: str | None = None  # none = runs/gpt_scratch below the current folder
     tag: str | None = None  # none = the preset's name
     resume_timestamp: str | None = None  # a timestamp, latest, or auto (resume, skip if finished, else start)
     resume_step: int | None = None  # an older checkpoint than the newest
-    backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"
+    backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"  # auto: nccl, xccl, or gloo on CPUs
 
     def __post_init__(self):
         if self.mode != "train" and self.resume_timestamp:

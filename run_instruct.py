@@ -43,8 +43,8 @@ class Config:
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory (for gpt2-xl)
     # optimisation
     batch: int = 128  # rows (or packs) per optimizer step, over all ranks
-    micro_batch: int | None = None  # rows per forward and rank; none = groups that waste least on padding,
-    micro_tokens: int = 8192  # of so many tokens each at most
+    micro_batch: int | None = None  # rows per forward and rank; none = groups that waste least on padding
+    micro_tokens: int = 8192  # most tokens of such a group
     group_lengths: bool = True  # rows of similar length meet in a batch; the journal's met by chance
     epochs: int = 3  # passes over the training rows
     max_steps: int | None = None  # optimizer steps
@@ -52,13 +52,13 @@ class Config:
     lr: float = 5e-5  # peak
     min_lr: float = 0.0  # at the end of the schedule
     warmup: float = 0.05  # fraction of all steps
-    schedule: Literal["linear", "cosine", "constant"] = "cosine"
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"  # of the rate, behind the warm-up
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
     weight_decay: float = 0.1  # of matrices
     clip: float | None = 1.0  # global gradient norm; none = off
     skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
     dtype: core.Dtype = "auto"  # auto: bf16 on a card (or fp16), else fp32, which untyped is tf32 on a card
-    compile: bool = False
+    compile: bool = False  # the blocks, by torch.compile
     seed: int = 0  # of order, dropout and fresh weights
     # evaluation and logging
     eval_batch: int = 32  # rows per evaluation step, over all ranks; so many on each rank when answering
@@ -79,13 +79,13 @@ class Config:
     plain_blocks: int = 50  # of max_length tokens; 0 = none
     prompt: str | None = None  # in mode ask: an instruction; none = a prompt loop
     # run
-    mode: Literal["train", "ask"] = "train"
+    mode: Literal["train", "ask"] = "train"  # ask: a finished run answers
     run_folder: str | None = None  # the one that is asked; none = the newest
     out: str | None = None  # none = runs/run_instruct below the current folder
     tag: str | None = None  # none = the preset's name
     resume_timestamp: str | None = None  # a timestamp, latest, or auto (resume, skip if finished, else start)
     resume_step: int | None = None  # an older checkpoint than the newest
-    backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"
+    backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"  # auto: nccl, xccl, or gloo on CPUs
 
 
 # Some 12,000 training rows: the journal's runs ended at step 5975 with a batch of 2. Not repeated of the code

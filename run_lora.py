@@ -43,8 +43,8 @@ class Config:
     # model
     model: str = "gpt2-medium"  # Hub id, folder (GPT-2, or a run of gpt_scratch.py), or tiny:gpt2
     tie_head: bool = True  # the output matrix is the embedding; the journal's was a copy
-    lora_rank: int = 16
-    lora_alpha: float = 16.0
+    lora_rank: int = 16  # columns of B and rows of A
+    lora_alpha: float = 16.0  # the multiplier is made of it (lora_scaling)
     lora_scaling: Literal["alpha/r", "alpha", "alpha/sqrt(r)"] = "alpha/r"  # multiplier of B A x
     lora_init: Literal["fan_in", "rank"] = "fan_in"  # A is uniform within 1 / sqrt of this
     lora_dropout: float = 0.0  # of what an adapter reads
@@ -56,8 +56,8 @@ class Config:
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory (for gpt2-xl)
     # optimisation
     batch: int = 128  # rows (or packs) per optimizer step, over all ranks
-    micro_batch: int | None = None  # rows per forward and rank; none = groups that waste least on padding,
-    micro_tokens: int = 8192  # of so many tokens each at most
+    micro_batch: int | None = None  # rows per forward and rank; none = groups that waste least on padding
+    micro_tokens: int = 8192  # most tokens of such a group
     group_lengths: bool = True  # rows of similar length meet in a batch; the journal's met by chance
     epochs: int = 3  # passes over the training rows
     max_steps: int | None = None  # optimizer steps
@@ -65,13 +65,13 @@ class Config:
     lr: float = 5e-4  # peak; about ten times that of full tuning
     min_lr: float = 0.0  # at the end of the schedule
     warmup: float = 0.05  # fraction of all steps
-    schedule: Literal["linear", "cosine", "constant"] = "cosine"
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"  # of the rate, behind the warm-up
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
     weight_decay: float = 0.0  # of A and B
     clip: float | None = 1.0  # global gradient norm; none = off
     skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
     dtype: core.Dtype = "auto"  # auto: bf16 on a card (or fp16), else fp32, which untyped is tf32 on a card
-    compile: bool = False
+    compile: bool = False  # the blocks, by torch.compile
     seed: int = 0  # of order, dropout and fresh weights
     # evaluation and logging
     eval_batch: int = 32  # rows per evaluation step, over all ranks; so many on each rank when answering
@@ -92,13 +92,13 @@ class Config:
     plain_blocks: int = 50  # of max_length tokens; 0 = none
     prompt: str | None = None  # in mode ask: an instruction; none = a prompt loop
     # run
-    mode: Literal["train", "ask", "export"] = "train"
+    mode: Literal["train", "ask", "export"] = "train"  # ask, or export for peft
     run_folder: str | None = None  # the one that is asked, or that export writes into; none = the newest
     out: str | None = None  # none = runs/run_lora below the current folder
     tag: str | None = None  # none = the preset's name
     resume_timestamp: str | None = None  # a timestamp, latest, or auto (resume, skip if finished, else start)
     resume_step: int | None = None  # an older checkpoint than the newest
-    backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"
+    backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"  # auto: nccl, xccl, or gloo on CPUs
 
 
 # Some 12,000 training rows, multiplier and A as in the code that the journal's came from. Not repeated: there

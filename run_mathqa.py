@@ -63,7 +63,7 @@ class Config:
     text_tokens: int | None = None  # of training text, the first ones; none = all
     tokenizer: str = "gpt2"  # Hub id, folder, chars, bytes, bpe:<size>
     val_share: float = 0.0005  # of the text's documents
-    test_share: float = 0.0005
+    test_share: float = 0.0005  # of the text, for the end
     split_seed: int = 42  # the same rows and documents for every seed
     block_size: int = 512  # tokens of context
     # model
@@ -71,7 +71,7 @@ class Config:
     n_head: int = 16  # heads of attention
     n_embd: int = 1024  # width
     vocab_multiple: int = 64  # the embedding's rows are rounded up to it
-    dropout: float = 0.0
+    dropout: float = 0.0  # share of activations set to 0 in training
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory
     init_from: str | None = None  # a run, a GPT-2 or Llama folder, new; none = the newest pretraining run
     init_step: int | None = None  # a checkpoint of that run; none = the one it was tested with
@@ -88,28 +88,28 @@ class Config:
     pretrain_max_steps: int | None = None  # the shorter of these two ends the stage
     pretrain_max_minutes: float | None = 180.0  # of training, over resumes
     pretrain_lr: float = 8e-4  # peak
-    pretrain_min_lr: float = 0.0
+    pretrain_min_lr: float = 0.0  # at the end of the schedule
     pretrain_warmup: float = 0.3  # fraction of all steps; of one_cycle its rise
-    pretrain_schedule: Literal["linear", "cosine", "constant", "one_cycle"] = "one_cycle"
-    pretrain_optimizer: Literal["adamw", "lion", "sgd"] = "adamw"
-    pretrain_weight_decay: float = 0.1
+    pretrain_schedule: Literal["linear", "cosine", "constant", "one_cycle"] = "one_cycle"  # of the rate
+    pretrain_optimizer: Literal["adamw", "lion", "sgd"] = "adamw"  # sgd: momentum 0.9
+    pretrain_weight_decay: float = 0.1  # of matrices
     pretrain_eval_every: int | None = 2000  # steps; none = each epoch
     pretrain_save_every: int | None = 500  # steps; none = at each evaluation, before it
     # optimisation; what has no pretrain_... above serves both stages
     batch: int = 128  # rows (or packs) per optimizer step, over all ranks
-    micro_batch: int | None = None  # per forward and rank; none = groups that waste least on padding,
-    micro_tokens: int = 16384  # of so many tokens each at most
+    micro_batch: int | None = None  # per forward and rank; none = groups that waste least on padding
+    micro_tokens: int = 16384  # most tokens of such a group
     group_lengths: bool = True  # rows of similar length meet in a batch
     epochs: int | None = None  # passes over the training rows
     max_steps: int | None = None  # the shortest of these three ends it
     max_minutes: float | None = 60.0  # of training, over resumes
     lr: float = 5e-5  # peak; adapters want ten times it, Lion a third to a tenth
-    min_lr: float = 0.0
+    min_lr: float = 0.0  # at the end of the schedule
     warmup: float = 0.05  # fraction of all steps
-    schedule: Literal["linear", "cosine", "constant", "one_cycle"] = "cosine"
+    schedule: Literal["linear", "cosine", "constant", "one_cycle"] = "cosine"  # of the rate
     cycle_beta1: bool = True  # one_cycle moves beta1 between 0.95 and 0.85, against the rate
-    optimizer: Literal["adamw", "lion", "sgd"] = "adamw"
-    beta1: float = 0.9
+    optimizer: Literal["adamw", "lion", "sgd"] = "adamw"  # sgd: momentum 0.9
+    beta1: float = 0.9  # of Adam: how fast the mean forgets
     beta2: float = 0.95  # of Lion 0.99 is usual
     weight_decay: float = 0.1  # of matrices but the token embedding; Lion wants three to ten times AdamW's
     clip: float | None = 1.0  # global gradient norm; none = off
@@ -139,13 +139,13 @@ class Config:
     seeds: int = 3  # of each arm: seed, seed + 1, ...
     # run
     # one run of each stage, one stage, many tunings of one base, shares of the time, int4, a Llama folder
-    mode: Literal["both", "pretrain", "finetune", "study", "split", "quantise", "export"] = "both"
+    mode: Literal["both", "pretrain", "finetune", "study", "split", "quantise", "export"] = "both"  # stages
     run_folder: str | None = None  # the run that is quantised or exported
     out: str | None = None  # none = runs/run_mathqa below the current folder
     tag: str | None = None  # none = the preset's name
     resume_timestamp: str | None = None  # of one stage: a timestamp, latest, or auto
     resume_step: int | None = None  # an older checkpoint than the newest
-    backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"
+    backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"  # auto: nccl, xccl, or gloo on CPUs
 
     def __post_init__(self):
         if self.qat != "off" and self.method != "full":

@@ -61,23 +61,23 @@ class Config:
     # optimisation
     batch: int = 32  # rows per optimizer step, over all ranks
     micro_batch: int | None = None  # rows per forward and rank; none = all of the rank's rows
-    epochs: int = 3
+    epochs: int = 3  # passes over the training rows
     max_steps: int | None = None  # optimizer steps (per fold)
     max_minutes: float | None = None  # of training (all folds together), over resumes
     lr: float = 2e-5  # peak
     head_lr: float | None = 2e-4  # peak of the head's; none, or freeze all: lr
     layer_decay: float = 1.0  # of the lr, from each block to the one below it
-    min_lr: float = 0.0
+    min_lr: float = 0.0  # at the end of the schedule
     warmup: float = 0.1  # fraction of all steps
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # of the rate, behind the warm-up
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
     weight_decay: float = 0.01  # of matrices
     swap_augmentation: bool = False  # half of the training rows, drawn anew, with A and B swapped
     clip: float | None = 1.0  # global gradient norm; none = off
     skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
     dtype: core.Dtype = "auto"  # auto: bf16 on a card (or fp16), else fp32, which untyped is tf32 on a card
-    compile: bool = False
-    seed: int = 0
+    compile: bool = False  # the blocks, by torch.compile
+    seed: int = 0  # of weights, order and dropout
     # evaluation and logging
     eval_batch: int = 64  # rows per evaluation step, over all ranks
     eval_every: int | None = None  # steps; none = each epoch
@@ -87,15 +87,15 @@ class Config:
     keep: int = 2  # checkpoints
     log_every: int = 50  # steps
     price_per_hour: float | None = None  # dollars for the whole box
-    note: str = ""
+    note: str = ""  # anything; eval.py --table shows it
     # run
-    mode: Literal["train", "submit"] = "train"
+    mode: Literal["train", "submit"] = "train"  # submit: class shares of test_csv by a finished run
     run_folder: str | None = None  # the one that mode submit uses; none = the newest
     out: str | None = None  # none = runs/run_preference below the current folder
     tag: str | None = None  # none = the preset's name
     resume_timestamp: str | None = None  # a timestamp, latest, or auto (resume, skip if finished, else start)
     resume_step: int | None = None  # an older checkpoint than the newest
-    backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"
+    backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"  # auto: nccl, xccl, or gloo on CPUs
 
     def __post_init__(self):
         if self.symmetric and self.swap_augmentation:

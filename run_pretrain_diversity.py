@@ -55,16 +55,16 @@ class Config:
     streaming: Literal["True", "CacheStream", "False"] = "True"  # or download Hub sets; False: and shuffle
     tokenizer: str = "gpt2"  # of all arms: bpe:<size>, chars, bytes, Hub id or folder
     val_share: float = 0.005  # of each text's documents, by a hash of the document
-    test_share: float = 0.005
+    test_share: float = 0.005  # of the text, for the end
     held_out_tokens: int = 500_000  # so many in val and in test at least, where a text has them
-    split_seed: int = 42
+    split_seed: int = 42  # of what is held out
     block_size: int = 1024  # tokens of context
     # model
     model: Literal["gpt2", "llama"] = "gpt2"  # its shape: GPT-2's, or rotary positions, RMSNorm, SwiGLU
-    n_layer: int = 8
-    n_head: int = 8
-    n_embd: int = 512
-    dropout: float = 0.0
+    n_layer: int = 8  # blocks
+    n_head: int = 8  # attention heads
+    n_embd: int = 512  # width
+    dropout: float = 0.0  # share of activations set to 0 in training
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory
     # optimisation
     batch: int = 64  # blocks per optimizer step, over all ranks
@@ -72,17 +72,17 @@ class Config:
     max_steps: int = 20_000  # with batch and block_size the token pool, the same for every arm
     max_minutes: float | None = None  # of training; a study has none: its arms would differ
     lr: float = 6e-4  # peak
-    min_lr: float = 6e-5
+    min_lr: float = 6e-5  # at the end of the schedule
     warmup: float = 0.02  # fraction of all steps
-    schedule: Literal["linear", "cosine", "constant"] = "cosine"
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    beta1: float = 0.9
-    beta2: float = 0.95
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"  # of the rate, behind the warm-up
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
+    beta1: float = 0.9  # of Adam: how fast the mean forgets
+    beta2: float = 0.95  # of Adam: how fast the squares forget
     weight_decay: float = 0.1  # of matrices
     clip: float | None = 1.0  # global gradient norm; none = off
     skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
     dtype: core.Dtype = "auto"  # auto: bf16 on a card (or fp16), else fp32, which untyped is tf32 on a card
-    compile: bool = False
+    compile: bool = False  # the blocks, by torch.compile
     seed: int = 0  # of weights, order and dropout; the first one of a study
     seeds: int = 3  # of each arm in a study: seed, seed + 1, ...
     # evaluation and logging
@@ -95,7 +95,7 @@ class Config:
     keep: int = 2  # checkpoints
     log_every: int = 50  # steps
     price_per_hour: float | None = None  # dollars for the whole box
-    note: str = ""
+    note: str = ""  # anything; eval.py --table shows it
     # diversity coefficient
     probe: str = "gpt2"  # GPT-2 or Llama folder, Hub id, a run folder, or study: the last arm's first run
     procedure: Literal["clean", "published"] = "clean"  # task2vec.py says how they differ
@@ -107,13 +107,13 @@ class Config:
     fisher_samples: int = 1  # target draws that an embedding averages
     floor_repeats: int = 4  # embeddings of one batch: their distance is the noise floor (of 3 batches)
     # run
-    mode: Literal["study", "train", "cache", "diversity"] = "study"
+    mode: Literal["study", "train", "cache", "diversity"] = "study"  # study: all arms
     dirty: bool = True  # --no-dirty refuses to start with uncommitted changes
     out: str | None = None  # none = runs/run_pretrain_diversity below the current folder
     tag: str | None = None  # none = the preset's name
     resume_timestamp: str | None = None  # of mode train: a timestamp, latest, or auto
     resume_step: int | None = None  # an older checkpoint than the newest
-    backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"
+    backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"  # auto: nccl, xccl, or gloo on CPUs
 
     def __post_init__(self):
         resumes = self.resume_timestamp not in (None, "auto") or self.resume_step is not None

@@ -2,9 +2,12 @@
 
 import csv
 import dataclasses
+import importlib
+import inspect
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -15,6 +18,7 @@ import half_head
 import numpy as np
 import pytest
 import torch
+from ranks import SCRIPTS
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 import core
@@ -444,3 +448,12 @@ def test_intervals_cover_the_truth_95_times_in_100():
         low, high = core.bootstrap(values, prompts, samples=500, seed=trial)[0]
         hits += low <= 1 <= high
     assert 0.935 <= hits / trials <= 0.965
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "eval"])
+def test_help_says_of_every_constant_what_it_is(script):
+    """In one comment on the constant's own line: one that goes on below would be cut off in --help."""
+    config = importlib.import_module(script).Config
+    comments = dict(re.findall(r"^ +(\w+): .*?# (.*)$", inspect.getsource(config), re.M))
+    assert {field.name for field in dataclasses.fields(config)} == comments.keys()
+    assert [name for name, text in comments.items() if text.rstrip().endswith(",") or len(text) < 4] == []
