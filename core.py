@@ -1153,7 +1153,7 @@ def with_dtype(cfg, world):
         dtype = "fp32"
     if dtype == cfg.dtype:
         return cfg
-    why = "fp32 whose factors are rounded to 10 bits" if dtype == "tf32" else "half precision"
+    why = "factors rounded to 10 bits" if dtype == "tf32" else "half precision"
     line = f"dtype {cfg.dtype} is {dtype} on this card ({why}; --dtype fp32 for full precision)"
     if world.device.type == "cpu":
         line = "dtype tf32 is fp32 on a CPU" if cfg.dtype == "tf32" else None
@@ -1396,7 +1396,7 @@ def _slope(logits, bias, y, V):
         except Exception as error:  # no Triton, no C compiler
             _compiled_slope = _eager_slope
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            notes.append(f"NOTE the head is not compiled, which makes a step slower: {reason}")
+            notes.append(f"NOTE the head is not compiled, which is slower: {reason:.50}")
     return _eager_slope(logits, bias, y, V)
 
 

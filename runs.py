@@ -37,12 +37,6 @@ from tqdm import tqdm
 
 import core
 
-SHARED = (  # go to source/ beside core.py and the script
-    *("corpus.py", "encoders.py", "gpt_scratch.py", "lora.py", "pairs.py", "report_card.py", "sft.py"),
-    *("mixture.py", "task2vec.py", "diversity.py", "diversity_report.py"),
-    *("mathqa.py", "mathqa_report.py", "adapters.py", "quantise.py"),
-    *("compare.py", "results.py", "judge.py"),
-)
 MAY_CHANGE = {  # what a flag may tell a resumed run anew: length, cadence, bookkeeping, how it is computed
     *("epochs", "max_steps", "max_minutes", "eval_batch", "eval_every", "final_eval", "save_every", "keep"),
     *("log_every", "price_per_hour", "note", "micro_batch", "micro_tokens", "compile", "answer_rows"),
@@ -1059,8 +1053,16 @@ def changed_constants(stored, now) -> dict[str, dict]:
 
 
 def _sources(script) -> list[Path]:
-    paths = [script, *(core.PROJECT / name for name in ("core.py", "runs.py", *SHARED))]
-    return [path for path in paths if path.exists()]
+    """The files of the project that this process has imported, and the script."""
+    files = {Path(module.__file__).resolve() for module in sys.modules.values() if _has_file(module)}
+    mine = {file for file in files if file.is_relative_to(core.PROJECT) and file.suffix == ".py"}
+    others = {"site-packages", "tests", "benchmarks"}
+    mine = {file for file in mine if not others & set(file.relative_to(core.PROJECT).parts)}
+    return sorted({script.resolve(), *mine})
+
+
+def _has_file(module) -> bool:
+    return bool(getattr(module, "__file__", None))
 
 
 def _versions() -> dict[str, str | None]:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import PROJECT
 from ranks import SCRIPTS, launch, newest, result, run, stopped
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -443,7 +444,8 @@ def test_the_run_folder_is_complete(script, straight, tmp_path):
     assert config["constants"]["note"] == "a word" and config["smoke"] and config["versions"]["torch"]
     names = {path.name for path in folder.iterdir()}
     assert {"config.json", "source", "log.txt", "metrics.jsonl", "tb", "checkpoints", "result.json"} <= names
-    assert {f"{script}.py", "core.py", "runs.py"} <= {path.name for path in (folder / "source").iterdir()}
+    ran = {path.name for path in (folder / "source").iterdir()}
+    assert {f"{script}.py", "core.py", "runs.py"} <= ran <= {path.name for path in PROJECT.glob("*.py")}
     assert len(list(folder.glob("checkpoints/step_*"))) == 2
     keys = {"status", "step", "seconds", "train_seconds", "peak_memory_mb", "parameters", RATE[script]}
     assert keys | {"weights_sha256"} <= set(result())

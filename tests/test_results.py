@@ -341,3 +341,13 @@ def test_the_table_from_the_command_line():
     for name, said in refusals:
         code, out, err = evaluate("--table", *folders, name, "x")
         assert (code, out, len(err.splitlines())) == (2, "", 1) and said in err
+
+
+def test_a_runs_source_is_what_it_imported(tmp_path):
+    """Asked of the process: neither a list of names to forget, nor what other scripts need."""
+    flags = ["--smoke", "--max_documents", "90", "--max_steps", "2", "--out", "out"]
+    subprocess.run([sys.executable, str(PROJECT / "run_preference.py"), *flags], check=True, timeout=300)
+    (folder,) = Path("out").iterdir()
+    names = {path.name for path in (folder / "source").iterdir()}
+    assert {"run_preference.py", "core.py", "runs.py", "pairs.py", "encoders.py", "report_card.py"} <= names
+    assert not {"judge.py", "lora.py", "task2vec.py", "conftest.py", "eval.py"} & names
