@@ -4,7 +4,7 @@
     python eval.py --run RUN gpt2 --data own wikitext.txt rows.json   # several models, several sets
     torchrun --nproc_per_node=4 eval.py --run_folder RUN              # --run is torchrun's own
     python eval.py --mode generate --run gpt2-medium --data RUN/responses.json
-    python eval.py --mode judge --run RUN RUN --judge_model llama3    # Ollama; README has others
+    python eval.py --mode judge --run RUN RUN --judge_model llama3    # Ollama; docs/eval.md: others
     python eval.py --compare RUN RUN ...                              # or presets, tags
     python eval.py --table runs/run_lora --group_by preset --plot
     python eval.py --pack RUN                                         # to copy home
