@@ -435,7 +435,10 @@ def open_text(cfg, world) -> corpus.Tokens:
     try:
         return corpus.open_corpus(corpus_of(cfg), world)
     except core.UserError as error:
-        raise core.UserError(f"--text, --tokenizer: {error}".replace("--help of --data", "docs/gpt_scratch.md")) from None
+        page = str(error).replace(
+            "--help of --data", "docs/gpt_scratch.md"
+        )  # where gpt_scratch.py has its help
+        raise core.UserError(f"--text, --tokenizer: {page}") from None
 
 
 def corpus_of(cfg) -> corpus.Corpus:
