@@ -1054,15 +1054,12 @@ def changed_constants(stored, now) -> dict[str, dict]:
 
 def _sources(script) -> list[Path]:
     """The files of the project that this process has imported, and the script."""
-    files = {Path(module.__file__).resolve() for module in sys.modules.values() if _has_file(module)}
+    names = (getattr(module, "__file__", None) for module in sys.modules.values())
+    files = {Path(name) for name in names if name and Path(name).is_absolute()}  # torch.ops says "_ops.py"
     mine = {file for file in files if file.is_relative_to(core.PROJECT) and file.suffix == ".py"}
     others = {"site-packages", "tests", "benchmarks"}
     mine = {file for file in mine if not others & set(file.relative_to(core.PROJECT).parts)}
     return sorted({script.resolve(), *mine})
-
-
-def _has_file(module) -> bool:
-    return bool(getattr(module, "__file__", None))
 
 
 def _versions() -> dict[str, str | None]:

@@ -351,7 +351,7 @@ def test_a_constant_added_to_a_script_as_a_user_adds_it():
         assert done.returncode == 0, done.stderr
 
     trained("--max_steps", "2", "--tag", "old")
-    line = "    lora_rank: int = 16\n"
+    line = "    lora_rank: int = 16  # columns of B and rows of A\n"
     script.write_text(
         script.read_text().replace(line, f"{line}    label_smoothing: float = 0.0  # a share\n")
     )

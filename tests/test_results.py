@@ -345,8 +345,9 @@ def test_the_table_from_the_command_line():
 
 def test_a_runs_source_is_what_it_imported(tmp_path):
     """Asked of the process: neither a list of names to forget, nor what other scripts need."""
-    flags = ["--smoke", "--max_documents", "90", "--max_steps", "2", "--out", "out"]
-    subprocess.run([sys.executable, str(PROJECT / "run_preference.py"), *flags], check=True, timeout=300)
+    flags = ["--smoke", "--max_documents", "90", "--max_steps", "2", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "run_preference.py", *flags]  # in the project's folder, as its user does
+    subprocess.run(command, check=True, timeout=300, cwd=PROJECT)
     (folder,) = Path("out").iterdir()
     names = {path.name for path in (folder / "source").iterdir()}
     assert {"run_preference.py", "core.py", "runs.py", "pairs.py", "encoders.py", "report_card.py"} <= names
