@@ -168,7 +168,6 @@ def close(terminals, ranks, signals=(), seconds=0.0):
 def take_terminal(name):
     """Makes it the streams and the controlling terminal of this process, which leads a session of its own."""
     os.setsid()
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's deafness would be inherited
     terminal = os.open(name, os.O_RDWR)
     fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
     for stream in (0, 1, 2):
@@ -180,6 +179,7 @@ def take_terminal(name):
 
 def _rank(script, argv, rank, size, port, kill, sent, crash, folder, env, terminal=None, again=None):
     os.chdir(folder)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests run under nohup would pass on that it is ignored
     if terminal:
         take_terminal(terminal)
     else:
