@@ -1039,7 +1039,7 @@ def write_in_handler(text, log=None):
 
     Never raises.
     """
-    for descriptor in (2, *([log.fileno()] if log else [])):
+    for descriptor in (2, *([log.fileno()] if log and not log.closed else [])):
         try:
             os.write(descriptor, text.encode())
         except OSError as error:

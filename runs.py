@@ -62,7 +62,7 @@ class Run:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # what nohup ignores stays ignored
                 self._handlers[number] = signal.signal(number, self._on_signal)
-        self._lock = self._log = self._metrics = self._tensorboard = None
+        self._lock = self._log = self._metrics = self._tensorboard = self.checkpoint = None
         plan = core.on_main(world, lambda: self._plan(cfg))
         self.folder, self.resumed, self.checkpoint = Path(plan["folder"]), plan["resumed"], plan["checkpoint"]
         if plan["finished"]:
