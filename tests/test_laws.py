@@ -91,13 +91,17 @@ AUTO = ("--resume_timestamp", "auto")
 
 
 def on_every_script(*cases):
-    """Each case on each script. CI runs all of them; the default set each case on one script, in turn."""
-    first = next(_uses)
-    return [
-        pytest.param(script, *case, marks=[] if (first + n) % len(SCRIPTS) == i else [pytest.mark.slow])
-        for i, script in enumerate(SCRIPTS)
-        for n, case in enumerate(cases)
-    ]
+    """Parameters (script, *case). Of three and more cases a script gets every other one: each case runs on
+    three scripts. CI runs them all, the default set each case on one script, in turn."""
+    first, params = next(_uses), []
+    for n, case in enumerate(cases):
+        scripts = SCRIPTS if len(cases) < 3 else SCRIPTS[n % 2 :: 2]
+        default = scripts[(first + n) % len(scripts)]
+        params += [
+            pytest.param(script, *case, marks=[] if script == default else [pytest.mark.slow])
+            for script in scripts
+        ]
+    return params
 
 
 _uses = itertools.count()
