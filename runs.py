@@ -1054,8 +1054,11 @@ def changed_constants(stored, now) -> dict[str, dict]:
 
 def _sources(script) -> list[Path]:
     """The files of the project that this process has imported, and the script."""
-    names = (getattr(module, "__file__", None) for module in sys.modules.values())
-    files = {Path(name) for name in names if name and Path(name).is_absolute()}  # torch.ops says "_ops.py"
+    # by __dict__: asking a lazy module for an attribute would import what it stands for
+    names = (
+        vars(module).get("__file__") for module in list(sys.modules.values()) if hasattr(module, "__dict__")
+    )
+    files = {Path(name) for name in names if name and Path(name).is_absolute()}
     mine = {file for file in files if file.is_relative_to(core.PROJECT) and file.suffix == ".py"}
     others = {"site-packages", "tests", "benchmarks"}
     mine = {file for file in mine if not others & set(file.relative_to(core.PROJECT).parts)}
