@@ -1155,8 +1155,8 @@ def with_dtype(cfg, world):
         return cfg
     why = "factors rounded to 10 bits" if dtype == "tf32" else "half precision"
     line = f"dtype {cfg.dtype} is {dtype} on this card ({why}; --dtype fp32 for full precision)"
-    if world.device.type == "cpu":
-        line = "dtype tf32 is fp32 on a CPU" if cfg.dtype == "tf32" else None
+    if dtype == "fp32":
+        line = f"dtype tf32 is fp32 on this {world.device.type}" if cfg.dtype == "tf32" else None
     flags = given.flags - {"dtype"} if cfg.dtype == "auto" else given.flags  # auto asks for nothing
     given = dataclasses.replace(given, chosen=line)
     return with_flags(dataclasses.replace(cfg, dtype=dtype), given, flags)

@@ -61,7 +61,9 @@ def test_what_was_chosen_is_one_line_and_on_a_cpu_none(native):
     assert "dtype fp32 is tf32" in core.typed(settled("--preset", "full")).chosen
     assert core.typed(settled("--dtype", "bf16")).chosen is None
     assert core.typed(settled(world=CPU)).chosen is None
-    assert core.typed(settled("--dtype", "tf32", world=CPU)).chosen == "dtype tf32 is fp32 on a CPU"
+    xpu = World(device=torch.device("xpu", 0))
+    assert core.typed(settled("--dtype", "tf32", world=xpu)).chosen == "dtype tf32 is fp32 on this xpu"
+    assert core.typed(settled("--dtype", "tf32", world=CPU)).chosen == "dtype tf32 is fp32 on this cpu"
 
 
 def test_auto_on_the_command_line_asks_a_resumed_run_for_nothing(native):
