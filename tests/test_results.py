@@ -188,15 +188,15 @@ class Resumed:
 
 def test_a_resume_records_which_constants_and_files_are_not_those_it_began_with():
     stored = {"epochs": 3, "lr": 0.1, "lost": 1, "tag": "x", "arms": ["a"]}
-    Path("run_lora.py").write_text("x = 2\n")
-    began = {"source/run_lora.py": "x = 1\n", "source/core.py": (PROJECT / "core.py").read_text()}
+    Path("run_other.py").write_text("x = 2\n")
+    began = {"source/run_other.py": "x = 1\n", "source/core.py": (PROJECT / "core.py").read_text()}
     folder = Path(make_run("a", config={"constants": stored, "resumes": []}, files=began))
-    run = SimpleNamespace(folder=folder, resumed=True, position={"step": 7}, script=Path("run_lora.py"))
+    run = SimpleNamespace(folder=folder, resumed=True, position={"step": 7}, script=Path("run_other.py"))
     run.world, run.cfg, run.say = core.World(), Resumed(), print
     runs._write_provenance(run)
     (entry,) = runs.read_config(folder)["resumes"]
     wanted = {"epochs": {"was": 3, "is": 6}, "lost": {"was": 1}, "label_smoothing": {"is": 0.0}}
-    assert (entry["step"], entry["changed"], entry["other_code"]) == (7, wanted, ["run_lora.py"])
+    assert (entry["step"], entry["changed"], entry["other_code"]) == (7, wanted, ["run_other.py"])
 
 
 def test_runs_are_sorted_with_ties_kept_and_unfinished_ones_say_how_far_they_came():
