@@ -13,16 +13,12 @@ What is measured on other data than a run's own stands in a folder below runs/ev
 --compare, --table and --mode judge take like a run.
 """
 
-import contextlib
 import functools
 import hashlib
 import importlib
-import io
 import json
 import os
-import shutil
 import sys
-import tarfile
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -31,19 +27,14 @@ from typing import Literal
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-import compare
 import core
-import corpus
-import judge
-import lora
-import other_data
-import pairs
-import quantise
-import report_card
-import results
-import runs
-import sft
-import theirs
+from lab.compare import facts, grades, judge, other_data, plots, responses, sides, tables
+from lab.compare.facts import find, read_all
+from lab.data import cache, columns, instructions
+from lab.data.text import text_files
+from lab.measure import answers, preference, tuning
+from lab.models import int4, pretrained
+from lab.run import checkpoints, pack
 
 
 @dataclass(frozen=True)
@@ -91,9 +82,6 @@ class Config:
             raise core.UserError("--pairwise belongs to --mode judge")
 
 
-SCRIPTS = (  # whose runs are known
-    *("run_preference", "gpt_scratch", "run_instruct", "run_lora", "run_pretrain_diversity", "run_mathqa"),
-)
 MODEL = {
     "run_folder",
     "data",
@@ -150,7 +138,7 @@ class Subject:
     @property
     def facts(self) -> dict:
         """What a run noted of its data; of a plain model nothing."""
-        return runs.read_config(self.name)["facts"] if self.script else {}
+        return core.read_config(self.name)["facts"] if self.script else {}
 
     def load(self, cfg, world):
         """(constants, language model, tokenizer), on its device."""
@@ -162,7 +150,7 @@ class Subject:
         return replace(stored, eval_batch=cfg.eval_batch or stored.eval_batch), model, tokenizer
 
     def _plain(self, cfg, world):
-        model, tokenizer = core.main_first(world, lambda: theirs.open_plain(self.name))
+        model, tokenizer = core.main_first(world, lambda: pretrained.open_any(self.name))
         if tokenizer.eos_token_id is None:
             raise core.UserError(f"tokenizer of {self.name} has no end-of-text token: use a language model's")
         if (chosen := core.typed(cfg).chosen) and world.is_main:  # a run has a dtype of its own
@@ -182,8 +170,8 @@ def subjects(cfg, world) -> list[Subject]:
 
 def newest(root, needed) -> str:
     """The newest finished training run below `root` whose folder holds `needed`."""
-    folders = [path.parent for script in SCRIPTS for path in (root / script).glob(f"*/{needed}")]
-    finished = [facts for facts in results.read_all(folders) if facts.result.get("test_checkpoints")]
+    folders = [path.parent for script in core.SCRIPTS for path in (root / script).glob(f"*/{needed}")]
+    finished = [facts for facts in read_all(folders) if facts.result.get("test_checkpoints")]
     if not finished:
         raise core.UserError(f"no finished run with {needed} in {root}: name one by --run, or make one")
     return str(max((facts.folder for facts in finished), key=lambda folder: folder.name))
@@ -198,7 +186,7 @@ def subject(name) -> Subject:
         raise core.UserError(f"no such folder: {name}")
     if folder.is_file():
         raise core.UserError(f"{name} is a file: name a run's folder, or a model")
-    if quantise.is_quantised(folder):
+    if int4.is_quantised(folder):
         return Subject(str(folder))
     if not (folder / "config.json").exists():
         if folder.exists():
@@ -206,7 +194,7 @@ def subject(name) -> Subject:
             hint = f": name one of its runs, e.g. {folder / inside[-1]}" if inside else ""
             raise core.UserError(f"{name} is neither a run nor a model: it has no config.json{hint}")
         return Subject(name)  # of the Hub
-    stored = runs.read_config(folder)
+    stored = core.read_config(folder)
     if "model_type" in stored:
         return Subject(str(folder))
     if (script := stored.get("script")) == "eval":
@@ -214,22 +202,22 @@ def subject(name) -> Subject:
         raise core.UserError(
             f"{name} holds what eval.py found: name the model, {measured}, to measure it again"
         )
-    if script not in SCRIPTS:
+    if script not in core.SCRIPTS:
         maker = script or "an unknown program"
-        raise core.UserError(f"{name} was made by {maker}: use a run of {', '.join(SCRIPTS)}")
+        raise core.UserError(f"{name} was made by {maker}: use a run of {', '.join(core.SCRIPTS)}")
     return Subject(str(folder), script)
 
 
 def weights_note(folder) -> str | None:
     """A sentence where a run's weights are not the ones that it was tested with."""
-    result = results.read(folder).result
+    result = facts.read(folder).result
     tested = result.get("test_checkpoints", [])
     if not tested:
         status = result.get("status", "not finished")
-        return f"{folder} is {status}: its newest whole checkpoint, {runs.chosen_checkpoint(folder)}, is used"
-    reason = runs.broken(Path(folder) / "checkpoints" / tested[0])
+        return f"{folder} is {status}: its newest whole checkpoint, {core.chosen_checkpoint(folder)}, is used"
+    reason = checkpoints.broken(Path(folder) / "checkpoints" / tested[0])
     if reason and len(tested) == 1:
-        used = runs.chosen_checkpoint(folder)
+        used = core.chosen_checkpoint(folder)
         return f"WARNING checkpoint {tested[0]} is broken ({reason}): {used} is used, figures may differ"
     return None
 
@@ -270,7 +258,7 @@ def measure(cfg, world, say, poll):
             one.loaded = None  # its memory is the next one's
     if len(found) > 1:
         headers = dict.fromkeys(header for row in found for header in row)
-        say("\n" + results.markdown({header: [row.get(header, "") for row in found] for header in headers}))
+        say("\n" + tables.markdown({header: [row.get(header, "") for row in found] for header in headers}))
     if failed:
         raise core.UserError(f"{len(failed)} of {len(failed) + len(found)} failed, first {failed[0]}")
 
@@ -309,10 +297,10 @@ def measure_own(one, cfg, world, say, poll) -> dict:
             say(f"  {part:4}  {said(metrics)}")
             last, shown = part, metrics
     if one.is_preference:
-        where = "out of fold" if runs.read_config(one.name)["constants"]["folds"] else last
-        for line in report_card.card_lines(shown, where, list(pairs.LABELS)):
+        where = "out of fold" if core.read_config(one.name)["constants"]["folds"] else last
+        for line in preference.card_lines(shown, where, list(columns.LABELS)):
             say(line)
-    same, sentence = agreement(found, results.read(one.name).result)
+    same, sentence = agreement(found, facts.read(one.name).result)
     say(f"  {sentence}")
     if same:
         core.on_main(world, lambda: core.write_lines(Path(one.name) / name, lines))
@@ -337,7 +325,7 @@ def agreement(found, stored) -> tuple[bool, str]:
 def measure_other(one, data, cfg, world, say, poll) -> dict:
     """Other data: into a folder below runs/eval/ that looks like a run's."""
     began, folder = time.time(), other_folder(one, data, cfg)
-    core.on_main(world, lambda: str(runs.prepared(folder.parent)))
+    core.on_main(world, lambda: str(core.prepared(folder.parent)))
     if one.is_preference:
         kind, found = "preference", measure_pairs(one, data, cfg, world, poll)
     else:
@@ -356,7 +344,7 @@ def measure_other(one, data, cfg, world, say, poll) -> dict:
     for line in [said(found.metrics), *found.lines]:
         say(f"  {line}")
     if one.is_preference:
-        for line in report_card.card_lines(found.metrics, "rows", list(pairs.LABELS)):
+        for line in preference.card_lines(found.metrics, "rows", list(columns.LABELS)):
             say(line)
     say(f"  written: {folder}")
     return found.metrics
@@ -371,7 +359,7 @@ def measure_pairs(one, data, cfg, world, poll) -> other_data.Measured:
 
 def other_folder(one, data, cfg) -> Path:
     """runs/eval/<model>-<data>-<hash of their paths and of what the figures depend on>."""
-    words = "-".join(results.slug(Path(name).name) for name in (one.name, data))
+    words = "-".join(tables.slug(Path(name).name) for name in (one.name, data))
     known = [str(Path(name).resolve()) if Path(name).exists() else name for name in (one.name, data)]
     known += [getattr(cfg, name) for name in ("max_documents", "text_column", "context", "stride")]
     known += [] if one.script else [cfg.template, cfg.max_length, cfg.dtype]
@@ -382,8 +370,8 @@ def other_folder(one, data, cfg) -> Path:
 def about(one, kind, constants, world) -> dict:
     """config.json of a folder below runs/eval/."""
     config = {"script": "eval", "kind": kind, "constants": constants, "facts": {}, "preset": None}
-    config |= {"command": " ".join(sys.argv), "device": runs.device_name(world), "git": runs.git_state()}
-    return config | ({"checkpoint": runs.chosen_checkpoint(one.name)} if one.script else {})
+    config |= {"command": " ".join(sys.argv), "device": core.device_name(world), "git": core.git_state()}
+    return config | ({"checkpoint": core.chosen_checkpoint(one.name)} if one.script else {})
 
 
 def write_folder(folder, config, result, file):
@@ -413,17 +401,17 @@ def generate(cfg, world, say, poll):
 
 def answer(one, data, cfg, world, say, poll):
     folder = Path(one.name) if data == "own" else other_folder(one, data, cfg)
-    core.on_main(world, lambda: str(runs.prepared(folder)))
+    core.on_main(world, lambda: str(core.prepared(folder)))
     stored, model, tokenizer = one.load(cfg, world)
     most = cfg.max_new_tokens or getattr(stored, "max_new_tokens", None) or LONGEST
     rows, prompts = core.main_first(world, lambda: prompts_of(one, data, stored, tokenizer, cfg))
-    model = lora.merge_lora(model) if one.script == "run_lora" else model
+    model = core.merge_lora(model) if one.script == "run_lora" else model
     room = max(map(len, prompts)) + most - model.config.block_size
     if room > 0:
         size = f"the model's {model.config.block_size}"
         say(f"the longest prompt and its answer are {room} tokens over {size}: its beginning is forgotten")
     batch = stored.eval_batch * world.size
-    texts = sft.answers(model, tokenizer, prompts, most, batch, world, poll)
+    texts = answers.answers(model, tokenizer, prompts, most, batch, world, poll)
     rows = [row | {"model_response": text} for row, text in zip(rows, texts, strict=True)]
     core.on_main(world, lambda: write_answers(folder, one, data, cfg, rows, most, world))
     empty = sum(not text for text in texts)
@@ -453,11 +441,11 @@ def prompts_of(one, data, stored, tokenizer, cfg) -> tuple[list[dict], list[list
     if data == "own":
         if one.script not in ("run_instruct", "run_lora"):
             raise core.UserError(f"{one.name} has no instruction rows of its own: name some by --data")
-        rows = sft.own_data(stored, core.World(), tokenizer, one.facts)
-        test = sft.examples_of(rows, stored)[0]["test"].rows
+        rows = tuning.own_data(stored, core.World(), tokenizer, one.facts)
+        test = instructions.examples_of(rows, stored)[0]["test"].rows
         return [rows.columns(row) for row in test], [rows.prompt(row) for row in test]
-    if corpus.text_files(data):
-        lines = [line for file in corpus.text_files(data) for line in read_text(file).splitlines()]
+    if text_files(data):
+        lines = [line for file in text_files(data) for line in read_text(file).splitlines()]
         rows = [{"instruction": line, "input": "", "output": ""} for line in lines if line.strip()]
         rows = rows[: cfg.max_documents]
         prompts = [row["instruction"] for row in rows]
@@ -466,7 +454,7 @@ def prompts_of(one, data, stored, tokenizer, cfg) -> tuple[list[dict], list[list
         core.require_columns(rows, ("instruction",), data)
         template = getattr(stored, "template", cfg.template)
         numbered = enumerate(rows, start=1)
-        prompts = [sft.prompt_text(*asked(row, number, data), template) for number, row in numbered]
+        prompts = [instructions.prompt_text(*asked(row, number, data), template) for number, row in numbered]
     if not rows:
         raise core.UserError(f"{data} has no prompts: use instruction rows, or text, one prompt a line")
     return rows, [tokenizer(text, **other_data.AS_TEXT).input_ids for text in prompts]
@@ -482,7 +470,7 @@ def read_text(path) -> str:
 def asked(row, number, data) -> tuple[str, str]:
     """(instruction, input) of a row; UserError where it has none."""
     texts = [row.get(name) or "" for name in ("instruction", "input")] if isinstance(row, dict) else [""]
-    if not all(isinstance(text, str) and core.is_clean(text) for text in texts) or not texts[0].strip():
+    if not all(isinstance(text, str) and cache.is_clean(text) for text in texts) or not texts[0].strip():
         raise core.UserError(f"{data}: row {number} has no usable instruction: mend or remove it")
     return texts[0].strip(), texts[1].strip()
 
@@ -494,16 +482,16 @@ def judge_answers(cfg, say):
     """Grades of each --run's responses.json (or such a file) into judged.json beside it; or a duel of two."""
     names = cfg.run_folder or (newest(root(cfg), "responses.json"),)
     paths = [path if (path := Path(name)).is_file() else path / "responses.json" for name in names]
-    rows, asked = [judge.read_responses(path) for path in paths], judge.make_judge(cfg)
+    rows, asked = [responses.read_responses(path) for path in paths], judge.make_judge(cfg)
     if cfg.pairwise:
         return duel(cfg, names, paths, rows, asked, say)
     for name, path, some in zip(names, paths, rows, strict=True):
         before, found = asked.asked, judge.score(asked, some, cfg.judge_repeats)
-        for line in judge.lines_of_score(name, found):
+        for line in grades.lines_of_score(name, found):
             say(line)
         target = path.with_name(judged_name(path)).with_suffix(".json")
         found["responses_sha256"] = core.sha256_file(path)  # tomorrow's answers may be others
-        core.write_json(target, results.read_judged(target) | {cfg.judge_model: found})
+        core.write_json(target, facts.read_judged(target) | {cfg.judge_model: found})
         say(f"  written: {target}; {asked.asked - before} questions were asked, the others known")
 
 
@@ -516,26 +504,26 @@ def judged_name(path) -> str:
 def duel(cfg, names, paths, rows, asked, say):
     if len(names) != 2:
         raise core.UserError(f"--pairwise compares two, not {len(names)}: name both by --run")
-    folder = runs.prepared(cfg.out or root(cfg) / "compare")
+    folder = core.prepared(cfg.out or root(cfg) / "compare")
     found = judge.duel(asked, *rows, cfg.judge_repeats)
-    for line in judge.lines_of_duel(*names, found):
+    for line in grades.lines_of_duel(*names, found):
         say(line)
     words = [cfg.judge_model, *(path.parent.name or path.stem for path in paths)]
-    target = folder / f"duel_{'_'.join(map(results.slug, words))}.json"
+    target = folder / f"duel_{'_'.join(map(tables.slug, words))}.json"
     core.write_json(target, {"sides": list(names), **found})
     say(f"written: {target}")
 
 
 def compare_runs(cfg, say):
     """--compare: constants, verdicts, answers side by side; compare.md, compare.json and answers.md."""
-    all_sides = compare.sides(cfg.compare, root(cfg))
-    folder = runs.prepared(Path(cfg.out or root(cfg) / "compare") / compare.folder_name(all_sides))
+    all_sides = sides.sides(cfg.compare, root(cfg))
+    folder = core.prepared(Path(cfg.out or root(cfg) / "compare") / sides.folder_name(all_sides))
     for stale in ("answers.md", "curves.png"):  # of an earlier call
         (folder / stale).unlink(missing_ok=True)
-    head = compare.constants_table(all_sides)
-    lines, figures = compare.report(all_sides)
+    head = sides.constants_table(all_sides)
+    lines, figures = sides.report(all_sides)
     say("\n".join([head, "", *lines]))
-    answers = compare.side_by_side(all_sides, cfg.answer_rows)
+    answers = sides.side_by_side(all_sides, cfg.answer_rows)
     texts = {"compare.md": "\n".join(["# Comparison", "", head, "", *lines, ""]), "answers.md": answers}
     for name, text in texts.items():
         if text:
@@ -543,21 +531,21 @@ def compare_runs(cfg, say):
                 file.write(text)
     core.write_json(folder / "compare.json", figures)
     if cfg.plot:
-        results.draw(compare.runs_of(all_sides), folder / "curves.png")
+        plots.draw(sides.runs_of(all_sides), folder / "curves.png")
     say(f"written: {folder}/ ({', '.join(sorted(path.name for path in folder.iterdir()))})")
     if not answers and any(
-        facts.folder.joinpath("responses.json").exists() for facts in compare.runs_of(all_sides)
+        facts.folder.joinpath("responses.json").exists() for facts in sides.runs_of(all_sides)
     ):
         say("no answers side by side: not all sides have answers to the same prompts (--mode generate)")
 
 
 def tabulate(cfg, say):
     """--table: Markdown to the terminal and table.md, curves.png, and TensorBoard's page of constants."""
-    found = results.find(cfg.table)
-    results.check_names(found, cfg.group_by, cfg.sort)
+    found = find(cfg.table)
+    tables.check_names(found, cfg.group_by, cfg.sort)
     where = "-".join(dict.fromkeys(facts.folder.resolve().parent.name for facts in found))
-    folder = runs.prepared(cfg.out or root(cfg) / "tables" / where)
-    text = results.grouped(found, cfg.group_by, cfg.sort) if cfg.group_by else results.table(found, cfg.sort)
+    folder = core.prepared(cfg.out or root(cfg) / "tables" / where)
+    text = tables.grouped(found, cfg.group_by, cfg.sort) if cfg.group_by else tables.table(found, cfg.sort)
     say(text)
     by = "_by_" + "_".join(cfg.group_by) if cfg.group_by else ""
     with core.whole_file(folder / f"table{by}.md") as file:
@@ -566,84 +554,11 @@ def tabulate(cfg, say):
     if cfg.plot and not any(facts.metrics for facts in found):
         say("no curves: none of these has logged any")
     elif cfg.plot:
-        results.draw(found, folder / f"curves{by}.png", cfg.group_by)
+        plots.draw(found, folder / f"curves{by}.png", cfg.group_by)
         say(f"written: {folder}/curves{by}.png")
-    if written := results.write_hparams(found):
+    if written := plots.write_hparams(found):
         where = os.path.relpath(os.path.commonpath([facts.folder.resolve().parent for facts in found]))
         say(f"{written} runs on TensorBoard's HPARAMS page: tensorboard --logdir {where}")
-
-
-# -------------------------------------------------------------------------------------------------- packing
-
-
-def pack(cfg, say):
-    """--pack: <run>.tar.gz in the current folder: the small files, and the weights a run was tested with."""
-    for name in cfg.pack:
-        folder = Path(name).resolve()
-        config = runs.read_config(folder)
-        if config.get("script") not in SCRIPTS:
-            raise core.UserError(f"{name} is no run: name a run folder")
-        kept, out = packed_checkpoints(folder), runs.prepared(cfg.out or ".")
-        if missing := set(results.read(folder).result.get("test_checkpoints", ["none"])) - set(kept):
-            say(f"WARNING its tested weights ({', '.join(missing)}) are not whole: they are not inside")
-        target = out / f"{folder.name}.tar.gz"
-        small = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
-        small = [path for path in small if path.relative_to(folder).parts[0] != "checkpoints"]
-        whole = [folder / "checkpoints" / name / "model.safetensors" for name in kept]
-        needed = sum(path.stat().st_size for path in (*small, *whole))
-        if (free := shutil.disk_usage(out).free) < 1.02 * needed + 1e6:
-            room = f"{out} has {free / 1e6:.0f} MB free, the archive needs {needed / 1e6:.0f}"
-            raise core.UserError(f"{room}: free some, or use another --out")
-        with contextlib.closing(runs.locked(folder)):  # refused while the run is written
-            write_archive(target, folder, small, kept)
-        every = sum(path.stat().st_size for path in folder.glob("checkpoints/*/*"))
-        left = (every - sum(path.stat().st_size for path in whole)) / 1e6
-        size, weights = target.stat().st_size / 1e6, f"weights {', '.join(kept) or 'none'}"
-        say(f"{target}  {size:.1f} MB  {len(small)} files, {weights}")
-        say(f"  left out {left:.1f} MB: optimizer state, other checkpoints")
-        if config["script"] == "run_lora":
-            say(f"  its base is not inside: {config['constants']['model']}")
-        say(f"  at home, in the project's folder: tar xzf {target.name}")
-
-
-def packed_checkpoints(folder) -> list[str]:
-    """Those that the run was tested with, or the newest whole one; none where there is none."""
-    tested = results.read(folder).result.get("test_checkpoints", [])
-    whole = [name for name in tested if runs.broken(folder / "checkpoints" / name) is None]
-    if whole and len(whole) == len(tested):
-        return list(dict.fromkeys(whole))
-    with contextlib.suppress(core.UserError):
-        return [runs.chosen_checkpoint(folder)]
-    return []
-
-
-def write_archive(target, folder, small, kept):
-    """Under its name only when whole. Each manifest is made anew for what is in the archive."""
-    inside = Path("runs") / folder.parent.name / folder.name
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        # weights hardly shrink: the fastest compression
-        with tarfile.open(aside, "w:gz", compresslevel=1, dereference=True) as archive:
-            for path in small:
-                archive.add(path, inside / path.relative_to(folder))
-            for name in kept:
-                checkpoint, weights = Path("checkpoints") / name, "model.safetensors"
-                position = runs.read_manifest(folder / checkpoint)
-                hashes = {weights: position.pop("files")[weights]}
-                archive.add(folder / checkpoint / weights, inside / checkpoint / weights)
-                manifest = json.dumps(runs.manifest(position, hashes))
-                add_text(archive, inside / checkpoint / "manifest.json", manifest)
-            add_text(archive, inside / runs.PACKED, f"packed {time.ctime()}: no optimizer state, no resume\n")
-        core.flush(aside)
-        os.replace(aside, target)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def add_text(archive, name, text):
-    entry = tarfile.TarInfo(str(name))
-    entry.size, entry.mtime = len(text.encode()), time.time()
-    archive.addfile(entry, io.BytesIO(text.encode()))
 
 
 # ------------------------------------------------------------------------------------------------------ main
@@ -659,10 +574,10 @@ def main(cfg, world):
             terminal.write(f"{text}\n")
             terminal.flush()
 
-    with runs.listening(world) as poll:
+    with core.listening(world) as poll:
         if job in ("measure", "generate"):
             return {"measure": measure, "generate": generate}[job](cfg, world, say, poll)
-        alone = {"judge": judge_answers, "compare": compare_runs, "table": tabulate, "pack": pack}[job]
+        alone = {"judge": judge_answers, "compare": compare_runs, "table": tabulate, "pack": pack.pack}[job]
         core.on_main(world, lambda: alone(cfg, say))  # rank 0's work, the others wait
 
 

@@ -20,8 +20,6 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import core
 import gpt_scratch
-import runs
-import sft
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ SMOKE = {
 
 def build_model(cfg, tokenizer, world):
     """The pretrained GPT; its lowest blocks frozen if cfg says so."""
-    model = sft.build_model(cfg, tokenizer, world)
+    model = core.build_model(cfg, tokenizer, world)
     if cfg.freeze_blocks > len(model.h):
         raise core.UserError(f"--freeze_blocks {cfg.freeze_blocks}: {cfg.model} has {len(model.h)}")
     if cfg.freeze_blocks:
@@ -140,7 +138,7 @@ def build_model(cfg, tokenizer, world):
 
 def stored_config(folder) -> Config:
     """The constants that a run had; those that the script no longer knows are passed over."""
-    stored, known = runs.read_config(folder), {field.name for field in fields(Config)}
+    stored, known = core.read_config(folder), {field.name for field in fields(Config)}
     if stored["script"] != Path(__file__).stem:
         raise core.UserError(f"{folder} is a run of {stored['script']}.py: open it there")
     return Config(**{name: value for name, value in stored["constants"].items() if name in known})
@@ -149,29 +147,29 @@ def stored_config(folder) -> Config:
 def load_model(folder, world):
     """(Config, model, tokenizer) of a run, from its folder alone; the weights it was tested with."""
     cfg = stored_config(folder)
-    model, tokenizer = gpt_scratch.open_model(folder)
+    model, tokenizer = core.open_model(folder)
     return cfg, core.Precision(cfg.dtype, world).prepare(model).eval(), tokenizer
 
 
-evaluate = gpt_scratch.evaluate  # (examples, 3): summed loss, hits, targets of each
+evaluate = core.evaluate  # (examples, 3): summed loss, hits, targets of each
 
 
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
     """The figures of a run's own val and test rows, measured again; losses.jsonl: its name and lines."""
     cfg, model, tokenizer = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
-    return sft.remeasure(model, tokenizer, cfg, runs.read_config(folder)["facts"], world, poll)
+    return core.remeasure(model, tokenizer, cfg, core.read_config(folder)["facts"], world, poll)
 
 
 def train(run, cfg, world) -> dict:
-    s = sft.set_up(run, cfg, world)
+    s = core.set_up(run, cfg, world)
     units, batches, total_steps = s.units, s.batches, s.total_steps
     core.reseed(cfg.seed, "init")
     precision = core.Precision(cfg.dtype, world)
     model = precision.prepare(build_model(cfg, s.data.tokenizer, world))
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay)
     saved = model, optimizer, precision
-    sft.announce(run, cfg, s, model)
+    core.announce(run, cfg, s, model)
     step = run.load(*saved)
     core.on_main(world, lambda: gpt_scratch.describe_model(run.folder, model, s.data.tokenizer))
     if cfg.compile:
@@ -195,7 +193,7 @@ def train(run, cfg, world) -> dict:
     run.poll()
     typical = units.lengths.mean() / units.lengths[worst].mean()
     run.forecast(model, optimizer, total_steps - step, seconds, typical)
-    run.say(sft.describe_example(s.parts["train"]))
+    run.say(core.describe_example(s.parts["train"]))
 
     def where():
         return f"epoch {step / len(batches):.3g}/{cfg.epochs}"
@@ -211,7 +209,7 @@ def train(run, cfg, world) -> dict:
             run.save(step, *saved, must=ends)
         if due and run.state.get("evaluated") != step:
             # without a checkpoint just made, a signal waits until the evaluation is over, and is then saved
-            sft.check(run, cfg, s, model, step, where(), keep_best, run.poll if ends or saves else run.agree)
+            core.check(run, cfg, s, model, step, where(), keep_best, run.poll if ends or saves else run.agree)
         if ends:
             break
         mine, everyone = batches.rank_batch(step), batches.global_batch(step).tolist()
@@ -227,20 +225,20 @@ def train(run, cfg, world) -> dict:
         loss_sum = forward_backward(mine, targets)
         step += 1
         rates = {"lr": lr}
-        facts = functools.partial(sft.autopsy, run, cfg, s, model, everyone, rates)
+        facts = functools.partial(core.autopsy, run, cfg, s, model, everyone, rates)
         odd = run.watch(step, loss_sum, targets, model, facts)
         grad_norm = core.optimizer_step(optimizer, precision, cfg.clip, lr, skip=odd)
         run.step_done(loss_sum, targets, examples=int(units.lengths[everyone].sum()))
         if step % cfg.log_every == 0 or step == total_steps:
-            values = rates | {"grad_norm": grad_norm, **sft.step_facts(units, everyone)}
+            values = rates | {"grad_norm": grad_norm, **core.step_facts(units, everyone)}
             run.log_training(where(), step, total_steps, values)
 
-    sha256, measured = runs.weights_sha256(model), run.checkpoint
+    sha256, measured = core.weights_sha256(model), run.checkpoint
     if cfg.test_weights == "best":
         measured = run.load_best(model)
     optimizer.zero_grad(set_to_none=True)  # makes room for answering
     optimizer.state.clear()
-    return sft.final_figures(run, cfg, s, model, lambda: model, step) | {
+    return core.final_figures(run, cfg, s, model, lambda: model, step) | {
         "weights_sha256": sha256,
         "test_checkpoints": [measured],
         **dict(zip(("parameters", "trainable_parameters"), core.count_parameters(model), strict=True)),
@@ -251,10 +249,10 @@ def one_process(cfg, world):
     """Modes beside train: ask."""
     if world.size > 1:
         raise core.UserError(f"--mode {cfg.mode} runs in one process: start it with python")
-    folder = Path(cfg.run_folder or runs.newest_run(cfg, __file__))
+    folder = Path(cfg.run_folder or core.newest_run(cfg, __file__))
     stored, model, tokenizer = load_model(folder, world)
     asked = replace(stored, prompt=cfg.prompt, max_new_tokens=cfg.max_new_tokens)
-    sft.ask(model, tokenizer, asked)
+    core.ask(model, tokenizer, asked)
 
 
 @record
@@ -262,7 +260,7 @@ def main(cfg, world):
     cfg = core.with_dtype(cfg, world)
     if cfg.mode != "train":
         return one_process(cfg, world)
-    with runs.Run(cfg, world, __file__, unit="tokens") as run:
+    with core.Run(cfg, world, __file__, unit="tokens") as run:
         run.result = train(run, run.cfg, world)
     return run.result
 

@@ -22,11 +22,8 @@ from typing import Literal
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import core
-import corpus
-import gpt_scratch
-import lora
-import runs
-import sft
+from lab.data import tokenizers
+from lab.models import lora
 
 
 @dataclass(frozen=True)
@@ -164,11 +161,11 @@ def build_model(cfg, tokenizer, world, folder):
     """The pretrained GPT, frozen, with adapters: fresh ones, or those of cfg.adapter (a run keeps a copy)."""
     if cfg.adapter and (own := sorted(core.typed(cfg).flags & ADAPTERS_OWN)):
         raise core.UserError(f"--adapter brings its own {', '.join(own)}: drop these flags")
-    model, kept = sft.build_model(cfg, tokenizer, world), Path(folder) / "adapter"
+    model, kept = core.build_model(cfg, tokenizer, world), Path(folder) / "adapter"
     if cfg.adapter:
         lora.load_peft(model, kept if kept.exists() else cfg.adapter, cfg.lora_dropout)
     else:
-        lora.add_lora(
+        core.add_lora(
             model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_scaling, cfg.lora_dropout,
             cfg.lora_targets, cfg.lora_head, cfg.lora_layers, cfg.lora_init,
         )  # fmt: skip
@@ -185,7 +182,7 @@ def keep_for_later(folder, cfg, tokenizer):
 
 def stored_config(folder) -> Config:
     """The constants that a run had; those that the script no longer knows are passed over."""
-    stored, known = runs.read_config(folder), {field.name for field in fields(Config)}
+    stored, known = core.read_config(folder), {field.name for field in fields(Config)}
     if stored["script"] != Path(__file__).stem:
         raise core.UserError(f"{folder} is a run of {stored['script']}.py: open it there")
     return Config(**{name: value for name, value in stored["constants"].items() if name in known})
@@ -193,18 +190,18 @@ def stored_config(folder) -> Config:
 
 def load_model(folder, world):
     """(Config, model, tokenizer) of a run; the adapters it was tested with, on the base it names."""
-    cfg, tokenizer = stored_config(folder), corpus.named_tokenizer(str(Path(folder) / "tokenizer"))
+    cfg, tokenizer = stored_config(folder), tokenizers.named_tokenizer(str(Path(folder) / "tokenizer"))
     core.reseed(cfg.seed, "init")  # tiny:gpt2 is its seed
     model = core.Precision(cfg.dtype, world).prepare(build_model(cfg, tokenizer, world, folder))
-    if runs.state_sha256(lora.base_weights(model)) != runs.read_config(folder)["facts"].get("base_sha256"):
+    if core.state_sha256(core.base_weights(model)) != core.read_config(folder)["facts"].get("base_sha256"):
         raise core.UserError(f"model {cfg.model} is not the one that {folder} was trained on")
-    runs.load_weights(Path(folder) / "checkpoints" / runs.chosen_checkpoint(folder), lora.Adapters(model))
+    core.load_weights(Path(folder) / "checkpoints" / core.chosen_checkpoint(folder), core.Adapters(model))
     return cfg, model.eval(), tokenizer
 
 
 def announce_lora(run, cfg, model):
     """Where the adapters are, how strongly they act, and how far a step can move the output."""
-    layers = lora.adapted(model)
+    layers = core.adapted(model)
     strengths = sorted({layer.multiplier for layer in layers.values()})
     ranks = "/".join(str(rank) for rank in sorted({layer.B.shape[1] for layer in layers.values()}))
     kind = f"alpha {cfg.lora_alpha:g}  scaling {cfg.lora_scaling}"
@@ -220,28 +217,28 @@ def announce_lora(run, cfg, model):
     run.say(f"multiplier {effective}  largest multiplier x lr {strengths[-1] * cfg.lr:.2g}")
 
 
-evaluate = gpt_scratch.evaluate  # (examples, 3): summed loss, hits, targets of each
+evaluate = core.evaluate  # (examples, 3): summed loss, hits, targets of each
 
 
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
     """The figures of a run's own val and test rows, measured again; losses.jsonl: its name and lines."""
     cfg, model, tokenizer = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
-    return sft.remeasure(model, tokenizer, cfg, runs.read_config(folder)["facts"], world, poll)
+    return core.remeasure(model, tokenizer, cfg, core.read_config(folder)["facts"], world, poll)
 
 
 def train(run, cfg, world) -> dict:
-    s = sft.set_up(run, cfg, world)
+    s = core.set_up(run, cfg, world)
     units, batches, total_steps = s.units, s.batches, s.total_steps
     core.reseed(cfg.seed, "init")
     precision = core.Precision(cfg.dtype, world)
     model = precision.prepare(build_model(cfg, s.data.tokenizer, world, run.folder))
-    adapters, base_sha256 = lora.Adapters(model), runs.state_sha256(lora.base_weights(model))
+    adapters, base_sha256 = core.Adapters(model), core.state_sha256(core.base_weights(model))
     run.pin("base_sha256", base_sha256)
-    strength = max(layer.multiplier for layer in lora.adapted(model).values())
+    strength = max(layer.multiplier for layer in core.adapted(model).values())
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay)
     saved = adapters, optimizer, precision
-    sft.announce(run, cfg, s, model)
+    core.announce(run, cfg, s, model)
     announce_lora(run, cfg, model)
     step = run.load(*saved)
     core.on_main(world, lambda: keep_for_later(run.folder, cfg, s.data.tokenizer))
@@ -266,7 +263,7 @@ def train(run, cfg, world) -> dict:
     run.poll()
     typical = units.lengths.mean() / units.lengths[worst].mean()
     run.forecast(adapters, optimizer, total_steps - step, seconds, typical)
-    run.say(sft.describe_example(s.parts["train"]))
+    run.say(core.describe_example(s.parts["train"]))
 
     def where():
         return f"epoch {step / len(batches):.3g}/{cfg.epochs}"
@@ -282,7 +279,7 @@ def train(run, cfg, world) -> dict:
             run.save(step, *saved, must=ends)
         if due and run.state.get("evaluated") != step:
             # without a checkpoint just made, a signal waits until the evaluation is over, and is then saved
-            sft.check(run, cfg, s, model, step, where(), keep_best, run.poll if ends or saves else run.agree)
+            core.check(run, cfg, s, model, step, where(), keep_best, run.poll if ends or saves else run.agree)
         if ends:
             break
         mine, everyone = batches.rank_batch(step), batches.global_batch(step).tolist()
@@ -298,23 +295,23 @@ def train(run, cfg, world) -> dict:
         loss_sum = forward_backward(mine, targets)
         step += 1
         rates = {"lr": lr, "multiplier_lr": strength * lr}
-        facts = functools.partial(sft.autopsy, run, cfg, s, model, everyone, rates)
+        facts = functools.partial(core.autopsy, run, cfg, s, model, everyone, rates)
         odd = run.watch(step, loss_sum, targets, model, facts)
         grad_norm = core.optimizer_step(optimizer, precision, cfg.clip, lr, skip=odd)
         run.step_done(loss_sum, targets, examples=int(units.lengths[everyone].sum()))
         if step % cfg.log_every == 0 or step == total_steps:
-            values = rates | {"grad_norm": grad_norm, **sft.step_facts(units, everyone)}
+            values = rates | {"grad_norm": grad_norm, **core.step_facts(units, everyone)}
             run.log_training(where(), step, total_steps, values)
 
-    if runs.state_sha256(lora.base_weights(model)) != base_sha256:
+    if core.state_sha256(core.base_weights(model)) != base_sha256:
         raise RuntimeError("the base has moved: only adapters may")
     run.say("the base is unchanged (checksum)")
-    sha256, measured = runs.weights_sha256(adapters), run.checkpoint
+    sha256, measured = core.weights_sha256(adapters), run.checkpoint
     if cfg.test_weights == "best":
         measured = run.load_best(adapters)
     optimizer.zero_grad(set_to_none=True)  # makes room for answering
     optimizer.state.clear()
-    return sft.final_figures(run, cfg, s, model, lambda: lora.merge_lora(model), step) | {
+    return core.final_figures(run, cfg, s, model, lambda: core.merge_lora(model), step) | {
         "weights_sha256": sha256,
         "base_sha256": base_sha256,
         "test_checkpoints": [measured],
@@ -326,21 +323,21 @@ def one_process(cfg, world):
     """Modes beside train: ask and export."""
     if world.size > 1:
         raise core.UserError(f"--mode {cfg.mode} runs in one process: start it with python")
-    folder = Path(cfg.run_folder or runs.newest_run(cfg, __file__))
+    folder = Path(cfg.run_folder or core.newest_run(cfg, __file__))
     stored, model, tokenizer = load_model(folder, world)
     asked = replace(stored, prompt=cfg.prompt, max_new_tokens=cfg.max_new_tokens)
     if cfg.mode == "ask":
-        return sft.ask(lora.merge_lora(model), tokenizer, asked)
+        return core.ask(core.merge_lora(model), tokenizer, asked)
     for name in ("base", "merged", "peft"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    gpt_scratch.save_pretrained(lora.merge_lora(model), tokenizer, folder / "merged")
+    core.save_pretrained(core.merge_lora(model), tokenizer, folder / "merged")
     print(f"written: {folder}/merged\nnext: python gpt_scratch.py --mode generate --model {folder}/merged")
     base = stored.model
-    if base.startswith("tiny:") or gpt_scratch.is_run(base) or "lm_head" in lora.adapted(model):
+    if base.startswith("tiny:") or core.is_run(base) or "lm_head" in core.adapted(model):
         # peft needs a base that transformers knows, and merges a head into a tied embedding, too
         base = str((folder / "base").resolve())
-        plain = gpt_scratch.with_weights(model.config, lora.base_weights(model))
-        gpt_scratch.save_pretrained(plain, tokenizer, base)
+        plain = core.with_weights(model.config, core.base_weights(model))
+        core.save_pretrained(plain, tokenizer, base)
     lora.save_peft(model, folder / "peft", base)
     print(f"written: {folder}/peft, adapters for\n  {base}")
 
@@ -350,7 +347,7 @@ def main(cfg, world):
     cfg = core.with_dtype(cfg, world)
     if cfg.mode != "train":
         return one_process(cfg, world)
-    with runs.Run(cfg, world, __file__, unit="tokens") as run:
+    with core.Run(cfg, world, __file__, unit="tokens") as run:
         run.result = train(run, run.cfg, world)
     return run.result
 

@@ -30,17 +30,14 @@ import numpy as np
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-import adapters
 import core
-import corpus
 import gpt_scratch
-import lora
-import mathqa
-import mathqa_report as show
-import quantise
-import results
-import runs
-import sft
+from lab.compare import mathqa_report, tables
+from lab.data import blocks
+from lab.measure import answers, choices, tuning
+from lab.models import int4, loha_lokr
+from lab.run import checkpoints, stored
+from lab.train import optim
 
 ARMS = (  # rates as each kind of tuning wants them; a study of them takes several of each
     *("full", "full,optimizer=lion,lr=1e-5,weight_decay=1,beta2=0.99", "lora,lr=5e-4", "loha,lr=5e-4"),
@@ -214,36 +211,11 @@ SMOKE = {
 FOREVER = 10**9  # steps, where only the clock ends a stage
 
 
-class Lion(torch.optim.Optimizer):
-    """p <- p (1 - lr wd) - lr sign(b1 m + (1 - b1) g); m <- b2 m + (1 - b2) g (Chen et al. 2023).
-
-    One tensor of state for each parameter. Every step is as long as the rate says: a third to a tenth of
-    AdamW's, with a decay as many times higher, since decay is scaled by the rate; for batches of 64 and more.
-    """
-
-    def __init__(self, groups, betas=(0.9, 0.99)):
-        super().__init__(groups, {"lr": 0.0, "betas": betas, "weight_decay": 0.0})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            lr, (beta1, beta2) = group["lr"], group["betas"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if not self.state[p]:
-                    self.state[p]["exp_avg"] = torch.zeros_like(p)
-                m = self.state[p]["exp_avg"]
-                p.mul_(1 - lr * group["weight_decay"])
-                p.add_(m.lerp(p.grad, 1 - beta1).sign_(), alpha=-lr)
-                m.lerp_(p.grad, 1 - beta2)
-
-
 def make_optimizer(cfg, model):
     """Of what trains: made when adapters and quantisation are in place."""
     decay, betas, undecayed = cfg.weight_decay, (cfg.beta1, cfg.beta2), ("wte.weight",)
     if cfg.optimizer == "lion":
-        return Lion(core.parameter_groups(model, decay, undecayed=undecayed), betas)
+        return optim.Lion(optim.parameter_groups(model, decay, undecayed=undecayed), betas)
     return core.make_optimizer(model, cfg.optimizer, decay, betas, undecayed=undecayed)
 
 
@@ -257,7 +229,7 @@ class Stage:
     units: object  # what batches are made of: corpus.Blocks, sft.Examples, sft.Packs
     batches: core.ShardedBatches
     total_steps: int
-    model: gpt_scratch.GPT
+    model: core.GPT
     trained: object  # what checkpoints hold: the model, or its adapters
     precision: core.Precision
     announce: object  # () -> None: says what is about to run, and begins the run
@@ -304,7 +276,7 @@ def fit(run, cfg, world, s) -> dict:
         return sum(loss.item() for loss in losses)
 
     core.reseed(cfg.seed, "worst case")
-    quantise.switch(model, True)
+    int4.switch(model, True)
     worst = batches.longest()[: math.ceil(cfg.batch / world.size)].tolist()
     at_once = cfg.micro_batch or core.length_groups(lengths[worst].tolist(), cfg.micro_tokens)[0]
     seconds = core.worst_case(world, ddp, lambda: forward_backward(worst, 1), optimizer, at_once)
@@ -331,7 +303,7 @@ def fit(run, cfg, world, s) -> dict:
             for name in ("lowest", "evaluated"):  # of another model, so to speak
                 run.state.pop(name, None)
             run.say(f"{where()}  step {step}: int4 weights and int8 activations from here on")
-        quantise.switch(model, quantised)
+        int4.switch(model, quantised)
         due = ends or step % (cfg.eval_every or len(batches)) == 0
         saves = step % cfg.save_every == 0 if cfg.save_every else due
         if ends or (saves and step > 0):
@@ -370,12 +342,12 @@ def fit(run, cfg, world, s) -> dict:
     return found
 
 
-held_out = sft.held_out  # the parts whose figures a run ends with
+held_out = tuning.held_out  # the parts whose figures a run ends with
 
 
 def weights_of(run, cfg, s) -> dict:
     """The final weights' checksum; then the model has the weights that are to be tested."""
-    found = {"weights_sha256": runs.weights_sha256(s.trained), "test_checkpoints": [run.checkpoint]}
+    found = {"weights_sha256": core.weights_sha256(s.trained), "test_checkpoints": [run.checkpoint]}
     if cfg.test_weights == "best":
         found["test_checkpoints"] = [run.load_best(s.trained)]
     return found | dict(
@@ -431,9 +403,9 @@ def flags_of_stage(cfg):
         raise core.UserError(re.sub(rf"--({names})\b", r"--pretrain_\1", str(error))) from None
 
 
-def open_text(cfg, world) -> corpus.Tokens:
+def open_text(cfg, world) -> core.Tokens:
     try:
-        return corpus.open_corpus(corpus_of(cfg), world)
+        return core.open_corpus(corpus_of(cfg), world)
     except core.UserError as error:
         page = str(error).replace(
             "--help of --data", "docs/gpt_scratch.md"
@@ -441,42 +413,42 @@ def open_text(cfg, world) -> corpus.Tokens:
         raise core.UserError(f"--text, --tokenizer: {page}") from None
 
 
-def corpus_of(cfg) -> corpus.Corpus:
-    return corpus.Corpus(
+def corpus_of(cfg) -> core.Corpus:
+    return core.Corpus(
         cfg.text, cfg.tokenizer, cfg.text_column, cfg.text_documents, cfg.val_share, cfg.test_share,
         cfg.split_seed, cfg.text_tokens,
     )  # fmt: skip
 
 
-def new_model(cfg, tokenizer) -> gpt_scratch.GPT:
+def new_model(cfg, tokenizer) -> core.GPT:
     """Rotary positions, SwiGLU, RMSNorm, no biases, tied: journal 004's `noam`."""
     rows = math.ceil(len(tokenizer) / cfg.vocab_multiple) * cfg.vocab_multiple
-    return gpt_scratch.GPT(gpt_scratch.GPTConfig(
+    return core.GPT(core.GPTConfig(
         rows, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, positions="rotary", norm="rmsnorm",
         activation="swiglu", bias=False, qkv_bias=False, dropout=cfg.dropout, checkpointing=cfg.checkpointing,
     ))  # fmt: skip
 
 
-def first_model(cfg, tokenizer, world) -> gpt_scratch.GPT:
+def first_model(cfg, tokenizer, world) -> core.GPT:
     """A new model, or that of cfg.init_from, which goes on reading."""
     if cfg.init_from in (None, "new"):
         return new_model(cfg, tokenizer)
     model, own = open_weights(cfg, world)
     if core.tokenizer_fingerprint(own) != core.tokenizer_fingerprint(tokenizer):
-        tokenizer = gpt_scratch.tokenizer_of(cfg.init_from)
+        tokenizer = core.tokenizer_of(cfg.init_from)
         raise core.UserError(f"--tokenizer {cfg.tokenizer} is not that of {cfg.init_from}: use {tokenizer}")
     if cfg.block_size > (most := model.config.block_size):
         raise core.UserError(f"--block_size {cfg.block_size} is over the {most} of {cfg.init_from}")
     return model
 
 
-def blocks_of(cfg, tokens, part, most=None) -> corpus.Blocks:
+def blocks_of(cfg, tokens, part, most=None) -> core.Blocks:
     """The first `most` blocks of a part; none: all."""
     ids = tokens.parts[part][: None if most is None else most * cfg.block_size + 1]
     if len(ids) < 2:
         share = "" if part == "train" else f" or a larger --{part}_share"
         raise core.UserError(f"{cfg.text} leaves no {part} text: use more documents{share}")
-    return corpus.Blocks(ids, cfg.block_size)
+    return core.Blocks(ids, cfg.block_size)
 
 
 def pretrain(run, cfg, world) -> dict:
@@ -503,11 +475,11 @@ def pretrain(run, cfg, world) -> dict:
         core.on_main(world, lambda: gpt_scratch.describe_model(run.folder, model, tokens.tokenizer))
 
     def check(step, where, keep_best, poll):
-        sums = gpt_scratch.evaluate(model, val, cfg, world, poll)
-        found = core.language_metrics(sums, gpt_scratch.stretches(len(sums)))
+        sums = core.evaluate(model, val, cfg, world, poll)
+        found = core.language_metrics(sums, blocks.stretches(len(sums)))
         if step == 0:
             run.say(f"initial loss {found['loss']:.4f}  ln V {math.log(model.config.vocab_size):.4f}")
-        sft.report_validation(run, step, found, where, keep_best(found["loss"]), len(batches))
+        tuning.report_validation(run, step, found, where, keep_best(found["loss"]), len(batches))
 
     def autopsy(step, lr) -> dict:
         rows = batches.global_batch(step).tolist()
@@ -515,7 +487,7 @@ def pretrain(run, cfg, world) -> dict:
         return {"lr": lr, "rows": rows, "first_row": tokens.tokenizer.decode(first.tolist())}
 
     def describe() -> str:
-        text = gpt_scratch.one_line(tokens.tokenizer.decode(train.tokens[: cfg.block_size].tolist()))
+        text = core.one_line(tokens.tokenizer.decode(train.tokens[: cfg.block_size].tolist()))
         return f"the loss sees, in {train.targets([0])[0]} targets (all but the first token):\n  {text[:96]}"
 
     of_text = announce, check, describe, autopsy
@@ -534,13 +506,13 @@ def pretrain(run, cfg, world) -> dict:
 
 def measure_text(model, tokens, cfg, world, poll) -> tuple[dict, list, list]:
     """Figures of val and test, lines of losses.jsonl, and no answers."""
-    found, sizes = {}, corpus.token_bytes(tokens.tokenizer)
+    found, sizes = {}, core.token_bytes(tokens.tokenizer)
     for part in held_out(cfg):
         blocks = blocks_of(cfg, tokens, part)
-        sums = gpt_scratch.evaluate(model, blocks, cfg, world, poll)
-        metrics = gpt_scratch.measure(sums, blocks, tokens.unigram, sizes)
+        sums = core.evaluate(model, blocks, cfg, world, poll)
+        metrics = core.measure(sums, blocks, tokens.unigram, sizes)
         found |= {f"{part}/{name}": value for name, value in metrics.items()}
-    return found, gpt_scratch.losses(part, sums, blocks, sizes), []
+    return found, core.losses(part, sums, blocks, sizes), []
 
 
 # ------------------------------------------------------------------------------------------------ fine-tuning
@@ -550,18 +522,18 @@ def newest_base(cfg, world) -> str | None:
     """newest_pretraining on all ranks; an error where one was asked for by name."""
     found = core.on_main(world, lambda: newest_pretraining(cfg))
     if cfg.init_from == "newest" and found is None:
-        out = runs.out_folder(cfg, __file__)
+        out = core.out_folder(cfg, __file__)
         raise core.UserError(f"--init_from newest: there is no finished pretraining run in {out}")
     return found
 
 
 def newest_pretraining(cfg) -> str | None:
     """The newest finished run of mode pretrain in cfg.out."""
-    folders = sorted(path.parent for path in runs.out_folder(cfg, __file__).glob("*/result.json"))
+    folders = sorted(path.parent for path in core.out_folder(cfg, __file__).glob("*/result.json"))
     for folder in reversed(folders):
         if (
-            runs.status_of(folder) == "finished"
-            and runs.read_config(folder)["constants"].get("mode") == "pretrain"
+            stored.status_of(folder) == "finished"
+            and core.read_config(folder)["constants"].get("mode") == "pretrain"
         ):
             return str(folder)
     return None
@@ -569,9 +541,9 @@ def newest_pretraining(cfg) -> str | None:
 
 def is_own_pretraining(name) -> bool:
     """Whether cfg.init_from is a run of this script's first stage, whose text is in the token cache."""
-    if not gpt_scratch.is_run(name):
+    if not core.is_run(name):
         return False
-    config = runs.read_config(name)
+    config = core.read_config(name)
     return config["script"] == Path(__file__).stem and config["constants"]["mode"] == "pretrain"
 
 
@@ -582,19 +554,19 @@ def open_weights(cfg, world):
         raise core.UserError(f"--init_from {name} is a file: use a run's folder")
     if name.count("/") > 1 and not Path(name).exists():
         raise core.UserError(f"--init_from {name} is not there; paths count from where the run was started")
-    if (Path(name) / "checkpoints").is_dir() and not gpt_scratch.is_run(name):
+    if (Path(name) / "checkpoints").is_dir() and not core.is_run(name):
         raise core.UserError(f"--init_from {name} holds adapters only: --mode export merges them")
-    opened = functools.partial(gpt_scratch.open_model, name, cfg.dropout, cfg.checkpointing)
+    opened = functools.partial(core.open_model, name, cfg.dropout, cfg.checkpointing)
     model, tokenizer = core.main_first(world, opened)
     if len(tokenizer) > model.config.vocab_size:
         raise core.UserError(f"the tokenizer of {name} has {len(tokenizer)} tokens, the model "
                              f"{model.config.vocab_size}: they do not belong together")  # fmt: skip
     if cfg.init_step is not None:
         folder = Path(name) / "checkpoints" / f"step_{cfg.init_step:08d}"
-        if not gpt_scratch.is_run(name) or runs.broken(folder):
+        if not core.is_run(name) or checkpoints.broken(folder):
             there = ", ".join(sorted(path.name for path in folder.parent.glob("step_*"))) or "none"
             raise core.UserError(f"--init_step {cfg.init_step}: no whole {folder.name}; there: {there}")
-        runs.load_weights(folder, model)
+        core.load_weights(folder, model)
     return model, tokenizer
 
 
@@ -615,11 +587,11 @@ def tuned(cfg, base, world):
     """(model as it is trained, what of it a checkpoint holds)"""
     core.reseed(cfg.seed, "adapters")
     if cfg.method != "full":
-        adapters.add_adapters(base, cfg.method, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
+        loha_lokr.add_adapters(base, cfg.method, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
     if cfg.qat != "off":
-        quantise.prepare(base, cfg.qat_group)
+        int4.insert_fake_quant(base, cfg.qat_group)
     model = core.Precision(cfg.dtype, world).prepare(base)
-    return model, model if cfg.method == "full" else lora.Adapters(model)
+    return model, model if cfg.method == "full" else core.Adapters(model)
 
 
 def check_context(cfg, most, of):
@@ -627,7 +599,7 @@ def check_context(cfg, most, of):
         raise core.UserError(f"--max_length {cfg.max_length} is over the {most} positions of {of}")
 
 
-def plain_text(cfg, tokenizer, block_size, world) -> tuple[str, corpus.Blocks | None]:
+def plain_text(cfg, tokenizer, block_size, world) -> tuple[str, core.Blocks | None]:
     """What the text is, and blocks of it that nobody was trained on: cfg.plain, or the text of the base."""
     if not cfg.plain_blocks:
         return "", None
@@ -635,12 +607,12 @@ def plain_text(cfg, tokenizer, block_size, world) -> tuple[str, corpus.Blocks | 
         then = cfg if cfg.init_from == "new" else stored_config(cfg.init_from)
         tokens = open_text(then, world)
         if then is not cfg:
-            known = runs.read_config(cfg.init_from)["facts"]["fingerprint"]
-            runs.same_data(known, tokens.fingerprint, then.text, ("data", "tokenizer"))
+            known = core.read_config(cfg.init_from)["facts"]["fingerprint"]
+            core.same_data(known, tokens.fingerprint, then.text, ("data", "tokenizer"))
         return then.text, blocks_of(replace(then, block_size=block_size), tokens, "test", cfg.plain_blocks)
     name, most = cfg.plain or "python-docs", (min(block_size, cfg.max_length), cfg.plain_blocks)
     try:
-        return name, core.main_first(world, lambda: sft.plain_blocks(name, tokenizer, *most))
+        return name, core.main_first(world, lambda: tuning.plain_blocks(name, tokenizer, *most))
     except core.UserError as error:
         raise core.UserError(f"--plain: {error}") from None
 
@@ -649,17 +621,17 @@ def finetune(run, cfg, world) -> dict:
     check_length(cfg)
     base, tokenizer = open_base(cfg, world)
     check_context(cfg, base.config.block_size, cfg.init_from)
-    data = mathqa.load_problems(cfg, world, tokenizer)
+    data = core.load_problems(cfg, world, tokenizer)
     run.pin("fingerprint", data.fingerprint)
-    parts, lines = mathqa.examples_of(data, cfg)
-    units = sft.Packs(parts["train"], cfg.max_length) if cfg.pack else parts["train"]
+    parts, lines = choices.examples_of(data, cfg)
+    units = core.Packs(parts["train"], cfg.max_length) if cfg.pack else parts["train"]
     block = 50 if cfg.group_lengths else 1
     batches = core.ShardedBatches(units.lengths, cfg.batch, world, seed=cfg.seed, block=block)
     text, plain = plain_text(cfg, tokenizer, base.config.block_size, world)
     val = parts["val"].some(cfg.eval_rows)
-    asked = mathqa.some(parts["val"].rows, cfg.answer_rows)
+    asked = choices.some(parts["val"].rows, cfg.answer_rows)
     model, trained = tuned(cfg, base, world)
-    base_sha256 = runs.state_sha256(lora.base_weights(model))
+    base_sha256 = core.state_sha256(core.base_weights(model))
     run.pin("base_sha256", base_sha256)
     precision = core.Precision(cfg.dtype, world)
 
@@ -683,28 +655,28 @@ def finetune(run, cfg, world) -> dict:
 
     def check(step, where, keep_best, poll):
         if step == 0 and plain:
-            run.state["plain"] = sft.plain_losses(run, cfg, plain, model, poll).tolist()
-        sums = gpt_scratch.evaluate(model, val, cfg, world, poll)
+            run.state["plain"] = tuning.plain_losses(run, cfg, plain, model, poll).tolist()
+        sums = core.evaluate(model, val, cfg, world, poll)
         found = core.language_metrics(sums, data.groups[val.rows])
-        sft.report_validation(run, step, found, where, keep_best(found["loss"]), len(batches))
+        tuning.report_validation(run, step, found, where, keep_best(found["loss"]), len(batches))
         if len(asked):
-            scores = mathqa.Scores.of(model, mathqa.Choices(data, asked), cfg, world, poll)
+            scores = choices.Scores.of(model, choices.Choices(data, asked), cfg, world, poll)
             share = scores.right(data, asked).mean(0).tolist()
             run.say(f"{where}  val  answers {share[0]:.3f}  per token {share[1]:.3f} of {len(asked)}")
             run.metrics(step, {"val/answer_accuracy": share[0], "val/answer_accuracy_per_token": share[1]})
             sample(run, cfg, step, model, data, asked[:3], poll)
 
-    whole = sft.Study(data, parts, units, batches, 0, val, plain, lines)
+    whole = tuning.Study(data, parts, units, batches, 0, val, plain, lines)
 
     def autopsy(step, lr) -> dict:
         uncut = replace(cfg, max_length=cfg.max_length + 1)  # the last token is only a target
-        return sft.autopsy(run, uncut, whole, model, batches.global_batch(step).tolist(), {"lr": lr})
+        return core.autopsy(run, uncut, whole, model, batches.global_batch(step).tolist(), {"lr": lr})
 
-    of_rows = announce, check, functools.partial(sft.describe_example, parts["train"]), autopsy
+    of_rows = announce, check, functools.partial(core.describe_example, parts["train"]), autopsy
     s = Stage(units, batches, length_of(cfg, batches), model, trained, precision, *of_rows)
     result = fit(run, cfg, world, s)
     if cfg.method != "full":
-        if runs.state_sha256(lora.base_weights(model)) != base_sha256:
+        if core.state_sha256(core.base_weights(model)) != base_sha256:
             raise RuntimeError("the base has moved: only adapters may")
         run.say("the base is unchanged (checksum)")
     result |= weights_of(run, cfg, s)
@@ -716,15 +688,15 @@ def finetune(run, cfg, world) -> dict:
         run.say(
             f"{part:5} ({what} over every position of rows padded to 1,024, the journal's: {everywhere:.4f})"
         )
-    for line in mathqa.answer_lines(part, figures):
+    for line in choices.answer_lines(part, figures):
         run.say(line)
-    alarm = sft.alarm(run, result["steps"], part, figures)
+    alarm = tuning.alarm(run, result["steps"], part, figures)
     # few steps may teach answers before they teach their spelling
-    if alarm and not mathqa.knows(part, figures):
+    if alarm and not choices.knows(part, figures):
         run.say(alarm)
         figures["alarm"] = alarm
     if plain:
-        figures |= sft.forgetting(run, replace(cfg, plain=Path(text).name), plain, model)
+        figures |= tuning.forgetting(run, replace(cfg, plain=Path(text).name), plain, model)
     core.on_main(world, lambda: core.write_lines(run.folder / "losses.jsonl", losses))
     core.on_main(world, lambda: core.write_lines(run.folder / "answers.jsonl", answers))
     farewell(run, figures, part)
@@ -736,12 +708,12 @@ def sample(run, cfg, step, model, data, rows, poll):
     if not cfg.sample_tokens:
         return
     prompts, world = [data.prompt(row) for row in rows], run.world
-    texts = sft.answers(model, data.tokenizer, prompts, cfg.sample_tokens, len(rows), world, poll)
-    asked = [gpt_scratch.one_line(data.tokenizer.decode(prompt)) for prompt in prompts]
+    texts = answers.answers(model, data.tokenizer, prompts, cfg.sample_tokens, len(rows), world, poll)
+    asked = [core.one_line(data.tokenizer.decode(prompt)) for prompt in prompts]
     run.samples(step, [f"{problem}\n{text}" for problem, text in zip(asked, texts, strict=True)])
     right = data.tokenizer.decode(data.whole(rows[0])[len(prompts[0]) : -1]).strip()
-    written = sft.shortened(gpt_scratch.one_line(texts[0]), 20)
-    run.say(f"  | {sft.shortened(asked[0], 50)} -> {written} ({sft.shortened(right, 16)})")
+    written = answers.shortened(core.one_line(texts[0]), 20)
+    run.say(f"  | {answers.shortened(asked[0], 50)} -> {written} ({answers.shortened(right, 16)})")
 
 
 def measure_rows(model, data, parts, cfg, world, poll) -> tuple[dict, list, list]:
@@ -749,7 +721,7 @@ def measure_rows(model, data, parts, cfg, world, poll) -> tuple[dict, list, list
     found = {}
     for part in held_out(cfg):
         last = part == held_out(cfg)[-1]
-        of_part, losses, answers = mathqa.measure(model, part, parts, data, cfg, world, poll, last)
+        of_part, losses, answers = choices.measure(model, part, parts, data, cfg, world, poll, last)
         found |= of_part
     return found, losses, answers
 
@@ -767,7 +739,7 @@ def keep_for_later(folder, cfg, model, tokenizer):
 
 def stored_config(folder) -> Config:
     """The constants that a run had; those that the script no longer knows are passed over."""
-    stored, known = runs.read_config(folder), {field.name for field in fields(Config)}
+    stored, known = core.read_config(folder), {field.name for field in fields(Config)}
     if stored["script"] != Path(__file__).stem:
         raise core.UserError(f"{folder} is a run of {stored['script']}.py: open it there")
     return Config(**{name: value for name, value in stored["constants"].items() if name in known})
@@ -777,36 +749,36 @@ def load_model(folder, world):
     """(Config, model, tokenizer) of a run, with the weights it was tested with; quantised as in training."""
     cfg = stored_config(folder)
     if cfg.mode == "pretrain":
-        model, tokenizer = gpt_scratch.open_model(folder)
+        model, tokenizer = core.open_model(folder)
         return cfg, core.Precision(cfg.dtype, world).prepare(model).eval(), tokenizer
     if cfg.method == "full":  # the base is in the folder
-        base, tokenizer = gpt_scratch.open_model(folder)
+        base, tokenizer = core.open_model(folder)
         model, _ = tuned(cfg, base, world)
-        quantise.switch(model, True)
+        int4.switch(model, True)
         return cfg, model.eval(), tokenizer
     base, tokenizer = open_base(cfg, world)
     model, trained = tuned(cfg, base, world)
-    if runs.state_sha256(lora.base_weights(model)) != runs.read_config(folder)["facts"].get("base_sha256"):
+    if core.state_sha256(core.base_weights(model)) != core.read_config(folder)["facts"].get("base_sha256"):
         raise core.UserError(f"--init_from {cfg.init_from} is not the model that {folder} was trained on")
-    runs.load_weights(Path(folder) / "checkpoints" / runs.chosen_checkpoint(folder), trained)
+    core.load_weights(Path(folder) / "checkpoints" / core.chosen_checkpoint(folder), trained)
     return cfg, model.eval(), tokenizer
 
 
-evaluate = gpt_scratch.evaluate  # (blocks or rows, 3): summed loss, hits, targets of each
+evaluate = core.evaluate  # (blocks or rows, 3): summed loss, hits, targets of each
 
 
 def own_measure(folder, cfg, tokenizer, world):
     """What measures a model on the held-out data of a run, (model, poll) -> figures, losses, answers; and the
     units of its last part."""
-    stored = runs.read_config(folder)["facts"]["fingerprint"]
+    stored = core.read_config(folder)["facts"]["fingerprint"]
     if cfg.mode == "pretrain":
         tokens = open_text(cfg, world)
-        runs.same_data(stored, tokens.fingerprint, cfg.text, ("data", "tokenizer"))
+        core.same_data(stored, tokens.fingerprint, cfg.text, ("data", "tokenizer"))
         units = blocks_of(cfg, tokens, held_out(cfg)[-1])
         return (lambda model, poll: measure_text(model, tokens, cfg, world, poll)), units
-    data = mathqa.load_problems(cfg, world, tokenizer)
-    runs.same_data(stored, data.fingerprint, cfg.data)
-    parts, _ = mathqa.examples_of(data, cfg)
+    data = core.load_problems(cfg, world, tokenizer)
+    core.same_data(stored, data.fingerprint, cfg.data)
+    parts, _ = choices.examples_of(data, cfg)
     return (lambda model, poll: measure_rows(model, data, parts, cfg, world, poll)), parts[held_out(cfg)[-1]]
 
 
@@ -824,11 +796,11 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
     return found, ("losses.jsonl", losses)
 
 
-def merged(model) -> gpt_scratch.GPT:
+def merged(model) -> core.GPT:
     """A plain float GPT of whatever was trained."""
-    if lora.adapted(model):
-        return lora.merge_lora(model)
-    plain = gpt_scratch.with_weights(model.config, model.state_dict())
+    if core.adapted(model):
+        return core.merge_lora(model)
+    plain = core.with_weights(model.config, model.state_dict())
     return plain.requires_grad_(False).train(model.training)
 
 
@@ -842,11 +814,11 @@ def quantise_run(folder, cfg, world, say, poll) -> dict:
     own, model, tokenizer = load_model(folder, world)
     group = own.qat_group if own.qat != "off" else cfg.qat_group  # the one it was trained for
     model, target = merged(model).eval(), Path(folder) / f"quantised_{group}"
-    weights = runs.weights_sha256(model)
+    weights = core.weights_sha256(model)
     if known := core.on_main(world, lambda: known_figures(target, weights)):
         return known
-    core.on_main(world, lambda: quantise.save(quantise.convert(model, group), group, tokenizer, target))
-    small, _ = core.main_first(world, lambda: quantise.load(target))
+    core.on_main(world, lambda: int4.save(int4.convert(model, group), group, tokenizer, target))
+    small, _ = core.main_first(world, lambda: int4.load(target))
     measure, units = own_measure(folder, replace(own, eval_batch=cfg.eval_batch), tokenizer, world)
     found = {"weights_sha256": weights, "group": group, "trained_for_it": own.qat != "off"}
     bytes_of = {"float": sum(t.numel() * t.element_size() for t in model.state_dict().values())}
@@ -858,7 +830,7 @@ def quantise_run(folder, cfg, world, say, poll) -> dict:
         found[kind] = figures | {"mb": bytes_of[kind] / 1e6, "tokens_per_second": rate}
         loss = figures[f"{held_out(own)[-1]}/loss"]
         say(f"{kind:5} {held_out(own)[-1]} loss {loss:.4f}  {rate:.0f} tokens/s  of {Path(folder).name}")
-    found["rows"] = show.paired_rows(lines["float"], lines["int4"])
+    found["rows"] = mathqa_report.paired_rows(lines["float"], lines["int4"])
     core.on_main(world, lambda: core.write_json(target / "result.json", found))
     return found
 
@@ -877,14 +849,14 @@ def known_figures(target, weights) -> dict | None:
 
 def tokens_per_second(model, units, cfg, world, poll) -> float:
     """Of evaluation, over at most 200 rows; the median of three passes behind a first one."""
-    if isinstance(units, corpus.Blocks):
-        some = corpus.Blocks(units.tokens[: 200 * units.block_size + 1], units.block_size)
+    if isinstance(units, core.Blocks):
+        some = core.Blocks(units.tokens[: 200 * units.block_size + 1], units.block_size)
     else:
         some = units.some(200)
     seconds = []
     for _ in range(4):
         began = time.perf_counter()
-        gpt_scratch.evaluate(model, some, cfg, world, poll)
+        core.evaluate(model, some, cfg, world, poll)
         seconds.append(time.perf_counter() - began)
     return int(np.asarray(some.lengths).sum()) / statistics.median(seconds[1:])
 
@@ -895,9 +867,9 @@ def of_one_run(cfg, world, say, poll):
         raise core.UserError(f"--mode {cfg.mode} needs --run_folder")
     if cfg.mode == "quantise":
         found = quantise_run(cfg.run_folder, cfg, world, say, poll)
-        say(show.quantised_table({Path(cfg.run_folder).name: [found]}))
+        say(mathqa_report.quantised_table({Path(cfg.run_folder).name: [found]}))
         folder = f"{cfg.run_folder}/quantised_{found['group']}"
-        say("\n".join(show.small_verdicts({Path(cfg.run_folder).name: [found]})))
+        say("\n".join(mathqa_report.small_verdicts({Path(cfg.run_folder).name: [found]})))
         return say(f"done  {folder}\nnext: python eval.py --run {folder} --data <text or rows>")
     _, model, tokenizer = load_model(cfg.run_folder, world)
     folder = Path(cfg.run_folder) / "merged"
@@ -905,7 +877,7 @@ def of_one_run(cfg, world, say, poll):
     def write():
         shutil.rmtree(folder, ignore_errors=True)
         with core.whole_folder(folder) as aside:
-            gpt_scratch.save_pretrained(merged(model), tokenizer, aside)
+            core.save_pretrained(merged(model), tokenizer, aside)
 
     core.on_main(world, write)
     say(f"written: {folder}\nnext: python gpt_scratch.py --mode generate --model {folder}")
@@ -965,12 +937,12 @@ def as_run(s, cfg, tag) -> Config:
     """`cfg` as a run of a study, found by its tag; another one where a constant of its stage differs."""
     other = OF_ROWS if cfg.mode == "pretrain" else set() if cfg.init_from == "new" else OF_TEXT
     names = {field.name for field in fields(Config) if not field.name.startswith("pretrain_")}
-    matter = names - runs.MAY_CHANGE - runs.OF_THE_CALL - OF_STUDIES - other
+    matter = names - core.MAY_CHANGE - core.CALL_CONSTANTS - OF_STUDIES - other
     tag = "-".join(filter(None, [s.cfg.tag, tag, f"s{cfg.seed}"]))
     one = replace(cfg, tag=tag, resume_timestamp="auto")
     typed = replace(core.typed(s.cfg), overrides={})
     flags = core.typed(cfg if cfg.mode == "pretrain" else s.cfg).flags  # those of the first stage are renamed
-    changed = flags & (runs.MAY_CHANGE - set(LENGTH))
+    changed = flags & (core.MAY_CHANGE - set(LENGTH))
     return core.with_flags(one, typed, matter | changed)
 
 
@@ -985,7 +957,7 @@ def length_name(cfg) -> str:
 
 def one_run(s, cfg) -> Path:
     """The folder of the run with these constants, made now or before; core.Stop if it is stopped."""
-    if folder := core.on_main(s.world, lambda: str(runs.finished_run(cfg, __file__) or "")):
+    if folder := core.on_main(s.world, lambda: str(core.finished_run(cfg, __file__) or "")):
         s.say(f"finished already: {folder}")
         return Path(folder)
     if s.world.device.type != "cpu":  # what the last run left is not this one's
@@ -996,7 +968,7 @@ def one_run(s, cfg) -> Path:
         torch.compiler.reset()
     ended = False
     try:
-        opened = runs.Run(cfg, s.world, __file__, unit="tokens")
+        opened = core.Run(cfg, s.world, __file__, unit="tokens")
     except SystemExit:  # another process has finished it while this one waited
         return one_run(s, cfg)
     with flags_of_stage(cfg), opened as run:
@@ -1022,7 +994,7 @@ def tuned_run(s, cfg, base, name) -> Path:
     """The run of these constants and this very length."""
     one = replace(cfg, mode="finetune", init_from=str(base))
     mark = hashlib.sha256(f"{name} {[getattr(one, length) for length in LENGTH]}".encode()).hexdigest()[:6]
-    return one_run(s, as_run(s, one, f"{results.slug(name)[:40]}-{mark}"))
+    return one_run(s, as_run(s, one, f"{tables.slug(name)[:40]}-{mark}"))
 
 
 def both(s):
@@ -1039,7 +1011,7 @@ def study(s):
         base = cfg.init_from or pretrained(s, replace(cfg, seed=seed))
         one = arm_config(replace(cfg, seed=seed), cfg.arms[0])
         first = tuned_run(s, one, base, cfg.arms[0])
-        length = core.on_main(s.world, lambda folder=first: show.length(folder))
+        length = core.on_main(s.world, lambda folder=first: mathqa_report.length(folder))
         for budget in cfg.budgets:
             equal = {"max_minutes": None, "max_steps": length["steps"], "epochs": None}
             if budget == "time":
@@ -1092,7 +1064,7 @@ def without_rows(small) -> dict:
 
 def conclude(s, found, small):
     """Rank 0: study.md and study.json; the same in the terminal."""
-    text, figures = show.report(found, small, s.cfg)
+    text, figures = mathqa_report.report(found, small, s.cfg)
     folders = {b: {arm: [str(f) for f in of] for arm, of in arms.items()} for b, arms in found.items()}
     content = {
         "runs": folders,
@@ -1102,17 +1074,17 @@ def conclude(s, found, small):
     }
     core.write_json(s.folder / "study.json", content)
     with core.whole_file(s.folder / "study.md") as file:
-        file.write(f"commit {runs.git_state()['commit'] or 'unknown'}\n\n{text}\n")
+        file.write(f"commit {core.git_state()['commit'] or 'unknown'}\n\n{text}\n")
     s.say(f"\n{text}\n\ndone  tables: {s.folder}/study.md")
     s.say(f"next: python eval.py --table {s.folder.parent}")
 
 
 def study_folder(cfg) -> Path:
     """<out>/<mode>[-tag]-<hash of the constants that its results depend on>/"""
-    aside = (runs.MAY_CHANGE - set(LENGTH)) | runs.OF_THE_CALL | {"mode", "run_folder"}
+    aside = (core.MAY_CHANGE - set(LENGTH)) | core.CALL_CONSTANTS | {"mode", "run_folder"}
     constants = {name: value for name, value in asdict(cfg).items() if name not in aside}
     mark = hashlib.sha256(json.dumps(constants).encode()).hexdigest()[:6]
-    return runs.out_folder(cfg, __file__) / "-".join(filter(None, [cfg.mode, cfg.tag, mark]))
+    return core.out_folder(cfg, __file__) / "-".join(filter(None, [cfg.mode, cfg.tag, mark]))
 
 
 def several(cfg, world, say, poll):
@@ -1138,7 +1110,7 @@ def several(cfg, world, say, poll):
         )
     folder = study_folder(cfg)
     if cfg.mode != "both":
-        core.on_main(world, lambda: str(runs.prepared(folder)))
+        core.on_main(world, lambda: str(core.prepared(folder)))
     printed, log = say, folder / "log.txt"
 
     def say(text):
@@ -1147,7 +1119,7 @@ def several(cfg, world, say, poll):
             with contextlib.suppress(OSError), open(log, "a", encoding="utf-8") as file:  # a full disk
                 file.write(text + "\n")
 
-    for line in runs.override_lines(cfg):
+    for line in core.override_lines(cfg):
         say(line)
     check_stages(cfg, world)
     for line in plan(cfg):
@@ -1188,20 +1160,20 @@ def check_stages(cfg, world):
     else:
         check_length(pretraining(cfg))
         tokens = open_text(cfg, world)
-        for part in corpus.PARTS:
+        for part in core.PARTS:
             blocks_of(cfg, tokens, part)
         tokenizer = tokens.tokenizer
         with torch.device("meta"):
             base = new_model(cfg, tokenizer)
     check_context(cfg, base.config.block_size, cfg.init_from or "--block_size")
-    parts, _ = mathqa.examples_of(mathqa.load_problems(cfg, world, tokenizer), cfg)
+    parts, _ = choices.examples_of(core.load_problems(cfg, world, tokenizer), cfg)
     if len(parts["train"]) < cfg.batch and not cfg.pack:
         raise core.UserError(
             f"--batch {cfg.batch} is over the {len(parts['train'])} training rows: use fewer"
         )
     for one in [cfg] if cfg.mode == "both" else [arm_config(cfg, arm) for arm in cfg.arms]:
         if cfg.mode == "study" or one.qat != "off":
-            quantise.linear_layers(base, one.qat_group)
+            int4.linear_layers(base, one.qat_group)
 
 
 def check_flags(cfg, world):
@@ -1233,7 +1205,7 @@ def main(cfg, world):
             found = cfg.init_from if resumes else newest_base(cfg, world)
             typed = core.typed(cfg)  # tomorrow another one is the newest: a resume keeps its own
             cfg = core.with_flags(replace(cfg, init_from=found), typed, typed.flags - {"init_from"})
-        with flags_of_stage(cfg), runs.Run(cfg, world, __file__, unit="tokens") as run:
+        with flags_of_stage(cfg), core.Run(cfg, world, __file__, unit="tokens") as run:
             run.result = STAGES[cfg.mode](run, run.cfg, world)
         return run.result
 
@@ -1241,7 +1213,7 @@ def main(cfg, world):
         if world.is_main:
             print(text, flush=True)
 
-    with runs.listening(world) as poll:
+    with core.listening(world) as poll:
         (several if cfg.mode in SEVERAL else of_one_run)(cfg, world, say, poll)
 
 

@@ -18,11 +18,8 @@ and report.png hold all of it, predictions.jsonl what was said of every row, sub
 import csv
 import dataclasses
 import functools
-import hashlib
 import json
 import math
-import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,10 +29,9 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import core
-import encoders
-import pairs
-import report_card
-import runs
+from lab.data import columns, pairs
+from lab.measure import preference
+from lab.models import encoders
 
 
 @dataclass(frozen=True)
@@ -165,7 +161,6 @@ SMOKE = {
     "lr": 2e-3,
     "head_lr": None,
 }
-NAMES = list(pairs.LABELS)  # A, B, tie: the order of classes everywhere
 
 
 # ---------------------------------------------------------------------------------- the model and its measure
@@ -177,13 +172,13 @@ def scorer(cfg, encoder):
         raise core.UserError(f"{cfg.model} cannot compute in {cfg.dtype} (deberta-v3 can): use --dtype tf32")
     frozen = encoders.freeze(encoder, cfg.freeze)
     options = {"pooling": cfg.pooling, "head": cfg.head, "dropout": cfg.dropout, "frozen": frozen}
-    return encoders.PairScorer(encoder, joint=cfg.inputs == "joint", **options)
+    return core.PairScorer(encoder, joint=cfg.inputs == "joint", **options)
 
 
 def build_model(cfg, data, world):
     """The pretrained encoder with a fresh head; the same weights on every rank."""
     encoder = core.main_first(
-        world, lambda: encoders.load_encoder(cfg.model, data.tokenizer, cfg.encoder_dropout)
+        world, lambda: core.load_encoder(cfg.model, data.tokenizer, cfg.encoder_dropout)
     )
     if cfg.max_length > (most := encoders.position_limit(encoder)):
         raise core.UserError(
@@ -196,7 +191,7 @@ def rebuild(folder, world, **changes):
     """(Config, untrained model, tokenizer) of a run, from its folder alone."""
     from transformers import AutoConfig
 
-    stored = {"symmetric": False} | runs.read_config(folder)["constants"]  # as runs were before both orders
+    stored = {"symmetric": False} | core.read_config(folder)["constants"]  # as runs were before both orders
     known = {field.name for field in dataclasses.fields(Config)}
     cfg = Config(**{name: value for name, value in stored.items() if name in known} | changes)
     try:
@@ -210,23 +205,8 @@ def rebuild(folder, world, **changes):
 def load_model(folder, world):
     """(Config, model, tokenizer) of a run, from its folder alone; the weights it was tested with."""
     cfg, model, tokenizer = rebuild(folder, world)
-    runs.load_weights(Path(folder) / "checkpoints" / runs.chosen_checkpoint(folder), model)
+    core.load_weights(Path(folder) / "checkpoints" / core.chosen_checkpoint(folder), model)
     return cfg, model.eval(), tokenizer
-
-
-def each_once(compute, out, data, rows, cfg, world, poll, what):
-    """out[i] = compute(rows[i]), each row on one rank and once; the whole `out` on every rank."""
-    precision = core.Precision(cfg.dtype, world)
-    batches = core.ShardedBatches(data.lengths[rows].sum(1), cfg.eval_batch, world)
-    with core.progress(len(batches), what, world) as bar, torch.no_grad():
-        for step in range(len(batches)):
-            poll()
-            if mine := batches.rank_batch(step):
-                with precision.autocast():
-                    values = compute(rows[mine])
-                out[mine] = values.to("cpu", out.dtype)
-            bar.update()
-    return core.all_reduce_sum(world, out)  # the others hold zeros: a sum is a gather
 
 
 def evaluate(model, data, rows, cfg, world, poll=lambda: None) -> np.ndarray:
@@ -236,71 +216,21 @@ def evaluate(model, data, rows, cfg, world, poll=lambda: None) -> np.ndarray:
     """
 
     def log_probs(some):
-        logits = model(**pairs.collate(data, some, cfg, world.device))
+        logits = model(**core.collate(data, some, cfg, world.device))
         return logits.double().log_softmax(-1).transpose(0, 1)
 
     model.eval()
-    out = torch.zeros(len(rows), 2, len(NAMES), dtype=torch.float64)
-    each_once(log_probs, out, data, rows, cfg, world, poll, "evaluating")
+    out = torch.zeros(len(rows), 2, len(preference.NAMES), dtype=torch.float64)
+    core.each_once(log_probs, out, data, rows, cfg, world, poll, "evaluating")
     model.train()
     return out.numpy()
 
 
-def cache_vectors(model, data, cfg, world, poll, say):
-    """Sets data.vectors: what a frozen encoder makes of every sequence, memory-mapped from the cache.
-
-    Whole or not at all: a stop in between begins anew.
-    """
-    if cfg.freeze != "all" or not cfg.encode_once:
-        return
-    data.vectors, began = None, time.time()
-    folder = core.on_main(world, lambda: str(vector_folder(model, data, cfg)))
-    if not core.on_main(world, lambda: Path(folder).exists()):
-        n, width = len(data.labels), model.encoder.config.hidden_size
-        out = torch.zeros(n, 2, width, dtype=next(model.parameters()).dtype)
-        megabytes = out.numel() * out.element_size() / 1e6
-        core.on_main(world, lambda: require_room(data.folder, megabytes))
-        say(f"the frozen encoder reads {n} rows once: {megabytes:.0f} MB of vectors in {data.folder.parent}")
-
-        def vectors(some):
-            inputs = pairs.collate(data, some, cfg, world.device)
-            return torch.stack(model.encode(inputs["input_ids"], inputs["lengths"]).chunk(2), dim=1)
-
-        model.eval()
-        each_once(vectors, out, data, np.arange(n), cfg, world, poll, "encoding")
-        model.train()
-        if not out.isfinite().all():
-            raise FloatingPointError(f"the frozen encoder gives inf or nan in {cfg.dtype}: use --dtype fp32")
-        core.on_main(world, lambda: write_vectors(Path(folder), out))
-        say(f"encoded in {time.time() - began:.1f} s")
-    data.vectors = np.load(Path(folder) / "vectors.npy", mmap_mode="r")
-
-
-def vector_folder(model, data, cfg) -> Path:
-    """Named after all that vectors depend on, the code that lays rows out included."""
-    code = [core.sha256_file(module.__file__) for module in (pairs, encoders)]
-    known = [runs.state_sha256(model.encoder.state_dict()), model.encoder.config.to_json_string(), *code]
-    known += [cfg.inputs, cfg.max_length, cfg.pooling, cfg.dtype]
-    return data.folder / f"vectors_{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]}"
-
-
-def require_room(folder, megabytes):
-    free = shutil.disk_usage(folder).free / 1e6
-    if free < 1.05 * megabytes:
-        room = f"{folder.parent} has {free:.0f} MB free, the vectors need {megabytes:.0f}"
-        raise core.UserError(f"{room}: free some, set TOKEN_CACHE, or use --no-encode_once")
-
-
-def write_vectors(folder, vectors):
-    with core.whole_folder(folder) as aside:
-        np.save(aside / "vectors.npy", vectors.numpy())
-
-
 def measure(log_probs, data, rows, train_rows, symmetric) -> dict:
     """log_loss, accuracy and their company; the prior is the class shares of the training rows."""
-    prior = core.class_shares(data.labels[train_rows], len(NAMES))
-    final = report_card.combine(log_probs, symmetric)
-    return core.classification_metrics(final, data.labels[rows], data.groups[rows], prior, NAMES)
+    prior = core.class_shares(data.labels[train_rows], len(preference.NAMES))
+    final = preference.combine(log_probs, symmetric)
+    return core.classification_metrics(final, data.labels[rows], data.groups[rows], prior, preference.NAMES)
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -312,7 +242,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     precision = core.Precision(cfg.dtype, world)
     model = precision.prepare(build_model(cfg, data, world))
     if cfg.start_at_prior:
-        model.start_at(core.class_shares(data.labels[rows["train"]], len(NAMES)))
+        model.start_at(core.class_shares(data.labels[rows["train"]], len(preference.NAMES)))
     own_rate = cfg.head_lr is not None and cfg.lr > 0 and cfg.freeze != "all"
     head = cfg.head_lr / cfg.lr if own_rate else 1.0
     scales = encoders.lr_scales(model, cfg.layer_decay, head)
@@ -326,7 +256,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     core.on_main(world, lambda: write_encoder(run.folder / "encoder", model.encoder.config, data.tokenizer))
     if cfg.compile:
         model.encoder.compile(dynamic=True)
-    cache_vectors(model, data, cfg, world, run.poll, run.say)
+    core.cache_vectors(model, data, cfg, world, run.poll, run.say)
     ddp = core.wrap_ddp(model, world)
 
     core.reseed(cfg.seed, "worst case", fold)
@@ -406,7 +336,7 @@ def backward_of_sum(ddp, precision, data, shown, targets, cfg, world) -> float:
         rows, swaps = zip(*part, strict=True)
         labels = [encoders.SWAP[data.labels[row]] if swap else data.labels[row] for row, swap in part]
         with precision.autocast():
-            logits = ddp(**pairs.collate(data, rows, cfg, world.device, orders, swaps)).mean(0)
+            logits = ddp(**core.collate(data, rows, cfg, world.device, orders, swaps)).mean(0)
             losses.append(
                 core.sum_cross_entropy(logits, torch.as_tensor(np.array(labels), device=world.device))
             )
@@ -424,7 +354,7 @@ def autopsy(data, shown, cfg, lr) -> dict:
 
 def predict(run, cfg, world, data, rows, model, step) -> dict:
     """The fold's outcome: hash of the final weights; what the weights to be measured say of val and test."""
-    sha256, checkpoint = runs.weights_sha256(model), run.checkpoint
+    sha256, checkpoint = core.weights_sha256(model), run.checkpoint
     if cfg.test_weights == "best":
         checkpoint = run.load_best(model)
     elif cfg.folds:  # later folds push this one's checkpoints out
@@ -444,7 +374,7 @@ def held_out(cfg) -> tuple[str, ...]:
 
 def describe_row(data, row, cfg) -> str:
     """Both sequences of a row as the encoder reads them, shortened, and the label that the loss wants."""
-    lines = [f"the loss sees row {data.ids[row]} -> {NAMES[data.labels[row]]}; padding is masked"]
+    lines = [f"the loss sees row {data.ids[row]} -> {preference.NAMES[data.labels[row]]}; padding is masked"]
     for which, name in enumerate(("A B", "B A") if cfg.inputs == "joint" else ("A", "B"), start=1):
         ids = pairs.sequence_ids(data, row, which, cfg.inputs, cfg.max_length)
         text = data.tokenizer.decode(ids).replace("\n", " ")
@@ -468,71 +398,24 @@ def report_validation(run, step, val, where, is_best, late):
     run.metrics(step, {f"val/{key}": val[name] for key, name in VAL_METRICS.items()})
 
 
-# ----------------------------------------------------------------------------------------------------- report
-
-
-def verdicts(cfg, data, splits, outcomes, part) -> tuple[np.ndarray, report_card.Verdicts]:
-    """Rows of a part (with folds: every row once, by the model that had not seen it) and what was said."""
-    lengths, every = data.response_lengths(), []
-    for split, outcome in zip(splits, outcomes, strict=True):
-        rows, train_rows = split[part], split["train"]
-        said = {name: np.array(log_probs) for name, log_probs in outcome["log_probs"].items()}
-        on_val = report_card.combine(said["val"], cfg.symmetric)
-        temperature = report_card.temperature(on_val, data.labels[split["val"]])
-        prior = core.class_shares(data.labels[train_rows], len(NAMES))
-        by_length = report_card.length_only(lengths, data.labels, train_rows, rows)
-        facts = {"log_probs": said[part], "prior": np.tile(prior, (len(rows), 1)), "by_length": by_length}
-        every.append(facts | {"temperatures": np.full(len(rows), temperature)})
-    rows = np.concatenate([split[part] for split in splits])
-    facts = {name: np.concatenate([one[name] for one in every]) for name in every[0]}
-    facts |= {"labels": data.labels[rows], "groups": data.groups[rows], "lengths": lengths[rows]}
-    facts |= {} if part == "test" else {"temperatures": None}
-    return rows, report_card.Verdicts(symmetric=cfg.symmetric, cut=data.cut[rows].any(1), **facts)
-
-
-def figures(cfg, data, splits, outcomes) -> tuple[dict, dict, dict]:
-    """(figures of result.json, verdicts of each part, report card of each part)"""
-    said = {part: verdicts(cfg, data, splits, outcomes, part) for part in outcomes[0]["log_probs"]}
-    cards = {part: report_card.make_card(v, NAMES) for part, (_, v) in said.items()}
-    named = {f"{part}/{name}": value for part, card in cards.items() for name, value in card.items()}
-    return named, said, cards
-
-
 def report(run, cfg, data, splits, outcomes) -> dict:
     """Rank 0: the report card of val and test, report.png, predictions.jsonl."""
     run.leave_if_signalled()
-    result, said, cards = figures(cfg, data, splits, outcomes)
+    result, said, cards = preference.make_cards(cfg, data, splits, outcomes)
     run.leave_if_signalled()
-    core.write_lines(run.folder / "predictions.jsonl", all_predictions(cfg, data, splits, said))
+    core.write_lines(run.folder / "predictions.jsonl", preference.all_predictions(cfg, data, splits, said))
     last = "test" if "test" in cards else "val"
     card, where = cards[last], "out of fold" if cfg.folds and last == "test" else last
-    for line in report_card.card_lines(card, where, NAMES):
+    for line in preference.card_lines(card, where, preference.NAMES):
         run.say(line)
     title = f"{run.folder.name}   {where}   log loss {card['log_loss']:.4f}   accuracy {card['accuracy']:.3f}"
-    report_card.draw(said[last][1], NAMES, title, run.folder / "report.png")
+    preference.draw(said[last][1], preference.NAMES, title, run.folder / "report.png")
     if line := journal_line(cfg):
         run.say(line)
     accuracy = core.plus_minus(card["accuracy"], card["accuracy_interval"])
     run.say(f"done  {where} loss {card['log_loss']:.4f}  accuracy {accuracy}  {run.seconds / 60:.1f} min")
     run.say(f"all figures: {run.folder}/result.json, report.png")
     return result
-
-
-def all_predictions(cfg, data, splits, said):
-    """Lines of predictions.jsonl: every held-out row, by the model that had not seen it."""
-    for part, (rows, v) in said.items():
-        folds = np.repeat(np.arange(len(splits)), [len(split[part]) for split in splits])
-        yield from predictions(data, rows, v, part, folds if cfg.folds else None)
-
-
-def predictions(data, rows, v, part, folds):
-    """Lines of predictions.jsonl: what two runs on the same rows can be compared by."""
-    final = np.exp(v.final())
-    for i, (row, said, orders) in enumerate(zip(rows, final, np.exp(v.log_probs), strict=True)):
-        line = {"id": data.ids[row], "row": int(row), "group": data.groups[row], "split": part}
-        line |= {} if folds is None else {"fold": int(folds[i]) + 1}
-        line |= {"label": NAMES[data.labels[row]], **dict(zip(NAMES, said.tolist(), strict=True))}
-        yield line | {"as_is": orders[0].tolist(), "swapped_back": orders[1].tolist()}
 
 
 # -------------------------------------------------------------------------------------------- measured again
@@ -543,23 +426,23 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
     predictions.jsonl: its name and lines. UserError if cfg.data has changed since.
     """
     cfg, model, tokenizer = rebuild(folder, world, **({"eval_batch": eval_batch} if eval_batch else {}))
-    data = pairs.load_data(cfg, world, tokenizer)
-    runs.same_data(runs.read_config(folder)["facts"]["fingerprint"], data.fingerprint, cfg.data)
+    data = core.load_pairs(cfg, world, tokenizer)
+    core.same_data(core.read_config(folder)["facts"]["fingerprint"], data.fingerprint, cfg.data)
     pairs.measure_sequences(data, cfg.inputs, cfg.max_length)
     splits, outcomes = [], []
     for fold, name in enumerate(core.on_main(world, lambda: measured_checkpoints(folder, cfg))):
-        runs.load_weights(Path(folder) / "checkpoints" / name, model)
+        core.load_weights(Path(folder) / "checkpoints" / name, model)
         rows = pairs.split_rows(data, cfg.folds, fold, cfg.split_seed)
         said = {part: evaluate(model, data, rows[part], cfg, world, poll) for part in held_out(cfg)}
         splits.append(rows)
         outcomes.append({"log_probs": said})
-    result, said, _ = figures(cfg, data, splits, outcomes)
-    return result, ("predictions.jsonl", list(all_predictions(cfg, data, splits, said)))
+    result, said, _ = preference.make_cards(cfg, data, splits, outcomes)
+    return result, ("predictions.jsonl", list(preference.all_predictions(cfg, data, splits, said)))
 
 
 def measured_checkpoints(folder, cfg) -> list[str]:
     """Those that the run was tested with, one a fold; of an unfinished run without folds, the newest."""
-    return runs.tested_checkpoints(folder) if cfg.folds else [runs.chosen_checkpoint(folder)]
+    return core.tested_checkpoints(folder) if cfg.folds else [core.chosen_checkpoint(folder)]
 
 
 def measure_other(folder, name, world, max_documents=None, eval_batch=None, poll=lambda: None):
@@ -571,25 +454,25 @@ def measure_other(folder, name, world, max_documents=None, eval_batch=None, poll
     changes = {"data": name, "max_documents": max_documents}
     changes |= {"eval_batch": eval_batch} if eval_batch else {}
     cfg, model, tokenizer = rebuild(folder, world, **changes)
-    data = pairs.load_data(cfg, world, tokenizer)
+    data = core.load_pairs(cfg, world, tokenizer)
     pairs.measure_sequences(data, cfg.inputs, cfg.max_length)
     every, probs = np.arange(len(data.labels)), 0.0
     checkpoints = core.on_main(world, lambda: measured_checkpoints(folder, cfg))
     for checkpoint in checkpoints:
-        runs.load_weights(Path(folder) / "checkpoints" / checkpoint, model)
+        core.load_weights(Path(folder) / "checkpoints" / checkpoint, model)
         probs = probs + np.exp(evaluate(model, data, every, cfg, world, poll)) / len(checkpoints)
-    lengths, by_length = data.response_lengths(), np.zeros((len(every), len(NAMES)))
+    lengths, by_length = data.response_lengths(), np.zeros((len(every), len(preference.NAMES)))
     parts = core.split_by_group(data.groups, data.labels, [1] * 5, cfg.split_seed)
     for part in range(5):
         rows = parts == part
-        by_length[rows] = report_card.length_only(lengths, data.labels, ~rows, rows)
-    prior = np.tile(core.class_shares(data.labels, len(NAMES)), (len(every), 1))
+        by_length[rows] = preference.length_only(lengths, data.labels, ~rows, rows)
+    prior = np.tile(core.class_shares(data.labels, len(preference.NAMES)), (len(every), 1))
     facts = {"labels": data.labels, "groups": data.groups, "lengths": lengths, "cut": data.cut.any(1)}
     facts |= {"log_probs": np.log(probs), "prior": prior, "by_length": by_length, "temperatures": None}
-    v = report_card.Verdicts(symmetric=cfg.symmetric, **facts)
-    lines = list(predictions(data, every, v, "test", None))
+    v = preference.Verdicts(symmetric=cfg.symmetric, **facts)
+    lines = list(preference.predictions(data, every, v, "test", None))
     notes = [*data.lines, cut_line(data)]
-    return report_card.make_card(v, NAMES), notes, lines, data.fingerprint["data"]
+    return preference.make_card(v, preference.NAMES), notes, lines, data.fingerprint["data"]
 
 
 # ----------------------------------------------------------------------------------------------------- Kaggle
@@ -605,12 +488,12 @@ def rows_to_judge(cfg, tokenizer, world):
 def submit(folder, checkpoints, cfg, model, data, world, poll=lambda: None, say=print):
     """submission.csv in Kaggle's format: one row per row of `data`, in its order; folds are averaged."""
     core.on_main(world, lambda: (folder / "submission.csv").unlink(missing_ok=True))  # no stale one remains
-    probs = np.zeros((len(data.labels), len(NAMES)))
+    probs = np.zeros((len(data.labels), len(preference.NAMES)))
     for name in checkpoints:
-        runs.load_weights(folder / "checkpoints" / name, model)
-        cache_vectors(model, data, cfg, world, poll, say)
+        core.load_weights(folder / "checkpoints" / name, model)
+        core.cache_vectors(model, data, cfg, world, poll, say)
         log_probs = evaluate(model, data, np.arange(len(data.labels)), cfg, world, poll)
-        probs += np.exp(report_card.combine(log_probs, cfg.symmetric)) / len(checkpoints)
+        probs += np.exp(preference.combine(log_probs, cfg.symmetric)) / len(checkpoints)
     core.on_main(world, lambda: write_submission(folder / "submission.csv", data.ids, probs))
     for line in [*data.lines, cut_line(data), f"written: {folder}/submission.csv, {len(data.labels)} rows"]:
         say(line)
@@ -619,7 +502,7 @@ def submit(folder, checkpoints, cfg, model, data, world, poll=lambda: None, say=
 def write_submission(path, ids, probs):
     with core.whole_file(path) as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(["id", *pairs.LABELS.values()])
+        table.writerow(["id", *columns.LABELS.values()])
         for row_id, p in zip(ids, (probs / probs.sum(1, keepdims=True)).tolist(), strict=True):
             table.writerow([row_id, *p])
 
@@ -632,9 +515,9 @@ def submit_of_a_run(cfg, world):
     flags = core.typed(cfg).flags
     if useless := sorted(flags - OF_SUBMIT):
         raise core.UserError(f"--mode submit takes these from the run: drop --{', --'.join(useless)}")
-    chosen = core.on_main(world, lambda: cfg.run_folder or str(runs.newest_run(cfg, __file__, finished=True)))
+    chosen = core.on_main(world, lambda: cfg.run_folder or str(core.newest_run(cfg, __file__, finished=True)))
     folder = Path(chosen)
-    checkpoints = core.on_main(world, lambda: runs.tested_checkpoints(folder))
+    checkpoints = core.on_main(world, lambda: core.tested_checkpoints(folder))
     changes = {name: getattr(cfg, name) for name in flags & {"eval_batch", "dtype", "encode_once"}}
     stored, model, tokenizer = rebuild(folder, world, test_csv=cfg.test_csv, **changes)
     data = rows_to_judge(stored, tokenizer, world)
@@ -699,9 +582,9 @@ def main(cfg, world):
         return submit_of_a_run(cfg, world)
     if cfg.freeze == "all" and "head_lr" in core.typed(cfg).flags:
         raise core.UserError("--freeze all trains the head alone, at --lr: drop --head_lr")
-    with runs.Run(cfg, world, __file__) as run:
+    with core.Run(cfg, world, __file__) as run:
         cfg = run.cfg
-        data = pairs.load_data(cfg, world)
+        data = core.load_pairs(cfg, world)
         run.pin("fingerprint", data.fingerprint)
         pairs.measure_sequences(data, cfg.inputs, cfg.max_length)
         unlabelled = rows_to_judge(cfg, data.tokenizer, world) if cfg.test_csv else None

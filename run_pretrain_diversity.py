@@ -25,13 +25,11 @@ import numpy as np
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import core
-import corpus
-import diversity
-import diversity_report as show
 import gpt_scratch
-import mixture
-import results
-import runs
+from lab.compare import diversity_report, tables
+from lab.data import builtin, mixture
+from lab.measure import diversity, language
+from lab.run import checkpoints
 
 
 @dataclass(frozen=True)
@@ -178,7 +176,7 @@ def shares_of(arm) -> dict[str, float]:
     return found
 
 
-def sources_of(cfg) -> dict[str, corpus.Corpus]:
+def sources_of(cfg) -> dict[str, core.Corpus]:
     """Label -> where and how each source of an arm is read. UserError for one that is nowhere."""
     named, found = mixture.named_sources(cfg.sources), {}
     # each source holds a whole pool, whatever its share: what an arm reads does not depend on other arms
@@ -197,27 +195,27 @@ def sources_of(cfg) -> dict[str, corpus.Corpus]:
 
 def address(named, name, flag) -> str:
     """Where a text is: as --sources says, or the name itself, if it can be one."""
-    known = name in named or "/" in name or name in corpus.BUILT_IN or Path(name).exists()
+    known = name in named or "/" in name or name in builtin.BUILT_IN or Path(name).exists()
     if not name or not known:
-        names = ", ".join([*named, *corpus.BUILT_IN])
+        names = ", ".join([*named, *builtin.BUILT_IN])
         raise core.UserError(f"{flag} {name!r}: no such text; use {names}, a path, or --sources {name}=where")
     return named.get(name, name)
 
 
-def neutral_corpus(cfg) -> corpus.Corpus:
+def neutral_corpus(cfg) -> core.Corpus:
     """How the neutral text is read: streamed as far as its held-out part needs."""
     where = address(mixture.named_sources(cfg.sources), cfg.neutral, "--neutral")
     shares = {"val_share": cfg.neutral_share, "test_share": cfg.neutral_share} if cfg.neutral_share else {}
     return corpus_of(cfg, where, max_tokens=0, streaming="True", **shares)
 
 
-def corpus_of(cfg, where, **given) -> corpus.Corpus:
+def corpus_of(cfg, where, **given) -> core.Corpus:
     shared = {name: getattr(cfg, name) for name in ("text_column", "max_documents", "streaming", "tokenizer")}
     shared |= {
         name: getattr(cfg, name) for name in ("val_share", "test_share", "split_seed", "held_out_tokens")
     }
     # by the hash alone: a document is held out of every source, or of none
-    return corpus.Corpus(where, **shared | {"first_trains": False} | given)
+    return core.Corpus(where, **shared | {"first_trains": False} | given)
 
 
 def neutral_of(cfg) -> str:
@@ -244,7 +242,7 @@ def open_text(cfg, world) -> mixture.Text:
 def batches_of(cfg, arm, text, world) -> mixture.Batches:
     """What a run reads, in order; UserError where a source holds less than the arm asks for."""
     shares = shares_of(arm)
-    blocks = mixture.Blocks({name: text.tokens[name].parts["train"] for name in shares}, cfg.block_size)
+    blocks = mixture.MixedBlocks({name: text.tokens[name].parts["train"] for name in shares}, cfg.block_size)
     return mixture.Batches(blocks, shares, cfg.batch, cfg.max_steps, world, cfg.seed, cfg.passes, cfg.repeat)
 
 
@@ -272,13 +270,13 @@ def held_out(cfg, text, name, part):
 
 def load_model(folder, world):
     """(Config, model, tokenizer) of a run, from its folder alone; the weights it was tested with."""
-    stored, known = runs.read_config(folder)["constants"], {field.name for field in fields(Config)}
+    stored, known = core.read_config(folder)["constants"], {field.name for field in fields(Config)}
     cfg = Config(**{name: value for name, value in stored.items() if name in known})
-    model, tokenizer = gpt_scratch.open_model(folder)
+    model, tokenizer = core.open_model(folder)
     return cfg, core.Precision(cfg.dtype, world).prepare(model).eval(), tokenizer
 
 
-evaluate = gpt_scratch.evaluate  # (windows, 3): summed loss, hits, targets of each
+evaluate = core.evaluate  # (windows, 3): summed loss, hits, targets of each
 
 
 @dataclass
@@ -294,7 +292,7 @@ class Measured:
         return core.language_metrics(self.sums, self.groups, self.plain, self.spelt)
 
     def lines(self, part) -> list[dict]:
-        return runs.loss_lines(part, np.arange(len(self.sums)), self.groups, self.sums, self.spelt)
+        return language.loss_lines(part, np.arange(len(self.sums)), self.groups, self.sums, self.spelt)
 
 
 def measure(model, cfg, text, name, part, world, poll) -> Measured:
@@ -346,9 +344,9 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
     cfg, model, _ = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
     text, result = open_text(cfg, world), {}
-    stored = runs.read_config(folder)["facts"]["fingerprint"]
+    stored = core.read_config(folder)["facts"]["fingerprint"]
     found = text.fingerprint(neutral_of(cfg), shares_of(cfg.data))
-    runs.same_data(stored, found, cfg.data, ("data", "tokenizer", "sources"))
+    core.same_data(stored, found, cfg.data, ("data", "tokenizer", "sources"))
     for part in parts_of(cfg):
         of_part, neutral = figures(model, cfg, text, part, world, poll)
         result |= of_part
@@ -381,7 +379,7 @@ def train(run, cfg, world, text=None) -> dict:
     precision = core.Precision(cfg.dtype, world)
     model = precision.prepare(build_model(cfg, len(text.tokenizer)))
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay, (cfg.beta1, cfg.beta2))
-    run.pin("initial_weights", runs.weights_sha256(model))
+    run.pin("initial_weights", core.weights_sha256(model))
     saved = model, optimizer, precision
     announce(run, cfg, text, batches, model)
     step, total_steps = run.load(*saved), cfg.max_steps
@@ -445,10 +443,10 @@ def train(run, cfg, world, text=None) -> dict:
     return finish(run, cfg, world, text, model, batches, val if cfg.test_weights == "last" else None)
 
 
-def build_model(cfg, vocab_size) -> gpt_scratch.GPT:
+def build_model(cfg, vocab_size) -> core.GPT:
     shape = {name: getattr(cfg, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
     shape |= {"checkpointing": cfg.checkpointing, **SHAPES[cfg.model]}
-    return gpt_scratch.GPT(gpt_scratch.GPTConfig(vocab_size, **shape))
+    return core.GPT(core.GPTConfig(vocab_size, **shape))
 
 
 def announce(run, cfg, text, batches, model):
@@ -476,7 +474,7 @@ def announce(run, cfg, text, batches, model):
 def describe_block(tokenizer, batches) -> str:
     """The first block of the first step, decoded from its ids."""
     ids = batches.blocks.tokens(int(batches.rows[0]) if len(batches.rows) else 0)
-    text = gpt_scratch.one_line(tokenizer.decode(ids[:200].tolist()))
+    text = core.one_line(tokenizer.decode(ids[:200].tolist()))
     return f"the loss sees, in {len(ids) - 1} targets (all but the first token):\n  {text[:96]}"
 
 
@@ -507,7 +505,7 @@ def finish(run, cfg, world, text, model, batches, val=None) -> dict:
     planned = {name: one["blocks"] for name, one in ledger["sources"].items()}
     if cfg.max_minutes is None and seen != planned:
         raise RuntimeError(f"the run read {seen} blocks, its ledger says {planned}: start a new one")
-    sha256, measured, result = runs.weights_sha256(model), run.checkpoint, {}
+    sha256, measured, result = core.weights_sha256(model), run.checkpoint, {}
     if cfg.test_weights == "best":
         measured = run.load_best(model)
     for part in parts_of(cfg):
@@ -553,13 +551,13 @@ OF_DIVERSITY |= {"diversity_batches", "diversity_batch", "diversity_length"}
 
 def matters(cfg) -> frozenset[str]:
     """Names of the constants that make a run what it is; one that differs in any of them is another run."""
-    own = {field.name for field in fields(Config)} - OF_DIVERSITY - runs.MAY_CHANGE - runs.OF_THE_CALL
+    own = {field.name for field in fields(Config)} - OF_DIVERSITY - core.MAY_CHANGE - core.CALL_CONSTANTS
     return frozenset(own - {"seeds", "dirty"})
 
 
 def run_config(cfg, arm, seed) -> Config:
     """The constants of one run of the study; max_steps, which a resume might change, is in its tag."""
-    tag = "-".join(filter(None, [cfg.tag, results.slug(arm), str(cfg.max_steps), f"s{seed}"]))
+    tag = "-".join(filter(None, [cfg.tag, tables.slug(arm), str(cfg.max_steps), f"s{seed}"]))
     one = replace(cfg, mode="train", data=arm, seed=seed, tag=tag, resume_timestamp="auto")
     # other arms are not its business, but for the sources that its tokenizer is learnt from
     taught = cfg.arms if mixture.is_learnt(cfg.tokenizer) else (arm,)
@@ -568,21 +566,21 @@ def run_config(cfg, arm, seed) -> Config:
     sources = tuple(f"{name}={named[name]}" for name in sorted({*names, cfg.neutral}) if name in named)
     one = replace(one, arms=tuple(dict.fromkeys([*names, arm])), sources=sources)
     typed = replace(core.typed(cfg), overrides={})
-    return core.with_flags(one, typed, matters(cfg) | core.typed(cfg).flags & runs.MAY_CHANGE)
+    return core.with_flags(one, typed, matters(cfg) | core.typed(cfg).flags & core.MAY_CHANGE)
 
 
 def study_folder(cfg) -> Path:
     """<out>/study[-tag]-<hash of the constants that its results depend on>/"""
-    aside = (runs.MAY_CHANGE - {"max_steps"}) | runs.OF_THE_CALL | {"mode", "data", "dirty"}
+    aside = (core.MAY_CHANGE - {"max_steps"}) | core.CALL_CONSTANTS | {"mode", "data", "dirty"}
     constants = {name: value for name, value in asdict(cfg).items() if name not in aside}
     mark = hashlib.sha256(json.dumps(constants).encode()).hexdigest()[:6]
-    return runs.out_folder(cfg, __file__) / "-".join(filter(None, ["study", cfg.tag, mark]))
+    return core.out_folder(cfg, __file__) / "-".join(filter(None, ["study", cfg.tag, mark]))
 
 
 def prepare(cfg, world, say, poll) -> Study:
     """Opens all text and finds all mistakes, before the first step of the first run."""
-    show.pyplot()
-    for line in runs.override_lines(cfg):
+    diversity_report.pyplot()
+    for line in core.override_lines(cfg):
         say(line)
     s = Study(cfg, world, open_text(cfg, world), study_folder(cfg), say, poll)
     if cfg.mode != "diversity":
@@ -597,7 +595,7 @@ def prepare(cfg, world, say, poll) -> Study:
     elif cfg.diversity_batches:
         draws_of(s, open_probe(s, {})[1])
     if cfg.mode != "cache":
-        core.on_main(world, lambda: str(runs.prepared(s.folder)))
+        core.on_main(world, lambda: str(core.prepared(s.folder)))
     if cfg.neutral_share and cfg.mode != "diversity":
         say("NOTE --neutral_share: a document of the neutral text that a source holds too may be trained on")
     return s
@@ -610,7 +608,7 @@ def study(s):
     core.on_main(s.world, lambda: check_text(s, planned))
     for number, (seed, arm) in enumerate(planned):
         left = (time.monotonic() - began) / trained * (len(planned) - number) if trained else None
-        eta = f"  eta of all {runs.clock(left)}" if left else ""
+        eta = f"  eta of all {core.clock(left)}" if left else ""
         s.say(f"study  run {number + 1} of {len(planned)}  arm {arm}  seed {seed}{eta}")
         one = run_config(cfg, arm, seed)
         folder = core.on_main(s.world, lambda one=one: finished_run(one))
@@ -629,7 +627,7 @@ def study(s):
 
 def finished_run(cfg) -> str:
     """Folder of the finished run with these constants, or nothing."""
-    return str(runs.finished_run(cfg, __file__) or "")
+    return str(core.finished_run(cfg, __file__) or "")
 
 
 def train_one(cfg, s) -> Path:
@@ -639,7 +637,7 @@ def train_one(cfg, s) -> Path:
         import torch
 
         torch.compiler.reset()
-    with runs.Run(cfg, s.world, __file__, unit="tokens") as run:
+    with core.Run(cfg, s.world, __file__, unit="tokens") as run:
         run.result = train(run, run.cfg, s.world, s.text)
         ended = True
     if not ended:
@@ -653,8 +651,8 @@ def check_text(s, planned):
     for seed, arm in planned:
         one = run_config(s.cfg, arm, seed)
         if folder := finished_run(one):
-            runs.tested_checkpoints(folder)  # UserError where its weights are damaged
-            then = runs.read_config(folder)["facts"]
+            core.tested_checkpoints(folder)  # UserError where its weights are damaged
+            then = core.read_config(folder)["facts"]
             now = run_facts(one, s.text, batches_of(one, arm, s.text, s.world))
             odd = [name for name in now if then[name] != now[name]]
             if odd:
@@ -667,7 +665,7 @@ def check_runs(s, runs_by_arm) -> list[str]:
     """Lines on what was equal. UserError unless every run read what it would read today, and two arms of a
     seed differ in nothing but the source: constants, tokens, first weights. Rank 0."""
     check_text(s, [(s.cfg.seed + number, arm) for number in range(s.cfg.seeds) for arm in runs_by_arm])
-    configs = {arm: [runs.read_config(folder) for folder in folders] for arm, folders in runs_by_arm.items()}
+    configs = {arm: [core.read_config(folder) for folder in folders] for arm, folders in runs_by_arm.items()}
     for arm, folders in runs_by_arm.items():
         for number, folder in enumerate(folders):
             config, first = configs[arm][number], next(iter(configs.values()))[number]
@@ -725,12 +723,12 @@ def cross_evaluate(s, runs_by_arm) -> dict:
 def cross_files(s, folder) -> dict[str, str]:
     """text -> the file with a run's losses on it, named after what they depend on: weights, text, windows."""
     weights = json.loads((folder / "result.json").read_text())["test_checkpoints"][0]
-    weights = runs.read_manifest(folder / "checkpoints" / weights)["files"]["model.safetensors"]
+    weights = checkpoints.read_manifest(folder / "checkpoints" / weights)["files"]["model.safetensors"]
     found = {}
     for name, tokens in s.text.tokens.items():
         key = json.dumps([weights, tokens.fingerprint, len(tokens.parts["test"]), s.cfg.block_size])
         mark = hashlib.sha256(key.encode()).hexdigest()[:12]
-        found[name] = str(runs.out_folder(s.cfg, __file__) / "cross" / f"{folder.name}-{name}-{mark}.jsonl")
+        found[name] = str(core.out_folder(s.cfg, __file__) / "cross" / f"{folder.name}-{name}-{mark}.jsonl")
     return found
 
 
@@ -746,7 +744,7 @@ def open_probe(s, runs_by_arm):
         if not (name := str(found[0])):
             raise core.UserError(f"--probe study: arm {arm} has no finished run: train it, or name a probe")
     try:
-        probe, tokenizer = core.main_first(s.world, lambda: gpt_scratch.open_model(name))
+        probe, tokenizer = core.main_first(s.world, lambda: core.open_model(name))
     except core.UserError as error:
         raise core.UserError(f"--probe: {error}") from None
     check_length(cfg, probe.config.block_size)
@@ -788,7 +786,7 @@ def reread(s, tokenizer) -> mixture.Text:
 
 def coefficients(s, runs_by_arm) -> dict:
     probe, tokenizer = open_probe(s, runs_by_arm)
-    folder = runs.out_folder(s.cfg, __file__) / "embeddings"
+    folder = core.out_folder(s.cfg, __file__) / "embeddings"
     with core.Precision("fp32", s.world).products():  # not even in TF32
         return diversity.measure(s.cfg, draws_of(s, tokenizer), probe, folder, s.world, s.say, s.poll)
 
@@ -798,21 +796,24 @@ def coefficients(s, runs_by_arm) -> dict:
 
 def conclude(s, runs_by_arm, losses, found, notes):
     """Rank 0: study.md, study.json, matrix.png, link.png; the same tables in the terminal."""
-    figures, seeds, neutral = show.cells(losses), s.cfg.seeds, neutral_of(s.cfg)
-    told, differences = show.verdicts(losses, seeds)
+    figures, seeds, neutral = diversity_report.cells(losses), s.cfg.seeds, neutral_of(s.cfg)
+    told, differences = diversity_report.verdicts(losses, seeds)
     folders = {arm: [str(folder) for folder in of_arm] for arm, of_arm in runs_by_arm.items()}
-    parts = [show.heading(folders, runs.git_state()["commit"]), "\n".join([*notes, *told])]
-    parts.append(show.tables(figures, seeds))
-    s.say("\n" + show.tables({"loss": figures["loss"]}, seeds) + "\n")
+    parts = [diversity_report.heading(folders, core.git_state()["commit"]), "\n".join([*notes, *told])]
+    parts.append(diversity_report.tables(figures, seeds))
+    s.say("\n" + diversity_report.tables({"loss": figures["loss"]}, seeds) + "\n")
     s.say("\n".join(told))
-    show.heat_map(figures["loss"], s.folder / "matrix.png", neutral, seeds)
+    diversity_report.heat_map(figures["loss"], s.folder / "matrix.png", neutral, seeds)
     content = {"runs": folders, "matrix": figures, "differences": differences, "diversity": found}
     content |= {"notes": notes, "constants": asdict(s.cfg)}
     if found:
-        tables = show.diversity_table(found), show.link_table(found, neutral, figures, seeds)
+        tables = (
+            diversity_report.diversity_table(found),
+            diversity_report.link_table(found, neutral, figures, seeds),
+        )
         parts += [f"**diversity coefficient**\n\n{tables[0]}", f"**diversity and loss**\n\n{tables[1]}"]
         s.say("\n" + "\n\n".join(tables))
-        show.plot_link(found, figures["loss"], neutral, s.folder / "link.png")
+        diversity_report.plot_link(found, figures["loss"], neutral, s.folder / "link.png")
     core.write_json(s.folder / "study.json", content)
     with core.whole_file(s.folder / "study.md") as file:
         file.write("\n\n".join(parts) + "\n")
@@ -826,9 +827,9 @@ def conclude(s, runs_by_arm, losses, found, notes):
 def cache(s):
     """Mode cache: texts have become token ids; how many, and that they are enough."""
     texts = s.text.tokens
-    parts = {part: [f"{len(one.parts[part]):,}" for one in texts.values()] for part in corpus.PARTS}
+    parts = {part: [f"{len(one.parts[part]):,}" for one in texts.values()] for part in core.PARTS}
     documents = [f"{sum(one.documents.values()):,}" for one in texts.values()]
-    s.say(results.markdown({"text": list(texts), "documents": documents, **parts}))
+    s.say(tables.markdown({"text": list(texts), "documents": documents, **parts}))
     for name, one in texts.items():
         for line in one.lines:
             s.say(f"{name}  {line}")
@@ -842,8 +843,8 @@ def coefficient_only(s):
     def write():
         core.write_json(s.folder / "diversity.json", found)
         with core.whole_file(s.folder / "diversity.md") as file:
-            file.write(show.diversity_table(found) + "\n")
-        s.say(show.diversity_table(found))
+            file.write(diversity_report.diversity_table(found) + "\n")
+        s.say(diversity_report.diversity_table(found))
         s.say(f"done  {s.folder}/diversity.md")
 
     core.on_main(s.world, write)
@@ -853,9 +854,9 @@ def coefficient_only(s):
 def main(cfg, world):
     cfg = core.with_dtype(cfg, world)
     if not cfg.dirty:
-        core.on_main(world, runs.refuse_dirty)
+        core.on_main(world, core.refuse_dirty)
     if cfg.mode == "train":
-        with runs.Run(cfg, world, __file__, unit="tokens") as run:
+        with core.Run(cfg, world, __file__, unit="tokens") as run:
             run.result = train(run, run.cfg, world)
         return run.result
 
@@ -863,7 +864,7 @@ def main(cfg, world):
         if world.is_main:
             print(text, flush=True)
 
-    with runs.listening(world) as poll:
+    with core.listening(world) as poll:
         work = {"study": study, "cache": cache, "diversity": coefficient_only}[cfg.mode]
         try:
             work(prepare(cfg, world, say, poll))

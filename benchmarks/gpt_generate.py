@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import core
-import gpt_scratch
+from lab.train import cpu
 
 
 def timed(function):
@@ -27,11 +27,11 @@ def timed(function):
 def main(tokens):
     from transformers import GPT2LMHeadModel
 
-    core.keep_freed_memory()
+    cpu.keep_freed_memory()
     torch.manual_seed(0)
-    ours = gpt_scratch.GPT(gpt_scratch.GPTConfig(50257)).eval()
+    ours = core.GPT(core.GPTConfig(50257)).eval()
     with tempfile.TemporaryDirectory() as folder:
-        gpt_scratch.save_pretrained(ours, None, folder)
+        core.save_pretrained(ours, None, folder)
         theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
     for batch in (1, 8):
         prompts = torch.randint(50257, (batch, 32))
@@ -42,7 +42,7 @@ def main(tokens):
             return theirs.generate(prompts, attention_mask=mask, **options)[:, prompts.shape[1] :].tolist()
 
         def mine(prompts=prompts):
-            return gpt_scratch.generate(ours, prompts.tolist(), tokens, temperature=0)
+            return core.generate(ours, prompts.tolist(), tokens, temperature=0)
 
         times = {"transformers": [], "ours": []}
         for turn in range(6):

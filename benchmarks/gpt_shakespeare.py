@@ -20,7 +20,7 @@ import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
-import corpus  # noqa: E402
+import core
 
 NANO = [  # its README's flags for a CPU
     *("config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20"),
@@ -47,7 +47,7 @@ def nano(checkout, text):
     saved = torch.load(checkout / "out-shakespeare-char" / "ckpt.pt", weights_only=False)
     model = peer.GPT(peer.GPTConfig(**saved["model_args"])).eval()
     model.load_state_dict(saved["model"])
-    blocks, loss, count = corpus.Blocks(ids[cut:], 64), 0.0, 0
+    blocks, loss, count = core.Blocks(ids[cut:], 64), 0.0, 0
     with torch.no_grad():
         for start in range(0, len(blocks), 256):
             input_ids, labels = blocks.batch(range(start, min(start + 256, len(blocks))), "cpu")

@@ -22,14 +22,14 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import core
-import corpus
-import gpt_scratch
+from lab.train.loss import LARGE, linear_cross_entropy
+from lab.train.precision import native_dtype
 
 PEAK = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A40": 150, "4090": 165, "L4": 121, "T4": 65}
 TINY = "--tiny" in sys.argv
 WORLD = core.World(device=torch.device("cpu" if TINY else "cuda"))
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(core.native_dtype(WORLD.device), torch.float32)
-FULL = core.native_dtype(WORLD.device) == "fp32"
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(native_dtype(WORLD.device), torch.float32)
+FULL = native_dtype(WORLD.device) == "fp32"
 B, T, L, H, C, V = (4, 64, 2, 4, 64, 500) if TINY else (64, 1024, 12, 12, 768, 50257)
 WARM, STEPS = (1, 2) if TINY else (4, 12)
 
@@ -75,13 +75,13 @@ def row(name, make, tokens=None):
 
 def our_step(stream, compiled):
     """gpt_scratch.py's, from core's verbs."""
-    model = gpt_scratch.GPT(gpt_scratch.GPTConfig(V, T, L, H, C))
+    model = core.GPT(core.GPTConfig(V, T, L, H, C))
     precision = core.Precision("auto", WORLD)
     model = precision.prepare(model)
     for block in model.h if compiled else ():
         block.compile()
     optimizer = core.make_optimizer(model, "adamw", 0.1)
-    blocks = corpus.Blocks(stream, T)
+    blocks = core.Blocks(stream, T)
     batches = core.ShardedBatches(np.full(len(blocks), T), B, WORLD, seed=0)
 
     def step(i):
@@ -151,7 +151,7 @@ def head_step(loss_of):
 
 
 def ours(x, weight, labels):
-    return core.linear_cross_entropy([(x, weight)], None, labels)
+    return linear_cross_entropy([(x, weight)], None, labels)
 
 
 def whole(x, weight, labels):
@@ -168,12 +168,12 @@ def main():
     if not TINY and not torch.cuda.is_available():
         sys.exit("no CUDA device: use --tiny for the logic alone")
     name = "CPU" if TINY else torch.cuda.get_device_name()
-    print(f"{name}  torch {torch.__version__}  {core.native_dtype(WORLD.device)}  {B} x {T} tokens a step")
+    print(f"{name}  torch {torch.__version__}  {native_dtype(WORLD.device)}  {B} x {T} tokens a step")
     stream = np.random.default_rng(0).integers(0, V, 2_000_001, dtype=np.uint16)
     row("head: ours", lambda: head_step(ours))  # also lets the compiler's helpers start before the steps
-    large, core.LARGE = core.LARGE, sys.maxsize
+    large, LARGE = LARGE, sys.maxsize
     row("head: ours, not compiled", lambda: head_step(ours))
-    core.LARGE = large
+    LARGE = large
     row("head: all logits at once, compiled", lambda: head_step(whole if TINY else torch.compile(whole)))
     row("step: nanoGPT's, compiled", lambda: peer_step(stream), B * T)
     row("step: ours, nothing typed", lambda: our_step(stream, False), B * T)

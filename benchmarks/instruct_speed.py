@@ -42,9 +42,9 @@ class Steps:
 def examples_of(data, tokenizer, steps):
     """sft.Examples of the rows, and the batches of all contenders."""
     import numpy as np
+    import sft
 
     import core
-    import sft
 
     cfg = SimpleNamespace(data=data, max_documents=None, template="alpaca", model=tokenizer, split="seeded",
                           split_seed=0, max_length=512, loss_on_prompt=False)  # fmt: skip
@@ -58,11 +58,11 @@ def examples_of(data, tokenizer, steps):
 
 
 def ours(who, examples, batches, counter):
+    import lora
     import torch
 
     import core
     import gpt_scratch
-    import lora
 
     core.keep_freed_memory()
     world, precision = core.World(), core.Precision("fp32", core.World())

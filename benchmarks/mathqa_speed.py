@@ -19,20 +19,16 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import adapters
 import core
-import gpt_scratch
-import lora
-import mathqa
-import quantise
 import run_mathqa
-import sft
+from lab.models import gpt, int4, loha_lokr
+from lab.train import cpu
 
 RANK, ALPHA, ROWS, LENGTH = 16, 32.0, 16, 128  # a step of 2,048 tokens
 
 
 def shape(layers):
-    return gpt_scratch.GPTConfig(
+    return core.GPTConfig(
         50304, 512, layers, 16, 1024, positions="rotary", norm="rmsnorm", activation="swiglu", bias=False,
         qkv_bias=False,
     )  # fmt: skip
@@ -81,12 +77,12 @@ def peft_of(kind, module):
 
 def layers_alone(rounds):
     """Forward and backward of one 1,024 -> 3,072 and one 2,816 -> 1,024 layer, 2,048 rows."""
-    for kind, ours in (("loha", adapters.LoHaLinear), ("lokr", adapters.LoKrLinear)):
+    for kind, ours in (("loha", loha_lokr.LoHaLinear), ("lokr", loha_lokr.LoKrLinear)):
         jobs = {}
         for who in ("ours", "peft"):
             wide, back = (
-                gpt_scratch.Linear(1024, 3072, bias=False),
-                gpt_scratch.Linear(2816, 1024, bias=False),
+                gpt.Linear(1024, 3072, bias=False),
+                gpt.Linear(2816, 1024, bias=False),
             )
             both = nn.ModuleList([wide, back])
             if who == "ours":
@@ -110,12 +106,12 @@ def whole_steps(rounds, layers):
     torch.manual_seed(0)
     ids = torch.randint(50257, (ROWS, LENGTH))
     labels = ids.roll(-1, 1).masked_fill(torch.arange(LENGTH) < LENGTH - 8, core.IGNORE_INDEX)  # an answer
-    base = gpt_scratch.GPT(shape(layers))
+    base = core.GPT(shape(layers))
     full = copy.deepcopy(base)
     jobs, models = {}, {"full": full}
-    for method in adapters.METHODS:
+    for method in loha_lokr.METHODS:
         models[method] = copy.deepcopy(base)
-        adapters.add_adapters(models[method], method, RANK, ALPHA)
+        loha_lokr.add_adapters(models[method], method, RANK, ALPHA)
     for kind in ("loha", "lokr"):
         models[f"peft {kind}"] = peft_of(kind, copy.deepcopy(base))
     optimizers = {name: optimizer_of(model) for name, model in models.items()}
@@ -136,9 +132,9 @@ def epoch(data, folder, rounds):
     """All rows once, 128 a batch: as run_mathqa.py groups them, and padded to a random batch's longest."""
     tokenizer = core.pretrained_tokenizer(folder, "")
     cfg = run_mathqa.Config(data=data)
-    rows = mathqa.load_problems(cfg, core.World(), tokenizer)
-    units = sft.Examples(rows, np.arange(len(rows)), cfg.max_length + 1, cfg.loss_on_prompt)
-    model = gpt_scratch.GPT(gpt_scratch.GPTConfig(
+    rows = core.load_problems(cfg, core.World(), tokenizer)
+    units = core.Examples(rows, np.arange(len(rows)), cfg.max_length + 1, cfg.loss_on_prompt)
+    model = core.GPT(core.GPTConfig(
         50304, 512, 4, 8, 256, positions="rotary", norm="rmsnorm", activation="swiglu", bias=False,
         qkv_bias=False,
     ))  # fmt: skip
@@ -154,7 +150,7 @@ def epoch(data, folder, rounds):
                 core.scaled_backward(model(*units.batch(part, world.device)), world, 1, precision)
             core.optimizer_step(optimizer, precision, 1.0, 1e-5)
 
-    packs = sft.Packs(units, cfg.max_length)
+    packs = core.Packs(units, cfg.max_length)
 
     def packed():
         batches = core.ShardedBatches(packs.lengths, 128 * len(packs) // len(units), world, seed=0)
@@ -176,8 +172,8 @@ def epoch(data, folder, rounds):
 
 def files():
     with torch.device("meta"):
-        whole = sum(p.numel() for p in gpt_scratch.GPT(shape(10)).parameters())
-    model = gpt_scratch.GPT(shape(10))
+        whole = sum(p.numel() for p in core.GPT(shape(10)).parameters())
+    model = core.GPT(shape(10))
     for group in (256, 32):
         with tempfile.TemporaryDirectory() as folder:
 
@@ -185,20 +181,20 @@ def files():
                 def save_pretrained(self, path):
                     path.mkdir()
 
-            quantise.save(quantise.convert(model, group), group, Nothing(), Path(folder) / "small")
+            int4.save(int4.convert(model, group), group, Nothing(), Path(folder) / "small")
             size = (Path(folder) / "small" / "model.safetensors").stat().st_size
         print(
             f"int4 in groups of {group}: {size / 1e6:.1f} of {4 * whole / 1e6:.1f} MB, {size / 4 / whole:.3f}"
         )
     with torch.device("meta"):
-        small = gpt_scratch.GPT(shape(10))
-        adapters.add_adapters(small, "lora", RANK, ALPHA)
+        small = core.GPT(shape(10))
+        loha_lokr.add_adapters(small, "lora", RANK, ALPHA)
     print(f"LoRA's share of gradients and optimizer at 10 layers: "
-          f"{core.count_parameters(lora.Adapters(small))[0] / whole:.4f}")  # fmt: skip
+          f"{core.count_parameters(core.Adapters(small))[0] / whole:.4f}")  # fmt: skip
 
 
 def main():
-    core.keep_freed_memory()
+    cpu.keep_freed_memory()
     data, folder, rounds, layers = (*sys.argv[1:], *("", "", "5", "4")[len(sys.argv) - 1 :])
     print(f"{torch.get_num_threads()} threads, {rounds} rounds, {ROWS} x {LENGTH} tokens, {layers} layers")
     layers_alone(2 * int(rounds))

@@ -38,8 +38,9 @@ class Steps:
 
 
 def prepared(file, encoder, dropout):
-    import core
     import pairs
+
+    import core
     import run_preference
 
     cfg = run_preference.Config(
@@ -72,11 +73,11 @@ def ours(cfg, data, steps, counter):
 
 
 def trainer(cfg, data, steps, counter, padded):
+    import pairs
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     import core
-    import pairs
     import run_preference
 
     class Model(torch.nn.Module):

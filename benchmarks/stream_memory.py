@@ -17,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import core
-import corpus
+from lab.data import tables, text, tokenizers
 
 
 def generated(size):
@@ -31,19 +31,19 @@ def generated(size):
 def main():
     gigabytes, tokenizer = float((sys.argv[1:] or ["1"])[0]), (sys.argv[2:] or ["chars"])[0]
     most = int(sys.argv[3]) if len(sys.argv) > 3 else None
-    corpus.data_fingerprint = lambda source: "generated"
-    core.stream_rows = lambda *args, **options: generated(int(gigabytes * 1e9))
+    text.text_fingerprint = lambda source: "generated"
+    tables.stream_rows = lambda *args, **options: generated(int(gigabytes * 1e9))
     folder = Path(tempfile.mkdtemp(dir="."))
     core.cache_root = lambda: folder
     if tokenizer == "chars":  # learnt from a few documents: what is measured is the stream
-        corpus.make_tokenizer = lambda name, texts: corpus.characters(
+        core.make_tokenizer = lambda name, texts: tokenizers.characters(
             sorted(set("\n :0123456789" + ALPHABET))
         )
     began = time.perf_counter()
     try:
         budget = {"max_tokens": most, "held_out_tokens": 10**12, "val_share": 5e-4, "test_share": 5e-4}
-        cache = corpus.token_cache(corpus.Corpus("generated/stream", tokenizer, first_trains=False, **budget))
-        written = sum(len(part) for part in corpus.open_cache(cache).parts.values())
+        cache = text.token_cache(core.Corpus("generated/stream", tokenizer, first_trains=False, **budget))
+        written = sum(len(part) for part in text.open_cache(cache).parts.values())
     finally:
         shutil.rmtree(folder)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import core
-import gpt_scratch
-import task2vec
+from lab.measure import task2vec
+from lab.models import gpt_formats
+from lab.train import cpu
 
 LENGTH, EPOCHS, END = 128, 10, 50256
 
@@ -55,13 +56,13 @@ def plain(model, ids, tied, targets=None):
 def main():
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    core.keep_freed_memory()
+    cpu.keep_freed_memory()
     rounds, n = (int(word) for word in (*sys.argv[1:], *("2", "16")[len(sys.argv) - 1 :]))
     torch.manual_seed(0)
     theirs = GPT2LMHeadModel(GPT2Config()).eval()
-    config = gpt_scratch.GPTConfig(END + 1)
+    config = core.GPTConfig(END + 1)
     state = {name: weight.clone() for name, weight in theirs.state_dict().items()}
-    ours = gpt_scratch.with_weights(config, gpt_scratch.from_theirs(state, config, "gpt2")).eval()
+    ours = core.with_weights(config, gpt_formats.from_theirs(state, config, "gpt2")).eval()
     ids = torch.randint(END, (n, LENGTH))
     batch = task2vec.Batch(ids, torch.full((n,), LENGTH))
     drawn, draw = [], task2vec.draw

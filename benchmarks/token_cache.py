@@ -16,16 +16,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 import core
-import corpus
+from lab.data import cache
+from lab.data.text import open_cache, split_pieces, token_cache, write_tokens
 
 
 def main(data="python-code", tokenizer="bpe:8192"):
     os.environ["TOKEN_CACHE"] = tempfile.mkdtemp()
-    which = corpus.Corpus(data, tokenizer)
-    folder = corpus.token_cache(which)
-    tokens = corpus.open_cache(folder)
+    which = core.Corpus(data, tokenizer)
+    folder = token_cache(which)
+    tokens = open_cache(folder)
     rust, kind = tokens.tokenizer.backend_tokenizer, next(iter(tokens.parts.values())).dtype
-    texts = [text for _, text, _ in corpus.split_pieces(which, core.BadRows())]
+    texts = [text for _, text, _ in split_pieces(which, cache.BadRows())]
     bare, built = [], []
     for _ in range(5):
         began = time.perf_counter()
@@ -33,7 +34,7 @@ def main(data="python-code", tokenizer="bpe:8192"):
         bare.append(count / (time.perf_counter() - began))
         with tempfile.TemporaryDirectory() as aside:
             began = time.perf_counter()
-            corpus.write_tokens(Path(aside), which, tokens.tokenizer, np.dtype(kind), core.BadRows())
+            write_tokens(Path(aside), which, tokens.tokenizer, np.dtype(kind), cache.BadRows())
             built.append(count / (time.perf_counter() - began))
     shares = [b / a for a, b in zip(bare, built, strict=True)]
     print(

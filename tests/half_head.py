@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-import core
+from lab.train.loss import linear_cross_entropy, notes
 
 NORM = 0.003  # bf16 keeps 8 bits: two roundings of a number (slope, result) are 0.0021 in the mean square
 WORST = 2**-7  # and twice 2^-8 at worst
@@ -32,7 +32,7 @@ def loss_and_slopes(inputs, labels, bias, device, dtype, half=None) -> list[torc
     pairs = leaves[:-1] if bias else leaves
     terms = list(zip(pairs[::2], pairs[1::2], strict=True))
     with torch.autocast(torch.device(device).type, half, enabled=half is not None):
-        loss = core.linear_cross_entropy(terms, leaves[-1] if bias else None, labels.to(device))
+        loss = linear_cross_entropy(terms, leaves[-1] if bias else None, labels.to(device))
     return [t.detach().cpu().double() for t in (loss, *torch.autograd.grad(0.37 * loss, leaves))]
 
 
@@ -53,6 +53,6 @@ def check(found):
 if __name__ == "__main__":
     device, half, cases = sys.argv[1:]
     found = [errors(device, half, *case) for case in json.loads(cases)]
-    if core.notes:  # the largest cases would have been computed by the other formula
-        sys.exit("\n".join(core.notes))
+    if notes:  # the largest cases would have been computed by the other formula
+        sys.exit("\n".join(notes))
     print(json.dumps(found))

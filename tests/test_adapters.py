@@ -16,19 +16,18 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import adapters
 import core
-import gpt_scratch
-import lora
 import run_mathqa as script
 from core import UserError, World
+from lab.models import gpt, loha_lokr
+from lab.train import optim
 
 NOAM = {
     **{"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu"},
     **{"bias": False, "qkv_bias": False},
 }
 SHAPES = {"gpt2": {}, "noam": NOAM}
-METHODS = adapters.METHODS
+METHODS = loha_lokr.METHODS
 OPTIMIZERS = ["adamw", "lion", "sgd"]
 FIRST = {"lora": {"B"}, "loha": {"W2b"}, "lokr": {"W1"}}  # zero at the start: the others have no slope yet
 THEIRS = {
@@ -52,7 +51,7 @@ def random_gpt(dtype=torch.float32, seed=0, **config):
     """Small, with weights large enough that every part of the model shows in the logits."""
     torch.manual_seed(seed)
     small = {"vocab_size": 97, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32, "n_inner": 48}
-    model = gpt_scratch.GPT(gpt_scratch.GPTConfig(**small | config)).to(dtype)
+    model = core.GPT(core.GPTConfig(**small | config)).to(dtype)
     for weight in model.parameters():
         nn.init.normal_(weight, std=0.2)
     return model.eval()
@@ -61,7 +60,7 @@ def random_gpt(dtype=torch.float32, seed=0, **config):
 def randomise(module, seed=5):
     """As after a training: nothing is zero any more."""
     torch.manual_seed(seed)
-    for layer in lora.adapted(module).values():
+    for layer in core.adapted(module).values():
         for weight in layer.tensors().values():
             nn.init.normal_(weight, std=0.3)
     return module
@@ -70,21 +69,21 @@ def randomise(module, seed=5):
 def adapted_gpt(method, rank=4, alpha=7, dtype=torch.float32, **config):
     """With trained adapters; rank 4 gives LoKr both kinds of W2."""
     model = random_gpt(dtype, **config)
-    adapters.add_adapters(model, method, rank, alpha)
+    loha_lokr.add_adapters(model, method, rank, alpha)
     return randomise(model)
 
 
 def new_layer(method, base, rank, alpha):
     if method == "lora":
-        layer = lora.LoRALinear(base, rank, alpha / rank)
+        layer = core.LoRALinear(base, rank, alpha / rank)
         layer.initialise("fan_in")
         return layer
-    return {"loha": adapters.LoHaLinear, "lokr": adapters.LoKrLinear}[method](base, rank, alpha / rank)
+    return {"loha": loha_lokr.LoHaLinear, "lokr": loha_lokr.LoKrLinear}[method](base, rank, alpha / rank)
 
 
 def frozen_base(inputs, outputs, bias=True):
     torch.manual_seed(1)
-    return gpt_scratch.Linear(inputs, outputs, bias).requires_grad_(False)
+    return gpt.Linear(inputs, outputs, bias).requires_grad_(False)
 
 
 def trained_layer(method, inputs, outputs, rank, bias=True, dtype=torch.float64):
@@ -214,12 +213,12 @@ def test_W2_of_lokr_is_of_low_rank_below_half_of_its_longer_side(inputs, outputs
     [(3072, (48, 64)), (2816, (44, 64)), (1024, (32, 32)), (50257, (29, 1733)), (97, (1, 97)), (1, (1, 1))],
 )
 def test_factors_are_as_near_as_can_be(n, factors):
-    assert adapters.near_factors(n) == factors
+    assert loha_lokr.near_factors(n) == factors
 
 
 def test_factors_are_pefts():
     for n in range(1, 500):
-        assert adapters.near_factors(n) == factorization(n), n
+        assert loha_lokr.near_factors(n) == factorization(n), n
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "rank"), LAYERS)
@@ -347,15 +346,15 @@ def test_bf16_gives_gradients_in_fp32_near_those_of_fp32(method):
 def test_logits_gradients_and_merged_weights_of_a_model_are_pefts(shape, method):
     ours = adapted_gpt(method, **SHAPES[shape])
     plain = random_gpt(**SHAPES[shape])
-    names = list(lora.adapted(ours))
+    names = list(core.adapted(ours))
     theirs = peft_on(method, copy.deepcopy(plain), 4, 7, names)
-    for name, layer in lora.adapted(ours).items():
+    for name, layer in core.adapted(ours).items():
         copy_across(method, layer, theirs.get_submodule(name))
     assert_near(logits(ours), logits(theirs), 1e-5)  # fp32
     assert_far(logits(ours), logits(plain))
     for model in (ours, theirs):
         model(ids(3, 16), ids(3, 16, seed=2)).backward()
-    for name, layer in lora.adapted(ours).items():
+    for name, layer in core.adapted(ours).items():
         for own, p in layer.tensors().items():
             reference = theirs.get_submodule(name).get_parameter(THEIRS[method][own]).grad
             assert_near(p.grad, reference, 1e-5)
@@ -370,20 +369,20 @@ def test_logits_gradients_and_merged_weights_of_a_model_are_pefts(shape, method)
 def test_every_linear_layer_of_the_blocks_gets_one_adapter_and_nothing_else_trains(method):
     model = random_gpt(**NOAM)
     before, layers = logits(model), ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_gate", "mlp.c_proj"]
-    names = adapters.add_adapters(model, method, 4, 7)
+    names = loha_lokr.add_adapters(model, method, 4, 7)
     assert sorted(names) == [f"h.{i}.{layer}" for i in range(2) for layer in layers]
-    assert list(lora.adapted(model)) == names
+    assert list(core.adapted(model)) == names
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trains == set(lora.Adapters(model).state_dict())
-    assert {layer.multiplier for layer in lora.adapted(model).values()} == {7 / 4}
+    assert trains == set(core.Adapters(model).state_dict())
+    assert {layer.multiplier for layer in core.adapted(model).values()} == {7 / 4}
     assert torch.equal(logits(model), before)  # training begins at the base
     assert_far(logits(randomise(model)), before)
 
 
 def test_dropout_is_of_what_lora_reads():
     model = random_gpt(**NOAM)
-    adapters.add_adapters(model, "lora", 4, 7, dropout=0.5)
-    assert {(layer.dropout.p, layer.parts) for layer in lora.adapted(model).values()} == {(0.5, 1)}
+    loha_lokr.add_adapters(model, "lora", 4, 7, dropout=0.5)
+    assert {(layer.dropout.p, layer.parts) for layer in core.adapted(model).values()} == {(0.5, 1)}
 
 
 def counts(method, rank):
@@ -391,7 +390,7 @@ def counts(method, rank):
     with torch.device("meta"):
         model = script.new_model(cfg, range(50257))
     total = core.count_parameters(model)
-    adapters.add_adapters(model, method, rank, cfg.lora_alpha)
+    loha_lokr.add_adapters(model, method, rank, cfg.lora_alpha)
     assert all(p.is_meta for p in model.parameters())
     return total, core.count_parameters(model)[1]
 
@@ -413,7 +412,7 @@ def test_recomputed_blocks_give_the_same_gradients(method):
     def slopes(checkpointing):
         model = adapted_gpt(method, checkpointing=checkpointing, **NOAM).train()
         model(ids(3, 16), ids(3, 16, seed=2)).backward()
-        return {name: p.grad for name, p in lora.Adapters(model).named_parameters()}
+        return {name: p.grad for name, p in core.Adapters(model).named_parameters()}
 
     assert_same(slopes(True), slopes(False))
 
@@ -426,7 +425,7 @@ def test_recomputed_blocks_give_the_same_gradients(method):
 def test_the_merged_model_has_no_adapters_and_the_same_logits(shape, method):
     model = adapted_gpt(method, dtype=torch.float64, **SHAPES[shape])
     before, merged = numbers(model), script.merged(model)
-    assert not lora.adapted(merged) and merged.config == model.config
+    assert not core.adapted(merged) and merged.config == model.config
     assert_near(logits(merged), logits(model), 1e-11)
     assert_far(logits(merged), logits(random_gpt(torch.float64, **SHAPES[shape])))
     assert_same(numbers(model), before)
@@ -443,7 +442,7 @@ def test_adapted_and_merged_models_say_the_same(method):
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
 
     def said(model):
-        return gpt_scratch.generate(model, prompts, 20, temperature=0)
+        return core.generate(model, prompts, 20, temperature=0)
 
     assert said(model) == said(script.merged(model)) != said(random_gpt(**NOAM))
 
@@ -451,14 +450,14 @@ def test_adapted_and_merged_models_say_the_same(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_adapters_come_back_from_their_file(tmp_path, method):
     model = adapted_gpt(method, **NOAM)
-    state = lora.Adapters(model).state_dict()
+    state = core.Adapters(model).state_dict()
     safetensors.torch.save_file(state, tmp_path / "adapters.safetensors")
     again = random_gpt(**NOAM)
-    adapters.add_adapters(again, method, 4, 7)
-    lora.Adapters(again).load_state_dict(safetensors.torch.load_file(tmp_path / "adapters.safetensors"))
+    loha_lokr.add_adapters(again, method, 4, 7)
+    core.Adapters(again).load_state_dict(safetensors.torch.load_file(tmp_path / "adapters.safetensors"))
     assert_same(numbers(again), numbers(model))
     assert torch.equal(logits(again), logits(model))
-    assert all(p.requires_grad and p.is_leaf for p in lora.Adapters(again).parameters())
+    assert all(p.requires_grad and p.is_leaf for p in core.Adapters(again).parameters())
 
 
 OTHERS = [(one, 4, other, 4) for one in METHODS for other in METHODS if one != other]
@@ -470,7 +469,7 @@ def test_adapters_of_another_method_or_rank_are_refused(one, rank, other, its_ra
     model, misfit = adapted_gpt(one, rank, **NOAM), adapted_gpt(other, its_rank, **NOAM)
     before = numbers(model)
     with pytest.raises(UserError, match="adapters do not fit"):
-        lora.Adapters(model).load_state_dict(lora.Adapters(misfit).state_dict())
+        core.Adapters(model).load_state_dict(core.Adapters(misfit).state_dict())
     assert_same(numbers(model), before)
 
 
@@ -509,13 +508,13 @@ def test_the_zero_tensor_moves_at_the_first_step_all_at_the_second_and_the_base_
     of = script.make_optimizer(cfg, model)
     held = [id(p) for group in of.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in trained.parameters())
-    names, base, before = set(trained.state_dict()), lora.base_weights(model), numbers(trained)
+    names, base, before = set(trained.state_dict()), core.base_weights(model), numbers(trained)
     still = {name: value.clone() for name, value in base.items()}
     a_step(model, of)
     assert moved(before, numbers(trained)) == first_to_move(method, names) < names
     a_step(model, of)
     assert moved(before, numbers(trained)) == names
-    assert_same(lora.base_weights(model), still)
+    assert_same(core.base_weights(model), still)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -537,7 +536,7 @@ def test_a_checkpoint_holds_the_adapters_alone_or_the_model(method):
     _, model, trained = a_model(method, "adamw")
     own = {name for name, p in model.named_parameters() if p.requires_grad}
     assert set(trained.state_dict()) == own
-    assert bool(lora.adapted(model)) == (method != "full")
+    assert bool(core.adapted(model)) == (method != "full")
     assert (trained is model) == (method == "full")
 
 
@@ -572,9 +571,9 @@ def test_a_run_moves_every_adapter_keeps_the_base_and_is_loaded_as_it_ended(meth
     start, trained = script.tuned(cfg, script.open_base(cfg, World())[0], World())
     known, model, _ = script.load_model(folder, World())
     assert (known.method, known.lora_rank, known.optimizer, model.training) == (method, 4, optimizer, False)
-    after = numbers(lora.Adapters(model))
+    after = numbers(core.Adapters(model))
     assert moved(numbers(trained), after) == set(after)
-    assert_same(lora.base_weights(model), lora.base_weights(start))
+    assert_same(core.base_weights(model), core.base_weights(start))
     stored = safetensors.torch.load_file(folder / "checkpoints" / "step_00000002" / "model.safetensors")
     assert_same(stored, after)
     assert result["trainable_parameters"] == sum(t.numel() for t in stored.values())
@@ -618,7 +617,7 @@ def test_dropout_of_a_method_without_one_is_refused_in_one_line(method, capsys):
     model = random_gpt()
     before = list(model.named_parameters())
     with pytest.raises(UserError, match=rf"--lora_dropout 0\.1: {method}") as error:
-        adapters.add_adapters(model, method, 4, 7, dropout=0.1)
+        loha_lokr.add_adapters(model, method, 4, 7, dropout=0.1)
     assert "\n" not in str(error.value)
     assert [name for name, _ in before] == [name for name, _ in model.named_parameters()]
     assert all(p.requires_grad for p in model.parameters())
@@ -647,7 +646,7 @@ def lion_over(values, decays, betas):
     """(parameters, Lion with a group for each)"""
     params = [nn.Parameter(torch.from_numpy(value.copy())) for value in values]
     groups = [{"params": [p], "weight_decay": d} for p, d in zip(params, decays, strict=True)]
-    return params, script.Lion(groups, betas)
+    return params, optim.Lion(groups, betas)
 
 
 def steps(params, optimizer, slopes, rates):
@@ -713,7 +712,7 @@ def test_matrices_decay_but_not_the_embedding_norms_and_biases(shape, optimizer)
     model = random_gpt(tie_head=False, **SHAPES[shape])
     cfg = script.Config(optimizer=optimizer, weight_decay=0.3, beta1=0.8, beta2=0.97)
     of = script.make_optimizer(cfg, model)
-    kind = {"adamw": torch.optim.AdamW, "lion": script.Lion, "sgd": torch.optim.SGD}[optimizer]
+    kind = {"adamw": torch.optim.AdamW, "lion": optim.Lion, "sgd": torch.optim.SGD}[optimizer]
     assert type(of) is kind
     names = {p: name for name, p in model.named_parameters()}
     decays = {names[p]: group["weight_decay"] for group in of.param_groups for p in group["params"]}
@@ -729,7 +728,7 @@ def test_matrices_decay_but_not_the_embedding_norms_and_biases(shape, optimizer)
 
 def test_the_schedule_moves_lions_beta1_and_rate():
     p = nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
-    optimizer = script.Lion([{"params": [p], "scale": 0.5}], (0.9, 0.99))
+    optimizer = optim.Lion([{"params": [p], "scale": 0.5}], (0.9, 0.99))
     p.grad = torch.tensor([[1.0, -1.0], [2.0, 0.0]], dtype=torch.float64)
     core.optimizer_step(optimizer, core.Precision("fp64", World()), None, 0.2, beta1=0.7)
     assert optimizer.param_groups[0]["betas"] == (0.7, 0.99)

@@ -16,10 +16,11 @@ import scipy.stats
 from conftest import PROJECT
 from test_results import evaluate, make_run, refused, resumes, rows_of, source
 
-import compare
-import core
-import judge
-import results
+import lab.compare.sides
+from lab.compare import difference, facts, responses
+from lab.compare.rows import Rows, judged_rows, shared_rows
+from lab.compare.sides import constants_table, side_by_side
+from lab.measure import statistics
 
 NATS = np.random.default_rng(0).gamma(4, 5, 60)
 ALONE = np.arange(60)
@@ -40,19 +41,19 @@ def losing(name, nats, groups=ALONE, hits=5, targets=10, sizes=40, files=(), **h
 
 
 def report(*names):
-    lines, figures = compare.report(compare.sides(names, "runs"))
+    lines, figures = lab.compare.sides.report(lab.compare.sides.sides(names, "runs"))
     return "\n".join(lines), figures
 
 
 def shared(*names):
-    return compare.shared_rows([results.read(name) for name in names])
+    return shared_rows([facts.read(name) for name in names])
 
 
 def compared(sums, n, weights=None, groups=None):
     weights = np.ones(len(sums[0])) if weights is None else weights
     groups = np.arange(len(weights)) if groups is None else groups
-    rows = compare.Rows("loss", np.array(sums), weights, groups)
-    return compare.difference(rows, range(n), range(n, len(sums)))
+    rows = Rows("loss", np.array(sums), weights, groups)
+    return difference.difference(rows, range(n), range(n, len(sums)))
 
 
 def test_one_run_a_side_is_a_paired_bootstrap_by_group_and_students_quantile_is_scipys():
@@ -66,7 +67,7 @@ def test_one_run_a_side_is_a_paired_bootstrap_by_group_and_students_quantile_is_
     wanted = np.percentile(draws[0] / draws[1], [2.5, 97.5])
     np.testing.assert_allclose(found["interval"], wanted, atol=0.08 * np.ptp(wanted))
     for freedom in (1, 2, 3.7, 4, 10, 100, 20_000):
-        assert core.student(freedom) == pytest.approx(scipy.stats.t.ppf(0.975, freedom), rel=1e-3)
+        assert statistics.student(freedom) == pytest.approx(scipy.stats.t.ppf(0.975, freedom), rel=1e-3)
 
 
 @pytest.mark.parametrize("trials", [120, pytest.param(2000, marks=pytest.mark.slow)])
@@ -86,7 +87,7 @@ def test_intervals_hold_the_truth_19_times_in_20(seeds, noise, trials):
 
 def test_what_is_needed_shows_the_difference_four_times_in_five():
     rng, pilot = np.random.default_rng(3), np.random.default_rng(4).normal(size=80)
-    said = compare.needed(compared([(pilot - pilot.mean()) / pilot.std() + 0.2, 0 * pilot], 1))
+    said = difference.needed(compared([(pilot - pilot.mean()) / pilot.std() + 0.2, 0 * pilot], 1))
     n = int(re.fullmatch(r"about (\d+) would be needed", said)[1])
     assert n == pytest.approx(2.8**2 / 0.2**2, rel=0.2)  # rows
     found = [compared([rng.normal(0.2, 1, n), np.zeros(n)], 1)["interval"][0] > 0 for _ in range(120)]
@@ -95,12 +96,12 @@ def test_what_is_needed_shows_the_difference_four_times_in_five():
     def with_seeds(first, second):
         return compared([a + pilot / 20 for a in first] + [b + 0 * pilot for b in second], len(first))
 
-    said = compare.needed(with_seeds(np.array([-1, 0, 1]) + 0.9 - 0.05 * pilot.mean(), [-1, 0, 1]))
+    said = difference.needed(with_seeds(np.array([-1, 0, 1]) + 0.9 - 0.05 * pilot.mean(), [-1, 0, 1]))
     n = int(re.fullmatch(r"about (\d+) seeds a side would be needed", said)[1])
     assert n == pytest.approx(2 * 2.8**2 / 0.9**2, rel=0.15)
     found = [with_seeds(rng.normal(0.9, 1, n), rng.normal(0, 1, n))["interval"][0] > 0 for _ in range(150)]
     assert 0.68 <= np.mean(found) <= 0.92
-    assert compare.needed({"difference": 0.0}) == "there is no difference to look for"
+    assert difference.needed({"difference": 0.0}) == "there is no difference to look for"
 
 
 def test_a_run_is_told_from_a_better_one_only_and_one_prompt_or_no_number_tells_nothing():
@@ -112,7 +113,7 @@ def test_a_run_is_told_from_a_better_one_only_and_one_prompt_or_no_number_tells_
         assert not re.search("(?<!cannot be )told apart", report(*sides)[0])
     run = losing("a", NATS)
     text, figures = report(run, run)
-    assert compare.constants_table(compare.sides([run, run], "runs")) == "the constants are the same"
+    assert constants_table(lab.compare.sides.sides([run, run], "runs")) == "the constants are the same"
     for name in ("loss", "accuracy"):
         assert (figures[name][0]["difference"], figures[name][0]["interval"]) == (0, [0, 0])
     assert text.count("the same on every one of 60 rows: they cannot be told apart") == 2
@@ -137,37 +138,42 @@ def test_runs_that_differ_in_their_seed_are_one_side_and_what_else_differs_is_li
     how = {"lr": 0.5, "tag": "other", "config": {"preset": "strong"}}
     other = [losing(f"other{i}", nats[3 + i], seed=i, **how) for i in range(3)]
     make_run("boss9", tag="boss-s0", seed=9, status="stopped")
-    sides = compare.sides([*boss, *other], "runs")
+    sides = lab.compare.sides.sides([*boss, *other], "runs")
     assert [side.name for side in sides] == ["boss (3 seeds)", "other (3 seeds)"]
-    assert [len(side.all_facts) for side in compare.sides(boss, "runs")] == [1, 1, 1]
-    sides = compare.sides(["boss-s0", "strong"], "runs")  # a tag and a preset: finished runs only
+    assert [len(side.all_facts) for side in lab.compare.sides.sides(boss, "runs")] == [1, 1, 1]
+    sides = lab.compare.sides.sides(["boss-s0", "strong"], "runs")  # a tag and a preset: finished runs only
     assert [[f.name for f in side.all_facts] for side in sides] == [["boss0"], ["other0", "other1", "other2"]]
     found = report("boss-s0", "strong")[1]["loss"][0]
     wanted = (nats[0].mean() - nats[3:].mean()) / 10
     assert found["difference"] == pytest.approx(wanted) and found["seeds"] == [1, 3]
-    assert len(compare.sides(["boss-s0", boss[0], *other], "runs")[0].all_facts) == 1  # named twice
-    refused("needs two sides", compare.sides, ["boss-s0"], "runs")
-    refused("nothing: no run folder, and no finished run in runs", compare.sides, ["nothing", *boss], "runs")
+    assert len(lab.compare.sides.sides(["boss-s0", boss[0], *other], "runs")[0].all_facts) == 1  # named twice
+    refused("needs two sides", lab.compare.sides.sides, ["boss-s0"], "runs")
+    refused(
+        "nothing: no run folder, and no finished run in runs",
+        lab.compare.sides.sides,
+        ["nothing", *boss],
+        "runs",
+    )
     refused("boss9 is not finished", report, "runs/run_lora/boss9", "strong")
     a = losing("same", NATS, lr=0.1, warmup=2, pack=True, seed=1, out="x", tag="a|a", note="n")
     b = losing("same", NATS, lr=0.2, warmup=3, pack=True, seed=2, tag="b", script="run_instruct")
     wanted = [["script", "run_lora", "run_instruct"], ["lr", "0.1", "0.2"], ["warmup", "2", "3"]]
-    rows = rows_of(compare.constants_table(compare.sides([a, b], "runs")))
+    rows = rows_of(constants_table(lab.compare.sides.sides([a, b], "runs")))
     assert [list(row.values()) for row in rows] == wanted and list(rows[0]) == ["constant", "a/a", "b"]
     twins = [losing("twin", NATS, script=script, lr=i) for i, script in enumerate("xy")]  # of one second
-    assert compare.constants_table(compare.sides(twins, "runs")).count("twin") == 2
+    assert constants_table(lab.compare.sides.sides(twins, "runs")).count("twin") == 2
 
 
 def head(*names):
     """What is said above the figures: the table of constants, and the notes."""
-    sides = compare.sides(names, "runs")
-    notes = "\n".join(compare.report(sides)[0]).partition("**")[0]
-    return compare.constants_table(sides), notes.strip().splitlines()
+    sides = lab.compare.sides.sides(names, "runs")
+    notes = "\n".join(lab.compare.sides.report(sides)[0]).partition("**")[0]
+    return constants_table(sides), notes.strip().splitlines()
 
 
 def listed(*names):
     """Rows of the table of constants: name -> the sides' values."""
-    found = [list(row.values()) for row in rows_of(compare.constants_table(compare.sides(names, "runs")))]
+    found = [list(row.values()) for row in rows_of(constants_table(lab.compare.sides.sides(names, "runs")))]
     return {name: values for name, *values in found}
 
 
@@ -176,10 +182,10 @@ def test_a_constant_that_one_side_lacks_is_listed_as_absent():
     new = [losing(f"new{seed}", NATS + 1, label_smoothing=0.1, seed=seed, tag="new") for seed in (0, 1)]
     wanted = {"label_smoothing": ["absent", "none", "0.1"]}
     assert listed(old, none, *new) == wanted
-    sides = compare.sides([old, none, *new], "runs")
+    sides = lab.compare.sides.sides([old, none, *new], "runs")
     assert [side.name for side in sides] == ["old", "none", "new (2 seeds)"]
     full = losing("full", NATS, script="run_instruct", freeze_blocks=0, lr=0.5, keep=3, note="n")
-    instruct = results.read(full).folder / "config.json"
+    instruct = facts.read(full).folder / "config.json"
     config = json.loads(instruct.read_text())
     del config["constants"]["lora_rank"]
     instruct.write_text(json.dumps(config))
@@ -293,7 +299,7 @@ def test_verdicts_are_compared_by_log_loss_and_accuracy():
 def graded(name, grades, answers, **how):
     rows = [{"instruction": f"Say {i}\nloudly", "input": "in" * (i % 2), "output": f"right {i}"}
             | {"model_response": answer} for i, answer in enumerate(answers)]  # fmt: skip
-    entries = [{"group": judge.group_of(row), "grades": of} for row, of in zip(rows, grades, strict=True)]
+    entries = [{"group": responses.group_of(row), "grades": of} for row, of in zip(rows, grades, strict=True)]
     judged = {who: {"score": 1.0, "score_interval": [0, 2], "grades": entries} for who in ("j", name)}
     return losing(name, NATS, files={"responses.json": rows, "judged.json": judged}, **how)
 
@@ -302,7 +308,7 @@ def test_answers_and_grades_stand_side_by_side_and_none_breaks_out():
     wild = "# Heading\n\n| a | b |\n|---|---|\n```python\nx = 1\n---\n## 2\n> quote"
     a = graded("a", [[50], [75, 80], [None]], [wild, "plain", " "], tag="one")
     b = graded("b", [[60], [None, 90], [30]], ["short", wild, "```"], lr=1)
-    sides = compare.sides([a, b], "runs")
+    sides = lab.compare.sides.sides([a, b], "runs")
     quoted = wild.replace("\n", "\n> ").replace("> \n", ">\n")
     wanted = "# Answers side by side\n\n3 of 3 prompts\n"
     answers = [(quoted, "short"), ("plain", quoted), ("(empty)", "```")]
@@ -310,12 +316,12 @@ def test_answers_and_grades_stand_side_by_side_and_none_breaks_out():
     for i, ((of_a, of_b), (x, y)) in enumerate(zip(answers, grades, strict=True)):
         wanted += f"\n## {i + 1}\n\n> Say {i}\n> loudly\n\n" + "> in\n\n" * (i % 2)
         wanted += f"**reference**\n\n> right {i}\n\n**one**{x}\n\n> {of_a}\n\n**b**{y}\n\n> {of_b}\n"
-    assert compare.side_by_side(sides, None) == wanted
-    (rows,) = compare.judged_rows([side.all_facts[0] for side in sides])
+    assert side_by_side(sides, None) == wanted
+    (rows,) = judged_rows([side.all_facts[0] for side in sides])
     assert rows.name == "grade by j" and rows.sums.tolist() == [[50, 77.5], [60, 90]]
-    few = compare.side_by_side(sides, 2)
+    few = side_by_side(sides, 2)
     assert "2 of 3 prompts" in few and re.findall(r"> (right \d)", few) == ["right 0", "right 2"]
-    assert compare.side_by_side(compare.sides([a, losing("c", NATS, lr=3)], "runs"), None) is None
+    assert side_by_side(lab.compare.sides.sides([a, losing("c", NATS, lr=3)], "runs"), None) is None
 
     code, out, err = evaluate("--compare", a, b, "--plot")
     assert code == 0, err

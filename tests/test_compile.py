@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import core
-import gpt_scratch
-import lora
+from lab.models import gpt
+from lab.train import cpu
 
 SHAPES = {
     "gpt2": {},
@@ -34,9 +34,9 @@ def _compile(module, backend, **how):
 
 def compiled(shape, adapted=False):
     torch.manual_seed(0)
-    model = gpt_scratch.GPT(gpt_scratch.GPTConfig(50, 32, 2, 2, 16, **SHAPES[shape]))
+    model = core.GPT(core.GPTConfig(50, 32, 2, 2, 16, **SHAPES[shape]))
     if adapted:
-        lora.add_lora(model, 4, 4)
+        core.add_lora(model, 4, 4)
     for block in model.h:
         block.compile(dynamic=True)
     return model
@@ -56,9 +56,9 @@ def test_rows_of_all_lengths_share_a_graph_and_generating_costs_none(shape, adap
         train(model, length, rows=length % 4 + 2)
     once = len(graphs)
     assert once <= 2 * len(model.h)  # the first block of a frozen base is handed what needs no gradient
-    gpt_scratch.generate(model, [[1, 2, 3]], 5)
+    core.generate(model, [[1, 2, 3]], 5)
     train(model, 11)
-    gpt_scratch.generate(model, [[1, 2, 3], [4]], 40)
+    core.generate(model, [[1, 2, 3], [4]], 40)
     train(model, 14)
     assert len(graphs) == once
 
@@ -67,7 +67,7 @@ def test_a_fixed_length_is_at_most_one_graph_a_block(graphs):
     model = compiled("gpt2").train()
     for _ in range(3):
         train(model, 16)
-        gpt_scratch.generate(model, [[1, 2, 3]], 5)
+        core.generate(model, [[1, 2, 3]], 5)
     assert 1 <= len(graphs) <= len(model.h)  # blocks of one shape may share theirs
 
 
@@ -89,14 +89,14 @@ def test_nothing_is_written_to_a_module_while_generating():
 
     def look():
         during.append({name: set(module.__dict__) for name, module in model.named_modules()})
-        assert gpt_scratch.SECOND_LAYOUT or not core.ONEDNN
+        assert gpt.SECOND_LAYOUT or not cpu.ONEDNN
 
-    gpt_scratch.generate(model, [[1, 2, 3]], 4, poll=look)
-    assert during == [before] * 4 and not gpt_scratch.SECOND_LAYOUT
+    core.generate(model, [[1, 2, 3]], 4, poll=look)
+    assert during == [before] * 4 and not gpt.SECOND_LAYOUT
 
 
 def test_export_takes_any_length():
-    model = gpt_scratch.GPT(gpt_scratch.GPTConfig(50, 32, 2, 2, 16)).eval()
+    model = core.GPT(core.GPTConfig(50, 32, 2, 2, 16)).eval()
     lengths = {"input_ids": {1: torch.export.Dim("length", min=2, max=32)}}
     exported = torch.export.export(model, (torch.ones(1, 5, dtype=torch.long),), dynamic_shapes=lengths)
     for length in (2, 19, 32):

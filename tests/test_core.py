@@ -22,8 +22,9 @@ from ranks import SCRIPTS
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 import core
-import encoders
 from core import UserError, World
+from lab.data import cache, tables
+from lab.models import encoders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +205,7 @@ def write(path, rows=ROWS):
     return path
 
 
-@pytest.mark.parametrize("suffix", core.TABLES)
+@pytest.mark.parametrize("suffix", tables.TABLES)
 def test_every_kind_of_table_reads_alike_alone_zipped_and_in_a_folder(tmp_path, suffix):
     path = write(tmp_path / f"train{suffix}")
     assert core.read_rows(str(path)) == ROWS
@@ -247,14 +248,14 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch, name, content, word
 
 def test_the_fingerprint_follows_the_bytes(tmp_path):
     path = write(tmp_path / "train.csv")
-    before = core.data_fingerprint(str(path))
-    assert core.data_fingerprint(str(path)) == before
+    before = tables.data_fingerprint(str(path))
+    assert tables.data_fingerprint(str(path)) == before
     write(path, [*ROWS, {"id": "3", "text": ""}])
-    assert core.data_fingerprint(str(path)) != before
+    assert tables.data_fingerprint(str(path)) != before
 
 
 def test_bad_rows_are_named_and_too_many_are_an_error():
-    bad = core.BadRows()
+    bad = cache.BadRows()
     bad.add(7, "no winner")
     bad.add(9, "no winner")
     assert bad.report(1000, "x.csv") == ["left out 2 row(s), no winner: 7, 9"]

@@ -20,11 +20,14 @@ import pytest
 import torch
 
 import core
-import corpus
-import encoders
 import gpt_scratch
-from core import UserError, World
-from corpus import END, Corpus
+import lab.data.text
+import lab.run.files
+from core import Corpus, UserError, World
+from lab.data import builtin, cache, tokenizers
+from lab.data.text import open_cache, pieces, split_pieces, text_files, token_cache
+from lab.data.tokenizers import END
+from lab.models import encoders
 
 ODD = [  # each comes back to the character
     "plain words, isn't it ? a . b ; they 're n't , 've \"quoted\" !",
@@ -43,7 +46,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def opened(data, tokenizer="bytes", **more):
-    return corpus.open_corpus(Corpus(str(data), tokenizer, **more), World())
+    return core.open_corpus(Corpus(str(data), tokenizer, **more), World())
 
 
 def table(texts, name="train.jsonl", column="text"):
@@ -93,9 +96,9 @@ def test_every_text_comes_back_to_the_character(name):
     tokens = opened(table(texts), name, val_share=0.2, test_share=0.2)
     for text in ODD:
         assert tokens.tokenizer.decode(tokens.tokenizer(text).input_ids) == text
-        encoded = corpus.encoder(name, tokens.tokenizer)([text])[0]
+        encoded = lab.data.text.encoder(name, tokens.tokenizer)([text])[0]
         assert tokens.tokenizer.decode(list(encoded)) == text
-    found = [text for part in corpus.PARTS for text in documents_of(tokens, part)]
+    found = [text for part in core.PARTS for text in documents_of(tokens, part)]
     assert Counter(found) == Counter(texts)
 
 
@@ -111,7 +114,7 @@ def test_chars_are_the_sorted_characters_of_the_training_text_then_end_and_unk()
 
 
 def test_ascii_has_journal_003s_75_ids_lower_cases_and_strips_accents():
-    tokenizer = corpus.make_tokenizer("ascii", lambda: pytest.fail("it needs no text"))
+    tokenizer = core.make_tokenizer("ascii", lambda: pytest.fail("it needs no text"))
     assert len(tokenizer) == 75 and tokenizer.unk_token is None
     ids = tokenizer("Àé STRASSE ﬁn Ça ☃ø\tÅ\r\n").input_ids
     assert tokenizer.decode(ids) == "ae strasse fin ca ??\ta\r\n"
@@ -122,9 +125,9 @@ def test_the_character_table_encodes_what_the_tokenizer_encodes(name):
     rng = random.Random(0)
     codes = [*range(0x250), *(rng.randrange(0x110000) for _ in range(4000))]
     text = "".join(chr(code) for code in codes if not 0xD800 <= code < 0xE000)
-    tokenizer = corpus.make_tokenizer(name, lambda: [text[::2]])
+    tokenizer = core.make_tokenizer(name, lambda: [text[::2]])
     for piece in (text, text[::-1], *ODD[:-2], "\u0301", "\r\n"):  # none spells out <unk>
-        ids = corpus.encoder(name, tokenizer)([piece])[0]
+        ids = lab.data.text.encoder(name, tokenizer)([piece])[0]
         assert ids.tolist() == tokenizer.backend_tokenizer.encode(piece).ids, piece
 
 
@@ -137,24 +140,24 @@ def test_bpe_by_hand_finds_the_merges_vocabulary_and_ids_of_tokenizers(size):
     rng = random.Random(size)
     texts = ["".join(rng.choices(letters, k=60)) for letters in LETTERS for _ in range(4)]
     texts += [*ODD, "aaaaaa aaaaa aaaa aaa aa a", "hug hug hugs pun puns bun buns " * 5]
-    ours, theirs = (corpus.make_tokenizer(f"{kind}:{size}", lambda: texts) for kind in ("bpe_scratch", "bpe"))
+    ours, theirs = (core.make_tokenizer(f"{kind}:{size}", lambda: texts) for kind in ("bpe_scratch", "bpe"))
     model, reference = (json.loads(t.backend_tokenizer.to_str())["model"] for t in (ours, theirs))
     assert model["merges"] == reference["merges"] and model["vocab"] == reference["vocab"]
     assert len(reference["merges"]) == size - 257
     unseen = ["".join(rng.choices(letters, k=200)) for letters in LETTERS] + ODD
-    scratch = corpus.ScratchBPE(model["vocab"], model["merges"])
+    scratch = tokenizers.ScratchBPE(model["vocab"], model["merges"])
     for text in texts + unseen:
         assert scratch.encode(text) == theirs.backend_tokenizer.encode(text).ids
 
 
 def test_bpe_stops_when_nothing_is_left_to_merge():
     for kind in ("bpe", "bpe_scratch"):
-        tokenizer = corpus.make_tokenizer(f"{kind}:5000", lambda: ["abab"])
+        tokenizer = core.make_tokenizer(f"{kind}:5000", lambda: ["abab"])
         assert len(tokenizer) == 257 + 2 and tokenizer.decode([258]) == "abab"
 
 
 def test_bpe_by_hand_stays_within_80_lines():
-    source = inspect.getsource(corpus.ScratchBPE) + inspect.getsource(corpus.joined)
+    source = inspect.getsource(tokenizers.ScratchBPE) + inspect.getsource(tokenizers.joined)
     assert len(source.splitlines()) <= 80
 
 
@@ -163,15 +166,15 @@ def test_a_bpe_without_a_sensible_size_is_refused(name):
     with pytest.raises(
         UserError, match=rf"--tokenizer {name}: use bpe(_scratch)?:<size> with a size over 256"
     ):
-        corpus.make_tokenizer(name, lambda: ["text"])
+        core.make_tokenizer(name, lambda: ["text"])
 
 
 def test_a_tokenizer_that_is_not_there_or_has_no_end_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no such folder: \./nowhere"):
-        corpus.make_tokenizer("./nowhere", lambda: ["text"])
+        core.make_tokenizer("./nowhere", lambda: ["text"])
     encoders.load_tokenizer("tiny:bert", ["some words"]).save_pretrained(tmp_path / "bert")
     with pytest.raises(UserError, match="has no end-of-text token"):
-        corpus.make_tokenizer(str(tmp_path / "bert"), lambda: ["text"])
+        core.make_tokenizer(str(tmp_path / "bert"), lambda: ["text"])
 
 
 def test_ids_do_not_depend_on_the_hash_seed():
@@ -220,7 +223,7 @@ SOURCES = {
 def test_every_document_is_in_one_part_whole_and_in_order(kind, most):
     texts = texts_of(10)
     tokens = opened(SOURCES[kind](texts), val_share=0.3, test_share=0.2, max_documents=most)
-    parts = {part: documents_of(tokens, part) for part in corpus.PARTS}
+    parts = {part: documents_of(tokens, part) for part in core.PARTS}
     assert Counter(itertools.chain(*parts.values())) == Counter(texts[:most])
     assert all(found == sorted(found, key=texts.index) for found in parts.values())
     assert {part: len(found) for part, found in parts.items()} == tokens.documents
@@ -233,7 +236,7 @@ def test_every_document_is_in_one_part_whole_and_in_order(kind, most):
 @pytest.mark.parametrize("length", [1000, 1237])
 @pytest.mark.parametrize("piece", [1 << 16, 64])
 def test_a_single_document_is_cut_to_the_character(newline, length, piece, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE", piece)
+    monkeypatch.setattr(lab.data.text, "PIECE", piece)
     text = newline.join(texts_of(40))[:length]
     assert len(text) == length
     Path("one.txt").write_text(text, newline="")
@@ -246,7 +249,7 @@ def test_a_single_document_is_cut_to_the_character(newline, length, piece, monke
 def test_the_three_parts_of_a_single_document_are_the_document():
     text = "".join(texts_of(60))
     tokens = opened(table([text]), val_share=0.2, test_share=0.1)
-    parts = [documents_of(tokens, part)[0] for part in corpus.PARTS]
+    parts = [documents_of(tokens, part)[0] for part in core.PARTS]
     assert "".join(parts) == text
     shares = np.array([len(part) for part in parts]) / len(text)
     np.testing.assert_allclose(shares, [0.7, 0.2, 0.1], atol=2 / len(text))  # ends are whole characters
@@ -254,15 +257,15 @@ def test_the_three_parts_of_a_single_document_are_the_document():
 
 def test_built_in_documents_are_there_on_every_machine():
     tokens = opened("python-docs", max_documents=12, val_share=0.3, test_share=0.3)
-    expected = list(itertools.islice(corpus.built_in_texts("python-docs"), 12))
-    parts = [documents_of(tokens, part) for part in corpus.PARTS]
+    expected = list(itertools.islice(builtin.built_in_texts("python-docs"), 12))
+    parts = [documents_of(tokens, part) for part in core.PARTS]
     assert sorted(itertools.chain(*parts)) == sorted(expected) and all(parts)
 
 
 def shares_of(texts, **more):
     """part -> documents, without tokens."""
-    found = {part: [] for part in corpus.PARTS}
-    for part, text, begins in corpus.split_pieces(Corpus(table(texts), "bytes", **more), core.BadRows()):
+    found = {part: [] for part in core.PARTS}
+    for part, text, begins in split_pieces(Corpus(table(texts), "bytes", **more), cache.BadRows()):
         assert begins
         found[part].append(text)
     return found
@@ -289,7 +292,7 @@ def test_a_document_equal_to_the_first_shares_its_part():
 def test_the_end_token_spelled_out_in_a_text_ends_no_document(name):
     texts = [f"{i} text about {END} and <unk>" for i in (string.digits, *range(11))]
     tokens = opened(table(texts), name, val_share=0.2)
-    found = [text for part in corpus.PARTS for text in documents_of(tokens, part)]
+    found = [text for part in core.PARTS for text in documents_of(tokens, part)]
     assert sorted(found) == sorted(texts)
     ends = sum((ids == tokens.tokenizer.eos_token_id).sum() for ids in tokens.parts.values())
     assert ends == len(texts) + 3
@@ -363,7 +366,7 @@ def test_hidden_files_in_a_folder_are_left_out_but_the_folder_may_lie_in_a_hidde
     (folder / ".git" / "b.txt").write_text("none of it")
     (folder / ".c.txt").write_text("nor this")
     for name in (folder, folder.absolute(), Path("..") / Path.cwd().name / folder):
-        assert [file.name for file in corpus.text_files(str(name))] == ["a.txt"]
+        assert [file.name for file in text_files(str(name))] == ["a.txt"]
 
 
 def test_a_text_that_cannot_be_read_is_named(monkeypatch):
@@ -372,7 +375,7 @@ def test_a_text_that_cannot_be_read_is_named(monkeypatch):
     def refused(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(core, "sha256_file", refused)  # as root every file can be read
+    monkeypatch.setattr(lab.run.files, "sha256_file", refused)  # as root every file can be read
     with pytest.raises(UserError, match=r"a\.txt cannot be read \(Permission denied\)"):
         opened("a.txt")
 
@@ -394,12 +397,12 @@ def test_files_without_text_are_refused_with_a_remedy_that_exists(files):
 def pieces_of(text):
     Path("a.txt").write_text(text, newline="")
     with open("a.txt", encoding="utf-8", newline="") as stream:
-        return list(corpus.pieces(stream))
+        return list(pieces(stream))
 
 
 @pytest.mark.parametrize("kind", ["lines", "one line", "windows lines", "blank lines"])
 def test_pieces_join_to_the_text_and_stay_small(kind, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE", 50)
+    monkeypatch.setattr(lab.data.text, "PIECE", 50)
     separator = {"lines": "\n", "one line": " ", "windows lines": "\r\n", "blank lines": "\n\n"}[kind]
     text = separator.join(texts_of(60)) if kind != "one line" else "endless" * 500
     found = pieces_of(text)
@@ -407,7 +410,7 @@ def test_pieces_join_to_the_text_and_stay_small(kind, monkeypatch):
 
 
 def test_pieces_end_where_lines_end(monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE", 50)
+    monkeypatch.setattr(lab.data.text, "PIECE", 50)
     lines = [f"line {i} of some words\n" for i in range(100)]
     found = pieces_of("".join(lines))
     assert "".join(found) == "".join(lines) and all(piece.endswith("words\n") for piece in found)
@@ -416,13 +419,13 @@ def test_pieces_end_where_lines_end(monkeypatch):
 
 @pytest.mark.parametrize("name", ["bpe:330", "bpe_scratch:330"])
 def test_the_tokens_of_the_pieces_are_those_of_the_whole_text(name, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE", 40)
+    monkeypatch.setattr(lab.data.text, "PIECE", 40)
     rng = random.Random(1)
     text = "".join(
         rng.choices(["word", "it's", " ", "  ", "\n", "\n", "\n ", "\t", "12", "é.", "\r\n"], k=2500)
     )
-    tokenizer = corpus.make_tokenizer(name, lambda: [text])
-    encode, found = corpus.encoder(name, tokenizer), pieces_of(text)
+    tokenizer = core.make_tokenizer(name, lambda: [text])
+    encode, found = lab.data.text.encoder(name, tokenizer), pieces_of(text)
     assert len(found) > 30 and max(map(len, found)) < 16 * 40  # otherwise one is cut anywhere
     assert list(itertools.chain(*encode(found))) == list(encode([text])[0])
     cut_anywhere = [text[start : start + 40] for start in range(0, len(text), 40)]
@@ -446,33 +449,33 @@ def test_ids_take_two_bytes_up_to_65536_of_them(symbols, kind):
 
 def test_a_second_call_does_not_tokenise_and_a_change_does(monkeypatch):
     data = table(texts_of(12))
-    first = corpus.token_cache(Corpus(data, "bytes"))
+    first = token_cache(Corpus(data, "bytes"))
     with monkeypatch.context() as patch:
-        patch.setattr(corpus, "write_tokens", lambda *_: pytest.fail("it tokenises again"))
-        assert corpus.token_cache(Corpus(data, "bytes")) == first
+        patch.setattr(lab.data.text, "write_tokens", lambda *_: pytest.fail("it tokenises again"))
+        assert token_cache(Corpus(data, "bytes")) == first
     others = [
-        corpus.token_cache(Corpus(data, "bytes", **change))
+        token_cache(Corpus(data, "bytes", **change))
         for change in ({"val_share": 0.3}, {"split_seed": 1}, {"max_documents": 11})
     ]
-    others.append(corpus.token_cache(Corpus(data, "bpe:300")))
+    others.append(token_cache(Corpus(data, "bpe:300")))
     table(texts_of(12, seed=1))
-    others.append(corpus.token_cache(Corpus(data, "bytes")))
+    others.append(token_cache(Corpus(data, "bytes")))
     assert len({first, *others}) == 6
     assert sorted(path for path in core.cache_root().iterdir()) == sorted([first, *others])  # nothing aside
 
 
 def test_another_tokenizer_in_the_same_folder_makes_another_cache():
     data = table(texts_of(12))
-    corpus.make_tokenizer("bytes", lambda: []).save_pretrained("mine")
+    core.make_tokenizer("bytes", lambda: []).save_pretrained("mine")
     assert len(opened(data, "mine").tokenizer) == 257
     shutil.rmtree("mine")
-    corpus.make_tokenizer("bpe:300", lambda: texts_of(12)).save_pretrained("mine")
+    core.make_tokenizer("bpe:300", lambda: texts_of(12)).save_pretrained("mine")
     assert len(opened(data, "mine").tokenizer) > 257
 
 
 def test_a_tokenizers_own_truncation_cuts_nothing():
     """Many tokenizer.json of the Hub hold one; a truncated document would be lost without a word."""
-    tokenizer = corpus.make_tokenizer("bytes", lambda: [])
+    tokenizer = core.make_tokenizer("bytes", lambda: [])
     tokenizer.backend_tokenizer.enable_truncation(8)
     tokenizer.save_pretrained("mine")
     data = table(texts_of(12))
@@ -482,7 +485,7 @@ def test_a_tokenizers_own_truncation_cuts_nothing():
 
 @pytest.mark.parametrize("damage", ["tokenizer", "shorter", "longer"])
 def test_a_cache_that_is_not_what_was_built_is_refused(damage):
-    folder = corpus.token_cache(Corpus(table(texts_of(12)), "chars"))
+    folder = token_cache(Corpus(table(texts_of(12)), "chars"))
     if damage == "tokenizer":
         path = folder / "tokenizer" / "tokenizer.json"
         path.write_text(path.read_text().replace('"x"', '"y"'))
@@ -491,7 +494,7 @@ def test_a_cache_that_is_not_what_was_built_is_refused(damage):
             size = file.seek(0, 2)
             file.truncate(size + (2 if damage == "longer" else -2))
     with pytest.raises(UserError, match=r"is not what was built.*delete it"):
-        corpus.open_cache(folder)
+        open_cache(folder)
 
 
 def forked(function) -> int:
@@ -511,7 +514,7 @@ def die(*_, **__):
 
 def build(spec, tokens, every, at=None):
     """token_cache in pieces of its own, progress saved behind each `every`-th; killed before the `at`-th."""
-    calls, encoder, up_to = itertools.count(1), corpus.encoder, corpus.up_to
+    calls, encoder, up_to = itertools.count(1), lab.data.text.encoder, lab.data.text.up_to
 
     def struck(*args):
         encode = encoder(*args)
@@ -520,11 +523,11 @@ def build(spec, tokens, every, at=None):
     with pytest.MonkeyPatch.context() as patch:
         ticks = itertools.count(0, 6 / every)
         patch.setattr(corpus, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
-        patch.setattr(corpus, "PIECE", 6000)
-        patch.setattr(corpus, "up_to", lambda found, _: up_to(found, 1))
-        patch.setattr(corpus, "encoder", struck)
+        patch.setattr(lab.data.text, "PIECE", 6000)
+        patch.setattr(lab.data.text, "up_to", lambda found, _: up_to(found, 1))
+        patch.setattr(lab.data.text, "encoder", struck)
         patch.setenv("TOKEN_CACHE", tokens)
-        return corpus.token_cache(spec)
+        return token_cache(spec)
 
 
 def files_of(folder):
@@ -557,7 +560,7 @@ def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(kills):
         files.pop("progress.json", None)  # of use to a killed build only
     assert contents[0].keys() == contents[1].keys()
     assert [name for name in contents[0] if contents[0][name] != contents[1][name]] == []
-    assert sum(len(ids) for ids in corpus.open_cache(got).parts.values()) > 8 * 6000
+    assert sum(len(ids) for ids in open_cache(got).parts.values()) > 8 * 6000
 
 
 def test_a_build_killed_behind_its_last_token_still_tells_of_unusable_rows(monkeypatch):
@@ -565,10 +568,10 @@ def test_a_build_killed_behind_its_last_token_still_tells_of_unusable_rows(monke
 
     def killed_before_the_end():
         corpus.np.save = die
-        corpus.token_cache(spec)
+        token_cache(spec)
 
     assert forked(killed_before_the_end) == signal.SIGKILL
-    assert corpus.open_corpus(spec, World()).lines == ["left out 1 row(s), no text: 5"]
+    assert core.open_corpus(spec, World()).lines == ["left out 1 row(s), no text: 5"]
 
 
 # blocks
@@ -579,7 +582,7 @@ def test_a_build_killed_behind_its_last_token_still_tells_of_unusable_rows(monke
 @pytest.mark.parametrize("length", [2, 8, 9, 50, 57])
 def test_every_token_but_the_first_is_the_target_of_exactly_one_block(kind, block_size, length):
     stream = np.random.default_rng(0).integers(0, 60_000, length).astype(kind)
-    blocks = corpus.Blocks(stream, block_size)
+    blocks = core.Blocks(stream, block_size)
     ids, labels = blocks.batch(range(len(blocks)), torch.device("cpu"))
     assert ids.shape == labels.shape == (len(blocks), block_size) and ids.dtype == labels.dtype == torch.int64
     counted = labels != core.IGNORE_INDEX
@@ -593,14 +596,14 @@ def test_every_token_but_the_first_is_the_target_of_exactly_one_block(kind, bloc
 
 
 def test_a_stream_without_a_target_has_no_block():
-    assert len(corpus.Blocks(np.zeros(1, np.uint16), 8)) == 0
+    assert len(core.Blocks(np.zeros(1, np.uint16), 8)) == 0
 
 
 def test_the_blocks_of_a_cache_cover_its_documents():
     texts = texts_of(30)
     tokens = opened(table(texts), "bpe:300", val_share=0.2)
-    for part in corpus.PARTS:
-        blocks = corpus.Blocks(tokens.parts[part], 16)
+    for part in core.PARTS:
+        blocks = core.Blocks(tokens.parts[part], 16)
         labels = blocks.batch(range(len(blocks)), torch.device("cpu"))[1]
         stream = [tokens.tokenizer.eos_token_id, *labels[labels != core.IGNORE_INDEX].tolist()]
         assert tokens.tokenizer.decode(stream) == END.join(["", *documents_of(tokens, part), ""])

@@ -21,14 +21,11 @@ from ranks import launch
 from test_corpus import documents_of
 
 import core
-import diversity
-import diversity_report as show
-import gpt_scratch
-import mixture
 import run_pretrain_diversity as script
-import runs
-import task2vec
 from core import UserError, World
+from lab.compare import diversity_report
+from lab.data import mixture, tables
+from lab.measure import diversity, task2vec
 
 NAME = "run_pretrain_diversity"
 WORDS = {
@@ -315,8 +312,8 @@ class Endless:
 def test_an_endless_neutral_text_is_read_as_far_as_its_held_out_part_needs(share, sources, monkeypatch):
     """With half of it in val and half in test there is no training text at all to wait for."""
     endless = Endless(400)
-    monkeypatch.setattr(core, "_hub_dataset", lambda name, split, streaming=False: endless)
-    monkeypatch.setattr(core, "_hub_commit", lambda repo, revision: "a commit")
+    monkeypatch.setattr(tables, "_hub_dataset", lambda name, split, streaming=False: endless)
+    monkeypatch.setattr(tables, "_hub_commit", lambda repo, revision: "a commit")
     flags = ["--sources", "a=a.jsonl", "b=b.jsonl", "c=owner/endless", "--streaming", "CacheStream"]
     cfg = parsed(*tiny(*flags, *(["--neutral_share", share] if share else [])))
     neutral = script.open_text(cfg, World()).tokens["c"]
@@ -352,7 +349,9 @@ def test_a_cell_of_the_matrix_is_the_mean_loss_of_the_runs_own_weights_on_that_t
                     hits += (log_probs.argmax(-1) == targets).sum().item()
                     count += len(targets)
                     size += (targets != end).sum().item()  # a byte each, and none for the end
-            found = {figure: study["matrix"][figure][arm][name]["mean"] for figure in show.FIGURES}
+            found = {
+                figure: study["matrix"][figure][arm][name]["mean"] for figure in diversity_report.FIGURES
+            }
             want = {
                 "loss": nats / count,
                 "accuracy": hits / count,
@@ -385,7 +384,7 @@ def test_a_difference_of_the_study_is_that_of_its_cells(whole, monkeypatch):
 
 def test_the_arms_of_a_seed_read_as_much_from_the_same_first_weights(whole, monkeypatch):
     monkeypatch.chdir(whole)
-    facts = [runs.read_config(folder)["facts"] for folder in run_folders().values()]
+    facts = [core.read_config(folder)["facts"] for folder in run_folders().values()]
     assert len(facts) == 3 and len({one["initial_weights"] for one in facts}) == 1
     bare = [{k: v for k, v in one["ledger"].items() if k != "sources"} for one in facts]
     assert bare[0] == bare[1] == bare[2] and bare[0]["tokens"] == 6 * 6 * 16
@@ -492,7 +491,7 @@ def test_a_seed_more_trains_the_new_runs_alone(copied):
         first, second = two["matrix"]["loss"][arm]["c"]["runs"]
         assert first == pytest.approx(results_of()[f"{arm.replace('+', '_')}-s0"]["test/loss"], abs=1e-6)
         assert first != second
-    facts = [runs.read_config(folder)["facts"]["initial_weights"] for folder in run_folders().values()]
+    facts = [core.read_config(folder)["facts"]["initial_weights"] for folder in run_folders().values()]
     assert len(set(facts)) == 2
 
 
@@ -629,7 +628,7 @@ def test_a_signal_in_training_ends_the_study_and_the_same_command_goes_on(size, 
     said = go(*flags, *anew, size=size)
     assert set(run_folders()) == {"a-s0", "b-s0"}
     assert said.count("resumed: micro_batch is now 2 (it was None)") == bool(anew)
-    stored = {runs.read_config(folder)["constants"]["micro_batch"] for folder in run_folders().values()}
+    stored = {core.read_config(folder)["constants"]["micro_batch"] for folder in run_folders().values()}
     assert stored <= ({2, None} if anew else {None}) and (2 in stored) == bool(anew)
     want = study_of(whole / "out")["matrix"]["loss"]
     for arm, texts in study_of()["matrix"]["loss"].items():
@@ -648,7 +647,7 @@ def test_what_may_change_is_honoured_by_a_study_that_goes_on(copied, whole):
     said = go("--micro_batch", 2)
     assert "resumed: micro_batch is now 2 (it was None)" in said and said.count("finished already: ") == 2
     assert "resumes " in said and "step 6/6" in said and len(run_folders()) == 3
-    batches = {tag: runs.read_config(of)["constants"]["micro_batch"] for tag, of in run_folders().items()}
+    batches = {tag: core.read_config(of)["constants"]["micro_batch"] for tag, of in run_folders().items()}
     again = json.loads((folder / "result.json").read_text())
     assert again["status"] == "finished" and batches["a-s0"] is batches["a_b-s0"] is None
     assert again["test/loss"] == pytest.approx(result["test/loss"], abs=1e-5)
@@ -692,7 +691,7 @@ def losses_of(arm, name, levels, noise=0.02, seeds=3, documents=40):
 def test_the_verdict_is_what_the_intervals_say(a, b, seeds, words):
     levels = {"a": a, "b": b, "a+b": 5.0}
     matrix = {arm: {"n": losses_of(arm, "n", level, seeds=seeds)} for arm, level in levels.items()}
-    (line,), differences = show.verdicts(matrix, seeds)
+    (line,), differences = diversity_report.verdicts(matrix, seeds)
     said, *numbers = line.split("\n")
     assert said == words and len(numbers) == 2
     assert [one["difference"] for one in differences] == pytest.approx([5 - a, 5 - b], abs=0.02)
@@ -706,7 +705,7 @@ def test_the_verdict_is_what_the_intervals_say(a, b, seeds, words):
 def test_few_documents_decide_nothing(documents, decided):
     levels = {"a": 5.5, "b": 5.4, "a+b": 5.0}
     matrix = {arm: {"n": losses_of(arm, "n", level, documents=documents)} for arm, level in levels.items()}
-    (line,), _ = show.verdicts(matrix, 3)
+    (line,), _ = diversity_report.verdicts(matrix, 3)
     assert ("fewer than 6 held-out documents" in line) != decided
     assert ("the mixture wins beyond noise against every single source" in line) == decided
 
@@ -715,30 +714,32 @@ def test_a_loss_that_is_no_number_decides_nothing():
     matrix = {arm: {"n": losses_of(arm, "n", 5.0)} for arm in ("a", "b", "a+b")}
     path = matrix["a+b"]["n"][0]
     path.write_text(re.sub(r'"nats": [\d.]+', '"nats": NaN', path.read_text(), count=1))
-    (line,), _ = show.verdicts(matrix, 3)
+    (line,), _ = diversity_report.verdicts(matrix, 3)
     assert "or a loss that is no number: nothing to decide" in line
 
 
 def test_the_neutral_text_is_spoken_of_first_and_a_study_without_mixtures_decides_nothing():
     arms = ("a", "b", "a+b")
     matrix = {arm: {name: losses_of(arm, name, 5.0) for name in "abn"} for arm in arms}
-    told, _ = show.verdicts(matrix, 3)
+    told, _ = diversity_report.verdicts(matrix, 3)
     assert [line.split(",")[0] for line in told] == ["on n", "on b", "on a"]
-    assert show.verdicts({"a": matrix["a"], "b": matrix["b"]}, 3)[0][0].startswith("no mixture beside its")
-    assert show.verdicts({"a+b": matrix["a+b"]}, 3)[1] == []
+    assert diversity_report.verdicts({"a": matrix["a"], "b": matrix["b"]}, 3)[0][0].startswith(
+        "no mixture beside its"
+    )
+    assert diversity_report.verdicts({"a+b": matrix["a+b"]}, 3)[1] == []
 
 
 def test_cells_are_sums_over_sums():
     files = losses_of("a", "n", 5.0)
-    found = show.cells({"a": {"n": files}})
+    found = diversity_report.cells({"a": {"n": files}})
     lines = [[json.loads(line) for line in path.read_text().splitlines()] for path in files]
     nats = [sum(line["nats"] for line in of) for of in lines]
     assert found["loss"]["a"]["n"]["runs"] == pytest.approx([n / 400 for n in nats])
     assert found["accuracy"]["a"]["n"]["mean"] == pytest.approx(0.3)
     assert found["bits per byte"]["a"]["n"]["mean"] == pytest.approx(sum(nats) / 3 / (40 * 25) / math.log(2))
-    table = show.tables({"loss": found["loss"]}, 3)
+    table = diversity_report.tables({"loss": found["loss"]}, 3)
     assert "95 % over documents and 3 seeds" in table
-    assert "95 % over documents; one seed" in show.tables({"loss": found["loss"]}, 1)
+    assert "95 % over documents; one seed" in diversity_report.tables({"loss": found["loss"]}, 1)
     assert f"{math.exp(found['loss']['a']['n']['mean']):.2f}" in table
 
 
@@ -975,6 +976,6 @@ def test_every_constant_of_a_study_is_in_its_record(whole):
 def test_a_stored_run_is_opened_from_its_folder_alone(whole, tmp_path):
     shutil.copytree(run_folders(whole / "out")["a_b-s0"], "moved")
     cfg, model, tokenizer = script.load_model("moved", World())
-    assert cfg.data == "a+b" and isinstance(model, gpt_scratch.GPT) and not model.training
+    assert cfg.data == "a+b" and isinstance(model, core.GPT) and not model.training
     want = json.loads(Path("moved/result.json").read_text())["weights_sha256"]
-    assert runs.weights_sha256(model) == want and tokenizer.eos_token_id is not None
+    assert core.weights_sha256(model) == want and tokenizer.eos_token_id is not None

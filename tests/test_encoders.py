@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import core
-import encoders
 from core import UserError
+from lab.models import encoders
 
 WORDS = ["one two three four five six"]
 
@@ -16,10 +16,10 @@ WORDS = ["one two three four five six"]
 def scorer(family="bert", which="none", **changes):
     """A tiny scorer in fp64 without dropout."""
     tokenizer = encoders.load_tokenizer("tiny:", WORDS)
-    encoder = encoders.load_encoder(f"tiny:{family}", tokenizer, dropout=0.0)
+    encoder = core.load_encoder(f"tiny:{family}", tokenizer, dropout=0.0)
     frozen = encoders.freeze(encoder, which)
     options = {"joint": False, "pooling": "first", "head": "mlp", "dropout": 0.0, "frozen": frozen} | changes
-    return encoders.PairScorer(encoder, **options).double()
+    return core.PairScorer(encoder, **options).double()
 
 
 def padded(lengths, width=30):
@@ -34,9 +34,7 @@ def on_meta(family, which="none", **shape):
     with torch.device("meta"):
         encoder = encoders.encoder_from_config(AutoConfig.for_model(family, **shape))
         frozen = encoders.freeze(encoder, which)
-        return encoders.PairScorer(
-            encoder, joint=False, pooling="first", head="mlp", dropout=0.1, frozen=frozen
-        )
+        return core.PairScorer(encoder, joint=False, pooling="first", head="mlp", dropout=0.1, frozen=frozen)
 
 
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
@@ -162,19 +160,19 @@ def test_rates_fall_from_the_top_block_down_and_the_head_has_its_own():
 
 def test_missing_weights_are_an_error_and_poolers_are_not_missed(tmp_path):
     tokenizer = encoders.load_tokenizer("tiny:", ["a b"])
-    encoder = encoders.load_encoder("tiny:bert", tokenizer)
+    encoder = core.load_encoder("tiny:bert", tokenizer)
     encoder.save_pretrained(tmp_path)
-    loaded = encoders.load_encoder(str(tmp_path), tokenizer)
+    loaded = core.load_encoder(str(tmp_path), tokenizer)
     assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), loaded.parameters(), strict=True))
     weights = load_file(tmp_path / "model.safetensors")
     weights.pop("encoder.layer.1.output.dense.weight")
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lacks 1 weights, e.g. encoder.layer.1.output.dense.weight"):
-        encoders.load_encoder(str(tmp_path), tokenizer)
+        core.load_encoder(str(tmp_path), tokenizer)
 
 
 def test_a_half_precision_checkpoint_is_trained_in_fp32(tmp_path):
     tokenizer = encoders.load_tokenizer("tiny:", ["a b"])
-    encoders.load_encoder("tiny:bert", tokenizer).half().save_pretrained(tmp_path)
-    model = encoders.load_encoder(str(tmp_path), tokenizer)
+    core.load_encoder("tiny:bert", tokenizer).half().save_pretrained(tmp_path)
+    model = core.load_encoder(str(tmp_path), tokenizer)
     assert {p.dtype for p in model.parameters()} == {torch.float32} and model.training

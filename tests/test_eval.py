@@ -16,14 +16,13 @@ import transformers
 from test_laws import SHORT
 
 import core
-import corpus
 import eval as script
 import gpt_scratch
-import other_data
-import pairs
-import runs
-import sft
 from core import UserError, World
+from lab.compare import other_data
+from lab.data import builtin, instructions
+from lab.measure import answers
+from lab.train import loss
 
 FOLDS = ["--smoke", "--max_documents", 90, "--batch", 6, "--epochs", 1, "--folds", 3, "--eval_batch", 17]
 MADE = {name: (name, SHORT[name]) for name in ranks.SCRIPTS} | {"folds": ("run_preference", FOLDS)}
@@ -180,7 +179,7 @@ def test_a_set_that_cannot_be_measured_does_not_end_the_others(trained, copy):
 def test_windows_count_every_token_once_where_it_has_seen_most(context, stride):
     rng = np.random.default_rng(0)
     documents = [rng.integers(50, size=n) for n in (1, 2, 3, context, context + 1, context + 2, 40, 41)]
-    windows = corpus.Windows(documents, context, stride)
+    windows = core.Windows(documents, context, stride)
     counted = [np.zeros(len(ids), dtype=int) for ids in documents]
     for n, (number, start, end, first) in enumerate(windows.windows):
         input_ids, labels = windows.batch([n], "cpu")
@@ -199,20 +198,20 @@ def test_windows_count_every_token_once_where_it_has_seen_most(context, stride):
 
 def test_a_window_on_a_whole_document_gives_its_cross_entropy(trained):
     """And a short window a higher one than a long one would."""
-    model, tokenizer = gpt_scratch.open_model(trained("gpt_scratch"))
+    model, tokenizer = core.open_model(trained("gpt_scratch"))
     ids = np.array([tokenizer.eos_token_id, *tokenizer("Return the sum of a list of numbers.").input_ids])[
         :32
     ]
     cfg = gpt_scratch.Config(eval_batch=4)
-    sums = gpt_scratch.evaluate(model, corpus.Windows([ids], 32, 16), cfg, World())
+    sums = core.evaluate(model, core.Windows([ids], 32, 16), cfg, World())
     with torch.no_grad():
         logits = model.logits(model.hidden(torch.tensor(ids[None, :-1])))[0].double()
     losses = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
     assert sums.shape == (1, 3) and sums[0, 2] == len(ids) - 1
     assert sums[0, 0] == pytest.approx(losses.sum().item(), rel=1e-5)
     assert sums[0, 1] == (logits.argmax(-1) == torch.tensor(ids[1:])).sum()
-    slid = gpt_scratch.evaluate(model, corpus.Windows([ids], 6, 3), cfg, World())
-    windows, expected = corpus.Windows([ids], 6, 3), 0.0
+    slid = core.evaluate(model, core.Windows([ids], 6, 3), cfg, World())
+    windows, expected = core.Windows([ids], 6, 3), 0.0
     for number, (_, start, end, first) in enumerate(windows.windows):
         with torch.no_grad():
             logits = model.logits(model.hidden(torch.tensor(ids[None, start:end])))[0].double()
@@ -228,15 +227,15 @@ TEXT = "Plain words, naïve café, 東京 and 🙂 signs.\n\n\tdef f(x):  return
 
 
 def tokenizers():
-    yield "bytes", corpus.make_tokenizer("bytes", lambda: [])
-    yield "bpe", corpus.make_tokenizer("bpe:300", lambda: [TEXT])
-    yield "chars", corpus.make_tokenizer("chars", lambda: [TEXT])
-    yield "scratch", corpus.make_tokenizer("bpe_scratch:280", lambda: [TEXT])
+    yield "bytes", core.make_tokenizer("bytes", lambda: [])
+    yield "bpe", core.make_tokenizer("bpe:300", lambda: [TEXT])
+    yield "chars", core.make_tokenizer("chars", lambda: [TEXT])
+    yield "scratch", core.make_tokenizer("bpe_scratch:280", lambda: [TEXT])
 
 
 @pytest.mark.parametrize(("name", "tokenizer"), tokenizers())
 def test_the_bytes_of_tokens_are_those_of_the_text(name, tokenizer):
-    sizes = corpus.token_bytes(tokenizer)
+    sizes = core.token_bytes(tokenizer)
     assert len(sizes) == len(tokenizer) and sizes[tokenizer.eos_token_id] == 0
     assert sizes[tokenizer(TEXT, add_special_tokens=False).input_ids].sum() == len(TEXT.encode())
 
@@ -248,7 +247,7 @@ def test_the_bytes_of_sentencepiece_tokens_are_those_of_the_text():
     inner = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     special = {"unk_token": "<unk>", "eos_token": "</s>"}
-    sizes = corpus.token_bytes(transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special))
+    sizes = core.token_bytes(transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special))
     assert sizes.tolist() == [1, 0, 1, 2, 1, 2, 1, 2]
 
 
@@ -257,13 +256,13 @@ def test_a_model_that_is_uniform_over_bytes_has_8_bits_per_byte_under_every_toke
     Path("text.txt").write_text(TEXT)
     perplexities = []
     for _, tokenizer in tokenizers():
-        sizes = torch.from_numpy(corpus.token_bytes(tokenizer)).double()
+        sizes = torch.from_numpy(core.token_bytes(tokenizer)).double()
 
         def uniform(terms, bias, labels, sizes=sizes):
             return -sizes[labels] * math.log(256), torch.zeros(len(labels), dtype=torch.bool)
 
-        monkeypatch.setattr(core, "token_log_probs", uniform)
-        model = gpt_scratch.GPT(gpt_scratch.GPTConfig(len(tokenizer), 16, 1, 2, 8))
+        monkeypatch.setattr(loss, "token_log_probs", uniform)
+        model = core.GPT(core.GPTConfig(len(tokenizer), 16, 1, 2, 8))
         stored = gpt_scratch.Config(eval_batch=8)
         asked = script.Config(context=12)
         found = other_data.measure_text("text.txt", stored, model, tokenizer, asked, World(), int)
@@ -278,7 +277,7 @@ def test_a_model_that_is_uniform_over_bytes_has_8_bits_per_byte_under_every_toke
 
 def test_a_transformers_model_has_the_loss_that_transformers_gives_it():
     torch.manual_seed(0)
-    tokenizer = corpus.make_tokenizer("bpe:300", lambda: [TEXT])
+    tokenizer = core.make_tokenizer("bpe:300", lambda: [TEXT])
     shape = {"n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": len(tokenizer)}
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "initializer_range": 0.5}
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **ends)).eval()
@@ -300,8 +299,8 @@ def test_a_transformers_model_has_the_loss_that_transformers_gives_it():
 def test_instruction_rows_of_a_file_get_the_loss_that_the_run_gives_them(trained):
     folder = trained("run_instruct")
     cfg, _, tokenizer = script.subject(str(folder)).load(script.Config(), World())
-    data = sft.load_instructions(cfg, World(), tokenizer)
-    rows = sft.examples_of(data, cfg)[0]["test"].rows
+    data = core.load_instructions(cfg, World(), tokenizer)
+    rows = instructions.examples_of(data, cfg)[0]["test"].rows
     Path("rows.json").write_text(json.dumps([data.columns(row) for row in rows]))
     evaluate("--run", folder, "--data", "rows.json")
     [other] = Path("runs/eval").iterdir()
@@ -318,7 +317,7 @@ def test_preference_rows_of_a_file_get_the_log_loss_that_the_run_gives_them(kind
     """Of folds the three models are averaged, so there only the rows and the card are looked at."""
     folder = trained(kind)
     chosen = {line["row"] for line in lines(folder / "predictions.jsonl") if line["split"] == "test"}
-    rows = [row for number, row in enumerate(pairs.python_pairs()) if number in chosen]
+    rows = [row for number, row in enumerate(builtin.python_pairs()) if number in chosen]
     with open("rows.csv", "w", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()
@@ -367,8 +366,10 @@ def test_prompts_of_a_file_are_answered_and_keep_their_columns(trained):
     assert [row["instruction"] for row in text] == ["Once upon", "The end"]
     assert all(isinstance(row["model_response"], str) for row in table + text)
     cfg, model, tokenizer = script.subject(str(trained("run_instruct"))).load(script.Config(), World())
-    ids = tokenizer(sft.prompt_text("Name a fruit.", "", cfg.template), add_special_tokens=False).input_ids
-    assert table[0]["model_response"] == sft.answers(model, tokenizer, [ids], 5, 1, World())[0]
+    ids = tokenizer(
+        instructions.prompt_text("Name a fruit.", "", cfg.template), add_special_tokens=False
+    ).input_ids
+    assert table[0]["model_response"] == answers.answers(model, tokenizer, [ids], 5, 1, World())[0]
 
 
 def test_categories_of_the_rows_reach_the_answers():
@@ -427,7 +428,7 @@ def test_a_broken_checkpoint_is_named_and_another_used(copy):
     weights = folder / "checkpoints" / name / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8] + b"\0" * 8)
     said = evaluate("--run", folder)
-    other = runs.chosen_checkpoint(folder)
+    other = core.chosen_checkpoint(folder)
     assert (
         f"WARNING checkpoint {name} is broken (model.safetensors is not what was written): {other} is used"
         in said

@@ -20,11 +20,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import core
-import corpus
 import gpt_scratch as script
-import runs
-from core import UserError, World
-from gpt_scratch import GPT, GPTConfig, generate
+import lab.train.loss
+from core import GPT, GPTConfig, UserError, World, generate
+from lab.data import text
+from lab.measure import lr_finder
+from lab.models import generate, gpt, gpt_formats
+from lab.run import files
+from lab.train.loss import _chunks, linear_cross_entropy, targets_only
 
 GPT2_SIZES = {"S": (12, 12, 768), "M": (24, 16, 1024), "L": (36, 20, 1280), "XL": (48, 25, 1600)}
 LLAMA = {
@@ -131,12 +134,12 @@ def test_a_token_changes_no_logit_before_it(positions, norm, activation):
 
 
 def test_rotary_scores_depend_on_the_distance_alone():
-    angles = script.rotary_angles(GPTConfig(1, block_size=64, **shape(1, 1, 8, positions="rotary"))).double()
+    angles = gpt.rotary_angles(GPTConfig(1, block_size=64, **shape(1, 1, 8, positions="rotary"))).double()
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
 
     def score(i, j):
-        return (script.rotate(q, angles[:, [i]]) * script.rotate(k, angles[:, [j]])).sum().item()
+        return (gpt.rotate(q, angles[:, [i]]) * gpt.rotate(k, angles[:, [j]])).sum().item()
 
     for distance in (0, 3, 17):
         scores = [score(start + distance, start) for start in range(0, 40, 3)]
@@ -211,7 +214,7 @@ def test_more_tokens_than_block_size_are_refused():
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_product_for_few_rows_is_the_ordinary_one(rows, bias):
     torch.manual_seed(0)
-    layer, x = script.Linear(6, 5, bias=bias).double(), torch.randn(rows, 1, 6, dtype=torch.float64)
+    layer, x = gpt.Linear(6, 5, bias=bias).double(), torch.randn(rows, 1, 6, dtype=torch.float64)
     expected = x @ layer.weight.t() + (layer.bias if bias else 0)
     with torch.no_grad():
         got = layer(x)
@@ -223,8 +226,8 @@ def test_the_product_for_few_rows_is_the_ordinary_one(rows, bias):
 
 
 def loss_of(hidden, weight, bias, labels):
-    hidden, labels = core.targets_only(hidden, labels)
-    return core.linear_cross_entropy([(hidden, weight)], bias, labels)
+    hidden, labels = targets_only(hidden, labels)
+    return linear_cross_entropy([(hidden, weight)], bias, labels)
 
 
 def slices_of(rows):
@@ -236,14 +239,14 @@ def slices_of(rows):
 def test_the_loss_of_two_terms_is_cross_entropy_of_their_sum(chunk, frozen, monkeypatch):
     """As LoRA's head has it; what is frozen gets no gradient and the others the right one."""
     if chunk:
-        monkeypatch.setattr(core, "_chunks", slices_of(chunk))
+        monkeypatch.setattr(lab.train.loss, "_chunks", slices_of(chunk))
     torch.manual_seed(0)
     weights = [torch.randn(40, 8).double(), torch.randn(3, 8).double(), torch.randn(40, 3).double()]
     for i, weight in enumerate(weights):
         weight.requires_grad_(i not in frozen)
     hidden, labels = torch.randn(24, 8).double().requires_grad_(), ids(24, 1, vocab_size=40)[:, 0]
     terms = [(hidden, weights[0]), (0.5 * hidden @ weights[1].t(), weights[2])]
-    ours = core.linear_cross_entropy(terms, None, labels)
+    ours = linear_cross_entropy(terms, None, labels)
     theirs = F.cross_entropy(sum(x @ w.t() for x, w in terms), labels, reduction="sum")
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
     wanted = [hidden, *(w for w in weights if w.requires_grad)]
@@ -252,7 +255,7 @@ def test_the_loss_of_two_terms_is_cross_entropy_of_their_sum(chunk, frozen, monk
     ):
         torch.testing.assert_close(mine, reference, rtol=1e-11, atol=1e-11)
     with torch.no_grad():
-        torch.testing.assert_close(core.linear_cross_entropy(terms, None, labels), theirs, rtol=1e-12, atol=0)
+        torch.testing.assert_close(linear_cross_entropy(terms, None, labels), theirs, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 4, 100], ids=lambda chunk: f"chunks of {chunk}")
@@ -261,7 +264,7 @@ def test_the_loss_of_two_terms_is_cross_entropy_of_their_sum(chunk, frozen, monk
 @pytest.mark.parametrize("size", [1, 1000], ids=["moderate logits", "huge logits"])
 def test_the_loss_without_all_logits_is_cross_entropy(chunk, bias, ignored, size, monkeypatch):
     if chunk:
-        monkeypatch.setattr(core, "_chunks", slices_of(chunk))
+        monkeypatch.setattr(lab.train.loss, "_chunks", slices_of(chunk))
     torch.manual_seed(0)
     kind = {"dtype": torch.float64, "requires_grad": True}
     inputs = [torch.randn(4, 6, 8, **kind), torch.randn(40, 8, **kind)] + [torch.randn(40, **kind)] * bias
@@ -286,7 +289,7 @@ def test_the_loss_without_all_logits_is_cross_entropy(chunk, bias, ignored, size
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_models_loss_has_the_gradients_of_its_logits(tied, monkeypatch):
-    monkeypatch.setattr(core, "_chunks", slices_of(5))
+    monkeypatch.setattr(lab.train.loss, "_chunks", slices_of(5))
     model = random_gpt(tie_head=tied, head_bias=not tied)
     x, labels = ids(2, 16), ids(2, 16, seed=2)
     labels[1, 9:] = core.IGNORE_INDEX
@@ -303,7 +306,7 @@ def test_the_models_loss_has_the_gradients_of_its_logits(tied, monkeypatch):
 @pytest.mark.parametrize("vocabulary", [75, 50_257, 1 << 25])
 def test_chunks_cover_every_row_once_and_stay_below_64_mb(rows, vocabulary):
     hidden, weight = torch.empty(rows, 1), torch.empty(vocabulary, 0)
-    chunks = core._chunks(hidden, weight)
+    chunks = _chunks(hidden, weight)
     assert [i for chunk in chunks for i in range(*chunk.indices(rows))] == list(range(rows))
     for chunk in chunks:
         n = len(range(*chunk.indices(rows)))
@@ -326,9 +329,9 @@ def test_transformers_computes_our_logits_from_saved_weights_and_they_come_back(
     from transformers import AutoModelForCausalLM
 
     model = random_gpt(dtype=torch.float32, tie_head=tied, norm_eps=1e-3, **FORMATS[kind])
-    script.save_pretrained(model, None, tmp_path / "out")
+    core.save_pretrained(model, None, tmp_path / "out")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    again = script.load_pretrained(str(tmp_path / "out"))
+    again = gpt_formats.load_pretrained(str(tmp_path / "out"))
     x = ids(3, 16)
     with torch.no_grad():
         assert_close_logits(model(x), theirs(x).logits)
@@ -368,7 +371,7 @@ def transformers_model(kind, **changes):
 def test_we_compute_the_logits_of_transformers_models(tmp_path, kind, tied):
     theirs = transformers_model(kind, tie_word_embeddings=tied)
     theirs.save_pretrained(tmp_path)
-    model = script.load_pretrained(str(tmp_path), dropout=0.25, checkpointing=True).eval()
+    model = gpt_formats.load_pretrained(str(tmp_path), dropout=0.25, checkpointing=True).eval()
     assert (model.config.tie_head, model.config.dropout, model.config.checkpointing) == (tied, 0.25, True)
     x = ids(3, 16)
     with torch.no_grad():
@@ -384,7 +387,7 @@ def test_every_gpt2_maps_onto_transformers_names_and_shapes(size):
     with torch.device("meta"):
         theirs = GPT2LMHeadModel(GPT2Config(n_layer=layers, n_head=heads, n_embd=width)).state_dict()
     theirs.pop("lm_head.weight")  # tied
-    ours = script.to_gpt2(model.state_dict())
+    ours = gpt_formats.to_gpt2(model.state_dict())
     assert {name: value.shape for name, value in ours.items()} == {
         name: value.shape for name, value in theirs.items()
     }
@@ -403,7 +406,7 @@ def test_every_gpt2_maps_onto_transformers_names_and_shapes(size):
 )
 def test_what_transformers_cannot_express_is_refused_by_name(tmp_path, config, words):
     with pytest.raises(UserError) as error:
-        script.save_pretrained(random_gpt(**config), None, tmp_path / "out")
+        core.save_pretrained(random_gpt(**config), None, tmp_path / "out")
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -422,7 +425,7 @@ def test_what_transformers_cannot_express_is_refused_by_name(tmp_path, config, w
 def test_what_we_cannot_express_is_refused_by_name(tmp_path, kind, changes, words):
     transformers_model(kind, **changes).save_pretrained(tmp_path)
     with pytest.raises(UserError) as error:
-        script.load_pretrained(str(tmp_path))
+        gpt_formats.load_pretrained(str(tmp_path))
     assert all(word in str(error.value) for word in [*words, str(tmp_path)])
 
 
@@ -435,11 +438,11 @@ def test_a_folder_that_lacks_a_weight_or_holds_another_model_is_refused(tmp_path
     weights.pop("transformer.h.1.mlp.c_fc.weight")
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lacks 1 weights, e.g. transformer\.h\.1\.mlp\.c_fc\.weight"):
-        script.load_pretrained(str(tmp_path))
+        gpt_formats.load_pretrained(str(tmp_path))
     tiny = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     BertLMHeadModel(BertConfig(vocab_size=9, is_decoder=True, **tiny)).save_pretrained(tmp_path / "bert")
     with pytest.raises(UserError, match="is a bert: use a gpt2 or a llama"):
-        script.load_pretrained(str(tmp_path / "bert"))
+        gpt_formats.load_pretrained(str(tmp_path / "bert"))
 
 
 # generation
@@ -543,7 +546,7 @@ def test_exactly_the_likeliest_ids_are_drawn_in_their_proportions(choice, kept, 
     probs = torch.tensor([0.15, 0.25, 0.10, 0.50])
     generator, choice = torch.Generator().manual_seed(0), {"top_k": None, "top_p": None, **choice}
     logits = (probs.log() * temperature + 3).expand(1000, 4)  # so that the temperature brings probs back
-    drawn = script.choose(logits, [generator] * 1000, temperature, **choice)
+    drawn = generate.choose(logits, [generator] * 1000, temperature, **choice)
     shares = np.bincount(drawn, minlength=4) / 1000
     expected = np.array([probs[i].item() * (i in kept) for i in range(4)])
     assert set(np.flatnonzero(shares)) == kept
@@ -575,7 +578,7 @@ def test_a_stop_id_ends_its_row_only_and_is_not_part_of_it():
 def test_greedy_text_is_that_of_transformers(tmp_path):
     theirs = transformers_model("gpt2", n_positions=64)
     theirs.save_pretrained(tmp_path)
-    model = script.load_pretrained(str(tmp_path))
+    model = gpt_formats.load_pretrained(str(tmp_path))
     for prompt in PROMPTS:
         x = torch.tensor([prompt])
         out = theirs.generate(x, attention_mask=x >= 0, max_new_tokens=40, do_sample=False, pad_token_id=0)
@@ -677,11 +680,13 @@ def quadratic(a):
 def test_on_a_quadratic_the_lowest_loss_lies_at_the_last_rate_that_converges(a):
     model, optimizer, precision, take = quadratic(a)
     lrs = np.geomspace(1e-4, 10, 70)
-    curve = script.sweep(take, lrs, 0.0, model, optimizer, precision)
+    curve = lr_finder.sweep(take, lrs, 0.0, model, optimizer, precision)
     last = max(lr for lr in lrs if lr < 2 / a)
     assert curve["smoothed"] == curve["loss"]
     assert curve["lr"][int(np.argmin(curve["loss"]))] == last
-    assert script.suggest(curve["lr"], curve["smoothed"])["minimum/10"] == pytest.approx(last / 10, rel=1e-12)
+    assert lr_finder.suggest(curve["lr"], curve["smoothed"])["minimum/10"] == pytest.approx(
+        last / 10, rel=1e-12
+    )
     assert len(curve["lr"]) < 70  # it ended when it had diverged
     assert model.weight.item() == 1.0
 
@@ -696,7 +701,7 @@ def sweep_of(losses, smoothing=0.0):
 
     lrs = [10.0**step for step in range(len(losses) - 1)]
     model, optimizer, precision, _ = quadratic(1.0)
-    return script.sweep(take, lrs, smoothing, model, optimizer, precision)
+    return lr_finder.sweep(take, lrs, smoothing, model, optimizer, precision)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.5, 0.8, 0.98])
@@ -704,7 +709,7 @@ def test_a_constant_loss_is_drawn_flat_and_suggests_nothing(smoothing):
     curve = sweep_of([4.4] * 101, smoothing)
     assert len(curve["smoothed"]) == 100
     np.testing.assert_allclose(curve["smoothed"], 4.4, rtol=0, atol=1e-12)  # journal 003: 2.22 up to 4.35
-    assert script.suggest(curve["lr"], curve["smoothed"]) == dict.fromkeys(
+    assert lr_finder.suggest(curve["lr"], curve["smoothed"]) == dict.fromkeys(
         ["steepest", "valley", "minimum/10"]
     )
 
@@ -768,7 +773,7 @@ def test_a_sweep_puts_back_weights_optimizer_and_scaler_bit_for_bit(before, erro
     kept, seen = state(), []
     run = lambda step, lr: seen.append(take(step, lr)) or 1.0  # noqa: E731
     try:
-        script.sweep(run, [1e-3] * 9, 0.8, model, optimizer, precision)
+        lr_finder.sweep(run, [1e-3] * 9, 0.8, model, optimizer, precision)
     except BaseException as raised:
         assert raised is error
     assert len(seen) == (4 if error else 10)
@@ -779,27 +784,27 @@ def test_a_sweep_puts_back_weights_optimizer_and_scaler_bit_for_bit(before, erro
 
 
 def test_the_longest_fall_is_found_through_noise():
-    assert script.longest_fall(np.array([5, 4, 6, 3, 2, 7, 1])) == (0, 6)
-    assert script.longest_fall(np.array([1, 2, 3])) == (0, 0)
-    assert script.longest_fall(np.array([9, 1, 8, 7, 6, 0.5, 9])) == (0, 5)
-    assert script.longest_fall(np.array([3])) == (0, 0)
+    assert lr_finder.longest_fall(np.array([5, 4, 6, 3, 2, 7, 1])) == (0, 6)
+    assert lr_finder.longest_fall(np.array([1, 2, 3])) == (0, 0)
+    assert lr_finder.longest_fall(np.array([9, 1, 8, 7, 6, 0.5, 9])) == (0, 5)
+    assert lr_finder.longest_fall(np.array([3])) == (0, 0)
     rng = np.random.default_rng(0)
     for _ in range(30):
         y = rng.permutation(8)
         subsets = (c for n in range(1, 9) for c in itertools.combinations(range(8), n))
         falls = [c for c in subsets if all(y[i] > y[j] for i, j in itertools.pairwise(c))]
         most = max(map(len, falls))
-        assert script.longest_fall(y) in {(c[0], c[-1]) for c in falls if len(c) == most}
+        assert lr_finder.longest_fall(y) in {(c[0], c[-1]) for c in falls if len(c) == most}
 
 
 def test_suggestions_on_a_curve_drawn_by_hand():
     lrs = [10.0**k for k in range(-8, 1)]
     y = [5.2, 5.1, 5.0, 4.0, 1.0, 0.5, 0.4, 0.3, 9.0]  # falls most at 1e-5, from 5.0 to 1.0 over two decades
-    suggestions = script.suggest(lrs, y)
+    suggestions = lr_finder.suggest(lrs, y)
     assert suggestions == {"steepest": 1e-5, "valley": lrs[3], "minimum/10": pytest.approx(1e-2)}
     rising = dict.fromkeys(["steepest", "valley", "minimum/10"])
-    assert script.suggest(lrs, sorted(y)) == script.suggest([], []) == rising
-    assert script.suggest(lrs, [5 - 1e-4 * k for k in range(9)]) == rising  # less than a thousandth
+    assert lr_finder.suggest(lrs, sorted(y)) == lr_finder.suggest([], []) == rising
+    assert lr_finder.suggest(lrs, [5 - 1e-4 * k for k in range(9)]) == rising  # less than a thousandth
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e5])
@@ -808,7 +813,7 @@ def test_the_plot_in_the_terminal_fits_100_columns_and_shows_every_mark(scale, s
     lrs = np.geomspace(*span, 60).tolist()
     y = [scale * (3 - 2 / (1 + math.exp(-(i - 30) / 4)) + (i > 50) * (i - 50)) for i in range(60)]
     marks = {"steepest": lrs[20], "valley": lrs[40], "minimum/10": None}
-    lines = script.text_plot(lrs, y, marks).splitlines()
+    lines = lr_finder.text_plot(lrs, y, marks).splitlines()
     assert max(map(len, lines)) <= 100 and len(lines) == 12 + 3
     curve, axis = "\n".join(lines[:12]), lines[12]
     assert 20 < curve.count("*") <= 60 and axis.count("S") == axis.count("V") == 1 and "M" not in axis
@@ -818,7 +823,7 @@ def test_the_plot_in_the_terminal_fits_100_columns_and_shows_every_mark(scale, s
 
 
 def test_a_flat_curve_can_be_drawn():
-    lines = script.text_plot([1e-6, 1e-3, 1.0], [2.0, 2.0, 2.0], {}).splitlines()
+    lines = lr_finder.text_plot([1e-6, 1e-3, 1.0], [2.0, 2.0, 2.0], {}).splitlines()
     assert sum(line.count("*") for line in lines) == 3 and max(map(len, lines)) <= 100
 
 
@@ -828,7 +833,7 @@ def test_a_sweep_that_ended_at_once_is_shown_not_a_crash(tmp_path, losses):
     said = []
     run = SimpleNamespace(folder=tmp_path, say=said.append, metrics=lambda *_: None)
     curve = {"lr": [1e-6] * len(losses), "loss": losses, "smoothed": losses}
-    script.show_curve(run, curve, script.suggest(curve["lr"], curve["smoothed"]))
+    lr_finder.show_curve(run, curve, lr_finder.suggest(curve["lr"], curve["smoothed"]))
     assert said and (tmp_path / "lr_finder.json").exists()
 
 
@@ -848,8 +853,8 @@ def test_weights_of_the_bootstrap_equal_repeated_rows():
 
 def measured(model, blocks, unigram=None, eval_batch=3):
     cfg = script.Config(dtype="fp64", eval_batch=eval_batch)
-    sums = script.evaluate(model, blocks, cfg, World())
-    return sums, script.measure(sums, blocks, np.ones(23) if unigram is None else unigram)
+    sums = core.evaluate(model, blocks, cfg, World())
+    return sums, core.measure(sums, blocks, np.ones(23) if unigram is None else unigram)
 
 
 @pytest.mark.parametrize("eval_batch", [1, 3, 64])
@@ -863,7 +868,7 @@ def test_the_measured_loss_is_the_mean_cross_entropy_of_the_whole_stream(eval_ba
             logits = model(x[None, : len(y)])[0]
             losses += F.cross_entropy(logits, y, reduction="none").tolist()
             hits += (logits.argmax(-1) == y).tolist()
-    blocks = corpus.Blocks(stream.numpy().astype(np.uint16), 16)
+    blocks = core.Blocks(stream.numpy().astype(np.uint16), 16)
     sums, m = measured(model, blocks, eval_batch=eval_batch)
     assert len(losses) == length - 1 == m["targets"] and sums.shape == (len(blocks), 3)
     assert m["loss"] == pytest.approx(np.mean(losses), rel=1e-12)
@@ -875,14 +880,14 @@ def test_the_measured_loss_is_the_mean_cross_entropy_of_the_whole_stream(eval_ba
 
 def test_the_unigram_loss_is_that_of_the_training_frequencies_plus_one():
     stream, unigram = ids(16 * 5 + 4).numpy(), np.random.default_rng(0).integers(0, 50, 23)
-    m = measured(random_gpt(), corpus.Blocks(stream, 16), unigram)[1]
+    m = measured(random_gpt(), core.Blocks(stream, 16), unigram)[1]
     share = (unigram + 1) / (unigram.sum() + 23)
     assert m["unigram_loss"] == pytest.approx(-np.log(share[stream[1:]]).mean(), rel=1e-12)
 
 
 def test_a_model_that_guesses_uniformly_raises_the_alarm_and_one_that_knows_does_not():
     stream = np.random.default_rng(0).geometric(0.3, 16 * 60).clip(1, 22)  # frequencies tell a lot
-    unigram, blocks = np.bincount(stream, minlength=23), corpus.Blocks(stream, 16)
+    unigram, blocks = np.bincount(stream, minlength=23), core.Blocks(stream, 16)
     model = random_gpt()
     with torch.no_grad():
         model.wte.weight.zero_()  # tied: all logits are 0
@@ -891,17 +896,17 @@ def test_a_model_that_guesses_uniformly_raises_the_alarm_and_one_that_knows_does
     assert m["alarm"].startswith(f"NOT LEARNING: loss {math.log(23):.4f}")
     assert f"{m['unigram_loss']:.4f}" in m["alarm"] and "token frequencies" in m["alarm"]
     sums[:, 0] = (m["unigram_loss"] - 0.8) * sums[:, 2]
-    knows = script.measure(sums, blocks, unigram)
+    knows = core.measure(sums, blocks, unigram)
     assert knows["alarm"] is None and knows["loss"] == pytest.approx(m["unigram_loss"] - 0.8)
     low, high = knows["above_unigram_interval"]
     assert low < -0.8 < high < 0
 
 
 def test_the_interval_counts_a_block_as_often_as_it_has_targets():
-    blocks = corpus.Blocks(ids(16 * 30 + 2).numpy(), 16)  # 30 of 16 targets, one of 1
+    blocks = core.Blocks(ids(16 * 30 + 2).numpy(), 16)  # 30 of 16 targets, one of 1
     targets = blocks.targets(range(31))
     sums = np.c_[np.where(targets == 1, 1000.0, 16.0), np.zeros(31), targets]
-    m = script.measure(sums, blocks, np.ones(23))
+    m = core.measure(sums, blocks, np.ones(23))
     assert m["loss"] == pytest.approx(1480 / 481) and m["loss_interval"][0] == pytest.approx(1)
     assert m["loss_interval"][1] < 12  # the last one drawn 3 times: 7; were all blocks equal: over 90
 
@@ -1008,7 +1013,7 @@ def test_a_wrong_constant_is_one_line_and_exit_code_2(argv, words, capsys):
 @pytest.mark.parametrize("wrong", [{"n_head": 3}, {"head_bias": True}, {"n_embd": 100, "n_head": 20}])
 def test_a_shape_that_cannot_be_is_refused_before_the_text_is_tokenised(wrong, monkeypatch):
     """Law 8: nothing expensive starts. Tokenising Wikipedia takes an hour."""
-    monkeypatch.setattr(corpus, "open_corpus", lambda *_: pytest.fail("it tokenises first"))
+    monkeypatch.setattr(text, "open_corpus", lambda *_: pytest.fail("it tokenises first"))
     with pytest.raises(UserError):
         script.set_up(SimpleNamespace(pin=lambda *_: None), script.Config(**wrong), World())
 
@@ -1019,7 +1024,7 @@ def test_a_shape_that_cannot_be_is_refused_before_the_text_is_tokenised(wrong, m
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A git checkout that stands for the project: `kept` is committed, `ignored` is ignored."""
-    monkeypatch.setattr(core, "PROJECT", tmp_path)
+    monkeypatch.setattr(files, "PROJECT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
 
@@ -1037,7 +1042,7 @@ def project(tmp_path, monkeypatch):
 
 def test_a_clean_checkout_may_start(project):
     (project.path / "ignored").write_text("1")
-    assert runs.refuse_dirty() is None
+    assert core.refuse_dirty() is None
 
 
 @pytest.mark.parametrize("change", ["unstaged", "staged", "untracked", "untracked and hidden", "deleted"])
@@ -1052,19 +1057,19 @@ def test_any_uncommitted_change_is_refused(project, change):
         if change == "staged":
             project.git("add", "kept")
     with pytest.raises(UserError, match=r"uncommitted changes.*(kept|new)") as error:
-        runs.refuse_dirty()
+        core.refuse_dirty()
     assert "--dirty" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_what_is_no_checkout_with_a_commit_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(core, "PROJECT", tmp_path)
+    monkeypatch.setattr(files, "PROJECT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     with pytest.raises(UserError, match="no git checkout"):
-        runs.refuse_dirty()
+        core.refuse_dirty()
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     (tmp_path / "file").write_text("1")
     with pytest.raises(UserError, match="--no-dirty"):
-        runs.refuse_dirty()
+        core.refuse_dirty()
 
 
 # the modes and presets as a user starts them
@@ -1105,7 +1110,7 @@ def test_a_run_can_be_profiled_exported_and_talked_to():
     assert json.loads((ranks.newest("other") / "trace.json").read_text())["traceEvents"]
     from transformers import AutoModelForCausalLM
 
-    model, tokenizer = script.open_model(folder)
+    model, tokenizer = core.open_model(folder)
     theirs = AutoModelForCausalLM.from_pretrained("theirs").eval()
     prompt = torch.tensor([tokenizer("import").input_ids])
     with torch.no_grad():

@@ -8,16 +8,28 @@ import torch
 import torch.nn.functional as F
 
 import core
+import lab.train.loss
+from lab.train import cpu
+from lab.train.loss import (
+    _compiled_slope,
+    _eager_slope,
+    _fused_slope,
+    _head_on_card,
+    _slope,
+    _whole_rows,
+    linear_cross_entropy,
+    notes,
+)
 
-FORMULAS = {"eager": core._eager_slope, "fused": core._fused_slope}
+FORMULAS = {"eager": _eager_slope, "fused": _fused_slope}
 
 
 @pytest.fixture(params=FORMULAS)
 def on_card(request, monkeypatch):
     """The CPU stands in for a card."""
     formula = FORMULAS[request.param]
-    monkeypatch.setattr(core, "_slope", lambda logits, *rest: formula(logits.clone(), *rest))
-    monkeypatch.setattr(core, "_head_on_cpu", core._head_on_card)
+    monkeypatch.setattr(lab.train.loss, "_slope", lambda logits, *rest: formula(logits.clone(), *rest))
+    monkeypatch.setattr(lab.train.loss, "_head_on_cpu", _head_on_card)
 
 
 def slices_of(rows):
@@ -37,7 +49,7 @@ def inputs(V, terms, bias, dtype=torch.float64, N=48, C=24, device="cpu"):
 
 def losses_and_slopes(terms, bias, labels, autocast):
     with autocast:
-        loss = core.linear_cross_entropy(terms, bias, labels)
+        loss = linear_cross_entropy(terms, bias, labels)
     wanted = [*itertools.chain(*terms), *([] if bias is None else [bias])]
     return loss, torch.autograd.grad(0.37 * loss, wanted)
 
@@ -62,7 +74,7 @@ def error(got, wanted):
 @pytest.mark.parametrize("terms", [1, 2])
 @pytest.mark.parametrize("V", [97, 128, 50_257])
 def test_in_fp64_it_is_cross_entropy(V, terms, bias, chunk, on_card, monkeypatch):
-    monkeypatch.setattr(core, "_chunks", slices_of(chunk))
+    monkeypatch.setattr(lab.train.loss, "_chunks", slices_of(chunk))
     given = inputs(V, terms, bias)
     (loss, got), (wanted_loss, wanted) = losses_and_slopes(*given, nullcontext()), by_the_formula(*given)
     assert loss.item() == pytest.approx(wanted_loss.item(), rel=1e-12)
@@ -75,7 +87,7 @@ def test_in_fp64_it_is_cross_entropy(V, terms, bias, chunk, on_card, monkeypatch
 @pytest.mark.parametrize("terms", [1, 2])
 @pytest.mark.parametrize("V", [97, 192])  # on cards also 50,257 (test_gpu.py): half precision is slow here
 def test_in_bf16_it_is_fp64_within_3_thousandths(V, terms, bias, on_card, monkeypatch):
-    monkeypatch.setattr(core, "_chunks", slices_of(20))
+    monkeypatch.setattr(lab.train.loss, "_chunks", slices_of(20))
     given = inputs(V, terms, bias, torch.float32)
     got = losses_and_slopes(*given, torch.autocast("cpu", torch.bfloat16))
     wanted = by_the_formula(*given)
@@ -91,8 +103,8 @@ def test_in_bf16_it_is_fp64_within_3_thousandths(V, terms, bias, on_card, monkey
 def test_what_is_measured_is_measured_in_the_weights_dtype(half, padded, bias, monkeypatch):
     """Also where fp16 would overflow, and where bf16 would call many ids the likeliest."""
     if padded:  # as on a card
-        whole, linear = core._whole_rows, core.linear
-        monkeypatch.setattr(core, "linear", lambda x, w: linear(x, whole(w, w.dtype)))
+        whole, linear = _whole_rows, cpu.linear
+        monkeypatch.setattr(cpu, "linear", lambda x, w: linear(x, whole(w, w.dtype)))
     terms, b, labels = inputs(97, 2, bias, torch.float32)
     terms = [(300 * x, w) for x, w in terms] + [(torch.full((48, 1), -1.0), torch.full((97, 1), 1e5))]
     autocast = torch.autocast("cpu", half) if half else nullcontext()
@@ -115,9 +127,9 @@ class FakeCard(torch.Tensor):
 
 @pytest.fixture
 def on_no_card(monkeypatch):
-    monkeypatch.setattr(core, "_compiled_slope", None)
-    monkeypatch.setattr(core, "notes", [])
-    monkeypatch.setattr(core, "LARGE", 100)
+    monkeypatch.setattr(lab.train.loss, "_compiled_slope", None)
+    monkeypatch.setattr(lab.train.loss, "notes", [])
+    monkeypatch.setattr(lab.train.loss, "LARGE", 100)
     logits = torch.randn(4, 64).as_subclass(FakeCard)
     return logits, None, torch.tensor([1, 2, 3, 4]), 60
 
@@ -133,9 +145,9 @@ def test_where_nothing_compiles_the_other_formula_is_used_and_said_once(on_no_ca
         return fails
 
     monkeypatch.setattr(torch, "compile", compile)
-    monkeypatch.setattr(core, "_eager_slope", lambda *given: "eager")
-    assert [core._slope(*on_no_card), core._slope(*on_no_card)] == ["eager", "eager"]
-    assert len(calls) == 1 and len(core.notes) == 1 and core.notes[0].endswith("RuntimeError: no C compiler")
+    monkeypatch.setattr(lab.train.loss, "_eager_slope", lambda *given: "eager")
+    assert [_slope(*on_no_card), _slope(*on_no_card)] == ["eager", "eager"]
+    assert len(calls) == 1 and len(notes) == 1 and notes[0].endswith("RuntimeError: no C compiler")
 
 
 def test_out_of_memory_is_no_reason_to_give_up_compiling(on_no_card, monkeypatch):
@@ -144,14 +156,14 @@ def test_out_of_memory_is_no_reason_to_give_up_compiling(on_no_card, monkeypatch
 
     monkeypatch.setattr(torch, "compile", lambda *args, **how: full)
     with pytest.raises(torch.OutOfMemoryError):
-        core._slope(*on_no_card)
-    assert core._compiled_slope is full and not core.notes
+        _slope(*on_no_card)
+    assert _compiled_slope is full and not notes
 
 
 def test_few_logits_and_a_cpu_are_not_compiled(on_no_card, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *args, **how: pytest.fail("compiled"))
     logits, *rest = on_no_card
-    core._slope(logits.as_subclass(torch.Tensor), *rest)
-    monkeypatch.setattr(core, "LARGE", 1000)
-    core._slope(logits, *rest)
-    assert core._compiled_slope is None
+    _slope(logits.as_subclass(torch.Tensor), *rest)
+    monkeypatch.setattr(lab.train.loss, "LARGE", 1000)
+    _slope(logits, *rest)
+    assert _compiled_slope is None

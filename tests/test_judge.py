@@ -22,7 +22,8 @@ from conftest import PROJECT
 
 import core
 import eval as script
-import judge
+from lab.compare import judge, responses
+from lab.compare.grades import lines_of_duel, lines_of_score
 
 KEY = "sk-Zq7Vb2Xw9"  # no part of it is to be found anywhere
 
@@ -234,11 +235,11 @@ def test_unreadable_replies_are_counted_kept_and_not_part_of_the_mean(serve):
         found = judge.score(judge_of(server), rows(5))
         assert found["score"] == pytest.approx((0 + 3 + 4) / 3)
         assert (found["graded"], found["unreadable"]) == (3, 2)
-        lines = "\n".join(judge.lines_of_score("run", found))
+        lines = "\n".join(lines_of_score("run", found))
         assert "2 replies hold no grade; counted as 0 the mean would be 1.40" in lines
     assert server.asked.total() == 5
     found = judge.score(judge_of(server), [row(1)])
-    assert found["score"] is None and "no grade could be read" in judge.lines_of_score("run", found)[0]
+    assert found["score"] is None and "no grade could be read" in lines_of_score("run", found)[0]
 
 
 def test_noise_is_the_root_of_the_mean_variance_within_answers(serve):
@@ -548,7 +549,7 @@ def test_a_duel_shows_both_orders_and_tells_a_judges_leanings(serve, case):
         assert all(part in text for part in (f"Name thing {i}.", f"given {i}", f"reference {i}"))
     assert (found["prompts"], found["equal"], found["unreadable"]) == (8, 0, 0)
     assert [outcome["win"] for outcome in found["outcomes"]] == [wanted[0]] * 8
-    told = "\n".join(judge.lines_of_duel("ours", "theirs", found))
+    told = "\n".join(lines_of_duel("ours", "theirs", found))
     assert ("cannot be told apart" in told) == (wanted[0] == 0.5)
 
 
@@ -560,7 +561,7 @@ def test_equal_answers_are_ties_unasked_and_unreadable_verdicts_are_counted(serv
     assert server.asked.total() == 6 and not any(" 3" in text for text in server.asked)
     assert (found["prompts"], found["equal"], found["unreadable"]) == (4, 1, 2)
     wins = {outcome["group"]: outcome["win"] for outcome in found["outcomes"]}
-    assert wins == {judge.group_of(ours[i]): win for i, win in {0: 1, 2: 1, 3: 0.5}.items()}
+    assert wins == {responses.group_of(ours[i]): win for i, win in {0: 1, 2: 1, 3: 0.5}.items()}
     assert found["wins"] == pytest.approx(2.5 / 3)
     with pytest.raises(core.UserError, match="no prompt in common"):
         judge.duel(judge_of(server), ours, [row(70)])

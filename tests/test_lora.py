@@ -14,10 +14,8 @@ from torch import nn
 from transformers import GPT2LMHeadModel
 
 import core
-import gpt_scratch as script
-import lora
-from core import UserError
-from gpt_scratch import GPT, GPTConfig
+from core import GPT, GPTConfig, UserError
+from lab.models import gpt, gpt_formats, lora
 
 GPT2_SIZES = {"small": (12, 12, 768), "medium": (24, 16, 1024), "large": (36, 20, 1280), "xl": (48, 25, 1600)}
 LLAMA = {
@@ -42,7 +40,7 @@ def random_gpt(dtype=torch.float32, seed=0, **config):
 def randomise(model, std=0.2):
     """As after a training: B is not zero any more."""
     torch.manual_seed(5)
-    for layer in lora.adapted(model).values():
+    for layer in core.adapted(model).values():
         nn.init.normal_(layer.B, std=std)
     return model
 
@@ -50,7 +48,7 @@ def randomise(model, std=0.2):
 def adapted_gpt(rank=4, alpha=6, dtype=torch.float32, scaling="alpha/r", config=None, **how):
     """With trained adapters."""
     model = random_gpt(dtype, **(config or {}))
-    lora.add_lora(model, rank, alpha, scaling, **how)
+    core.add_lora(model, rank, alpha, scaling, **how)
     return randomise(model)
 
 
@@ -99,7 +97,7 @@ def test_training_begins_at_the_base_exactly(shape, init):
     x, labels = ids(3, 16), ids(3, 16, seed=2)
     with torch.no_grad():
         before, loss = model(x), model(x, labels)
-        lora.add_lora(model, 4, 6, head=not model.config.tie_head, init=init)
+        core.add_lora(model, 4, 6, head=not model.config.tie_head, init=init)
         assert torch.equal(model(x), before) and torch.equal(model(x, labels), loss)
         randomise(model)
         assert_far(model(x), before)  # every one of them is in use
@@ -115,8 +113,8 @@ def kaiming(parts, *size):
 @pytest.mark.parametrize("init", ["fan_in", "rank"])
 def test_A_is_drawn_as_peft_does_or_as_the_ancestor_did_who_kept_it_transposed(name, init):
     model = random_gpt(tie_head=False)
-    lora.add_lora(model, 5, 5, head=True)
-    layer = lora.adapted(randomise(model))[name]
+    core.add_lora(model, 5, 5, head=True)
+    layer = core.adapted(randomise(model))[name]
     width = 128 if name == "h.0.mlp.c_proj" else 32
     torch.manual_seed(3)
     layer.initialise(init)
@@ -131,8 +129,8 @@ def test_A_is_drawn_as_peft_does_or_as_the_ancestor_did_who_kept_it_transposed(n
 @pytest.mark.parametrize(("how", "n"), [({}, 32), ({"init": "rank"}, 5)])
 def test_new_adapters_are_initialised(how, n):
     model = random_gpt()
-    lora.add_lora(model, 5, 5, targets="attention", **how)
-    for name, layer in lora.adapted(model).items():
+    core.add_lora(model, 5, 5, targets="attention", **how)
+    for name, layer in core.adapted(model).items():
         assert 0.95 < layer.A.abs().max() * math.sqrt(n) <= 1 + 1e-6, name
         assert (layer.B == 0).all(), name
 
@@ -155,14 +153,14 @@ def test_new_adapters_are_initialised(how, n):
 )
 def test_adapters_are_where_they_were_asked_for_and_nowhere_else(how, expected):
     model = random_gpt(tie_head=False)
-    assert lora.add_lora(model, 4, 6, **how) == expected == list(lora.adapted(model))
+    assert core.add_lora(model, 4, 6, **how) == expected == list(core.adapted(model))
     trains = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trains == [f"{name}.{letter}" for name in expected for letter in "AB"]
 
 
 def test_the_gate_of_swiglu_is_part_of_the_mlp():
     model = random_gpt(**LLAMA)
-    names = lora.add_lora(model, 4, 6, targets="mlp", last_layers=1)
+    names = core.add_lora(model, 4, 6, targets="mlp", last_layers=1)
     assert sorted(names) == ["h.1.mlp.c_fc", "h.1.mlp.c_gate", "h.1.mlp.c_proj"]
 
 
@@ -178,9 +176,9 @@ def test_adapters_that_cannot_be_are_refused_by_name(how, words):
     model = random_gpt()
     before = logits(model)
     with pytest.raises(UserError) as error:
-        lora.add_lora(model, 4, 6, **how)
+        core.add_lora(model, 4, 6, **how)
     assert all(word in str(error.value) for word in words)
-    assert not lora.adapted(model) and torch.equal(logits(model), before)
+    assert not core.adapted(model) and torch.equal(logits(model), before)
 
 
 @pytest.mark.parametrize(
@@ -196,9 +194,9 @@ def test_the_number_of_adapter_weights_is_the_published_one_to_the_unit(size, ra
     model = on_meta(size)
     base = {"small": 163_037_184, "medium": 406_286_336, "large": 838_359_040, "xl": 1_638_022_400}[size]
     assert core.count_parameters(model) == (base, base)
-    lora.add_lora(model, rank, rank, head=head)
+    core.add_lora(model, rank, rank, head=head)
     assert core.count_parameters(model) == (base + expected, expected)
-    assert sum(p.numel() for p in lora.Adapters(model).parameters()) == expected
+    assert sum(p.numel() for p in core.Adapters(model).parameters()) == expected
 
 
 # forward and backward, against peft
@@ -207,8 +205,8 @@ def test_the_number_of_adapter_weights_is_the_published_one_to_the_unit(size, ra
 def beside_peft(folder, rank=4, alpha=7, scaling="alpha/r", config=None, **how):
     """Our adapted model, and peft's of the same numbers: base and adapters went over the disk."""
     model = random_gpt(**(config or {}))
-    script.save_pretrained(model, None, folder / "base")
-    lora.add_lora(model, rank, alpha, scaling, **how)
+    core.save_pretrained(model, None, folder / "base")
+    core.add_lora(model, rank, alpha, scaling, **how)
     lora.save_peft(randomise(model), folder / "adapter", str(folder / "base"))
     base = GPT2LMHeadModel.from_pretrained(folder / "base")
     theirs = peft.PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
@@ -228,7 +226,7 @@ def test_logits_and_gradients_are_those_of_peft(tmp_path, scaling, head):
     ours, theirs = beside_peft(tmp_path, scaling=scaling, head=head, config={"tie_head": not head})
     assert_close_logits(logits(ours), logits(theirs))
     multiplier = {"alpha/r": 7 / 4, "alpha": 7, "alpha/sqrt(r)": 7 / 2}[scaling]
-    assert {layer.multiplier for layer in lora.adapted(ours).values()} == {multiplier}
+    assert {layer.multiplier for layer in core.adapted(ours).values()} == {multiplier}
 
     ours, theirs = ours.double(), theirs.double()  # the same numbers, now without noise
     embedded = remember_slope_of(ours.wte), remember_slope_of(theirs.base_model.model.transformer.wte)
@@ -245,7 +243,7 @@ def test_logits_and_gradients_are_those_of_peft(tmp_path, scaling, head):
 
     assert_close(embedded[0][0].grad, embedded[1][0].grad)
     reference = dict(theirs.named_parameters())
-    for name, layer in lora.adapted(ours).items():
+    for name, layer in core.adapted(ours).items():
         their = f"base_model.model.{'' if name == 'lm_head' else 'transformer.'}{name}.lora_%s.default.weight"
         A, B = reference[their % "A"].grad, reference[their % "B"].grad
         assert_close(layer.A.grad, A)
@@ -258,7 +256,7 @@ def test_logits_and_gradients_are_those_of_peft(tmp_path, scaling, head):
 @pytest.mark.parametrize("parts", [1, 3])
 def test_a_layer_is_what_its_formula_says(parts):
     torch.manual_seed(0)
-    layer = lora.LoRALinear(script.Linear(8, 12).double(), 2, 0.7, parts=parts)
+    layer = core.LoRALinear(gpt.Linear(8, 12).double(), 2, 0.7, parts=parts)
     nn.init.normal_(layer.A)
     nn.init.normal_(layer.B)
     x = torch.randn(5, 3, 8, dtype=torch.float64)
@@ -283,7 +281,7 @@ def test_the_loss_of_an_adapted_model_is_cross_entropy_of_its_logits(shape, head
     ours = model(x, labels)
     theirs = F.cross_entropy(model(x).flatten(0, 1), labels.flatten(), reduction="sum")
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
-    weights = list(lora.Adapters(model).parameters())
+    weights = list(core.Adapters(model).parameters())
     expected = torch.autograd.grad(theirs, weights)
     for mine, reference in zip(torch.autograd.grad(ours, weights), expected, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-9)  # fp64, slopes up to hundreds
@@ -297,30 +295,30 @@ def test_the_loss_of_an_adapted_model_is_cross_entropy_of_its_logits(shape, head
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_adapters_move_and_the_base_stands_still(checkpointing):
     model = random_gpt(tie_head=False, checkpointing=checkpointing)
-    lora.add_lora(model, 4, 6, dropout=0.1, head=True)
+    core.add_lora(model, 4, 6, dropout=0.1, head=True)
     model.train()
     optimizer = core.make_optimizer(model, "adamw", 0.0)
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(held) == sorted(id(p) for p in lora.Adapters(model).parameters())
-    base = {name: value.clone() for name, value in lora.base_weights(model).items()}
+    assert sorted(held) == sorted(id(p) for p in core.Adapters(model).parameters())
+    base = {name: value.clone() for name, value in core.base_weights(model).items()}
     precision, losses = core.Precision("fp32", core.World()), []
-    before = numbers(lora.Adapters(model))
+    before = numbers(core.Adapters(model))
     for step in range(4):
         losses.append(model(ids(3, 16), ids(3, 16, seed=2)))
         losses[-1].backward()
         core.optimizer_step(optimizer, precision, None, 0.01)
-        for name, value in numbers(lora.Adapters(model)).items():
+        for name, value in numbers(core.Adapters(model)).items():
             moved = not torch.equal(value, before[name])
             assert moved == (step > 0 or name.endswith(".B")), (step, name)  # with B zero A has no slope
     assert losses[-1] < losses[0]
-    assert_same(lora.base_weights(model), base)
+    assert_same(core.base_weights(model), base)
 
 
 def test_recomputed_blocks_give_the_adapters_the_same_gradients():
     def slopes(checkpointing):
         model = adapted_gpt(config={"checkpointing": checkpointing}).train()
         model(ids(3, 16), ids(3, 16, seed=2)).backward()
-        return {name: p.grad for name, p in lora.Adapters(model).named_parameters()}
+        return {name: p.grad for name, p in core.Adapters(model).named_parameters()}
 
     assert_same(slopes(True), slopes(False))
 
@@ -328,7 +326,7 @@ def test_recomputed_blocks_give_the_adapters_the_same_gradients():
 def test_dropout_acts_in_training_only_and_on_the_adapters_path_only():
     start = random_gpt(tie_head=False)
     before = logits(start)
-    lora.add_lora(start, 4, 6, dropout=0.5, head=True)
+    core.add_lora(start, 4, 6, dropout=0.5, head=True)
     assert torch.equal(logits(start.train()), before)  # B is zero: base paths have no dropout
 
     whole = adapted_gpt(head=True, config={"tie_head": False})
@@ -336,7 +334,7 @@ def test_dropout_acts_in_training_only_and_on_the_adapters_path_only():
     assert torch.equal(logits(model.eval()), logits(whole))
     assert_far(logits(model.train()), logits(whole))
 
-    layer, x = lora.adapted(model)["h.0.attn.c_attn"], torch.randn(3, 5, 32)
+    layer, x = core.adapted(model)["h.0.attn.c_attn"], torch.randn(3, 5, 32)
     with torch.no_grad():
         torch.manual_seed(4)
         got = layer(x)
@@ -354,14 +352,14 @@ def test_dropout_acts_in_training_only_and_on_the_adapters_path_only():
 def test_the_merged_model_has_no_adapters_and_the_same_logits(shape, head, scaling):
     model = adapted_gpt(scaling=scaling, head=head, config=SHAPES[shape])
     before = numbers(model)
-    base = script.with_weights(model.config, lora.base_weights(model)).eval()
-    merged = lora.merge_lora(model)
-    assert not lora.adapted(merged) and merged.config == model.config
+    base = core.with_weights(model.config, core.base_weights(model)).eval()
+    merged = core.merge_lora(model)
+    assert not core.adapted(merged) and merged.config == model.config
     assert_close_logits(logits(merged), logits(model))
     assert_far(logits(merged), logits(base))
     assert_same(numbers(model), before)
-    ours, changed = merged.state_dict(), {f"{name}.weight" for name in lora.adapted(model)}
-    for name, weight in lora.base_weights(model).items():
+    ours, changed = merged.state_dict(), {f"{name}.weight" for name in core.adapted(model)}
+    for name, weight in core.base_weights(model).items():
         assert (ours[name].data_ptr() == weight.data_ptr()) == (name not in changed), name
         assert torch.equal(ours[name], weight) == (name not in changed), name
     assert not any(p.requires_grad for p in merged.parameters())
@@ -370,15 +368,15 @@ def test_the_merged_model_has_no_adapters_and_the_same_logits(shape, head, scali
 @pytest.mark.parametrize("training", [True, False])
 def test_merging_keeps_the_mode(training):
     model = adapted_gpt(config={"dropout": 0.2}).train(training)
-    assert lora.merge_lora(model).training == training == model.training
+    assert core.merge_lora(model).training == training == model.training
 
 
 @pytest.mark.parametrize("head", [False, True], ids=["blocks", "with the head"])
 def test_the_merged_model_is_pefts(tmp_path, head):
     ours, theirs = beside_peft(tmp_path, head=head, config={"tie_head": not head})
-    ours, theirs = lora.merge_lora(ours), theirs.merge_and_unload()
+    ours, theirs = core.merge_lora(ours), theirs.merge_and_unload()
     assert_close_logits(logits(ours), logits(theirs))
-    weights, reference = script.to_gpt2(ours.state_dict()), theirs.state_dict()
+    weights, reference = gpt_formats.to_gpt2(ours.state_dict()), theirs.state_dict()
     for name, weight in weights.items():  # sums of 4 products on numbers near 1, each rounded elsewhere
         torch.testing.assert_close(weight, reference[name], rtol=0, atol=1e-6)
 
@@ -388,7 +386,7 @@ def test_transformers_computes_the_logits_of_a_merged_model(tmp_path, shape):
     from transformers import AutoModelForCausalLM
 
     model = adapted_gpt(head="tie_head" in SHAPES[shape], config=SHAPES[shape])
-    script.save_pretrained(lora.merge_lora(model), None, tmp_path / "merged")
+    core.save_pretrained(core.merge_lora(model), None, tmp_path / "merged")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert_close_logits(logits(model), logits(theirs))
 
@@ -398,12 +396,12 @@ def test_adapted_and_merged_models_say_the_same(shape):
     model = adapted_gpt(head="tie_head" in SHAPES[shape], config=SHAPES[shape])
     randomise(model, std=1)  # with less they repeat one token, all of them the same
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
-    base = script.with_weights(model.config, lora.base_weights(model)).eval()
+    base = core.with_weights(model.config, core.base_weights(model)).eval()
 
     def said(model):  # longer than a context: the window slides
-        return script.generate(model, prompts, 20, temperature=0)
+        return core.generate(model, prompts, 20, temperature=0)
 
-    assert said(model) == said(lora.merge_lora(model)) != said(base)
+    assert said(model) == said(core.merge_lora(model)) != said(base)
 
 
 # the adapters as one
@@ -412,22 +410,22 @@ def test_adapted_and_merged_models_say_the_same(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_base_weights_are_those_of_the_plain_model_under_their_names(shape):
     plain, model = random_gpt(**SHAPES[shape]), adapted_gpt(config=SHAPES[shape])
-    assert_same(lora.base_weights(model), plain.state_dict())
+    assert_same(core.base_weights(model), plain.state_dict())
     headed = adapted_gpt(head="tie_head" in SHAPES[shape], config=SHAPES[shape])
-    assert_same(lora.base_weights(headed), plain.state_dict())
+    assert_same(core.base_weights(headed), plain.state_dict())
 
 
 def test_adapters_come_back_from_their_state(tmp_path):
     model = adapted_gpt(head=True, config={"tie_head": False})
-    state = lora.Adapters(model).state_dict()
+    state = core.Adapters(model).state_dict()
     assert list(state) == [f"{name}.{letter}" for name in [*ALL, "lm_head"] for letter in "AB"]
     torch.save(state, tmp_path / "adapters.pt")
     again = random_gpt(tie_head=False)
-    lora.add_lora(again, 4, 6, head=True)
-    lora.Adapters(again).load_state_dict(torch.load(tmp_path / "adapters.pt"))
+    core.add_lora(again, 4, 6, head=True)
+    core.Adapters(again).load_state_dict(torch.load(tmp_path / "adapters.pt"))
     assert_same(numbers(again), numbers(model))
     assert torch.equal(logits(again), logits(model))
-    assert all(p.requires_grad and p.is_leaf for p in lora.Adapters(again).parameters())
+    assert all(p.requires_grad and p.is_leaf for p in core.Adapters(again).parameters())
 
 
 @pytest.mark.parametrize(
@@ -445,11 +443,11 @@ def test_adapters_of_another_shape_are_refused(one, other, turned):
     config = {"tie_head": False}
     model, misfit = adapted_gpt(config=config, **one), adapted_gpt(config=config, **other)
     model, misfit = (misfit, model) if turned else (model, misfit)
-    for weight in lora.Adapters(misfit).parameters():
+    for weight in core.Adapters(misfit).parameters():
         nn.init.normal_(weight)
     before = numbers(model)
     with pytest.raises(UserError, match="adapters do not fit"):
-        lora.Adapters(model).load_state_dict(lora.Adapters(misfit).state_dict())
+        core.Adapters(model).load_state_dict(core.Adapters(misfit).state_dict())
     assert_same(numbers(model), before)
 
 
@@ -476,11 +474,11 @@ def test_peft_computes_our_logits_and_our_adapters_come_back(tmp_path, how, conf
         assert_far(logits(model), logits(theirs))
     again = random_gpt(**config)
     names = lora.load_peft(again, tmp_path / "adapter", dropout=0.25)
-    assert sorted(names) == sorted(lora.adapted(again)) == sorted(lora.adapted(model))
+    assert sorted(names) == sorted(core.adapted(again)) == sorted(core.adapted(model))
     assert_same(numbers(again), numbers(model))
     assert core.count_parameters(again) == core.count_parameters(model)
-    ours = lora.adapted(model)
-    for name, layer in lora.adapted(again).items():
+    ours = core.adapted(model)
+    for name, layer in core.adapted(again).items():
         # alpha was written for peft's rank and divided by it again: one rounding
         assert layer.multiplier == pytest.approx(ours[name].multiplier, rel=1e-15)
         assert (layer.parts, layer.dropout.p) == (ours[name].parts, 0.25)
@@ -502,7 +500,7 @@ def test_shapes_that_are_not_gpt2s_are_not_exported(tmp_path, config):
 
 
 def base_folder(folder, **config):
-    script.save_pretrained(random_gpt(**config), None, folder / "base")
+    core.save_pretrained(random_gpt(**config), None, folder / "base")
     return folder / "base"
 
 
@@ -548,17 +546,17 @@ def test_we_compute_the_logits_of_what_peft_trained(tmp_path, changes):
     untied = {"tie_head": False}
     base = base_folder(tmp_path, **untied)
     theirs = peft_writes(tmp_path / "adapter", base, lora_config(**changes))
-    model = script.load_pretrained(str(base)).eval()
+    model = gpt_formats.load_pretrained(str(base)).eval()
     before = numbers(model)
     plain = logits(model)
     names = lora.load_peft(model, tmp_path / "adapter")
     adapted = [re.sub(r"^base_model.model.(transformer.)?|.lora_A$", "", name)
                for name, module in theirs.named_modules() if name.endswith(".lora_A")]  # fmt: skip
-    assert sorted(names) == sorted(adapted) == sorted(lora.adapted(model))
+    assert sorted(names) == sorted(adapted) == sorted(core.adapted(model))
     assert_close_logits(logits(model), logits(theirs))
     assert_far(logits(model), plain)
-    assert_close_logits(logits(lora.merge_lora(model)), logits(theirs.merge_and_unload()))
-    assert_same(lora.base_weights(model), before)
+    assert_close_logits(logits(core.merge_lora(model)), logits(theirs.merge_and_unload()))
+    assert_same(core.base_weights(model), before)
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trains == {f"{name}.{letter}" for name in names for letter in "AB"}
 
@@ -567,7 +565,7 @@ def test_what_peft_trained_goes_out_again(tmp_path):
     base = base_folder(tmp_path)
     patterns = {"rank_pattern": {"c_attn": 3}, "alpha_pattern": {"mlp.c_proj": 11}}
     theirs = peft_writes(tmp_path / "theirs", base, lora_config(**patterns))
-    model = script.load_pretrained(str(base)).eval()
+    model = gpt_formats.load_pretrained(str(base)).eval()
     lora.load_peft(model, tmp_path / "theirs")
     lora.save_peft(model, tmp_path / "ours", str(base))
     again = peft.PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(base), tmp_path / "ours").eval()
@@ -689,7 +687,7 @@ def test_an_adapter_to_a_base_that_peft_changed_gives_pefts_logits_or_is_refused
     theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     again = peft.PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(base), tmp_path / "adapter")
     assert_close_logits(logits(again.eval()), logits(theirs.eval()))
-    model = script.load_pretrained(str(base)).eval()
+    model = gpt_formats.load_pretrained(str(base)).eval()
     try:
         lora.load_peft(model, tmp_path / "adapter")
     except UserError as error:
@@ -725,7 +723,7 @@ def test_an_adapter_of_the_head_needs_a_head(tmp_path):
 def test_the_loss_of_packed_rows_is_the_sum_of_their_own(positions, adapted):
     model = random_gpt(torch.float64, positions=positions)
     if adapted:
-        lora.add_lora(model, 4, 6)
+        core.add_lora(model, 4, 6)
         randomise(model)
     packs, x, labels = [[7, 9], [4, 5, 7]], ids(2, 16), ids(2, 16, seed=2)
     segments = torch.tensor([[i for i, n in enumerate(pack) for _ in range(n)] for pack in packs])

@@ -18,11 +18,20 @@ from conftest import PROJECT
 from torch import nn
 
 import core
-import corpus
-import gpt_scratch
-import mathqa
-import sft
+import lab.data.cache
 from core import IGNORE_INDEX, UserError, World
+from lab.data import builtin, problems, tokenizers
+from lab.measure.choices import (
+    Choices,
+    Scores,
+    answer_figures,
+    answer_lines,
+    examples_of,
+    measure,
+    over_padding,
+    some,
+    strangers,
+)
 
 SHARED = PROJECT.parent / "shared" / "data" / "math"
 REAL = {"mathqa": SHARED / "mathqa_test_part1.json", "aqua": SHARED / "aqua_dev.json"}
@@ -80,21 +89,21 @@ def write(rows, path="problems.json") -> str:
 @pytest.fixture(scope="module")
 def letters():
     """One token a byte; its end token is 0, with which batches are padded."""
-    return corpus.make_tokenizer("bytes", lambda: [])
+    return core.make_tokenizer("bytes", lambda: [])
 
 
-def load(rows, tokenizer, **others) -> mathqa.Problems:
+def load(rows, tokenizer, **others) -> core.Problems:
     data = write(rows) if isinstance(rows, list) else rows
-    return mathqa.load_problems(cfg_of(data, **others), World(), tokenizer)
+    return core.load_problems(cfg_of(data, **others), World(), tokenizer)
 
 
-def by_hand(*rows, right=None, groups=None, said=None) -> mathqa.Problems:
+def by_hand(*rows, right=None, groups=None, said=None) -> core.Problems:
     """Rows of (problem's ids, ids of five options), or of these and the ids of their list."""
     pieces = [piece for problem, options, *listed in rows for piece in (problem, *(listed or [[]]), *options)]
     tokens = np.array(list(itertools.chain.from_iterable(pieces)), dtype=np.uint16)
     words = [[str(option) for option in options] for _, options, *_ in rows] if said is None else said
     right = np.zeros(len(rows), dtype=int) if right is None else np.array(right)
-    return mathqa.Problems(
+    return core.Problems(
         texts=[["", "", words[i][r]] for i, r in enumerate(right)], categories=[None] * len(rows),
         numbers=np.arange(1, len(rows) + 1), tokens=tokens, offsets=np.cumsum([0, *map(len, pieces)]),
         groups=np.array([str(i) for i in range(len(rows))] if groups is None else groups),
@@ -103,7 +112,7 @@ def by_hand(*rows, right=None, groups=None, said=None) -> mathqa.Problems:
     )  # fmt: skip
 
 
-def random_problems(n=20, seed=0, most=12, listed=False) -> mathqa.Problems:
+def random_problems(n=20, seed=0, most=12, listed=False) -> core.Problems:
     """Ids below 90, options of one to four tokens; `listed`: behind a list of one to six."""
     rng = np.random.default_rng(seed)
     rows = [
@@ -115,14 +124,14 @@ def random_problems(n=20, seed=0, most=12, listed=False) -> mathqa.Problems:
     return by_hand(*rows, right=rng.integers(0, 5, n))
 
 
-def every(data, most=65, loss_on_prompt=False) -> sft.Examples:
-    return sft.Examples(data, np.arange(len(data)), most, loss_on_prompt)
+def every(data, most=65, loss_on_prompt=False) -> core.Examples:
+    return core.Examples(data, np.arange(len(data)), most, loss_on_prompt)
 
 
 def small_gpt(dtype=torch.float64, **shape):
     torch.manual_seed(3)
     sizes = {"vocab_size": 100, "block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 16} | shape
-    model = gpt_scratch.GPT(gpt_scratch.GPTConfig(**sizes)).to(dtype)
+    model = core.GPT(core.GPTConfig(**sizes)).to(dtype)
     for weight in model.parameters():
         nn.init.normal_(weight, std=0.2)
     return model
@@ -149,7 +158,7 @@ def knowing(data, size) -> Fake:
     """Wants the right answer of every problem that it knows and an end, whatever options are listed."""
     answers = {}
     for row in range(len(data)):
-        wanted = [*data.piece(row, mathqa.FIRST + data.right[row]), data.tokenizer.eos_token_id]
+        wanted = [*data.piece(row, problems.FIRST + data.right[row]), data.tokenizer.eos_token_id]
         answers.setdefault(tuple(data.piece(row, 0)), wanted)
         answers[tuple(data.prompt(row))] = wanted  # the same problem may stand before other options
     listed = data.fingerprint["answer_format"] == "letter"
@@ -217,7 +226,7 @@ LISTS = [
 
 @pytest.mark.parametrize(("options", "texts"), [*HARD, *PLAIN, *LISTS])
 def test_options_are_five_texts_in_every_spelling(options, texts):
-    assert mathqa.parse_options(options) == texts
+    assert problems.parse_options(options) == texts
 
 
 @pytest.mark.parametrize(("options", "texts"), HARD)
@@ -234,12 +243,12 @@ def test_a_cut_at_every_comma_gets_these_options_wrong(options, texts):
     ],
 )
 def test_the_next_letter_in_parentheses_begins_no_option(options, texts):
-    assert mathqa.parse_options(options) == texts
+    assert problems.parse_options(options) == texts
 
 
 def test_brackets_of_a_list_of_options_are_text():
     options = "['a ) [ 1 , 2 ]', 'b ) [ 2 ]', 'c ) 1', 'd ) 2', 'e ) 3']"
-    assert mathqa.parse_options(options) == ["[ 1 , 2 ]", "[ 2 ]", "1", "2", "3"]
+    assert problems.parse_options(options) == ["[ 1 , 2 ]", "[ 2 ]", "1", "2", "3"]
 
 
 @pytest.mark.parametrize(
@@ -265,14 +274,14 @@ def test_brackets_of_a_list_of_options_are_text():
 )
 def test_unusable_options_are_told_apart(options, reason):
     with pytest.raises(ValueError, match=f"^{reason}"):
-        mathqa.parse_options(options)
+        problems.parse_options(options)
 
 
 @shared
 def test_the_options_of_every_real_row_are_the_string_without_its_labels():
     spellings = Counter()
     for row in json.loads(REAL["mathqa"].read_text()):
-        _, texts, right = mathqa.parse(row)
+        _, texts, right = problems.parse(row)
         assert row["correct"] == LETTERS[right]
         listed = row["options"].startswith("[")
         mark, end = (r"'{0} \) ", "'") if listed else (r"(?:{0} \) )+", "")
@@ -287,7 +296,7 @@ def test_the_options_of_every_real_row_are_the_string_without_its_labels():
 def test_the_options_of_every_real_list_are_its_texts_without_the_letters():
     rows = [json.loads(line) for line in REAL["aqua"].read_text().splitlines()]
     for row in rows:
-        problem, texts, right = mathqa.parse(row)
+        problem, texts, right = problems.parse(row)
         assert problem == row["question"].strip() and LETTERS[right] == row["correct"].lower()
         theirs = [re.sub(r"\s", "", text)[2:] for text in row["options"]]
         assert [re.sub(r"\s", "", text) for text in texts] == theirs
@@ -310,7 +319,7 @@ FIVE = ["1", "2", "3", "4", "5"]
     ],
 )
 def test_a_row_is_a_problem_five_options_and_a_number(row, parsed):
-    assert mathqa.parse(row) == parsed
+    assert problems.parse(row) == parsed
 
 
 LETTERLESS = "the right answer is none of a to e"
@@ -339,13 +348,13 @@ LETTERLESS = "the right answer is none of a to e"
 )
 def test_unusable_rows_are_told_apart(row, reason):
     with pytest.raises(ValueError, match=reason):
-        mathqa.parse(row)
+        problems.parse(row)
 
 
 @pytest.mark.parametrize("correct", ["ab", "bcd", "abcde"])
 def test_several_letters_are_no_right_answer(correct):
     with pytest.raises(ValueError, match=LETTERLESS):
-        mathqa.parse(row_of("p", FIVE) | {"correct": correct})
+        problems.parse(row_of("p", FIVE) | {"correct": correct})
 
 
 def test_unusable_rows_are_counted_and_named_and_many_are_an_error(letters):
@@ -387,7 +396,7 @@ def test_rows_with_the_right_option_twice_are_counted(letters):
 def test_other_names_and_lists_of_options_are_the_same_problems(letters):
     ours = made_up(20)
     theirs = [
-        {"question": row["Problem"], "options": mathqa.parse_options(row["options"]), "rationale": "",
+        {"question": row["Problem"], "options": problems.parse_options(row["options"]), "rationale": "",
          "correct": row["correct"].upper()}
         for row in ours
     ]  # fmt: skip
@@ -424,7 +433,7 @@ def expect_own_parts(data, parts, lines, sizes=(12, 5, 6)):
 def test_a_folders_parts_stay_as_they_are(suffix, val, letters):
     cfg = cfg_of(official("set", suffix, val))
     data = load(cfg.data, letters)
-    expect_own_parts(data, *mathqa.split(data, cfg))
+    expect_own_parts(data, *problems.split(data, cfg))
 
 
 def test_a_zips_parts_stay_as_they_are_and_its_other_tables_are_not_read(letters):
@@ -435,13 +444,13 @@ def test_a_zips_parts_stay_as_they_are_and_its_other_tables_are_not_read(letters
         archive.writestr("MathQA/challenge_test.json", json.dumps(made_up(9, 4, 300)))
         archive.writestr("MathQA/README.txt", "train")
     data = load("set.zip", letters)
-    expect_own_parts(data, *mathqa.split(data, cfg_of("set.zip")))
+    expect_own_parts(data, *problems.split(data, cfg_of("set.zip")))
 
 
 def test_the_test_rows_are_never_validation_or_training_rows(letters):
     for seed in range(5):
         cfg = cfg_of(official("set"), split_seed=seed, max_documents=4)
-        parts, _ = mathqa.split(load(cfg.data, letters, max_documents=4), cfg)
+        parts, _ = problems.split(load(cfg.data, letters, max_documents=4), cfg)
         assert {name: rows.tolist() for name, rows in parts.items()} == {
             "train": [0, 1, 2, 3], "val": [4, 5, 6, 7], "test": [8, 9, 10, 11]}  # fmt: skip
 
@@ -450,7 +459,7 @@ def test_max_documents_counts_in_each_part(letters):
     cfg = cfg_of(official("set"), max_documents=3)
     data = load(cfg.data, letters, max_documents=3)
     assert Counter(data.part) == {"train": 3, "val": 3, "test": 3}
-    expect_own_parts(data, *mathqa.split(data, cfg), sizes=(3, 3, 3))
+    expect_own_parts(data, *problems.split(data, cfg), sizes=(3, 3, 3))
 
 
 def test_rows_are_numbered_in_each_part(letters):
@@ -472,9 +481,9 @@ def test_several_training_tables_alone_are_a_single_table(kind, letters):
         with zipfile.ZipFile(name := "set.zip", "w") as archive:
             for path in sorted(Path("set").iterdir()):
                 archive.write(path)
-    assert mathqa.official_parts(name) is None
+    assert problems.official_parts(name) is None
     data = load(name, letters)
-    parts, lines = mathqa.split(data, cfg_of(name))
+    parts, lines = problems.split(data, cfg_of(name))
     assert lines == ["a single table: 80 % train, 10 % val, 10 % test, drawn by problem"]
     assert sorted(np.concatenate(list(parts.values())).tolist()) == list(range(120))
     assert data.numbers.tolist() == list(range(1, 121))
@@ -493,9 +502,9 @@ def test_what_a_mac_leaves_beside_the_tables_is_no_part(letters):
     members = sorted(str(path) for path in Path(official("set")).iterdir())
     hidden = [f"__MACOSX/set/._{Path(path).name}" for path in members]
     data = load(zipped("set.zip", *members, hidden=hidden), letters)
-    expect_own_parts(data, *mathqa.split(data, cfg_of("set.zip")))
+    expect_own_parts(data, *problems.split(data, cfg_of("set.zip")))
     one = write(made_up(40), "train.json")
-    assert mathqa.official_parts(zipped("one.zip", one, hidden=["__MACOSX/._train.json"])) is None
+    assert problems.official_parts(zipped("one.zip", one, hidden=["__MACOSX/._train.json"])) is None
     assert len(load("one.zip", letters)) == 40
 
 
@@ -539,8 +548,8 @@ def test_a_single_table_is_drawn_by_problem(where, letters):
     data = load(name, letters)
     sizes, drawn = [], []
     for seed in range(6):
-        parts, lines = mathqa.split(data, cfg_of(name, split_seed=seed))
-        again, _ = mathqa.split(data, cfg_of(name, split_seed=seed))
+        parts, lines = problems.split(data, cfg_of(name, split_seed=seed))
+        again, _ = problems.split(data, cfg_of(name, split_seed=seed))
         assert all((again[part] == parts[part]).all() for part in parts)
         assert sorted(np.concatenate(list(parts.values())).tolist()) == list(range(200))
         words = {
@@ -558,7 +567,7 @@ def test_problems_that_training_has_are_counted_not_hidden(letters):
     val[1]["Problem"] = PARTS["train"][4]["Problem"].upper()
     test[0]["Problem"] = test[5]["Problem"] = PARTS["train"][0]["Problem"]
     cfg = cfg_of(official("set", validation=val, test=test))
-    parts, lines = mathqa.split(load(cfg.data, letters), cfg)
+    parts, lines = problems.split(load(cfg.data, letters), cfg)
     assert lines[1:] == [
         "1 of 5 val rows have a problem that training rows have",
         "2 of 6 test rows have a problem that training rows have",
@@ -572,11 +581,11 @@ def test_rows_over_max_length_are_left_out_and_counted_and_none_is_cut(answer_fo
     rows[3]["options"] = spelt([*FIVE[:4], "5" * 90])
     data = load(rows, letters, answer_format=answer_format)
     longest = [
-        len(data.prompt(i)) + max(len(data.piece(i, mathqa.FIRST + o)) for o in range(5)) for i in range(80)
+        len(data.prompt(i)) + max(len(data.piece(i, problems.FIRST + o)) for o in range(5)) for i in range(80)
     ]
     most = sorted(longest)[60]
     cfg = cfg_of(max_length=most)
-    parts, lines = mathqa.examples_of(data, cfg)
+    parts, lines = examples_of(data, cfg)
     kept = sorted(np.concatenate([part.rows for part in parts.values()]).tolist())
     assert kept == [i for i in range(80) if longest[i] <= most] and 3 not in kept
     (said,) = (line for line in lines if line.startswith(f"left out, over {most} tokens: train "))
@@ -585,15 +594,15 @@ def test_rows_over_max_length_are_left_out_and_counted_and_none_is_cut(answer_fo
     for part in parts.values():
         pairs = [part.pair(i) for i in range(len(part))]
         assert all(labels[-1] == letters.eos_token_id and len(ids) <= most for ids, labels in pairs)
-        assert mathqa.Choices(data, part.rows).lengths.max() <= most
-    assert max(mathqa.Choices(data, part.rows).lengths.max() for part in parts.values()) == most
+        assert Choices(data, part.rows).lengths.max() <= most
+    assert max(Choices(data, part.rows).lengths.max() for part in parts.values()) == most
 
 
 def test_a_part_that_nothing_is_left_of_is_one_line(letters):
     long = [row_of("many words " * 40, FIVE)] * 4
     cfg = cfg_of(official("set", test=long))
     with pytest.raises(UserError, match=r"^set leaves no test rows: use more rows or a larger --max_length$"):
-        mathqa.split(load(cfg.data, letters), cfg)
+        problems.split(load(cfg.data, letters), cfg)
 
 
 @shared
@@ -602,11 +611,11 @@ def test_real_files_load_whole(name, letters):
     cfg = cfg_of(REAL[name], max_length=1024)
     data = load(cfg.data, letters)
     assert not any("left out" in line for line in data.lines)
-    parts, _ = mathqa.split(data, cfg)
+    parts, _ = problems.split(data, cfg)
     shares = [len(parts[part]) / len(data) for part in ("train", "val", "test")]
     assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.01)
     decoded = letters.decode(data.whole(5))
-    assert decoded == f"{data.texts[5][0]} {data.texts[5][2]}{corpus.END}"
+    assert decoded == f"{data.texts[5][0]} {data.texts[5][2]}{tokenizers.END}"
 
 
 # built-in problems
@@ -628,9 +637,9 @@ def chi_square(counts) -> float:
 
 
 def test_built_in_problems_are_the_same_each_time_and_in_mathqas_columns():
-    rows = mathqa.template_problems()
-    assert rows == mathqa.template_problems() and rows[:50] != mathqa.template_problems(50, seed=1)
-    assert rows[:50] == mathqa.template_problems(50) and len(rows) == 4000
+    rows = builtin.template_problems()
+    assert rows == builtin.template_problems() and rows[:50] != builtin.template_problems(50, seed=1)
+    assert rows[:50] == builtin.template_problems(50) and len(rows) == 4000
     columns = [
         "Problem",
         "Rationale",
@@ -645,8 +654,8 @@ def test_built_in_problems_are_the_same_each_time_and_in_mathqas_columns():
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_built_in_answers_are_right(seed):
-    for row in mathqa.template_problems(1000, seed):
-        problem, options, right = mathqa.parse(row)
+    for row in builtin.template_problems(1000, seed):
+        problem, options, right = problems.parse(row)
         assert len(set(options)) == 5 and options[right] == str(solved(problem))
         left, _, value = row["Rationale"].rpartition(" = ")
         assert int(value) == solved(problem) == eval(left)
@@ -657,8 +666,8 @@ def test_built_in_answers_are_right(seed):
 @pytest.mark.parametrize("seed", range(4))
 def test_without_the_problem_no_built_in_option_is_likelier(seed):
     letter, rank, by_template = Counter(), Counter(), {}
-    for row in mathqa.template_problems(4000, seed):
-        _, options, right = mathqa.parse(row)
+    for row in builtin.template_problems(4000, seed):
+        _, options, right = problems.parse(row)
         values = [int(option) for option in options]
         place = sorted(values).index(values[right])
         letter[right] += 1
@@ -669,13 +678,13 @@ def test_without_the_problem_no_built_in_option_is_likelier(seed):
 
 
 def test_built_in_problems_of_val_and_test_are_not_training_problems(letters):
-    cfg = cfg_of(mathqa.BUILT_IN)
+    cfg = cfg_of(problems.BUILT_IN)
     data = load(cfg.data, letters)
-    parts, lines = mathqa.split(data, cfg)
+    parts, lines = problems.split(data, cfg)
     sets = [set(problems_of(data, rows)) for rows in parts.values()]
     assert not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
     assert [len(rows) for rows in parts.values()] == [3200, 400, 400] and len(lines) == 1
-    assert len(load(mathqa.BUILT_IN, letters, max_documents=40)) == 40
+    assert len(load(problems.BUILT_IN, letters, max_documents=40)) == 40
 
 
 # what the loss counts
@@ -696,7 +705,7 @@ def test_the_right_option_and_one_end_token_are_targets():
 
 
 def with_pad(tokenizer, kind):
-    tokenizer = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token=corpus.END)
+    tokenizer = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token=tokenizers.END)
     if kind == "end":
         tokenizer.pad_token = tokenizer.eos_token
     if kind == "own":
@@ -725,7 +734,7 @@ def test_the_first_end_token_is_learnt_and_no_padding(kind, letters):
 def test_padding_changes_neither_loss_nor_accuracy(loss_on_prompt, shape):
     data, model = random_problems(24), small_gpt(**shape)
     examples = every(data, 65, loss_on_prompt)
-    sums = [gpt_scratch.evaluate(model, examples, cfg_of(eval_batch=n), World()) for n in (1, 5, 24)]
+    sums = [core.evaluate(model, examples, cfg_of(eval_batch=n), World()) for n in (1, 5, 24)]
     for row in range(24):
         ids, labels = examples.pair(row)
         with torch.no_grad():
@@ -738,7 +747,7 @@ def test_padding_changes_neither_loss_nor_accuracy(loss_on_prompt, shape):
     longer = every(by_hand(([7] * 55, [[1]] * 5)))  # a companion that widens the batch
     both = [examples.pair(3), longer.pair(0)]
     mixed = SimpleNamespace(pair=lambda i: both[i])
-    ids, labels = sft.Examples.batch(mixed, [0, 1], "cpu")
+    ids, labels = core.Examples.batch(mixed, [0, 1], "cpu")
     with torch.no_grad():
         assert model(ids[:1], labels[:1]).item() == pytest.approx(sums[0][3, 0], rel=1e-9)
 
@@ -748,7 +757,7 @@ def test_a_guess_of_padding_everywhere_hits_end_tokens_only(letters):
     data = load(made_up(20), letters)
     size, end = len(letters), letters.eos_token_id
     model = Fake(lambda ids: torch.eye(size, dtype=torch.float64)[[end] * len(ids)])
-    sums = gpt_scratch.evaluate(model, every(data, 300), cfg_of(eval_batch=20), World())
+    sums = core.evaluate(model, every(data, 300), cfg_of(eval_batch=20), World())
     assert sums[:, 1].tolist() == [1.0] * 20
     assert sums[:, 2].tolist() == [len(f" {text[2]}") + 1 for text in data.texts]
 
@@ -784,7 +793,7 @@ def test_accuracy_over_padding_counts_every_position_of_the_journals_rows():
             padded.append(END)
         positions += len(padded)
         hits += sums[row, 1]
-    assert positions == 11 * 1024 and mathqa.over_padding(sums, examples) == hits / positions
+    assert positions == 11 * 1024 and over_padding(sums, examples) == hits / positions
 
 
 @pytest.mark.parametrize("shape", [{}, MODERN], ids=["gpt2", "noam"])
@@ -792,7 +801,7 @@ def test_accuracy_over_padding_counts_every_position_of_the_journals_rows():
 def test_packed_problems_do_not_see_each_other(shape, loss_on_prompt):
     data, model = random_problems(24), small_gpt(**shape)
     examples = every(data, 65, loss_on_prompt)
-    packs = sft.Packs(examples, 64)
+    packs = core.Packs(examples, 64)
     assert len(packs) < 12 and sorted(packs.members(range(len(packs)))) == list(range(24))
     with torch.no_grad():
         alone = np.array([model(*examples.batch([i], "cpu")).item() for i in range(24)])
@@ -810,12 +819,12 @@ def test_packed_problems_do_not_see_each_other(shape, loss_on_prompt):
 def test_a_choice_is_an_option_behind_a_problem():
     first, second = [[4], [5, 6], [7], [8], [9, 10]], [[21], [22], [23, 24, 25], [26], [27]]
     data = by_hand(([90], first), ([1, 2, 3], first), ([11], second), right=[0, 1, 3])
-    own = mathqa.Choices(data, np.array([1, 2]))
+    own = Choices(data, np.array([1, 2]))
     assert len(own) == 10 and own.lengths.tolist() == [4, 5, 4, 4, 5, 2, 2, 4, 2, 2]
     assert own.pair(1) == ([1, 2, 3, 5, 6], [IGNORE_INDEX, IGNORE_INDEX, 5, 6, END])
     assert own.pair(3) == ([1, 2, 3, 8], [IGNORE_INDEX, IGNORE_INDEX, 8, END])
     assert own.pair(7) == ([11, 23, 24, 25], [23, 24, 25, END])
-    other = mathqa.Choices(data, np.array([1, 2]), np.array([2, 1]))
+    other = Choices(data, np.array([1, 2]), np.array([2, 1]))
     assert other.pair(1) == ([11, 5, 6], [5, 6, END])
     assert other.pair(7) == ([1, 2, 3, 23, 24, 25], [IGNORE_INDEX, IGNORE_INDEX, 23, 24, 25, END])
     for choices in (own, other):
@@ -831,10 +840,10 @@ def test_scores_are_log_likelihoods_of_option_and_end(eval_batch, strange, liste
     data, model = random_problems(9, listed=listed), small_gpt(**MODERN)
     rows = np.array([8, 1, 4, 5])
     asked = np.array([1, 2, 5, 0]) if strange else rows
-    choices = mathqa.Choices(data, rows, asked if strange else None)
-    scores = mathqa.Scores.of(model, choices, cfg_of(eval_batch=eval_batch), World(), quiet)
+    choices = Choices(data, rows, asked if strange else None)
+    scores = Scores.of(model, choices, cfg_of(eval_batch=eval_batch), World(), quiet)
     for i, option in itertools.product(range(4), range(5)):
-        wanted = [*data.piece(rows[i], mathqa.FIRST + option), END]
+        wanted = [*data.piece(rows[i], problems.FIRST + option), END]
         plain = log_likelihood(model, data.piece(asked[i], 0) + data.piece(rows[i], 1), wanted)
         assert scores.plain[i, option] == pytest.approx(plain, rel=1e-9)
         assert scores.per_token[i, option] == pytest.approx(plain / len(wanted), rel=1e-9)
@@ -842,9 +851,7 @@ def test_scores_are_log_likelihoods_of_option_and_end(eval_batch, strange, liste
 
 def test_long_and_short_options_can_win_differently():
     rows = [([1], [[2], [3, 4, 5], [6], [7], [8]])]
-    scores = mathqa.Scores(
-        np.array([[-4.0, -5.0, -9, -9, -9]]), np.array([[-4 / 2, -5 / 4, -4.5, -4.5, -4.5]])
-    )
+    scores = Scores(np.array([[-4.0, -5.0, -9, -9, -9]]), np.array([[-4 / 2, -5 / 4, -4.5, -4.5, -4.5]]))
     assert scores.right(by_hand(*rows, right=[0]), np.array([0])).tolist() == [[1.0, 0.0]]
     assert scores.right(by_hand(*rows, right=[1]), np.array([0])).tolist() == [[0.0, 1.0]]
 
@@ -854,7 +861,7 @@ def test_an_option_that_says_what_the_right_one_says_is_right():
     options = [[1], [2], [3], [2], [5]]
     data = by_hand(([1], options), ([2], options), right=[1, 1], said=said)
     fourth = np.array([[-9.0, -9, -9, -1, -9]] * 2)
-    right = mathqa.Scores(fourth, fourth / 2).right(data, np.array([1, 0]))
+    right = Scores(fourth, fourth / 2).right(data, np.array([1, 0]))
     assert right.tolist() == [[0.0, 0.0], [1.0, 1.0]]
 
 
@@ -862,18 +869,18 @@ def test_letters_are_chosen_behind_all_options(letters):
     rows = made_up(40)
     data = load(rows, letters, answer_format="letter")
     for row in (0, 17):
-        options = mathqa.parse_options(rows[row]["options"])
+        options = problems.parse_options(rows[row]["options"])
         assert (
             letters.decode(data.prompt(row)) == f"{rows[row]['Problem']} options : {spelt(options)} answer :"
         )
         assert letters.decode(data.piece(row, 0)) == rows[row]["Problem"]
-        pieces = [letters.decode(data.piece(row, mathqa.FIRST + option)) for option in range(5)]
+        pieces = [letters.decode(data.piece(row, problems.FIRST + option)) for option in range(5)]
         assert pieces == [" a", " b", " c", " d", " e"]
         assert letters.decode(data.whole(row)[:-1]).endswith(f" answer : {rows[row]['correct']}")
         assert data.options[row] == options
-    assert mathqa.as_read("p ?", FIVE, "text") == ["p ?", "", " 1", " 2", " 3", " 4", " 5"]
+    assert problems.as_read("p ?", FIVE, "text") == ["p ?", "", " 1", " 2", " 3", " 4", " 5"]
     listed = " options : a ) 1 , b ) 2 , c ) 3 , d ) 4 , e ) 5 answer :"
-    assert mathqa.as_read("p ?", FIVE, "letter") == ["p ?", listed, " a", " b", " c", " d", " e"]
+    assert problems.as_read("p ?", FIVE, "letter") == ["p ?", listed, " a", " b", " c", " d", " e"]
     text = load(rows, letters)
     assert all(text.piece(row, 1) == [] for row in range(40))
     assert letters.decode(text.prompt(3)) == rows[3]["Problem"]
@@ -883,9 +890,9 @@ def test_letters_are_chosen_behind_all_options(letters):
 def test_strangers_are_a_permutation_without_own_problems(n):
     data = random_problems(n + 4)
     rows = np.arange(4, n + 4)[::-1].copy()
-    asked = mathqa.strangers(data, rows)
+    asked = strangers(data, rows)
     assert sorted(asked.tolist()) == sorted(rows.tolist()) and (asked != rows).all()
-    assert (mathqa.strangers(data, rows) == asked).all()
+    assert (strangers(data, rows) == asked).all()
 
 
 @pytest.mark.parametrize("groups", [["a"] * 30 + ["b"] * 30, ["a"] * 59 + ["b"], list("abcdef") * 10])
@@ -893,14 +900,14 @@ def test_strangers_have_another_problem_among_many_duplicates(groups):
     groups = np.random.default_rng(1).permutation(groups).tolist()
     rows = [(random_problems(1, seed).prompt(0), [[1]] * 5) for seed in range(60)]
     data = by_hand(*rows, groups=groups)
-    asked = mathqa.strangers(data, np.arange(60))
+    asked = strangers(data, np.arange(60))
     assert all(groups[a] != groups[row] for row, a in enumerate(asked))
 
 
 @pytest.mark.parametrize("n", [1, 4])
 def test_without_another_problem_the_control_has_its_own(n):
     data = by_hand(*[([1], [[1]] * 5)] * n, groups=["a"] * n)
-    asked = mathqa.strangers(data, np.arange(n))
+    asked = strangers(data, np.arange(n))
     assert sorted(asked.tolist()) == list(range(n))
 
 
@@ -912,18 +919,18 @@ def test_strangers_fit_before_the_options_or_are_the_own_problem():
             for i, (n, most, listed) in enumerate(zip(sizes, longest, own, strict=True))]  # fmt: skip
     data, room = by_hand(*rows), np.array([20, 5, 12, 2, 18])
     rows = np.arange(5)
-    asked = mathqa.strangers(data, rows, 30)
-    lengths = mathqa.Choices(data, rows, asked).lengths.reshape(5, 5).max(1)
+    asked = strangers(data, rows, 30)
+    lengths = Choices(data, rows, asked).lengths.reshape(5, 5).max(1)
     assert (lengths <= 30).all() and (data.pieces[asked, 0] <= room).all()
     assert asked[3] == 3 and (asked != rows).sum() == 4  # nothing else has two tokens
-    assert (mathqa.Choices(data, rows, mathqa.strangers(data, rows)).lengths > 30).any()  # without a limit
+    assert (Choices(data, rows, strangers(data, rows)).lengths > 30).any()  # without a limit
 
 
 @pytest.mark.parametrize("listed", [0, 4])
 def test_without_the_room_for_a_stranger_the_control_has_its_own(listed):
     data = by_hand(([1] * 30, [[2]] * 5, [7] * listed), ([3] * 30, [[4]] * 5, [8] * listed))
-    assert mathqa.strangers(data, np.arange(2), 31 + listed).tolist() == [1, 0]
-    assert mathqa.strangers(data, np.arange(2), 30 + listed).tolist() == [0, 1]
+    assert strangers(data, np.arange(2), 31 + listed).tolist() == [1, 0]
+    assert strangers(data, np.arange(2), 30 + listed).tolist() == [0, 1]
 
 
 def test_the_controls_options_are_the_rows_own_in_both_formats(letters):
@@ -931,10 +938,10 @@ def test_the_controls_options_are_the_rows_own_in_both_formats(letters):
     for answer_format in ("text", "letter"):
         data = load(rows, letters, answer_format=answer_format)
         own = np.array([3, 8, 5])
-        asked = mathqa.strangers(data, own)
-        choices = mathqa.Choices(data, own, asked)
+        asked = strangers(data, own)
+        choices = Choices(data, own, asked)
         for i, option in itertools.product(range(3), range(5)):
-            options = mathqa.parse_options(rows[own[i]]["options"])
+            options = problems.parse_options(rows[own[i]]["options"])
             ids, labels = choices.pair(5 * i + option)
             before = rows[asked[i]]["Problem"]
             answer = f" {options[option]}"
@@ -948,8 +955,8 @@ def test_the_controls_options_are_the_rows_own_in_both_formats(letters):
 
 def test_some_rows_are_spread_evenly():
     rows = np.arange(10, 21)
-    assert mathqa.some(rows, 3).tolist() == [10, 15, 20] and mathqa.some(rows, 0).tolist() == []
-    assert mathqa.some(rows, None).tolist() == mathqa.some(rows, 99).tolist() == rows.tolist()
+    assert some(rows, 3).tolist() == [10, 15, 20] and some(rows, 0).tolist() == []
+    assert some(rows, None).tolist() == some(rows, 99).tolist() == rows.tolist()
 
 
 # figures
@@ -961,12 +968,12 @@ def quiet():
 
 def figures_of(model, data, cfg, train=None, rows=None):
     rows = np.arange(len(data)) if rows is None else rows
-    return mathqa.answer_figures(model, data, rows, rows if train is None else train, cfg, World(), quiet)
+    return answer_figures(model, data, rows, rows if train is None else train, cfg, World(), quiet)
 
 
 @pytest.mark.parametrize("answer_format", ["text", "letter"])
 def test_who_knows_the_answers_is_always_right_and_the_control_guesses(answer_format, letters):
-    rows = mathqa.template_problems(400, seed=5)
+    rows = builtin.template_problems(400, seed=5)
     data = load(rows, letters, answer_format=answer_format)
     found, lines = figures_of(knowing(data, len(letters)), data, cfg_of(eval_batch=100))
     assert found["answer_accuracy"] == found["answer_accuracy_per_token"] == 1.0
@@ -1031,19 +1038,19 @@ def test_options_that_give_themselves_away_are_found_out_in_the_letter_format(le
     found, _ = figures_of(choosing_x(data, len(letters)), data, cfg_of())
     assert found["answer_accuracy"] == found["shuffled_accuracy"] == pytest.approx(0.9)
     assert found["above_shuffled"] == found["above_shuffled_per_token"] == 0
-    lines = mathqa.answer_lines("val", {f"val/{name}": value for name, value in found.items()})
+    lines = answer_lines("val", {f"val/{name}": value for name, value in found.items()})
     assert lines[-1].startswith("val   answers are no better than without the problem") and len(lines) == 3
 
 
 def test_above_shuffled_is_the_paired_difference_with_its_interval(letters):
     """Knows three of four problems: its gain over its own control, row by row, groups redrawn."""
-    data = load(mathqa.template_problems(120, seed=4), letters)
-    partly = load(mathqa.template_problems(120, seed=4), letters)
+    data = load(builtin.template_problems(120, seed=4), letters)
+    partly = load(builtin.template_problems(120, seed=4), letters)
     partly.right = np.where(np.arange(120) % 4 == 0, (data.right + 1) % 5, data.right)
     model, rows, cfg = knowing(partly, len(letters)), np.arange(120), cfg_of(eval_batch=100)
     found, lines = figures_of(model, data, cfg)
-    asked = mathqa.strangers(data, rows, cfg.max_length)
-    scores = mathqa.Scores.of(model, mathqa.Choices(data, rows, asked), cfg, World(), quiet)
+    asked = strangers(data, rows, cfg.max_length)
+    scores = Scores.of(model, Choices(data, rows, asked), cfg, World(), quiet)
     own = np.array([[line["right"], line["right_per_token"]] for line in lines], dtype=float)
     gains = own - scores.right(data, rows)
     assert len(np.unique(gains)) == 3  # the control is right where the model is not, too
@@ -1082,7 +1089,7 @@ def figures_by_hand(right, letter, above, per_token=1.0) -> dict:
 )
 def test_the_last_line_says_what_answers_are_worth(right, letter, above, last):
     """By the plain choice alone: a second way of choosing is a second chance to be lucky."""
-    lines = mathqa.answer_lines("test", figures_by_hand(right, letter, above))
+    lines = answer_lines("test", figures_by_hand(right, letter, above))
     said = [line for line in lines if "guessing" in line or "no better" in line]
     assert lines[2:] == said and len(said) == (last is not None)
     assert last is None or last in lines[-1]
@@ -1093,11 +1100,11 @@ def test_answers_are_measured_in_fp32_where_training_is_in_half(dtype):
     fields = [("dtype", str), ("eval_batch", int)]
     cfg = dataclasses.make_dataclass("Cfg", fields, frozen=True)(dtype, 8)
     data, model, rows = random_problems(12), small_gpt(torch.float32, **MODERN), np.arange(12)
-    choices = mathqa.Choices(data, rows)
-    got = mathqa.Scores.of(model, choices, cfg, World(), quiet)
-    exact = mathqa.Scores.of(model, choices, dataclasses.replace(cfg, dtype="fp32"), World(), quiet)
+    choices = Choices(data, rows)
+    got = Scores.of(model, choices, cfg, World(), quiet)
+    exact = Scores.of(model, choices, dataclasses.replace(cfg, dtype="fp32"), World(), quiet)
     assert (got.plain == exact.plain).all() and (got.per_token == exact.per_token).all()
-    half = gpt_scratch.evaluate(model, choices, cfg, World())[:, 0].reshape(-1, 5)
+    half = core.evaluate(model, choices, cfg, World())[:, 0].reshape(-1, 5)
     assert np.abs(half + exact.plain).max() > 1e-4 and cfg.dtype == dtype
 
 
@@ -1106,13 +1113,13 @@ def measured(letters, tmp_path_factory, cache):
     """A model with random weights: (data, parts, eval_batch -> measure's answer on test)."""
     path = write(made_up(140, seed=7), tmp_path_factory.mktemp("measured") / "problems.json")
     cfg = cfg_of(path, max_length=128)
-    data = mathqa.load_problems(cfg, World(), letters)
-    parts, _ = mathqa.examples_of(data, cfg)
+    data = core.load_problems(cfg, World(), letters)
+    parts, _ = examples_of(data, cfg)
     model = small_gpt(vocab_size=len(letters), block_size=128, **MODERN)
     found = {}
     for size in (1, 7, 64):
         cfg.eval_batch = size
-        found[size] = mathqa.measure(model, "test", parts, data, cfg, World(), quiet)
+        found[size] = measure(model, "test", parts, data, cfg, World(), quiet)
     return model, data, parts, found
 
 
@@ -1183,7 +1190,7 @@ def test_the_control_is_the_options_behind_another_rows_problem(measured):
     model, data, parts, found = measured
     rows = parts["test"].rows
     right = []
-    for row, asked in zip(rows, mathqa.strangers(data, rows), strict=True):
+    for row, asked in zip(rows, strangers(data, rows), strict=True):
         said, scores = data.options[row], []
         for option in said:
             ids = data.tokenizer(f" {option}", add_special_tokens=False).input_ids
@@ -1196,18 +1203,18 @@ def test_the_control_fits_into_a_model_that_the_rows_fit_into():
     """The longest problem meets the longest option: each row alone is within max_length."""
     data = by_hand(([1] * 60, [[2], [3], [4], [5], [6]]), ([1], [[7] * 40, [8], [9], [10], [11]]))
     rows, cfg = np.arange(2), cfg_of(max_length=64)
-    assert (data.prompt_lengths + data.pieces[:, mathqa.FIRST :].max(1) <= cfg.max_length).all()
+    assert (data.prompt_lengths + data.pieces[:, problems.FIRST :].max(1) <= cfg.max_length).all()
     found, _ = figures_of(small_gpt(block_size=64), data, cfg, rows, rows)
     assert 0 <= found["shuffled_accuracy"] <= 1
 
 
 def test_a_guess_is_called_one_and_knowledge_is_not(letters):
-    data = load(mathqa.template_problems(150, seed=9), letters)
+    data = load(builtin.template_problems(150, seed=9), letters)
     cfg = cfg_of(eval_batch=100)
     guess = Fake(lambda ids: torch.zeros(len(ids), len(letters), dtype=torch.float64))
     for model, called in ((guess, True), (knowing(data, len(letters)), False)):
         found, _ = figures_of(model, data, cfg)
-        lines = mathqa.answer_lines("val", {f"val/{name}": value for name, value in found.items()})
+        lines = answer_lines("val", {f"val/{name}": value for name, value in found.items()})
         assert ("val   answers cannot be told from guessing" in lines) == called
         assert f"of five: 0.200  always {found['letter']}: {found['letter_accuracy']:.3f}" in lines[0]
         assert lines[0].startswith(f"val   answers {found['answer_accuracy']:.3f} ")
@@ -1221,13 +1228,13 @@ def test_a_guess_is_called_one_and_knowledge_is_not(letters):
 def tokenised(tmp_path, monkeypatch):
     """Folders that were written, each time something is tokenised."""
     monkeypatch.setenv("TOKEN_CACHE", str(tmp_path / "tokens"))
-    seen, write_texts = [], core.write_texts
+    seen, write_texts = [], lab.data.cache.write_texts
 
     def counting(folder, texts, tokenizer):
         seen.append(len(texts))
         return write_texts(folder, texts, tokenizer)
 
-    monkeypatch.setattr(core, "write_texts", counting)
+    monkeypatch.setattr(lab.data.cache, "write_texts", counting)
     return seen
 
 
@@ -1250,14 +1257,14 @@ def test_a_second_load_reads_what_the_first_one_wrote(tokenised, letters):
 
 def test_other_data_and_other_constants_have_a_folder_of_their_own(tokenised, letters):
     data = write(made_up(20))
-    others = corpus.make_tokenizer("ascii", lambda: [])
+    others = core.make_tokenizer("ascii", lambda: [])
     load(data, letters)
     load(data, letters, answer_format="letter")
     load(data, letters, max_documents=15)
     load(data, others)
     load(write(made_up(20, seed=3), "more.json"), letters)
     load(official("set"), letters)
-    load(mathqa.BUILT_IN, letters, max_documents=20)
+    load(problems.BUILT_IN, letters, max_documents=20)
     assert len(folders()) == len(tokenised) == 7
     rows = made_up(20)
     rows[0]["Problem"] = "changed ?"
@@ -1274,7 +1281,7 @@ def test_other_data_and_other_constants_have_a_folder_of_their_own(tokenised, le
 
 
 def test_fingerprints_tell_data_tokenizer_and_format_apart(letters):
-    others = corpus.make_tokenizer("ascii", lambda: [])
+    others = core.make_tokenizer("ascii", lambda: [])
     prints = [
         load(made_up(20), letters).fingerprint,
         load(made_up(20), letters, answer_format="letter").fingerprint,

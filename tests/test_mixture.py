@@ -19,10 +19,11 @@ import torch
 from test_corpus import build, documents_of, files_of, forked, table, texts_of
 
 import core
-import corpus
-import mixture
-from core import UserError, World
-from corpus import Corpus
+import lab.data.hub
+import lab.data.text
+from core import Corpus, UserError, World
+from lab.data import builtin, mixture, tables
+from lab.data.text import open_cache, token_cache
 
 CPU = torch.device("cpu")
 
@@ -187,7 +188,7 @@ def streams(*sizes, seed=0):
 
 def test_blocks_are_the_text_of_their_streams_and_know_their_source():
     of, size = streams(41, 5, 4, 33), 4
-    blocks = mixture.Blocks(of, size)
+    blocks = mixture.MixedBlocks(of, size)
     assert blocks.counts == [10, 1, 0, 8] and len(blocks) == 19  # 4 tokens have 3 targets: no whole block
     row = 0
     for number, stream in enumerate(of.values()):
@@ -202,7 +203,7 @@ def test_blocks_are_the_text_of_their_streams_and_know_their_source():
 
 
 def test_an_empty_share_of_a_rank_is_no_special_case():
-    assert mixture.Blocks(streams(9), 4).source([]).tolist() == []
+    assert mixture.MixedBlocks(streams(9), 4).source([]).tolist() == []
 
 
 # batches
@@ -211,7 +212,7 @@ def test_an_empty_share_of_a_rank_is_no_special_case():
 def batches(arm, sizes=(1000, 900, 500), batch=6, steps=9, world=None, seed=5, passes=1, repeat=False):
     shares = mixture.shares_of(arm)
     of = {name: stream for name, stream in streams(*sizes).items() if name in shares}
-    blocks = mixture.Blocks({name: of[name] for name in shares}, 4)
+    blocks = mixture.MixedBlocks({name: of[name] for name in shares}, 4)
     return mixture.Batches(blocks, shares, batch, steps, world or World(), seed, passes, repeat)
 
 
@@ -353,7 +354,7 @@ def test_arms_differ_in_their_sources_alone_and_what_else_differs_is_named():
 
 def opened(data, tokenizer="bytes", **more):
     more = {"val_share": 0.2, "test_share": 0.2, "first_trains": False} | more
-    return corpus.open_corpus(Corpus(str(data), tokenizer, **more), World())
+    return core.open_corpus(Corpus(str(data), tokenizer, **more), World())
 
 
 def test_a_learnt_tokenizer_is_one_for_all_learns_from_training_text_of_each_and_is_kept():
@@ -436,8 +437,8 @@ def test_max_tokens_is_an_exact_count_and_the_tokens_are_the_first_ones():
         assert stream[:-1].tolist() == whole.parts["train"][:most].tolist()
         assert cut.unigram.sum() == most + 1
     plenty = opened(data, max_tokens=10**9)
-    assert [plenty.parts[part].tolist() for part in corpus.PARTS] == [
-        whole.parts[part].tolist() for part in corpus.PARTS
+    assert [plenty.parts[part].tolist() for part in core.PARTS] == [
+        whole.parts[part].tolist() for part in core.PARTS
     ]
     begun = (whole.parts["train"][:1234] == whole.tokenizer.eos_token_id).sum()
     assert opened(data, max_tokens=1234).documents["train"] == begun
@@ -485,7 +486,7 @@ def test_a_killed_build_with_a_budget_ends_with_the_same_bytes(kills):
         files.pop("progress.json", None)  # of use to a killed build only
     assert contents[0].keys() == contents[1].keys()
     assert [name for name in contents[0] if contents[0][name] != contents[1][name]] == []
-    assert len(corpus.open_cache(got).parts["train"]) == 60_001
+    assert len(open_cache(got).parts["train"]) == 60_001
 
 
 def test_the_first_document_is_drawn_like_any_other_if_it_is_not_to_train():
@@ -539,8 +540,8 @@ def hub(monkeypatch):
             opened_sets.append((name, split, streaming, HubSet(texts, streaming)))
             return opened_sets[-1][-1]
 
-        monkeypatch.setattr(core, "_hub_dataset", load)
-        monkeypatch.setattr(core, "_hub_commit", lambda repo, revision: f"commit of {repo} at {revision}")
+        monkeypatch.setattr(tables, "_hub_dataset", load)
+        monkeypatch.setattr(tables, "_hub_commit", lambda repo, revision: f"commit of {repo} at {revision}")
         return opened_sets
 
     return prepared
@@ -579,7 +580,7 @@ def test_a_downloaded_set_comes_in_its_own_order_or_in_one_drawn_by_the_split_se
 def test_each_way_of_reading_has_a_cache_of_its_own(hub):
     hub(texts_of(30))
     specs = [Corpus("owner/set", "bytes", streaming=way) for way in ("True", "CacheStream", "False")]
-    assert len({corpus.token_cache(spec) for spec in specs}) == 3
+    assert len({token_cache(spec) for spec in specs}) == 3
     assert [spec.streams for spec in specs] == [True, False, False]
 
 
@@ -604,14 +605,14 @@ def test_other_scripts_stream_where_documents_are_counted(given, streams):
 
 
 def test_numpy_docs_are_a_text_of_their_own_that_every_installation_has():
-    texts = list(itertools.islice(corpus.built_in_texts("numpy-docs"), 300))
+    texts = list(itertools.islice(builtin.built_in_texts("numpy-docs"), 300))
     assert len(texts) == 300 and all(len(text.split()) > 2 for text in texts)
-    assert texts == list(itertools.islice(corpus.built_in_texts("numpy-docs"), 300))
+    assert texts == list(itertools.islice(builtin.built_in_texts("numpy-docs"), 300))
     assert "numpy" in " ".join(texts) and len(set(texts)) > 200
-    assert not any("tests" in path.parts for path in corpus._numpy_files())
+    assert not any("tests" in path.parts for path in builtin._numpy_files())
     tokens = opened("numpy-docs", max_documents=150)
     assert f"numpy {np.__version__}" in tokens.fingerprint["data"]
-    assert all(len(tokens.parts[part]) > 1000 for part in corpus.PARTS)
+    assert all(len(tokens.parts[part]) > 1000 for part in core.PARTS)
 
 
 # memory
@@ -639,10 +640,10 @@ def test_memory_stays_flat_whatever_the_length_of_a_stream(tokenizer, megabytes,
                     taken.append(pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
                 yield row
 
-        monkeypatch.setattr(core, "stream_rows", watched)
+        monkeypatch.setattr(tables, "stream_rows", watched)
         more = {"val_share": 0.01, "test_share": 0.01, "streaming": "True"}
-        monkeypatch.setattr(core, "_hub_commit", lambda *_: "x")
-        corpus.token_cache(Corpus("owner/set", tokenizer, **more))
+        monkeypatch.setattr(tables, "_hub_commit", lambda *_: "x")
+        token_cache(Corpus("owner/set", tokenizer, **more))
         return max(taken) - max(taken[: math.ceil(len(taken) / 4)])
 
     def measured():
@@ -657,13 +658,13 @@ def test_a_reader_that_was_one_group_ahead_leaves_no_trace():
     data = table(texts_of(3000))
     found = opened(data, max_tokens=100)
     with pytest.MonkeyPatch.context() as patch:
-        up_to = corpus.up_to
-        patch.setattr(corpus, "up_to", lambda pieces, _: up_to(pieces, 1))
+        up_to = lab.data.text.up_to
+        patch.setattr(lab.data.text, "up_to", lambda pieces, _: up_to(pieces, 1))
         patch.setattr(corpus, "time", SimpleNamespace(monotonic=itertools.count(0, 1).__next__))
         patch.setenv("TOKEN_CACHE", "small groups")
         other = opened(data, max_tokens=100)
     assert other.documents == found.documents
-    for part in corpus.PARTS:
+    for part in core.PARTS:
         assert other.parts[part].tolist() == found.parts[part].tolist()
 
 
@@ -671,10 +672,10 @@ def test_two_sets_of_one_repository_are_two_texts(monkeypatch):
     """Streamed, they share the repository's commit: journal 002's two subsets would be called the same."""
     asked = []
     monkeypatch.setattr(
-        core, "_hub_commit", lambda repo, revision: asked.append((repo, revision)) or "c0ffee"
+        tables, "_hub_commit", lambda repo, revision: asked.append((repo, revision)) or "c0ffee"
     )
-    monkeypatch.setattr(core, "_hub_answers", lambda: True)
+    monkeypatch.setattr(lab.data.hub, "_hub_answers", lambda: True)
     names = ("owner/pile:PubMed Abstracts", "owner/pile:USPTO@v1", "owner/pile")
-    found = [core.data_fingerprint(name, streaming=True) for name in names]
+    found = [tables.data_fingerprint(name, streaming=True) for name in names]
     assert found == ["c0ffee:PubMed Abstracts", "c0ffee:USPTO", "c0ffee"]
     assert asked == [("owner/pile", None), ("owner/pile", "v1"), ("owner/pile", None)]

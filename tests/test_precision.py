@@ -8,8 +8,8 @@ import torch
 from ranks import launch, newest, run
 
 import core
-import runs
 from core import World
+from lab.run import resume
 
 CARD, CPU = World(device=torch.device("cuda", 0)), World()
 
@@ -69,9 +69,9 @@ def test_what_was_chosen_is_one_line_and_on_a_cpu_none(native):
 def test_auto_on_the_command_line_asks_a_resumed_run_for_nothing(native):
     cfg = settled("--dtype", "auto", "--batch", "8")
     assert core.typed(cfg).flags == {"batch"}
-    assert runs._contradictions(cfg, {"dtype": "fp32", "batch": 8}) == []
+    assert resume.contradictions(cfg, {"dtype": "fp32", "batch": 8}) == []
     typed = settled("--dtype", "fp32")
-    assert runs._contradictions(typed, {"dtype": "tf32"}) == ["--dtype tf32, not fp32"]
+    assert resume.contradictions(typed, {"dtype": "tf32"}) == ["--dtype tf32, not fp32"]
 
 
 @pytest.mark.parametrize(("dtype", "inside"), [("fp32", "highest"), ("tf32", "high"), ("bf16", "high")])
@@ -120,7 +120,7 @@ def test_a_resumed_run_keeps_the_dtype_it_began_with():
     flags = ("--smoke", "--max_documents", 90, "--max_steps", 6, "--save_every", 2)
     launch("run_preference", *flags, "--dtype", "fp64", "--out", "out", kill=("step", 4, 0))
     run("run_preference", *flags, "--resume_timestamp", "auto")
-    assert runs.read_config(newest())["constants"]["dtype"] == "fp64"
+    assert core.read_config(newest())["constants"]["dtype"] == "fp64"
     assert "dtype stays fp64 (the script now says fp32)" in Path("out.txt").read_text()
 
 

@@ -19,11 +19,11 @@ from ranks import launch, newest, result, run
 from safetensors.torch import load_file
 
 import core
-import encoders
-import pairs
 import run_preference as script
-import runs
 from core import World
+from lab.data import builtin, columns, pairs
+from lab.data.cache import is_clean
+from lab.run import checkpoints, signals
 
 SHARED = PROJECT.parent / "shared" / "data" / "preference" / "pandalm_part1.csv"
 
@@ -39,7 +39,7 @@ def command(*argv, torchrun=0, **options):
 
 def row(number=0, winner="winner_model_a", **changes):
     texts = {"prompt": ["hello there", None], "response_a": ["general", "no"], "response_b": ["who?", "yes"]}
-    flags = {column: int(column == winner) for column in pairs.LABELS.values()}
+    flags = {column: int(column == winner) for column in columns.LABELS.values()}
     return {"id": number, **{k: json.dumps(v) for k, v in texts.items()}, **flags, **changes}
 
 
@@ -183,8 +183,8 @@ def test_a_swapped_row_is_the_row_with_A_and_B_swapped():
     for inputs in ("responses", "prompt+responses", "joint"):
         cfg = SimpleNamespace(inputs=inputs, max_length=24)
         for orders in (1, 2):
-            got = pairs.collate(data, [0, 1], cfg, "cpu", orders, [True, True])
-            want = pairs.collate(turned, [0, 1], cfg, "cpu", orders)
+            got = core.collate(data, [0, 1], cfg, "cpu", orders, [True, True])
+            want = core.collate(turned, [0, 1], cfg, "cpu", orders)
             assert torch.equal(got.pop("input_ids"), want.pop("input_ids")) and got == want
             assert len(got["lengths"]) == (2 if inputs == "joint" and orders == 1 else 4)
 
@@ -203,8 +203,8 @@ def test_lengths_are_those_of_the_ids():
 
 
 def test_the_built_in_pairs_need_the_prompt():
-    rows = pairs.python_pairs(3000)
-    words = {topic: set(pairs.topic_words(topic)) for topic in pairs.TOPICS}
+    rows = builtin.python_pairs(3000)
+    words = {topic: set(builtin.topic_words(topic)) for topic in builtin.TOPICS}
     assert all(len(w) == 20 for w in words.values()) and len(set.union(*words.values())) == 80
     by_topics = {}
     for line in rows:
@@ -222,7 +222,7 @@ def test_the_built_in_pairs_need_the_prompt():
 @pytest.mark.skipif(not SHARED.exists(), reason="small real data is not here")
 def test_real_rows_split_by_prompt(cache):
     cfg = script.Config(data=str(SHARED), model="tiny:bert")
-    data = pairs.load_data(cfg, World())
+    data = core.load_pairs(cfg, World())
     assert len(data.labels) == 499 and np.bincount(data.labels).tolist() == [211, 223, 65]
     split = pairs.split_rows(data, cfg.folds, 0, cfg.split_seed)
     assert sum(map(len, split.values())) == 499
@@ -244,7 +244,7 @@ def test_a_row_to_be_judged_is_never_dropped(case):
     changes, wanted = ODD[case]
     texts, odd = pairs.parse_anyway({**row(), **changes})
     assert odd and (wanted is None or texts == wanted)
-    assert all(core.is_clean(text) for turn in texts for text in turn)
+    assert all(is_clean(text) for turn in texts for text in turn)
     assert pairs.parse_anyway(row()) == (pairs.parse(row())[0], None)
 
 
@@ -302,7 +302,7 @@ def test_bad_input_is_one_line_before_training(case, cache):
     Path("file").write_text("")
     Path("model_folder").mkdir()
     write_csv([{"id": 1, "prompt": "[]"}], "column.csv")
-    Path("empty.csv").write_text(",".join(pairs.COLUMNS) + "\n")
+    Path("empty.csv").write_text(",".join(columns.PAIR_COLUMNS) + "\n")
     size = 2 if case == "batch and ranks" else 1
     env = {"TOKEN_CACHE": str(cache)}
     assert launch("run_preference", "--smoke", *flags, size=size, env=env) == [2] * size
@@ -408,7 +408,7 @@ def test_after_a_broken_checkpoint_two_whole_ones_are_kept():
     first, second = sorted((newest() / "checkpoints").glob("step_*"))
     (second / "state.pt").write_bytes(b"")
     launch("run_preference", *flags, "--resume_timestamp", "auto", kill=("step", 3, 0))
-    assert [runs.broken(path) for path in (newest() / "checkpoints").glob("step_*")] == [None, None]
+    assert [checkpoints.broken(path) for path in (newest() / "checkpoints").glob("step_*")] == [None, None]
     assert first.exists()
 
 
@@ -485,7 +485,7 @@ def test_smoke_under_torchrun_gives_the_same_loss(smoke, tmp_path):
 def test_a_finished_run_is_rebuilt_from_its_folder_alone(smoke, cache):
     got = result(smoke[0] / "out")
     cfg, model, tokenizer = script.load_model(newest(smoke[0] / "out"), World())
-    data = pairs.load_data(cfg, World())
+    data = core.load_pairs(cfg, World())
     pairs.measure_sequences(data, cfg.inputs, cfg.max_length)
     split = pairs.split_rows(data, cfg.folds, 0, cfg.split_seed)
     log_probs = script.evaluate(model, data, split["test"], cfg, World())
@@ -541,8 +541,8 @@ def test_folds_predict_every_row_once_and_survive_a_kill():
 
 def test_a_second_signal_leaves_at_once_but_a_hangup_beside_it_is_the_same_event(monkeypatch):
     left = []
-    monkeypatch.setattr(runs, "leave_at_once", lambda number, world: left.append(number))
-    run = runs.Run.__new__(runs.Run)
+    monkeypatch.setattr(signals, "leave_at_once", lambda number, world: left.append(number))
+    run = core.Run.__new__(core.Run)
     run.world, run._signal, run._deferring = World(), None, True
     run.checkpoint, run._log = None, open("log.txt", "a")
     run._on_signal(signal.SIGTERM, None)
@@ -651,7 +651,7 @@ def predictions(out="out", part="test"):
 
 def pairs_csv(n, name="train.csv", turned=False):
     """The built-in pairs as a file, or with A and B swapped."""
-    rows = pairs.python_pairs(n)
+    rows = builtin.python_pairs(n)
     if turned:
         names = {"response_a": "response_b", "winner_model_a": "winner_model_b"}
         names |= {b: a for a, b in names.items()}
@@ -733,8 +733,8 @@ def test_a_frozen_encoder_is_run_once_and_the_head_ends_up_the_same(inputs, dtyp
     assert len(list(Path("cache").glob("*/vectors_*/vectors.npy"))) == 1
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=0, atol=atol, msg=name)
-    calls, encode = [], encoders.PairScorer.encode
-    monkeypatch.setattr(encoders.PairScorer, "encode", lambda *args: calls.append(1) or encode(*args))
+    calls, encode = [], core.PairScorer.encode
+    monkeypatch.setattr(core.PairScorer, "encode", lambda *args: calls.append(1) or encode(*args))
     monkeypatch.setenv("TOKEN_CACHE", str(Path("cache").absolute()))
     monkeypatch.setattr(sys, "argv", ["run_preference.py"])
     cfg = core.parse_config(script.Config, {}, script.SMOKE, "", [str(flag) for flag in flags])
@@ -766,7 +766,7 @@ def test_splits_do_not_depend_on_encoder_length_or_seed():
 @pytest.mark.parametrize("folds", [None, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_submission_has_every_row_in_order_and_is_the_same_on_any_number_of_ranks(folds):
     """From Kaggle's zip, with empty, identical and broken rows; of folds, their mean."""
-    rows = [{k: v for k, v in line.items() if "winner" not in k} for line in pairs.python_pairs(40, seed=3)]
+    rows = [{k: v for k, v in line.items() if "winner" not in k} for line in builtin.python_pairs(40, seed=3)]
     rows[3]["response_a"] = rows[4]["response_b"] = ""
     rows[7]["response_a"] = rows[7]["response_b"]
     rows[9]["prompt"] = "not JSON"
@@ -803,7 +803,7 @@ def test_a_submission_has_every_row_in_order_and_is_the_same_on_any_number_of_ra
     assert launch("run_preference", *again, size=2) == [0, 0]
     assert Path("out.txt").read_text().count("written: ") == 1
     np.testing.assert_allclose(
-        [[float(line[name]) for name in pairs.LABELS.values()] for line in submission(newest())],
+        [[float(line[name]) for name in columns.LABELS.values()] for line in submission(newest())],
         [[float(x) for x in line.split(",")[1:]] for line in before.splitlines()[1:]],
         rtol=0,
         atol=1e-12,
@@ -854,8 +854,8 @@ def test_a_changed_preset_says_so():
 def test_vectors_that_are_not_finite_are_not_kept(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run_preference.py"])
     monkeypatch.setenv("TOKEN_CACHE", str(Path("cache").absolute()))
-    encode = encoders.PairScorer.encode
-    monkeypatch.setattr(encoders.PairScorer, "encode", lambda *args: encode(*args) / 0)
+    encode = core.PairScorer.encode
+    monkeypatch.setattr(core.PairScorer, "encode", lambda *args: encode(*args) / 0)
     flags = ["--smoke", "--max_documents", "120", "--freeze", "all", "--out", "out"]
     cfg = core.parse_config(script.Config, {}, script.SMOKE, "", flags)
     with pytest.raises(FloatingPointError, match="frozen encoder gives inf or nan in fp32: use --dtype fp32"):

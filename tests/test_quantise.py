@@ -22,12 +22,10 @@ from ranks import launch, newest, result, run
 from torch import nn
 
 import core
-import corpus
-import gpt_scratch
-import quantise
 import run_mathqa
-import runs
-from gpt_scratch import GPT, GPTConfig
+from core import GPT, GPTConfig
+from lab.models import gpt, int4
+from lab.train import optim
 
 LLAMA = {
     **{"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu"},
@@ -67,8 +65,8 @@ def random_gpt(dtype=torch.float32, seed=0, **config):
 
 def prepared(group=16, on=True, **how):
     model = random_gpt(**how)
-    quantise.prepare(model, group)
-    quantise.switch(model, on)
+    int4.insert_fake_quant(model, group)
+    int4.switch(model, on)
     return model
 
 
@@ -164,11 +162,11 @@ def hard_rows(width, dtype, seed=0):
 def test_int4_weights_are_the_slow_loops(group, dtype):
     weight = hard_rows(512, dtype)
     seen, levels, scales = slow_int4(weight, group)
-    got_levels, got_scales = quantise.int4_groups(weight, group)
+    got_levels, got_scales = int4.int4_groups(weight, group)
     assert got_levels.shape == (12, 512 // group, group) and got_scales.shape == (12, 512 // group, 1)
     assert torch.equal(got_levels.flatten(1), levels)
     assert torch.equal(got_scales.expand_as(got_levels).flatten(1), scales)
-    assert torch.equal(quantise.fake_int4(weight, group), seen)
+    assert torch.equal(int4.fake_int4(weight, group), seen)
     assert levels.max() == 8 and levels.min() == -8  # both ends are met, and the one beyond the last
 
 
@@ -176,16 +174,16 @@ def test_int4_weights_are_the_slow_loops(group, dtype):
 def test_int8_rows_are_the_slow_loops(dtype):
     weight = hard_rows(160, dtype)
     seen, levels, scales = slow_rows(weight)
-    got_levels, got_scales = quantise.int8_rows(weight)
+    got_levels, got_scales = int4.int8_rows(weight)
     assert torch.equal(got_levels, levels) and torch.equal(got_scales, scales[:, :1])
-    assert torch.equal(quantise.fake_int8_rows(weight), seen)
+    assert torch.equal(int4.fake_int8_rows(weight), seen)
     assert levels.max() == 128 and levels.min() == -128
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_int8_tokens_are_the_slow_loops(dtype):
     x = hard_rows(160, dtype).view(3, 4, 160)
-    got = quantise.int8_tokens(x)
+    got = int4.int8_tokens(x)
     assert got.dtype == dtype and torch.equal(got, slow_tokens(x)[0])
 
 
@@ -193,7 +191,7 @@ def test_int8_tokens_are_the_slow_loops(dtype):
 def test_int8_tokens_of_half_numbers_have_a_scale_in_fp32(dtype):
     x = torch.randn(12, 160, generator=torch.Generator().manual_seed(0)).mul(3).to(dtype)
     x[1, ::7] *= 50
-    got = quantise.int8_tokens(x)
+    got = int4.int8_tokens(x)
     assert got.dtype == dtype and torch.equal(got, slow_tokens(x.float())[0].to(dtype))
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     scale = (high - low) / 255
@@ -227,7 +225,7 @@ def test_a_weight_errs_by_half_a_step_at_most_even_where_it_is_clamped(dtype):
             errors = (weight - seen).abs() / scales
             assert errors.max() <= 0.5 + 2e-4  # 127.5 * 1e-6 of a step more
             assert (levels == last + 1).any() and (errors[levels > last] >= 0.5 - 1e-4).all()
-        ours = quantise.fake_int4(weight, 32), quantise.fake_int8_rows(weight)
+        ours = int4.fake_int4(weight, 32), int4.fake_int8_rows(weight)
         steps = slow_int4(weight, 32)[2], slow_rows(weight)[2]
         for seen, step in zip(ours, steps, strict=True):
             assert ((weight - seen).abs() <= 0.5002 * step).all()
@@ -236,7 +234,7 @@ def test_a_weight_errs_by_half_a_step_at_most_even_where_it_is_clamped(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_activation_errs_by_half_a_step_and_0_not_at_all(dtype):
     for x in (hard_rows(160, dtype, seed) for seed in range(4)):
-        got, step = quantise.int8_tokens(x), slow_tokens(x)[1]
+        got, step = int4.int8_tokens(x), slow_tokens(x)[1]
         assert ((x - got).abs() <= 0.501 * step).all()
         assert (got[x == 0] == 0).all() and (x == 0).sum() > 160
         assert_close(got[6:8], x[6:8], 1e-6)  # constant tokens
@@ -244,42 +242,40 @@ def test_an_activation_errs_by_half_a_step_and_0_not_at_all(dtype):
 
 def test_zero_rows_stay_zero_and_constant_weights_lose_half_a_step():
     zero, constant = torch.zeros(2, 64), torch.tensor([[3.0], [-3.0]]).expand(2, 64)
-    assert torch.equal(quantise.fake_int4(zero, 32), zero)
-    assert torch.equal(quantise.fake_int8_rows(zero), zero)
-    assert torch.equal(quantise.int8_tokens(zero), zero)
+    assert torch.equal(int4.fake_int4(zero, 32), zero)
+    assert torch.equal(int4.fake_int8_rows(zero), zero)
+    assert torch.equal(int4.int8_tokens(zero), zero)
     # the largest number lies half a step off the outermost levels, 7 and -8
-    assert_close(quantise.fake_int4(constant, 32), constant * torch.tensor([[7 / 7.5], [8 / 7.5]]) / UP)
-    assert_close(
-        quantise.fake_int8_rows(constant), constant * torch.tensor([[127 / 127.5], [128 / 127.5]]) / UP
-    )
+    assert_close(int4.fake_int4(constant, 32), constant * torch.tensor([[7 / 7.5], [8 / 7.5]]) / UP)
+    assert_close(int4.fake_int8_rows(constant), constant * torch.tensor([[127 / 127.5], [128 / 127.5]]) / UP)
 
 
 @pytest.mark.parametrize("factor", [2.0**-5, 2.0**7])
 def test_scaled_numbers_are_quantised_alike(factor):
     x = torch.randn(6, 64)
-    for of in (lambda w: quantise.fake_int4(w, 32), quantise.fake_int8_rows, quantise.int8_tokens):
+    for of in (lambda w: int4.fake_int4(w, 32), int4.fake_int8_rows, int4.int8_tokens):
         assert torch.equal(of(factor * x), factor * of(x))
     mixed = x * torch.tensor([1.0, factor]).repeat_interleave(32)  # a group knows nothing of its neighbours
-    expected = quantise.fake_int4(x, 32) * torch.tensor([1.0, factor]).repeat_interleave(32)
-    assert torch.equal(quantise.fake_int4(mixed, 32), expected)
+    expected = int4.fake_int4(x, 32) * torch.tensor([1.0, factor]).repeat_interleave(32)
+    assert torch.equal(int4.fake_int4(mixed, 32), expected)
 
 
 def test_a_token_is_quantised_without_its_neighbours():
     x = hard_rows(64, torch.float32).view(3, 4, 64)
-    alone = torch.stack([quantise.int8_tokens(token) for token in x.flatten(0, 1)]).view_as(x)
-    assert torch.equal(quantise.int8_tokens(x), alone)
+    alone = torch.stack([int4.int8_tokens(token) for token in x.flatten(0, 1)]).view_as(x)
+    assert torch.equal(int4.int8_tokens(x), alone)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quantised_activations_stay_and_quantised_weights_keep_their_levels(dtype):
     x = torch.randn(50, 160, dtype=dtype)
-    once = quantise.int8_tokens(x)
-    assert_close(quantise.int8_tokens(once), once)
+    once = int4.int8_tokens(x)
+    assert_close(int4.int8_tokens(once), once)
     # weights do not stay: the largest level left is 7 or -8, so the scale is 14/15 or 16/15 of what it was
     w = torch.randn(50, 256, dtype=dtype)
-    levels, scales = quantise.int4_groups(w, 32)
+    levels, scales = int4.int4_groups(w, 32)
     levels = levels.clamp(-8, 7)
-    again, new_scales = quantise.int4_groups((levels * scales).flatten(1), 32)
+    again, new_scales = int4.int4_groups((levels * scales).flatten(1), 32)
     reaches_8 = (levels == -8).any(-1, keepdim=True)
     assert 0 < reaches_8.sum() < reaches_8.numel()
     assert_close(new_scales, scales * torch.where(reaches_8, 16, 14) / 15 / UP)
@@ -295,7 +291,7 @@ def test_quantised_activations_stay_and_quantised_weights_keep_their_levels(dtyp
 def test_the_slope_passes_but_not_beyond_the_last_level(kind):
     weight = torch.randn(8, 64, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(8, 64, dtype=torch.float64)
-    fake = quantise.fake_int4(weight, 32) if kind == "int4" else quantise.fake_int8_rows(weight)
+    fake = int4.fake_int4(weight, 32) if kind == "int4" else int4.fake_int8_rows(weight)
     fake.backward(upstream)
     levels = (slow_int4(weight, 32) if kind == "int4" else slow_rows(weight))[1]
     beyond = levels > (7 if kind == "int4" else 127)
@@ -376,11 +372,11 @@ def test_slopes_are_those_of_finite_differences():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_loss_that_trains_is_that_of_the_logits(shape):
     model, x, labels = prepared(**SHAPES[shape]), ids(3, 16), ids(3, 16, seed=2)
-    for of in (model, quantise.convert(model, 16)):
+    for of in (model, int4.convert(model, 16)):
         expected = F.cross_entropy(logits(of).flatten(0, 1), labels.flatten(), reduction="sum").item()
         with torch.no_grad():
             assert math.isclose(of(x, labels).item(), expected, rel_tol=1e-6)
-    quantise.switch(model, True)
+    int4.switch(model, True)
     expected = F.cross_entropy(logits(model).flatten(0, 1), labels.flatten(), reduction="sum").item()
     assert math.isclose(model(x, labels).item(), expected, rel_tol=1e-6)
 
@@ -392,16 +388,16 @@ def test_the_loss_that_trains_is_that_of_the_logits(shape):
 def test_prepare_keeps_parameters_names_and_order_and_off_is_bit_identical(shape):
     model = random_gpt(**SHAPES[shape])
     before, state, plain = dict(model.named_parameters()), numbers(model), logits(model)
-    quantise.prepare(model, 16)
+    int4.insert_fake_quant(model, 16)
     after = dict(model.named_parameters())
     assert list(after) == list(before) and all(after[name] is p for name, p in before.items())
     assert_same(numbers(model), state)
     assert torch.equal(logits(model), plain)
-    quantise.switch(model, True)
+    int4.switch(model, True)
     quantised = logits(model)
     assert_far(quantised, plain)
     assert_close(quantised, plain, 0.5)
-    quantise.switch(model, False)
+    int4.switch(model, False)
     assert torch.equal(logits(model), plain)
     assert_same(numbers(model), state)
 
@@ -410,7 +406,7 @@ def test_every_matrix_of_a_prepared_model_is_quantised():
     for shape, config in SHAPES.items():
         model = prepared(**config)
         matrices = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
-        plain = [m for m in matrices if not isinstance(m, quantise.QATLinear | quantise.QATEmbedding)]
+        plain = [m for m in matrices if not isinstance(m, int4.QATLinear | int4.QATEmbedding)]
         assert plain == ([model.wpe] if hasattr(model, "wpe") else []), shape
 
 
@@ -421,12 +417,12 @@ def test_prepare_may_come_before_or_after_the_optimizer(kind):
     for first in (True, False):
         model = random_gpt(**LLAMA)
         if first:
-            quantise.prepare(model, 16)
+            int4.insert_fake_quant(model, 16)
         optimizer = run_mathqa.make_optimizer(cfg, model)
         if not first:
-            quantise.prepare(model, 16)
+            int4.insert_fake_quant(model, 16)
         start = numbers(model)
-        quantise.switch(model, True)
+        int4.switch(model, True)
         for step in range(3):
             model(ids(3, 16, seed=step), ids(3, 16, seed=step + 9)).backward()
             core.optimizer_step(optimizer, core.Precision("fp32", core.World()), 1.0, 1e-3)
@@ -443,24 +439,24 @@ def test_prepare_may_come_before_or_after_the_optimizer(kind):
 def test_a_converted_model_has_the_logits_of_the_prepared_one(shape, dtype):
     model = prepared(dtype=dtype, **SHAPES[shape])
     state, layers = numbers(model), list(model.modules())
-    small = quantise.convert(model, 16)
+    small = int4.convert(model, 16)
     assert_close(logits(small), logits(model))
     assert_same(numbers(model), state)
     assert all(a is b for a, b in zip(model.modules(), layers, strict=True))
     assert not any(isinstance(m, nn.Linear) for m in small.modules()) and not small.training
-    quantise.switch(model, False)
+    int4.switch(model, False)
     assert_far(logits(small), logits(model))
-    assert_close(logits(quantise.convert(random_gpt(dtype, **SHAPES[shape]), 16)), logits(small))
+    assert_close(logits(int4.convert(random_gpt(dtype, **SHAPES[shape]), 16)), logits(small))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_converted_model_is_evaluated_like_the_prepared_one(shape):
     model, cfg = prepared(**SHAPES[shape]), SimpleNamespace(dtype="fp32", eval_batch=3)
-    blocks = corpus.Blocks(ids(16 * 7 + 4).numpy(), 16)
-    expected = gpt_scratch.evaluate(model, blocks, cfg, core.World())
-    small = quantise.convert(model, 16)
+    blocks = core.Blocks(ids(16 * 7 + 4).numpy(), 16)
+    expected = core.evaluate(model, blocks, cfg, core.World())
+    small = int4.convert(model, 16)
     for _ in range(2):  # and evaluation leaves nothing behind
-        got = gpt_scratch.evaluate(small, blocks, cfg, core.World())
+        got = core.evaluate(small, blocks, cfg, core.World())
         np.testing.assert_allclose(got, expected, rtol=1e-6)
     assert_close(logits(small), logits(model))
 
@@ -474,7 +470,7 @@ def test_packing_keeps_all_16_levels(group):
     with torch.no_grad():
         layer.weight.copy_(torch.where(wanted == -8, -7.5 * UP, wanted.float()))
         layer.weight.mul_(2.0 ** (torch.arange(96)[:, None] % 5))
-    small = quantise.convert(model, group).h[0].attn.c_attn
+    small = int4.convert(model, group).h[0].attn.c_attn
     assert small.packed_weight.shape == (96, 16) and small.packed_weight.dtype == torch.uint8
     unpacked = [
         [n for byte in row for n in (byte % 16 - 8, byte // 16 - 8)] for row in small.packed_weight.tolist()
@@ -484,7 +480,7 @@ def test_packing_keeps_all_16_levels(group):
     assert_close(small.matrix(), wanted * 2.0 ** (torch.arange(96)[:, None] % 5))
 
 
-@pytest.mark.parametrize("function", [quantise.prepare, quantise.convert])
+@pytest.mark.parametrize("function", [int4.insert_fake_quant, int4.convert])
 @pytest.mark.parametrize(
     ("group", "layer"), [(20, "h.0.attn.c_attn"), (3, "h.0.attn.c_attn"), (24, "h.0.mlp.c_proj")]
 )
@@ -502,14 +498,14 @@ def test_a_group_that_does_not_fit_is_one_line_that_names_the_layer(function, gr
 
 @pytest.fixture
 def tokenizer():
-    return corpus.make_tokenizer("ascii", None)
+    return core.make_tokenizer("ascii", None)
 
 
 @pytest.fixture
 def saved(tmp_path, tokenizer):
     """(prepared model, its folder)"""
     model = prepared(**LLAMA)
-    quantise.save(quantise.convert(model, 16), 16, tokenizer, tmp_path / "small")
+    int4.save(int4.convert(model, 16), 16, tokenizer, tmp_path / "small")
     return model, tmp_path / "small"
 
 
@@ -525,15 +521,15 @@ with torch.no_grad():
 @pytest.mark.parametrize("shape", ["gpt2", "noam"])
 def test_another_process_loads_the_same_model_bit_for_bit(shape, tmp_path, tokenizer):
     model = prepared(**SHAPES[shape])
-    small, folder = quantise.convert(model, 16), tmp_path / "deep" / "small"
-    quantise.save(small, 16, tokenizer, folder)
+    small, folder = int4.convert(model, 16), tmp_path / "deep" / "small"
+    int4.save(small, 16, tokenizer, folder)
     assert sorted(path.name for path in folder.iterdir()) == [
         "model.safetensors",
         "quantised.json",
         "tokenizer",
     ]
     assert [path.name for path in folder.parent.iterdir()] == ["small"]
-    loaded, _ = quantise.load(folder)
+    loaded, _ = int4.load(folder)
     assert_same(numbers(loaded), numbers(small))
     torch.save(ids(3, 16), "ids.pt")
     code = FRESH.format(threads=torch.get_num_threads(), folder=str(folder))
@@ -548,13 +544,13 @@ def test_another_process_loads_the_same_model_bit_for_bit(shape, tmp_path, token
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_a_loaded_model_generates_what_the_prepared_one_does(temperature, saved):
     model, folder = saved
-    loaded, _ = quantise.load(folder)
+    loaded, _ = int4.load(folder)
     prompts, how = [[5, 7, 9], [1], [3] * 12], {"temperature": temperature, "seed": 3}
-    texts = [gpt_scratch.generate(of, prompts, 40, **how) for of in (model, loaded)]
+    texts = [core.generate(of, prompts, 40, **how) for of in (model, loaded)]
     assert texts[0] == texts[1] and len(texts[0][2]) == 40  # past block_size 16, too
-    quantise.switch(model, False)
-    assert gpt_scratch.generate(model, prompts, 40, **how) != texts[0]
-    assert not gpt_scratch.SECOND_LAYOUT
+    int4.switch(model, False)
+    assert core.generate(model, prompts, 40, **how) != texts[0]
+    assert not gpt.SECOND_LAYOUT
 
 
 @pytest.mark.parametrize(
@@ -572,7 +568,7 @@ def test_a_damaged_model_file_is_one_line(how, saved):
     elif how == "other shapes":
         safetensors.torch.save_file(state | {"wte.levels": torch.zeros(5, 32, dtype=torch.int8)}, path)
     with pytest.raises(core.UserError, match="small") as error:
-        quantise.load(saved[1])
+        int4.load(saved[1])
     assert "\n" not in str(error.value)
 
 
@@ -599,7 +595,7 @@ def test_a_damaged_description_is_one_line(how, saved):
     if content is not None:
         path.write_text(content if isinstance(content, str) else json.dumps(content(stored)))
     with pytest.raises(core.UserError, match="small") as error:
-        quantise.load(saved[1])
+        int4.load(saved[1])
     assert "\n" not in str(error.value)
 
 
@@ -615,7 +611,7 @@ def test_loading_executes_nothing(saved, monkeypatch):
     torch.save(Bomb(), "bomb.pt")
     (folder / "model.safetensors").write_bytes(Path("bomb.pt").read_bytes())
     with pytest.raises(core.UserError):
-        quantise.load(folder)
+        int4.load(folder)
     assert not Path("executed").exists()
     torch.load("bomb.pt", weights_only=False)  # the bomb would have worked
     assert Path("executed").is_dir()
@@ -626,13 +622,13 @@ def test_a_folder_without_its_tokenizer_is_refused(saved):
         path.unlink()
     (saved[1] / "tokenizer").rmdir()
     with pytest.raises(core.UserError, match="tokenizer"):
-        quantise.load(saved[1])
+        int4.load(saved[1])
 
 
 def test_what_is_saved_is_what_is_loaded_even_over_another_model(saved, tokenizer):
-    other = quantise.convert(random_gpt(seed=8, **LLAMA), 16)
-    quantise.save(other, 16, tokenizer, saved[1])
-    assert_same(numbers(quantise.load(saved[1])[0]), numbers(other))
+    other = int4.convert(random_gpt(seed=8, **LLAMA), 16)
+    int4.save(other, 16, tokenizer, saved[1])
+    assert_same(numbers(int4.load(saved[1])[0]), numbers(other))
 
 
 # sizes
@@ -642,7 +638,7 @@ def test_what_is_saved_is_what_is_loaded_even_over_another_model(saved, tokenize
 def test_the_full_model_takes_less_than_a_fifth(group):
     with torch.device("meta"):
         model = GPT(GPTConfig(50304, 512, n_layer=10, n_head=16, n_embd=1024, **LLAMA))
-    small = quantise.convert(model, group)
+    small = int4.convert(model, group)
     matrices = 10 * (4 * 1024**2 + 3 * 1024 * 2816)
     expected = 50304 * (1024 + 4) + matrices // 2 + 4 * matrices // group + 4 * 21 * 1024
     assert bytes_of(model) == 4 * (50304 * 1024 + matrices + 21 * 1024)
@@ -652,11 +648,11 @@ def test_the_full_model_takes_less_than_a_fifth(group):
 @pytest.mark.parametrize("group", [256, 32])
 def test_the_file_is_as_large_as_computed(group, tmp_path, tokenizer):
     model = random_gpt(vocab_size=1000, n_embd=256, **LLAMA)
-    small = quantise.convert(model, group)
-    quantise.save(small, group, tokenizer, tmp_path / "small")
+    small = int4.convert(model, group)
+    int4.save(small, group, tokenizer, tmp_path / "small")
     written = (tmp_path / "small" / "model.safetensors").stat().st_size
     with torch.device("meta"):
-        computed = bytes_of(quantise.convert(GPT(model.config), group))
+        computed = bytes_of(int4.convert(GPT(model.config), group))
     assert computed == bytes_of(small) and computed <= written <= computed + 200 * len(small.state_dict())
     assert written <= 0.2 * bytes_of(model)
 
@@ -704,7 +700,7 @@ def test_mode_quantise_keeps_the_model_and_its_figures_until_the_weights_change(
     assert math.isclose(found["int4"]["test/loss"], own["test/loss"], rel_tol=0.05)
     assert found["int4"]["mb"] == (small / "model.safetensors").stat().st_size / 1e6
     assert math.isclose(found["float"]["mb"], 4 * own["parameters"] / 1e6)
-    model, words = quantise.load(small)
+    model, words = int4.load(small)
     assert len(words) <= model.config.vocab_size
     text = capsys.readouterr().out
     assert "int4 by 32" in text and str(small) in text
@@ -721,7 +717,7 @@ def test_mode_quantise_keeps_the_model_and_its_figures_until_the_weights_change(
     assert abs(again["int4"]["test/loss"] - result()["test/loss"]) < abs(
         found["int4"]["test/loss"] - result()["test/loss"]
     )
-    assert_far(logits(quantise.load(small)[0]), logits(model))
+    assert_far(logits(int4.load(small)[0]), logits(model))
 
 
 def test_a_run_that_trained_for_int4_has_the_figures_of_its_int4_model():
@@ -765,7 +761,7 @@ CLOCKED = {
 def one_run(tmp_path_factory):
     """A Run that has not begun."""
     cfg = parsed("--smoke", "--mode", "finetune", "--out", tmp_path_factory.mktemp("clock"))
-    with runs.Run(cfg, core.World(), "run_mathqa.py") as one:
+    with core.Run(cfg, core.World(), "run_mathqa.py") as one:
         yield one
 
 
@@ -877,7 +873,7 @@ def test_the_script_itself_anneals_by_the_clock(schedule, monkeypatch):
         now[0] += 0.5 if len(taken) < 30 else 2.0
         return norm
 
-    monkeypatch.setattr(core, "optimizer_step", slow_step)
+    monkeypatch.setattr(optim, "optimizer_step", slow_step)
     constants = [word for name, value in CLOCKED[schedule].items() for word in (f"--{name}", value)]
     here(
         *TINY,
@@ -1108,7 +1104,7 @@ def matter(mode, **changes):
 def test_a_study_knows_a_pretraining_by_its_text_and_a_tuning_by_its_rows():
     text, rows = matter("pretrain"), matter("finetune")
     assert text & run_mathqa.OF_ROWS == rows & run_mathqa.OF_TEXT == set()
-    free = runs.MAY_CHANGE | runs.OF_THE_CALL | run_mathqa.OF_STUDIES
+    free = core.MAY_CHANGE | core.CALL_CONSTANTS | run_mathqa.OF_STUDIES
     assert text == (BOTH_STAGES | run_mathqa.OF_TEXT) - free
     assert rows == (BOTH_STAGES | run_mathqa.OF_ROWS) - free
 
@@ -1207,7 +1203,7 @@ def test_the_peak_rate_of_a_pretraining_is_its_constant(preset, peak, told, monk
         used.append(tuple(group["lr"] for group in optimizer.param_groups))
         return norm
 
-    monkeypatch.setattr(core, "optimizer_step", watched)
+    monkeypatch.setattr(optim, "optimizer_step", watched)
     here(*READ, "--preset", preset, *(["--pretrain_lr", 7e-4] if told else []))
     peak = 7e-4 if told else 5 * peak  # a smoke run learns five times as fast
     rates = [row["lr"] for row in metrics() if "lr" in row]

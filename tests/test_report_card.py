@@ -10,7 +10,7 @@ import scipy.optimize
 import sklearn.linear_model
 import sklearn.metrics
 
-import report_card
+from lab.measure import preference
 
 NAMES = ["A", "B", "tie"]
 
@@ -24,17 +24,17 @@ def verdicts(n=400, seed=0, symmetric=True, **changes):
     lengths[:5] = 7  # equally long
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     prior = np.tile([0.4, 0.38, 0.22], (n, 1))
-    by_length = report_card.length_only(lengths, labels, np.arange(n), np.arange(n))
+    by_length = preference.length_only(lengths, labels, np.arange(n), np.arange(n))
     facts = {"log_probs": log_probs, "labels": labels, "lengths": lengths, "prior": prior}
     facts |= {"groups": rng.integers(0, n // 3, n), "cut": rng.random(n) < 0.3, "by_length": by_length}
     facts |= {"temperatures": np.full(n, 1.3), "symmetric": symmetric}
-    return report_card.Verdicts(**facts | changes)
+    return preference.Verdicts(**facts | changes)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_every_figure_of_the_card_is_computed_once_more(symmetric):
     v = verdicts(symmetric=symmetric)
-    card = report_card.make_card(v, NAMES)
+    card = preference.make_card(v, NAMES)
     one, two = np.exp(v.log_probs[:, 0]), np.exp(v.log_probs[:, 1])
     averaged = np.sqrt(one * two) / np.sqrt(one * two).sum(1, keepdims=True)  # of logits: a geometric mean
     probs = averaged if symmetric else one
@@ -104,7 +104,7 @@ def calibration_error_by_hand(probs, y, bins=15):
 
 def test_intervals_are_those_of_redrawn_prompts():
     v, rng = verdicts(900), np.random.default_rng(5)
-    card = report_card.make_card(v, NAMES)
+    card = preference.make_card(v, NAMES)
     right = v.final().argmax(1) == v.labels
     loss = -v.final()[np.arange(900), v.labels]
     prompts = [np.flatnonzero(v.groups == group) for group in set(v.groups)]
@@ -124,23 +124,23 @@ def test_the_temperature_is_the_minimum():
     log_probs -= np.log(np.exp(log_probs).sum(1, keepdims=True))
 
     def loss(t):
-        return sklearn.metrics.log_loss(v.labels, np.exp(report_card.tempered(log_probs, t)))
+        return sklearn.metrics.log_loss(v.labels, np.exp(preference.tempered(log_probs, t)))
 
     best = scipy.optimize.minimize_scalar(loss, bounds=(0.1, 10), method="bounded", options={"xatol": 1e-8})
-    assert report_card.temperature(log_probs, v.labels) == pytest.approx(best.x, rel=1e-5)
+    assert preference.fit_temperature(log_probs, v.labels) == pytest.approx(best.x, rel=1e-5)
     always_right = np.log(np.tile([0.6, 0.2, 0.2], (50, 1)))
-    assert report_card.temperature(always_right, np.zeros(50, dtype=int)) == pytest.approx(0.1)
+    assert preference.fit_temperature(always_right, np.zeros(50, dtype=int)) == pytest.approx(0.1)
     v = verdicts(labels=np.zeros(400, dtype=int), temperatures=np.full(400, 0.1))
     v.log_probs[:] = np.log([0.9998, 0.0001, 0.0001])
-    card = report_card.make_card(v, NAMES)
+    card = preference.make_card(v, NAMES)
     assert card["tempered_log_loss_interval"][1] < 1e-9  # not the rule of three for shares
-    assert any("(the limit)" in line for line in report_card.card_lines(card, "test", NAMES))
+    assert any("(the limit)" in line for line in preference.card_lines(card, "test", NAMES))
 
 
 def test_lengths_alone_are_scikit_learns_softmax_regression():
     v = verdicts(600)
     train, rest = np.arange(400), np.arange(400, 600)
-    got = report_card.length_only(v.lengths, v.labels, train, rest)
+    got = preference.length_only(v.lengths, v.labels, train, rest)
     a, b = np.log1p(v.lengths).T
     x = np.c_[a - b, abs(a - b), a + b]
     x = (x - x[train].mean(0)) / x[train].std(0)
@@ -154,9 +154,9 @@ def test_lengths_alone_are_scikit_learns_softmax_regression():
 def test_an_even_judge_never_flips_and_a_biased_one_always_does():
     v = verdicts()
     even = verdicts(log_probs=np.repeat(v.log_probs[:, :1], 2, axis=1))
-    assert report_card.make_card(even, NAMES)["flip_rate"] == 0.0
+    assert preference.make_card(even, NAMES)["flip_rate"] == 0.0
     always_first = np.log([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1]])  # the second with classes put back
-    biased = report_card.make_card(verdicts(log_probs=np.tile(always_first, (400, 1, 1))), NAMES)
+    biased = preference.make_card(verdicts(log_probs=np.tile(always_first, (400, 1, 1))), NAMES)
     assert biased["flip_rate"] == 1.0 and biased["averaged_log_loss"] < biased["one_order_log_loss"]
 
 
@@ -167,7 +167,7 @@ def test_the_calibration_interval_holds_the_true_error_19_times_in_20():
         rng = np.random.default_rng(seed)
         labels = np.where(rng.random(300) < 0.6, 0, 1 + (rng.random(300) < 0.5))
         log_probs = np.log(np.tile([0.7, 0.15, 0.15], (300, 1)))
-        _, (low, high) = report_card.calibration_error(log_probs, labels, np.arange(300))
+        _, (low, high) = preference.calibration_error(log_probs, labels, np.arange(300))
         inside += low <= 0.1 <= high
     assert inside >= 90
 
@@ -179,24 +179,24 @@ def test_a_calibrated_judges_error_is_that_of_noise():
         confidence = rng.uniform(0.4, 0.95, 300)
         log_probs = np.log(np.c_[confidence, (1 - confidence) / 2, (1 - confidence) / 2])
         labels = np.where(rng.random(300) < confidence, 0, 1)
-        errors.append(np.abs(report_card.calibration_gaps(log_probs, labels).mean(0)).sum())
-        noise.append(report_card.calibration_noise(log_probs, samples=20))
+        errors.append(np.abs(preference.calibration_gaps(log_probs, labels).mean(0)).sum())
+        noise.append(preference.calibration_noise(log_probs, samples=20))
     assert np.mean(noise) == pytest.approx(np.mean(errors), rel=0.1) and np.mean(noise) > 0.03
 
 
 def test_a_card_fits_a_screen_and_names_what_is_wrong():
     v = verdicts(labels=np.zeros(400, dtype=int), prior=np.tile([1.0, 0, 0], (400, 1)))
-    lines = report_card.card_lines(report_card.make_card(v, NAMES), "out of fold", NAMES)
+    lines = preference.card_lines(preference.make_card(v, NAMES), "out of fold", NAMES)
     assert len(lines) <= 16 and max(map(len, lines)) <= 100
     uncertain = next(line for line in lines if "calibration" in line)
     assert re.search(r"error 0\.\d+ \(0\.\d+ to 0\.\d+\)", uncertain)  # its interval is not centred
     assert "recall" in "".join(lines) and "B none" in "".join(lines)
     assert "NOT LEARNING" in lines[-2] and "NO BETTER THAN LENGTHS" in lines[-1]
     v.by_length = np.log(np.tile([0.98, 0.01, 0.01], (400, 1)))
-    lines = report_card.card_lines(report_card.make_card(v, NAMES), "out of fold", NAMES)
+    lines = preference.card_lines(preference.make_card(v, NAMES), "out of fold", NAMES)
     assert "WORSE THAN LENGTHS" in lines[-1]
 
 
 def test_the_picture_is_drawn(tmp_path):
-    report_card.draw(verdicts(), NAMES, "a title", tmp_path / "report.png")
+    preference.draw(verdicts(), NAMES, "a title", tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"

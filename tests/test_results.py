@@ -14,8 +14,8 @@ from conftest import PROJECT
 from matplotlib.figure import Figure
 
 import core
-import results
-import runs
+from lab.compare import facts, plots, tables
+from lab.run import provenance
 
 CONSTANTS = {"data": "rows.json", "text_column": "text", "max_documents": None, "split_seed": 42}
 CONSTANTS |= {"val_share": 0.1, "test_share": 0.1, "model": "/some/models/tiny", "lora_rank": 16, "lr": 0.01}
@@ -57,8 +57,8 @@ def rows_of(text) -> list[dict]:
 
 
 def table(order=None, by=()) -> list[dict]:
-    found = results.find(sorted(map(str, Path("runs").iterdir())))
-    return rows_of(results.grouped(found, by, order) if by else results.table(found, order))
+    found = facts.find(sorted(map(str, Path("runs").iterdir())))
+    return rows_of(tables.grouped(found, by, order) if by else tables.table(found, order))
 
 
 def test_every_cell_of_the_table_is_what_the_small_files_say():
@@ -67,7 +67,7 @@ def test_every_cell_of_the_table_is_what_the_small_files_say():
     figures = {"val/loss": 1.0, "test/perplexity": 12.18249, "test/bits_per_byte": 1.25, "seconds": 30.0}
     figures |= {"trainable_parameters": 54272, "tokens_per_second": None, "examples_per_second": 2.345}
     make_run("a", result=figures, lr=3e-4, lora_rank=8, files={"judged.json": judged})
-    text = results.table(results.find(["runs/run_lora"]))
+    text = tables.table(facts.find(["runs/run_lora"]))
     assert text.splitlines()[0] == "2 runs  script run_lora  data rows.json  device cpu"
     same = {"model": "models/tiny", "batch": "24", "loss": "2.5000 ± 0.2500", "accuracy": "0.250 ± 0.050"}
     same |= {"parameters": "1,234,567", "memory MB": "512"}
@@ -123,20 +123,20 @@ def source(first="x = 1\n", imported="", also="never imported"):
 def test_runs_of_other_code_have_another_number_and_a_note_below_the_table():
     make_run("a", files=source())
     make_run("b", files=source(also="changed, and not imported"), seed=1)
-    assert "NOTE" not in results.table(results.find(["runs/run_lora"])) and "code version" not in table()[0]
+    assert "NOTE" not in tables.table(facts.find(["runs/run_lora"])) and "code version" not in table()[0]
     make_run("c", files=source(first="x = 2\n"), seed=2)
     make_run("d", files=source(imported="y = 1\n"), seed=3)
     make_run("e")
     make_run("f", script="run_instruct", files={"source/run_instruct.py": "import torch"})
     rows = {row["run"]: row["code version"] for row in table()}
     assert rows == {"a": "1", "b": "1", "c": "2", "d": "3", "e": "unknown", "f": ""}
-    found = results.find(["runs/run_lora"])
+    found = facts.find(["runs/run_lora"])
     note = (
         "NOTE core.py, run_lora.py are not the same in all of these runs:\n  diff -r runs/run_lora/a/source "
     )
-    for text in (results.table(found), results.grouped(found, ["lr"])):
+    for text in (tables.table(found), tables.grouped(found, ["lr"])):
         assert f"\n\n{note}" in text
-    assert rows_of(results.grouped(found, ["lr"]))[0]["also differ in"] == "core.py, run_lora.py"
+    assert rows_of(tables.grouped(found, ["lr"]))[0]["also differ in"] == "core.py, run_lora.py"
 
 
 def resumes(*entries):
@@ -154,7 +154,7 @@ def resume_notes(name, *entries, other_code=(), **constants):
     folder = make_run(
         name, config=config, files=source(), **{"schedule": "cosine", "warmup": 0.1} | constants
     )
-    return results.resume_notes([(name, results.read(folder))])
+    return facts.resume_notes([(name, facts.read(folder))])
 
 
 def test_a_resume_with_another_length_is_told_and_one_that_goes_on_as_before_is_not():
@@ -171,7 +171,7 @@ def test_a_resume_with_another_length_is_told_and_one_that_goes_on_as_before_is_
     assert resume_notes("f", 0, 7, 9) == [untold]
     code = "NOTE g was resumed at step 5 with another core.py than its source/ has"
     assert resume_notes("g", (5, {}), other_code=["judge.py", "core.py"]) == [code]
-    text = results.table(results.find(["runs/run_lora"]))
+    text = tables.table(facts.find(["runs/run_lora"]))
     assert "|\n\nNOTE a was resumed at step 40 " in text and text.endswith(f"{code}\n{untold}")
 
 
@@ -193,8 +193,8 @@ def test_a_resume_records_which_constants_and_files_are_not_those_it_began_with(
     folder = Path(make_run("a", config={"constants": stored, "resumes": []}, files=began))
     run = SimpleNamespace(folder=folder, resumed=True, position={"step": 7}, script=Path("run_other.py"))
     run.world, run.cfg, run.say = core.World(), Resumed(), print
-    runs._write_provenance(run)
-    (entry,) = runs.read_config(folder)["resumes"]
+    provenance.write_provenance(run)
+    (entry,) = core.read_config(folder)["resumes"]
     wanted = {"epochs": {"was": 3, "is": 6}, "lost": {"was": 1}, "label_smoothing": {"is": 0.0}}
     assert (entry["step"], entry["changed"], entry["other_code"]) == (7, wanted, ["run_other.py"])
 
@@ -231,7 +231,7 @@ def test_groups_show_mean_and_deviation_over_seeds_and_those_without_figures_com
         wanted.append(row)
     for name, status in (("lost", None), ("cut", "stopped")):
         make_run(name, status=status, result={"test/loss": 99.0}, lora_rank=4, lr=0.1)
-    text = results.grouped(results.find(["runs/run_lora"]), ["lora_rank", "lr"], "loss")
+    text = tables.grouped(facts.find(["runs/run_lora"]), ["lora_rank", "lr"], "loss")
     assert rows_of(text) == wanted and text.endswith("\nnot counted, unfinished: cut, lost")
     four, sixteen = table(by=["lora_rank"])
     assert [four["also differ in"], sixteen["also differ in"], four["runs"]] == ["lr", "", "4"]
@@ -243,12 +243,12 @@ def test_groups_show_mean_and_deviation_over_seeds_and_those_without_figures_com
 
 def test_folders_stand_for_their_runs_each_once():
     a, b, c = make_run("a"), make_run("b"), make_run("c", script="run_preference")
-    assert [f.name for f in results.find([b, "runs/run_lora", f"runs/../{a}/", c])] == ["b", "a", "c"]
-    refused("runs holds no run: use runs/run_lora runs/run_preference", results.find, ["runs"])
-    refused("no such folder: nowhere", results.find, ["nowhere"])
+    assert [f.name for f in facts.find([b, "runs/run_lora", f"runs/../{a}/", c])] == ["b", "a", "c"]
+    refused("runs holds no run: use runs/run_lora runs/run_preference", facts.find, ["runs"])
+    refused("no such folder: nowhere", facts.find, ["nowhere"])
     for text in ('{"model_type": "gpt2"}', '{"script": "run_lora", "const', "[1, 2]", ""):
         Path(a, "config.json").write_text(text)
-        refused(f"{a} is no run folder", results.find, [a])
+        refused(f"{a} is no run folder", facts.find, [a])
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 30])
@@ -260,7 +260,7 @@ def test_every_run_has_its_curves(monkeypatch, n):
         curve = [{"step": s, "train/loss": 5 + i - s / 10, "val/loss": 6 + i - s / 10} for s in range(1, 41)]
         make_run(f"{i:02}", tag=tag, result={"test/loss": n - i}, seed=i % 2, files={"metrics.jsonl": curve})
     make_run("without", tag="none", files={"metrics.jsonl": ""})
-    results.draw(results.find(["runs/run_lora"]), "curves.png")
+    plots.draw(facts.find(["runs/run_lora"]), "curves.png")
     assert Path("curves.png").read_bytes()[:4] == b"\x89PNG"
     assert [text.get_text() for of in drawn[0].legends for text in of.get_texts()] == names * (n < 30)
     train, val = (panel.get_lines() for panel in drawn[0].axes)
@@ -270,7 +270,7 @@ def test_every_run_has_its_curves(monkeypatch, n):
         np.testing.assert_allclose(val[i].get_xydata(), np.c_[steps, 6 + i - steps / 10])
         means = 5 + i - np.r_[1, (steps[1:] + steps[:-1]) / 2] / 10  # of two: a 20th of 40 points
         np.testing.assert_allclose(train[i].get_xydata(), np.c_[steps, means])
-    results.draw(results.find(["runs/run_lora"]), "by.png", ["seed", "lr"])
+    plots.draw(facts.find(["runs/run_lora"]), "by.png", ["seed", "lr"])
     lines = [(line.get_label(), line.get_color()) for line in drawn[1].axes[1].get_lines()]
     assert sorted(lines) == sorted([("0, 0.01", "C0"), ("1, 0.01", "C1")][i % 2] for i in range(n))
 
@@ -283,8 +283,8 @@ def test_tensorboard_reads_constants_and_figures_back():
     one = make_run("a", lr=0.125, schedule="cosine", pack=True, tag="t", warmup=None, files=files)
     make_run("b", lr=0.25, schedule="linear", pack=False, warmup=3)
     make_run("c", status="stopped")
-    found = results.find(["runs/run_lora"])
-    assert results.write_hparams(found) == results.write_hparams(found) == 2
+    found = facts.find(["runs/run_lora"])
+    assert plots.write_hparams(found) == plots.write_hparams(found) == 2
     assert [path.parts[2] for path in sorted(Path("runs").rglob("events*"))] == ["a", "b"]  # one each
     events = EventAccumulator(f"{one}/hparams").Reload()
     said = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
@@ -301,7 +301,7 @@ def test_tensorboard_shows_a_constant_that_a_script_did_not_have_as_absent():
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     smoothing_runs()
-    results.write_hparams(results.find(["runs/run_lora", "runs/run_instruct"]))
+    plots.write_hparams(facts.find(["runs/run_lora", "runs/run_instruct"]))
     found = {}
     for path in Path("runs").glob("*/*/hparams"):
         content = EventAccumulator(str(path)).Reload().PluginTagToContent("hparams")

@@ -18,10 +18,10 @@ from ranks import launch
 from safetensors.torch import load_file, save_file
 
 import core
-import gpt_scratch
+import lab.run.folder
 import run_mathqa as script
-import runs
 from core import World
+from lab.run import checkpoints, resume
 
 NAME = "run_mathqa"
 PROJECT = Path(script.__file__).parent
@@ -301,8 +301,8 @@ def same_stages(want):
 def test_the_second_stage_starts_from_the_first(whole):
     first, second = stages(whole(1) / "out")
     assert constants_of(second)["init_from"] == f"out/{first.name}"
-    base, _ = gpt_scratch.open_model(first)
-    assert result_of(second)["base_sha256"] == runs.weights_sha256(base)
+    base, _ = core.open_model(first)
+    assert result_of(second)["base_sha256"] == core.weights_sha256(base)
     assert result_of(first)["steps"] == 10 and result_of(second)["steps"] == 12
 
 
@@ -468,7 +468,7 @@ def test_a_difference_of_the_study_is_that_of_its_runs(studied):
 
 
 def test_arms_differ_in_what_they_name_alone(studied):
-    study, aside = study_of(studied), runs.OF_THE_CALL | {"max_steps", "max_minutes"}
+    study, aside = study_of(studied), core.CALL_CONSTANTS | {"max_steps", "max_minutes"}
     for arms in study["runs"].values():
         for seed in (0, 1):
             first, lora, int4 = (constants_of(studied / arms[arm][seed]) for arm in ARMS)
@@ -682,10 +682,10 @@ def test_a_base_that_has_changed_is_not_gone_on_with(made, go):
     state = load_file(weights / "model.safetensors")
     state["wte.weight"][0, 0] += 1e-3
     save_file(state, weights / "model.safetensors")
-    content = runs.read_manifest(weights)
+    content = checkpoints.read_manifest(weights)
     hashes = {"model.safetensors": core.sha256_file(weights / "model.safetensors")}
     content.pop("files")
-    core.write_json(weights / "manifest.json", runs.manifest(content, hashes))
+    core.write_json(weights / "manifest.json", checkpoints.manifest(content, hashes))
     assert "base_sha256 is not what" in refused(*argv)
 
 
@@ -876,8 +876,8 @@ def test_a_run_that_another_process_finished_meanwhile_is_taken_as_it_is(monkeyp
     def finished_meanwhile(*args, **options):
         raise SystemExit(0)
 
-    monkeypatch.setattr(runs, "finished_run", lambda cfg, script: next(found))
-    monkeypatch.setattr(runs, "Run", finished_meanwhile)
+    monkeypatch.setattr(resume, "finished_run", lambda cfg, script: next(found))
+    monkeypatch.setattr(lab.run.folder, "Run", finished_meanwhile)
     said = []
     study = script.Study(script.Config(mode="study"), core.World(), Path("out"), said.append, lambda: None)
     assert script.one_run(study, script.Config(mode="finetune")) == Path("out/theirs")

@@ -25,14 +25,20 @@ from conftest import PROJECT
 from torch import nn
 
 import core
-import corpus
-import gpt_scratch
-import lora
+import lab.data.text
+import lab.measure.answers
+import lab.train.batches
+import lab.train.loss
 import run_instruct
 import run_lora
-import runs
-import sft
 from core import IGNORE_INDEX, UserError, World
+from lab.data import builtin, columns, instructions, tokenizers
+from lab.data.cache import BadRows
+from lab.data.text import split_pieces
+from lab.measure import tuning
+from lab.measure.answers import PROMPTS, first_word, first_words, write_responses
+from lab.models import gpt_formats
+from lab.run.spikes import BAND, spike_limit
 
 SHARED = PROJECT.parent / "shared" / "data" / "instruct" / "instruction-data.json"
 SCRIPTS = {"run_instruct": run_instruct, "run_lora": run_lora}
@@ -74,7 +80,7 @@ def toy_file(n=60) -> str:
     return write_rows(toy_rows(n))
 
 
-def by_hand(*rows, groups=None) -> sft.Instructions:
+def by_hand(*rows, groups=None) -> instructions.Instructions:
     """Rows of (prompt ids, answer ids)."""
     pieces = list(itertools.chain.from_iterable(rows))
     offsets = np.cumsum([0, *map(len, pieces)])
@@ -83,7 +89,9 @@ def by_hand(*rows, groups=None) -> sft.Instructions:
     groups = np.array([str(i) for i in range(len(rows))] if groups is None else groups)
     texts = [["", "", ""]] * len(rows)
     numbers = np.arange(1, len(rows) + 1)
-    return sft.Instructions(texts, [None] * len(texts), numbers, groups, tokens, offsets, tokenizer, {}, [])
+    return instructions.Instructions(
+        texts, [None] * len(texts), numbers, groups, tokens, offsets, tokenizer, {}, []
+    )
 
 
 def random_rows(n=24, seed=0, most=14):
@@ -93,14 +101,14 @@ def random_rows(n=24, seed=0, most=14):
     return by_hand(*[(rng.integers(1, 90, a).tolist(), rng.integers(1, 90, b).tolist()) for a, b in sizes])
 
 
-def every(data, most=64, loss_on_prompt=False) -> sft.Examples:
-    return sft.Examples(data, np.arange(len(data)), most, loss_on_prompt)
+def every(data, most=64, loss_on_prompt=False) -> core.Examples:
+    return core.Examples(data, np.arange(len(data)), most, loss_on_prompt)
 
 
 def small_gpt(dtype=torch.float32, **shape):
     torch.manual_seed(3)
     sizes = {"vocab_size": 100, "block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 16} | shape
-    model = gpt_scratch.GPT(gpt_scratch.GPTConfig(**sizes)).to(dtype)
+    model = core.GPT(core.GPTConfig(**sizes)).to(dtype)
     for weight in model.parameters():
         nn.init.normal_(weight, std=0.2)
     return model
@@ -113,15 +121,15 @@ def initial_model(name, cfg, tokenizer):
 
 
 def parts_of(cfg):
-    data = sft.load_instructions(cfg, World())
+    data = core.load_instructions(cfg, World())
     return data, {
-        part: sft.Examples(data, rows, cfg.max_length, cfg.loss_on_prompt)
-        for part, rows in sft.split(data, cfg)[0].items()
+        part: core.Examples(data, rows, cfg.max_length, cfg.loss_on_prompt)
+        for part, rows in instructions.split(data, cfg)[0].items()
     }
 
 
 def loss_of(model, examples, cfg) -> float:
-    sums = gpt_scratch.evaluate(model, examples, cfg, World())
+    sums = core.evaluate(model, examples, cfg, World())
     return sums[:, 0].sum() / sums[:, 2].sum()
 
 
@@ -143,9 +151,11 @@ def adapted(cache, tmp_path_factory):
 def gpt2_folder(cache, tmp_path_factory):
     """A GPT-2 with a tokenizer, as transformers writes it."""
     folder = tmp_path_factory.mktemp("gpt2") / "base"
-    texts = [sft.prompt_text(r["instruction"], r["input"], "alpaca") + r["output"] for r in toy_rows()]
-    tokenizer = corpus.make_tokenizer("bpe:400", lambda: texts)
-    gpt_scratch.save_pretrained(small_gpt(vocab_size=len(tokenizer)).eval(), tokenizer, folder)
+    texts = [
+        instructions.prompt_text(r["instruction"], r["input"], "alpaca") + r["output"] for r in toy_rows()
+    ]
+    tokenizer = core.make_tokenizer("bpe:400", lambda: texts)
+    core.save_pretrained(small_gpt(vocab_size=len(tokenizer)).eval(), tokenizer, folder)
     return folder
 
 
@@ -178,7 +188,7 @@ JOURNAL_BOTH = (
     ],
 )
 def test_prompts_are_the_templates_to_the_letter(template, given, text):
-    assert sft.prompt_text("Add.", given, template) == text
+    assert instructions.prompt_text("Add.", given, template) == text
 
 
 # rows
@@ -188,14 +198,14 @@ def toy_cfg(*argv, name="run_instruct"):
     return config(name, "--smoke", *argv)
 
 
-def load(rows, *argv) -> sft.Instructions:
-    return sft.load_instructions(toy_cfg("--data", write_rows(rows), *argv), World())
+def load(rows, *argv) -> instructions.Instructions:
+    return core.load_instructions(toy_cfg("--data", write_rows(rows), *argv), World())
 
 
 def test_a_row_is_three_stripped_texts_and_an_absent_input_is_empty():
-    assert sft.parse({"instruction": " a ", "input": "\tb\n", "output": "c "}) == ["a", "b", "c"]
-    assert sft.parse({"instruction": "a", "input": None, "output": ""}) == ["a", "", ""]
-    assert sft.parse({"instruction": "a", "output": "c", "text": 7}) == ["a", "", "c"]
+    assert instructions.parse({"instruction": " a ", "input": "\tb\n", "output": "c "}) == ["a", "b", "c"]
+    assert instructions.parse({"instruction": "a", "input": None, "output": ""}) == ["a", "", ""]
+    assert instructions.parse({"instruction": "a", "output": "c", "text": 7}) == ["a", "", "c"]
 
 
 @pytest.mark.parametrize(
@@ -214,7 +224,7 @@ def test_a_row_is_three_stripped_texts_and_an_absent_input_is_empty():
 )
 def test_unusable_rows_are_told_apart(row, reason):
     with pytest.raises(ValueError, match=reason):
-        sft.parse(row)
+        instructions.parse(row)
 
 
 def test_bad_rows_are_counted_and_named_and_many_are_an_error():
@@ -302,7 +312,7 @@ def test_counts_are_those_of_the_labels():
     data = random_rows(60)
     fits = np.flatnonzero(data.prompt_lengths < 12)
     for loss_on_prompt in (False, True):
-        examples = sft.Examples(data, fits, 12, loss_on_prompt)
+        examples = core.Examples(data, fits, 12, loss_on_prompt)
         pairs = [examples.pair(i) for i in range(len(fits))]
         assert examples.lengths.tolist() == [len(ids) for ids, _ in pairs]
         counted = [sum(label != IGNORE_INDEX for label in labels) for _, labels in pairs]
@@ -377,7 +387,7 @@ def bordering_texts():
         "\\n",
         "",
     ]
-    return [(sft.prompt_text(*asked, template), start) for start in starts
+    return [(instructions.prompt_text(*asked, template), start) for start in starts
             for asked in (("Do it.", ""), ("Do it:", "so"))
             for template in ("alpaca", "journal")]  # fmt: skip
 
@@ -391,7 +401,7 @@ def assert_no_token_crosses(tokenizer, pairs):
 
 def test_no_token_crosses_the_border_of_prompt_and_answer():
     pairs = bordering_texts()
-    tokenizer = corpus.make_tokenizer("bpe:600", lambda: [a + b for a, b in pairs] * 3)
+    tokenizer = core.make_tokenizer("bpe:600", lambda: [a + b for a, b in pairs] * 3)
     assert_no_token_crosses(tokenizer, pairs)
     with pytest.raises(AssertionError):  # as one inside a word does
         assert_no_token_crosses(tokenizer, [("### Resp", "onse")])
@@ -400,29 +410,31 @@ def test_no_token_crosses_the_border_of_prompt_and_answer():
 @pytest.mark.skipif(not SHARED.exists(), reason="small real data is not here")
 def test_real_rows_are_read_whole_and_no_token_crosses():
     cfg = toy_cfg("--data", SHARED, "--max_length", 256)
-    data = sft.load_instructions(cfg, World())
+    data = core.load_instructions(cfg, World())
     assert len(data) == 1100 and data.lines == []
-    pairs = [(sft.prompt_text(a, b, "alpaca"), c) for a, b, c in data.texts[:300]]
+    pairs = [(instructions.prompt_text(a, b, "alpaca"), c) for a, b, c in data.texts[:300]]
     assert_no_token_crosses(data.tokenizer, pairs)
     for row, (prompt, answer) in enumerate(pairs):
         assert data.tokenizer.decode(data.whole(row)) == f"{prompt}{answer}<|endoftext|>"
-    parts = sft.split(data, cfg)[0]
+    parts = instructions.split(data, cfg)[0]
     assert sorted(itertools.chain(*parts.values())) == list(range(1100))
 
 
 # splits
 
 
-def many(n, prompt=3, answer=4, groups=None) -> sft.Instructions:
+def many(n, prompt=3, answer=4, groups=None) -> instructions.Instructions:
     """n rows of the same lengths, without their tokens."""
     offsets = np.concatenate([[0], np.cumsum(np.tile([prompt, answer], n))])
     groups = np.arange(n).astype(str) if groups is None else groups
     texts, numbers = [["", "", ""]] * n, np.arange(1, n + 1)
-    return sft.Instructions(texts, [None] * len(texts), numbers, groups, np.zeros(0), offsets, None, {}, [])
+    return instructions.Instructions(
+        texts, [None] * len(texts), numbers, groups, np.zeros(0), offsets, None, {}, []
+    )
 
 
 def test_file_order_is_the_journals_cut_of_Alpaca():
-    parts, lines = sft.split(many(52_002), toy_cfg("--split", "file_order"))
+    parts, lines = instructions.split(many(52_002), toy_cfg("--split", "file_order"))
     assert {name: len(rows) for name, rows in parts.items()} == {"train": 44_201, "test": 5_200, "val": 2_601}
     assert np.array_equal(np.concatenate([parts["train"], parts["test"], parts["val"]]), np.arange(52_002))
     assert lines == []
@@ -430,7 +442,10 @@ def test_file_order_is_the_journals_cut_of_Alpaca():
 
 def test_the_seeded_split_keeps_equal_prompts_together():
     groups = np.array([f"group {i % 300}" for i in range(1000)])
-    split = {seed: sft.split(many(1000, groups=groups), toy_cfg("--split_seed", seed))[0] for seed in (1, 2)}
+    split = {
+        seed: instructions.split(many(1000, groups=groups), toy_cfg("--split_seed", seed))[0]
+        for seed in (1, 2)
+    }
     for parts in split.values():
         assert np.array_equal(np.sort(np.concatenate(list(parts.values()))), np.arange(1000))
         held = [set(groups[rows]) for rows in parts.values()]
@@ -438,20 +453,20 @@ def test_the_seeded_split_keeps_equal_prompts_together():
         shares = [len(parts[name]) / 1000 for name in ("train", "test", "val")]
         np.testing.assert_allclose(shares, [0.85, 0.10, 0.05], atol=0.01)  # groups are of 3 and 4 rows
     assert not np.array_equal(split[1]["test"], split[2]["test"])
-    again = sft.split(many(1000, groups=groups), toy_cfg("--split_seed", 1, "--seed", 5))[0]
+    again = instructions.split(many(1000, groups=groups), toy_cfg("--split_seed", 1, "--seed", 5))[0]
     assert all(np.array_equal(again[name], rows) for name, rows in split[1].items())
 
 
 def test_prompts_that_differ_in_case_and_spaces_only_are_equal():
-    assert sft.prompt_hash("Say  Hello", "A\nb") == sft.prompt_hash("say hello ", "a B")
-    assert sft.prompt_hash("say hello", "") != sft.prompt_hash("say", "hello")
+    assert instructions.prompt_hash("Say  Hello", "A\nb") == instructions.prompt_hash("say hello ", "a B")
+    assert instructions.prompt_hash("say hello", "") != instructions.prompt_hash("say", "hello")
 
 
 def test_prompts_in_two_parts_are_told():
     groups = np.array(["same"] * 1000)
     groups[:850] = np.arange(850).astype(str)
     groups[:10] = "same"
-    lines = sft.split(many(1000, groups=groups), toy_cfg("--split", "file_order"))[1]
+    lines = instructions.split(many(1000, groups=groups), toy_cfg("--split", "file_order"))[1]
     assert "100 of 100 test rows have a prompt that training rows have, too" in lines
     assert "50 of 50 val rows have a prompt that training rows have, too" in lines
 
@@ -460,11 +475,11 @@ def test_rows_without_room_for_a_target_are_left_out_and_cut_ones_counted():
     sizes = [(3, 4)] * 95 + [(15, 1), (16, 0), (16, 1), (14, 2), (3, 13)]  # tokens of prompt and answer
     rows = [([1] * a, [2] * b) for a, b in sizes]
     cfg = toy_cfg("--split", "file_order", "--max_length", 16)
-    parts, lines = sft.split(by_hand(*rows), cfg)
+    parts, lines = instructions.split(by_hand(*rows), cfg)
     assert sorted(itertools.chain(*parts.values())) == [*range(96), 98, 99]
     assert lines[0].startswith("3 row(s) are cut at 16 tokens")  # of the last five all but those left out
     assert lines[1] == "2 row(s) are left out: their prompts alone fill 16 tokens"
-    parts, lines = sft.split(by_hand(*rows), toy_cfg("--split", "file_order", "--max_length", 16,
+    parts, lines = instructions.split(by_hand(*rows), toy_cfg("--split", "file_order", "--max_length", 16,
                                                      "--loss_on_prompt"))  # fmt: skip
     assert (
         sum(map(len, parts.values())) == 100 and lines[0].startswith("5 row(s) are cut") and len(lines) == 1
@@ -484,7 +499,7 @@ def test_some_examples_are_spread_evenly_without_repeats(total):
 
 
 def test_some_examples_are_read_as_all_of_them_are():
-    examples = sft.Examples(random_rows(30), np.arange(5, 25), 12, loss_on_prompt=True)
+    examples = core.Examples(random_rows(30), np.arange(5, 25), 12, loss_on_prompt=True)
     few = examples.some(4)
     assert few.rows.tolist() == [5, 11, 18, 24]
     assert [few.pair(i) for i in range(4)] == [examples.pair(i) for i in (0, 6, 13, 19)]
@@ -496,7 +511,7 @@ def test_some_examples_are_read_as_all_of_them_are():
 @pytest.mark.parametrize("length", [28, 40, 64])
 def test_packs_hold_every_example_once_and_none_is_too_long(length):
     examples = every(random_rows(80), 28)
-    packs = sft.Packs(examples, length)
+    packs = core.Packs(examples, length)
     assert sorted(itertools.chain(*packs.packs)) == list(range(80))
     sums = [int(examples.lengths[pack].sum()) for pack in packs.packs]
     assert packs.lengths.tolist() == sums and max(sums) <= length
@@ -507,7 +522,7 @@ def test_packs_hold_every_example_once_and_none_is_too_long(length):
 
 def test_a_pack_is_its_examples_side_by_side():
     examples = every(by_hand(([1, 2], [3]), ([4], [5, 6, 7]), ([8, 9, 10], [11])), 8)
-    packs = sft.Packs(examples, 8)
+    packs = core.Packs(examples, 8)
     assert packs.packs == [[1, 2], [0]]
     ids, labels, segments = packs.batch([1, 0], "cpu")
     assert ids.tolist() == [[1, 2, 3, 0, 0, 0, 0, 0], [4, 5, 6, 7, 8, 9, 10, 11]]
@@ -527,7 +542,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_single_ones(dtype, tolerance
     }
     model = small_gpt(dtype, **(llama if shape == "llama" else {}))
     examples = every(random_rows(30), 28)
-    packs = sft.Packs(examples, 60)
+    packs = core.Packs(examples, 60)
     assert len(packs) < 20
 
     def loss_and_gradients(losses):
@@ -559,7 +574,7 @@ def test_a_packed_run_learns_and_measures_the_test_rows_unpacked(name):
     assert result["test/loss"] == loss_of(model, parts["test"], cfg)
     before = loss_of(initial_model(name, cfg, parts["test"].data.tokenizer), parts["test"], cfg)
     assert result["test/loss"] < before - 0.5
-    packs = sft.Packs(parts["train"], cfg.max_length)
+    packs = core.Packs(parts["train"], cfg.max_length)
     rows, most = len(parts["train"]) / len(packs), packs.lengths.max()
     line = f"{len(packs)} packs of at most {most} tokens hold {rows:.1f} rows each and are "
     line += f"{packs.lengths.mean() / most:.0%} full\n"
@@ -630,9 +645,9 @@ def test_micro_batches_hold_no_more_tokens_than_they_may_unless_a_size_is_given(
     assert [len(part) for part in core.micro_batches(model, range(12), 12, lengths, 120)] == [12]
 
 
-def set_up(*argv) -> sft.Study:
+def set_up(*argv) -> tuning.Study:
     run = SimpleNamespace(pin=lambda *fact: None)
-    return sft.set_up(run, toy_cfg("--data", toy_file(400), *QUIET, "--batch", 8, *argv), World())
+    return core.set_up(run, toy_cfg("--data", toy_file(400), *QUIET, "--batch", 8, *argv), World())
 
 
 def test_lengths_meet_by_chance_without_group_lengths():
@@ -725,7 +740,7 @@ def test_every_preset_has_a_smoke_run(name, preset):
     argv = ["--max_documents", 240, "--epochs", 1, "--plain_blocks", 0, "--answer_rows", 4]
     result, folder = go(name, "--preset", preset, *argv)
     assert result["status"] == "finished" and folder.name.endswith(f"-{preset}")
-    stored = runs.read_config(folder)["constants"]
+    stored = core.read_config(folder)["constants"]
     kept = {k: v for k, v in SCRIPTS[name].PRESETS[preset].items() if k not in SCRIPTS[name].SMOKE}
     assert {k: stored[k] for k in kept if k not in ("epochs", "max_documents")} == {
         k: v for k, v in kept.items() if k not in ("epochs", "max_documents")
@@ -786,15 +801,15 @@ def test_runs_with_no_warm_up_and_with_nothing_else(name, warmup):
 
 
 def test_too_few_steps_say_nothing_of_what_is_usual():
-    assert runs.spike_limit([], 1.5) == runs.spike_limit([1.0] * 19, 1.5) == math.inf
-    assert runs.spike_limit([1.0] * 20, 1.5) < math.inf
+    assert spike_limit([], 1.5) == spike_limit([1.0] * 19, 1.5) == math.inf
+    assert spike_limit([1.0] * 20, 1.5) < math.inf
 
 
 @pytest.mark.parametrize("least", [1.25, 1.5])
 def test_a_constant_series_may_rise_by_what_is_usual_in_any_case(least):
     # exp and log are rounded
-    assert runs.spike_limit([2.0] * 30, least) == pytest.approx(2 * least, rel=1e-12)
-    assert runs.spike_limit([0.0] * 30, least) < 1e-20  # no logarithm of nothing
+    assert spike_limit([2.0] * 30, least) == pytest.approx(2 * least, rel=1e-12)
+    assert spike_limit([0.0] * 30, least) < 1e-20  # no logarithm of nothing
 
 
 def log_normal(n, deviation=0.3, seed=0):
@@ -803,19 +818,17 @@ def log_normal(n, deviation=0.3, seed=0):
 
 def test_a_log_normal_series_is_rarely_flagged_and_a_twentyfold_value_always():
     series = log_normal(3000)
-    limits = [runs.spike_limit(series[max(0, i - runs.BAND) : i], 1.5) for i in range(20, len(series))]
+    limits = [spike_limit(series[max(0, i - BAND) : i], 1.5) for i in range(20, len(series))]
     assert sum(value > limit for value, limit in zip(series[20:], limits, strict=True)) <= 3
     assert all(20 * statistics.median(series) > limit for limit in limits[80:])
-    assert runs.spike_limit(log_normal(100), 1.5) == pytest.approx(
-        math.exp(6 * 0.3), rel=0.4
-    )  # of 100 values
+    assert spike_limit(log_normal(100), 1.5) == pytest.approx(math.exp(6 * 0.3), rel=0.4)  # of 100 values
 
 
 def test_a_few_spikes_do_not_hide_the_next():
     series = log_normal(90)
     spiked = [*series, *[100.0, 1e6, 1e12, 50.0, 100.0, 1e3, 40.0, 80.0, 60.0, 70.0]]
-    assert runs.spike_limit(spiked, 1.5) < 20 * statistics.median(series)
-    assert runs.spike_limit(spiked, 1.5) < 1.6 * runs.spike_limit(series, 1.5)
+    assert spike_limit(spiked, 1.5) < 20 * statistics.median(series)
+    assert spike_limit(spiked, 1.5) < 1.6 * spike_limit(series, 1.5)
 
 
 def test_a_step_that_is_left_out_moves_nothing_and_the_next_one_does():
@@ -829,19 +842,19 @@ def test_a_step_that_is_left_out_moves_nothing_and_the_next_one_does():
         return core.optimizer_step(optimizer, precision, 0.1, 0.01, skip=skip)
 
     step(None)
-    before, moments = runs.weights_sha256(model), runs.state_sha256(flat(optimizer))
+    before, moments = core.weights_sha256(model), core.state_sha256(flat(optimizer))
 
     def leave_out(norm):
         seen.append((norm, math.hypot(*(float(p.grad.norm()) for p in model.parameters()))))
         return True
 
     norm = step(leave_out)
-    assert runs.weights_sha256(model) == before and runs.state_sha256(flat(optimizer)) == moments
+    assert core.weights_sha256(model) == before and core.state_sha256(flat(optimizer)) == moments
     # norms of norms, in fp32: the gradients are those before clipping to 0.1
     assert seen == [(norm, pytest.approx(norm, rel=1e-5))] and norm > 0.2
     assert all(p.grad is None for p in model.parameters())  # and are gone
     step(lambda norm: False)
-    assert runs.weights_sha256(model) != before
+    assert core.weights_sha256(model) != before
 
 
 def test_an_overflow_of_fp16_is_no_spike():
@@ -858,12 +871,12 @@ def test_an_overflow_of_fp16_is_no_spike():
             optimizer, precision, 1.0, 0.01, skip=lambda norm: calls.append(norm) or leaves_out
         )
 
-    start, scale = runs.weights_sha256(model), precision.scaler.get_scale()
+    start, scale = core.weights_sha256(model), precision.scaler.get_scale()
     assert step(True, False) == math.inf and calls == []
-    assert runs.weights_sha256(model) == start and precision.scaler.get_scale() == scale / 2
+    assert core.weights_sha256(model) == start and precision.scaler.get_scale() == scale / 2
     assert calls == [] and step(False, True) == calls[0] < math.inf
-    assert runs.weights_sha256(model) == start and precision.scaler.get_scale() == scale / 2
-    assert step(False, False) == calls[1] and runs.weights_sha256(model) != start
+    assert core.weights_sha256(model) == start and precision.scaler.get_scale() == scale / 2
+    assert step(False, False) == calls[1] and core.weights_sha256(model) != start
 
 
 def test_an_overflow_of_fp32_is_a_spike_before_it_is_an_error():
@@ -882,10 +895,10 @@ def watched(losses, norms, folder, skip_spikes) -> tuple[list[bool], list[str], 
     model.weight.grad, model.bias.grad = torch.ones(2, 2), torch.zeros(2)
     run = SimpleNamespace(world=World(), state={}, cfg=SimpleNamespace(skip_spikes=skip_spikes),
                           first_step=0, folder=folder, say=said.append)  # fmt: skip
-    run._note_spike = lambda *a: runs.Run._note_spike(run, *a)
+    run._note_spike = lambda *a: core.Run._note_spike(run, *a)
     steps = enumerate(zip(losses, norms, strict=True), start=1)
     left_out = [
-        runs.Run.watch(run, step, 7 * loss, 7, model, dict)(norm)  # the sum of 7 targets
+        core.Run.watch(run, step, 7 * loss, 7, model, dict)(norm)  # the sum of 7 targets
         for step, (loss, norm) in steps
     ]
     return left_out, said, run
@@ -951,8 +964,8 @@ def spike_at(monkeypatch):
             raise RuntimeError("crashed by the test")
         backward(loss * 60 if now[0] in plan["steps"] else loss, *rest)
 
-    monkeypatch.setattr(core, "reseed", reseeded)
-    monkeypatch.setattr(core, "scaled_backward", scaled)
+    monkeypatch.setattr(lab.train.batches, "reseed", reseeded)
+    monkeypatch.setattr(lab.train.loss, "scaled_backward", scaled)
     return lambda steps, crash=None: plan.update(steps=steps, crash=crash)
 
 
@@ -1090,7 +1103,7 @@ def assert_is_the_same_run(resumed, whole):
     assert result["test_checkpoints"] == expected["test_checkpoints"]
     assert evaluated_steps(folder) == evaluated_steps(other) == [0, 8, 16, 20]
     assert samples_of(folder) == samples_of(other)
-    once = list(itertools.product([0, 8, 16, 20], range(len(sft.PROMPTS))))
+    once = list(itertools.product([0, 8, 16, 20], range(len(PROMPTS))))
     assert [sample[:2] for sample in samples_of(folder)] == once
 
 
@@ -1116,17 +1129,17 @@ def test_an_evaluation_is_repeated_only_if_its_step_was_saved_before_it(
             sent.append(here)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def reported(run, step, *rest, original=sft.report_validation):
+    def reported(run, step, *rest, original=tuning.report_validation):
         seen.append(step)
         strike(step, "amid")
         original(run, step, *rest)
 
-    def sampled(run, cfg, step, *rest, original=sft.sample):
+    def sampled(run, cfg, step, *rest, original=lab.measure.answers.sample):
         original(run, cfg, step, *rest)
         strike(step, "behind")
 
-    monkeypatch.setattr(sft, "report_validation", reported)
-    monkeypatch.setattr(sft, "sample", sampled)
+    monkeypatch.setattr(tuning, "report_validation", reported)
+    monkeypatch.setattr(lab.measure.answers, "sample", sampled)
     stopped, _ = go(name, *argv, out="b")
     assert (stopped["status"], stopped["checkpoint"]) == ("stopped", "step_00000008")
     resumed = go(name, *argv, "--resume_timestamp", "auto", out="b")
@@ -1154,9 +1167,9 @@ def test_a_run_that_was_killed_before_it_knew_its_base_can_be_exported_in_the_en
     where = {"env": {"TOKEN_CACHE": os.environ["TOKEN_CACHE"]}}
     assert ranks.launch("run_lora", "--smoke", "--out", "out", *argv, kill=("caching", 1, 0), **where) == [-9]
     folder = ranks.newest()
-    assert runs.read_config(folder)["facts"] == {}
+    assert core.read_config(folder)["facts"] == {}
     result, again = go("run_lora", *argv, "--resume_timestamp", "auto")
-    facts = runs.read_config(folder)["facts"]
+    facts = core.read_config(folder)["facts"]
     assert again == folder and facts["base_sha256"] == result["base_sha256"]
     assert set(facts["fingerprint"]) == {"data", "tokenizer", "template"}
     run_lora.main(config("run_lora", "--mode", "export", "--run_folder", folder), World())
@@ -1169,12 +1182,12 @@ def test_other_validation_rows_or_another_plain_text_are_refused_by_a_resume(nam
     Path("plain").mkdir()
     for file, text in texts.items():
         Path("plain", file).write_text(text)
-    pieces = corpus.split_pieces(corpus.Corpus("plain", ""), core.BadRows())
+    pieces = split_pieces(core.Corpus("plain", ""), BadRows())
     held = [text for part, text, _ in pieces if part == "test"]
     argv = ["--data", toy_file(), *BARE, "--max_steps", 2, "--no-final_eval", "--eval_rows", 2]
     argv += ["--plain", "plain", "--plain_blocks", 9]
     _, folder = go(name, *argv)
-    assert len(held) > 1 and "plain" in runs.read_config(folder)["facts"]
+    assert len(held) > 1 and "plain" in core.read_config(folder)["facts"]
     flags = ["--smoke", "--out", "out", "--resume_timestamp", folder.name[:15], "--max_steps", 4]
     error = fails(name, [*flags, "--eval_rows", 3], monkeypatch, capfd)
     assert f"{folder} ran with --eval_rows 2, not 3: drop these flags, or start a new run" in error
@@ -1207,9 +1220,9 @@ def test_frozen_blocks_stand_still_and_the_others_move(head):
 
 def test_the_embedding_of_a_model_with_its_own_head_is_frozen_too(gpt2_folder):
     """Its own head may come with the model, not as a copy of the embedding."""
-    tokenizer = corpus.named_tokenizer(str(gpt2_folder))
+    tokenizer = tokenizers.named_tokenizer(str(gpt2_folder))
     untied = small_gpt(vocab_size=len(tokenizer), tie_head=False)
-    gpt_scratch.save_pretrained(untied, tokenizer, "untied")
+    core.save_pretrained(untied, tokenizer, "untied")
     argv = ["--model", "untied", "--no-tie_head", "--freeze_blocks", 1, "--max_length", 64]
     cfg = config("run_instruct", *argv)
     model = run_instruct.build_model(cfg, tokenizer, World())
@@ -1241,10 +1254,12 @@ def test_the_batch_does_not_matter_to_an_answer(tuned):
     cfg, model, tokenizer = run_instruct.load_model(tuned[1], World())
     data, parts = parts_of(cfg)
     prompts = [data.prompt(row) for row in parts["test"].rows[:9]]
-    together = sft.answers(model, tokenizer, prompts, 16, 9, World())
-    assert together == sft.answers(model, tokenizer, prompts, 16, 2, World())
-    assert together == [sft.answers(model, tokenizer, [ids], 16, 1, World())[0] for ids in prompts]
-    assert sft.answers(model, tokenizer, [], 16, 4, World()) == []
+    together = lab.measure.answers.answers(model, tokenizer, prompts, 16, 9, World())
+    assert together == lab.measure.answers.answers(model, tokenizer, prompts, 16, 2, World())
+    assert together == [
+        lab.measure.answers.answers(model, tokenizer, [ids], 16, 1, World())[0] for ids in prompts
+    ]
+    assert lab.measure.answers.answers(model, tokenizer, [], 16, 4, World()) == []
 
 
 def test_responses_are_the_test_rows_with_an_answer_each(tuned):
@@ -1252,16 +1267,16 @@ def test_responses_are_the_test_rows_with_an_answer_each(tuned):
     cfg, _, _ = run_instruct.load_model(folder, World())
     data, parts = parts_of(cfg)
     responses = json.loads((folder / "responses.json").read_text())
-    named = [dict(zip(sft.COLUMNS, data.texts[row], strict=True)) for row in parts["test"].rows]
-    assert [{k: row[k] for k in sft.COLUMNS} for row in responses] == named
-    assert {tuple(row) for row in responses} == {(*sft.COLUMNS, "model_response")}
-    right = [sft.first_word(row["model_response"]) == sft.first_word(row["output"]) for row in responses]
-    assert result["test/first_word"] == np.mean(right)
-    usual, times = Counter(sft.first_word(data.texts[row][2]) for row in parts["train"].rows).most_common(1)[
-        0
+    named = [
+        dict(zip(columns.INSTRUCTION_COLUMNS, data.texts[row], strict=True)) for row in parts["test"].rows
     ]
+    assert [{k: row[k] for k in columns.INSTRUCTION_COLUMNS} for row in responses] == named
+    assert {tuple(row) for row in responses} == {(*columns.INSTRUCTION_COLUMNS, "model_response")}
+    right = [first_word(row["model_response"]) == first_word(row["output"]) for row in responses]
+    assert result["test/first_word"] == np.mean(right)
+    usual, times = Counter(first_word(data.texts[row][2]) for row in parts["train"].rows).most_common(1)[0]
     assert times > 1
-    guess = np.mean([sft.first_word(row["output"]) == usual for row in responses])
+    guess = np.mean([first_word(row["output"]) == usual for row in responses])
     assert result["test/first_word_guess"] == guess
     assert result["test/empty_responses"] == 0
 
@@ -1305,7 +1320,7 @@ def test_empty_answers_are_counted_and_an_id_of_0_is_an_answer(tmp_path):
     run = SimpleNamespace(world=World(), folder=tmp_path, say=said.append, poll=lambda active=0: 0)
     cfg = toy_cfg("--max_new_tokens", 3, "--eval_batch", 3)
     parts = {"train": every(data), "test": every(data)}
-    figures = sft.write_responses(run, cfg, SimpleNamespace(data=data, parts=parts), model)
+    figures = write_responses(run, cfg, SimpleNamespace(data=data, parts=parts), model)
     answers = [row["model_response"] for row in json.loads((tmp_path / "responses.json").read_text())]
     assert answers == ["", "5 6 7", "0 1", ""]
     assert figures["test/empty_responses"] == 2 and figures["test/first_word"] == 0.5
@@ -1315,11 +1330,11 @@ def test_empty_answers_are_counted_and_an_id_of_0_is_an_answer(tmp_path):
 def test_rows_whose_answer_has_no_word_do_not_count_among_first_words():
     data = by_hand(*[([i], [7]) for i in range(5)])
     data.texts = [["q", "", text] for text in ("Yes, it is.", "...", "no", "YES!", "")]
-    s = SimpleNamespace(data=data, parts={"train": sft.Examples(data, np.array([0, 3, 2]), 9)})
+    s = SimpleNamespace(data=data, parts={"train": core.Examples(data, np.array([0, 3, 2]), 9)})
     run = SimpleNamespace(say=lambda line: None)
-    figures = sft.first_words(run, s, np.arange(5), ["yes", "...", "yes", "no", ""])
+    figures = first_words(run, s, np.arange(5), ["yes", "...", "yes", "no", ""])
     assert figures["test/first_word"] == 1 / 3 and figures["test/first_word_guess"] == 2 / 3
-    assert sft.first_words(run, s, np.array([1, 4]), ["", "word"]) == {}
+    assert first_words(run, s, np.array([1, 4]), ["", "word"]) == {}
 
 
 # questions
@@ -1332,9 +1347,9 @@ def test_a_run_answers_what_it_is_asked(fixture, request, monkeypatch, capfd):
     argv = ["--mode", "ask", "--run_folder", folder, "--max_new_tokens", 9]
     cfg, model, tokenizer = SCRIPTS[name].load_model(folder, World())
     questions = ["What does math.sin do?", "Explain os.path.join in a sentence."]
-    texts = [sft.prompt_text(question, "", cfg.template) for question in questions]
+    texts = [instructions.prompt_text(question, "", cfg.template) for question in questions]
     prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-    expected = [sft.answers(model, tokenizer, [ids], 9, 1, World())[0] for ids in prompts]
+    expected = [lab.measure.answers.answers(model, tokenizer, [ids], 9, 1, World())[0] for ids in prompts]
     capfd.readouterr()
     SCRIPTS[name].main(config(name, *argv, "--prompt", f" {questions[0]} "), World())
     assert capfd.readouterr().out == f"{expected[0]}\n" and expected[0]
@@ -1367,29 +1382,29 @@ def test_a_checkpoint_holds_adapters_only_and_the_base_is_named(adapted):
     result, folder = adapted
     cfg, model, _ = run_lora.load_model(folder, World())
     paths = list((folder / "checkpoints").glob("*/model.safetensors"))
-    wanted = {name: p.shape for name, p in lora.Adapters(model).named_parameters()}
+    wanted = {name: p.shape for name, p in core.Adapters(model).named_parameters()}
     assert len(paths) >= 2 and len(wanted) == 2 * 9
     for path in paths:
         held = safetensors.torch.load_file(path)
         assert {name: w.shape for name, w in held.items()} == wanted
         assert all(name.rpartition(".")[2] in "AB" for name in held)
-    fresh = lora.base_weights(initial_model("run_lora", cfg, _))
-    assert result["base_sha256"] == runs.state_sha256(fresh)
-    assert runs.read_config(folder)["facts"]["base_sha256"] == result["base_sha256"]
+    fresh = core.base_weights(initial_model("run_lora", cfg, _))
+    assert result["base_sha256"] == core.state_sha256(fresh)
+    assert core.read_config(folder)["facts"]["base_sha256"] == result["base_sha256"]
     assert result["trainable_parameters"] == sum(math.prod(shape) for shape in wanted.values())
     assert "the base is unchanged (checksum)" in (folder / "log.txt").read_text()
 
 
 def test_a_changed_base_is_refused_by_a_resume_and_by_load_model(gpt2_folder, monkeypatch, capfd):
-    base = gpt_scratch.load_pretrained(str(gpt2_folder))
-    tokenizer = corpus.named_tokenizer(str(gpt2_folder))
-    gpt_scratch.save_pretrained(base, tokenizer, "mine")
+    base = gpt_formats.load_pretrained(str(gpt2_folder))
+    tokenizer = tokenizers.named_tokenizer(str(gpt2_folder))
+    core.save_pretrained(base, tokenizer, "mine")
     argv = ["--max_steps", 2, "--no-final_eval"]
     _, folder = tune_folder("mine", *argv)
     before = (folder / "log.txt").read_text()
     with torch.no_grad():
         base.h[1].mlp.c_fc.bias[3] += 1e-3
-    gpt_scratch.save_pretrained(base, tokenizer, "mine")
+    core.save_pretrained(base, tokenizer, "mine")
     flags = ["--smoke", "--out", "out", "--resume_timestamp", folder.name[:15], "--max_steps", 4]
     error = fails("run_lora", flags, monkeypatch, capfd)
     assert "base_sha256 is not what out/" in error
@@ -1416,21 +1431,21 @@ def test_exported_adapters_are_the_run_to_peft_and_to_a_run_that_goes_on(gpt2_fo
     ids = parts["test"].batch(range(4), "cpu")[0]
     merged = GPT2LMHeadModel.from_pretrained(folder / "merged")
     theirs = peft.PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(gpt2_folder), folder / "peft")
-    ours = gpt_scratch.load_pretrained(str(folder / "merged")).eval()
+    ours = gpt_formats.load_pretrained(str(folder / "merged")).eval()
     with torch.no_grad():
         expected, base = model(ids), GPT2LMHeadModel.from_pretrained(gpt2_folder).eval()(ids).logits
         found = [merged.eval()(ids).logits, theirs.eval()(ids).logits, ours(ids)]
     for logits in found:  # fp32, another order of additions
         assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert (base - expected).abs().max() > 0.01 * expected.abs().max()
-    assert corpus.named_tokenizer(str(folder / "merged")).get_vocab() == tokenizer.get_vocab()
+    assert tokenizers.named_tokenizer(str(folder / "merged")).get_vocab() == tokenizer.get_vocab()
     # from here another run goes on: at its step 0 it is the exported one
     argv = ["--adapter", folder / "peft", "--max_steps", 0]
     again, other = tune_folder(gpt2_folder, *argv, out="again")
     assert again["test/loss"] == pytest.approx(result["test/loss"], rel=1e-6)  # alpha / rank, once more
     assert again["trainable_parameters"] == result["trainable_parameters"]
     stronger = max(
-        layer.multiplier for layer in lora.adapted(run_lora.load_model(other, World())[1]).values()
+        layer.multiplier for layer in core.adapted(run_lora.load_model(other, World())[1]).values()
     )
     assert stronger == pytest.approx(2, rel=1e-12)
     better, _ = tune_folder(gpt2_folder, "--adapter", folder / "peft", "--epochs", 3, out="better")
@@ -1467,7 +1482,7 @@ def test_adapters_that_a_run_began_with_may_go(gpt2_folder):
     assert kept == {path.name: path.read_bytes() for path in Path("mine").iterdir()}
     model = run_lora.load_model(folder, World())[1]
     shutil.rmtree("mine")
-    assert runs.weights_sha256(run_lora.load_model(folder, World())[1]) == runs.weights_sha256(model)
+    assert core.weights_sha256(run_lora.load_model(folder, World())[1]) == core.weights_sha256(model)
     assert exported(folder).keys() == exported(other).keys()
     resumed, _ = tune_folder(gpt2_folder, *argv, "--max_steps", 8, "--resume_timestamp", folder.name[:15])
     assert resumed["weights_sha256"] == whole["weights_sha256"]
@@ -1522,7 +1537,7 @@ def test_a_run_can_be_opened_and_measures_as_it_did(fixture, request):
     data, parts = parts_of(cfg)
     assert tokenizer.get_vocab() == data.tokenizer.get_vocab() and not model.training
     sums = SCRIPTS[name].evaluate(model, parts["test"], cfg, World())
-    m, _ = sft.measure("test", sums, parts["test"], parts["train"])
+    m, _ = tuning.measure("test", sums, parts["test"], parts["train"])
     assert {f"test/{k}": v for k, v in m.items()} == {k: result[k] for k in (f"test/{k}" for k in m)}
 
 
@@ -1577,8 +1592,8 @@ def test_an_untrained_run_knows_and_forgets_nothing(name):
     assert result["test/first_word"] < 0.1 and result["test/accuracy"] < 0.05
     assert result["plain/forgotten"] == 0 and result["plain/after"] == result["plain/before"]
     cfg = config(name, "--smoke", "--plain_blocks", 4)
-    tokenizer = sft.load_instructions(cfg, World()).tokenizer
-    blocks = sft.plain_blocks("python-docs", tokenizer, 128, 4)
+    tokenizer = core.load_instructions(cfg, World()).tokenizer
+    blocks = tuning.plain_blocks("python-docs", tokenizer, 128, 4)
     assert blocks.lengths.tolist() == [128] * 4
     model = initial_model(name, cfg, tokenizer)
     # np.average multiplies by the targets what was divided by them
@@ -1588,7 +1603,7 @@ def test_an_untrained_run_knows_and_forgets_nothing(name):
 def test_what_is_forgotten_is_the_difference_to_the_initial_model(tuned):
     result, folder = tuned
     cfg, model, tokenizer = run_instruct.load_model(folder, World())
-    blocks = sft.plain_blocks(cfg.plain, tokenizer, cfg.max_length, cfg.plain_blocks)
+    blocks = tuning.plain_blocks(cfg.plain, tokenizer, cfg.max_length, cfg.plain_blocks)
     losses = [loss_of(m, blocks, cfg) for m in (initial_model("run_instruct", cfg, tokenizer), model)]
     assert [result["plain/before"], result["plain/after"]] == pytest.approx(losses, rel=1e-12)
     low, high = result["plain/forgotten_interval"]
@@ -1596,17 +1611,19 @@ def test_what_is_forgotten_is_the_difference_to_the_initial_model(tuned):
 
 
 def test_a_plain_corpus_without_held_out_text_is_an_error(monkeypatch):
-    monkeypatch.setattr(corpus, "split_pieces", lambda *a: [("train", "text", True), ("val", "more", True)])
-    tokenizer = corpus.make_tokenizer("bytes", lambda: [])
+    monkeypatch.setattr(
+        lab.data.text, "split_pieces", lambda *a: [("train", "text", True), ("val", "more", True)]
+    )
+    tokenizer = core.make_tokenizer("bytes", lambda: [])
     with pytest.raises(UserError, match=r"^one.txt has no held-out document"):
-        sft.plain_blocks("one.txt", tokenizer, 16, 2)
+        tuning.plain_blocks("one.txt", tokenizer, 16, 2)
 
 
 def test_plain_text_is_the_held_out_documents_each_behind_an_end_token(monkeypatch):
     pieces = [("test", "abc", True), ("train", "zzz", True), ("test", "<|endoftext|>", True)]
-    monkeypatch.setattr(corpus, "split_pieces", lambda *a: pieces)
-    tokenizer = corpus.make_tokenizer("bytes", lambda: [])
-    blocks, end = sft.plain_blocks("text", tokenizer, 6, 9), tokenizer.eos_token_id
+    monkeypatch.setattr(lab.data.text, "split_pieces", lambda *a: pieces)
+    tokenizer = core.make_tokenizer("bytes", lambda: [])
+    blocks, end = tuning.plain_blocks("text", tokenizer, 6, 9), tokenizer.eos_token_id
     ids = blocks.tokens.tolist()
     assert tokenizer.decode(ids) == "<|endoftext|>abc<|endoftext|><|endoftext|>"
     assert [i for i, token in enumerate(ids) if token == end] == [0, 4] and len(ids) == 18  # letters follow
@@ -1689,9 +1706,9 @@ def test_a_tiny_model_too_has_no_more_positions_than_it_has(monkeypatch, capfd):
 
 
 def test_the_built_in_rows_are_many_distinct_and_the_same_each_time():
-    rows = sft.python_instructions()
-    assert rows == sft.python_instructions() and rows != sft.python_instructions(seed=1)
-    assert len(rows) >= 600 and all(list(row) == list(sft.COLUMNS) for row in rows)
+    rows = builtin.python_instructions()
+    assert rows == builtin.python_instructions() and rows != builtin.python_instructions(seed=1)
+    assert len(rows) >= 600 and all(list(row) == list(columns.INSTRUCTION_COLUMNS) for row in rows)
     prompts = Counter((row["instruction"], row["input"]) for row in rows)
     assert len(prompts) == len(rows)
     functions = {}  # answered by each first word
@@ -1703,7 +1720,7 @@ def test_the_built_in_rows_are_many_distinct_and_the_same_each_time():
     assert 6 * sum(map(len, functions.values())) == len(rows)  # each in six wordings
     assert sum(row["input"] != "" for row in rows) == len(rows) / 2
     for row in rows:
-        assert sft.parse(row) == list(row.values())
+        assert instructions.parse(row) == list(row.values())
 
 
 # what is said
@@ -1717,7 +1734,7 @@ def reports(losses, every_steps=10, steps_per_epoch=40) -> list[list[str]]:
         run.say = lines.append
         val = {"loss": loss, "perplexity": math.exp(loss), "accuracy": 0.5}
         val |= {"loss_interval": [loss - 0.1, loss + 0.1], "accuracy_interval": [0.4, 0.6]}
-        sft.report_validation(run, number * every_steps, val, "epoch", False, steps_per_epoch)
+        tuning.report_validation(run, number * every_steps, val, "epoch", False, steps_per_epoch)
         said.append(lines)
     return said
 
@@ -1738,20 +1755,20 @@ def test_overfitting_is_called_half_an_epoch_behind_the_lowest_loss_and_not_befo
 def test_the_run_begins_with_the_journals_table():
     with torch.device("meta"):
         shape = {"n_layer": 24, "n_head": 16, "n_embd": 1024, "tie_head": False}
-        model = gpt_scratch.GPT(gpt_scratch.GPTConfig(50257, **shape))
+        model = core.GPT(core.GPTConfig(50257, **shape))
     said = []
     run = SimpleNamespace(say=said.append, begin=lambda: said.append("begins"))
     data, cfg = random_rows(23), config("run_instruct", "--preset", "run_1", "--batch", 4)
     parts = {"train": every(data, 64), "test": range(5), "val": range(3)}
     s = SimpleNamespace(data=data, parts=parts, units=parts["train"], lines=["a line"])
-    sft.announce(run, cfg, s, model)
+    core.announce(run, cfg, s, model)
     assert said[0] == "model gpt2-medium  406.3M parameters, 406.3M trainable   train 23  test 5  val 3"
     assert said[1:3] == ["begins", "parameters 406,286,336  1549.86 MB in fp32  trainable 406,286,336"]
     assert "a line" in said and said[-1].startswith("each epoch leaves out 3 of 23 rows")
 
 
 def test_the_loss_is_shown_as_it_masks():
-    shown = sft.describe_example(every(by_hand(([1, 2, 3], [4, 5]))))
+    shown = core.describe_example(every(by_hand(([1, 2, 3], [4, 5]))))
     assert shown.splitlines() == [
         "the loss sees row 1: 3 targets, 3 tokens masked; padding is masked",
         "  masked:  1 2 3",

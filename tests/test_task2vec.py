@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import gpt_scratch
-import task2vec
-from core import UserError
-from gpt_scratch import GPT, GPTConfig
-from task2vec import Batch, Sequences
+import core
+from core import GPT, GPTConfig, UserError
+from lab.measure import task2vec
+from lab.measure.task2vec import Batch, Sequences
+from lab.models import gpt_formats
 
 V, T, END = 40, 12, 39
 LLAMA = {
@@ -50,7 +50,7 @@ def twins(tied=True):
         nn.init.normal_(weight, std=0.3)
     config = GPTConfig(V, T, 2, 2, 16, tie_head=tied)
     weights = {name: weight.clone() for name, weight in theirs.state_dict().items()}
-    return theirs, gpt_scratch.with_weights(config, gpt_scratch.from_theirs(weights, config, "gpt2")).eval()
+    return theirs, core.with_weights(config, gpt_formats.from_theirs(weights, config, "gpt2")).eval()
 
 
 def text(n=19, seed=1, vocab_size=V, length=T) -> Batch:

@@ -21,8 +21,8 @@ from conftest import PROJECT
 from ranks import launch, newest, result, run
 from test_laws import AUTO, DIVERSE, MATHQA, SHORT, same_outcome, straight  # noqa: F401 (a fixture)
 
-import runs
 from core import World
+from lab.run import signals, stored
 
 HUP, TERM, INT = signal.SIGHUP, signal.SIGTERM, signal.SIGINT
 HOW = {  # what comes beside the kernel's HUP, and how many seconds after it
@@ -136,7 +136,7 @@ def test_a_second_hangup_amid_the_last_writes_loses_nothing(place, again, straig
 )
 def test_which_second_signal_is_somebody_who_will_not_wait(first, second, seconds, torchrun, forces):
     names = signal.Signals(first).name, signal.Signals(second).name
-    assert runs.forces_exit(names[0], 0.0, names[1], seconds, World(size=1 + torchrun)) is forces
+    assert signals.forces_exit(names[0], 0.0, names[1], seconds, World(size=1 + torchrun)) is forces
 
 
 # next: names only what is accepted
@@ -188,7 +188,7 @@ def test_a_terminal_closed_in_a_study_ends_the_whole_program(script, flags):
     assert launch(script, "--out", "out", *flags, closed=("step", 8, (HUP,), 0)) == [-HUP]
     assert result()["status"] == "stopped"
     assert launch(script, "--out", "out", *flags) == [0], Path("out.txt").read_text()
-    statuses = {runs.status_of(path.parent) for path in Path("out").glob("*/config.json")}
+    statuses = {stored.status_of(path.parent) for path in Path("out").glob("*/config.json")}
     assert statuses == {"finished"}
 
 

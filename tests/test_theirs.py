@@ -8,11 +8,10 @@ import torch
 import transformers
 
 import core
-import corpus
 import eval as script
-import sft
-import theirs
 from core import UserError, World
+from lab.measure import answers
+from lab.models import pretrained
 
 TEXT = "The cat sat on the mat. The dog ate the bone. A bird sang in the tree. " * 3
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -25,7 +24,7 @@ KINDS = {  # shared keys, biases of queries, parallel blocks: what gpt_scratch.G
 
 def make(kind, folder="model", **extra):
     torch.manual_seed(0)
-    tokenizer = corpus.make_tokenizer("bpe:300", lambda: [TEXT])
+    tokenizer = core.make_tokenizer("bpe:300", lambda: [TEXT])
     make_config, shape = KINDS[kind]
     sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "initializer_range": 0.3}
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
@@ -59,10 +58,10 @@ def test_answers_are_the_greedy_ones_whatever_the_model_brings_along(kind):
     model, tokenizer = make(kind)
     settings = transformers.GenerationConfig(do_sample=True, temperature=3.0, repetition_penalty=5.0)
     settings.save_pretrained("model")
-    ours, _ = theirs.open_plain("model")
+    ours, _ = pretrained.open_any("model")
     prompts = [tokenizer(text).input_ids for text in ("The cat", "A bird sang in", "dog")]
     polls = []
-    texts = sft.answers(ours, tokenizer, prompts, 6, 3, World(), lambda active: polls.append(active) or 0)
+    texts = answers.answers(ours, tokenizer, prompts, 6, 3, World(), lambda active: polls.append(active) or 0)
     for ids, text in zip(prompts, texts, strict=True):  # one by one, without padding
         row = torch.tensor([ids])
         for _ in range(6):
@@ -77,8 +76,8 @@ def test_answers_are_the_greedy_ones_whatever_the_model_brings_along(kind):
 def test_what_is_known_to_gpt_scratch_is_opened_by_it_and_other_things_are_refused():
     config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=32, vocab_size=300)
     transformers.GPT2LMHeadModel(config).save_pretrained("gpt2")
-    corpus.make_tokenizer("bpe:300", lambda: [TEXT]).save_pretrained("gpt2")
-    assert not isinstance(theirs.open_plain("gpt2")[0], theirs.Theirs)
+    core.make_tokenizer("bpe:300", lambda: [TEXT]).save_pretrained("gpt2")
+    assert not isinstance(pretrained.open_any("gpt2")[0], pretrained.OtherModel)
     make("llama", "capped")
     config = json.loads(Path("capped/config.json").read_text())
     small = {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 1.0}
@@ -86,4 +85,4 @@ def test_what_is_known_to_gpt_scratch_is_opened_by_it_and_other_things_are_refus
     torch.manual_seed(0)
     transformers.Gemma2ForCausalLM(gemma).save_pretrained("capped")
     with pytest.raises(UserError, match=r"gemma2. scales or caps its logits"):
-        theirs.open_plain("capped")
+        pretrained.open_any("capped")

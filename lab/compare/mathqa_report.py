@@ -1,0 +1,171 @@
+"""What a study of ways to fine-tune found, as tables and plain sentences."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from lab.compare import facts
+from lab.compare.difference import difference, mean, verdict
+from lab.compare.rows import Rows, read_lines, shared_rows
+from lab.compare.tables import markdown
+from lab.measure.statistics import plus_minus
+
+RATES = "Each arm has the rate it was given: which one suits it, several arms of one method can tell."
+
+
+def read(folder, name):
+    return json.loads((Path(folder) / name).read_text(encoding="utf-8"))
+
+
+def length(folder) -> dict:
+    """Steps and seconds of training of a run: what other arms get, too."""
+    result = read(folder, "result.json")
+    return {"steps": result["steps"], "seconds": result["train_seconds"]}
+
+
+def shared(folders) -> list[Rows]:
+    """Loss and answers of several runs on the rows that they share."""
+    rows = shared_rows([facts.read(folder) for folder in folders])
+    return [one for one in rows if one.name in ("loss", "answers")]
+
+
+def shuffled_rows(folders) -> Rows:
+    """Whether each problem was answered rightly behind another one's: the control."""
+    found = [read_lines(facts.read(folder), "answers.jsonl") for folder in folders]
+    right = np.array([[float(line["right_shuffled"]) for line in of_run] for of_run in found])
+    return Rows("shuffled", right, np.ones(right.shape[1]), np.array([x["group"] for x in found[0]]))
+
+
+def heading(found) -> str:
+    """What was studied, and what the columns mean."""
+    folder = next(iter(next(iter(found.values())).values()))[0]
+    config, result = read(folder, "config.json"), read(folder, "result.json")
+    part = "test" if "test/loss" in result else "val"
+    c, usual = config["constants"], result[f"{part}/letter"]
+    rows = f"{result[f'{part}/rows']} {part} rows of {c['data']}"
+    lines = [
+        f"{rows}; a model of {result['parameters']:,} parameters, begun with {c['init_from']}",
+        f"answers: the likeliest of five options is right; by chance 0.200, always {usual} "
+        f"{result[f'{part}/letter_accuracy']:.3f}",
+        "per token: the same by likelihood per token; shuffled: behind another row's problem",
+        "forgotten: nats per token more on held-out text of the pretraining",
+    ]
+    alarms = [name for arms in found.values() for name, of in arms.items() if any(
+        read(folder, "result.json").get("alarm") for folder in of)]  # fmt: skip
+    if alarms:
+        lines.append(
+            f"NOT LEARNING in some run (its result.json says how): {', '.join(dict.fromkeys(alarms))}"
+        )
+    return "\n".join(lines)
+
+
+def report(found, small, cfg) -> tuple[str, dict]:
+    """Markdown and figures. found: budget -> arm -> run folders, one a seed; small: arm -> quantise_run's."""
+    parts, figures = [heading(found)], {}
+    seeds = f"{cfg.seeds} seeds" if cfg.seeds > 1 else "one seed"
+    for budget, arms in found.items():
+        title = f"equal {budget}" if budget in ("steps", "time") else budget
+        said = "95 % over problems and seeds" if cfg.seeds > 1 else "95 % over problems, one seed"
+        parts.append(f"**{title}** ({said}; s: of training; MB: gradients and optimizer)\n\n{table(arms)}")
+        told, figures[budget] = verdicts(arms)
+        parts.append("\n".join(told))
+    if (count := sum(map(len, figures.values()))) > 2:
+        parts.append(f"{count} comparisons: of 20 between equals one looks like a difference.\n{RATES}")
+    if small:
+        parts.append(f"**int4** (means over {seeds})\n\n{quantised_table(small)}")
+        parts.append("\n".join(small_verdicts(small)))
+    return "\n\n".join(parts), figures
+
+
+def table(arms) -> str:
+    """One line an arm: what it learnt, what it forgot, what it cost."""
+    cells = {}
+    for arm, folders in arms.items():
+        of_arm = [read(folder, "result.json") for folder in folders]
+        every, part = list(range(len(folders))), "test" if "test/loss" in of_arm[0] else "val"
+        row = {"arm": arm}
+        for rows, digits in zip(shared(folders), (4, 3), strict=True):
+            one = mean(rows, every)
+            row[rows.name] = plus_minus(one["mean"], one["interval"], digits)
+        row["per token"] = f"{over(of_arm, f'{part}/answer_accuracy_per_token'):.3f}"
+        one = mean(shuffled_rows(folders), every)
+        row["shuffled"] = plus_minus(one["mean"], one["interval"])
+        forgotten = over(of_arm, "plain/forgotten")
+        row["forgotten"] = "" if forgotten is None else f"{forgotten:+.4f}"
+        row["trained"] = f"{of_arm[0]['trainable_parameters']:,}"
+        row["steps"] = f"{over(of_arm, 'steps'):.0f}"
+        row["s"] = f"{over(of_arm, 'train_seconds'):.1f}"
+        rate = over(of_arm, "tokens_per_second")
+        row["tokens/s"] = "" if rate is None else f"{rate:.0f}"
+        row["MB"] = f"{over(of_arm, 'state_mb'):.2f}"
+        # on a CPU that of the process: all runs so far
+        on_cpu = read(folders[0], "config.json")["device"].startswith("cpu")
+        row["peak MB"] = "" if on_cpu else f"{over(of_arm, 'peak_memory_mb'):.0f}"
+        for name, cell in row.items():
+            cells.setdefault(name, []).append(cell)
+    return markdown({name: column for name, column in cells.items() if any(column)})
+
+
+def over(of_arm, name) -> float | None:
+    """The mean of a figure over runs; None where one lacks it."""
+    values = [result.get(name) for result in of_arm]
+    return None if None in values else float(np.mean(values))
+
+
+def verdicts(arms) -> tuple[list[str], list[dict]]:
+    """Each arm against the first, in loss and in answers: told apart, or noise?"""
+    told, found = [], []
+    first, *others = arms
+    for arm in others:
+        folders = [*arms[arm], *arms[first]]
+        n = len(arms[arm])
+        for rows in shared(folders):
+            one = difference(rows, list(range(n)), list(range(n, len(folders))))
+            found.append({"arm": arm, "against": first, "figure": rows.name, **one})
+            told.append(f"{arm} - {first}  {verdict(one, rows.name, (arm, first))}")
+    return told, found
+
+
+def quantised_table(small) -> str:
+    """A line for the float weights and the int4 ones of each arm's runs."""
+    cells = {}
+    for arm, of_arm in small.items():
+        for kind in ("float", "int4"):
+            how = f"int4 by {of_arm[0]['group']}" + (
+                ", trained for it" if of_arm[0]["trained_for_it"] else ""
+            )
+            figures = [one[kind] for one in of_arm]
+            part = "test" if "test/loss" in figures[0] else "val"
+            row = {"run": arm, "weights": how if kind == "int4" else "float"}
+            row["loss"] = f"{over(figures, f'{part}/loss'):.4f}"
+            answers = over(figures, f"{part}/answer_accuracy")
+            row["answers"] = "" if answers is None else f"{answers:.3f}"
+            row["MB"] = f"{over(figures, 'mb'):.2f}"
+            row["tokens/s"] = f"{over(figures, 'tokens_per_second'):.0f}"
+            for name, cell in row.items():
+                cells.setdefault(name, []).append(cell)
+    return markdown({name: column for name, column in cells.items() if any(column)})
+
+
+def paired_rows(whole, small) -> dict:
+    """What two measures of the same rows said, for small_verdicts; each is [lines of losses, of answers]."""
+    found = {"group": [line["group"] for line in whole[0]], "targets": [line["targets"] for line in whole[0]]}
+    found["loss"] = [[line["nats"] for line in losses] for losses, _ in (whole, small)]
+    found["answers"] = [[float(line["right"]) for line in answers] for _, answers in (whole, small)]
+    return found
+
+
+def small_verdicts(small) -> list[str]:
+    """For each arm: does int4 differ from float? Over all of its runs."""
+    told = []
+    for arm, of_arm in small.items():
+        group, seeds = np.array(of_arm[0]["rows"]["group"]), range(len(of_arm))
+        for name in ("loss", "answers"):
+            sums = np.array([run["rows"][name][i] for i in (0, 1) for run in of_arm])
+            if not sums.size:
+                continue  # a text has no answers
+            weights = np.array(of_arm[0]["rows"]["targets"], float) if name == "loss" else np.ones(len(group))
+            one = difference(Rows(name, sums, weights, group), [len(of_arm) + i for i in seeds], list(seeds))
+            told.append(f"{arm}, int4 - float  {verdict(one, name, ('int4', 'float'))}")
+    return told

@@ -1,0 +1,145 @@
+"""Measures a language model on other data than its own: text in sliding windows, or rows of instructions."""
+
+import hashlib
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from lab.data.blocks import Windows, stretches
+from lab.data.builtin import BUILT_IN
+from lab.data.cache import BadRows, cache_root, read_texts
+from lab.data.instructions import Examples, load_instructions
+from lab.data.tables import require_columns, stream_rows
+from lab.data.text import Corpus, documents, pieces, text_files, text_fingerprint
+from lab.data.tokenizers import token_bytes, tokenizer_fingerprint
+from lab.errors import UserError
+from lab.measure.language import evaluate, loss_lines
+from lab.measure.statistics import language_metrics
+from lab.measure.tuning import spelt_bytes
+from lab.run.files import whole_folder, write_json
+from lab.train.processes import on_main, progress
+
+AS_TEXT = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+
+
+@dataclass
+class Measured:
+    """What a set of data gave."""
+
+    metrics: dict  # of core.language_metrics, or a report card
+    lines: list[str]  # what to tell the user
+    file: tuple[str, list[dict]]  # name and lines of the .jsonl by which --compare pairs rows
+    fingerprint: str  # of the data
+    constants: dict  # what it depends on, beside model and data
+
+
+def kind_of(data, text_column) -> str:
+    """text, or rows of instructions; UserError for a table that is neither."""
+    if data == "python-instructions":
+        return "rows"
+    if data in BUILT_IN or text_files(data):
+        return "text"
+    first = next(iter(stream_rows(data, streaming=True)), None)
+    columns = first.keys() if isinstance(first, dict) else set()
+    if {"instruction", "output"} <= columns or text_column in columns:
+        return "rows" if "instruction" in columns else "text"
+    where = f"{data} (or a column {text_column!r} of texts)"
+    require_columns([] if first is None else [first], ("instruction", "output"), where)
+    raise UserError(f"{data} cannot be measured: use text, or rows with instruction and output")
+
+
+def documents_of(source, tokenizer, world) -> tuple[list[np.ndarray], dict]:
+    """(ids of each document, begin and end token included; facts of the cache), tokenised by rank 0, kept in
+    the cache and mapped into memory by every rank."""
+
+    def build() -> str:
+        words, fingerprint = tokenizer_fingerprint(tokenizer), text_fingerprint(source)
+        key = json.dumps([1, fingerprint, words, source.data, source.text_column, source.max_documents])
+        folder = cache_root() / f"measured_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        if not (folder / "meta.json").exists():
+            write_documents(folder, source, tokenizer, fingerprint)
+        return str(folder)
+
+    folder = Path(on_main(world, build))
+    tokens, offsets = read_texts(folder, "uint32")
+    documents = [tokens[start:end] for start, end in itertools.pairwise(offsets)]
+    return documents, json.loads((folder / "meta.json").read_text())
+
+
+def write_documents(folder, source, tokenizer, fingerprint):
+    """tokens.bin and offsets.npy as core.read_texts takes them; meta.json: fingerprint, bytes, lines."""
+    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    bad, offsets, size = BadRows(), [0], 0
+    with whole_folder(folder) as aside, progress(None, "tokenising") as bar:
+        with open(aside / "tokens.bin", "wb") as file:
+            for opens in documents(source, bad):
+                ids = [begin]
+                with opens() as stream:
+                    for text in pieces(stream):
+                        ids += tokenizer(text, **AS_TEXT).input_ids
+                        size += len(text.encode())
+                ids.append(tokenizer.eos_token_id)
+                file.write(np.asarray(ids, dtype=np.uint32).tobytes())
+                offsets.append(offsets[-1] + len(ids))
+                bar.update()
+        if not size:
+            column = f"a table with a column {source.text_column!r}"
+            raise UserError(f"{source.data} holds no text: use text files, or {column}")
+        np.save(aside / "offsets.npy", np.array(offsets, dtype=np.int64))
+        total = len(offsets) - 1 + len(bad.rows)
+        lines = bad.report(total, source.data) if bad.rows else []
+        write_json(aside / "meta.json", {"fingerprint": fingerprint, "bytes": size, "lines": lines})
+
+
+def measure_text(data, stored, model, tokenizer, cfg, world, poll) -> Measured:
+    """Text by sliding windows; rows of losses.jsonl are windows, intervals redraw documents or stretches."""
+    most = model.config.block_size
+    context = cfg.context or most
+    stride = cfg.stride or max(1, context // 2)
+    if context > most:
+        raise UserError(f"--context {context} is over the {most} positions of the model")
+    if stride > context:
+        raise UserError(f"--stride {stride} is over the {context} tokens of a window: use half of them")
+    source = Corpus(data, "", cfg.text_column, cfg.max_documents)
+    documents, facts = documents_of(source, tokenizer, world)
+    windows, sizes = Windows(documents, context, stride), token_bytes(tokenizer)
+    sums = evaluate(model, windows, stored, world, poll)
+    spelt = np.array([sizes[ids].sum() for ids in windows.wanted()])
+    groups = stretches(len(windows))
+    if len(documents) >= 100:
+        groups = np.array([number for number, *_ in windows.windows])
+    counts = f"{len(documents)} documents, {int(sums[:, 2].sum()):,} targets"
+    lines = [*facts["lines"], f"{counts}, windows of {context}, stride {stride}"]
+    if abs(spelt.sum() - facts["bytes"]) > 1e-3 * facts["bytes"]:
+        both = f"the tokens spell {spelt.sum():,} bytes, the text has {facts['bytes']:,}"
+        lines.append(f"{both}: bits are per byte spelt")
+    file = "losses.jsonl", loss_lines("test", np.arange(len(windows)), groups, sums, spelt)
+    constants = {"text_column": cfg.text_column, "context": context, "stride": stride}
+    metrics = language_metrics(sums, groups, byte_counts=spelt)
+    return Measured(metrics, lines, file, facts["fingerprint"], constants)
+
+
+def measure_rows(data, stored, model, tokenizer, cfg, world, poll) -> Measured:
+    """Answers of instruction rows as targets, under the template and the length that the model was taught."""
+    shape = {"template": cfg.template, "max_length": min(cfg.max_length, model.config.block_size)}
+    shape = {name: getattr(stored, name, value) for name, value in shape.items()}
+    asked = SimpleNamespace(data=data, model="", max_documents=cfg.max_documents, **shape)
+    rows = load_instructions(asked, world, tokenizer)
+    whole, most = rows.prompt_lengths + rows.answer_lengths + 1, shape["max_length"]
+    fits = np.flatnonzero(rows.prompt_lengths < np.minimum(whole, most))
+    if not len(fits):
+        raise UserError(f"the prompts of all {len(rows)} rows fill {most} tokens: use a model with more")
+    examples, lines = Examples(rows, fits, most), list(rows.lines)
+    if cut := int((whole[fits] > most).sum()):
+        lines.append(f"{cut} row(s) are cut at {most} tokens: they lose the end of the answer")
+    if left := len(rows) - len(fits):
+        lines.append(f"{left} row(s) are left out: their prompts alone fill {most} tokens")
+    sums = evaluate(model, examples, stored, world, poll)
+    spelt, groups = spelt_bytes(examples), rows.groups[fits]
+    file = "losses.jsonl", loss_lines("test", rows.numbers[fits], groups, sums, spelt)
+    metrics = language_metrics(sums, groups, byte_counts=spelt)
+    return Measured(metrics, lines, file, rows.fingerprint["data"], shape)

@@ -1,0 +1,204 @@
+"""The held-out rows that runs share, from losses.jsonl, predictions.jsonl, judged.json, and a loss, verdict
+or grade of each run on each row."""
+
+import json
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from lab.compare.responses import numbered
+from lab.errors import UserError
+
+
+@dataclass
+class Rows:
+    """What several runs said of the same rows: sums (runs, rows) of a figure whose mean is by `weights`."""
+
+    name: str  # of the figure
+    sums: np.ndarray  # (runs, rows)
+    weights: np.ndarray  # (rows,)
+    groups: np.ndarray  # (rows,)
+    note: str = ""  # what was left out, or how rows were made
+
+    def __len__(self):
+        return len(self.weights)
+
+
+def shared_rows(all_facts) -> list[Rows]:
+    """Loss and accuracy of each run on the rows that all have in common, loss first."""
+    kinds = {kind_of(facts) for facts in all_facts}
+    if len(kinds) > 1:
+        raise UserError(f"these runs answer different questions: {' and '.join(sorted(kinds))}")
+    rows = {"preference": _verdicts, "text": _text_rows, "rows": _losses}[kinds.pop()](all_facts)
+    return [*rows, *answer_rows(all_facts)]
+
+
+def answer_rows(all_facts) -> list[Rows]:
+    """Whether each multiple-choice problem was answered rightly, where all runs say it."""
+    if not all((facts.folder / "answers.jsonl").exists() for facts in all_facts):
+        return []
+    by_key = [numbered(read_lines(facts, "answers.jsonl")) for facts in all_facts]
+    keys, note = _in_common(by_key)
+    right = np.array([[float(of_run[key]["right"]) for key in keys] for of_run in by_key])
+    return [Rows("answers", right, np.ones(len(keys)), np.array([group for group, _ in keys]), note)]
+
+
+def kind_of(facts) -> str:
+    """preference, text or rows; of a folder that eval.py made it is noted there."""
+    kinds = {"run_preference": "preference", "gpt_scratch": "text", "run_pretrain_diversity": "text"}
+    if facts.config["script"] == "run_mathqa" and facts.constant("mode") == "pretrain":
+        return "text"
+    return facts.config.get("kind") or kinds.get(facts.config["script"], "rows")
+
+
+NEEDED = {
+    "losses.jsonl": {"part", "group", "nats", "hits", "targets", "bytes"},
+    "answers.jsonl": {"group", "right"},
+    "predictions.jsonl": {"id", "row", "group", "split", "label", "A", "B", "tie"},
+}
+
+
+def read_lines(facts, name) -> list[dict]:
+    """Of a .jsonl file in a run folder; UserError says how to get it."""
+    path = facts.folder / name
+    if not path.exists():
+        raise UserError(f"{path} is missing: python eval.py --run {facts.folder} measures the run again")
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not all(NEEDED[name] <= line.keys() for line in lines):
+            raise ValueError
+        return lines
+    except (ValueError, AttributeError):
+        again = f"python eval.py --run {facts.folder} writes it anew"
+        raise UserError(f"{path} is damaged: {again}") from None
+
+
+def read_losses(all_facts) -> list[list[dict]]:
+    """losses.jsonl of each run; UserError where one holds test rows and another validation rows."""
+    lines = [read_lines(facts, "losses.jsonl") for facts in all_facts]
+    if len(parts := {line["part"] for of_run in lines for line in of_run}) > 1:
+        raise UserError(
+            f"the runs were measured on different parts ({', '.join(sorted(parts))}): final_eval?"
+        )
+    return lines
+
+
+def _in_common(by_key) -> tuple[list, str]:
+    """Keys that all runs have, and a note on how many some run lacks."""
+    common = set(by_key[0]).intersection(*by_key[1:])
+    if not common:
+        raise UserError("no held-out row in common: compare runs of one data set and split")
+    every = set().union(*by_key)
+    note = (
+        f"{len(every) - len(common)} rows that not all have are left out" if len(every) > len(common) else ""
+    )
+    return [key for key in by_key[0] if key in common], note
+
+
+def _verdicts(all_facts) -> list[Rows]:
+    """Of predictions.jsonl: log loss and accuracy, by prompt."""
+    by_key = []
+    for facts in all_facts:
+        lines = read_lines(facts, "predictions.jsonl")
+        part = "test" if any(line["split"] == "test" for line in lines) else "val"
+        by_key.append({(line["id"], line["row"], line["group"], part): line
+                       for line in lines if line["split"] == part})  # fmt: skip
+    keys, note = _in_common(by_key)
+    names = ("A", "B", "tie")
+    loss = [[-math.log(max(of_run[k][of_run[k]["label"]], 1e-15)) for k in keys] for of_run in by_key]
+    right = [[max(names, key=of_run[k].get) == of_run[k]["label"] for k in keys] for of_run in by_key]
+    groups, ones = np.array([key[2] for key in keys]), np.ones(len(keys))
+    figures = {"log loss": loss, "accuracy": right}
+    return [Rows(name, np.array(sums, dtype=float), ones, groups, note) for name, sums in figures.items()]
+
+
+def _losses(all_facts) -> list[Rows]:
+    """Of losses.jsonl, rows of instructions: by target token, or by byte where tokens differ."""
+    by_key = [numbered(of_run) for of_run in read_losses(all_facts)]
+    keys, note = _in_common(by_key)
+    same = [key for key in keys if len({of_run[key]["bytes"] for of_run in by_key}) == 1]
+    if not same:
+        raise UserError("the losses count other targets in each run (loss_on_prompt?): measure by --data")
+    if len(same) < len(keys):
+        cut = f"{len(keys) - len(same)} rows that are cut differently are left out"
+        note = "; ".join(filter(None, [note, cut]))
+    groups = np.array([group for group, _ in same])
+    return _per_target([[of_run[key] for key in same] for of_run in by_key], groups, note)
+
+
+def _per_target(lines, groups, note) -> list[Rows]:
+    """`lines`: for each run those of the same rows."""
+    nats, hits, targets, sizes = (
+        np.array([[line[name] for line in of_run] for of_run in lines], dtype=float)
+        for name in ("nats", "hits", "targets", "bytes")
+    )
+    if (targets == targets[0]).all():
+        return [
+            Rows("loss", nats, targets[0], groups, note),
+            Rows("accuracy", hits, targets[0], groups, note),
+        ]
+    note = "; ".join(filter(None, [note, "tokenizers differ: bits per byte"]))
+    return [Rows("bits per byte", nats / math.log(2), sizes[0], groups, note)]
+
+
+SAME_TEXT = (
+    *("max_documents", "text_documents", "text_tokens", "text_column", "val_share", "test_share"),
+    "split_seed",
+)
+
+
+def _text_rows(all_facts) -> list[Rows]:
+    """Of losses.jsonl, blocks of a text: block by block, or by stretches of bytes where blocks differ."""
+    texts = {
+        json.dumps([facts.config["facts"]["fingerprint"]["data"], *(facts.constant(n) for n in SAME_TEXT
+                    if (facts.config["script"], n) != ("run_mathqa", "max_documents"))])  # there of problems
+        for facts in all_facts
+    }  # fmt: skip
+    if len(texts) > 1:
+        raise UserError("these runs were tested on different text: compare runs of one data set and split")
+    lines = read_losses(all_facts)
+    shapes = {tuple((line["targets"], line["bytes"]) for line in of_run) for of_run in lines}
+    if len(shapes) == 1:
+        return _per_target(lines, np.array([line["group"] for line in lines[0]]), "")
+    sizes = [sum(line["bytes"] for line in of_run) for of_run in lines]
+    if max(sizes) - min(sizes) > 0.01 * max(sizes):
+        raise UserError(f"the tokens spell {min(sizes)} and {max(sizes)} bytes of the text: not comparable")
+    edges = np.linspace(0, 1, 1 + min(100, *map(len, lines)))
+    cuts = [_cut(of_run, edges) * max(sizes) / size for of_run, size in zip(lines, sizes, strict=True)]
+    weights, groups = np.diff(edges) * max(sizes), np.arange(len(edges) - 1)
+    note = f"tokenizers or blocks differ: bits per byte in {len(groups)} stretches of the text"
+    return [Rows("bits per byte", np.array(cuts) / math.log(2), weights, groups, note)]
+
+
+def _cut(lines, edges) -> np.ndarray:
+    """Nats of each stretch of the text, blocks that lie across an edge in proportion to their bytes."""
+    ends = np.cumsum([0, *(line["bytes"] for line in lines)])
+    nats = np.cumsum([0, *(line["nats"] for line in lines)])
+    return np.diff(np.interp(edges * ends[-1], ends, nats))
+
+
+def has_losses(facts) -> bool:
+    return any((facts.folder / name).exists() for name in NEEDED)
+
+
+def judged_rows(all_facts) -> list[Rows]:
+    """Grades by each judge that graded all of the runs, prompt by prompt."""
+    found = []
+    for name in sorted(set(all_facts[0].judged).intersection(*(facts.judged for facts in all_facts[1:]))):
+        by_key = [mean_grades(facts.judged[name].get("grades", [])) for facts in all_facts]
+        if not set(by_key[0]).intersection(*by_key[1:]):
+            continue  # answers to other prompts: no reason to compare nothing at all
+        keys, note = _in_common(by_key)
+        sums, groups = np.array([[of_run[k] for k in keys] for of_run in by_key]), [key[0] for key in keys]
+        found.append(Rows(f"grade by {name}", sums, np.ones(len(keys)), np.array(groups), note))
+    return found
+
+
+def mean_grades(entries) -> dict:
+    """(prompt, its how-manieth occurrence) -> mean grade; answers without one are left out."""
+    means = {}
+    for key, entry in numbered(entries).items():
+        if grades := [grade for grade in entry["grades"] if grade is not None]:
+            means[key] = sum(grades) / len(grades)
+    return means

@@ -1,0 +1,249 @@
+"""The sides of a comparison: one run, or several seeds; how their constants and code differ; the report."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lab.compare.difference import difference, verdict
+from lab.compare.facts import (
+    Facts,
+    code_versions,
+    differing,
+    differing_bookkeeping,
+    differing_scripts,
+    had_by_some,
+    how_to_see,
+    not_the_same,
+    of_account,
+    read,
+    read_all,
+    resume_notes,
+    value_of,
+)
+from lab.compare.responses import by_prompt, read_responses
+from lab.compare.rows import has_losses, judged_rows, mean_grades, shared_rows
+from lab.compare.tables import markdown, slug
+from lab.errors import UserError
+
+
+@dataclass
+class Side:
+    """Runs with the same constants but for the seed."""
+
+    name: str
+    all_facts: list[Facts]
+
+
+def sides(names, root) -> list[Side]:
+    """Run folders, or presets and tags whose finished runs are looked up below `root`, as sides.
+
+    Runs that differ in seed and bookkeeping only are one side, unless that leaves a single one: then
+    each is its own.
+    """
+    chosen = [facts for name in names for facts in named(name, root)]
+    once = {facts.folder.resolve(): facts for facts in chosen}  # a run named twice is no second seed
+    chosen = list(once.values()) if len(once) > 1 else chosen
+    groups = {}
+    for facts in chosen:
+        constants = of_account(facts)
+        data = facts.config["facts"].get("fingerprint", {}).get("data")
+        key = json.dumps([facts.config["script"], constants, data], sort_keys=True)
+        groups.setdefault(key, []).append(facts)
+    if len(groups) == 1 and len(chosen) > 1:
+        groups = dict(enumerate([facts] for facts in chosen))
+    if len(groups) < 2:
+        raise UserError("--compare needs two sides: name another run")
+    names = [side_name(group) for group in groups.values()]
+    if len(set(names)) < len(names):
+        names = [group[0].name for group in groups.values()]
+    if len(set(names)) < len(names):
+        names = [str(group[0].folder) for group in groups.values()]
+    return [Side(name, group) for name, group in zip(names, groups.values(), strict=True)]
+
+
+def named(name, root) -> list[Facts]:
+    """One run folder, or the finished runs with this tag or preset."""
+    if (Path(name) / "config.json").exists():
+        return [read(name)]
+    found = read_all(path.parent for path in sorted(Path(root).glob("*/*/config.json")))
+    found = [facts for facts in found if name in (facts.tag, facts.config.get("preset"))]
+    if finished := [facts for facts in found if facts.finished]:
+        return finished
+    raise UserError(
+        f"--compare {name}: no run folder, and no finished run in {root} has such a tag or preset "
+        "(of smoke runs: add --smoke)"
+    )
+
+
+def side_name(group) -> str:
+    """A run's tag, or its folder's name; of several runs what their tags have in common."""
+    tags = [facts.tag for facts in group]
+    if len(group) == 1:
+        return tags[0] or group[0].name
+    common = tags[0] if len(set(tags)) == 1 else re.sub(r"[-_.]+(s|seed)?\d*$", "", _common_start(tags))
+    return f"{common or group[0].name} ({len(group)} seeds)"
+
+
+def runs_of(all_sides) -> list[Facts]:
+    return [facts for side in all_sides for facts in side.all_facts]
+
+
+def folder_name(all_sides) -> str:
+    """Of the folder that a comparison goes to: names of the first sides, and a hash of all runs."""
+    every = [str(facts.folder.resolve()) for facts in runs_of(all_sides)]
+    mark = hashlib.sha256(json.dumps(every).encode()).hexdigest()[:6]
+    return "-".join([*(slug(side.name) for side in all_sides[:2]), mark])
+
+
+def seed_notes(all_sides) -> list[str]:
+    """A line for each side whose runs do not all have a seed of their own."""
+    notes = []
+    for side in all_sides:
+        seeds = [facts.constant("seed") for facts in side.all_facts]
+        if len(set(seeds)) < len(seeds):
+            notes.append(f"NOTE {side.name}: seeds {seeds} repeat, their spread is too small")
+    return notes
+
+
+def _common_start(texts) -> str:
+    length = next((i for i, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1), None)
+    return texts[0][:length]
+
+
+def constants_table(all_sides) -> str:
+    """The constants in which sides differ, as Markdown: what is being compared, first.
+
+    If they differ in seed or bookkeeping only, these are listed.
+    """
+    firsts = [side.all_facts[0] for side in all_sides]
+    trained = [facts for facts in firsts if facts.trained]
+    names = [*differing_scripts(firsts), *differing(firsts), *had_by_some(trained)]
+    if not names and len(all_sides) == len(runs_of(all_sides)):
+        names = differing_bookkeeping(firsts)
+    if not names:
+        return agreement(runs_of(all_sides))
+    names = list(dict.fromkeys(names))
+    cells = {"constant": names}
+    for side, facts in zip(all_sides, firsts, strict=True):
+        cells[side.name] = [value_of(facts, name) for name in names]
+    return markdown(cells)
+
+
+def agreement(all_facts) -> str:
+    """How far runs without a differing constant are the same."""
+    if code_versions(all_facts):
+        return "no constant differs, but the code does"
+    if resume_notes([(facts.name, facts) for facts in all_facts]):
+        return "no constant differs at the end, but a run was resumed"
+    return "the constants are the same"
+
+
+def notes(all_sides) -> list[str]:
+    """Lines on what the table of constants does not show: seeds that repeat, other code, other schedules."""
+    named = [
+        (side.name if len(side.all_facts) == 1 else facts.name, facts)
+        for side in all_sides
+        for facts in side.all_facts
+    ]
+    lines = [*seed_notes(all_sides), *code_notes(all_sides), *resume_notes(named)]
+    return [*lines, ""] if lines else []
+
+
+def code_notes(all_sides) -> list[str]:
+    """Which files of the code that ran are not the same in all sides, or within one, and how to see it."""
+    lines, alike, all_facts = [], {}, runs_of(all_sides)
+    for file, versions in code_versions(all_facts).items():
+        who = ", another in ".join(_names_of(all_sides, of_version) for of_version in versions)
+        alike.setdefault(who, {})[file] = versions
+    for who, files in alike.items():
+        lines.append(f"NOTE {not_the_same(files)}: one version in {who}")
+        lines.append(f"  {how_to_see(next(iter(files.values())))}")
+    if unknown := [facts for facts in all_facts if facts.trained and not facts.code]:
+        who = _names_of(all_sides, unknown)
+        lines.append(f"NOTE no source/ in {who}: whether the code was the same is not known")
+    return lines
+
+
+def _names_of(all_sides, all_facts) -> str:
+    """Sides of which all runs are among these, by the side's name; other runs by their own."""
+    names = []
+    for side in all_sides:
+        among = [facts.name for facts in side.all_facts if any(facts is one for one in all_facts)]
+        names += [side.name] if len(among) == len(side.all_facts) else among
+    return ", ".join(names)
+
+
+def report(all_sides) -> tuple[list[str], dict]:
+    """Lines for terminal and compare.md, and the figures: each side against the first."""
+    all_facts = runs_of(all_sides)
+    for facts in all_facts:
+        if not facts.finished:
+            raise UserError(f"{facts.folder} is not finished: resume it, or compare others")
+    lines, figures, place, where = notes(all_sides), {}, 0, []
+    for side in all_sides:
+        where.append(list(range(place, place + len(side.all_facts))))
+        place += len(side.all_facts)
+    graded = judged_rows(all_facts)
+    silent = [facts.name for facts in all_facts if facts.config.get("kind") and not has_losses(facts)]
+    if silent and graded:  # a plain model's answers were judged, its loss not measured
+        lines.append(f"(no losses of {', '.join(silent)}: grades only)")
+    for rows in [*([] if silent and graded else shared_rows(all_facts)), *graded]:
+        count = len(set(rows.groups.tolist()))
+        lines.append(f"**{rows.name}** on {len(rows):,} rows, {count:,} prompts or stretches of text")
+        lines += [f"({rows.note})"] if rows.note else []
+        means = rows.sums.sum(1) / rows.weights.sum()
+        lines += ["", markdown({
+            "side": [side.name for side in all_sides],
+            "mean": [f"{means[at].mean():.4f}" for at in where],
+            "runs": [" ".join(f"{mean:.4f}" for mean in means[at]) for at in where],
+        }), ""]  # fmt: skip
+        for side, at in zip(all_sides[1:], where[1:], strict=True):
+            found = difference(rows, where[0], at)
+            names = all_sides[0].name, side.name
+            lines.append(f"{names[0]} - {names[1]}  {verdict(found, rows.name, names)}")
+            figures.setdefault(rows.name, []).append(found | {"sides": names})
+        lines.append("")
+    weights = [facts.result.get("weights_sha256") for facts in all_facts]
+    if same := [f.name for f, w in zip(all_facts[1:], weights[1:], strict=True) if w and w == weights[0]]:
+        lines.append(f"the same weights as {all_facts[0].name}: {', '.join(same)}")
+    if (count := sum(map(len, figures.values()))) > 2:
+        lines.append(f"{count} comparisons: of 20 between equals one looks like a difference")
+    return lines, figures
+
+
+def side_by_side(all_sides, most) -> str | None:
+    """Markdown: each prompt, its reference, the answer of each side's first run with its grades.
+
+    `most`: so many prompts, spread evenly. None where a side has no answers, or none to the same prompts.
+    """
+    firsts = [side.all_facts[0] for side in all_sides]
+    if not all((facts.folder / "responses.json").exists() for facts in firsts):
+        return None
+    answers = [read_responses(facts.folder / "responses.json") for facts in firsts]
+    by_key = [by_prompt(rows) for rows in answers]
+    keys = [key for key in by_key[0] if all(key in of_run for of_run in by_key)]
+    if not keys:
+        return None
+    grades = [
+        {name: mean_grades(s.get("grades", [])) for name, s in facts.judged.items()} for facts in firsts
+    ]
+    chosen = np.linspace(0, len(keys) - 1, min(most or len(keys), len(keys))).round().astype(int)
+    lines = ["# Answers side by side", "", f"{len(chosen)} of {len(keys)} prompts"]
+    for number, key in enumerate((keys[i] for i in chosen), start=1):
+        row = by_key[0][key]
+        lines += ["", f"## {number}", "", quoted(row["instruction"])]
+        lines += ["", quoted(row["input"])] if row.get("input") else []
+        lines += ["", "**reference**", "", quoted(row.get("output") or "")]
+        for side, of_run, graded in zip(all_sides, by_key, grades, strict=True):
+            given = "  ".join(f"{name} {means[key]:g}" for name, means in graded.items() if key in means)
+            lines += ["", f"**{side.name}**  {given}".rstrip(), "", quoted(of_run[key]["model_response"])]
+    return "\n".join(lines) + "\n"
+
+
+def quoted(text) -> str:
+    """A block quote: whatever the text holds, it stays inside."""
+    return "\n".join(f"> {line}".rstrip() for line in text.strip().splitlines() or ["(empty)"])

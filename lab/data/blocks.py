@@ -1,0 +1,76 @@
+"""A stream of token ids as rows for a language model: blocks, or overlapping windows."""
+
+import math
+
+import numpy as np
+import torch
+
+from lab.train.loss import IGNORE_INDEX
+
+
+class Blocks:
+    """A stream in blocks that do not overlap: block i predicts the block_size tokens behind i block_size."""
+
+    def __init__(self, tokens, block_size):
+        self.tokens, self.block_size = tokens, block_size
+
+    def __len__(self):
+        return math.ceil((len(self.tokens) - 1) / self.block_size)
+
+    def targets(self, rows) -> np.ndarray:
+        """How many tokens each block predicts: block_size, less in the last one."""
+        return np.minimum(
+            self.block_size, len(self.tokens) - 1 - np.asarray(rows, dtype=int) * self.block_size
+        )
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.targets(range(len(self)))
+
+    def batch(self, rows, device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(input_ids, labels), both (B, block_size); what a short block lacks is no target."""
+        ids = np.zeros((len(rows), self.block_size + 1), dtype=np.int64)
+        for i, (row, n) in enumerate(zip(rows, self.targets(rows), strict=True)):
+            ids[i, : n + 1] = self.tokens[row * self.block_size : row * self.block_size + n + 1]
+            ids[i, n + 1 :] = IGNORE_INDEX
+        ids = torch.from_numpy(ids)
+        return ids[:, :-1].clamp(min=0).to(device), ids[:, 1:].to(device)
+
+
+class Windows:
+    """Documents in windows of `context` tokens, each `stride` behind the last: a token counts once, in the
+    first window that holds it, where (but in the first) it has seen more than context - stride tokens.
+    """
+
+    def __init__(self, documents, context, stride):
+        self.documents, self.windows = documents, []  # (document, first input, end of inputs, first target)
+        for number, ids in enumerate(documents):
+            done = 1  # the first token is given
+            while done < len(ids):
+                end = min(len(ids), max(done + stride, context + 1))
+                self.windows.append((number, max(0, end - 1 - context), end - 1, done))
+                done = end
+        self.lengths = np.array([end - start for _, start, end, _ in self.windows])
+
+    def __len__(self):
+        return len(self.windows)
+
+    def wanted(self) -> list[np.ndarray]:
+        """The targets of each."""
+        return [self.documents[number][first : end + 1] for number, _, end, first in self.windows]
+
+    def batch(self, chosen, device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(input_ids, labels), both (B, T), padded on the right."""
+        shape = len(chosen), int(self.lengths[chosen].max())
+        input_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE_INDEX)
+        for row, window in enumerate(chosen):
+            number, start, end, first = self.windows[window]
+            ids = torch.from_numpy(self.documents[number][start : end + 1].astype(np.int64))
+            input_ids[row, : end - start] = ids[:-1]
+            labels[row, first - 1 - start : end - start] = ids[first - start :]
+        return input_ids.to(device), labels.to(device)
+
+
+def stretches(n) -> np.ndarray:
+    """Number of the stretch, of 100 equal ones, that each of n neighbouring rows lies in."""
+    return np.arange(n) * min(100, n) // n

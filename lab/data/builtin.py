@@ -1,0 +1,182 @@
+"""The five built-in data sets, for a machine without a network: real text and code of Python itself,
+instructions and preference pairs made of it, small problems from templates. Deterministic."""
+
+import ast
+import contextlib
+import functools
+import importlib
+import inspect
+import json
+import re
+import sysconfig
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from lab.data.columns import INSTRUCTION_COLUMNS, LABELS, LETTERS, TEXTS
+
+BUILT_IN = ("python-docs", "python-code", "numpy-docs")
+
+
+def built_in_texts(name):
+    """Yields the texts of python-docs (help topics, docstrings), python-code (sources of the library) or
+    numpy-docs (docstrings of a package that every installation of this project has)."""
+    if name == "python-docs":
+        from pydoc_data.topics import topics
+
+        yield from (topics[topic] for topic in sorted(topics))
+    for path in _numpy_files() if name == "numpy-docs" else _library_files():
+        source = path.read_text(encoding="utf-8", errors="replace")
+        if name == "python-code":
+            yield source
+        else:
+            yield from _docstrings(source)
+
+
+def _library_files() -> list[Path]:
+    """Modules of the standard library: no tests, no installed packages."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
+    skipped.add("ensurepip")
+    files = (path.relative_to(folder) for path in sorted(folder.rglob("*.py")))
+    return [folder / path for path in files if not skipped & set(path.parts)]
+
+
+def _numpy_files() -> list[Path]:
+    folder = Path(np.__file__).parent
+    return [path for path in sorted(folder.rglob("*.py")) if "tests" not in path.parts]
+
+
+def _docstrings(source):
+    """Those of modules, classes and functions with at least three words."""
+    with contextlib.suppress(SyntaxError):
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                text = ast.get_docstring(node) or ""
+                if len(text.split()) > 2:
+                    yield text
+
+
+def is_built_in(name) -> bool:
+    return name.partition(":")[0] in ("chars", "ascii", "bytes", "bpe", "bpe_scratch")
+
+
+MODULES = (
+    *("math", "os.path", "random", "statistics", "string", "textwrap", "shutil", "itertools", "functools"),
+    *("operator", "bisect", "heapq", "glob", "fnmatch", "json", "base64", "calendar", "copy", "os", "shlex"),
+    *("tempfile", "time", "warnings", "inspect", "html", "difflib"),
+)
+WORDINGS = (  # instruction, input
+    ("What does {} do?", ""), ("Explain {} in a sentence.", ""), ("Describe the function {}.", ""),
+    ("What is this function for?", "{}"), ("Say what it does.", "{}"), ("Explain the function.", "{}"),
+)  # fmt: skip
+
+
+def python_instructions(seed=0) -> list[dict]:
+    """Built-in rows: what does a function of the standard library do? The first sentence of its docstring.
+
+    At most four answers begin with the same word, and each function is asked about in six wordings: who
+    has learnt from the training rows which function does what begins the answers to the others rightly.
+    """
+    answers, taken = {}, Counter()
+    for name in MODULES:
+        module = importlib.import_module(name)
+        for attribute in sorted(getattr(module, "__all__", dir(module))):
+            function = getattr(module, attribute)
+            if attribute[0] == "_" or inspect.isclass(function) or not callable(function):
+                continue
+            paragraph = (inspect.getdoc(function) or "").strip().split("\n\n")[0]
+            answer = re.split(r"(?<=\.)\s", " ".join(paragraph.split()))[0]
+            word = answer.split(" ")[0]
+            if word.isalpha() and taken[word] < 4 and 3 <= answer.count(" ") <= 11:
+                taken[word] += 1
+                answers[f"{name}.{attribute}"] = answer
+    rows = [
+        dict(zip(INSTRUCTION_COLUMNS, (instruction.format(name), given.format(name), answer), strict=True))
+        for name, answer in answers.items()
+        for instruction, given in WORDINGS
+    ]
+    return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
+
+
+TOPICS = ("math", "random", "shutil", "threading")  # modules with 20 public names of their own
+
+
+def topic_words(topic) -> list[str]:
+    module = importlib.import_module(topic)
+    public = sorted(name for name in getattr(module, "__all__", dir(module)) if name[0] != "_")
+    return [name for name in public if name not in TOPICS][:20]
+
+
+def python_pairs(n=1500, seed=0) -> list[dict]:
+    """Built-in rows: which answer names things of the module that the prompt asks for?
+
+    A and B come from different modules, drawn whatever the label: the answers alone say nothing. A tie is a
+    prompt about a third module (both wrong) or about both (both right).
+    """
+    rng = np.random.default_rng(seed)
+    words = {topic: topic_words(topic) for topic in TOPICS}
+    openers = ["Please", "Kindly", "Now", "Next", "Quickly", "Briefly", "Today", "First"]
+    verbs = ["name", "list", "show", "give", "recall", "write", "print", "tell"]
+    rows = []
+    for number in range(n):
+        label = rng.choice(list(LABELS))
+        a, b, other, _ = rng.permutation(TOPICS)
+        tied = other if rng.random() < 0.5 else f"{a} or {b}"
+        asked = {"A": a, "B": b, "tie": tied}[label]
+        prompt = f"{rng.choice(openers)} {rng.choice(verbs)} {asked}"
+        answers = [" ".join(rng.choice(words[topic], 8, replace=False)) for topic in (a, b)]
+        texts = dict(zip(TEXTS, [json.dumps([text]) for text in (prompt, *answers)], strict=True))
+        rows.append(
+            {"id": number, **texts, **{column: int(label == name) for name, column in LABELS.items()}}
+        )
+    return rows
+
+
+PEOPLE = (
+    *("ann", "ben", "cora", "dan", "emma", "finn", "ida"),
+    *("jan", "kate", "leo", "mona", "ned", "pat"),
+)
+THINGS = ("apples", "books", "coins", "pens", "cards", "roses", "stamps", "balls", "keys", "eggs", "cups")
+TEMPLATES = (  # problem, rationale, the two formulas, answer; numbers from 2 to 9
+    ("{n} has {a} {t} and gets {b} more . how many {t} ?", "{a} + {b} = {c}",
+     "add({a}, {b})", "add(n0,n1)|", lambda a, b: a + b),
+    ("{n} had {ab} {t} and lost {b} of them . how many {t} ?", "{ab} - {b} = {c}",
+     "subtract({ab}, {b})", "subtract(n0,n1)|", lambda a, b: a),
+    ("{n} has {a} {t} and {m} twice as many . how many {t} ?", "2 * {a} = {c}",
+     "multiply(2, {a})", "multiply(const_2,n0)|", lambda a, b: 2 * a),
+)  # fmt: skip
+
+
+def template_problems(count=4000, seed=0) -> list[dict]:
+    """Built-in rows in MathQA's columns: small sums in words.
+
+    The five options answer five problems of the template that differ in nothing but their numbers, drawn
+    together: without the problem none is likelier than another.
+    """
+    rng, rows = np.random.default_rng(seed), []
+    while len(rows) < count:
+        text, why, formula, linear, solve = TEMPLATES[rng.integers(len(TEMPLATES))]
+        pairs = rng.integers(2, 10, size=(len(LETTERS), 2)).tolist()
+        answers = [solve(a, b) for a, b in pairs]
+        if len(set(answers)) < len(LETTERS):
+            continue
+        right, (a, b) = int(rng.integers(len(LETTERS))), pairs[0]
+        answers[0], answers[right] = answers[right], answers[0]
+        name, other = rng.choice(PEOPLE, 2, replace=False)
+        filled = {"n": name, "m": other, "t": rng.choice(THINGS), "a": a, "b": b, "ab": a + b}
+        filled["c"] = answers[right]
+        options = " , ".join(f"{x} ) {answer}" for x, answer in zip(LETTERS, answers, strict=True))
+        rows.append({
+            "Problem": text.format(**filled), "Rationale": why.format(**filled), "options": options,
+            "correct": LETTERS[right], "annotated_formula": formula.format(**filled),
+            "linear_formula": linear, "category": "general",
+        })  # fmt: skip
+    return rows
+
+
+@functools.cache
+def built_in() -> list[dict]:
+    """The rows of BUILT_IN, made once: a study opens them for every run."""
+    return template_problems()

@@ -1,0 +1,68 @@
+"""The Hub: asked once, quickly, and plainly told where it does not answer."""
+
+import contextlib
+import os
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from lab.errors import UserError
+
+
+def from_hub(what, name, load, instead):
+    """`load()`, with the Hub's many ways to fail turned into one line, within seconds."""
+    online = _hub_answers()
+    try:
+        return _quietly(load)
+    except Exception as error:  # every library on the way has its own kinds
+        reason = first_line(error) if online else "the Hub does not answer and HF_HOME holds no copy"
+        raise UserError(f"{what} {name} cannot be fetched ({reason}): use {instead}") from error
+
+
+def first_line(error) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def _quietly(load):
+    """Other libraries' bars belong on a terminal, not as carriage returns in a file."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    return load()
+
+
+def _hub_answers(seconds=5) -> bool:
+    """Probes the Hub once; without an answer the libraries are told to look into their cache only."""
+    answers = []
+
+    def probe():  # in a thread: looking a name up has no time-out of its own
+        with contextlib.suppress(OSError):
+            with contextlib.suppress(urllib.error.HTTPError):  # it spoke
+                urllib.request.urlopen(
+                    os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=seconds
+                )
+            answers.append(True)
+
+    if "HF_HUB_OFFLINE" not in os.environ:
+        thread = threading.Thread(target=probe, daemon=True)
+        thread.start()
+        thread.join(seconds)
+        os.environ["HF_HUB_OFFLINE"] = "0" if answers else "1"  # read when huggingface_hub is first imported
+        if hub := sys.modules.get("huggingface_hub.constants"):  # it was: a local tokenizer did that
+            hub.HF_HUB_OFFLINE = not answers
+    return os.environ["HF_HUB_OFFLINE"] == "0"
+
+
+def local_or_hub(what, name, load, built_in):
+    """`load()` of a folder or Hub id, with every failure in one line."""
+    if not Path(name).is_dir():
+        if name[:1] in ("", ".", "/", "~"):
+            raise UserError(f"no such folder: {name or repr(name)}")
+        return from_hub(what, name, load, f"a local folder, or {built_in}")
+    try:
+        return _quietly(load)
+    except Exception as error:  # as many kinds as there are ways to damage a folder
+        raise UserError(f"{what} in folder {name} cannot be loaded: {first_line(error)}") from error

@@ -1,0 +1,329 @@
+"""Rows of instruction, input and answer: template, token ids, splits, padded examples or packs."""
+
+import functools
+import hashlib
+import itertools
+import json
+import platform
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lab.data.builtin import python_instructions
+from lab.data.cache import BadRows, cache_root, is_clean, read_texts, split_by_group, write_texts
+from lab.data.columns import INSTRUCTION_COLUMNS
+from lab.data.tables import data_fingerprint, read_rows, require_columns
+from lab.data.tokenizers import make_tokenizer, named_tokenizer, tokenizer_fingerprint
+from lab.errors import UserError
+from lab.models.pretrained import tokenizer_of
+from lab.run.files import whole_folder, write_json
+from lab.train.loss import IGNORE_INDEX
+from lab.train.processes import main_first, on_main
+
+SHARES = {"train": 0.85, "test": 0.10, "val": 0.05}  # journal 001's, in the order in which it took them
+CACHE_VERSION = 3  # of the layout that write_cache writes: change both together
+
+KINDS = "a run of gpt_scratch.py, or tiny:gpt2 (built in)"  # what an error recommends instead of a name
+
+PREAMBLE = "Below is an instruction that describes a task"
+ASK = "Write a response that appropriately completes the request."
+
+
+def prompt_text(instruction, given, template) -> str:
+    """What stands before the answer: Alpaca's text with its two preambles, or (journal) the first for both.
+
+    It ends with a line break, as in the data set's own column of text: no token crosses the border.
+    """
+    context = ", paired with an input that provides further context" if given and template == "alpaca" else ""
+    parts = [f"{PREAMBLE}{context}. {ASK}", f"### Instruction:\n{instruction}"]
+    parts += [f"### Input:\n{given}"] if given else []
+    return "\n\n".join([*parts, "### Response:\n"])
+
+
+def parse(row) -> list[str]:
+    """[instruction, input, output], stripped. ValueError names the fault."""
+    if not isinstance(row, dict):
+        raise ValueError("no object with columns")
+    texts = [row.get(column) for column in INSTRUCTION_COLUMNS]
+    texts[1] = "" if texts[1] is None else texts[1]  # some sets leave it out
+    for column, text in zip(INSTRUCTION_COLUMNS, texts, strict=True):
+        if not isinstance(text, str):
+            raise ValueError(f"{column} is no text")
+        if not is_clean(text):
+            raise ValueError(f"{column} has odd Unicode (a lone surrogate)")
+    if not texts[0].strip():
+        raise ValueError("instruction is empty")
+    return [text.strip() for text in texts]
+
+
+@dataclass
+class Instructions:
+    """Tokenised rows: piece 2 i is the prompt of row i, piece 2 i + 1 its answer."""
+
+    texts: list[list[str]]  # instruction, input, output
+    categories: list[str | None]  # knowledge, creative ...: where rows have a column of that name
+    numbers: np.ndarray  # of the rows in the file, from 1
+    groups: np.ndarray  # hash of instruction and input: equal prompts stay together
+    tokens: np.ndarray
+    offsets: np.ndarray  # piece p is tokens[offsets[p] : offsets[p + 1]]
+    tokenizer: object
+    fingerprint: dict
+    lines: list[str]  # what to tell the user about unusable rows
+
+    def __len__(self):
+        return len(self.texts)
+
+    @functools.cached_property
+    def prompt_lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)[::2]
+
+    @functools.cached_property
+    def answer_lengths(self) -> np.ndarray:
+        """Tokens, without the end token."""
+        return np.diff(self.offsets)[1::2]
+
+    def columns(self, row) -> dict[str, str]:
+        """A row as responses.json holds it."""
+        named = dict(zip(INSTRUCTION_COLUMNS, self.texts[row], strict=True))
+        return named | ({"category": self.categories[row]} if self.categories[row] else {})
+
+    def prompt(self, row) -> list[int]:
+        return self.tokens[self.offsets[2 * row] : self.offsets[2 * row + 1]].tolist()
+
+    def whole(self, row) -> list[int]:
+        """Prompt, answer, end token."""
+        ids = self.tokens[self.offsets[2 * row] : self.offsets[2 * row + 2]].tolist()
+        return [*ids, self.tokenizer.eos_token_id]
+
+
+def load_instructions(cfg, world, tokenizer=None) -> Instructions:
+    """The rows of cfg.data, tokenised once by rank 0 into the cache, read from there by every rank.
+
+    `tokenizer`: none is that of cfg.model; of tiny:gpt2 it is made of the rows.
+    """
+    builtin, name = cfg.data == "python-instructions", tokenizer_of(cfg.model)
+    if not tokenizer and not cfg.model.startswith("tiny:"):
+        tokenizer = main_first(world, lambda: named_tokenizer(name, KINDS))
+    words = tokenizer_fingerprint(tokenizer) if tokenizer else f"bpe:{TINY_VOCABULARY}"
+
+    def build() -> str:
+        source = f"built in, Python {platform.python_version()}" if builtin else data_fingerprint(cfg.data)
+        key = json.dumps(
+            [CACHE_VERSION, source, cfg.data if builtin else "", cfg.max_documents, words, cfg.template]
+        )
+        folder = cache_root() / f"instructions_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        if not (folder / "rows.json").exists():
+            rows = python_instructions() if builtin else read_rows(cfg.data, cfg.max_documents)
+            fingerprint = {"data": source, "tokenizer": words, "template": cfg.template}
+            write_cache(folder, rows[: cfg.max_documents], tokenizer, cfg, fingerprint)
+        return str(folder)
+
+    return read_cache(Path(on_main(world, build)), tokenizer)
+
+
+def write_cache(folder, rows, tokenizer, cfg, fingerprint):
+    """Usable rows -> a folder of token ids, texts and tokenizer; unusable ones counted and named."""
+    require_columns(rows, ("instruction", "output"), cfg.data)  # input may be left out
+    bad, texts, numbers, categories = BadRows(), [], [], []
+    for number, row in enumerate(rows, start=1):
+        try:
+            texts.append(parse(row))
+            numbers.append(number)
+            categories.append(str(row["category"]) if row.get("category") else None)
+        except ValueError as error:
+            bad.add(number, error)
+    lines = bad.report(len(rows), cfg.data)
+    if empty := sum(not output for _, _, output in texts):
+        lines.append(f"{empty} empty answer(s) are kept: their target is the end token")
+    pieces = [[prompt_text(a, b, cfg.template), output] for a, b, output in texts]
+    pieces = list(itertools.chain.from_iterable(pieces))
+    tokenizer = tokenizer or make_tokenizer(f"bpe:{TINY_VOCABULARY}", lambda: pieces)
+    with whole_folder(folder) as aside:
+        kind = write_texts(aside, pieces, tokenizer)
+        tokenizer.save_pretrained(aside / "tokenizer")
+        groups = [prompt_hash(instruction, given) for instruction, given, _ in texts]
+        meta = {
+            "kind": kind,
+            "texts": texts,
+            "categories": categories,
+            "numbers": numbers,
+            "groups": groups,
+            "lines": lines,
+            "fingerprint": fingerprint,
+        }
+        write_json(aside / "rows.json", meta)
+
+
+def prompt_hash(instruction, given) -> str:
+    """Prompts that differ in case and white space only share it."""
+    text = "\n".join(" ".join(part.lower().split()) for part in (instruction, given))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_cache(folder, tokenizer) -> Instructions:
+    meta = json.loads((folder / "rows.json").read_text())
+    tokens, offsets = read_texts(folder, meta["kind"])
+    tokenizer = tokenizer or named_tokenizer(str(folder / "tokenizer"))
+    groups = np.array(meta["groups"])
+    return Instructions(
+        meta["texts"],
+        meta["categories"],
+        np.array(meta["numbers"]),
+        groups,
+        tokens,
+        offsets,
+        tokenizer,
+        meta["fingerprint"],
+        meta["lines"],
+    )
+
+
+def split(data, cfg) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Row numbers of train, test and val, and what to say of them. Rows whose prompt leaves no room for a
+    target within max_length are left out.
+
+    file_order: the first 85 %, the next 10 % and the rest, as the journal; seeded: prompts drawn whole.
+    """
+    n = len(data)
+    if cfg.split == "file_order":
+        ends = np.cumsum([0, *(int(n * share) for share in (SHARES["train"], SHARES["test"])), n])
+        parts = {name: np.arange(ends[i], min(n, ends[i + 1])) for i, name in enumerate(SHARES)}
+    else:
+        drawn = split_by_group(data.groups, np.zeros(n), list(SHARES.values()), cfg.split_seed)
+        parts = {name: np.flatnonzero(drawn == i) for i, name in enumerate(SHARES)}
+    first = 1 if cfg.loss_on_prompt else data.prompt_lengths  # tokens before the first target
+    fits = np.minimum(data.prompt_lengths + data.answer_lengths + 1, cfg.max_length) > first
+    parts = {name: rows[fits[rows]] for name, rows in parts.items()}
+    if not fits.any():
+        raise UserError(
+            f"the prompts of all {n} rows fill {cfg.max_length} tokens: use a larger --max_length"
+        )
+    if empty := [name for name, rows in parts.items() if not len(rows)]:
+        raise UserError(
+            f"{cfg.data} leaves no {empty[0]} rows of {n}: use more rows or a larger --max_length"
+        )
+    lines, room = [], f"{cfg.max_length} tokens"
+    if cut := int((fits & (data.prompt_lengths + data.answer_lengths + 1 > cfg.max_length)).sum()):
+        lines.append(f"{cut} row(s) are cut at {room}: they lose the end of the answer and its end token")
+    if left := int((~fits).sum()):
+        lines.append(f"{left} row(s) are left out: their prompts alone fill {room}")
+    known = set(data.groups[parts["train"]])
+    for name in ("test", "val"):
+        if seen := sum(group in known for group in data.groups[parts[name]]):
+            lines.append(
+                f"{seen} of {len(parts[name])} {name} rows have a prompt that training rows have, too"
+            )
+    return parts, lines
+
+
+class Examples:
+    """Rows as a language model reads them: prompt, answer, end token, cut at max_length tokens.
+
+    The next token is the target, that of a prompt only if loss_on_prompt says so.
+    """
+
+    def __init__(self, data, rows, max_length, loss_on_prompt=False):
+        self.data, self.rows, self.max_length, self.loss_on_prompt = data, rows, max_length, loss_on_prompt
+        self.lengths = np.minimum(data.prompt_lengths[rows] + data.answer_lengths[rows] + 1, max_length) - 1
+
+    def __len__(self):
+        return len(self.rows)
+
+    def masked(self, examples) -> np.ndarray:
+        """How many leading inputs of each predict nothing that counts."""
+        prompts = self.data.prompt_lengths[self.rows[np.asarray(examples, dtype=int)]]
+        return np.where(self.loss_on_prompt, 0, prompts - 1)
+
+    def targets(self, examples) -> np.ndarray:
+        return self.lengths[np.asarray(examples, dtype=int)] - self.masked(examples)
+
+    def pair(self, example) -> tuple[list[int], list[int]]:
+        """(input_ids, labels) of an example, equally long."""
+        ids, masked = self.data.whole(self.rows[example])[: self.max_length], int(self.masked([example])[0])
+        return ids[:-1], [IGNORE_INDEX] * masked + ids[1 + masked :]
+
+    def batch(self, examples, device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(input_ids, labels), both (B, T), padded on the right, where no real token looks."""
+        pairs = [self.pair(example) for example in examples]
+        shape = len(pairs), max(len(ids) for ids, _ in pairs)
+        input_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE_INDEX)
+        for row, (ids, wanted) in enumerate(pairs):
+            input_ids[row, : len(ids)], labels[row, : len(ids)] = torch.tensor(ids), torch.tensor(wanted)
+        return input_ids.to(device), labels.to(device)
+
+    def wanted(self) -> list[np.ndarray]:
+        """The targets of each."""
+        masked = self.masked(range(len(self)))
+        return [np.array(self.pair(i)[1][n:]) for i, n in enumerate(masked.tolist())]
+
+    @functools.cached_property
+    def log_frequencies(self) -> np.ndarray:
+        """(V,): how often each token is a target here, one more of each, as log shares."""
+        counts = np.bincount(np.concatenate(self.wanted()), minlength=len(self.data.tokenizer)) + 1
+        return np.log(counts / counts.sum())
+
+    def some(self, n):
+        """`n` of them, spread evenly; none: all."""
+        chosen = np.linspace(0, len(self) - 1, min(n or len(self), len(self))).round().astype(int)
+        return Examples(self.data, self.rows[chosen], self.max_length, self.loss_on_prompt)
+
+    def members(self, units) -> list[int]:
+        """The examples that a batch of units holds: here a unit is an example."""
+        return list(units)
+
+
+class Packs:
+    """Examples side by side in packs of at most `length` tokens (best fit, longest first); none sees another.
+
+    A pack is one unit of a batch, and the same one in every epoch.
+    """
+
+    def __init__(self, examples, length):
+        self.examples, self.packs, room = examples, [], defaultdict(list)  # room: packs by tokens left
+        for example in np.argsort(-examples.lengths, kind="stable").tolist():
+            size = int(examples.lengths[example])
+            left = next((n for n in range(size, length + 1) if room[n]), None)
+            pack = len(self.packs) if left is None else room[left].pop()
+            if left is None:
+                self.packs.append([])
+            self.packs[pack].append(example)
+            room[(length if left is None else left) - size].append(pack)
+        self.lengths = np.array([examples.lengths[pack].sum() for pack in self.packs])
+
+    def __len__(self):
+        return len(self.packs)
+
+    def targets(self, packs) -> np.ndarray:
+        return np.array([self.examples.targets(self.packs[pack]).sum() for pack in packs], dtype=int)
+
+    def batch(self, packs, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(input_ids, labels, segments), all (B, T); the segment of padding is -1."""
+        shape = len(packs), int(self.lengths[list(packs)].max())
+        both = torch.zeros(*shape, dtype=torch.int64), torch.full(shape, IGNORE_INDEX)
+        segments = torch.full(shape, -1)
+        for i, pack in enumerate(packs):
+            start = 0
+            for number, example in enumerate(self.packs[pack]):
+                pair = self.examples.pair(example)
+                end = start + len(pair[0])
+                for tensor, values in zip(both, pair, strict=True):
+                    tensor[i, start:end] = torch.tensor(values)
+                segments[i, start:end], start = number, end
+        return tuple(tensor.to(device) for tensor in (*both, segments))
+
+    def members(self, units) -> list[int]:
+        return [example for unit in units for example in self.packs[unit]]
+
+
+def examples_of(data, cfg) -> tuple[dict[str, Examples], list[str]]:
+    """The parts of `split` as a model reads them, and what to say of their rows."""
+    rows, lines = split(data, cfg)
+    return {
+        name: Examples(data, some, cfg.max_length, cfg.loss_on_prompt) for name, some in rows.items()
+    }, lines
+
+
+TINY_VOCABULARY = 1024

@@ -1,0 +1,268 @@
+"""Several texts as one: named sources, mixtures of them, their token caches, batches with fixed shares.
+
+An arm is written `pubmed`, `pubmed+uspto` (equal shares) or `0.7*pubmed+0.3*uspto`. Everything but the source
+is the same in all arms of a seed: the ledger says what each one read, and is checked.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import math
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lab.data import blocks
+from lab.data.blocks import Windows, stretches
+from lab.data.builtin import is_built_in
+from lab.data.cache import BadRows, cache_root
+from lab.data.text import SUFFIXES, Tokens, open_corpus, split_pieces, text_fingerprint
+from lab.data.tokenizers import make_tokenizer, token_bytes, tokenizer_fingerprint
+from lab.errors import UserError
+from lab.run.files import whole_folder
+from lab.train.processes import on_main
+
+
+def named_sources(pairs) -> dict[str, str]:
+    """("pubmed=owner/set:config", ...) -> name: where the text is. UserError for what has no name."""
+    found = {}
+    for pair in pairs:
+        name, equals, where = pair.partition("=")
+        if not equals or not where or not re.fullmatch(r"[\w.-]+", name):
+            raise UserError(f"--sources {pair}: write name=where, e.g. pubmed=abstracts.jsonl")
+        if found.setdefault(name, where) != where:
+            raise UserError(f"--sources: {name} is both {found[name]} and {where}: use two names")
+    return found
+
+
+def shares_of(arm) -> dict[str, float]:
+    """`0.7*a+0.3*b` -> {a: 0.7, b: 0.3}; without weights all are equal. UserError unless they add up to 1."""
+    terms = [term.strip().rpartition("*") for term in arm.split("+")]
+    names = [name.strip() for _, _, name in terms]
+    if not all(names):
+        raise UserError(f"arm {arm!r} has a part without a name: write a, a+b, or 0.7*a+0.3*b")
+    if len(set(names)) < len(names):
+        raise UserError(f"arm {arm} names a source twice: name each once, with a weight")
+    given = [weight for weight, times, _ in terms if times]
+    if given and len(given) < len(names):
+        raise UserError(f"arm {arm}: give every source a weight, or none")
+    try:
+        weights = [float(weight) for weight in given] or [1 / len(names)] * len(names)
+    except ValueError:
+        raise UserError(f"arm {arm}: a weight is no number: write 0.7*a+0.3*b") from None
+    if not all(w > 0 for w in weights) or not abs(sum(weights) - 1) <= TOLERANCE * len(names):
+        said = f"the weights of arm {arm} add up to {sum(weights):g}"
+        raise UserError(f"{said}: make it 1, with every weight above 0")
+    return {name: weight / sum(weights) for name, weight in zip(names, weights, strict=True)}
+
+
+TOLERANCE = 0.0034  # of each weight: .33 three times is meant as a third each
+
+
+def label(name) -> str:
+    """How a source that is a path or a Hub id is called in files and tables."""
+    if "/" not in name and not Path(name).is_file():
+        return name
+    last = name.partition("@")[0].rstrip("/").rpartition("/")[2]
+    return last.removesuffix(Path(last).suffix) if Path(last).suffix in SUFFIXES else last
+
+
+@dataclass
+class Text:
+    """The token caches of all sources, one tokenizer."""
+
+    tokens: dict[str, Tokens]  # by label
+    tokenizer: object
+
+    @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        """(V,): bytes that each id spells."""
+        return token_bytes(self.tokenizer)
+
+    def fingerprint(self, neutral, sources) -> dict:
+        """Of the tokenizer, the neutral text (as `data`: runs are compared on it) and some sources."""
+        found = {name: tokens.fingerprint["data"] for name, tokens in self.tokens.items()}
+        tokenizer = tokenizer_fingerprint(self.tokenizer)
+        sources = {name: found[name] for name in sources}
+        return {"tokenizer": tokenizer, "data": found[neutral], "sources": sources}
+
+    def frequencies(self, shares) -> np.ndarray:
+        """(V,): how often each id would occur in a hundred million tokens of a mixture."""
+        counts = {name: self.tokens[name].unigram for name in shares}
+        return sum(share * counts[name] / counts[name].sum() for name, share in shares.items()) * 1e8
+
+
+def open_text(corpora, tokenizer, learns_from, world) -> Text:
+    """The tokens of every Corpus (by label), cached by rank 0. A tokenizer that is learnt from text learns
+    from equally much of every Corpus of `learns_from`."""
+    if is_learnt(tokenizer):
+        tokenizer = on_main(world, lambda: str(shared_tokenizer(tokenizer, learns_from)))
+    corpora = {name: replace(one, tokenizer=tokenizer) for name, one in corpora.items()}
+    opened = {name: open_corpus(one, world) for name, one in corpora.items()}
+    return Text(opened, next(iter(opened.values())).tokenizer)
+
+
+def is_learnt(tokenizer) -> bool:
+    return is_built_in(tokenizer) and tokenizer not in ("ascii", "bytes")
+
+
+LEARNT_FROM = 5_000_000  # characters of each source
+
+
+def shared_tokenizer(kind, corpora) -> Path:
+    """A folder in the token cache with the tokenizer (bpe:<size>, chars ...) that all arms share."""
+    key = json.dumps([kind, {name: [text_fingerprint(one), repr(one)] for name, one in corpora.items()}])
+    folder = cache_root() / f"tokenizer_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+    def texts():
+        for one in corpora.values():
+            room = LEARNT_FROM
+            for part, text, _ in split_pieces(one, BadRows()):
+                if part == "train" and room > 0:
+                    yield text[:room]
+                    room -= len(text)
+                if room <= 0:
+                    break
+
+    if not folder.exists():
+        with whole_folder(folder) as aside:
+            make_tokenizer(kind, texts).save_pretrained(aside)
+    return folder
+
+
+def windows_of(tokens, part, context) -> tuple[Windows, np.ndarray]:
+    """Documents of val or test in windows of `context` tokens, each read from its own beginning; and the
+    group of each window that intervals redraw: its document."""
+    stream = tokens.parts[part]
+    ends = np.flatnonzero(stream == tokens.tokenizer.eos_token_id)
+    documents = [stream[start : end + 1] for start, end in itertools.pairwise(ends)]
+    windows = Windows(documents, context, context)
+    if len(documents) < FEWEST:
+        return windows, stretches(len(windows))
+    return windows, np.array([number for number, *_ in windows.windows], dtype=int)
+
+
+FEWEST = 10  # documents that an interval can redraw; of fewer (a book), stretches of neighbouring windows
+
+
+class MixedBlocks:
+    """Whole blocks of several sources: row 0 is the first block of the first source, and so on."""
+
+    def __init__(self, streams, block_size):
+        """streams: name -> tokens (N,); a last block that is not full is left out."""
+        self.names, self.block_size = list(streams), block_size
+        self.of = [blocks.Blocks(stream, block_size) for stream in streams.values()]
+        self.counts = [max(0, len(stream) - 1) // block_size for stream in streams.values()]
+        self.starts = np.cumsum([0, *self.counts])
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def source(self, rows) -> np.ndarray:
+        """Number of the source of each row."""
+        return np.searchsorted(self.starts, np.asarray(rows, dtype=int), side="right") - 1
+
+    def batch(self, rows, device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(input_ids, labels), both (B, block_size)"""
+        ids = np.stack([self.tokens(row) for row in rows]).astype(np.int64)
+        ids = torch.from_numpy(ids).to(device)
+        return ids[:, :-1], ids[:, 1:]
+
+    def tokens(self, row) -> np.ndarray:
+        """(block_size + 1,)"""
+        source = int(self.source([row])[0])
+        start = (row - int(self.starts[source])) * self.block_size
+        return self.of[source].tokens[start : start + self.block_size + 1]
+
+
+class Batches:
+    """Rows of every global batch, a pure function of (seed, step); a rank takes every size-th.
+
+    Place p of the run (step x batch + slot) has one source; each source hands out its blocks in an order of
+    its own; its first pass is the same in all arms. `passes`: the run reads that often a pool
+    of as many times fewer distinct blocks, shuffled anew. repeat: a source with too few is read more often.
+    """
+
+    def __init__(self, blocks, shares, batch, steps, world, seed, passes=1, repeat=False):
+        self.blocks, self.batch, self.steps, self.world = blocks, batch, steps, world
+        self.wanted = apportion([shares[name] for name in blocks.names], batch * steps)
+        # equally many distinct blocks in every arm, whatever its number of sources
+        self.pools = apportion([shares[name] for name in blocks.names], math.ceil(batch * steps / passes))
+        for name, there, pool in zip(blocks.names, blocks.counts, self.pools, strict=True):
+            if pool and not there:
+                raise UserError(f"{name} holds no block of training text: use more or other text")
+            if pool > there and not repeat:
+                has = f"{name} has {there} blocks of {blocks.block_size} training tokens"
+                better = "use fewer --max_steps, more text, more --passes, or --repeat"
+                raise UserError(f"{has}, {pool} are asked for: {better}")
+        self.pools = np.minimum(np.maximum(self.pools, np.sign(self.wanted)), blocks.counts).tolist()
+        self.rows, owner = np.zeros(batch * steps, dtype=np.int64), interleave(self.wanted)
+        for source, (name, n) in enumerate(zip(blocks.names, self.wanted, strict=True)):
+            order = source_order(seed, name, blocks.counts[source], n, self.pools[source])
+            self.rows[owner == source] = blocks.starts[source] + order
+
+    def __len__(self):
+        return self.steps
+
+    def global_batch(self, step) -> np.ndarray:
+        return self.rows[step * self.batch : (step + 1) * self.batch]
+
+    def rank_batch(self, step) -> list[int]:
+        """This rank's share, uneven or empty."""
+        return self.global_batch(step)[self.world.rank :: self.world.size].tolist()
+
+    def seen(self, step) -> dict[str, int]:
+        """Blocks of each source in global batch `step`."""
+        counts = np.bincount(self.blocks.source(self.global_batch(step)), minlength=len(self.blocks.names))
+        return dict(zip(self.blocks.names, counts.tolist(), strict=True))
+
+    def ledger(self) -> dict:
+        """What the run will read: the same for all arms of a study, but for `sources`."""
+        size, sources = self.blocks.block_size, {}
+        for source, name in enumerate(self.blocks.names):
+            rows = self.rows[self.blocks.source(self.rows) == source] - self.blocks.starts[source]
+            n, pool = self.wanted[source], self.pools[source]
+            sources[name] = {
+                **{"share": n / max(1, len(self.rows)), "blocks": n, "tokens": n * size},
+                **{"distinct_blocks": pool, "epochs": n / max(1, pool)},
+                **{"first_block": int(rows[0]) if n else None, "last_block": int(rows[-1]) if n else None},
+                "order_sha256": hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest(),
+            }
+        total = {"steps": self.steps, "batch": self.batch, "block_size": size}
+        return total | {"blocks": len(self.rows), "tokens": len(self.rows) * size, "sources": sources}
+
+
+def apportion(shares, n) -> list[int]:
+    """Whole numbers that add up to n, in proportion to `shares`: largest remainders get what is left."""
+    exact = np.asarray(shares) * n
+    counts = np.floor(exact + 1e-9).astype(int)
+    for i in np.argsort(counts - exact, kind="stable")[: n - counts.sum()]:
+        counts[i] += 1
+    return counts.tolist()
+
+
+def interleave(counts) -> np.ndarray:
+    """(sum of counts,): number i counts[i] times, all numbers spread evenly."""
+    when = np.concatenate([(np.arange(n) + 0.5) / max(1, n) for n in counts])
+    return np.repeat(np.arange(len(counts)), counts)[np.argsort(when, kind="stable")]
+
+
+def source_order(seed, name, blocks, n, pool) -> np.ndarray:
+    """(n,): a pool of a source's blocks, drawn by the seed; then the same ones, shuffled for each pass."""
+
+    def shuffled(number, among) -> np.ndarray:
+        digest = hashlib.sha256(f"{seed}/{name}/{number}".encode()).digest()
+        return np.random.default_rng(int.from_bytes(digest[:8], "little")).permutation(among)
+
+    first = shuffled(0, blocks)[:pool]
+    again = (shuffled(number, first) for number in range(1, math.ceil(n / max(1, pool))))
+    return np.concatenate([first, *again])[:n]
+
+
+def differences(first, second) -> list[str]:
+    """In which a ledger's figures two arms differ though they should not: all but what each source gave."""
+    return [name for name in first if name != "sources" and first[name] != second[name]]

@@ -1,0 +1,274 @@
+"""MathQA's multiple-choice problems: tables -> parsed rows and options -> token ids -> splits."""
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+import zipfile
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lab.data.builtin import built_in
+from lab.data.cache import BadRows, cache_root, is_clean, read_texts, split_by_group, write_texts
+from lab.data.columns import LETTERS, PROBLEM_COLUMNS
+from lab.data.instructions import Instructions, prompt_hash
+from lab.data.tables import TABLES, data_fingerprint, read_rows, require_columns
+from lab.data.tokenizers import tokenizer_fingerprint
+from lab.errors import UserError
+from lab.run.files import joint_hash, whole_folder, write_json
+from lab.train.processes import on_main
+
+OTHER_NAMES = {"Problem": "question"}  # AQuA's
+BUILT_IN = "template-problems"
+CACHE_VERSION = 2  # of the layout that write_cache writes: change both together
+MOST_BAD = 0.05  # share of rows: some of MathQA's have fewer than five options
+FIRST = 2  # pieces of a problem before its first answer
+
+
+def parse(row) -> tuple[str, list[str], int]:
+    """(problem, its five options, number of the right one). ValueError names the fault."""
+    if not isinstance(row, dict):
+        raise ValueError("no object with columns")
+    problem, options, correct = (row.get(name, row.get(OTHER_NAMES.get(name))) for name in PROBLEM_COLUMNS)
+    if not isinstance(problem, str) or not problem.strip():
+        raise ValueError("the problem is empty")
+    options = parse_options(options)
+    if not all(map(is_clean, [problem, *options])):
+        raise ValueError("odd Unicode (a lone surrogate)")
+    letter = str(correct).strip().lower()
+    if letter not in tuple(LETTERS):
+        raise ValueError("the right answer is none of a to e")
+    return problem.strip(), options, LETTERS.index(letter)
+
+
+def parse_options(options) -> list[str]:
+    """The five texts behind `a )` to `e )`, of a string in any of MathQA's three spellings or of a list.
+
+    Cut where the pattern letter-space-parenthesis stands, in order: commas (1,000) and parentheses are text.
+    """
+    if isinstance(options, list):  # AQuA: ["A)32400", ...]
+        texts = [str(text).strip() for text in options]
+    elif isinstance(options, str):
+        # behind a comma if they all are, so that "( 2 + b )" is text
+        starts = _marks(options, r"(?:^[\s\['\"]*|,[\s'\"]*)") or _marks(options, r"(?<![a-z0-9])")
+        if not starts:
+            raise ValueError("options are not five, a ) to e )")
+        texts = [options[i:j] for i, j in zip(starts, [*starts[1:], None], strict=True)]
+        listed = options.lstrip().startswith("[")  # "['a ) 8', 'b ) 1', ...]"
+        texts = [
+            re.sub(r"['\"][\s,]*\]?[\s'\"]*$", "", text) if listed else text.rstrip(" ,") for text in texts
+        ]
+    else:
+        raise ValueError("options are no text")
+    if len(texts) != len(LETTERS):
+        raise ValueError("options are not five, a ) to e )")
+    # a label may stand twice: "a ) a ) 17"
+    texts = [re.sub(rf"^(?:{x} ?\)\s*)+", "", t, flags=re.I) for x, t in zip(LETTERS, texts, strict=True)]
+    if not all(texts):
+        raise ValueError("an option is empty")
+    return texts
+
+
+def _marks(options, before) -> list[int]:
+    """Where the labels `a )` to `e )` begin, in this order, each behind the pattern `before`; or none."""
+    starts, at = [], 0
+    for letter in LETTERS:
+        mark = re.compile(rf"{before}({letter}) ?\)", re.I).search(options, at)
+        if mark is None:
+            return []
+        starts.append(mark.start(1))
+        at = mark.end()
+    return starts
+
+
+PARTS = {"train": ("train",), "val": ("validation", "val", "dev"), "test": ("test",)}  # how files begin
+
+
+def official_parts(name) -> dict[str, str] | None:
+    """What a data set calls its parts: {"train": ..., "val": ..., "test": ...}; None for a single table."""
+    path = Path(name)
+    if not path.exists():  # on the Hub
+        return {"train": "train", "val": "validation", "test": "test"}
+    names = os.listdir(path) if path.is_dir() else []
+    if path.suffix == ".zip":
+        try:
+            names = zipfile.ZipFile(path).namelist()
+        except (zipfile.BadZipFile, OSError):
+            raise UserError(f"{path} is not a whole zip file: fetch it again") from None
+    tables = sorted(Path(found).name for found in names if Path(found).suffix in TABLES)
+    tables = [table for table in tables if table[0] != "."]  # what a Mac leaves in a zip
+    if len(tables) < 2 or all(table.startswith("train") for table in tables):
+        return None
+    found = {
+        part: next((p for p in begins if any(t.startswith(p) for t in tables)), None)
+        for part, begins in PARTS.items()
+    }
+    if missing := [PARTS[part][0] for part, begin in found.items() if begin is None]:
+        raise UserError(
+            f"{name} holds {', '.join(tables)}, none of them {missing[0]}...: add it, or name one file"
+        )
+    return found
+
+
+@dataclass
+class Problems(Instructions):
+    """Tokenised problems: pieces 7 i and 7 i + 1 are what the model reads of problem i (the problem; the list
+    of its options, if it gets to see one), 7 i + 2 ... 7 i + 6 the answers to choose from.
+
+    texts: [problem, "", right answer].
+    """
+
+    options: list[list[str]]
+    right: np.ndarray  # number of the right option
+    part: list[str | None]  # train, val, test where the data set says so
+
+    @functools.cached_property
+    def pieces(self) -> np.ndarray:
+        """(rows, 7): tokens of each piece."""
+        return np.diff(self.offsets).reshape(-1, FIRST + len(LETTERS))
+
+    @functools.cached_property
+    def prompt_lengths(self):
+        return self.pieces[:, :FIRST].sum(1)
+
+    @functools.cached_property
+    def answer_lengths(self):
+        """Of the right option, without the end token."""
+        return self.pieces[np.arange(len(self)), FIRST + self.right]
+
+    def piece(self, row, number) -> list[int]:
+        at = (FIRST + len(LETTERS)) * row + number
+        return self.tokens[self.offsets[at] : self.offsets[at + 1]].tolist()
+
+    def prompt(self, row) -> list[int]:
+        return self.piece(row, 0) + self.piece(row, 1)
+
+    def whole(self, row) -> list[int]:
+        """Problem, right answer, end token."""
+        return self.ended(row, row, self.right[row])
+
+    def ended(self, asked, row, option) -> list[int]:
+        """Problem `asked`, then all that belongs to an option of `row`, then the end token."""
+        end = self.tokenizer.eos_token_id
+        return [*self.piece(asked, 0), *self.piece(row, 1), *self.piece(row, FIRST + option), end]
+
+
+def as_read(problem, options, answer_format) -> list[str]:
+    """What the model reads before an answer (the problem, the list of options), and the five answers."""
+    if answer_format == "text":
+        return [problem, "", *(f" {option}" for option in options)]
+    listed = " , ".join(f"{letter} ) {option}" for letter, option in zip(LETTERS, options, strict=True))
+    return [problem, f" options : {listed} answer :", *(f" {letter}" for letter in LETTERS)]
+
+
+def load_problems(cfg, world, tokenizer) -> Problems:
+    """The rows of cfg.data, tokenised once by rank 0 into the cache, read from there by every rank."""
+    words = tokenizer_fingerprint(tokenizer)
+
+    def build() -> str:
+        if cfg.data == BUILT_IN:
+            made = json.dumps(built_in()).encode()
+            parts, source = None, hashlib.sha256(made).hexdigest()
+        else:
+            parts = official_parts(cfg.data)
+            kinds = parts.values() if parts else ["train"]
+            source = joint_hash([data_fingerprint(cfg.data, kind) for kind in kinds])
+        fingerprint = {"data": source, "tokenizer": words, "answer_format": cfg.answer_format}
+        key = json.dumps([CACHE_VERSION, fingerprint, cfg.data == BUILT_IN, cfg.max_documents])
+        folder = cache_root() / f"problems_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        if not (folder / "rows.json").exists():
+            rows = read_parts(cfg, parts)
+            write_cache(folder, rows, tokenizer, cfg, fingerprint)
+        return str(folder)
+
+    return read_cache(Path(on_main(world, build)), tokenizer)
+
+
+def read_parts(cfg, parts) -> list[tuple[str | None, dict]]:
+    """(part, row) of every row; max_documents counts in each part."""
+    if cfg.data == BUILT_IN:
+        return [(None, row) for row in built_in()[: cfg.max_documents]]
+    found = []
+    for part, begin in (parts or {None: "train"}).items():
+        rows = read_rows(cfg.data, cfg.max_documents, begin)
+        names = {key for row in rows[:100] if isinstance(row, dict) for key in row}
+        require_columns(
+            rows, [OTHER_NAMES[c] if OTHER_NAMES.get(c) in names else c for c in PROBLEM_COLUMNS], cfg.data
+        )
+        found += [(part, row) for row in rows]
+    return found
+
+
+def write_cache(folder, rows, tokenizer, cfg, fingerprint):
+    """Usable rows -> a folder of token ids and texts; unusable ones counted and named."""
+    bad, kept, numbers = BadRows(MOST_BAD), [], []
+    counts = defaultdict(lambda: itertools.count(1))  # rows are numbered in each part
+    for part, row in rows:
+        number = next(counts[part])
+        try:
+            kept.append((part, *parse(row)))
+            numbers.append(number)
+        except ValueError as error:
+            bad.add(f"{part} {number}" if part else number, error)
+    lines = bad.report(len(rows), cfg.data)
+    if cfg.data != BUILT_IN and any("annotated_formula" in row for _, row in rows[:100]):
+        lines.append("a quarter of MathQA's own formulas disagree with its labels: the ceiling is low")
+    if twins := sum(options.count(options[right]) > 1 for _, _, options, right in kept):
+        lines.append(f"{twins} row(s) have the right option twice: either counts as right")
+    pieces = [text for _, p, options, _ in kept for text in as_read(p, options, cfg.answer_format)]
+    with whole_folder(folder) as aside:
+        kind = write_texts(aside, pieces, tokenizer)
+        write_json(aside / "rows.json", {
+            "kind": kind, "numbers": numbers, "lines": lines, "fingerprint": fingerprint,
+            "part": [part for part, *_ in kept], "options": [options for _, _, options, _ in kept],
+            "right": [right for *_, right in kept],
+            "texts": [[problem, "", options[right]] for _, problem, options, right in kept],
+            "groups": [prompt_hash(problem, "") for _, problem, _, _ in kept],
+        })  # fmt: skip
+
+
+def read_cache(folder, tokenizer) -> Problems:
+    meta = json.loads((folder / "rows.json").read_text())
+    tokens, offsets = read_texts(folder, meta["kind"])
+    return Problems(
+        texts=meta["texts"], categories=[None] * len(meta["texts"]), numbers=np.array(meta["numbers"]),
+        groups=np.array(meta["groups"]), tokens=tokens, offsets=offsets, tokenizer=tokenizer,
+        fingerprint=meta["fingerprint"], lines=meta["lines"], options=meta["options"],
+        right=np.array(meta["right"]), part=meta["part"],
+    )  # fmt: skip
+
+
+SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}  # of a single table, drawn by problem
+
+
+def split(data, cfg) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Row numbers of train, val and test, and what to say of them.
+
+    The data set's own parts as they are: its test rows are looked at once, at the end. A row whose problem
+    and longest option do not fit into max_length tokens is left out: no score is of a cut answer.
+    """
+    if data.part and data.part[0] is not None:
+        parts = {name: np.flatnonzero(np.array(data.part) == name) for name in PARTS}
+        lines = ["parts are the data set's own"]
+    else:
+        drawn = split_by_group(data.groups, np.zeros(len(data)), list(SHARES.values()), cfg.split_seed)
+        parts = {name: np.flatnonzero(drawn == i) for i, name in enumerate(SHARES)}
+        lines = ["a single table: 80 % train, 10 % val, 10 % test, drawn by problem"]
+    # the last token is no input
+    fits = data.prompt_lengths + data.pieces[:, FIRST:].max(1) <= cfg.max_length
+    if not fits.all():
+        left = "  ".join(f"{name} {(~fits[rows]).sum()} of {len(rows)}" for name, rows in parts.items())
+        lines.append(f"left out, over {cfg.max_length} tokens: {left}")
+    parts = {name: rows[fits[rows]] for name, rows in parts.items()}
+    if empty := [name for name, rows in parts.items() if not len(rows)]:
+        raise UserError(f"{cfg.data} leaves no {empty[0]} rows: use more rows or a larger --max_length")
+    known = set(data.groups[parts["train"]])
+    for name in ("val", "test"):
+        if seen := sum(group in known for group in data.groups[parts[name]]):
+            lines.append(f"{seen} of {len(parts[name])} {name} rows have a problem that training rows have")
+    return parts, lines

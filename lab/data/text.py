@@ -1,0 +1,354 @@
+"""Text becomes token ids. A Corpus says which text, how it is split and tokenised; open_corpus gives its
+Tokens: one stream of ids for each of train, val and test, mapped into memory."""
+
+import fcntl
+import functools
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lab.data import tables
+from lab.data.builtin import BUILT_IN, built_in_texts, is_built_in
+from lab.data.cache import BadRows, cache_root, is_clean
+from lab.data.tables import TABLES, require_columns, stream_rows
+from lab.data.tokenizers import (
+    ScratchBPE,
+    make_tokenizer,
+    named_tokenizer,
+    pretrained_tokenizer,
+    tokenizer_fingerprint,
+)
+from lab.errors import UserError
+from lab.run.files import joint_hash, sha256_file, write_json
+from lab.train.processes import on_main, progress
+
+CACHE_VERSION = 1  # of the layout: change both together
+# of fields that Corpus has grown: older caches keep their names
+LATER = {"max_tokens": None, "held_out_tokens": 0, "streaming": None, "first_trains": True}
+PARTS = ("train", "val", "test")
+PIECE = 1 << 16  # characters of a document that are read and encoded at once
+TEXT_FILES = (".txt", ".text", ".md", ".rst", ".py")
+SUFFIXES = (*TEXT_FILES, *TABLES, ".zip")  # of what can be read as text
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Which text, how split, how tokenised: everything that decides what a token cache holds."""
+
+    data: str  # file or folder of text, a table with a column of text, a Hub id, python-docs, python-code
+    tokenizer: str
+    text_column: str = "text"
+    max_documents: int | None = None
+    val_share: float = 0.05
+    test_share: float = 0.05
+    split_seed: int = 42
+    max_tokens: int | None = None  # of training text, the first ones; then reading stops,
+    held_out_tokens: int = 0  # as soon as val and test have so many
+    # how a Hub set is read. True: streamed, what is needed only; CacheStream: downloaded, in its own order;
+    # False: downloaded, in an order drawn by split_seed; none: streamed where max_documents is given
+    streaming: str | None = None
+    first_trains: bool = True  # the first document is training text, whatever its hash says
+
+    @property
+    def streams(self) -> bool:
+        return self.max_documents is not None if self.streaming is None else self.streaming == "True"
+
+
+@dataclass
+class Tokens:
+    """An opened token cache."""
+
+    parts: dict[str, np.ndarray]
+    tokenizer: object
+    unigram: np.ndarray  # how often each id occurs in train, (V,)
+    documents: dict[str, int]
+    fingerprint: dict
+    lines: list[str]  # what to tell the user about unusable documents
+
+
+def open_corpus(corpus, world) -> Tokens:
+    """The tokens of a Corpus, from the cache or built into it by rank 0."""
+    return open_cache(Path(on_main(world, lambda: str(token_cache(corpus)))))
+
+
+def token_cache(corpus) -> Path:
+    """The folder with the tokens of `corpus`; built under a lock if it is not there. One process calls it."""
+    source = text_fingerprint(corpus)
+    name = corpus.tokenizer  # a Hub id or folder may hold another one tomorrow
+    words = None if is_built_in(name) else tokenizer_fingerprint(named_tokenizer(name))
+    fields = {name: value for name, value in asdict(corpus).items() if value != LATER.get(name, "")}
+    key = json.dumps([CACHE_VERSION, source, words, fields])
+    folder = cache_root() / f"tokens_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if not (folder / "meta.json").exists():
+        aside = folder.with_name(f".{folder.name}.partial")  # kept when killed
+        try:
+            aside.mkdir(parents=True, exist_ok=True)
+            with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be building it: then this one waits
+                if not (folder / "meta.json").exists():
+                    build_cache(corpus, source, aside)
+                    os.rename(aside, folder)
+                Path(lock.name).unlink(missing_ok=True)
+        except OSError as error:
+            where = f"token cache in {cache_root()} cannot be written ({error.strerror})"
+            raise UserError(f"{where}: set TOKEN_CACHE to a folder with room") from error
+    return folder
+
+
+def open_cache(folder) -> Tokens:
+    """Maps the streams. UserError if a file is not what the cache was built with."""
+    meta = json.loads((folder / "meta.json").read_text())
+    path, kind = folder / "tokenizer" / "tokenizer.json", np.dtype(meta["kind"])
+    files = {part: folder / f"{part}.bin" for part in PARTS}
+    sizes = {part: file.exists() and file.stat().st_size // kind.itemsize for part, file in files.items()}
+    if sha256_file(path) != meta["fingerprint"]["tokenizer"] or sizes != meta["tokens"]:
+        raise UserError(
+            f"token cache {folder} is not what was built (tokenizer or tokens changed): delete it"
+        )
+    parts = {part: np.memmap(folder / f"{part}.bin", dtype=kind, mode="r") for part in PARTS}
+    unigram = np.load(folder / "unigram.npy")
+    tokenizer = pretrained_tokenizer(str(folder / "tokenizer"), "")
+    return Tokens(parts, tokenizer, unigram, meta["documents"], meta["fingerprint"], meta["lines"])
+
+
+def text_fingerprint(corpus) -> str:
+    """Of the text itself: it names the cache, and shows a resume that the data changed."""
+    if corpus.data in BUILT_IN:
+        python = f"Python {platform.python_version()}"
+        return f"{corpus.data} of {f'numpy {np.__version__}' if corpus.data == 'numpy-docs' else python}"
+    if files := text_files(corpus.data):
+        try:
+            return joint_hash([sha256_file(file) for file in files])
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read ({error.strerror}): take it out") from None
+    return tables.data_fingerprint(corpus.data, streaming=corpus.streams)
+
+
+def text_files(name) -> list[Path]:
+    """The text files that a name stands for; none where it is a table or on the Hub."""
+    path = Path(name)
+    if path.is_dir():
+        found = (file.relative_to(path) for file in path.rglob("*"))
+        files = [path / f for f in found if (path / f).is_file() and not any(p[0] == "." for p in f.parts)]
+        texts = sorted(file for file in files if file.suffix in TEXT_FILES)
+        if not any(file.suffix in (*TEXT_FILES, *TABLES, ".zip") for file in files):
+            raise UserError(f"folder {name} holds no text: use {', '.join((*TEXT_FILES, *TABLES))}")
+        if texts and (tables := [file for file in files if file.suffix in TABLES]):
+            both = f"{texts[0].name} and {tables[0].name}"
+            raise UserError(f"folder {name} holds text files and tables ({both}): name one, or move one kind")
+        return texts
+    return [path] if path.is_file() and path.suffix not in (*TABLES, ".zip") else []
+
+
+def documents(corpus, bad):
+    """Yields, for each document, a function that opens it as a stream of text."""
+    column = corpus.text_column
+    if corpus.data in BUILT_IN:
+        rows = ({column: text} for text in built_in_texts(corpus.data))
+    elif files := text_files(corpus.data):
+        for file in files[: corpus.max_documents]:
+            yield functools.partial(open, file, encoding="utf-8-sig", newline="")
+        return
+    else:
+        shuffled = corpus.split_seed if corpus.streaming == "False" else None
+        rows = stream_rows(corpus.data, streaming=corpus.streams, shuffled=shuffled)
+    for number, row in enumerate(itertools.islice(rows, corpus.max_documents), start=1):
+        bad.seen = number
+        if number == 1:
+            try:
+                require_columns([row], [column], corpus.data)
+            except UserError as error:
+                raise UserError(f"{error}; say --text_column") from None
+        text = row.get(column) if isinstance(row, dict) else None
+        if not isinstance(text, str) or not text or not is_clean(text):
+            bad.add(
+                number,
+                "no text" if not text or not isinstance(text, str) else "odd Unicode (a lone surrogate)",
+            )
+            if len(bad.rows) % 1000 == 0:  # a stream may be long
+                bad.report(number, corpus.data)
+            continue
+        yield functools.partial(io.StringIO, text, newline="")
+
+
+def pieces(stream):
+    """A document in pieces of some PIECE characters, cut where GPT-2's rules cut anyway: behind a line,
+    else before white space."""
+    rest = ""
+    try:
+        while chunk := stream.read(PIECE):
+            rest += chunk
+            if len(chunk) < PIECE:
+                break  # the end
+            cut = re.match(r"(?s:.*)\S\n(?=\S)", rest) or re.match(r"(?s:.*)\S(?=\s)", rest)
+            cut = cut.end() if cut else 0 if len(rest) < 16 * PIECE else len(rest)  # one endless line
+            if cut:
+                yield rest[:cut]
+            rest = rest[cut:]
+    except UnicodeDecodeError:
+        raise UserError(f"{stream.name} is not UTF-8: save it as such, or take it out") from None
+    if rest:
+        yield rest
+
+
+def split_pieces(corpus, bad):
+    """Yields (part, text, whether a document begins). Equal documents share a part; a single one is cut."""
+    found = documents(corpus, bad)
+    first, second = next(found, None), next(found, None)
+    if first is None:
+        raise UserError(f"{corpus.data} holds no text: use text files, a table with a column, or python-docs")
+    if second is None:
+        yield from cut_document(first, corpus)
+        return
+    trained = None  # the first document and its copies, so that there is something to train on
+    for opens in itertools.chain([first, second], found):
+        with opens() as stream:
+            for i, text in enumerate(pieces(stream)):
+                if i == 0:
+                    drawn = hashlib.sha256(f"{corpus.split_seed}/{text}".encode()).digest()
+                    trained = trained or drawn
+                    share = int.from_bytes(drawn[:6], "big") / 2**48
+                    forced = corpus.first_trains and drawn == trained
+                    part = part_of(0 if forced else share, corpus)
+                yield part, text, i == 0
+
+
+def part_of(share, corpus) -> str:
+    """0 ... 1 -> train, val, test, in this order."""
+    train = 1 - corpus.val_share - corpus.test_share
+    return "train" if share < train else "val" if share < train + corpus.val_share else "test"
+
+
+def cut_document(opens, corpus):
+    """A single document: its last parts are held out, to the character."""
+    with opens() as stream:
+        length = sum(len(text) for text in pieces(stream))
+    ends = [
+        int(length * share + 1e-6)
+        for share in (1 - corpus.val_share - corpus.test_share, 1 - corpus.test_share, 1)
+    ]
+    at, begins = 0, set(PARTS)
+    with opens() as stream:
+        for text in pieces(stream):
+            for part, start, end in zip(PARTS, [0, *ends], ends, strict=False):
+                if inside := text[max(0, start - at) : max(0, end - at)]:
+                    yield part, inside, part in begins
+                    begins.discard(part)
+            at += len(text)
+
+
+def build_cache(corpus, source, folder):
+    """Tokenizer, streams, counts, meta.json (last) into `folder`, going on from what a killed build left."""
+    bad, path = BadRows(), folder / "tokenizer"
+    if not (path / "done").exists():
+
+        def train_texts():
+            return (text for part, text, _ in split_pieces(corpus, BadRows()) if part == "train")
+
+        make_tokenizer(corpus.tokenizer, train_texts).save_pretrained(path)
+        (path / "done").touch()
+    tokenizer = pretrained_tokenizer(str(path), "")
+    kind = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+    state = write_tokens(folder, corpus, tokenizer, kind, bad)
+    counts = np.zeros(len(tokenizer), dtype=np.int64)
+    train = np.memmap(folder / "train.bin", dtype=kind, mode="r")
+    for start in range(0, len(train), 1 << 24):
+        counts += np.bincount(train[start : start + (1 << 24)], minlength=len(tokenizer))
+    np.save(folder / "unigram.npy", counts)
+    write_json(folder / "meta.json", {
+        "fingerprint": {"data": source, "tokenizer": sha256_file(path / "tokenizer.json")},
+        "kind": kind.name, "corpus": asdict(corpus), "documents": state["documents"],
+        "tokens": {part: size // kind.itemsize for part, size in state["bytes"].items()},
+        "lines": bad.report(bad.seen, corpus.data) if bad.rows else [],
+    })  # fmt: skip
+
+
+def write_tokens(folder, corpus, tokenizer, kind, bad) -> dict:
+    """Appends to the streams piece by piece; progress.json says every few seconds how much of them counts."""
+    encode, end = encoder(corpus.tokenizer, tokenizer), np.array([tokenizer.eos_token_id], kind)
+    path, none = folder / "progress.json", dict.fromkeys(PARTS, 0)
+    state = {"pieces": 0, "bytes": dict(none), "documents": dict(none)}
+    state |= json.loads(path.read_text()) if path.exists() else {}
+    files = {part: open(folder / f"{part}.bin", "ab") for part in PARTS}
+    for part, file in files.items():
+        file.truncate(state["bytes"][part])
+    found, saved = itertools.islice(split_pieces(corpus, bad), state["pieces"], None), time.monotonic()
+    size = sum(file.stat().st_size for file in text_files(corpus.data))
+    written = {part: size // kind.itemsize for part, size in state["bytes"].items()}
+    most = math.inf if corpus.max_tokens is None else corpus.max_tokens
+
+    def enough() -> bool:
+        held_out = min(written["val"], written["test"])
+        return written["train"] >= most and held_out >= corpus.held_out_tokens
+
+    with progress(size or None, "tokenising", unit="B") as bar, ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(up_to, found, 1 << 20)  # read while the cores are encoding
+        while not enough() and (group := ahead.result()):
+            ahead = reader.submit(up_to, found, 1 << 20)
+            wanted = [piece for piece in group if piece[0] != "train" or written["train"] < most]
+            for (part, _, begins), ids in zip(wanted, encode([text for _, text, _ in wanted]), strict=True):
+                if enough():  # to the piece: a killed build stops at the same one
+                    break
+                ids = np.concatenate([end[:begins], np.asarray(ids, dtype=kind)])
+                ids = ids[: min(len(ids), most - written["train"])] if part == "train" else ids
+                files[part].write(ids.tobytes())
+                written[part] += len(ids)
+                state["documents"][part] += begins and len(ids) > 0
+            state["pieces"] += len(group)
+            bar.update(sum(len(text) for _, text, _ in group))
+            if time.monotonic() - saved > 5:
+                state["bytes"] = {part: flushed(file) for part, file in files.items()}
+                write_json(path, state)
+                saved = time.monotonic()
+    for file in files.values():
+        file.write(end.tobytes())
+    return state | {"bytes": {part: flushed(file) for part, file in files.items()}}
+
+
+def flushed(file) -> int:
+    """Its bytes, all of them on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+    return os.fstat(file.fileno()).st_size  # tell() lags behind a truncation
+
+
+def up_to(found, characters) -> list:
+    """The next pieces that together have about so many characters: a batch for all cores, flat in memory."""
+    group = []
+    for piece in found:
+        group.append(piece)
+        characters -= len(piece[1])
+        if characters <= 0:
+            break
+    return group
+
+
+def encoder(name, tokenizer):
+    """texts -> a list of ids each. Rust, on all cores; characters by a table; bpe_scratch by its own code."""
+    rust = tokenizer.backend_tokenizer
+    rust.encode_special_tokens = True  # a text that spells the end token out does not end
+    rust.no_truncation()  # some files of the Hub hold one
+    rust.no_padding()
+    if name in ("chars", "ascii"):
+        table = np.full(0x110000, tokenizer.vocab.get("<unk>", 0), dtype=np.uint32)
+        for symbol, i in tokenizer.vocab.items():
+            if len(symbol) == 1:
+                table[ord(symbol)] = i
+        plain = rust.normalizer.normalize_str if rust.normalizer else str
+        return lambda texts: [table[np.frombuffer(plain(text).encode("utf-32-le"), "<u4")] for text in texts]
+    if name.startswith("bpe_scratch"):
+        model = json.loads(rust.to_str())["model"]
+        scratch = ScratchBPE(model["vocab"], model["merges"])
+        return lambda texts: [scratch.encode(text) for text in texts]
+    return lambda texts: [e.ids for e in rust.encode_batch_fast(texts, add_special_tokens=False)]

@@ -1,0 +1,244 @@
+"""Tokenizers: characters, bytes, byte-level BPE (trained, or merged by hand), or one of a model."""
+
+import functools
+import hashlib
+import heapq
+import itertools
+import re
+import string
+from collections import Counter, defaultdict
+
+import numpy as np
+
+from lab.data.hub import local_or_hub
+from lab.errors import UserError
+from lab.train.processes import progress
+
+
+def pretrained_tokenizer(name, built_in):
+    """The fast tokenizer of a Hub id or folder; `built_in` is what an error recommends instead."""
+
+    def load():
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(name, use_fast=True)
+
+    tokenizer = local_or_hub("tokenizer", name, load, built_in)
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"tokenizer of {name} is not a fast one: use one with a tokenizer.json")
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+END = "<|endoftext|>"  # stands between documents; GPT-2's own name for it
+
+
+def make_tokenizer(name, texts):
+    """The transformers tokenizer of a name; `texts()` yields the training text that chars and bpe learn from.
+
+    chars | ascii | bytes | bpe:<size> | bpe_scratch:<size> | Hub id or folder. eos_token_id ends a document.
+    """
+    kind, _, size = name.partition(":")
+    if kind in ("bpe", "bpe_scratch") and not (size.isdigit() and int(size) > 256):
+        raise UserError(f"--tokenizer {name}: use {kind}:<size> with a size over 256, e.g. {kind}:2048")
+    if kind == "chars":
+        seen = set()
+        for text in texts():
+            seen.update(text)
+        return characters(sorted(seen))
+    if kind == "ascii":
+        return characters(sorted(set(string.printable.lower())), plain=True)
+    if kind == "bytes":
+        return byte_level({symbol: i for i, symbol in enumerate([END, *sorted(BYTES.values())])}, [])
+    if kind == "bpe":
+        return trained_bpe(texts(), int(size))
+    if kind == "bpe_scratch":
+        scratch = ScratchBPE.train(texts(), int(size))
+        return byte_level(scratch.vocabulary, list(scratch.merges))
+    return named_tokenizer(name)
+
+
+def named_tokenizer(name, built_in="chars, ascii, bytes or bpe:2048 (built in)"):
+    """That of a Hub id or folder, if it can end a document; `built_in` is what an error recommends."""
+    tokenizer = pretrained_tokenizer(name, built_in)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer of {name} has no end-of-text token: use one of a language model")
+    return tokenizer
+
+
+def characters(symbols, plain=False):
+    """One id per character. plain: accents and case go, and what is not ASCII then becomes `?` (journal 003
+    also lower-cased ASCII); otherwise a character the training text lacks is <unk>."""
+    import tokenizers
+    from tokenizers import normalizers
+
+    vocabulary = {symbol: i for i, symbol in enumerate([*symbols, END, *([] if plain else ["<unk>"])])}
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel(vocabulary, unk_token="?" if plain else "<unk>")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    if plain:
+        steps = [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]
+        steps.append(normalizers.Replace(tokenizers.Regex(r"[^\x20-\x7e\t-\r]"), "?"))
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    return fast(tokenizer, unk_token=None if plain else "<unk>")
+
+
+def byte_level(vocabulary, merges):
+    import tokenizers
+
+    return fast(byte_level_rules(tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))))
+
+
+def trained_bpe(texts, size):
+    import tokenizers
+
+    tokenizer = byte_level_rules(tokenizers.Tokenizer(tokenizers.models.BPE()))
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )  # its own bar panics where the terminal is gone
+    with progress(None, "reading texts for a tokenizer") as bar:
+        tokenizer.train_from_iterator(_counted(texts, bar), trainer)
+    return fast(tokenizer)
+
+
+def _counted(texts, bar):
+    for text in texts:
+        bar.update()
+        yield text
+
+
+def byte_level_rules(tokenizer):
+    from tokenizers import decoders, pre_tokenizers
+
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def fast(tokenizer, **special):
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, **special)
+
+
+def byte_symbols() -> dict[int, str]:
+    """GPT-2's printable stand-ins: a byte that prints stands for itself, the others for 256 and on."""
+    printing = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (byte for byte in range(256) if byte not in printing)
+    return {byte: chr(byte) for byte in printing} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+BYTES = byte_symbols()
+
+
+def token_bytes(tokenizer) -> np.ndarray:
+    """(V,): UTF-8 bytes of text that each id spells: special tokens none, an unknown character one."""
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
+    sizes = np.array([spelt_bytes(token, byte_level) for token in tokens])
+    if tokenizer.unk_token_id is not None:
+        sizes[tokenizer.unk_token_id] = 1
+    # GPT-2 has one id for both unknown and end: it is an end
+    ends = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}
+    sizes[[i for i in ends if i is not None]] = 0
+    return sizes
+
+
+def spelt_bytes(token, byte_level) -> int:
+    """Of a token as vocabularies write it: one symbol a byte, or (sentencepiece) ▁ for a space, <0x0A>."""
+    if byte_level:
+        return len(token)
+    return 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
+
+
+WORDS = (
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's: no merge crosses
+)
+
+
+class ScratchBPE:
+    """Byte-level byte-pair encoding by hand (Sennrich et al. 2016): the merges that `tokenizers` finds.
+
+    Training keeps, for every pair of neighbours, its count and the words it stands in, so that a merge only
+    touches those words; the heap's counts may be stale and are corrected when they come up.
+    """
+
+    def __init__(self, vocabulary, merges):
+        import regex  # comes with transformers; re knows no \p{L}
+
+        self.split = regex.compile(WORDS).findall
+        self.vocabulary, self.merges = vocabulary, {tuple(pair): i for i, pair in enumerate(merges)}
+
+    @classmethod
+    def train(cls, texts, size):
+        self = cls({symbol: i for i, symbol in enumerate([END, *sorted(BYTES.values())])}, [])
+        counts = Counter(word for text in texts for word in self.split(text))
+        self.words = [([BYTES[byte] for byte in word.encode()], n) for word, n in counts.items()]
+        self.pairs, self.places = Counter(), defaultdict(set)
+        for place in range(len(self.words)):
+            self._count(place, +1)
+        heap = [self._entry(pair) for pair in self.pairs]
+        heapq.heapify(heap)
+        while len(self.vocabulary) < size and heap:
+            entry = heapq.heappop(heap)
+            pair = entry[-1]
+            if entry != self._entry(pair):  # stale
+                if self.pairs[pair] > 0:
+                    heapq.heappush(heap, self._entry(pair))
+            elif self.pairs[pair] < 1:
+                break
+            else:
+                for new in self._merge(pair):
+                    heapq.heappush(heap, self._entry(new))
+        del self.words, self.pairs, self.places
+        return self
+
+    def _entry(self, pair):
+        """Most frequent first; of equals the one with the smaller ids, as in `tokenizers`."""
+        return -self.pairs[pair], self.vocabulary[pair[0]], self.vocabulary[pair[1]], pair
+
+    def _count(self, place, sign) -> set:
+        symbols, n = self.words[place]
+        found = set(itertools.pairwise(symbols))
+        for pair in itertools.pairwise(symbols):
+            self.pairs[pair] += sign * n
+        for pair in found:
+            self.places[pair].add(place)
+        return found
+
+    def _merge(self, pair) -> set:
+        """Learns the pair and applies it to every word; returns the pairs that are new or more frequent."""
+        self.merges[pair] = len(self.merges)
+        self.vocabulary.setdefault("".join(pair), len(self.vocabulary))
+        changed = set()
+        for place in self.places.pop(pair):
+            self._count(place, -1)
+            self.words[place] = joined(self.words[place][0], pair), self.words[place][1]
+            changed |= {new for new in self._count(place, +1) if "".join(pair) in new}
+        return changed - {pair}
+
+    @functools.lru_cache(1 << 18)  # noqa: B019 (words repeat; the tokenizer lives as long as the program)
+    def _word(self, word) -> list[int]:
+        symbols = [BYTES[byte] for byte in word.encode()]
+        while known := [pair for pair in itertools.pairwise(symbols) if pair in self.merges]:
+            symbols = joined(symbols, min(known, key=self.merges.get))
+        return [self.vocabulary[symbol] for symbol in symbols]
+
+    def encode(self, text) -> list[int]:
+        return [token for word in self.split(text) for token in self._word(word)]
+
+
+def joined(symbols, pair) -> list[str]:
+    """`symbols` with every occurrence of the pair, from the left, as one."""
+    result, i = [], 0
+    while i < len(symbols):
+        both = tuple(symbols[i : i + 2]) == pair
+        result.append("".join(pair) if both else symbols[i])
+        i += 1 + both
+    return result

@@ -1,0 +1,17 @@
+"""What ends a run on purpose: a user's mistake, a stop that all ranks agreed on, ranks that are gone."""
+
+
+class UserError(Exception):
+    """Bad input. The text is one line: what, the value, and what would work. Exit code 2."""
+
+
+class Stop(BaseException):
+    """All ranks agreed to end before the work is complete; what was computed is saved.
+
+    Raised after a signal only, so plain python then dies of that signal (see `distributed`).
+    No Exception: a library that retries or reports whatever fails must not catch it.
+    """
+
+
+class LostRanks(RuntimeError):
+    """Another rank did not come to a reduction."""

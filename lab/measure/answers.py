@@ -1,0 +1,118 @@
+"""Answers of a tuned model: to the prompts it was never trained on, to a test file, to a person."""
+
+import functools
+import re
+import sys
+from collections import Counter
+
+import numpy as np
+import torch
+
+from lab.data.instructions import prompt_text
+from lab.measure.statistics import bootstrap, plus_minus
+from lab.models.generate import generate, prompt_loop
+from lab.run.files import write_json
+from lab.run.terminal import one_line
+from lab.train.batches import ShardedBatches
+from lab.train.processes import World, all_reduce_sum, progress
+
+
+def shortened(text, width=88) -> str:
+    half = (width - 5) // 2
+    return text if len(text) <= width else f"{text[:half]} ... {text[-half:]}"
+
+
+PROMPTS = (  # answered at every evaluation; the first three and the last are journal 001's questions
+    "Suggest an alternate word for 'happy'.",
+    "What is the correct spelling of 'freind'?",
+    "How many meters are 4 kilometers?",
+    "Write a tweet about the first day of spring.",
+    "Translate into French: 'Good morning, how are you?'",
+)
+
+
+def answers(model, tokenizer, prompts, max_new_tokens, batch, world, poll=lambda active: 0) -> list[str]:
+    """Greedy answers to prompts (lists of ids), in batches over all ranks; every rank gets all of them.
+
+    `poll(active)` is called by all ranks in step: a rank that is done goes on until the sum is 0.
+    """
+    found = torch.zeros(
+        len(prompts), max_new_tokens, dtype=torch.int64
+    )  # id + 1; a sum over ranks is a gather
+    batches = ShardedBatches([len(ids) for ids in prompts], batch, world)
+    how = {"temperature": 0, "stop": {tokenizer.eos_token_id}, "vocab_size": len(tokenizer)}
+    write = getattr(model, "continuations", None) or functools.partial(generate, model)
+    with progress(len(batches), "answering", world) as bar:
+        for step in range(len(batches)):
+            if mine := batches.rank_batch(step):
+                chosen = [prompts[i] for i in mine]
+                rows = write(chosen, max_new_tokens, **how, poll=lambda: poll(1))
+                for i, ids in zip(mine, rows, strict=True):
+                    found[i, : len(ids)] = torch.tensor(ids, dtype=torch.int64) + 1
+            while poll(0):
+                pass
+            bar.update()
+    found = all_reduce_sum(world, found)
+    return [tokenizer.decode(ids[ids > 0] - 1).strip() for ids in found]
+
+
+def sample(run, cfg, step, model, tokenizer, poll):
+    """The fixed prompts' answers to samples.jsonl and TensorBoard, one of them to the terminal, in turn."""
+    if cfg.sample_tokens:
+        prompts = [
+            tokenizer(prompt_text(text, "", cfg.template), add_special_tokens=False).input_ids
+            for text in PROMPTS
+        ]
+        texts = answers(model, tokenizer, prompts, cfg.sample_tokens, len(prompts), run.world, poll)
+        run.samples(step, [f"{text}\n{answer}" for text, answer in zip(PROMPTS, texts, strict=True)])
+        turn = run.state["asked"] = (run.state.get("asked", -1) + 1) % len(PROMPTS)
+        run.say(f"  | {PROMPTS[turn]} -> {shortened(one_line(texts[turn]), 90 - len(PROMPTS[turn]))}")
+
+
+def write_responses(run, cfg, s, model) -> dict:
+    """responses.json in the journal's form: each test row and its model_response; how many begin rightly."""
+    data, test = s.data, s.parts["test"].some(cfg.answer_rows)
+    prompts, most = [data.prompt(row) for row in test.rows], cfg.max_new_tokens
+    batch = cfg.eval_batch * run.world.size
+    texts = answers(model, data.tokenizer, prompts, most, batch, run.world, run.poll)
+    rows = [data.columns(row) | {"model_response": text} for row, text in zip(test.rows, texts, strict=True)]
+    if run.world.is_main:
+        write_json(run.folder / "responses.json", rows)
+    empty, long = (
+        sum(not text for text in texts),
+        sum(len(p) + most > model.config.block_size for p in prompts),
+    )
+    run.say(f"answers  {len(rows)} in responses.json, {empty} empty")
+    if long:
+        run.say(f"answers  {long} prompts leave no room for {most} tokens: their beginning is forgotten")
+    return first_words(run, s, test.rows, texts) | {"test/empty_responses": empty}
+
+
+def first_words(run, s, rows, texts) -> dict:
+    """Share of answers whose first word is the wanted one, beside that of always saying the usual one."""
+    usual = Counter(first_word(s.data.texts[row][2]) for row in s.parts["train"].rows).most_common(1)[0][0]
+    wanted = [first_word(s.data.texts[row][2]) for row in rows]
+    counted = [i for i, word in enumerate(wanted) if word]  # some answers are signs only
+    if not counted:
+        return {}
+    right = np.array([[first_word(texts[i]) == wanted[i], usual == wanted[i]] for i in counted])
+    interval = bootstrap(right, s.data.groups[rows][counted]).tolist()[0]
+    share, guess = right.mean(0).tolist()
+    said = plus_minus(share, interval)
+    run.say(f"answers  the first word is right in {said}, would be by always '{usual}' in {guess:.3f}")
+    names = {"first_word": share, "first_word_interval": interval, "first_word_guess": guess}
+    return {f"test/{name}": value for name, value in names.items()}
+
+
+def first_word(text) -> str:
+    """In small letters, without signs; empty if there is none."""
+    return next(iter(re.findall(r"\w+", text.lower())), "")
+
+
+def ask(model, tokenizer, cfg):
+    """Mode ask: answers --prompt, or each line typed, as the tuned model was taught to read it."""
+    interactive = cfg.prompt is None and sys.stdin.isatty()
+    for text in [cfg.prompt] if cfg.prompt is not None else prompt_loop(interactive):
+        if text.strip():
+            ids = tokenizer(prompt_text(text.strip(), "", cfg.template), add_special_tokens=False).input_ids
+            print(answers(model, tokenizer, [ids], cfg.max_new_tokens, 1, World())[0])

@@ -1,0 +1,197 @@
+"""Which option does the model choose? Multiple choice by likelihood, beside what options alone tell."""
+
+import functools
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lab.data.columns import LETTERS
+from lab.data.instructions import Examples
+from lab.data.problems import FIRST, split
+from lab.data.tokenizers import token_bytes
+from lab.measure.language import evaluate, loss_lines
+from lab.measure.statistics import bootstrap, language_metrics, plus_minus
+from lab.train.loss import IGNORE_INDEX
+
+CHANCE = 1 / len(LETTERS)
+JOURNAL_LENGTH = 1024  # journal 004 padded each row to a multiple of it
+
+
+class Choices(Examples):
+    """Every option of every row behind its problem, 5 i + o, as gpt_scratch.evaluate reads them.
+
+    Targets are the option's tokens and the end token: without it `3` could only be likelier than `38`.
+    `asked` (rows,): whose problem stands before the options of each row; none: its own.
+    """
+
+    def __init__(self, data, rows, asked=None):
+        self.data, self.rows, self.asked = data, rows, rows if asked is None else asked
+        self.prompts = data.pieces[self.asked, 0] + data.pieces[rows, 1]
+        lengths = self.prompts[:, None] + data.pieces[rows, FIRST:]
+        self.lengths, self.max_length, self.loss_on_prompt = lengths.reshape(-1), None, False
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def masked(self, examples):
+        return self.prompts[np.asarray(examples) // len(LETTERS)] - 1
+
+    def pair(self, example):
+        row, option = divmod(example, len(LETTERS))
+        ids, masked = self.data.ended(self.asked[row], self.rows[row], option), int(self.masked([example])[0])
+        return ids[:-1], [IGNORE_INDEX] * masked + ids[1 + masked :]
+
+
+@dataclass
+class Scores:
+    """What a model thinks of every option: (rows, 5) log-likelihoods, and the same for each target token."""
+
+    plain: np.ndarray
+    per_token: np.ndarray
+
+    @classmethod
+    def of(cls, model, choices, cfg, world, poll):
+        # rounded, close options would be equal, and the first one chosen
+        exact = cfg if cfg.dtype == "fp64" else replace(cfg, dtype="fp32")
+        sums = evaluate(model, choices, exact, world, poll)
+        plain, targets = -sums[:, 0].reshape(-1, len(LETTERS)), sums[:, 2].reshape(-1, len(LETTERS))
+        return cls(plain, plain / targets)
+
+    def right(self, data, rows) -> np.ndarray:
+        """(rows, 2): whether the likeliest option says what the right one says, plain and per token."""
+        said = np.array([data.options[row] for row in rows])
+        answer, every = said[np.arange(len(rows)), data.right[rows]], np.arange(len(rows))
+        chosen = (scores.argmax(1) for scores in (self.plain, self.per_token))
+        return np.stack([said[every, of] == answer for of in chosen], axis=1).astype(float)
+
+
+def some(rows, n) -> np.ndarray:
+    """`n` of the rows, spread evenly; none: all."""
+    n = len(rows) if n is None else min(n, len(rows))
+    return rows[np.linspace(0, len(rows) - 1, n).round().astype(int)]
+
+
+def strangers(data, rows, most=10**9) -> np.ndarray:
+    """For each row another row, with another problem where there is one: the control's problems."""
+    order = np.random.default_rng(0).permutation(len(rows))
+    asked = np.empty_like(rows)
+    asked[order] = rows[np.roll(order, 1)]
+    prompts, room = data.pieces[:, 0], most - data.pieces[rows, 1] - data.pieces[rows, FIRST:].max(1)
+    for i in np.flatnonzero((data.groups[asked] == data.groups[rows]) | (prompts[asked] > room)):
+        others = np.flatnonzero((data.groups[rows] != data.groups[rows[i]]) & (prompts[rows] <= room[i]))
+        asked[i] = rows[others[i % len(others)]] if len(others) else rows[i]
+    return asked
+
+
+def answer_figures(model, data, rows, train, cfg, world, poll) -> tuple[dict, list[dict]]:
+    """How often the likeliest option is right, plain and per token, with intervals by problem; always the
+    training rows' most frequent letter; the control, in which problems are shuffled among rows.
+
+    Also a line for each row: its number, group, the scores, and whether each way was right.
+    """
+    own = Scores.of(model, Choices(data, rows), cfg, world, poll)
+    control = Scores.of(model, Choices(data, rows, strangers(data, rows, cfg.max_length)), cfg, world, poll)
+    usual = Counter(data.right[train].tolist()).most_common(1)[0][0]
+    right, shuffled = own.right(data, rows), control.right(data, rows)
+    values = np.c_[right, shuffled, data.right[rows] == usual, right - shuffled]
+    names = ("answer_accuracy", "answer_accuracy_per_token", "shuffled_accuracy")
+    names = (*names, "shuffled_accuracy_per_token", "letter_accuracy")
+    names = (*names, "above_shuffled", "above_shuffled_per_token")
+    found, intervals = {}, bootstrap(values, data.groups[rows]).tolist()
+    for name, value, interval in zip(names, values.mean(0).tolist(), intervals, strict=True):
+        found |= {name: value, f"{name}_interval": interval}
+    lines = [
+        {"row": number, "group": group, "right": bool(r[0]), "right_per_token": bool(r[1]),
+         "right_shuffled": bool(c), "scores": scores, "answer": LETTERS[answer]}
+        for number, group, r, c, scores, answer in zip(
+            data.numbers[rows].tolist(), data.groups[rows].tolist(), right, shuffled[:, 0],
+            own.plain.round(5).tolist(), data.right[rows].tolist(), strict=True)
+    ]  # fmt: skip
+    return found | {"letter": LETTERS[usual]}, lines
+
+
+def answer_lines(part, m) -> list[str]:
+    """What of answer_figures belongs on the terminal; `m` has the names with their part."""
+
+    def said(name):
+        return plus_minus(m[f"{part}/{name}"], m[f"{part}/{name}_interval"])
+
+    lines = [
+        f"{part:5} answers {said('answer_accuracy')}  per token {said('answer_accuracy_per_token')}  "
+        f"of five: {CHANCE:.3f}  always {m[f'{part}/letter']}: {m[f'{part}/letter_accuracy']:.3f}",
+        f"{part:5} control, problems shuffled: {said('shuffled_accuracy')}  "
+        f"per token {said('shuffled_accuracy_per_token')}",
+    ]
+    if not above_guessing(part, m):
+        lines.append(f"{part:5} answers cannot be told from guessing")
+    elif not knows(part, m):
+        why = "options give themselves away"
+        lines.append(f"{part:5} answers are no better than without the problem: {why}")
+    return lines
+
+
+def above_guessing(part, m) -> bool:
+    """Whether answers beat chance and the most frequent letter."""
+    return m[f"{part}/answer_accuracy_interval"][0] > max(CHANCE, m[f"{part}/letter_accuracy"])
+
+
+def knows(part, m) -> bool:
+    """Whether answers beat both guesses and the control."""
+    return above_guessing(part, m) and m[f"{part}/above_shuffled_interval"][0] > 0
+
+
+def over_padding(sums, examples) -> float:
+    """Journal 004's token accuracy: hits over every position of rows padded to a multiple of 1,024."""
+    positions = np.ceil((examples.lengths + 1) / JOURNAL_LENGTH) * JOURNAL_LENGTH
+    return float(sums[:, 1].sum() / positions.sum())
+
+
+def examples_of(data, cfg) -> tuple[dict[str, Examples], list[str]]:
+    """The parts of `split` as a model reads them, and what to say of their rows."""
+    rows, lines = split(data, cfg)
+    # inputs of max_length tokens: the last token is only a target
+    most = cfg.max_length + 1
+    return {name: Examples(data, of, most, cfg.loss_on_prompt) for name, of in rows.items()}, lines
+
+
+def measure(model, part, parts, data, cfg, world, poll, answers=True) -> tuple[dict, list[dict], list[dict]]:
+    """Of a whole part: figures by name, lines of losses.jsonl, lines of answers.jsonl.
+
+    Without `answers`, which take ten forwards of each row, none of those.
+    """
+    examples = parts[part]
+    sums = evaluate(model, examples, cfg, world, poll)
+    spelt = spelt_bytes(examples)
+    unigram = unigram_losses(examples, parts["train"])
+    found = language_metrics(sums, data.groups[examples.rows], unigram, spelt)
+    found["accuracy_over_padding"] = over_padding(sums, examples)
+    answered, lines = {}, []
+    if answers:
+        answered, lines = answer_figures(model, data, examples.rows, parts["train"].rows, cfg, world, poll)
+    numbers, groups = data.numbers[examples.rows], data.groups[examples.rows]
+    losses = loss_lines(part, numbers, groups, sums, spelt)
+    return {f"{part}/{name}": value for name, value in (found | answered).items()}, losses, lines
+
+
+def unigram_losses(examples, train) -> np.ndarray:
+    """Summed loss of each row's targets by how often each token is a target in training."""
+    logs = log_shares(train)
+    return np.array([-logs[ids].sum() for ids in examples.wanted()])
+
+
+@functools.lru_cache(maxsize=1)
+def log_shares(train) -> np.ndarray:
+    """(V,): how often each token is a target (Witten-Bell: as many unseen ones as there are kinds). One more
+    of each of 50,000 tokens, as sft.py counts, would drown five letters.
+    """
+    counts = np.bincount(np.concatenate(train.wanted()), minlength=len(train.data.tokenizer)).astype(float)
+    kinds = np.count_nonzero(counts)
+    counts[counts == 0] = kinds / max(1, len(counts) - kinds)
+    return np.log(counts / counts.sum())
+
+
+def spelt_bytes(examples) -> np.ndarray:
+    """Bytes that each row's targets spell."""
+    sizes = token_bytes(examples.data.tokenizer)
+    return np.array([sizes[ids].sum() for ids in examples.wanted()], dtype=np.int64)

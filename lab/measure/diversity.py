@@ -1,0 +1,172 @@
+"""The diversity coefficient of a study's arms: which sequences are drawn, who embeds them, what comes out.
+
+An embedding is kept under a hash of all that it depends on, the sequences themselves included: none is made
+twice, a killed job goes on, and a stale one cannot be used."""
+
+import hashlib
+import json
+import math
+import time
+
+import numpy as np
+
+from lab.data.mixture import apportion, source_order
+from lab.errors import UserError
+from lab.measure import task2vec
+from lab.measure.task2vec import (
+    Batch,
+    Sequences,
+    coefficient,
+    coefficient_interval,
+    cross_interval,
+    distances,
+    joined,
+    pairwise,
+    synthetic,
+)
+from lab.run.checkpoints import weights_sha256
+from lab.run.files import whole_file
+from lab.run.meter import clock
+from lab.train.batches import reseed
+from lab.train.processes import barrier, on_main, progress
+
+BOUNDS = ("lower bound", "upper bound")
+BOUND_BATCHES = 20  # of each synthetic bound, at most
+FLOOR_BATCHES = 3  # of each arm are embedded floor_repeats times
+
+
+def sequences_of(cfg, text, names) -> dict[str, Sequences]:
+    """Of each source's training tokens: what batches can be drawn from."""
+    how = {"end": text.tokenizer.eos_token_id, "length": cfg.diversity_length, "kind": cfg.sequences}
+    return {name: Sequences(text.tokens[name].parts["train"], **how) for name in names}
+
+
+class Draws:
+    """Batch i of every arm and of the two synthetic bounds, a pure function of the seed.
+
+    The batches of an arm share no sequence. arms: arm -> source -> share. UserError for too small a source.
+    """
+
+    def __init__(self, cfg, arms, sequences, vocab_size, end):
+        self.cfg, self.arms, self.sequences, self.vocab_size, self.end = cfg, arms, sequences, vocab_size, end
+        self.names = [*arms, *BOUNDS]
+        self.orders = {arm: self._orders(arm, shares) for arm, shares in arms.items()}
+
+    def _orders(self, arm, shares) -> dict[str, np.ndarray]:
+        """source -> (batches, sequences of it in a batch)"""
+        counts, orders = apportion(list(shares.values()), self.cfg.diversity_batch), {}
+        for name, count in zip(shares, counts, strict=True):
+            n, there = count * self.cfg.diversity_batches, len(self.sequences[name])
+            if n > there:
+                has = f"{name} has {there} sequences of {self.cfg.diversity_length} tokens"
+                better = "use fewer --diversity_batches, smaller ones, or more text"
+                better += ", or --sequences pieces" * (self.cfg.sequences == "documents")
+                raise UserError(f"{has}, {n} are asked for: {better}")
+            order = source_order(self.cfg.seed, f"{arm} draws {name}", there, n, n)
+            orders[name] = order.reshape(self.cfg.diversity_batches, count)
+        return orders
+
+    def count(self, name) -> int:
+        most = BOUND_BATCHES if name in BOUNDS else self.cfg.diversity_batches
+        return min(most, self.cfg.diversity_batches)
+
+    def batch(self, name, i) -> Batch:
+        if name in self.arms:
+            return joined([self.sequences[n].batch(o[i]) for n, o in self.orders[name].items()])
+        others = np.delete(np.arange(self.vocab_size), self.end)
+        one = int(np.random.default_rng(self.cfg.seed).choice(others))  # the same in all batches
+        rng, token = np.random.default_rng([self.cfg.seed, i]), one if name == "lower bound" else None
+        shape = self.cfg.diversity_batch, self.cfg.diversity_length
+        return synthetic(shape, self.vocab_size, self.end, rng, token)
+
+
+def measure(cfg, draws, probe, folder, world, say, poll) -> dict:
+    """Embeds what is not embedded yet, spread over the ranks; then the figures of all arms."""
+    weights = on_main(world, lambda: weights_sha256(probe))
+    jobs = on_main(world, lambda: plan(cfg, draws, weights, probe.wte.weight.dtype))
+    on_main(world, lambda: folder.mkdir(parents=True, exist_ok=True))
+    missing = on_main(world, lambda: [job for job in jobs if not (folder / job[2]).exists()])
+    if missing:
+        say(f"diversity  {len(missing)} of {len(jobs)} embeddings to make, procedure {cfg.procedure}")
+
+    def embed(job):
+        name, i, file, drawn = job
+        reseed(drawn)  # the same targets on whichever rank, and whatever the probe's last digits
+        choice = {"epochs": cfg.head_epochs, "samples": cfg.fisher_samples}
+        vector = task2vec.embed(probe, draws.batch(name, i), draws.end, cfg.procedure, **choice)
+        if not np.isfinite(vector).all():
+            raise FloatingPointError(f"batch {i} of {name} has no finite embedding: is the probe whole?")
+        with whole_file(folder / file, "wb") as out:
+            np.save(out, vector)
+
+    share_out(missing, embed, world, say, poll)
+    return on_main(world, lambda: figures(cfg, draws, jobs, folder))
+
+
+def plan(cfg, draws, weights, dtype) -> list[tuple[str, int, str, str]]:
+    """(arm or bound, batch, file, seed of its targets) of every embedding, a batch's repeats side by side."""
+    places = [(name, i) for name in draws.names for i in range(draws.count(name))]
+    jobs = []
+    for name, i in sorted(places, key=lambda place: place[1]):  # round by round: an early look sees all arms
+        again = cfg.floor_repeats if name in draws.arms and i < FLOOR_BATCHES else 1
+        ids = hashlib.sha256(draws.batch(name, i).ids.numpy().tobytes()).hexdigest()
+        how = [weights, str(dtype), cfg.procedure, cfg.head_epochs, cfg.fisher_samples, cfg.seed, i, ids]
+        for repeat in range(again):
+            key = json.dumps([*how, repeat])
+            file = f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
+            jobs.append((name, i, file, f"{cfg.seed}/{i}/{ids}/{repeat}"))  # equal batches draw apart, too
+    return jobs
+
+
+def share_out(jobs, work, world, say, poll):
+    """`work(job)` for each, spread over the ranks, with polls between; a line at every tenth."""
+    began, told, size = time.monotonic(), 0, world.size
+    with progress(len(jobs), "embedding", world) as bar:
+        for start in range(0, len(jobs), size):
+            poll()
+            spent = time.monotonic() - began
+            if start * 10 // len(jobs) > told and spent > 10:
+                told = start * 10 // len(jobs)
+                say(f"embedded  {start} of {len(jobs)}  eta {clock(spent * (len(jobs) / start - 1))}")
+            for job in jobs[start : start + size][world.rank :: size]:
+                work(job)
+            bar.update(size)
+    barrier(world)
+
+
+def figures(cfg, draws, jobs, folder) -> dict:
+    """Coefficients with interval and noise floor of arms and bounds; distances between arms. Rank 0."""
+    found, vectors = {"arms": {}, "bounds": {}, "cross": {}}, {}
+    for name in draws.names:
+        files = [[file for n, i, file, _ in jobs if (n, i) == (name, at)] for at in range(draws.count(name))]
+        opened = [[kept(folder / file) for file in of_batch] for of_batch in files]
+        vectors[name] = [of_batch[0] for of_batch in opened]
+        table = pairwise(vectors[name])
+        one = {"coefficient": coefficient(table), "interval": coefficient_interval(table)}
+        one |= {"batches": len(files), "length": len(vectors[name][0])}
+        if name in draws.arms:
+            floors = [coefficient(pairwise(again)) for again in opened[:FLOOR_BATCHES]]
+            one |= {"noise_floor": sum(floors) / len(floors), "noise_floors": floors}
+        found["bounds" if name in BOUNDS else "arms"][name] = one
+    arms = list(draws.arms)
+    for a, b in [(a, b) for i, a in enumerate(arms) for b in arms[i + 1 :]]:
+        found["cross"][f"{a} x {b}"] = pair(vectors[a], vectors[b], found["arms"][a], found["arms"][b])
+    return found | {"procedure": cfg.procedure, "probe": str(cfg.probe)}
+
+
+def kept(path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError):
+        raise UserError(f"{path} is damaged: delete it, and the same command makes it anew") from None
+
+
+def pair(first, second, a, b) -> dict:
+    """Mean distance between the batches of two arms; by how much their coefficients differ, with interval."""
+    table = distances(first, second)
+    halves = [(one["interval"][1] - one["interval"][0]) / 2 for one in (a, b)]
+    difference, half = a["coefficient"] - b["coefficient"], math.hypot(*halves)
+    return {
+        **{"coefficient": float(table.mean()), "interval": cross_interval(table)},
+        **{"difference": difference, "difference_interval": [difference - half, difference + half]},
+    }

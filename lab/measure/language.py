@@ -1,0 +1,83 @@
+"""A language model on held-out rows: summed losses, hits and targets; perplexity, accuracy, bits per byte."""
+
+import numpy as np
+import torch
+
+from lab.data.blocks import stretches
+from lab.measure.statistics import language_metrics
+from lab.train.batches import ShardedBatches
+from lab.train.loss import IGNORE_INDEX, token_log_probs
+from lab.train.precision import Precision
+from lab.train.processes import all_reduce_sum, progress
+
+
+def loss_lines(part, numbers, groups, sums, spelt) -> list[dict]:
+    """Lines of losses.jsonl, by which eval.py --compare pairs runs: part (test, val), row and group of each
+    held-out row, its loss in nats, hits, targets, and their bytes."""
+    columns = (np.asarray(column).tolist() for column in (numbers, groups, sums.round(6), spelt))
+    return [
+        {
+            "part": part,
+            "row": row,
+            "group": group,
+            "nats": nats,
+            "hits": int(hits),
+            "targets": int(targets),
+            "bytes": size,
+        }
+        for row, group, (nats, hits, targets), size in zip(*columns, strict=True)
+    ]
+
+
+@torch.no_grad()
+def evaluate(model, blocks, cfg, world, poll=lambda: None) -> np.ndarray:
+    """(blocks, 3) on every rank: summed loss, hits of the likeliest token, targets. `model` is unwrapped.
+
+    `blocks`: corpus.Blocks, or another with lengths, targets and batch.
+    """
+    was_training = model.training
+    model.eval()
+    precision = Precision(cfg.dtype, world)
+    batches = ShardedBatches(blocks.lengths, cfg.eval_batch, world)
+    sums = torch.zeros(len(blocks), 3, dtype=torch.float64)
+    with progress(len(batches), "evaluating", world) as bar:
+        for step in range(len(batches)):
+            poll()
+            if mine := batches.rank_batch(step):
+                input_ids, labels = blocks.batch(mine, world.device)
+                counted = labels != IGNORE_INDEX
+                with precision.autocast():
+                    hidden = model.hidden(input_ids)[counted]
+                    log_probs, hits = token_log_probs(*model.head(hidden), labels[counted])
+                rows = torch.tensor(mine)[counted.cpu().nonzero()[:, 0]]
+                sums.index_add_(
+                    0, rows, torch.stack([-log_probs, hits.double(), torch.ones_like(log_probs)], 1)
+                )
+            bar.update()
+    model.train(was_training)
+    return all_reduce_sum(world, sums).numpy()
+
+
+def measure(sums, blocks, unigram, sizes=None) -> dict:
+    """Loss per token, perplexity, accuracy with 95 % intervals, beside the loss of the training frequencies.
+
+    Neighbouring blocks resemble each other: the intervals redraw 100 stretches of the text. `sizes` (V,) are
+    the bytes that each id spells, for bits per byte.
+    """
+    log_share = np.log((unigram + 1) / (unigram.sum() + len(unigram)))
+    plain = -block_sums(log_share, blocks)
+    spelt = None if sizes is None else block_sums(sizes, blocks)
+    metrics = language_metrics(sums, stretches(len(sums)), plain, spelt)
+    alarm = f"NOT LEARNING: loss {metrics['loss']:.4f}, token frequencies alone {metrics['unigram_loss']:.4f}"
+    return metrics | {"alarm": alarm if metrics["above_unigram_interval"][1] >= 0 else None}
+
+
+def block_sums(values, blocks) -> np.ndarray:
+    """(blocks,): the sum over each block's targets of `values`, one for each id of the vocabulary."""
+    return np.add.reduceat(values[blocks.tokens[1:]], np.arange(0, len(blocks.tokens) - 1, blocks.block_size))
+
+
+def losses(part, sums, blocks, sizes) -> list[dict]:
+    """Lines of losses.jsonl."""
+    spelt = block_sums(sizes, blocks)
+    return loss_lines(part, np.arange(len(sums)), stretches(len(sums)), sums, spelt)

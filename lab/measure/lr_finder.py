@@ -1,0 +1,138 @@
+"""The learning-rate finder: loss against a rate that grows at every step, and the rates it suggests."""
+
+import copy
+import math
+
+import numpy as np
+
+from lab.run.files import write_json
+
+DIVERGED = 4  # times the lowest smoothed loss so far, as in fastai and Lightning
+
+
+def sweep(take, lrs, smoothing, model, optimizer, precision) -> dict:
+    """`take(step, lr)` makes a step and returns its loss before the update, for each of `lrs` in turn.
+
+    The loss of a rate is the one its update leads to: that of the next step. Smoothed by a running mean
+    divided by 1 - smoothing^n (n losses seen, from 1), without which a constant loss would be drawn as a
+    rise (the journal's plot). Ends early on divergence. Weights, optimizer and scaler are put back.
+    """
+    kept = copy.deepcopy((model.state_dict(), optimizer.state_dict(), precision.scaler.state_dict()))
+    losses, smoothed, mean = [], [], 0.0
+    try:
+        for step, lr in enumerate([*lrs, 0.0]):
+            try:
+                loss = take(step, float(lr))
+            except FloatingPointError:
+                break
+            if step == 0:
+                continue
+            if not math.isfinite(loss):
+                break
+            mean = smoothing * mean + (1 - smoothing) * loss
+            losses.append(loss)
+            smoothed.append(mean / (1 - smoothing ** len(losses)))
+            if smoothed[-1] > DIVERGED * min(smoothed):
+                break
+    finally:
+        model.load_state_dict(kept[0])
+        optimizer.load_state_dict(kept[1])
+        if precision.scaler.is_enabled():
+            precision.scaler.load_state_dict(kept[2])
+        optimizer.zero_grad(set_to_none=True)
+    return {"lr": [float(lr) for lr in lrs[: len(losses)]], "loss": losses, "smoothed": smoothed}
+
+
+def suggest(lrs, smoothed) -> dict[str, float | None]:
+    """Three rules side by side; None where the curve never falls by a thousandth.
+
+    steepest: where the loss falls fastest per factor of the rate; valley: the middle of the longest fall;
+    minimum/10: a tenth of where it is lowest (Gugger: up to the minimum itself with one_cycle).
+    """
+    y = np.asarray(smoothed)
+    lowest = int(y.argmin()) if len(y) else 0
+    if lowest < 2 or y[:lowest].max() - y[lowest] < 1e-3 * abs(y[lowest]):
+        return {"steepest": None, "valley": None, "minimum/10": None}
+    slope = np.gradient(np.minimum.accumulate(y), np.log(lrs))  # falling back from a bad batch gains nothing
+    start, end = longest_fall(y)
+    steepest, middle = int(slope.argmin()), (start + end) // 2
+    return {"steepest": lrs[steepest], "valley": lrs[middle], "minimum/10": lrs[lowest] / 10}
+
+
+def longest_fall(y) -> tuple[int, int]:
+    """First and last index of the longest decreasing subsequence: noise between does not end a fall."""
+    length, before = np.ones(len(y), dtype=int), np.arange(len(y))
+    for i in range(1, len(y)):
+        higher = np.flatnonzero(y[:i] > y[i])
+        if len(higher):
+            before[i] = higher[length[higher].argmax()]
+            length[i] = length[before[i]] + 1
+    end = start = int(length.argmax())
+    while before[start] != start:
+        start = before[start]
+    return int(start), end
+
+
+def show_curve(run, curve, suggestions):
+    """lr_finder.json, lr_finder.png, and the same plot in the terminal."""
+    write_json(run.folder / "lr_finder.json", curve | {"suggestions": suggestions})
+    if len(curve["lr"]) < 3:
+        return run.say(
+            f"{len(curve['lr'])} losses before the end: no curve; use a lower find_from or more steps"
+        )
+    for step, (lr, loss, smooth) in enumerate(
+        zip(curve["lr"], curve["loss"], curve["smoothed"], strict=True)
+    ):
+        run.metrics(step, {"find/lr": lr, "find/loss": loss, "find/smoothed": smooth})
+    run.say(text_plot(curve["lr"], curve["smoothed"], suggestions))
+    run.say("suggested lr  " + "   ".join(f"{name} {lr:.2e}" for name, lr in suggestions.items() if lr))
+    plot_curve(curve, suggestions, run.folder / "lr_finder.png")
+    run.say(f"the curve: {run.folder}/lr_finder.png")
+
+
+def plot_curve(curve, suggestions, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    axes.plot(curve["lr"], curve["loss"], ".", color="0.7", label="loss after a step at this rate")
+    axes.plot(curve["lr"], curve["smoothed"], label="smoothed")
+    for (name, lr), color in zip(suggestions.items(), ("C1", "C2", "C3"), strict=True):
+        if lr:
+            axes.axvline(lr, color=color, linestyle="--", label=f"{name}: {lr:.1e}")
+    low, high = min(curve["smoothed"]), curve["smoothed"][0]
+    axes.set(xscale="log", xlabel="learning rate", ylabel="loss per token", title="Learning-rate finder")
+    axes.set_ylim(low - 0.2 * (high - low + 0.1), high + 0.5 * (high - low + 0.1))
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def text_plot(lrs, values, marks, width=80, height=12) -> str:
+    """values over log lrs in `height` lines; a letter on the axis for each mark."""
+    x = np.log10(lrs)
+    columns = np.round((x - x[0]) / max(x[-1] - x[0], 1e-9) * (width - 1)).astype(int)
+    low, high = min(values), max(values[0], min(values) + 1e-9)
+    top = high + 0.25 * (high - low)  # what shoots above is cut off
+    canvas = [[" "] * width for _ in range(height)]
+    for column, value in zip(columns, values, strict=True):
+        if value <= top:
+            canvas[round((top - value) / (top - low) * (height - 1))][column] = "*"
+    lines = [
+        f"{top - (top - low) * i / (height - 1):8.4f} |{''.join(row)}".rstrip()
+        for i, row in enumerate(canvas)
+    ]
+    axis, under = ["-"] * width, [" "] * (width + 6)
+    for exponent in range(math.ceil(x[0]), math.floor(x[-1]) + 1):
+        column = round((exponent - x[0]) / (x[-1] - x[0]) * (width - 1))
+        axis[column], under[column : column + 5] = "+", f"1e{exponent:<3}"[:5]
+    for name, lr in marks.items():
+        if lr:
+            column = round((math.log10(lr) - x[0]) / (x[-1] - x[0]) * (width - 1))
+            axis[np.clip(column, 0, width - 1)] = name[0].upper()
+    letters = "  ".join(f"{name[0].upper()} {name}" for name, lr in marks.items() if lr)
+    return "\n".join(
+        [*lines, " " * 9 + "+" + "".join(axis), (" " * 10 + "".join(under)).rstrip(), " " * 10 + letters]
+    )

@@ -1,0 +1,355 @@
+"""What a reader wants to know of A / B / tie verdicts: better than lengths alone? sure of itself for good
+reasons? the same when A and B change places? Every figure with a 95 % interval by prompt."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from lab.data.columns import LABELS
+from lab.measure.statistics import bootstrap, class_shares, classification_metrics, plus_minus
+
+BINS = 15  # of confidence, as Guo et al. (2017)
+HOTTEST = 10.0  # a temperature is sought from a tenth of 1 to this
+CLEARLY = 1.5  # a response is called longer than the other from half as much again
+
+
+@dataclass
+class Verdicts:
+    """What a model said of N rows, and what they are. Classes in the order A, B, tie."""
+
+    log_probs: np.ndarray  # (N, 2, 3): the row as it stands; A and B swapped, classes put back
+    symmetric: bool  # the two are averaged
+    labels: np.ndarray  # (N,)
+    groups: np.ndarray  # (N,) prompts
+    prior: np.ndarray  # (N, 3) class shares of the training rows
+    lengths: np.ndarray  # (N, 2) tokens of the whole responses
+    cut: np.ndarray  # (N,) whether the model saw less than that, or less than the prompt
+    by_length: np.ndarray  # (N, 3) log-probabilities of length_only
+    temperatures: np.ndarray | None  # (N,) fitted on validation rows; none: these are the validation rows
+
+    def final(self) -> np.ndarray:
+        return combine(self.log_probs, self.symmetric)
+
+    def longer(self) -> np.ndarray:
+        """0 where A is the longer response, 1 where B is, 2 where they are equally long."""
+        a, b = self.lengths.T
+        return np.where(a > b, 0, np.where(b > a, 1, 2))
+
+    def some(self, rows) -> "Verdicts":
+        """Those of a mask of rows."""
+        arrays = {n: x[rows] for n, x in vars(self).items() if isinstance(x, np.ndarray)}
+        return dataclasses.replace(self, **arrays)
+
+
+def combine(log_probs, symmetric) -> np.ndarray:
+    """(N, 2, 3) -> (N, 3): the first order alone, or the softmax of both orders' averaged logits."""
+    if not symmetric:
+        return log_probs[:, 0]
+    return F.log_softmax(torch.from_numpy(log_probs).mean(1), dim=-1).numpy()
+
+
+def confidence_bin(confidence) -> np.ndarray:
+    """Number of each row's bin; bins are open on the left."""
+    return np.ceil(confidence * BINS).astype(int).clip(1, BINS) - 1
+
+
+def calibration_gaps(log_probs, labels) -> np.ndarray:
+    """(N, BINS): in a row's bin of confidence its confidence - whether it is right, elsewhere 0.
+
+    The expected calibration error is the sum over bins of |column mean| (Guo et al. 2017).
+    """
+    confidence, chosen = np.exp(log_probs).max(1), log_probs.argmax(1)
+    gaps = np.zeros((len(labels), BINS))
+    gaps[np.arange(len(labels)), confidence_bin(confidence)] = confidence - (chosen == labels)
+    return gaps
+
+
+def calibration_error(log_probs, labels, groups) -> tuple[float, list[float]]:
+    """(expected calibration error, its interval).
+
+    Redrawing adds as much noise again to every |gap|: the interval is reflected (basic bootstrap), otherwise
+    it would lie above the figure.
+    """
+    gaps = calibration_gaps(log_probs, labels)
+    error = float(np.abs(gaps.mean(0)).sum())
+    [[low, high]] = bootstrap(gaps, groups, of=lambda means: np.abs(means).sum(1, keepdims=True))
+    return error, [max(0.0, 2 * error - high), max(0.0, 2 * error - low)]
+
+
+def calibration_noise(log_probs, samples=200, seed=0) -> float:
+    """The mean error that a perfectly calibrated judge of this confidence would show: of few rows not 0."""
+    confidence, rng = np.exp(log_probs).max(1), np.random.default_rng(seed)
+    chosen, errors = log_probs.argmax(1), []
+    for _ in range(samples):
+        labels = np.where(rng.random(len(chosen)) < confidence, chosen, -1)  # -1: some other class
+        errors.append(np.abs(calibration_gaps(log_probs, labels).mean(0)).sum())
+    return float(np.mean(errors))
+
+
+def fit_temperature(log_probs, labels) -> float:
+    """The T that minimises the log loss of softmax(log_probs / T), from 1 / 10 (all are right) to 10."""
+    every, low, high = np.arange(len(labels)), 1 / HOTTEST, HOTTEST  # of 1 / T: the loss is convex in it
+    for _ in range(60):
+        beta = math.sqrt(low * high)
+        probs = np.exp(tempered(log_probs, 1 / beta))
+        slope = ((probs * log_probs).sum(1) - log_probs[every, labels]).mean()
+        low, high = (low, beta) if slope > 0 else (beta, high)
+    return 1 / beta
+
+
+def tempered(log_probs, temperature) -> np.ndarray:
+    return F.log_softmax(torch.from_numpy(log_probs / temperature), dim=-1).numpy()
+
+
+def length_only(lengths, labels, train, wanted) -> np.ndarray:
+    """(wanted, 3) log-probabilities of a softmax regression on the responses' lengths, fitted on `train`.
+
+    It sees log(A / B), its size, and the total: what a model must beat to have read anything.
+    """
+    log_lengths = np.log1p(lengths)
+    difference = log_lengths[:, 0] - log_lengths[:, 1]
+    columns = np.c_[difference, np.abs(difference), log_lengths.sum(1)]
+    mean, width = columns[train].mean(0), columns[train].std(0) + 1e-9
+    x = torch.from_numpy(np.c_[(columns - mean) / width, np.ones(len(columns))])
+    y, weights = torch.from_numpy(labels[train]), torch.zeros(x.shape[1], 3, dtype=torch.float64)
+    weights.requires_grad_()
+    optimizer = torch.optim.LBFGS([weights], max_iter=500, line_search_fn="strong_wolfe", tolerance_grad=1e-9)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(x[train] @ weights, y) + 1e-4 * weights.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return (x[wanted] @ weights).log_softmax(-1).detach().numpy()
+
+
+def macro_f1(chosen, labels, classes=3) -> float:
+    """Mean over classes of 2 tp / (predicted + true); 0 where a class is neither."""
+    hits = np.bincount(labels[chosen == labels], minlength=classes)
+    both = np.bincount(chosen, minlength=classes) + np.bincount(labels, minlength=classes)
+    return float((2 * hits / np.maximum(both, 1)).mean())
+
+
+def make_card(v, names) -> dict:
+    """Every figure of result.json; `..._interval` is the 95 % interval of the figure before it.
+
+    by_truncation and by_length hold the same figures of some of the rows each.
+    """
+    card = figures(v, names)
+    a, b = 1 + v.lengths.T
+    parts = {"A longer": a > CLEARLY * b, "B longer": b > CLEARLY * a}
+    parts["alike"] = ~(parts["A longer"] | parts["B longer"])
+    card["by_length"] = {name: figures(v.some(rows), names) for name, rows in parts.items()}
+    parts = {"whole": ~v.cut, "truncated": v.cut}
+    card["by_truncation"] = {name: figures(v.some(rows), names) for name, rows in parts.items()}
+    return card
+
+
+def figures(v, names) -> dict:
+    if not len(v.labels):
+        return {"rows": 0}
+    log_probs, longer = v.final(), v.longer()
+    chosen = log_probs.argmax(1)
+    card = classification_metrics(log_probs, v.labels, v.groups, v.prior, names)
+    card |= {"prompts": len(set(v.groups)), "symmetric": v.symmetric}
+    card |= _means(_columns(v, log_probs), v.groups)
+    for label, name in enumerate(names):
+        rows = v.labels == label
+        card |= _means({f"recall_{name}": chosen[rows] == label}, v.groups[rows])
+    for name, said in (("prefers_longer", chosen), ("truth_prefers_longer", v.labels)):
+        decided = (said < 2) & (longer < 2)
+        card |= _means({name: said[decided] == longer[decided]}, v.groups[decided])
+    error, interval = calibration_error(log_probs, v.labels, v.groups)
+    card |= {"calibration_error": error, "calibration_error_interval": interval}
+    card["calibration_error_of_noise"] = calibration_noise(log_probs)
+    card["temperature"] = None if v.temperatures is None else float(v.temperatures.mean())
+    card["macro_f1"] = macro_f1(chosen, v.labels, len(names))
+    card["confusion"] = _confusion(v.labels, chosen, len(names)).tolist()  # [truth][verdict]
+    return card
+
+
+def _columns(v, log_probs) -> dict[str, np.ndarray]:
+    """Row by row: what one order, both averaged, lengths alone and the fitted temperature would have got."""
+    every = np.arange(len(v.labels))
+    guesses = {"one_order": v.log_probs[:, 0], "averaged": combine(v.log_probs, True)}
+    guesses["length_only"] = v.by_length
+    if v.temperatures is not None:
+        guesses["tempered"] = tempered(log_probs, v.temperatures[:, None])
+    losses = {name: np.maximum(-guess[every, v.labels], 1e-15) for name, guess in guesses.items()}  # Kaggle's
+    columns = {f"{name}_log_loss": loss for name, loss in losses.items()}
+    columns |= {f"{name}_accuracy": guess.argmax(1) == v.labels for name, guess in guesses.items()}
+    columns["flip_rate"] = v.log_probs[:, 0].argmax(1) != v.log_probs[:, 1].argmax(1)
+    columns["above_length_only"] = -log_probs[every, v.labels] - losses["length_only"]
+    columns["averaged_above_one_order"] = losses["averaged"] - losses["one_order"]
+    truth = np.eye(log_probs.shape[1])[v.labels]
+    return columns | {"brier": ((np.exp(log_probs) - truth) ** 2).sum(1)}
+
+
+def _means(columns, groups) -> dict:
+    """{name: mean, name_interval: ...} of each column, both None without any rows."""
+    if not len(groups):
+        return {key: None for name in columns for key in (name, f"{name}_interval")}
+    values = np.stack([np.asarray(column, dtype=np.float64) for column in columns.values()], axis=1)
+    means, intervals = values.mean(0).tolist(), bootstrap(values, groups).tolist()
+    named = zip(columns, means, intervals, strict=True)
+    return {key: x for name, mean, both in named for key, x in ((name, mean), (f"{name}_interval", both))}
+
+
+def _confusion(labels, chosen, classes) -> np.ndarray:
+    counts = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(counts, (labels, chosen), 1)
+    return counts
+
+
+def card_lines(card, where, names) -> list[str]:
+    """The card on one screen, each line beginning with `where`."""
+
+    def figure(name, digits=3):
+        value = card[name]
+        return "none" if value is None else plus_minus(value, card[f"{name}_interval"], digits)
+
+    def shares(name):
+        return " ".join(f"{label} {share:.0%}" for label, share in card[name].items())
+
+    orders = "both orders averaged" if card["symmetric"] else "one order"
+    low, high = card["calibration_error_interval"]  # reflected: far from symmetric
+    tempered_line = []
+    if card["temperature"] is not None:
+        fitted = f"temperature  {card['temperature']:.2f}, fitted on validation"
+        fitted += " (the limit)" * (not 1.01 / HOTTEST < card["temperature"] < HOTTEST / 1.01)
+        least, most = card["tempered_log_loss_interval"]
+        tempered_line = [f"{fitted} -> log loss {card['tempered_log_loss']:.4f} ({least:.4f} to {most:.4f})"]
+    recall = "   ".join(f"{name} {figure(f'recall_{name}')}" for name in names)
+    lines = [
+        f"{card['rows']} rows, {card['prompts']} prompts, {orders}; 95 % intervals by prompt",
+        f"log loss     {figure('log_loss', 4)}   uniform {card['uniform_log_loss']:.4f}",
+        f"accuracy     {figure('accuracy')}   most frequent class {card['prior_accuracy']:.3f}",
+        f"class shares log loss {card['prior_log_loss']:.4f}   ours - theirs {figure('above_prior', 4)}",
+        f"lengths only log loss {figure('length_only_log_loss', 4)}   "
+        f"ours - theirs {figure('above_length_only', 4)}",
+        f"             accuracy {figure('length_only_accuracy')}",
+        f"one order    log loss {figure('one_order_log_loss', 4)}   accuracy {figure('one_order_accuracy')}",
+        f"averaged     log loss {figure('averaged_log_loss', 4)}   accuracy {figure('averaged_accuracy')}",
+        f"flips        {figure('flip_rate')} of one-order verdicts change when A and B are swapped",
+        f"recall       {recall}",
+        f"calibration  error {card['calibration_error']:.3f} ({low:.3f} to {high:.3f})   "
+        f"a calibrated judge's on so few rows {card['calibration_error_of_noise']:.3f}",
+        *tempered_line,
+        f"predicts     {shares('predicted')}   truth {shares('truth')}",
+    ]
+    return [f"{where}  {line}" for line in [*lines, *filter(None, [card["alarm"], lengths_alarm(card)])]]
+
+
+def lengths_alarm(card) -> str | None:
+    """A sentence when the verdicts could as well have been made without reading."""
+    low, high = card["above_length_only_interval"]
+    ours, theirs = card["log_loss"], card["length_only_log_loss"]
+    if high < 0:
+        return None
+    if low > 0:
+        return f"WORSE THAN LENGTHS: log loss {ours:.4f} is above their {theirs:.4f}"
+    return f"NO BETTER THAN LENGTHS: log loss {ours:.4f} cannot be told from their {theirs:.4f}"
+
+
+def draw(v, names, title, path):
+    """report.png: reliability diagram, confusion matrix, histogram of probabilities."""
+    from matplotlib.figure import Figure
+
+    log_probs = v.final()
+    probs, chosen = np.exp(log_probs), log_probs.argmax(1)
+    figure = Figure(figsize=(14, 4.4), layout="constrained")
+    figure.suptitle(title)
+    reliability, confusion, histogram = figure.subplots(1, 3)
+    _draw_reliability(reliability, probs.max(1), chosen == v.labels)
+    counts = _confusion(v.labels, chosen, len(names))
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    confusion.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (truth, verdict), share in np.ndenumerate(shares):
+        text = f"{counts[truth, verdict]}\n{share:.0%}"
+        confusion.text(verdict, truth, text, ha="center", va="center", color="w" if share > 0.5 else "k")
+    confusion.set(xticks=range(3), xticklabels=names, yticks=range(3), yticklabels=names)
+    confusion.set(title="confusion (share of the truth's row)", xlabel="verdict", ylabel="truth")
+    for label, name in enumerate(names):
+        style = {"bins": np.linspace(0, 1, 41), "histtype": "step", "linestyle": ("-", "--", "-.")[label]}
+        histogram.hist(probs[:, label], label=f"P({name})", **style)
+    histogram.set(title="probabilities", xlabel="probability", ylabel="rows", xlim=(0, 1))
+    histogram.legend()
+    figure.savefig(path, dpi=110)
+
+
+def _draw_reliability(axes, confidence, right):
+    """Accuracy against confidence in bins, one standard error; bars show how many rows there are."""
+    inside = confidence_bin(confidence)
+    rows = np.bincount(inside, minlength=BINS)
+    full = np.flatnonzero(rows)
+    mean = np.bincount(inside, confidence, BINS)[full] / rows[full]
+    share = np.bincount(inside, right, BINS)[full] / rows[full]
+    error = np.sqrt(np.maximum(share * (1 - share), 0.25 / rows[full]) / rows[full])
+    axes.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="as sure as right")
+    axes.errorbar(mean, share, error, marker="o", capsize=3, label="rows of a bin, one standard error")
+    axes.bar(
+        (np.arange(BINS) + 0.5) / BINS,
+        rows / rows.sum(),
+        1 / BINS,
+        color="0.85",
+        zorder=0,
+        label="share of rows",
+    )
+    axes.set(
+        title="reliability", xlabel="confidence of the verdict", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1)
+    )
+    axes.legend(loc="upper left")
+
+
+NAMES = list(LABELS)  # A, B, tie: the order of classes everywhere
+
+
+def verdicts(cfg, data, splits, outcomes, part) -> tuple[np.ndarray, Verdicts]:
+    """Rows of a part (with folds: every row once, by the model that had not seen it) and what was said."""
+    lengths, every = data.response_lengths(), []
+    for split, outcome in zip(splits, outcomes, strict=True):
+        rows, train_rows = split[part], split["train"]
+        said = {name: np.array(log_probs) for name, log_probs in outcome["log_probs"].items()}
+        on_val = combine(said["val"], cfg.symmetric)
+        temperature = fit_temperature(on_val, data.labels[split["val"]])
+        prior = class_shares(data.labels[train_rows], len(NAMES))
+        by_length = length_only(lengths, data.labels, train_rows, rows)
+        facts = {"log_probs": said[part], "prior": np.tile(prior, (len(rows), 1)), "by_length": by_length}
+        every.append(facts | {"temperatures": np.full(len(rows), temperature)})
+    rows = np.concatenate([split[part] for split in splits])
+    facts = {name: np.concatenate([one[name] for one in every]) for name in every[0]}
+    facts |= {"labels": data.labels[rows], "groups": data.groups[rows], "lengths": lengths[rows]}
+    facts |= {} if part == "test" else {"temperatures": None}
+    return rows, Verdicts(symmetric=cfg.symmetric, cut=data.cut[rows].any(1), **facts)
+
+
+def make_cards(cfg, data, splits, outcomes) -> tuple[dict, dict, dict]:
+    """(figures of result.json, verdicts of each part, report card of each part)"""
+    said = {part: verdicts(cfg, data, splits, outcomes, part) for part in outcomes[0]["log_probs"]}
+    cards = {part: make_card(v, NAMES) for part, (_, v) in said.items()}
+    named = {f"{part}/{name}": value for part, card in cards.items() for name, value in card.items()}
+    return named, said, cards
+
+
+def all_predictions(cfg, data, splits, said):
+    """Lines of predictions.jsonl: every held-out row, by the model that had not seen it."""
+    for part, (rows, v) in said.items():
+        folds = np.repeat(np.arange(len(splits)), [len(split[part]) for split in splits])
+        yield from predictions(data, rows, v, part, folds if cfg.folds else None)
+
+
+def predictions(data, rows, v, part, folds):
+    """Lines of predictions.jsonl: what two runs on the same rows can be compared by."""
+    final = np.exp(v.final())
+    for i, (row, said, orders) in enumerate(zip(rows, final, np.exp(v.log_probs), strict=True)):
+        line = {"id": data.ids[row], "row": int(row), "group": data.groups[row], "split": part}
+        line |= {} if folds is None else {"fold": int(folds[i]) + 1}
+        line |= {"label": NAMES[data.labels[row]], **dict(zip(NAMES, said.tolist(), strict=True))}
+        yield line | {"as_is": orders[0].tolist(), "swapped_back": orders[1].tolist()}

@@ -1,0 +1,121 @@
+"""Figures with intervals: bootstrap by group, Student's t, metrics of language models and of classes."""
+
+import math
+
+import numpy as np
+
+
+def bootstrap(values, groups, *, weights=None, samples=2000, seed=0, of=None) -> np.ndarray:
+    """95 % percentile intervals (columns, 2) of the column means of `values` (rows, columns).
+
+    With `of`, intervals of what it makes of means: (samples, columns) -> (samples, figures), as they are.
+
+    `weights` (rows,) count a row that often: the targets of which its values are means. Whole groups
+    (prompts, documents) are redrawn, since rows of one group are not independent. A column of nothing but
+    zeros or ones would get width 0: it gets the rule of three, 3 / number of groups.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    weights = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=np.float64)
+    index = np.unique(np.asarray(groups), return_inverse=True)[1]
+    sums = np.zeros((index.max() + 1, values.shape[1] + 1))  # per group: of every column, and its weight
+    np.add.at(sums, index, np.c_[values * weights[:, None], weights])
+    rng, n = np.random.default_rng(seed), len(sums)
+    draws = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) * 1.0 @ sums for _ in range(samples)])
+    means = draws[:, :-1] / draws[:, -1:]
+    intervals = np.percentile(means if of is None else of(means), tails(n), axis=0).T
+    if of is not None:
+        return intervals
+    intervals[(values == 0).all(0)] = 0, min(1, 3 / n)
+    intervals[(values == 1).all(0)] = max(0, 1 - 3 / n), 1
+    return intervals
+
+
+def tails(n) -> list[float]:
+    """Percentiles that bound a 95 % interval over n redrawn groups: 2.5 and 97.5 where they are many.
+
+    Few: Hesterberg's expanded percentiles (2015), with Student's t to first order in 1 / (n - 1).
+    """
+    t = 1.96 + (1.96**3 + 1.96) / (4 * max(n - 1, 1))
+    tail = 50 * (1 - math.erf(t * math.sqrt(n / max(n - 1, 1) / 2)))
+    return [tail, 100 - tail]
+
+
+def student(freedom) -> float:
+    """The two-sided 95 % quantile of Student's t, by integrating over t = sqrt(freedom) tan(angle)."""
+    angle = np.linspace(0, math.pi / 2, 200_001)[:-1]
+    area = np.cumsum(np.cos(angle) ** (freedom - 1))
+    return math.sqrt(freedom) * math.tan(angle[np.searchsorted(area, 0.95 * area[-1])])
+
+
+def language_metrics(sums, groups, unigram=None, byte_counts=None) -> dict:
+    """Loss per target token, perplexity, accuracy of the likeliest token, with 95 % intervals by group.
+
+    sums (rows, 3): summed loss in nats, hits, targets. `unigram` (rows,): summed losses by token frequencies
+    alone, which are to be beaten. `byte_counts` (rows,): UTF-8 bytes that the targets spell, for bits per
+    byte, which compares tokenizers (an end token's loss counts, it spells nothing).
+    """
+    targets, given = sums[:, 2], [] if unigram is None else [unigram, sums[:, 0] - unigram]
+    values = np.column_stack([sums[:, 0], sums[:, 1], *given]) / targets[:, None]
+    intervals = bootstrap(values, groups, weights=targets).tolist()
+    loss, accuracy, *others = np.average(values, axis=0, weights=targets).tolist()
+    metrics = {"loss": loss, "loss_interval": intervals[0], "perplexity": math.exp(min(loss, 700))}
+    metrics |= {"accuracy": accuracy, "accuracy_interval": intervals[1]}
+    if given:
+        metrics |= {"unigram_loss": others[0], "above_unigram_interval": intervals[3]}
+    if byte_counts is not None and byte_counts.sum():
+        both = np.c_[sums[:, 0] / math.log(2), byte_counts] / targets[:, None]
+        ratio = {"weights": targets, "of": lambda means: means[:, :1] / means[:, 1:]}
+        metrics |= {"bits_per_byte": sums[:, 0].sum() / math.log(2) / byte_counts.sum()}
+        metrics |= {"bits_per_byte_interval": bootstrap(both, groups, **ratio).tolist()[0]}
+        metrics |= {"bytes": int(byte_counts.sum())}
+    return metrics | {"targets": int(targets.sum()), "rows": len(sums)}
+
+
+def classification_metrics(log_probs, labels, groups, prior, names) -> dict:
+    """Log loss and accuracy with 95 % intervals by group, beside the uniform and the class-prior guess.
+
+    log_probs (N, classes); prior: class shares of the training rows, (classes,) or (N, classes). `alarm` is a
+    sentence when nothing was learnt: always the same class, or a log loss not below the prior's.
+    """
+    log_probs, labels, every = np.asarray(log_probs), np.asarray(labels), np.arange(len(labels))
+    prior = np.broadcast_to(np.clip(prior, 1e-12, None), log_probs.shape)
+    chosen, loss, prior_loss = log_probs.argmax(1), -log_probs[every, labels], -np.log(prior[every, labels])
+    intervals = bootstrap(np.c_[loss, chosen == labels, loss - prior_loss], groups).tolist()
+    metrics = {
+        "log_loss": float(loss.mean()),
+        "log_loss_interval": intervals[0],
+        "accuracy": float((chosen == labels).mean()),
+        "accuracy_interval": intervals[1],
+        "rows": len(labels),
+        "uniform_log_loss": math.log(len(names)),
+        "prior_log_loss": float(prior_loss.mean()),
+        "prior_accuracy": float((labels == prior.argmax(1)).mean()),
+        "above_prior": float((loss - prior_loss).mean()),  # below 0: something was learnt
+        "above_prior_interval": intervals[2],  # row by row
+        "predicted": dict(zip(names, class_shares(chosen, len(names)), strict=True)),
+        "truth": dict(zip(names, class_shares(labels, len(names)), strict=True)),
+    }
+    return metrics | {"alarm": _alarm(metrics)}
+
+
+def class_shares(labels, classes) -> list[float]:
+    """How often each class occurs."""
+    return (np.bincount(labels, minlength=classes) / len(labels)).tolist()
+
+
+def _alarm(metrics) -> str | None:
+    name, share = max(metrics["predicted"].items(), key=lambda item: item[1])
+    if share == 1.0:
+        return f"NOT LEARNING: every one of {metrics['rows']} rows is called '{name}'"
+    if metrics["above_prior_interval"][1] >= 0:
+        loss, prior = metrics["log_loss"], metrics["prior_log_loss"]
+        return f"NOT LEARNING: log loss {loss:.4f} cannot be told from the class shares' {prior:.4f}"
+    return None
+
+
+def plus_minus(value, interval, digits=3) -> str:
+    """`0.473 ± 0.013`: half the interval's width; `0.000 (0 to 0.03)` where it lies on one side."""
+    low, high = interval
+    if value in (low, high) and low != high:
+        return f"{value:.{digits}f} ({low:.3g} to {high:.3g})"
+    return f"{value:.{digits}f} ± {(interval[1] - interval[0]) / 2:.{digits}f}"

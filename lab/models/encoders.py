@@ -1,0 +1,240 @@
+"""BERT-family encoders and the scorer of pairs on top: loading, freezing, pooling, head, rates by depth.
+
+Every family of transformers that ends in one vector per token fits; tiny:<family> is a small one with
+random weights and a word tokenizer, for a machine without a network."""
+
+import math
+import re
+from collections import Counter
+
+import torch
+from torch import nn
+
+from lab.data.hub import local_or_hub
+from lab.data.tokenizers import pretrained_tokenizer
+from lab.errors import UserError
+from lab.train.batches import OVERHEAD, length_groups
+
+TINY = {  # 0.1: a vector of 64 numbers then starts as large as one of 768 does with the usual 0.02
+    **{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
+    "initializer_range": 0.1,
+}
+TINY_FAMILIES = {  # what each family needs beside TINY
+    "distilbert": {"hidden_dim": 128},
+    "bert": {},
+    "roberta": {"max_position_embeddings": 514, "type_vocab_size": 1},
+    "electra": {"embedding_size": 64},
+    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0},
+    "albert": {"embedding_size": 64},
+}
+DROPOUTS = (  # what families call those of hidden states and attention
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"),
+    *("embedding_dropout", "mlp_dropout"),
+)
+
+
+def tiny(name) -> str:
+    """The small stand-in of the same family: `microsoft/deberta-base` -> `tiny:deberta`."""
+    longest_first = sorted(TINY_FAMILIES, key=len, reverse=True)  # distilbert before bert
+    return f"tiny:{next((family for family in longest_first if family in name.lower()), 'bert')}"
+
+
+def load_tokenizer(name, texts=()):
+    """A fast tokenizer with cls and sep tokens: Hub id, folder, or (tiny:*) the words of `texts`."""
+    if name.startswith("tiny:"):
+        return _word_tokenizer(texts)
+    tokenizer = pretrained_tokenizer(name, "tiny:bert (built in)")
+    if None in (tokenizer.cls_token_id, tokenizer.sep_token_id):
+        raise UserError(f"tokenizer of {name} has no cls and sep token: use an encoder of the BERT family")
+    return tokenizer
+
+
+def _word_tokenizer(texts, size=4096):
+    """Lower-cased words by frequency, ties by spelling: a pure function of the texts."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    counts = Counter(word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text.lower()))
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    words = sorted(counts, key=lambda word: (-counts[word], word))[: size - len(special)]
+    vocabulary = {word: i for i, word in enumerate([*special, *words])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()  # the regular expression above
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), special, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def load_encoder(name, tokenizer, dropout=None) -> nn.Module:
+    """An AutoModel in fp32, never with a pooler: Hub id, folder, or tiny:<family> (random weights).
+
+    `dropout` replaces the pretrained dropout of hidden states and attention. Weights that a checkpoint lacks
+    are an error: transformers would fill them at random.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    if name.startswith("tiny:"):
+        if (family := name.removeprefix("tiny:")) not in TINY_FAMILIES:
+            raise UserError(f"--model {name}: use tiny: with one of {', '.join(TINY_FAMILIES)}")
+        ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+        config = AutoConfig.for_model(family, **TINY, **TINY_FAMILIES[family], **ids)
+        return encoder_from_config(_with_dropout(config, dropout))
+
+    def load():
+        config = _with_dropout(AutoConfig.from_pretrained(name), dropout)
+        return AutoModel.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
+
+    model, info = local_or_hub("model", name, load, "tiny:bert (built in)")
+    if missing := sorted(key for key in info["missing_keys"] if not key.startswith("pooler.")):
+        raise UserError(f"model {name} lacks {len(missing)} weights, e.g. {missing[0]}: is it an encoder?")
+    return _without_pooler(model)
+
+
+def encoder_from_config(config) -> nn.Module:
+    """The architecture with random weights, for tiny:* and for weights that a run saved."""
+    from transformers import AutoModel
+
+    return _without_pooler(AutoModel.from_config(config, dtype=torch.float32))
+
+
+def _with_dropout(config, dropout):
+    fields = [field for field in DROPOUTS if hasattr(config, field)]
+    if dropout is not None and not fields:
+        raise UserError(f"--encoder_dropout: a {config.model_type} has none that is known here: use none")
+    for field in fields if dropout is not None else ():
+        setattr(config, field, dropout)
+    return config
+
+
+def _without_pooler(model):
+    """Only the last hidden state is used: a pooler's weights would get no gradient, and DDP would wait."""
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    return model.train()
+
+
+def position_limit(encoder) -> int:
+    """Tokens that the position table holds; that of RoBERTa's kin starts behind the padding index."""
+    tables = [m for name, m in encoder.named_modules() if name.endswith("position_embeddings")]
+    skipped = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
+    return encoder.config.max_position_embeddings - max(skipped, default=0)
+
+
+def anatomy(encoder) -> tuple[list[nn.Module], nn.ModuleList]:
+    """(embeddings and their kin, wherever they stand; the blocks). ALBERT has one block, used again."""
+    blocks = next(module for module in encoder.modules() if isinstance(module, nn.ModuleList))
+    inside = set(blocks.modules())
+    embeddings = [m for name, m in encoder.named_modules() if "embed" in name and m not in inside]
+    return embeddings, blocks  # of DeBERTa with the relative positions, which stand behind its blocks
+
+
+def freeze(encoder, which) -> list[nn.Module]:
+    """Stops gradients of all, bottom (embeddings and the lower half of the blocks), blocks, or none.
+
+    Returns the frozen modules: they must stay in eval mode, since dropout would be noise that nothing learns
+    to live with.
+    """
+    embeddings, blocks = anatomy(encoder)
+    if which == "bottom" and len(blocks) < 2:
+        raise UserError(
+            "--freeze bottom: this encoder repeats one block, it has no lower half: use all or none"
+        )
+    lower_half = [*embeddings, *blocks[: len(blocks) // 2]]
+    frozen = {"none": [], "all": [encoder], "bottom": lower_half, "blocks": [*blocks]}[which]
+    for module in frozen:
+        module.requires_grad_(False)
+    return frozen
+
+
+def lr_scales(scorer, layer_decay, head) -> dict[str, float]:
+    """Parameter name -> its share of the lr: layer_decay ** (blocks above it), and `head` for the head.
+
+    The top block learns at the full rate, embeddings at layer_decay ** number of blocks (Sun et al. 2019).
+    """
+    embeddings, blocks = anatomy(scorer.encoder)
+    above = {p: len(blocks) for module in embeddings for p in module.parameters()}
+    above |= {p: len(blocks) - 1 - i for i, block in enumerate(blocks) for p in block.parameters()}
+    scales = {name: layer_decay ** above.get(p, 0) for name, p in scorer.named_parameters()}
+    return {name: head if name.startswith("head.") else scale for name, scale in scales.items()}
+
+
+SWAP = (1, 0, 2)  # classes A, B, tie when A and B change places
+
+
+class PairScorer(nn.Module):
+    """Two token sequences of a row, encoded and pooled -> logits (orders, B, 3) of A, B, tie.
+
+    Sequence 1 shows side A and sequence 2 side B, and the head reads both vectors; `joint`: sequence 1 shows
+    A before B, sequence 2 B before A, and the head reads one vector. Either way swapping a row's sequences
+    swaps A and B. Order 0 is the row as it stands, order 1 with A and B swapped, classes put back.
+    """
+
+    def __init__(self, encoder, *, joint, pooling, head, dropout, frozen=()):
+        super().__init__()
+        h = encoder.config.hidden_size
+        width = h if joint else 2 * h
+        self.encoder, self.joint, self.pooling, self.frozen = encoder, joint, pooling, list(frozen)
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, len(SWAP)))
+        if head == "mlp":  # the journal's
+            self.head = nn.Sequential(
+                *(nn.Linear(width, h), nn.ReLU(), nn.Dropout(dropout)),
+                *(nn.Linear(h, h // 2), nn.ReLU(), nn.Dropout(dropout)),
+                nn.Linear(h // 2, len(SWAP)),
+            )
+        self.train()  # but for the frozen parts
+
+    @torch.no_grad()
+    def start_at(self, shares):
+        """The untrained head says about the class shares: the first steps need not learn those.
+
+        Only the bias: with zero weights, too, both orders of A and B would look alike for hundreds of steps.
+        """
+        self.head[-1].bias.copy_(torch.tensor(shares).clamp_min(1e-3).log())
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
+
+    def forward(self, input_ids=None, lengths=None, vectors=None, *, size, orders=2):
+        """Either input_ids (sequences, T), padded, with a list of their lengths, or vectors (sequences, h).
+
+        Sequence 1 of all `size` rows comes before sequence 2 of all (joint in one order needs no second).
+        """
+        vectors = self.encode(input_ids, lengths) if vectors is None else vectors
+        first, second = vectors[:size], vectors[size:]
+        if self.joint:
+            seen = [first, second][:orders]
+        else:
+            seen = [torch.cat(pair, dim=-1) for pair in ([first, second], [second, first])[:orders]]
+        logits = [self.head(one) for one in seen]
+        return torch.stack([logits[0], *(one[:, SWAP] for one in logits[1:])])
+
+    def encode(self, input_ids, lengths):
+        """Pooled vectors (N, h) in the order given: first token, or mean over tokens.
+
+        Sequences are encoded in groups of similar length: padding costs as much as text. The grouping changes
+        nothing but rounding.
+        """
+        device = input_ids.device
+        overhead = OVERHEAD * (1 if device.type == "cpu" else 16)  # launches: an estimate, not measured
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        ordered = [lengths[i] for i in order]
+        longest_first = torch.tensor(order, device=device)
+        input_ids, ends = input_ids[longest_first], torch.tensor(ordered, device=device)[:, None]
+        parts, start = [], 0
+        for n in length_groups(ordered, math.inf, overhead):
+            group = slice(start, start + n)
+            parts.append(self._encode_group(input_ids[group, : ordered[start]], ends[group]))
+            start += n
+        return torch.cat(parts)[longest_first.argsort()]
+
+    def _encode_group(self, input_ids, ends):
+        mask = (
+            torch.arange(input_ids.shape[1], device=input_ids.device) < ends
+        )  # by length, never by token id
+        hidden = self.encoder(input_ids, attention_mask=mask.long()).last_hidden_state
+        if self.pooling == "first":
+            return hidden[:, 0]
+        return (hidden * mask[..., None]).sum(1) / ends

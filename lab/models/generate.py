@@ -1,0 +1,170 @@
+"""Generation: cache of keys and values, sampling, prompts of different lengths, prompts typed by a person."""
+
+import math
+import sys
+from contextlib import contextmanager, nullcontext
+
+import torch
+
+from lab.errors import UserError
+from lab.models.gpt import FEW_ROWS, SECOND_LAYOUT, Linear
+from lab.train.cpu import ONEDNN
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far; the first padding[i] (B,) positions of row i are none."""
+
+    def __init__(self, n_layer, capacity, padding=None):
+        self.keys, self.values = [None] * n_layer, [None] * n_layer
+        self.capacity, self.padding, self.length = capacity, padding, 0
+
+    def append(self, layer, k, v):
+        """Those of new tokens (B, H, T, D) -> those of all tokens (B, H, S, D)."""
+        if self.keys[layer] is None:
+            shape = (*k.shape[:2], self.capacity, k.shape[3])
+            self.keys[layer], self.values[layer] = k.new_empty(shape), v.new_empty(shape)
+        end = self.length + k.shape[2]
+        self.keys[layer][:, :, self.length : end], self.values[layer][:, :, self.length : end] = k, v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def mask(self, T, device):
+        """Which keys each of T new tokens sees: (1 or B, 1, T, S) bool, or None where a rule says it."""
+        if self.padding is None and (T == 1 or self.length == 0):
+            return None
+        keys = torch.arange(self.length + T, device=device)
+        queries = keys[self.length :, None]
+        seen = (keys <= queries)[None]
+        if self.padding is not None:  # padding sees itself: a softmax over nothing would be NaN
+            seen = seen & (keys >= self.padding[:, None, None]) | (keys == queries)
+        return seen[:, None]
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, stop=(), seed=0,
+             vocab_size=None, use_cache=True, poll=lambda: None):  # fmt: skip
+    """Continuations (lists of ids, without the first id in `stop`) of prompts, lists of ids of any length.
+
+    temperature 0 is greedy. Ids from `vocab_size` on (a padded vocabulary) are never chosen. Row i draws from
+    a generator of (seed, i). When block_size is full, the window slides: its later half is read anew.
+    """
+    size, device, rows = model.config.block_size, model.wte.weight.device, [list(p) for p in prompts]
+    if not all(rows):
+        raise UserError("a prompt has no token: give it some text")
+    generators = [torch.Generator(device).manual_seed(seed * 1_000_003 + i) for i in range(len(rows))]
+    first, ended, cache = [0] * len(rows), [None] * len(rows), None
+
+    def step():
+        nonlocal cache, first
+        if max(len(row) - start for row, start in zip(rows, first, strict=True)) > size:
+            windows = zip(rows, first, strict=True)  # a row slides when it is full itself, as it would alone
+            first = [s if len(row) - s <= size else len(row) - (size + 1) // 2 for row, s in windows]
+            cache = None
+        if cache is None or not use_cache:
+            input_ids, padding = left_padded([row[start:] for row, start in zip(rows, first, strict=True)])
+            capacity = min(size, input_ids.shape[1] + max_new_tokens)
+            cache = KVCache(len(model.h), capacity, None if padding is None else padding.to(device))
+        else:
+            input_ids = torch.tensor([row[-1:] for row in rows])
+        logits = model.logits(model.hidden(input_ids.to(device), cache)[:, -1])[:, :vocab_size]
+        for i, token in enumerate(choose(logits, generators, temperature, top_k, top_p).tolist()):
+            if token in stop and ended[i] is None:
+                ended[i] = len(rows[i])
+            rows[i].append(token)
+
+    with generating(model, len(rows)):
+        for _ in range(max_new_tokens):
+            poll()
+            step()
+            if None not in ended:
+                break
+    return [row[len(prompt) : end] for row, prompt, end in zip(rows, prompts, ended, strict=True)]
+
+
+@contextmanager
+def generating(model, rows):
+    """Evaluation mode; on a CPU the matrices also in oneDNN's own layout, in which a product with a few rows
+    takes a third to a half of the time (torch.compile's freezing does the same). Costs their memory again.
+    """
+    holders = [(module, module.weight) for module in model.modules() if isinstance(module, Linear)]
+    holders += [(model, model.wte.matrix())] if model.config.tie_head else []
+    fits = all(weight.device.type == "cpu" and weight.dtype == torch.float32 for _, weight in holders)
+    # compiled blocks would be compiled anew for every length; set_stance imports the compiler (1.5 s)
+    compiled = "torch._dynamo" in sys.modules
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    was_training = model.training
+    model.eval()
+    try:
+        if fits and rows <= FEW_ROWS and ONEDNN:
+            for module, weight in holders:
+                SECOND_LAYOUT[module] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        with eager:
+            yield
+    finally:
+        model.train(was_training)
+        for module, _ in holders:
+            SECOND_LAYOUT.pop(module, None)
+
+
+def left_padded(rows) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Ids (B, T) that end together, and how many positions of each row are padding; None if there is none."""
+    longest = max(map(len, rows))
+    padding = torch.tensor([longest - len(row) for row in rows])
+    input_ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    return input_ids, padding if padding.any() else None
+
+
+def choose(logits, generators, temperature, top_k, top_p) -> torch.Tensor:
+    """Next ids (B,) from logits (B, V): greedy, or drawn from what temperature, top_k and top_p leave."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k:
+        lowest = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
+        logits = logits.masked_fill(logits < lowest, -math.inf)
+    probs = logits.softmax(-1)
+    if top_p and top_p < 1:  # the likeliest ids that together reach top_p
+        ordered, ids = probs.sort(descending=True)
+        enough = ordered.cumsum(-1) - ordered >= top_p
+        probs = probs.scatter(1, ids, ordered.masked_fill(enough, 0))
+    return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators, strict=True)])
+
+
+def continuations(model, tokenizer, cfg, prompts, max_new_tokens, seed, poll=lambda: None) -> list[str]:
+    """Text behind each prompt; an empty prompt is an end-of-text token: a new document begins."""
+    ids = [tokenizer(prompt).input_ids or [tokenizer.eos_token_id] for prompt in prompts]
+    choice = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
+    choice |= {"stop": stop_ids(tokenizer, cfg.stop), "seed": seed, "poll": poll}
+    choice["vocab_size"] = len(tokenizer) - (tokenizer.unk_token_id == len(tokenizer) - 1)  # no <unk>
+    return [tokenizer.decode(row) for row in generate(model, ids, max_new_tokens, **choice)]
+
+
+def stop_ids(tokenizer, stop) -> set[int]:
+    """End-of-text, and the one token of `stop` (in which \\n and \\t stand for themselves)."""
+    if stop is None:
+        return {tokenizer.eos_token_id}
+    text = stop.replace("\\n", "\n").replace("\\t", "\t")
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise UserError(f"--stop {stop!r} is not one token that this tokenizer knows: use one that is")
+    return {tokenizer.eos_token_id, ids[0]}
+
+
+def prompt_notes(model, tokenizer, prompt) -> list[str]:
+    """What of a prompt the model does not get to see."""
+    ids, size, notes = tokenizer(prompt).input_ids, model.config.block_size, []
+    if tokenizer.unk_token_id is not None and (unknown := ids.count(tokenizer.unk_token_id)):
+        notes.append(f"({unknown} of {len(ids)} tokens of the prompt are unknown to this tokenizer)")
+    if len(ids) > size:
+        notes.append(
+            f"(the prompt has {len(ids)} tokens: the last {(size + 1) // 2} count, block_size is {size})"
+        )
+    return notes
+
+
+def prompt_loop(interactive):
+    """Lines until end of file; Ctrl-C or Ctrl-D leave, and so does a reader of the answers that is gone."""
+    while not getattr(sys.stdout, "is_dead", False):
+        try:
+            yield input("prompt> " if interactive else "")
+        except (EOFError, KeyboardInterrupt):
+            return

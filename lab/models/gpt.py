@@ -1,0 +1,226 @@
+"""A GPT written by hand: GPT-2's and Llama's layers, one class."""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lab.errors import UserError
+from lab.train import cpu
+from lab.train.cpu import onednn
+from lab.train.loss import linear_cross_entropy, targets_only
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """GPT-2's choices are the defaults; journal 003 and 004 differ in the ones named there."""
+
+    vocab_size: int
+    block_size: int = 1024  # most tokens of context
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    n_inner: int | None = None  # width of the MLP; none = 4 C, swiglu 8/3 C rounded up to a multiple of 256
+    positions: Literal["learned", "rotary"] = "learned"  # rotary is half-split, as in Llama
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    activation: Literal["gelu", "relu", "swiglu"] = "gelu"  # gelu by its tanh formula
+    bias: bool = True  # of linear layers and LayerNorms
+    qkv_bias: bool = True
+    tie_head: bool = True  # the output matrix is the embedding
+    head_bias: bool = False
+    dropout: float = 0.0
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    checkpointing: bool = False  # recompute each block in the backward: a third more time, far less memory
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
+        if self.positions == "rotary" and self.n_embd // self.n_head % 2:
+            raise UserError(
+                f"rotary positions need an even n_embd / n_head: it is {self.n_embd // self.n_head}"
+            )
+        if self.tie_head and self.head_bias:
+            raise UserError("head_bias needs --no-tie_head")
+
+    @property
+    def inner(self) -> int:
+        wide = 4 * self.n_embd if self.activation != "swiglu" else math.ceil(8 / 3 * self.n_embd / 256) * 256
+        return self.n_inner or wide
+
+
+class Linear(nn.Linear):
+    """nn.Linear by `linear`."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias, self)
+
+    def terms(self, x):
+        """forward(x) as core.linear_cross_entropy wants it: ([(x, weight)], bias)."""
+        return [(x, self.weight)], self.bias
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding whose matrix a tied head reads, too."""
+
+    def matrix(self) -> torch.Tensor:
+        """(V, C)"""
+        return self.weight
+
+
+def linear(x, weight, bias, module):
+    """core.linear; `generating` lays some weights out a second time, and then it uses that one."""
+    if torch.compiler.is_compiling() or x.numel() // x.shape[-1] > FEW_ROWS:
+        return cpu.linear(x, weight, bias)
+    packed = SECOND_LAYOUT.get(module)
+    return cpu.linear(x, weight, bias) if packed is None else onednn(x, packed, bias)
+
+
+FEW_ROWS = 64  # from here on the usual layout is as fast
+SECOND_LAYOUT = {}  # module -> weight; as an attribute of the module it would have blocks compiled anew
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x, rotary, mask, remember):
+        B, T, C = x.shape
+        q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        if remember is not None:
+            k, v = remember(k, v)  # (B, H, S, D)
+        dropout = self.dropout if self.training else 0.0
+        causal = mask is None and (remember is None or T > 1)  # whatever T is: one graph
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+def rotate(x, rotary):
+    """Turns the pairs (x[i], x[i + D / 2]) of x (B, H, T, D) by the angles of rotary (2, ..., T, D / 2)."""
+    cos, sin = rotary
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.activation = config.activation
+        if config.activation == "swiglu":
+            self.c_gate = Linear(config.n_embd, config.inner, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, config.inner, bias=config.bias)
+        self.c_proj = Linear(config.inner, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        if self.activation == "swiglu":
+            return self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))
+        x = self.c_fc(x)
+        return self.c_proj(F.relu(x) if self.activation == "relu" else F.gelu(x, approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1, self.attn = make_norm(config), Attention(config)
+        self.ln_2, self.mlp = make_norm(config), MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rotary=None, mask=None, remember=None):
+        x = x + self.dropout(self.attn(self.ln_1(x), rotary, mask, remember))
+        return x + self.dropout(self.mlp(self.ln_2(x)))
+
+
+def make_norm(config):
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+
+
+class GPT(nn.Module):
+    """Pre-norm decoder; module names are GPT-2's. One forward serves training, evaluation and generation."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = Embedding(config.vocab_size, config.n_embd)
+        if config.positions == "learned":
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        else:
+            self.register_buffer("angles", rotary_angles(config), persistent=False)
+        self.dropout = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = make_norm(config)
+        if not config.tie_head:
+            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:  # GPT-2: what adds to the residual stream starts smaller in deep models
+                depth = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
+                nn.init.normal_(weight, std=0.02 / math.sqrt(depth))
+            elif name.endswith("bias"):
+                nn.init.zeros_(weight)
+
+    def forward(self, input_ids, labels=None, segments=None):
+        """input_ids (B, T) -> logits (B, T, V); with labels (B, T) the summed loss, a scalar.
+
+        Several rows packed into one: `segments` (B, T) numbers them; none sees another, positions restart.
+        """
+        hidden = self.hidden(input_ids, segments=segments)
+        if labels is None:
+            return self.logits(hidden)
+        hidden, labels = targets_only(hidden, labels)
+        return linear_cross_entropy(*self.head(hidden), labels)
+
+    def head(self, hidden):
+        """Of what the logits of hidden (N, C) are the sum: ([(x, weight (V, ...)), ...], bias or None)."""
+        return ([(hidden, self.wte.matrix())], None) if self.config.tie_head else self.lm_head.terms(hidden)
+
+    def logits(self, hidden):
+        """(..., C) -> (..., V)"""
+        if self.config.tie_head:
+            return linear(hidden, self.wte.matrix(), None, self)
+        return self.lm_head(hidden)
+
+    def hidden(self, input_ids, cache=None, segments=None):
+        """(B, T) -> what the head reads, (B, T, C). With a KVCache the ids follow those it has seen."""
+        T, past = input_ids.shape[1], cache.length if cache else 0
+        if past + T > self.config.block_size:
+            raise ValueError(f"{past + T} tokens exceed block_size {self.config.block_size}")
+        positions = torch.arange(past, past + T, device=input_ids.device)
+        if cache and cache.padding is not None:
+            positions = (positions - cache.padding[:, None]).clamp(min=0)  # (B, T)
+        x, rotary, mask = self.wte(input_ids), None, cache.mask(T, input_ids.device) if cache else None
+        if segments is not None:
+            mask = (segments[:, :, None] == segments[:, None, :]).tril()[:, None]  # (B, 1, T, T)
+            positions = mask.sum(-1)[:, 0] - 1  # (B, T)
+        if self.config.positions == "learned":
+            x = x + self.wpe(positions)
+        else:
+            rotary = self.angles[:, positions]  # (2, T, D / 2), or with padding (2, B, T, D / 2):
+            rotary = rotary if positions.dim() == 1 else rotary.unsqueeze(2)  # the same for all heads
+        x = self.dropout(x)
+        for i, block in enumerate(self.h):
+            if self.config.checkpointing and self.training:
+                x = checkpoint(block, x, rotary, mask, use_reentrant=False)
+            else:
+                x = block(x, rotary, mask, functools.partial(cache.append, i) if cache else None)
+        if cache:
+            cache.length += T
+        return self.ln_f(x)
+
+
+def rotary_angles(config) -> torch.Tensor:
+    """(2, block_size, D / 2): cosine and sine of position x theta^(-2 i / D) (Su et al. 2021)."""
+    dim = config.n_embd // config.n_head
+    rates = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angles = torch.arange(config.block_size, dtype=torch.float64)[:, None] * rates
+    return torch.stack([angles.cos(), angles.sin()]).float()

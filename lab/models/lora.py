@@ -1,0 +1,300 @@
+"""Low-rank adaptation of a GPT by hand (Hu et al. 2021): adapters on linear layers, the base stands still.
+
+A layer W x becomes W x + s B A x, with A (rank, in) drawn and B (out, rank) zero at the start, so that
+training begins at the base. s is the multiplier: alpha / rank today, alpha in the ancestor of journal 001.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lab.errors import UserError
+from lab.models.gpt import GPT
+from lab.models.gpt_formats import FORMATS, misfit, with_weights
+from lab.run.files import whole_folder, write_json
+from lab.train.cpu import linear
+
+SCALINGS = {  # alpha, rank -> multiplier
+    "alpha/r": lambda alpha, rank: alpha / rank,
+    "alpha": lambda alpha, rank: alpha,  # rasbt's LLMs-from-scratch until September 2025
+    "alpha/sqrt(r)": lambda alpha, rank: alpha / math.sqrt(rank),  # rsLoRA, Kalajdzievski 2023
+}
+FUSED = {"attn.c_attn": 3}  # query, key and value: one matrix in GPT-2, an adapter for each of them here
+
+
+class Adapter(nn.Module):
+    """A linear layer `base`, not trained, with what is: it adds `delta()` to the layer's weight."""
+
+    def __init__(self, base, multiplier):
+        super().__init__()
+        self.base, self.multiplier = base, multiplier
+
+    def delta(self) -> torch.Tensor:
+        """What the adapter adds to base.weight, (out, in)."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """What it trains, by name."""
+        return {name: p for name, p in self.named_parameters() if not name.startswith("base.")}
+
+
+class LoRALinear(Adapter):
+    """base(x) + multiplier * B A dropout(x); the output of a fused layer in `parts` with an A and B each.
+
+    A (parts * rank, in), B (out, rank): the rows of B of part i belong to rows i * rank ... of A.
+    """
+
+    def __init__(self, base, rank, multiplier, dropout=0.0, parts=1):
+        super().__init__(base, multiplier)
+        self.dropout, self.parts = nn.Dropout(dropout), parts
+        like = {"device": base.weight.device, "dtype": base.weight.dtype}
+        self.A = nn.Parameter(torch.empty(parts * rank, base.in_features, **like))
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
+
+    def forward(self, x):
+        return self.base(x) + linear(self.low(x), self.wide_B())
+
+    def terms(self, x):
+        """forward(x) as core.linear_cross_entropy wants it: nothing of the size of base.weight is made."""
+        terms, bias = self.base.terms(x)
+        return [*terms, (self.low(x), self.wide_B())], bias
+
+    def low(self, x):
+        """multiplier * A dropout(x): (..., in) -> (..., parts * rank)"""
+        return linear(self.dropout(x), self.A) * self.multiplier
+
+    def wide_B(self) -> torch.Tensor:
+        """(out, parts * rank): the parts of B on a diagonal."""
+        return self.B if self.parts == 1 else torch.block_diag(*self.B.chunk(self.parts))
+
+    def delta(self) -> torch.Tensor:
+        return self.multiplier * (self.wide_B() @ self.A)
+
+    @torch.no_grad()
+    def initialise(self, kind):
+        """A uniform within 1 / sqrt(in) as nn.Linear and peft have it; `rank`: 1 / sqrt(rank), as journal
+        001's ancestor did, whose A is stored as (in, rank) and so takes the rank for its input.
+        """
+        limit = 1 / math.sqrt(self.base.in_features if kind == "fan_in" else self.B.shape[1])
+        self.A.uniform_(-limit, limit)
+        self.B.zero_()
+
+
+def add_lora(
+    model,
+    rank,
+    alpha,
+    scaling="alpha/r",
+    dropout=0.0,
+    targets="all",
+    head=False,
+    last_layers=None,
+    init="fan_in",
+    parts=None,
+):
+    """Freezes the model, then puts adapters on layers of its blocks, in place; returns the layers' names.
+
+    targets: all | attention | mlp; head: the output matrix too; last_layers: only so many blocks at the top;
+    parts: adapters of a fused layer, none: one for each of its matrices (FUSED).
+    """
+    model.requires_grad_(False)  # first: the adapters are to train
+    names = layer_names(model, targets, head, last_layers)
+    for name in names:
+        layer = _wrap(model, name, rank, SCALINGS[scaling](alpha, rank), dropout, parts)
+        layer.initialise(init)
+    return names
+
+
+def layer_names(model, targets="all", head=False, last_layers=None) -> list[str]:
+    """The linear layers that get an adapter."""
+    if head and model.config.tie_head:
+        raise UserError("the output matrix is the embedding: use --no-tie_head, or --no-lora_head")
+    if last_layers is not None and last_layers > len(model.h):
+        raise UserError(f"--lora_layers {last_layers} is more than the model's {len(model.h)} blocks")
+    first = len(model.h) - (len(model.h) if last_layers is None else last_layers)
+    kinds = {"all": ("attn", "mlp"), "attention": ("attn",), "mlp": ("mlp",)}[targets]
+    names = [name for name, module in model.h.named_modules(prefix="h") if isinstance(module, nn.Linear)]
+    names = [n for n in names if int(n.split(".")[1]) >= first and n.split(".")[2] in kinds]
+    if not (names or head):
+        raise UserError("no layer gets an adapter: use more --lora_layers, or --lora_head")
+    return [*names, *(["lm_head"] if head else [])]
+
+
+def _wrap(model, name, rank, multiplier, dropout=0.0, parts=None) -> LoRALinear:
+    layer = LoRALinear(model.get_submodule(name), rank, multiplier, dropout, parts or _parts(name))
+    model.set_submodule(name, layer)
+    return layer
+
+
+def _parts(name) -> int:
+    return FUSED.get(name.split(".", 2)[-1], 1)
+
+
+def adapted(model) -> dict[str, Adapter]:
+    """The layers with an adapter, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
+
+
+class Adapters:
+    """The adapters of a model as if they were one: what a checkpoint of runs.Run saves and loads."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def named_parameters(self):
+        for name, layer in adapted(self.model).items():
+            yield from ((f"{name}.{own}", p) for own, p in layer.tensors().items())
+
+    def parameters(self):
+        return (p for _, p in self.named_parameters())
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach() for name, p in self.named_parameters()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state, strict=True):
+        own = dict(self.named_parameters())
+        shapes = [{name: tuple(p.shape) for name, p in side.items()} for side in (own, state)]
+        if odd := sorted(dict(shapes[0].items() ^ shapes[1].items())):
+            raise UserError(f"adapters do not fit in {len(odd)} tensors, e.g. {odd[0]}")
+        for name, p in own.items():
+            p.copy_(state[name])
+
+
+def base_weights(model) -> dict[str, torch.Tensor]:
+    """What is not an adapter, under the names of the model without adapters."""
+    own = {name for name, _ in Adapters(model).named_parameters()}
+    weights = {name: w for name, w in model.state_dict().items() if name not in own}
+    return {re.sub(r"\.base\.(weight|bias)$", r".\1", name): w for name, w in weights.items()}
+
+
+@torch.no_grad()
+def merge_lora(model) -> GPT:
+    """A model without adapters that gives the same logits; new matrices where there were adapters, the others
+    are shared, `model` stays as it is."""
+    weights = base_weights(model)
+    for name, layer in adapted(model).items():
+        weights[f"{name}.weight"] = layer.base.weight + layer.delta()
+    merged = with_weights(model.config, weights)
+    return merged.requires_grad_(False).train(model.training)
+
+
+PREFIX = "base_model.model."
+
+
+def save_peft(model, folder, base):
+    """The adapters as a folder that peft loads onto `base` (a folder or Hub id of GPT-2).
+
+    Three adapters of rank r on the fused c_attn are one of rank 3r there: A stacked, B on a diagonal.
+    """
+    import safetensors.torch
+
+    if misfit(model.config, FORMATS["gpt2"]):
+        raise UserError("peft's format is written for GPT-2's shape only: use the merged model instead")
+    layers, tensors = adapted(model), {}
+    for name, layer in layers.items():
+        for letter, value in (("A", layer.A), ("B", layer.wide_B())):
+            tensors[f"{PREFIX}{_theirs(name)}.lora_{letter}.weight"] = value.detach().cpu().contiguous()
+    ranks = {name: len(layer.A) for name, layer in layers.items()}
+    alphas = {name: layer.multiplier * len(layer.A) for name, layer in layers.items()}
+    config = {
+        **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base},
+        **{"r": min(ranks.values()), "lora_alpha": min(alphas.values()), "use_rslora": False, "bias": "none"},
+        **{"rank_pattern": _patterns(ranks), "alpha_pattern": _patterns(alphas)},
+        **{"target_modules": [_theirs(name) for name in layers], "fan_in_fan_out": True},
+        **{"lora_dropout": next(iter(layers.values())).dropout.p, "inference_mode": True},
+    }
+    with whole_folder(Path(folder)) as aside:
+        safetensors.torch.save_file(tensors, aside / "adapter_model.safetensors", {"format": "pt"})
+        write_json(aside / "adapter_config.json", config)
+
+
+def _theirs(name) -> str:
+    return name if name == "lm_head" else f"transformer.{name}"
+
+
+def _patterns(values) -> dict:
+    return {re.escape(_theirs(name)): value for name, value in values.items()}
+
+
+def load_peft(model, folder, dropout=0.0) -> list[str]:
+    """add_lora with the adapters of a peft folder; their rank, alpha and layers are kept. Returns the names.
+
+    One adapter of a fused c_attn becomes three: A copied, B sliced. UserError for what is not plain LoRA.
+    """
+    config, tensors = _read_peft(Path(folder))
+    layers, names = dict(model.named_modules()), sorted({key.rpartition(".lora_")[0] for key in tensors})
+    for name in names:
+        A, B = (tensors.get(f"{name}.lora_{letter}.weight", torch.empty(0)) for letter in "AB")
+        if not isinstance(layers.get(name), nn.Linear):
+            raise UserError(f"{folder} adapts {name}: the model lacks it (a head needs --no-tie_head)")
+        if A.shape[1:] != (layers[name].in_features,) or B.shape != (layers[name].out_features, len(A)):
+            raise UserError(f"{folder} adapts a {name} of another shape: it belongs to another model")
+    model.requires_grad_(False)
+    for name in names:
+        A, B = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
+        alpha = _pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"])
+        multiplier = alpha / (math.sqrt(len(A)) if config.get("use_rslora") else len(A))
+        parts = _parts(name)
+        A, B = _in_parts(A, B, parts)
+        layer = _wrap(model, name, len(A) // parts, multiplier, dropout)
+        with torch.no_grad():
+            layer.A.copy_(A)
+            layer.B.copy_(B)
+    return names
+
+
+NOT_PLAIN = (  # settings of peft that change what an adapter means
+    *("use_dora", "modules_to_save", "lora_bias", "target_parameters", "alora_invocation_tokens"),
+    *("layer_replication", "trainable_token_indices", "use_qalora", "use_bdlora", "arrow_config"),
+    *("kasa_config", "monteclora_config"),
+)
+MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # kinds of init_lora_weights
+
+
+def _read_peft(folder) -> tuple[dict, dict]:
+    """(adapter_config.json, tensors under our names)"""
+    import safetensors.torch
+
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        hint = "a run's adapters are in its peft/ after run_lora.py --mode export"
+        raise UserError(f"{folder} is no whole adapter of peft ({error}): {hint}") from None
+    if not isinstance(config, dict) or not tensors:
+        raise UserError(f"{folder} is no whole adapter of peft: it holds no settings or no tensors")
+    odd = [key for key in NOT_PLAIN if config.get(key)]
+    odd += [f"bias {kind}" for kind in [config.get("bias", "none")] if kind != "none"]
+    init = str(config.get("init_lora_weights")).lower()
+    odd += [f"init_lora_weights {init}"] if init.startswith(MOVES_BASE) else []
+    odd += [key for key in tensors if not re.fullmatch(r"base_model\.model\..+\.lora_[AB]\.weight", key)]
+    if odd or config.get("peft_type") != "LORA":
+        found = ", ".join(odd[:2]) or config.get("peft_type")
+        raise UserError(f"{folder} holds more than plain LoRA ({found}): merge it with peft first")
+    prefix = re.compile(rf"^{re.escape(PREFIX)}(transformer\.)?")
+    return config, {prefix.sub("", key): tensor for key, tensor in tensors.items()}
+
+
+def _in_parts(A, B, parts) -> tuple[torch.Tensor, torch.Tensor]:
+    """peft's A (r, in), B (out, r) of a layer as LoRALinear keeps them; what save_peft wrote as it was."""
+    blocks = [b.chunk(parts, dim=1) for b in B.chunk(parts)]
+    diagonal = [row[i] for i, row in enumerate(blocks) if len(row) == parts]
+    if (
+        B.any()
+        and len(A) % parts == 0
+        and len(diagonal) == parts
+        and torch.equal(B, torch.block_diag(*diagonal))
+    ):
+        return A, torch.cat(diagonal)
+    return A.repeat(parts, 1), B
+
+
+def _pattern_value(patterns, name, default):
+    """peft's rule: the first pattern that fits the end of the module's name."""
+    found = (v for p, v in (patterns or {}).items() if re.match(rf"(.*\.)?({p})$", _theirs(name)))
+    return next(found, default)

@@ -1,0 +1,69 @@
+"""What a frozen encoder makes of each sequence: computed once, mapped into memory, beside the token ids."""
+
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lab.data import pairs
+from lab.data.pairs import collate
+from lab.errors import UserError
+from lab.models import encoders
+from lab.run.checkpoints import state_sha256
+from lab.run.files import sha256_file, whole_folder
+from lab.train.batches import each_once
+from lab.train.processes import on_main
+
+
+def cache_vectors(model, data, cfg, world, poll, say):
+    """Sets data.vectors: what a frozen encoder makes of every sequence, memory-mapped from the cache.
+
+    Whole or not at all: a stop in between begins anew.
+    """
+    if cfg.freeze != "all" or not cfg.encode_once:
+        return
+    data.vectors, began = None, time.time()
+    folder = on_main(world, lambda: str(vector_folder(model, data, cfg)))
+    if not on_main(world, lambda: Path(folder).exists()):
+        n, width = len(data.labels), model.encoder.config.hidden_size
+        out = torch.zeros(n, 2, width, dtype=next(model.parameters()).dtype)
+        megabytes = out.numel() * out.element_size() / 1e6
+        on_main(world, lambda: require_room(data.folder, megabytes))
+        say(f"the frozen encoder reads {n} rows once: {megabytes:.0f} MB of vectors in {data.folder.parent}")
+
+        def vectors(some):
+            inputs = collate(data, some, cfg, world.device)
+            return torch.stack(model.encode(inputs["input_ids"], inputs["lengths"]).chunk(2), dim=1)
+
+        model.eval()
+        each_once(vectors, out, data, np.arange(n), cfg, world, poll, "encoding")
+        model.train()
+        if not out.isfinite().all():
+            raise FloatingPointError(f"the frozen encoder gives inf or nan in {cfg.dtype}: use --dtype fp32")
+        on_main(world, lambda: write_vectors(Path(folder), out))
+        say(f"encoded in {time.time() - began:.1f} s")
+    data.vectors = np.load(Path(folder) / "vectors.npy", mmap_mode="r")
+
+
+def vector_folder(model, data, cfg) -> Path:
+    """Named after all that vectors depend on, the code that lays rows out included."""
+    code = [sha256_file(module.__file__) for module in (pairs, encoders)]
+    known = [state_sha256(model.encoder.state_dict()), model.encoder.config.to_json_string(), *code]
+    known += [cfg.inputs, cfg.max_length, cfg.pooling, cfg.dtype]
+    return data.folder / f"vectors_{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]}"
+
+
+def require_room(folder, megabytes):
+    free = shutil.disk_usage(folder).free / 1e6
+    if free < 1.05 * megabytes:
+        room = f"{folder.parent} has {free:.0f} MB free, the vectors need {megabytes:.0f}"
+        raise UserError(f"{room}: free some, set TOKEN_CACHE, or use --no-encode_once")
+
+
+def write_vectors(folder, vectors):
+    with whole_folder(folder) as aside:
+        np.save(aside / "vectors.npy", vectors.numpy())

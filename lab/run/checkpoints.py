@@ -1,0 +1,166 @@
+"""Checkpoints: whole or not there, hashed, pruned, checked before they are read."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from lab.errors import UserError
+from lab.run.files import sha256_file, whole_folder, write_json
+from lab.run.stored import read_config, read_result
+
+
+def step_name(step) -> str:
+    return f"step_{step:08d}"
+
+
+def _manifest_hash(content) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(folder, position):
+    """manifest.json, written last: the position, SHA-256 of each file, and of itself."""
+    hashes = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
+    write_json(folder / "manifest.json", manifest(position, hashes))
+
+
+def manifest(position, hashes) -> dict:
+    """Content of manifest.json; `hashes`: file -> SHA-256."""
+    content = position | {"files": hashes}
+    return content | {"manifest": _manifest_hash(content)}
+
+
+def read_manifest(folder) -> dict | None:
+    """The position of a checkpoint, or None if manifest.json is absent or was damaged."""
+    try:
+        content = json.loads((folder / "manifest.json").read_text())
+        digest = content.pop("manifest")
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+    return content if digest == _manifest_hash(content) else None
+
+
+def broken(folder) -> str | None:
+    """Why a checkpoint cannot be used, or None when every file is there and hashes as written."""
+    manifest = read_manifest(folder)
+    for name, digest in manifest["files"].items() if manifest else ():
+        if not (folder / name).exists():
+            return f"{name} is missing"
+        if sha256_file(folder / name) != digest:
+            return f"{name} is not what was written"
+    return None if manifest else "manifest.json is absent or damaged"
+
+
+def load_weights(folder, model):
+    """model.safetensors of a checkpoint into `model`, every name matched. Executes nothing."""
+    import safetensors.torch
+
+    model.load_state_dict(safetensors.torch.load_file(Path(folder) / "model.safetensors"), strict=True)
+
+
+def remove_checkpoint(path):
+    (path / "manifest.json").unlink(missing_ok=True)  # first: what a kill leaves is plainly incomplete
+    shutil.rmtree(path)
+
+
+def tensor_bytes(tree) -> int:
+    if isinstance(tree, torch.Tensor):
+        return tree.numel() * tree.element_size()
+    return sum(map(tensor_bytes, tree.values())) if isinstance(tree, dict) else 0
+
+
+def weights_sha256(model) -> str:
+    """SHA-256 over the weights in name order: two runs ended in the same place or they did not."""
+    return state_sha256(model.state_dict())
+
+
+def state_sha256(state) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def choose_checkpoint(checkpoints, step=None) -> tuple[str | None, list[str]]:
+    """The newest whole checkpoint (or that of `step`), and a line for each broken one passed over."""
+    names, lines = sorted(path.name for path in checkpoints.glob("step_*")), []
+    if step is not None:
+        if step_name(step) not in names:
+            raise UserError(f"--resume_step {step}: there are {', '.join(names) or 'none'} in {checkpoints}")
+        names = [step_name(step)]
+    for name in reversed(names):
+        reason = broken(checkpoints / name)
+        if reason is None:
+            return name, lines
+        lines.append(f"checkpoint {name} is broken ({reason}): the one before it is used")
+    if lines:
+        raise UserError(f"no checkpoint in {checkpoints} is whole ({', '.join(names)}): start a new run")
+    return None, lines
+
+
+def chosen_checkpoint(folder) -> str:
+    """Name of the weights that a run was tested with; of an unfinished run, the newest whole checkpoint."""
+    folder = Path(folder)
+    for name in read_result(folder).get("test_checkpoints", [])[:1]:
+        if broken(folder / "checkpoints" / name) is None:
+            return name
+    name, _ = choose_checkpoint(folder / "checkpoints")
+    if name is None:
+        raise UserError(f"{folder} has no checkpoint")
+    return name
+
+
+def tested_checkpoints(folder) -> list[str]:
+    """Names of the weights that a finished run was tested with, one a fold; UserError if one is damaged."""
+    folder = Path(folder)
+    read_config(folder)  # is it a run at all?
+    names = read_result(folder).get("test_checkpoints")
+    if names is None:
+        raise UserError(f"{folder} is not finished: resume it, or name another --run")
+    for name in names:
+        if reason := broken(folder / "checkpoints" / name):
+            raise UserError(f"{folder}/checkpoints/{name} is broken ({reason}): copy it anew")
+    return names
+
+
+def save_checkpoint(run, name, model, tensors, position, must=False) -> bool:
+    """Rank 0: checkpoints/<name> with weights, `tensors` and position, whole or not at all; older ones go.
+
+    Too little disk: False and a warning, or UserError where it `must` succeed.
+    """
+    import safetensors.torch
+
+    folder = run.folder / "checkpoints" / name
+    folder.parent.mkdir(exist_ok=True)
+    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    needed = 1.05 * (tensor_bytes(weights) + tensor_bytes(tensors)) + 1e6
+    if (free := shutil.disk_usage(folder.parent).free) < needed:
+        line = f"not saved: {name} needs {needed / 1e6:.0f} MB, {folder.parent} has {free / 1e6:.0f} MB free"
+        if must:
+            raise UserError(f"{line}: free some, then --resume_timestamp {run.folder.name[:15]}")
+        run.say(f"WARNING {line}: free some; the newest checkpoint is {run.checkpoint}")
+        return False
+    if folder.exists():  # of the same step: it was passed over as broken, or --resume_step went back
+        remove_checkpoint(folder)
+    with whole_folder(folder) as aside:
+        safetensors.torch.save_file(weights, aside / "model.safetensors")
+        if tensors:
+            torch.save(tensors, aside / "state.pt")
+        # the manifest says how much of metrics.jsonl counts
+        write_manifest(aside, position | {"metrics_bytes": run.curves.flushed_bytes()})
+    prune(folder.parent, run.cfg.keep, position)
+    return True
+
+
+def prune(checkpoints, keep, position):
+    """Keeps the last `keep` checkpoints, and every kept weights that one of them or `position` names."""
+    steps = sorted(checkpoints.glob("step_*"))
+    for path in steps[:-keep]:
+        remove_checkpoint(path)
+    manifests = [position, *filter(None, map(read_manifest, steps[-keep:]))]
+    named = {entry["name"] for manifest in manifests for entry in manifest["kept"].values()}
+    for path in checkpoints.glob("*_step_*"):
+        if path.name not in named:
+            remove_checkpoint(path)

@@ -1,0 +1,82 @@
+"""metrics.jsonl, samples.jsonl and TensorBoard: the same numbers and texts, cut back where a run resumes."""
+
+import contextlib
+import html
+import json
+import math
+import os
+import shutil
+import time
+
+from lab.run.files import whole_file
+
+
+class Curves:
+    """What a run folder shows over its steps. Opening it leaves the first `metrics_bytes` of metrics.jsonl,
+    and the samples of steps below `before`: what came later will come again."""
+
+    def __init__(self, folder, metrics_bytes=0, before=0):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder, path = folder, folder / "metrics.jsonl"
+        path.touch()
+        os.truncate(path, min(path.stat().st_size, metrics_bytes))
+        self._metrics = open(path, "a", encoding="utf-8")
+        # metrics.jsonl is the truth: TensorBoard's file is written anew from it, so no resume forks a curve;
+        # purge_step=0 tells a TensorBoard that is watching to forget the old file
+        shutil.rmtree(folder / "tb", ignore_errors=True)
+        self._tensorboard = SummaryWriter(folder / "tb", purge_step=0)
+        for line in path.read_text().splitlines():
+            self._show(json.loads(line))
+        for row in keep_rows(folder / "samples.jsonl", before):
+            self._show_sample(**row)
+        self._tensorboard.flush()
+
+    def metrics(self, step, values):
+        """A line of metrics.jsonl, and the same numbers in TensorBoard."""
+        record = {"step": step, "time": time.time()}
+        record |= {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON knows no inf
+        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
+        self._show(record)
+        self._tensorboard.flush()
+
+    def samples(self, step, texts):
+        """Lines of samples.jsonl, and the same texts in TensorBoard."""
+        with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
+            for number, text in enumerate(texts):
+                row = {"step": step, "number": number, "text": text}
+                file.write(json.dumps(row) + "\n")
+                self._show_sample(**row)
+
+    def flushed_bytes(self) -> int:
+        """How much of metrics.jsonl counts for a checkpoint that is written now; it is on the disk."""
+        os.fsync(self._metrics.fileno())
+        return self._metrics.tell()
+
+    def close(self):
+        for stream in (self._metrics, self._tensorboard):
+            with contextlib.suppress(OSError):  # closing flushes: the disk may be full
+                stream.close()
+
+    def _show(self, record):
+        for name, value in record.items():
+            if name not in ("step", "time") and value is not None:
+                self._tensorboard.add_scalar(name, value, record["step"], walltime=record["time"])
+
+    def _show_sample(self, step, number, text):
+        self._tensorboard.add_text(f"sample/{number}", f"<pre>{html.escape(text)}</pre>", step)
+
+
+def keep_rows(path, before) -> list[dict]:
+    """Leaves the rows of a .jsonl file with a step below `before`, and returns them."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # half a line of a killed process
+            rows.append(json.loads(line))
+    rows = [row for row in rows if row["step"] < before]
+    with whole_file(path) as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return rows

@@ -1,0 +1,189 @@
+"""Constants become flags: one frozen dataclass, presets, --smoke, limits; what the command line said."""
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import math
+import os
+import re
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lab.errors import UserError
+from lab.run.terminal import outlive_terminal
+
+LIMITS = {  # constants: lowest and highest legal value, in whichever script they appear
+    "batch micro_batch micro_tokens eval_batch max_documents log_every save_every eval_every": (1, math.inf),
+    "epochs max_steps max_minutes lr head_lr min_lr weight_decay price_per_hour resume_step": (0, math.inf),
+    "layer_decay": (1e-3, 1),
+    "n_layer n_head n_embd n_inner block_size top_k max_new_tokens find_steps": (1, math.inf),
+    "temperature": (0, math.inf),
+    "find_from find_to eps": (1e-30, math.inf),
+    "top_p": (1e-6, 1),
+    "beta1 beta2 find_smoothing test_share": (0, 0.9999),
+    "val_share": (1e-4, 0.9999),
+    "neutral_share": (1e-4, 0.5),
+    "seed split_seed": (0, 2**31),
+    "clip": (1e-6, math.inf),
+    "max_length": (16, math.inf),
+    "eval_rows lora_rank": (1, math.inf),
+    "answer_rows sample_tokens plain_blocks freeze_blocks lora_layers": (0, math.inf),
+    "lora_alpha": (1e-9, math.inf),
+    "dropout encoder_dropout lora_dropout warmup": (0, 1),
+    "keep": (2, math.inf),  # law 4 falls back to the checkpoint before the newest
+    "folds": (3, math.inf),  # train, val and test
+    "context": (2, math.inf),
+    "stride judge_repeats judge_requests judge_attempts": (1, math.inf),
+    "judge_seconds": (0.1, math.inf),
+    "seeds passes max_tokens fisher_samples": (1, math.inf),
+    "pretrain_batch pretrain_micro_batch pretrain_eval_every pretrain_save_every": (1, math.inf),
+    "pretrain_max_steps pretrain_max_minutes pretrain_lr pretrain_min_lr init_step": (0, math.inf),
+    "pretrain_weight_decay": (0, math.inf),
+    "text_documents text_tokens vocab_multiple": (1, math.inf),
+    "pretrain_warmup qat_start": (0, 1),
+    "qat_group": (2, math.inf),
+    "diversity_batches head_epochs": (0, math.inf),
+    "diversity_batch diversity_length floor_repeats": (2, math.inf),
+}
+ALIASES = {"run_folder": "run"}  # flags that torchrun would take for its own (--run_path), python does not
+
+
+@dataclass(frozen=True)
+class Typed:
+    """What stood on the command line beside the values: it decides what a resume may change."""
+
+    preset: str | None = None
+    smoke: bool = False
+    flags: frozenset = frozenset()
+    overrides: dict = dataclasses.field(default_factory=dict)  # what preset and SMOKE changed
+    chosen: str | None = None  # a line: what the device decided
+
+
+def parse_config(config_class, presets, smoke, doc, argv=None):
+    """The script's constants: defaults < preset < `smoke` < flags; a callable maps the value so far.
+
+    Anything wrong is one line on stderr and exit code 2. `typed(cfg)` tells what stood on the command line.
+    """
+    outlive_terminal()
+    try:
+        return parsed_config(config_class, presets, smoke, doc, argv)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":  # every process of a launch meets it, one says it
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parsed_config(config_class, presets, smoke, doc, argv=None):
+    """parse_config for who has words of their own for a UserError."""
+    hints = typing.get_type_hints(config_class)
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+    named = {f"preset {name}": values for name, values in presets.items()}
+    for where, values in {"Config": defaults, "SMOKE": smoke, **named}.items():
+        for name, value in values.items():
+            _check_type(where, name, value, hints)
+    given = vars(_parser(config_class, defaults, presets, hints, doc).parse_args(argv))
+    preset, is_smoke = given.pop("preset", None), given.pop("smoke", False)
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    changed = ({"tag": preset} if "tag" in defaults else {}) | presets.get(preset, {})
+    for name, value in smoke.items() if is_smoke else ():
+        changed[name] = value(changed.get(name, defaults[name])) if callable(value) else value
+    cfg = config_class(**{**changed, **given})
+    _check_limits(cfg)
+    overrides = {name: value for name, value in changed.items() if name not in {"tag", *given}}
+    object.__setattr__(cfg, "typed", Typed(preset, is_smoke, frozenset(given), overrides))  # no constant
+    return cfg
+
+
+def typed(cfg) -> Typed:
+    return getattr(cfg, "typed", Typed())
+
+
+def with_flags(cfg, like, flags):
+    """`cfg` as if `flags` had been typed; preset and the rest as in `like`."""
+    object.__setattr__(cfg, "typed", dataclasses.replace(like, flags=frozenset(flags)))
+    return cfg
+
+
+def _parser(config_class, defaults, presets, hints, doc) -> argparse.ArgumentParser:
+    flags = ["preset", "smoke", *hints, *(f"no-{name}" for name in hints if hints[name] is bool)]
+
+    class OneLineParser(argparse.ArgumentParser):
+        def error(self, message):
+            if unknown := re.search(r"unrecognized arguments: --([\w-]+)", message):
+                near = difflib.get_close_matches(unknown[1], flags, n=1) or ["help"]
+                message = f"unknown flag --{unknown[1]}: did you mean --{near[0]}?"
+            raise UserError(message)
+
+    # absent unless typed: the defaults stay in Config, and a resume knows what was typed
+    parser = OneLineParser(description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--smoke", action="store_true", help="tiny model, built-in data, seconds")
+    if presets:
+        parser.add_argument("--preset", choices=list(presets), help="a named set of constants")
+    comments = dict(re.findall(r"^ +(\w+): .*?# (.*)$", inspect.getsource(config_class), re.M))
+    for name, default in defaults.items():
+        shown = " ".join(default) or None if isinstance(default, tuple) else default
+        text = f"{comments.get(name, '')} [{shown}]".strip().replace("%", "%%")
+        names = [f"--{name}", *([f"--{ALIASES[name]}"] if name in ALIASES else [])]
+        parser.add_argument(*names, dest=name, help=text, **_flag(hints[name]))
+    return parser
+
+
+def _flag(hint) -> dict:
+    """What argparse needs to know of an annotation that _check_type lets pass."""
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(hint) is Literal:
+        return {"choices": typing.get_args(hint), "metavar": "|".join(map(str, typing.get_args(hint)))}
+    if typing.get_origin(hint) is tuple:
+        return {"nargs": "+", "metavar": "NAME", "action": "extend"}
+    kinds = typing.get_args(hint) or (hint,)
+
+    def convert(text):
+        if types.NoneType in kinds and text == "none":
+            return None
+        value = kinds[0](text)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(text)
+        return value
+
+    convert.__name__ = " or ".join(kind.__name__.removesuffix("Type").lower() for kind in kinds)
+    return {"type": convert, "metavar": convert.__name__.replace(" or ", "|").upper()}
+
+
+def _check_type(where, name, value, hints):
+    if name not in hints:
+        near = difflib.get_close_matches(name, hints, n=1)
+        raise UserError(f"{where} names no constant: {name}" + (f", did you mean {near[0]}?" if near else ""))
+    literal, allowed = (
+        typing.get_origin(hints[name]) is Literal,
+        typing.get_args(hints[name]) or (hints[name],),
+    )
+    if hints[name] == tuple[str, ...]:
+        if not isinstance(value, tuple) or not all(isinstance(one, str) for one in value):
+            raise UserError(f"{where}: {name} = {value!r} has the wrong type: use a tuple of str")
+        return
+    if not literal and allowed != (bool,) and not set(allowed) <= {int, float, str, types.NoneType}:
+        raise UserError(f"{where}.{name}: use bool, Literal, or int, float, str and these | None")
+    fits = (
+        value in allowed if literal else type(value) in allowed or (type(value) is int and float in allowed)
+    )
+    if not fits and not (where == "SMOKE" and callable(value)):
+        expected = " | ".join(getattr(kind, "__name__", repr(kind)) for kind in allowed)
+        raise UserError(f"{where}: {name} = {value!r} has the wrong type: use {expected}")
+
+
+def _check_limits(cfg):
+    if not re.fullmatch(r"[\w.-]*", getattr(cfg, "tag", None) or ""):
+        raise UserError(f"--tag {cfg.tag!r} becomes part of a folder's name: use letters, digits, . _ -")
+    for names, (low, high) in LIMITS.items():
+        for name in names.split():
+            value = getattr(cfg, name, None)
+            if value is not None and not low <= value <= high:
+                legal = f"{low} or more" if high == math.inf else f"{low} to {high}"
+                raise UserError(f"--{name} {value} is out of range: use {legal}")

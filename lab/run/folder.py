@@ -1,0 +1,371 @@
+"""A run's life on the disk: folder, log, metrics, checkpoints, signals, resume, provenance, result.
+
+<out>/<timestamp>[-<tag>]/
+    config.json        every constant, command line, versions, device, git state, fingerprints, resumes
+    source/            the script and what it imports, as they ran
+    log.txt            what the terminal showed
+    metrics.jsonl      the numbers; tb/ shows the same ones in TensorBoard
+    checkpoints/       step_00001234/ (weights, optimizer, position), best_step_00001200/ (weights)
+    spikes.jsonl       steps whose loss or gradient norm left its usual band, and what they saw
+    result.json        written last: status, final metrics with intervals, weights_sha256
+    and what the script adds (predictions.jsonl, encoder/, folds/)
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from lab.errors import Stop, UserError
+from lab.run import forecast, spikes
+from lab.run.checkpoints import broken, load_weights, remove_checkpoint, save_checkpoint, step_name
+from lab.run.curves import Curves, keep_rows
+from lab.run.files import write_json
+from lab.run.flags import typed
+from lab.run.meter import Meter, clock
+from lab.run.provenance import write_provenance
+from lab.run.resume import plan_run
+from lab.run.signals import forces_exit, leave_at_once
+from lab.run.stored import read_config, stored_constants
+from lab.run.terminal import Terminal, write_in_handler
+from lab.train.precision import Precision
+from lab.train.processes import all_reduce_sum, heard_signals, may_leave, on_main
+
+
+class Run:
+    """One run folder. A context manager: Stop ends its body quietly as `stopped`, an error as `failed`.
+
+    Until `begin` nothing of an earlier run is touched: a UserError leaves a resumed folder as it was and
+    removes a new one.
+    """
+
+    def __init__(self, cfg, world, script, unit="examples"):
+        self.world, self.script, self.started = world, Path(script), time.time()
+        if cfg.batch < world.size:
+            better = f"use --nproc_per_node={cfg.batch} or --batch {world.size} or more"
+            raise UserError(f"batch {cfg.batch} is smaller than {world.size} ranks: {better}")
+        self._signal, self._signal_time, self._deferring, self._handlers = None, 0.0, False, {}
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # what nohup ignores stays ignored
+                self._handlers[number] = signal.signal(number, self._on_signal)
+        self._lock = self._log = self.curves = self.checkpoint = None
+        plan = on_main(world, self._plan, cfg)
+        self.folder, self.resumed, self.checkpoint = Path(plan["folder"]), plan["resumed"], plan["checkpoint"]
+        if plan["finished"]:
+            if world.is_main:
+                print("\n".join([*plan["lines"], f"{self.folder} is finished: nothing to do"]))
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+            sys.exit(0)
+        self.cfg = dataclasses.replace(cfg, **stored_constants(plan["constants"]))
+        object.__setattr__(self.cfg, "typed", typed(cfg))
+        self.position = plan["position"]  # of the checkpoint: step, fold, first_step, best, sums, seconds ...
+        self.seconds_before = self.position.get("seconds", 0.0)  # of earlier processes of this run
+        self.train_seconds = self.position.get("train_seconds", 0.0)
+        self.kept = self.position.get("kept", {})  # "best <fold>" -> name, step, loss of weights to keep
+        self.state = self.position.get("state", {})  # what a script wants to find again after a resume (JSON)
+        self.fold, self.first_step, self._last_step = 0, 0, 0  # folds follow each other on one axis of steps
+        self.result, self.clock_share, self.stopping, self.meter = {}, 0.0, None, Meter(world)
+        self.unit, self._clock_said = unit, False  # what rates count
+        self._steps_in_budget = None  # of max_minutes, by the forecast; later the clock itself says it
+        self._lines = plan["lines"]
+        if world.is_main:
+            self._log = open(self.folder / "log.txt", "a", encoding="utf-8")
+            if not self.resumed:
+                write_provenance(self)
+        transport = world.device.type if world.size == 1 else world.backend
+        ranks = f"{world.size} rank{'s' * (world.size > 1)} {transport}"
+        share = f"batch {cfg.batch} = {world.size} x {self.cfg.batch / world.size:g}"
+        self.say(f"{self.script.stem}  {ranks} {self.cfg.dtype}  {share}  {self.folder}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        status = "finished" if kind is None else "stopped" if kind is Stop else "failed"
+        unborn = kind is UserError and not self.resumed and self.checkpoint is None
+        touched = self._deferring or not self.resumed
+        self._deferring = True  # a signal must not break this off
+        if self.world.is_main:
+            if touched and not unborn:
+                try:
+                    self._write_result(status, error)
+                except OSError as full:  # the lines above it have been said
+                    self.say(f"WARNING result.json is not written: {full}")
+            for stream in filter(None, (self._log, self.curves, self._lock)):
+                with contextlib.suppress(OSError):  # closing flushes: the disk may be full
+                    stream.close()
+            if unborn:
+                shutil.rmtree(self.folder)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        return status == "stopped"
+
+    # -- what the terminal, the log and the curves show ----------------------------------------------------
+
+    def say(self, text):
+        """Lines to the terminal and log.txt, rank 0 only."""
+        if not self.world.is_main:
+            return
+        log = Terminal(self._log)  # a full disk must not end a run
+        log.write(text + "\n")
+        log.flush()
+        tqdm.write(text, file=sys.stdout)  # past a bar, if there is one
+        sys.stdout.flush()
+
+    def metrics(self, step, values):
+        """Numbers of a step to metrics.jsonl and TensorBoard, rank 0 only."""
+        if self.world.is_main:
+            self.curves.metrics(self.first_step + step, values)
+
+    def samples(self, step, texts):
+        """Generated texts to samples.jsonl and TensorBoard, rank 0 only."""
+        if self.world.is_main:
+            self.curves.samples(step, texts)
+
+    def log_training(self, where, step, total_steps, values):
+        """The line every script prints each log_every steps; the same numbers go to metrics."""
+        loss, rate, step_seconds = self.meter.read()
+        values = {"train/loss": loss, **values, f"{self.unit}_per_second": rate}
+        if self.unit == "tokens":
+            values["train/perplexity"] = math.exp(min(loss, 700))
+        eta = clock((total_steps - step) * step_seconds)
+        self.say(
+            f"{where}  step {step:{len(str(total_steps))}}/{total_steps}  loss {loss:.4f}  "
+            f"lr {values['lr']:.1e}  grad {values['grad_norm']:.2f}  {rate:.0f}/s  eta {eta}"
+        )
+        self.metrics(step, values)
+
+    def watch(self, step, loss_sum, targets, model, describe):
+        """What optimizer_step takes as `skip`; see spikes.watch. All ranks, each step."""
+        return spikes.watch(self, step, loss_sum, targets, model, describe)
+
+    # -- what all ranks decide together --------------------------------------------------------------------
+
+    def agree(self, targets=0) -> int:
+        """The step's one small reduction: returns the global count of targets and settles stop and clock.
+
+        Afterwards `stopping` says why all ranks must save and stop now (or None); `clock_share` is the spent
+        share of max_minutes: rank 0's, the same on all ranks.
+        """
+        self._step_began = time.perf_counter()
+        minutes = self.cfg.max_minutes if self.world.is_main else None
+        share = 0.0 if minutes is None else self.train_seconds / (60 * minutes + 1e-9)
+        sums = torch.tensor([targets, bool(self._signal), share], dtype=torch.float64)
+        targets, signalled, self.clock_share = all_reduce_sum(self.world, sums).tolist()
+        self.stopping = (self._signal or "a signal to another rank") if signalled else None
+        if self.clock_share >= 1 and not self._clock_said:
+            self._clock_said = True
+            self.say(f"{self.cfg.max_minutes:g} minutes of training are spent: it ends here")
+        return int(targets)
+
+    def poll(self, active=0) -> int:
+        """For evaluation and other long work behind a checkpoint: raises core.Stop on all ranks at once.
+
+        Returns the sum of `active` over the ranks.
+        """
+        total = self.agree(active)
+        if self.stopping:
+            raise Stop(self.stopping)
+        return total
+
+    def leave_if_signalled(self):
+        """For rank 0's work inside on_main, behind a checkpoint: raises core.Stop, which reaches all."""
+        if self._signal:
+            raise Stop(self._signal)
+
+    def _on_signal(self, number, frame):
+        name, now = signal.Signals(number).name, time.monotonic()
+        if self._signal is None:
+            self._signal, self._signal_time = name, now
+            heard_signals.append(number)
+            if not self._deferring and may_leave(self.world):
+                raise Stop(name)  # nothing to save: leave from wherever this is
+            if self.world.is_main:
+                write_in_handler(f"{name}: saves after this step; one more Ctrl-C leaves at once\n")
+        elif forces_exit(self._signal, self._signal_time, name, now, self.world):
+            saved = f"the newest checkpoint is {self.checkpoint}" if self.checkpoint else "nothing is saved"
+            write_in_handler(f"second signal: out at once; {saved}\n", self._log)
+            leave_at_once(number, self.world)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------
+
+    def begin(self):
+        """All input is good: from now on signals wait for an agreement, and a resumed folder is changed."""
+        if not self._deferring:
+            self._deferring = True
+            on_main(self.world, self._open)
+            for line in filter(None, [*self._lines, Precision(self.cfg.dtype, self.world).warning()]):
+                self.say(line)
+            self.poll()
+
+    def load(self, model, optimizer, precision, fold=0) -> int:
+        """Starts a fold: returns 0, or the step to resume at, state restored. All ranks, before DDP."""
+        self.fold = fold
+        if not self.position or self.position["fold"] != fold:
+            self.first_step, self.meter, self.state = self._last_step, Meter(self.world), {}
+            return 0
+        self.first_step, self._last_step = self.position["first_step"], self.position["step"]
+        self.meter = Meter(self.world, self.position["sums"])
+        folder = self.folder / "checkpoints" / self.checkpoint
+        load_weights(folder, model)
+        tensors = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(tensors["optimizer"])
+        if precision.scaler.is_enabled():
+            precision.scaler.load_state_dict(tensors["scaler"])
+        return self._last_step - self.first_step
+
+    def save(self, step, model, optimizer, precision, must=False):
+        """checkpoints/step_…: weights, optimizer, position; whole or not at all; once a step. All ranks.
+
+        Too little disk is a warning that is repeated at every save, an error where it `must` succeed.
+        """
+        self._last_step = self.first_step + step
+        name, sums = step_name(self._last_step), self.meter.sums()
+        if self.checkpoint == name:
+            return
+        position = {"step": self._last_step, "fold": self.fold, "first_step": self.first_step, "sums": sums}
+        position |= {"train_seconds": self.train_seconds, "seconds": self.seconds, "kept": self.kept}
+        position["state"] = self.state
+        tensors = {"optimizer": optimizer.state_dict(), "scaler": precision.scaler.state_dict()}
+        if on_main(self.world, save_checkpoint, self, name, model, tensors, position, must):
+            self.checkpoint = name
+
+    def save_best(self, step, loss, model) -> bool:
+        """Weights only, when `loss` is the fold's lowest so far. Returns whether it is."""
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"validation loss is {loss}: try a lower lr, clipping, or dtype fp32")
+        best = self.kept.get(f"best {self.fold}")
+        if best and loss >= best["loss"]:
+            return False
+        self.keep_weights(step, model, "best", loss)
+        return True
+
+    def keep_weights(self, step, model, kind, loss=None) -> str:
+        """<kind>_step_…: the fold's weights of this kind, in the place of earlier ones. Returns the name."""
+        step = self.first_step + step
+        entry = {"name": f"{kind}_{step_name(step)}", "step": step, "loss": loss}
+        kept = self.kept | {f"{kind} {self.fold}": entry}
+        position = {"step": step, "kept": kept}
+        if on_main(self.world, save_checkpoint, self, entry["name"], model, {}, position):
+            self.kept = kept
+        return entry["name"]
+
+    def load_best(self, model) -> str:
+        """The fold's best weights, or as they are if none could be kept. Returns their checkpoint's name."""
+        name = self.kept.get(f"best {self.fold}", {}).get("name")
+        reason = on_main(
+            self.world, lambda: broken(self.folder / "checkpoints" / name) if name else "never saved"
+        )
+        if reason:
+            self.say(f"WARNING the best weights are {name} ({reason}): the last ones are used")
+            return self.checkpoint
+        load_weights(self.folder / "checkpoints" / name, model)
+        return name
+
+    # -- time, memory, money -------------------------------------------------------------------------------
+
+    @property
+    def seconds(self) -> float:
+        """Of this run so far, over all its processes."""
+        return self.seconds_before + time.time() - self.started
+
+    def step_done(self, loss_sum, targets, examples):
+        """Counts a step: its loss for the next log line, its seconds for max_minutes."""
+        seconds = time.perf_counter() - self._step_began
+        self.train_seconds += seconds
+        self.meter.add(loss_sum, targets, examples, seconds)
+
+    def schedule_length(self, step, total_steps) -> float:
+        """Steps the schedule should span: `total_steps`, or fewer where the clock ends the run earlier.
+
+        By the rate so far: step / length is the spent share of the clock, so the end is always reached.
+        """
+        if not self.clock_share:  # before the first step: as many as the forecast's fit into the clock
+            return min(total_steps, self._steps_in_budget or total_steps)
+        return min(total_steps, max(step + 1, step / self.clock_share))
+
+    def forecast(self, model, optimizer, steps, seconds, typical):
+        """One line of what the run will need; see forecast.forecast. All ranks, before the first step."""
+        self._steps_in_budget = forecast.forecast(self, model, optimizer, steps, seconds, typical)
+
+    # -- opening and closing -------------------------------------------------------------------------------
+
+    def _plan(self, cfg) -> dict:
+        plan, self._lock = plan_run(cfg, self.script)
+        return plan
+
+    def _open(self):
+        """Rank 0: cuts metrics, samples and checkpoints back to the checkpoint that is resumed from."""
+        if self.resumed:
+            write_provenance(self)
+        (self.folder / "result.json").unlink(missing_ok=True)
+        checkpoints = self.folder / "checkpoints"
+        for path in checkpoints.glob(".*"):  # what killed saves left
+            shutil.rmtree(path)
+        for path in sorted(checkpoints.glob("step_*")):  # broken ones, or --resume_step went back
+            if path.name > (self.checkpoint or ""):
+                remove_checkpoint(path)
+        at = self.position.get("step", 0)
+        evaluated = self.state.get("evaluated") == at  # else `at` is evaluated again
+        self.curves = Curves(self.folder, self.position.get("metrics_bytes", 0), at + evaluated)
+        keep_rows(self.folder / "spikes.jsonl", at + 1)
+
+    def pin(self, name, value):
+        """Notes a fact (a fingerprint) in config.json; a resume that finds another value is refused."""
+
+        def note():
+            config = read_config(self.folder)
+            absent = name not in config["facts"]
+            if config["facts"].setdefault(name, value) != value:
+                raise UserError(f"{name} is not what {self.folder} began with: start a new run")
+            if absent:
+                write_json(self.folder / "config.json", config)
+
+        on_main(self.world, note)
+
+    def _write_result(self, status, error):
+        why = None if error is None else " ".join(f"{type(error).__name__}: {error}".split())
+        if isinstance(error, torch.OutOfMemoryError):
+            why += " (resume with a smaller --micro_batch or --eval_batch)"
+        self.result = {
+            "status": status,
+            "why": why,
+            "script": self.script.stem,
+            "checkpoint": self.checkpoint,
+            "step": self._last_step,
+            "seconds": self.seconds,
+            "train_seconds": self.train_seconds,
+            "peak_memory_mb": forecast.peak_memory_mb(self.world),
+            f"{self.unit}_per_second": self.meter.rate(),
+            "spikes": self.state.get("spikes", 0),
+            "left_out": self.state.get("left_out", 0),
+            **self.result,
+        }
+        if status != "finished":
+            saved = (
+                f"the newest checkpoint is {self.checkpoint}" if self.checkpoint else "there is no checkpoint"
+            )
+            self.say(f"{status}  {why}; {saved}")
+            self.say(f"next: the same command{self._flags_to_go_on()}")
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                self.say("(torchrun reports every stop with a traceback of its own)")
+        write_json(self.folder / "result.json", self.result)
+
+    def _flags_to_go_on(self) -> str:
+        """What a resume needs beside the command as it was typed. None without a checkpoint: the same command
+        starts over (find_lr and profile never save one, and refuse to be resumed)."""
+        flags = []
+        if self.checkpoint and self.cfg.resume_timestamp != "auto":
+            flags.append(f"with --resume_timestamp {self.folder.name[:15]}")
+        if self.cfg.resume_step is not None:
+            flags.append("without --resume_step")
+        return " " * bool(flags) + " and ".join(flags)

@@ -1,0 +1,86 @@
+"""One archive of a run to copy home: the small files, and the weights that it was tested with."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import tarfile
+import time
+from pathlib import Path
+
+from lab.errors import UserError
+from lab.run import checkpoints
+from lab.run.checkpoints import broken, chosen_checkpoint, read_manifest
+from lab.run.files import flush
+from lab.run.stored import PACKED, SCRIPTS, locked, prepared, read_config, read_result
+
+
+def pack(cfg, say):
+    """--pack: <run>.tar.gz in the current folder: the small files, and the weights a run was tested with."""
+    for name in cfg.pack:
+        folder = Path(name).resolve()
+        config = read_config(folder)
+        if config.get("script") not in SCRIPTS:
+            raise UserError(f"{name} is no run: name a run folder")
+        kept, out = packed_checkpoints(folder), prepared(cfg.out or ".")
+        if missing := set(read_result(folder).get("test_checkpoints", ["none"])) - set(kept):
+            say(f"WARNING its tested weights ({', '.join(missing)}) are not whole: they are not inside")
+        target = out / f"{folder.name}.tar.gz"
+        small = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+        small = [path for path in small if path.relative_to(folder).parts[0] != "checkpoints"]
+        whole = [folder / "checkpoints" / name / "model.safetensors" for name in kept]
+        needed = sum(path.stat().st_size for path in (*small, *whole))
+        if (free := shutil.disk_usage(out).free) < 1.02 * needed + 1e6:
+            room = f"{out} has {free / 1e6:.0f} MB free, the archive needs {needed / 1e6:.0f}"
+            raise UserError(f"{room}: free some, or use another --out")
+        with contextlib.closing(locked(folder)):  # refused while the run is written
+            write_archive(target, folder, small, kept)
+        every = sum(path.stat().st_size for path in folder.glob("checkpoints/*/*"))
+        left = (every - sum(path.stat().st_size for path in whole)) / 1e6
+        size, weights = target.stat().st_size / 1e6, f"weights {', '.join(kept) or 'none'}"
+        say(f"{target}  {size:.1f} MB  {len(small)} files, {weights}")
+        say(f"  left out {left:.1f} MB: optimizer state, other checkpoints")
+        if config["script"] == "run_lora":
+            say(f"  its base is not inside: {config['constants']['model']}")
+        say(f"  at home, in the project's folder: tar xzf {target.name}")
+
+
+def packed_checkpoints(folder) -> list[str]:
+    """Those that the run was tested with, or the newest whole one; none where there is none."""
+    tested = read_result(folder).get("test_checkpoints", [])
+    whole = [name for name in tested if broken(folder / "checkpoints" / name) is None]
+    if whole and len(whole) == len(tested):
+        return list(dict.fromkeys(whole))
+    with contextlib.suppress(UserError):
+        return [chosen_checkpoint(folder)]
+    return []
+
+
+def write_archive(target, folder, small, kept):
+    """Under its name only when whole. Each manifest is made anew for what is in the archive."""
+    inside = Path("runs") / folder.parent.name / folder.name
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        # weights hardly shrink: the fastest compression
+        with tarfile.open(aside, "w:gz", compresslevel=1, dereference=True) as archive:
+            for path in small:
+                archive.add(path, inside / path.relative_to(folder))
+            for name in kept:
+                checkpoint, weights = Path("checkpoints") / name, "model.safetensors"
+                position = read_manifest(folder / checkpoint)
+                hashes = {weights: position.pop("files")[weights]}
+                archive.add(folder / checkpoint / weights, inside / checkpoint / weights)
+                manifest = json.dumps(checkpoints.manifest(position, hashes))
+                add_text(archive, inside / checkpoint / "manifest.json", manifest)
+            add_text(archive, inside / PACKED, f"packed {time.ctime()}: no optimizer state, no resume\n")
+        flush(aside)
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def add_text(archive, name, text):
+    entry = tarfile.TarInfo(str(name))
+    entry.size, entry.mtime = len(text.encode()), time.time()
+    archive.addfile(entry, io.BytesIO(text.encode()))

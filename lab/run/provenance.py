@@ -1,0 +1,116 @@
+"""What a run notes of where it came from: sources, versions, git, device, data."""
+
+import dataclasses
+import datetime
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from lab.errors import UserError
+from lab.run.files import PROJECT, sha256_file, write_json
+from lab.run.flags import typed
+from lab.run.resume import changed_constants, launcher
+from lab.run.stored import read_config
+
+
+def same_data(stored, found, name, what=("data",)):
+    """UserError unless the data (and tokenizer, say) that a run was trained on is what is there now."""
+    if any(stored[key] != found[key] for key in what):
+        raise UserError(f"data {name} is not what the run was trained on: restore it, or use --data")
+
+
+def write_provenance(run):
+    """config.json and source/ of a new run; a resume is noted in config.json."""
+    now = {"started": datetime.datetime.now().isoformat(timespec="seconds"), "command": " ".join(sys.argv)}
+    now |= {
+        "world_size": run.world.size,
+        "threads": torch.get_num_threads(),
+        "device": device_name(run.world),
+    }
+    if run.resumed:
+        config = read_config(run.folder)
+        entry = {"step": run.position.get("step", 0), **now, "git": git_state()}
+        entry["changed"] = changed_constants(config["constants"], dataclasses.asdict(run.cfg))
+        entry["other_code"] = []
+        config["resumes"].append(entry)
+        for name, path in _sources(run.script).items():
+            began = run.folder / "source" / name  # absent where the project has grown a file since
+            if began.exists() and sha256_file(path) != sha256_file(began):
+                entry["other_code"].append(name)
+                run.say(f"WARNING {name} is not the one this run began with (that one is in source/)")
+        config |= {"launcher": launcher(), "constants": dataclasses.asdict(run.cfg)}
+    else:
+        for name, path in _sources(run.script).items():
+            copy = run.folder / "source" / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+        t = typed(run.cfg)
+        config = {"script": run.script.stem, "constants": dataclasses.asdict(run.cfg), **now}
+        config |= {"preset": t.preset, "smoke": t.smoke, "versions": _versions(), "git": git_state()}
+        config |= {"host": socket.gethostname(), "launcher": launcher(), "facts": {}, "resumes": []}
+    write_json(run.folder / "config.json", config)
+
+
+def _sources(script) -> dict[str, Path]:
+    """Name below the project -> file, of the script and all that this process has imported of the project."""
+    # by __dict__: asking a lazy module for an attribute would import what it stands for
+    names = (
+        vars(module).get("__file__") for module in list(sys.modules.values()) if hasattr(module, "__dict__")
+    )
+    files = {Path(name) for name in names if name and Path(name).is_absolute()}
+    mine = {file for file in files if file.is_relative_to(PROJECT) and file.suffix == ".py"}
+    others = {"site-packages", "tests", "benchmarks"}
+    mine = {file for file in mine if not others & set(file.relative_to(PROJECT).parts)}
+    named = {str(file.relative_to(PROJECT)): file for file in sorted(mine)}
+    script = script.resolve()
+    return named if script in mine else named | {script.name: script}
+
+
+def _versions() -> dict[str, str | None]:
+    from importlib.metadata import distributions
+
+    names = ("torch", "transformers", "datasets", "tokenizers", "numpy")
+    found = {name: next((one.version for one in distributions(name=name)), None) for name in names}
+    return {"python": platform.python_version(), **found}  # built-in data need no `datasets`
+
+
+def device_name(world) -> str:
+    return (
+        torch.cuda.get_device_name()
+        if world.device.type == "cuda"
+        else f"{world.device.type} {platform.machine()}"
+    )
+
+
+def refuse_dirty():
+    """UserError unless the project is a git checkout without any change, staged and untracked files too."""
+    state = git_state()
+    if not state["commit"]:
+        raise UserError(
+            "--no-dirty: this is no git checkout with a commit: commit the project, or use --dirty"
+        )
+    if state["dirty"]:
+        changed = ", ".join(state["dirty"].splitlines()[:5])
+        raise UserError(f"--no-dirty: uncommitted changes ({changed}): commit them, or use --dirty")
+
+
+def git_state() -> dict[str, str]:
+    """Commit and uncommitted changes of the project: constants are edited in place. Empty without git."""
+
+    def git(*args):
+        if not shutil.which("git"):
+            return ""
+        return subprocess.run(
+            ["git", "-C", str(PROJECT), *args], capture_output=True, text=True
+        ).stdout.strip()
+
+    return {
+        "commit": git("rev-parse", "--verify", "--quiet", "HEAD"),
+        "dirty": git("status", "--porcelain", "--untracked-files=normal"),
+        "diff": git("diff", "HEAD"),
+    }

@@ -1,0 +1,179 @@
+"""Which folder a command goes on with, from which checkpoint, and with whose constants."""
+
+import contextlib
+import dataclasses
+import datetime
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+from lab.errors import UserError
+from lab.run.checkpoints import choose_checkpoint, read_manifest
+from lab.run.flags import typed
+from lab.run.stored import PACKED, locked, out_folder, read_config, status_of
+
+MAY_CHANGE = {  # what a flag may tell a resumed run anew: length, cadence, bookkeeping, how it is computed
+    *("epochs", "max_steps", "max_minutes", "eval_batch", "eval_every", "final_eval", "save_every", "keep"),
+    *("log_every", "price_per_hour", "note", "micro_batch", "micro_tokens", "compile", "answer_rows"),
+}
+# of the call, not of the run: what was stored of these never counts
+CALL_CONSTANTS = {"out", "tag", "resume_timestamp", "resume_step", "backend"}
+
+
+def plan_run(cfg, script) -> tuple[dict, object]:
+    """Rank 0's decision, as JSON: a new folder, or one to resume; checkpoint, position, constants. And the
+    folder's lock, where there is something to do."""
+    out = out_folder(cfg, script)
+    folder, constants, lines = resume_folder(cfg, script, out), dataclasses.asdict(cfg), override_lines(cfg)
+    plan = {"resumed": True, "finished": False, "checkpoint": None, "position": {}}
+    if not folder:
+        lines += passed_over(cfg, script, out)
+        folder = new_folder(out, cfg.tag)
+        lock = locked(folder)
+        lines += filter(None, [typed(cfg).chosen])
+        plan |= {"folder": str(folder), "resumed": False, "constants": constants, "lines": lines}
+        return plan, lock
+    stored = read_config(folder)["constants"]
+    if clash := contradictions(cfg, stored):
+        raise UserError(f"{folder} ran with {'; '.join(clash)}: drop these flags, or start a new run")
+    lines += merge_constants(stored, constants, typed(cfg).flags)
+    plan |= {"folder": str(folder), "constants": constants, "lines": lines}
+    if cfg.resume_timestamp == "auto" and status_of(folder) == "finished":
+        return plan | {"finished": True}, None
+    if (folder / PACKED).exists():
+        raise UserError(f"{folder} was packed without optimizer state: resume the original, not this copy")
+    lock = locked(folder)
+    # while this one waited for the lock
+    if cfg.resume_timestamp == "auto" and status_of(folder) == "finished":
+        return plan | {"finished": True}, lock
+    name, notes = choose_checkpoint(folder / "checkpoints", cfg.resume_step)
+    notes.append(f"resumes {folder.name} from {name or 'step 0: there is no checkpoint yet'}")
+    position = read_manifest(folder / "checkpoints" / name) if name else {}
+    return plan | {"checkpoint": name, "position": position, "lines": notes + lines}, lock
+
+
+def merge_constants(stored, constants, flags) -> list[str]:
+    """`constants` become those of the run, but for what a flag may change; a line for each difference."""
+    lines = []
+    for name, old in stored.items():
+        if name in CALL_CONSTANTS or name not in constants or old == constants[name]:
+            continue
+        if name in MAY_CHANGE & flags:
+            lines.append(f"resumed: {name} is now {constants[name]} (it was {old})")
+        else:
+            lines.append(f"resumed: {name} stays {old} (the script now says {constants[name]})")
+            constants[name] = old
+    return lines
+
+
+def override_lines(cfg) -> list[str]:
+    """What preset and smoke changed, in lines of at most 100 columns."""
+    t = typed(cfg)
+    lines = [" and ".join(filter(None, [t.preset and f"preset {t.preset}", t.smoke and "smoke"])) + " set:"]
+    for name, value in t.overrides.items():
+        word = f" {name} {value},"
+        if len(lines[-1] + word) > 100:
+            lines.append(" ")
+        lines[-1] += word
+    return [*lines[:-1], lines[-1].rstrip(",")] if t.overrides else []
+
+
+def new_folder(out, tag) -> Path:
+    while True:
+        folder = out / f"{datetime.datetime.now():%Y%m%d_%H%M%S}{f'-{tag}' if tag else ''}"
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            if not out.is_dir():
+                raise UserError(f"out {out} is a file: use a folder") from None
+            time.sleep(0.2)  # another run started in this second
+        except OSError as error:
+            raise UserError(f"out {out} cannot be written ({error.strerror}): use another --out") from None
+
+
+def resume_folder(cfg, script, out) -> Path | None:
+    """The run to resume, None for a new one. core.UserError if a resume was asked for and there is none."""
+    wanted, tag = cfg.resume_timestamp, f"-{cfg.tag}" if cfg.tag else ""
+    runs = sorted(path.parent for path in out.glob("*/config.json") if _readable(path.parent))
+    if wanted is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:  # torchrun --max-restarts
+        return next((run for run in reversed(runs) if read_config(run)["launcher"] == launcher()), None)
+    if wanted is None:
+        if cfg.resume_step is not None:
+            raise UserError(f"--resume_step {cfg.resume_step} needs --resume_timestamp")
+        return None
+    mode = getattr(cfg, "mode", None)
+    runs = [
+        run
+        for run in runs
+        if (config := read_config(run))["script"] == script.stem and config["constants"].get("mode") == mode
+    ]
+    if wanted in ("auto", "latest"):
+        runs = [run for run in runs if run.name[15:] == tag]
+        if wanted == "auto":  # a loop over seeds types the same words: another seed is another run
+            runs = [run for run in runs if not contradictions(cfg, read_config(run)["constants"])]
+            return runs[-1] if runs else None
+        if unfinished := [run for run in runs if status_of(run) != "finished"]:
+            return unfinished[-1]
+        raise UserError(
+            f"--resume_timestamp latest: no unfinished run{tag and f' with tag {cfg.tag}'} in {out}"
+        )
+    found = [run for run in runs if run.name == wanted + tag] or [
+        run for run in runs if run.name[:15] == wanted[:15]
+    ]
+    if len(found) != 1:
+        near = ", ".join(run.name for run in (found or runs)[-3:]) or "none"
+        raise UserError(f"--resume_timestamp {wanted}: {len(found)} such runs in {out}; there: {near}")
+    return found[0]
+
+
+def passed_over(cfg, script, out) -> list[str]:
+    """A line if `auto` starts a new run beside an unfinished one that what was typed contradicts."""
+    runs = sorted((path.parent for path in out.glob("*/config.json")), reverse=True)
+    for run in runs if cfg.resume_timestamp == "auto" else ():
+        with contextlib.suppress(UserError):  # unreadable ones have been named
+            config = read_config(run)
+            same = config["script"] == script.stem and run.name[15:] == (f"-{cfg.tag}" if cfg.tag else "")
+            same &= config["constants"].get("mode") == getattr(cfg, "mode", None)
+            if same and status_of(run) != "finished" and (odd := contradictions(cfg, config["constants"])):
+                return [f"a new run: {run.name} is unfinished, but ran with {'; '.join(odd)}"]
+    return []
+
+
+def _readable(folder) -> bool:
+    try:
+        return bool(read_config(folder))
+    except UserError as error:
+        print(f"WARNING passed over: {error}", file=sys.stderr)
+        return False
+
+
+def contradictions(cfg, stored) -> list[str]:
+    names = sorted((typed(cfg).flags - MAY_CHANGE - CALL_CONSTANTS) & set(stored))
+    return [f"--{n} {stored[n]}, not {getattr(cfg, n)}" for n in names if stored[n] != getattr(cfg, n)]
+
+
+def finished_run(cfg, script) -> Path | None:
+    """The run that `--resume_timestamp auto` would find finished."""
+    folder = resume_folder(cfg, Path(script), out_folder(cfg, script))
+    return folder if folder and status_of(folder) == "finished" else None
+
+
+def changed_constants(stored, now) -> dict[str, dict]:
+    """Name -> {was, is} of the constants that a resume changes; one that the script has gained or lost since
+    has only one of the two."""
+    changed = {}
+    for name in (*stored, *(name for name in now if name not in stored)):
+        if name in CALL_CONSTANTS or (name in stored and name in now and stored[name] == now[name]):
+            continue
+        sides = {"was": stored, "is": now}
+        changed[name] = {word: side[name] for word, side in sides.items() if name in side}
+    return changed
+
+
+def launcher() -> str | None:
+    """The torchrun that started this process: it lives on while it restarts its workers."""
+    return f"{socket.gethostname()}/{os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else None

@@ -1,0 +1,97 @@
+"""Runs that lie on the disk: their folders, their config.json, how they ended, which is the newest."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+from lab.errors import UserError
+from lab.run.flags import typed
+
+SCRIPTS = (  # whose runs are known
+    "run_preference",
+    "gpt_scratch",
+    "run_instruct",
+    "run_lora",
+    "run_pretrain_diversity",
+    "run_mathqa",
+)
+PACKED = "packed.txt"  # says of a folder that it came out of eval.py --pack
+
+
+def prepared(folder) -> Path:
+    """A folder that can be written to; it is looked at before work begins."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}): use another --out") from None
+    return folder
+
+
+def locked(folder):
+    """An open file that says who writes here; UserError if another process does. It ends with this one."""
+    try:
+        lock = open(folder / ".lock", "a+")
+        for _ in range(50):  # a killed process lets go a moment later
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock.truncate(0)
+                lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+                lock.flush()
+                return lock
+            time.sleep(0.1)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}): use another --out") from None
+    lock.seek(0)
+    raise UserError(f"{folder} is being written by {lock.read()}: stop it first")
+
+
+def out_folder(cfg, script) -> Path:
+    """Where the runs of a script lie."""
+    return Path(cfg.out or f"runs/{'smoke/' if typed(cfg).smoke else ''}{Path(script).stem}")
+
+
+def newest_run(cfg, script, finished=False) -> Path:
+    """The newest run folder of a script in cfg.out that holds a checkpoint (and is finished)."""
+    out = out_folder(cfg, script)
+    runs = sorted({path.parents[2] for path in out.glob("*/checkpoints/*/manifest.json")})
+    runs = [run for run in runs if not finished or status_of(run) == "finished"]
+    if not runs:
+        raise UserError(f"no run with a checkpoint in {out}: train one, name one, or add --smoke")
+    return runs[-1]
+
+
+def read_config(folder) -> dict:
+    """config.json of a run folder: constants, provenance, facts, resumes."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{folder} is no run folder: its config.json cannot be read") from None
+    if isinstance(config, dict) and isinstance(config.get("constants"), dict):
+        config["constants"] = stored_constants(config["constants"])
+    return config
+
+
+def stored_constants(values) -> dict:
+    """Constants as Config has them: JSON makes lists of tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def read_result(folder) -> dict:
+    """result.json of a run folder; empty where it is absent, or half of it on a full disk."""
+    try:
+        result = json.loads((Path(folder) / "result.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return result if isinstance(result, dict) else {}
+
+
+def status_of(folder) -> str:
+    """finished, stopped, failed; or that there is no result.json."""
+    return read_result(folder).get("status", "running or killed")

@@ -1,0 +1,156 @@
+"""Which rows stand in which batch: a pure function of (seed, epoch, step), cut by rank and micro-batch."""
+
+import hashlib
+import itertools
+import math
+import time
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from lab.errors import UserError
+from lab.train.precision import Precision
+from lab.train.processes import all_reduce_sum, progress
+
+OVERHEAD = 128  # tokens that could be computed while a forward and backward is started (two cores, GPT-2)
+
+
+def micro_batches(model, rows, size=None, lengths=None, most=math.inf):
+    """Parts of `rows`, `size` each (none: all at once); ranks exchange gradients in the last backward only.
+
+    With the `lengths` of the rows, rows of similar length meet, and none means length_groups(lengths, most).
+    """
+    if lengths is not None:
+        order = np.argsort(-np.asarray(lengths), kind="stable")  # longest first: memory fails early
+        rows, lengths = [rows[i] for i in order], [int(lengths[i]) for i in order]
+    sizes = length_groups(lengths, most) if lengths and not size else _equal(len(rows), size or len(rows))
+    ends = list(itertools.accumulate(sizes))
+    for end, n in zip(ends, sizes, strict=True):
+        alone = end < len(rows) and isinstance(model, DistributedDataParallel)
+        with model.no_sync() if alone else nullcontext():
+            yield rows[end - n : end]
+
+
+def _equal(n, size) -> list[int]:
+    return [min(size, n - start) for start in range(0, n, size)] if n else []
+
+
+def length_groups(lengths, most, overhead=OVERHEAD) -> list[int]:
+    """Sizes of the groups that `lengths` (falling) are best computed in, each padded to its longest row.
+
+    Best: the fewest padded tokens, where starting a group costs as much as `overhead` tokens, and no group of
+    several rows has over `most` of them. Exact, by dynamic programming over where the last group begins.
+    """
+    best = [(0, 0)]  # of the first n rows: (cost, size of their last group)
+    for n in range(1, len(lengths) + 1):
+        starts = (i for i in range(n) if i == n - 1 or (n - i) * lengths[i] <= most)
+        best.append(min((best[i][0] + (n - i) * lengths[i] + overhead, n - i) for i in starts))
+    sizes, n = [], len(lengths)
+    while n:
+        sizes.append(best[n][1])
+        n -= best[n][1]
+    return sizes[::-1]
+
+
+def reseed(*key):
+    """Seeds torch from (seed, step, rank, ...): randomness is a function of the position, none is stored."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+class ShardedBatches:
+    """Row numbers of every global batch, a pure function of (seed, epoch, step); a rank takes every size-th.
+
+    With a seed (training): reshuffled each epoch, the rows of an incomplete last batch left out; rows of
+    similar length meet inside blocks of `block` batches, whose batches are then shuffled. Without
+    (evaluation): every row exactly once, longest first.
+    """
+
+    def __init__(self, lengths, batch, world, *, seed=None, block=50):
+        self.lengths, self.batch, self.world, self.seed, self.block = (
+            np.asarray(lengths),
+            batch,
+            world,
+            seed,
+            block,
+        )
+        n = len(self.lengths)
+        self.steps_per_epoch = math.ceil(n / batch) if seed is None else n // batch
+        if seed is not None and n < batch:
+            raise UserError(
+                f"{n} training rows do not fill a batch of {batch}: use a smaller --batch or more data"
+            )
+        self._epoch, self._order = None, None
+
+    def __len__(self):
+        return self.steps_per_epoch
+
+    def global_batch(self, step) -> np.ndarray:
+        """Rows of optimizer step `step`, counted from 0 over all epochs."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._shuffle(epoch)
+        return self._order[position * self.batch : (position + 1) * self.batch]
+
+    def rank_batch(self, step) -> list[int]:
+        """This rank's share, uneven or empty; the shares of all ranks are the global batch."""
+        return self.global_batch(step)[self.world.rank :: self.world.size].tolist()
+
+    def longest(self) -> np.ndarray:
+        """All rows, longest first: the worst case comes first."""
+        return np.argsort(-self.lengths, kind="stable")
+
+    def _shuffle(self, epoch) -> np.ndarray:
+        if self.seed is None:
+            return self.longest()
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).numpy()
+        order, span = order[: self.steps_per_epoch * self.batch], self.block * self.batch
+        blocks = [order[start : start + span] for start in range(0, len(order), span)]
+        order = np.concatenate([rows[np.argsort(self.lengths[rows], kind="stable")] for rows in blocks])
+        shuffled = torch.randperm(self.steps_per_epoch, generator=generator).numpy()
+        return order.reshape(self.steps_per_epoch, self.batch)[shuffled].reshape(-1)
+
+
+def worst_case(world, model, step, optimizer, rows) -> float:
+    """Two discarded steps, `step()` being forward and backward of the `rows` longest rows; seconds of one.
+
+    The first exchanges nothing, so that running out of memory on one rank can be agreed on; the second makes
+    DDP settle its buckets, without which a resumed run on 3 and more ranks would add up in another order.
+    """
+    failed = torch.zeros(1)
+    try:
+        with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
+            step()
+    except torch.OutOfMemoryError:
+        failed += 1
+    optimizer.zero_grad(set_to_none=True)
+    if all_reduce_sum(world, failed).item():
+        better = f"--micro_batch {rows // 2}" if rows > 1 else "shorter rows or a smaller model"
+        raise UserError(f"out of memory with {rows} of the longest rows at once: use {better}")
+    began = time.perf_counter()
+    step()
+    if world.device.type != "cpu":
+        getattr(torch, world.device.type).synchronize()
+    idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if idle:
+        raise RuntimeError(f"{len(idle)} trainable parameters get no gradient, e.g. {idle[0]}: freeze them")
+    optimizer.zero_grad(set_to_none=True)
+    return time.perf_counter() - began
+
+
+def each_once(compute, out, data, rows, cfg, world, poll, what):
+    """out[i] = compute(rows[i]), each row on one rank and once; the whole `out` on every rank."""
+    precision = Precision(cfg.dtype, world)
+    batches = ShardedBatches(data.lengths[rows].sum(1), cfg.eval_batch, world)
+    with progress(len(batches), what, world) as bar, torch.no_grad():
+        for step in range(len(batches)):
+            poll()
+            if mine := batches.rank_batch(step):
+                with precision.autocast():
+                    values = compute(rows[mine])
+                out[mine] = values.to("cpu", out.dtype)
+            bar.update()
+    return all_reduce_sum(world, out)  # the others hold zeros: a sum is a gather

@@ -1,0 +1,134 @@
+"""Optimizers, the schedule of rates, and one update."""
+
+import math
+
+import torch
+from torch import nn
+
+
+def count_parameters(model) -> tuple[int, int]:
+    """(all, trainable)"""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
+
+
+def lr_at(cfg, step, total_steps) -> float:
+    """Rate of step `step` (from 0): linear warm-up to cfg.lr, then cfg.schedule down to cfg.min_lr.
+
+    cfg.warmup is a fraction of `total_steps`; 0 and 1 are legal. The first step has lr / warm-up steps.
+    one_cycle: by cosine from lr / 25 up during the warm-up, then down to lr / 250,000 (Smith 2018; torch's
+    OneCycleLR); gpt3: cosine to lr / 10 at 260/300 of the steps, constant from there (Brown et al. 2020).
+    """
+    if cfg.schedule == "one_cycle":
+        return _one_cycle(cfg.lr / 25, cfg.lr, cfg.lr / 25e4, step, cfg.warmup * total_steps, total_steps)
+    rising = round(cfg.warmup * total_steps)
+    if step < rising:
+        return cfg.lr * (step + 1) / rising
+    if cfg.schedule == "constant":
+        return cfg.lr
+    end, low = total_steps, cfg.min_lr
+    if cfg.schedule == "gpt3":
+        end, low = 260 / 300 * total_steps, 0.1 * cfg.lr
+    done = min(1, (step - rising) / max(1, end - rising))
+    left = 1 - done if cfg.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return low + (cfg.lr - low) * left
+
+
+def beta1_at(cfg, step, total_steps) -> float:
+    """Adam's first beta of a step: one_cycle moves it against the rate, 0.95 -> 0.85 -> 0.95, if it may."""
+    if cfg.schedule == "one_cycle" and cfg.cycle_beta1:
+        return _one_cycle(0.95, 0.85, 0.95, step, cfg.warmup * total_steps, total_steps)
+    return cfg.beta1
+
+
+def _one_cycle(start, peak, end, step, rising, total_steps) -> float:
+    """Two half cosines; like torch's, the peak is at step rising - 1 and the end at total_steps - 1."""
+    if step <= rising - 1:
+        low, high, done = start, peak, step / max(rising - 1, 1e-9)
+    else:
+        low, high, done = peak, end, (step - rising + 1) / max(total_steps - rising, 1e-9)
+    return high + (low - high) * 0.5 * (1 + math.cos(math.pi * min(1, done)))
+
+
+def parameter_groups(model, weight_decay, scales=None, undecayed=()) -> list[dict]:
+    """Matrices decay, except those named in `undecayed`.
+
+    `scales` maps parameter names to the share of the lr at which they learn (otherwise 1).
+    """
+    found = {}  # (scale, decays) -> parameters
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decays = p.dim() >= 2 and name not in undecayed
+            found.setdefault(((scales or {}).get(name, 1.0), decays), []).append(p)
+    return [
+        {"params": params, "weight_decay": weight_decay if decays else 0.0, "scale": scale}
+        for (scale, decays), params in sorted(found.items(), key=lambda item: item[0], reverse=True)
+    ]
+
+
+def make_optimizer(
+    model, optimizer, weight_decay, betas=(0.9, 0.999), eps=1e-8, scales=None, undecayed=()
+) -> torch.optim.Optimizer:
+    """adamw (fused) or sgd (momentum 0.9) over parameter_groups. optimizer_step sets the lr."""
+    groups = parameter_groups(model, weight_decay, scales, undecayed)
+    if optimizer == "adamw":
+        return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
+    return torch.optim.SGD(groups, momentum=0.9)
+
+
+def optimizer_step(optimizer, precision, clip, lr, beta1=None, skip=None) -> float:
+    """Unscale, clip to the global norm `clip` (none: do not), step at `lr`, zero; returns the whole norm.
+
+    The norm is the exchanged gradients': all ranks see the same. An fp16 overflow skips the step and gives
+    inf; otherwise, or 51 times in a row, it raises FloatingPointError, and no weight is touched. `skip(norm)`
+    may look at the gradients before they are clipped, and leave this step's update out.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("scale", 1.0)
+        if beta1 is not None and "betas" in group:
+            group["betas"] = (beta1, group["betas"][1])
+    precision.scaler.unscale_(optimizer)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    total = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    norm, halves = float(total), precision.scaler.is_enabled()
+    overflow = not math.isfinite(norm)
+    left_out = bool(skip and not (overflow and halves) and skip(norm))  # fp16 overflows now and then
+    if clip is not None:
+        nn.utils.clip_grads_with_norm_(params, clip, total)
+    precision.skipped_in_a_row = precision.skipped_in_a_row + 1 if overflow else 0
+    precision.skipped += overflow
+    most = 50 if halves else 0  # 65,536 is halved 16 times to 1
+    if precision.skipped_in_a_row > most:
+        raise FloatingPointError(
+            f"gradient norm is {norm}: try a lower lr, more warm-up, clipping, or dtype fp32"
+        )
+    if not left_out:
+        precision.scaler.step(optimizer)
+    precision.scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+class Lion(torch.optim.Optimizer):
+    """p <- p (1 - lr wd) - lr sign(b1 m + (1 - b1) g); m <- b2 m + (1 - b2) g (Chen et al. 2023).
+
+    One tensor of state for each parameter. Every step is as long as the rate says: a third to a tenth of
+    AdamW's, with a decay as many times higher, since decay is scaled by the rate; for batches of 64 and more.
+    """
+
+    def __init__(self, groups, betas=(0.9, 0.99)):
+        super().__init__(groups, {"lr": 0.0, "betas": betas, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if not self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+                m = self.state[p]["exp_avg"]
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(m.lerp(p.grad, 1 - beta1).sign_(), alpha=-lr)
+                m.lerp_(p.grad, 1 - beta2)

@@ -1,0 +1,85 @@
+"""fp32, tf32, bf16, fp16 or fp64: what is computed in which, and the loss scaler."""
+
+import dataclasses
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from lab.run.flags import typed, with_flags
+
+Dtype = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
+
+
+def native_dtype(device) -> str:
+    """What `dtype` auto becomes: bf16 where the device computes in it, fp16 on older cards, fp32 on a CPU."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if device.type == "xpu" else "fp32"
+
+
+def with_dtype(cfg, world):
+    """`cfg` with the dtype that this device will compute in; config.json then holds what it became.
+
+    auto: native_dtype. On a card fp32 becomes tf32, unless it stands on the command line.
+    """
+    given, dtype = typed(cfg), native_dtype(world.device) if cfg.dtype == "auto" else cfg.dtype
+    has_tf32 = world.device.type == "cuda"
+    if dtype == "fp32" and has_tf32 and "dtype" not in given.flags:
+        dtype = "tf32"
+    elif dtype == "tf32" and not has_tf32:
+        dtype = "fp32"
+    if dtype == cfg.dtype:
+        return cfg
+    why = "factors rounded to 10 bits" if dtype == "tf32" else "half precision"
+    line = f"dtype {cfg.dtype} is {dtype} on this card ({why}; --dtype fp32 for full precision)"
+    if dtype == "fp32":
+        line = f"dtype tf32 is fp32 on this {world.device.type}" if cfg.dtype == "tf32" else None
+    flags = given.flags - {"dtype"} if cfg.dtype == "auto" else given.flags  # auto asks for nothing
+    given = dataclasses.replace(given, chosen=line)
+    return with_flags(dataclasses.replace(cfg, dtype=dtype), given, flags)
+
+
+class Precision:
+    """fp32 and fp64 run as they are; tf32 is fp32 whose products have rounded factors, on NVIDIA cards; bf16
+    and fp16 run under autocast, fp16 with a GradScaler."""
+
+    def __init__(self, dtype, world):
+        self.dtype, self.world = native_dtype(world.device) if dtype == "auto" else dtype, world
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == "fp16")
+        self.skipped, self.skipped_in_a_row = 0, 0  # steps that overflowed in fp16
+
+    def prepare(self, model):
+        return model.to(self.world.device, torch.float64 if self.dtype == "fp64" else torch.float32)
+
+    @contextmanager
+    def autocast(self):
+        """Wrap the forward pass; scaled_backward wraps its own."""
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.dtype)
+        with self.products(), torch.autocast(self.world.device.type, half) if half else nullcontext():
+            yield
+
+    @contextmanager
+    def products(self):
+        """On a card: what remains in fp32 is multiplied in TF32, but for dtype fp32. Put back afterwards."""
+        if self.world.device.type != "cuda":
+            yield
+            return
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest" if self.dtype in ("fp32", "fp64") else "high")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    def warning(self) -> str | None:
+        if self.dtype not in ("bf16", "fp16") or self.dtype == native_dtype(self.world.device):
+            return None
+        if self.world.device.type == "cuda" and self.dtype == "bf16":
+            return "WARNING this card only emulates bf16: --dtype fp16 is many times faster"
+        cpuinfo = Path("/proc/cpuinfo")
+        amx = self.dtype == "bf16" and cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text()
+        if amx or self.world.device.type != "cpu":
+            return None
+        return f"WARNING this CPU has no fast {self.dtype}: --dtype fp32 may be a hundred times faster"

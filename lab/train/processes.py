@@ -1,0 +1,258 @@
+"""One process or several: set-up, sums over ranks, rank 0's own work, waiting for it."""
+
+import datetime
+import inspect
+import itertools
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from lab.errors import LostRanks, Stop, UserError
+from lab.run.terminal import outlive_terminal
+from lab.train.cpu import keep_freed_memory
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the `size` processes of the launch; size 1 has no process group and no store."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+    backend: str = "none"
+    store: dist.Store | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def distributed(backend="auto", timeout_minutes=30):
+    """Joins the processes that torchrun started (or none) and leaves them whatever happens. Yields the World.
+
+    auto: nccl on CUDA, xccl on XPU, gloo on CPU; CPU tensors (counts, stop flags) always travel over gloo.
+    A UserError is printed once, without traceback, and exits with 2. After a stop signal plain python dies of
+    that signal, even if the work was finished meanwhile, so that a shell's loop stops (130, 143, 129).
+    """
+    outlive_terminal()
+    heard_signals.clear()
+    env = {name: int(os.environ.get(name, default)) for name, default in _LAUNCH.items()}
+    world = World(env["RANK"])
+    try:
+        device = _pick_device(env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"])
+        native = {"cuda": "nccl", "xpu": "xccl"}.get(device.type, "gloo")
+        if backend not in ("auto", "gloo", native):
+            raise UserError(f"--backend {backend} does not fit {device.type}: use auto or gloo")
+        world = World(device=device)
+        if device.type == "cpu":
+            keep_freed_memory()
+        if env["WORLD_SIZE"] > 1:
+            # torchrun gives each process one thread; ranks x threads should fill the cores, no more
+            torch.set_num_threads(max(1, _cores() // env["LOCAL_WORLD_SIZE"]))
+            backend = native if backend == "auto" else backend
+            store, rank, size = next(dist.rendezvous("env://"))
+            # torchrun keeps its store when it restarts workers: they must not meet the keys of the dead
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group(
+                "gloo" if backend == "gloo" else f"cpu:gloo,{device.type}:{backend}",
+                **{"store": store, "rank": rank, "world_size": size},
+                timeout=datetime.timedelta(minutes=timeout_minutes),
+            )
+            world = World(rank, env["LOCAL_RANK"], size, device, backend, dist.PrefixStore("core", store))
+        yield world
+        barrier(world)  # rank 0 may host the store: nobody leaves while another still reads it
+    except UserError as error:
+        if world.store.add("user_errors", 1) == 1 if world.store else world.is_main:
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Stop as stop:  # before there was a run to note it
+        if world.is_main:
+            print(f"stopped  {stop}", file=sys.stderr)
+    except Exception:
+        if world.size == 1:
+            raise
+        traceback.print_exc()
+        sys.stderr.flush()  # then out at once: taking the process group down may hang, and the others with it
+        os._exit(1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if heard_signals and not under_torchrun(world):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        die_of(heard_signals[0])
+    if world.size > 1:
+        # all is written; on a busy machine torch's own threads now and then abort the interpreter's shutdown
+        # ("terminate called without an active exception"), and torchrun would call a finished run failed
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+heard_signals = []  # numbers of the stop signals that this process has noted (runs.py listens)
+
+
+def under_torchrun(world) -> bool:
+    return world.size > 1 or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def die_of(number):
+    """Ends this process by a signal as if nobody had listened. For handlers, too: it flushes nothing."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)  # process 1 of a container cannot be killed so
+
+
+_LAUNCH = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}  # set by torchrun
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _pick_device(local_rank, local_size) -> torch.device:
+    for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu)):
+        if module.is_available():
+            if local_size > (n := module.device_count()):
+                raise UserError(f"{local_size} processes but {n} {kind} device(s): use --nproc_per_node={n}")
+            module.set_device(local_rank)
+            return torch.device(kind, local_rank)
+    return torch.device("cpu")
+
+
+def all_reduce_sum(world, values: torch.Tensor) -> torch.Tensor:
+    """Sums a CPU tensor over the ranks, in place; LostRanks names the rank that is missing."""
+    if world.size > 1:
+        call = next(_reductions)
+        world.store.set(f"reduction/{world.rank}", str(call))
+        try:
+            dist.all_reduce(values)
+        except RuntimeError as error:
+            raise LostRanks(f"{_who_is_missing(world, call)}: {error}") from error
+    return values
+
+
+_reductions = itertools.count(1)
+
+
+def _who_is_missing(world, call) -> str:
+    try:
+        done = [int(world.store.get(f"reduction/{rank}")) for rank in range(world.size)]
+    except RuntimeError as error:
+        return f"rank {world.rank} lost the others ({error})"
+    late = [str(rank) for rank, last in enumerate(done) if last < call]
+    return f"rank {', '.join(late) or '?'} did not come to reduction {call}, where rank {world.rank} waits"
+
+
+def barrier(world):
+    all_reduce_sum(world, torch.zeros(1))
+
+
+def on_main(world, function, *args):
+    """Runs function(*args) on rank 0 while the others wait, however long; every rank gets its JSON result.
+
+    Its error is raised on every rank. Waiting goes through the store, with a heartbeat: a collective would
+    time out during an hour of tokenising, and a rank 0 that is silent for a minute is reported.
+    """
+    if world.size == 1:
+        return function(*args)
+    key, reply = f"on_main/{next(_main_calls)}", {"error": "rank 0 was interrupted", "kind": "Stop"}
+    if not world.is_main:
+        reply = json.loads(_wait_for_main(world.store, key))
+        if "error" in reply:
+            raise {"UserError": UserError, "Stop": Stop}.get(reply["kind"], RuntimeError)(reply["error"])
+        return reply["result"]
+    try:
+        with _heartbeat(world.store):
+            _alone.set()
+            reply = {"result": function(*args)}
+        return reply["result"]
+    except BaseException as error:
+        kind = next((kind for kind in (UserError, Stop) if isinstance(error, kind)), type(error))
+        reply = {"error": str(error), "kind": kind.__name__}
+        raise
+    finally:
+        _alone.clear()
+        world.store.set(key, json.dumps(reply))
+
+
+_alone = threading.Event()
+
+
+def may_leave(world) -> bool:
+    """Whether this rank can raise Stop on its own: alone, or in on_main, which tells the others."""
+    return world.size == 1 or _alone.is_set()
+
+
+_main_calls = itertools.count()
+HEARTBEAT_SECONDS, SILENCE_SECONDS = 5, 60
+
+
+@contextmanager
+def _heartbeat(store):
+    done = threading.Event()
+
+    def beat():
+        for count in itertools.count():
+            store.set("heartbeat", str(count))
+            if done.wait(HEARTBEAT_SECONDS):
+                return
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _wait_for_main(store, key) -> bytes:
+    beat, heard = None, time.monotonic()
+    while not store.check([key]):
+        time.sleep(0.02)
+        now = store.get("heartbeat") if store.check(["heartbeat"]) else None
+        if now != beat:
+            beat, heard = now, time.monotonic()
+        elif time.monotonic() - heard > SILENCE_SECONDS:
+            raise RuntimeError(f"rank 0 has been silent for {SILENCE_SECONDS} s while the others wait for it")
+    return store.get(key)
+
+
+def main_first(world, function):
+    """`function` on rank 0, then on the others: one download, then cache hits. Returns this rank's result."""
+    result = []
+    on_main(world, lambda: result.append(function()))
+    return result[0] if result else function()
+
+
+def wrap_ddp(model, world):
+    """DistributedDataParallel where there are several ranks. Evaluate and save the model, not the wrapper."""
+    if world.size == 1:
+        return model
+    # no rank's buffers ever differ; the argument was renamed in torch 2.13
+    new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    quiet = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **quiet)
+
+
+def progress(total, what, world=World(), unit="it"):
+    """A bar for work that logs no lines: rank 0, interactive terminals only. total none: only counts."""
+    hide, scaled = None if world.is_main else True, unit != "it"
+    return tqdm(
+        total=total, desc=what, leave=False, disable=hide, file=sys.stderr, unit=unit, unit_scale=scaled
+    )
