@@ -31,14 +31,13 @@ def contender(who, shape, peer):
     sizes = {"n_layer": layers, "n_head": heads, "n_embd": width, "block_size": block, "vocab_size": vocab}
     sys.path[:0] = [str(PROJECT), peer]
     import core
+    from lab.train import cpu
 
     if who != "stock":
-        core.keep_freed_memory()
+        cpu.keep_freed_memory()
     torch.manual_seed(0)
     if who == "ours":
-        import gpt_scratch
-
-        model = gpt_scratch.GPT(gpt_scratch.GPTConfig(**sizes, bias=False, qkv_bias=False))
+        model = core.GPT(core.GPTConfig(**sizes, bias=False, qkv_bias=False))
         optimizer = core.make_optimizer(model, "adamw", 0.1, (0.9, 0.95))
     else:
         import model as nano

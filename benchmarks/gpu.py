@@ -22,7 +22,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import core
-from lab.train.loss import LARGE, linear_cross_entropy
+from lab.train import loss
+from lab.train.loss import linear_cross_entropy
 from lab.train.precision import native_dtype
 
 PEAK = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A40": 150, "4090": 165, "L4": 121, "T4": 65}
@@ -171,9 +172,9 @@ def main():
     print(f"{name}  torch {torch.__version__}  {native_dtype(WORLD.device)}  {B} x {T} tokens a step")
     stream = np.random.default_rng(0).integers(0, V, 2_000_001, dtype=np.uint16)
     row("head: ours", lambda: head_step(ours))  # also lets the compiler's helpers start before the steps
-    large, LARGE = LARGE, sys.maxsize
+    large, loss.LARGE = loss.LARGE, sys.maxsize
     row("head: ours, not compiled", lambda: head_step(ours))
-    LARGE = large
+    loss.LARGE = large
     row("head: all logits at once, compiled", lambda: head_step(whole if TINY else torch.compile(whole)))
     row("step: nanoGPT's, compiled", lambda: peer_step(stream), B * T)
     row("step: ours, nothing typed", lambda: our_step(stream, False), B * T)

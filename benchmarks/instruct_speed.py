@@ -40,17 +40,17 @@ class Steps:
 
 
 def examples_of(data, tokenizer, steps):
-    """sft.Examples of the rows, and the batches of all contenders."""
+    """core.Examples of the rows, and the batches of all contenders."""
     import numpy as np
-    import sft
 
     import core
+    from lab.data import instructions
 
     cfg = SimpleNamespace(data=data, max_documents=None, template="alpaca", model=tokenizer, split="seeded",
                           split_seed=0, max_length=512, loss_on_prompt=False)  # fmt: skip
-    rows = sft.load_instructions(cfg, core.World())
-    parts, _ = sft.split(rows, cfg)
-    examples, rng = sft.Examples(rows, parts["train"], 512), np.random.default_rng(0)
+    rows = core.load_instructions(cfg, core.World())
+    parts, _ = instructions.split(rows, cfg)
+    examples, rng = core.Examples(rows, parts["train"], 512), np.random.default_rng(0)
     order = np.concatenate(
         [rng.permutation(len(examples)) for _ in range(1 + steps * BATCH // len(examples))]
     )
@@ -58,17 +58,16 @@ def examples_of(data, tokenizer, steps):
 
 
 def ours(who, examples, batches, counter):
-    import lora
     import torch
 
     import core
-    import gpt_scratch
+    from lab.train import cpu
 
-    core.keep_freed_memory()
+    cpu.keep_freed_memory()
     world, precision = core.World(), core.Precision("fp32", core.World())
-    model = gpt_scratch.GPT(gpt_scratch.GPTConfig(50257))
+    model = core.GPT(core.GPTConfig(50257))
     if who == "lora":
-        lora.add_lora(model, 16, 16)
+        core.add_lora(model, 16, 16)
     optimizer = core.make_optimizer(model, "adamw", 0.0)
     print("ready", flush=True)
     for rows in batches:

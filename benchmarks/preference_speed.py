@@ -38,16 +38,15 @@ class Steps:
 
 
 def prepared(file, encoder, dropout):
-    import pairs
-
     import core
     import run_preference
+    from lab.data import pairs
 
     cfg = run_preference.Config(
         data=file, model=encoder, batch=BATCH, max_length=MAX_LENGTH, symmetric=False,
         encoder_dropout=None if dropout == "none" else float(dropout),
     )  # fmt: skip
-    data = pairs.load_data(cfg, core.World())
+    data = core.load_pairs(cfg, core.World())
     pairs.measure_sequences(data, cfg.inputs, cfg.max_length)
     return cfg, data
 
@@ -55,8 +54,9 @@ def prepared(file, encoder, dropout):
 def ours(cfg, data, steps, counter):
     import core
     import run_preference
+    from lab.train import cpu
 
-    core.keep_freed_memory()
+    cpu.keep_freed_memory()
     world, precision = core.World(), core.Precision("fp32", core.World())
     core.reseed(0)
     model = run_preference.build_model(cfg, data, world)
@@ -73,7 +73,6 @@ def ours(cfg, data, steps, counter):
 
 
 def trainer(cfg, data, steps, counter, padded):
-    import pairs
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -98,7 +97,7 @@ def trainer(cfg, data, steps, counter, padded):
             counter.end()
 
     def collate(rows):
-        inputs = pairs.collate(data, rows, cfg, "cpu")
+        inputs = core.collate(data, rows, cfg, "cpu")
         ids, ends = inputs["input_ids"], torch.tensor(inputs["lengths"])[:, None]
         if padded:
             ids = torch.nn.functional.pad(ids, (0, MAX_LENGTH - ids.shape[1]))

@@ -17,13 +17,14 @@ import termios
 import time
 from pathlib import Path
 
+PROJECT = Path(__file__).resolve().parent.parent
 SCRIPTS = [
     *("run_preference", "gpt_scratch", "run_instruct", "run_lora", "run_pretrain_diversity", "run_mathqa"),
 ]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
-        "runs",
+        "core",
         "eval",
         *SCRIPTS,
         "transformers.models.distilbert.modeling_distilbert",
@@ -32,25 +33,25 @@ _context.set_forkserver_preload(
 )
 
 PLACES = {  # where a kill or a signal can be made to strike: the function that is about to run
-    "caching run_preference": ("core", "write_texts"),
-    "caching gpt_scratch": ("corpus", "write_tokens"),
-    "caching run_instruct": ("core", "write_texts"),
-    "caching run_lora": ("core", "write_texts"),
-    "caching run_mathqa": ("core", "write_texts"),
-    "caching run_pretrain_diversity": ("corpus", "write_tokens"),
-    "embedding": ("task2vec", "embed"),
-    "encoding run_preference": ("encoders.PairScorer", "encode"),
-    "sampling gpt_scratch": ("gpt_scratch", "choose"),
-    "sampling run_instruct": ("gpt_scratch", "choose"),
-    "step": ("core", "optimizer_step"),
-    "evaluation": ("runs.Run", "poll"),
-    "save": ("runs", "write_manifest"),
-    "pruning": ("runs", "_remove_checkpoint"),
-    "worst case": ("core", "worst_case"),
-    "measuring": ("core", "token_log_probs"),
-    "sampling run_lora": ("gpt_scratch", "choose"),
-    "answering run_mathqa": ("mathqa", "answer_figures"),
-    "result": ("runs.Run", "_write_result"),
+    "caching run_preference": ("lab.data.cache", "write_texts"),
+    "caching gpt_scratch": ("lab.data.text", "write_tokens"),
+    "caching run_instruct": ("lab.data.cache", "write_texts"),
+    "caching run_lora": ("lab.data.cache", "write_texts"),
+    "caching run_mathqa": ("lab.data.cache", "write_texts"),
+    "caching run_pretrain_diversity": ("lab.data.text", "write_tokens"),
+    "embedding": ("lab.measure.task2vec", "embed"),
+    "encoding run_preference": ("lab.models.encoders:PairScorer", "encode"),
+    "sampling gpt_scratch": ("lab.models.generate", "choose"),
+    "sampling run_instruct": ("lab.models.generate", "choose"),
+    "step": ("lab.train.optim", "optimizer_step"),
+    "evaluation": ("lab.run.folder:Run", "poll"),
+    "save": ("lab.run.checkpoints", "write_manifest"),
+    "pruning": ("lab.run.checkpoints", "remove_checkpoint"),
+    "worst case": ("lab.train.batches", "worst_case"),
+    "measuring": ("lab.train.loss", "token_log_probs"),
+    "sampling run_lora": ("lab.models.generate", "choose"),
+    "answering run_mathqa": ("lab.measure.choices", "answer_figures"),
+    "result": ("lab.run.folder:Run", "_write_result"),
 }
 
 
@@ -219,10 +220,10 @@ def _send_and_wait():
 
 def strike(script, place, nth, action):
     (path, name), calls = PLACES.get(place) or PLACES[f"{place} {script}"], []
-    module, _, cls = path.partition(".")
+    module, _, cls = path.partition(":")
     module = importlib.import_module(module)
-    module = getattr(module, cls) if cls else module
-    original = getattr(module, name)
+    holder = getattr(module, cls) if cls else module
+    original = getattr(holder, name)
 
     def struck(*args, **kwargs):
         calls.append(1)
@@ -230,7 +231,20 @@ def strike(script, place, nth, action):
             action()
         return original(*args, **kwargs)
 
-    setattr(module, name, struck)
+    if cls:
+        setattr(holder, name, struck)
+    else:
+        everywhere(setattr, module, name, struck)
+
+
+def everywhere(setter, module, name, new):
+    """Replaces module.name by `new` in every module of the project that has imported it by name, too.
+    setter: setattr, or that of pytest's monkeypatch."""
+    old = getattr(module, name)
+    for other in [each for each in list(sys.modules.values()) if vars(each).get("__file__")]:
+        path = Path(other.__file__)
+        if PROJECT in path.parents and "site-packages" not in path.parts and vars(other).get(name) is old:
+            setter(other, name, new)
 
 
 def main(script):

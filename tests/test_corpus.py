@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from ranks import everywhere
 
 import core
 import gpt_scratch
@@ -236,7 +237,7 @@ def test_every_document_is_in_one_part_whole_and_in_order(kind, most):
 @pytest.mark.parametrize("length", [1000, 1237])
 @pytest.mark.parametrize("piece", [1 << 16, 64])
 def test_a_single_document_is_cut_to_the_character(newline, length, piece, monkeypatch):
-    monkeypatch.setattr(lab.data.text, "PIECE", piece)
+    everywhere(monkeypatch.setattr, lab.data.text, "PIECE", piece)
     text = newline.join(texts_of(40))[:length]
     assert len(text) == length
     Path("one.txt").write_text(text, newline="")
@@ -375,7 +376,7 @@ def test_a_text_that_cannot_be_read_is_named(monkeypatch):
     def refused(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(lab.run.files, "sha256_file", refused)  # as root every file can be read
+    everywhere(monkeypatch.setattr, lab.run.files, "sha256_file", refused)  # as root every file can be read
     with pytest.raises(UserError, match=r"a\.txt cannot be read \(Permission denied\)"):
         opened("a.txt")
 
@@ -402,7 +403,7 @@ def pieces_of(text):
 
 @pytest.mark.parametrize("kind", ["lines", "one line", "windows lines", "blank lines"])
 def test_pieces_join_to_the_text_and_stay_small(kind, monkeypatch):
-    monkeypatch.setattr(lab.data.text, "PIECE", 50)
+    everywhere(monkeypatch.setattr, lab.data.text, "PIECE", 50)
     separator = {"lines": "\n", "one line": " ", "windows lines": "\r\n", "blank lines": "\n\n"}[kind]
     text = separator.join(texts_of(60)) if kind != "one line" else "endless" * 500
     found = pieces_of(text)
@@ -410,7 +411,7 @@ def test_pieces_join_to_the_text_and_stay_small(kind, monkeypatch):
 
 
 def test_pieces_end_where_lines_end(monkeypatch):
-    monkeypatch.setattr(lab.data.text, "PIECE", 50)
+    everywhere(monkeypatch.setattr, lab.data.text, "PIECE", 50)
     lines = [f"line {i} of some words\n" for i in range(100)]
     found = pieces_of("".join(lines))
     assert "".join(found) == "".join(lines) and all(piece.endswith("words\n") for piece in found)
@@ -419,7 +420,7 @@ def test_pieces_end_where_lines_end(monkeypatch):
 
 @pytest.mark.parametrize("name", ["bpe:330", "bpe_scratch:330"])
 def test_the_tokens_of_the_pieces_are_those_of_the_whole_text(name, monkeypatch):
-    monkeypatch.setattr(lab.data.text, "PIECE", 40)
+    everywhere(monkeypatch.setattr, lab.data.text, "PIECE", 40)
     rng = random.Random(1)
     text = "".join(
         rng.choices(["word", "it's", " ", "  ", "\n", "\n", "\n ", "\t", "12", "é.", "\r\n"], k=2500)
@@ -451,7 +452,7 @@ def test_a_second_call_does_not_tokenise_and_a_change_does(monkeypatch):
     data = table(texts_of(12))
     first = token_cache(Corpus(data, "bytes"))
     with monkeypatch.context() as patch:
-        patch.setattr(lab.data.text, "write_tokens", lambda *_: pytest.fail("it tokenises again"))
+        everywhere(patch.setattr, lab.data.text, "write_tokens", lambda *_: pytest.fail("it tokenises again"))
         assert token_cache(Corpus(data, "bytes")) == first
     others = [
         token_cache(Corpus(data, "bytes", **change))
@@ -522,10 +523,10 @@ def build(spec, tokens, every, at=None):
 
     with pytest.MonkeyPatch.context() as patch:
         ticks = itertools.count(0, 6 / every)
-        patch.setattr(corpus, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
-        patch.setattr(lab.data.text, "PIECE", 6000)
-        patch.setattr(lab.data.text, "up_to", lambda found, _: up_to(found, 1))
-        patch.setattr(lab.data.text, "encoder", struck)
+        patch.setattr(lab.data.text, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+        everywhere(patch.setattr, lab.data.text, "PIECE", 6000)
+        everywhere(patch.setattr, lab.data.text, "up_to", lambda found, _: up_to(found, 1))
+        everywhere(patch.setattr, lab.data.text, "encoder", struck)
         patch.setenv("TOKEN_CACHE", tokens)
         return token_cache(spec)
 
@@ -567,7 +568,7 @@ def test_a_build_killed_behind_its_last_token_still_tells_of_unusable_rows(monke
     spec = Corpus(with_bad_rows(200, {"text": ""}), "bytes")
 
     def killed_before_the_end():
-        corpus.np.save = die
+        np.save = die
         token_cache(spec)
 
     assert forked(killed_before_the_end) == signal.SIGKILL

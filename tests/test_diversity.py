@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import ranks
 import torch
-from ranks import launch
+from ranks import everywhere, launch
 from test_corpus import documents_of
 
 import core
@@ -312,8 +312,8 @@ class Endless:
 def test_an_endless_neutral_text_is_read_as_far_as_its_held_out_part_needs(share, sources, monkeypatch):
     """With half of it in val and half in test there is no training text at all to wait for."""
     endless = Endless(400)
-    monkeypatch.setattr(tables, "_hub_dataset", lambda name, split, streaming=False: endless)
-    monkeypatch.setattr(tables, "_hub_commit", lambda repo, revision: "a commit")
+    everywhere(monkeypatch.setattr, tables, "_hub_dataset", lambda name, split, streaming=False: endless)
+    everywhere(monkeypatch.setattr, tables, "_hub_commit", lambda repo, revision: "a commit")
     flags = ["--sources", "a=a.jsonl", "b=b.jsonl", "c=owner/endless", "--streaming", "CacheStream"]
     cfg = parsed(*tiny(*flags, *(["--neutral_share", share] if share else [])))
     neutral = script.open_text(cfg, World()).tokens["c"]

@@ -13,6 +13,7 @@ import pytest
 import ranks
 import torch
 import transformers
+from ranks import everywhere
 from test_laws import SHORT
 
 import core
@@ -261,7 +262,7 @@ def test_a_model_that_is_uniform_over_bytes_has_8_bits_per_byte_under_every_toke
         def uniform(terms, bias, labels, sizes=sizes):
             return -sizes[labels] * math.log(256), torch.zeros(len(labels), dtype=torch.bool)
 
-        monkeypatch.setattr(loss, "token_log_probs", uniform)
+        everywhere(monkeypatch.setattr, loss, "token_log_probs", uniform)
         model = core.GPT(core.GPTConfig(len(tokenizer), 16, 1, 2, 8))
         stored = gpt_scratch.Config(eval_batch=8)
         asked = script.Config(context=12)
@@ -507,4 +508,4 @@ def test_what_mode_judge_wants_of_a_folder_is_refused_for_preference_runs(traine
         "--mode", "generate", "--run", trained("run_preference")
     )
     with pytest.raises(UserError, match="no such folder"):
-        script.results.find(["nowhere"])
+        facts.find(["nowhere"])

@@ -17,6 +17,7 @@ import pytest
 import ranks
 import torch
 import torch.nn.functional as F
+from ranks import everywhere
 from torch import nn
 
 import core
@@ -25,7 +26,8 @@ import lab.train.loss
 from core import GPT, GPTConfig, UserError, World, generate
 from lab.data import text
 from lab.measure import lr_finder
-from lab.models import generate, gpt, gpt_formats
+from lab.models import gpt, gpt_formats
+from lab.models.generate import choose
 from lab.run import files
 from lab.train.loss import _chunks, linear_cross_entropy, targets_only
 
@@ -176,9 +178,7 @@ def test_checkpointed_blocks_give_the_same_gradients(dropout, positions):
 
 def test_checkpointing_does_recompute(monkeypatch):
     blocks = []
-    monkeypatch.setattr(
-        script, "checkpoint", lambda block, x, *rest, **_: blocks.append(1) or block(x, *rest)
-    )
+    monkeypatch.setattr(gpt, "checkpoint", lambda block, x, *rest, **_: blocks.append(1) or block(x, *rest))
     model = random_gpt(checkpointing=True)
     model(ids(1, 4))
     assert blocks == []  # not in evaluation
@@ -239,7 +239,7 @@ def slices_of(rows):
 def test_the_loss_of_two_terms_is_cross_entropy_of_their_sum(chunk, frozen, monkeypatch):
     """As LoRA's head has it; what is frozen gets no gradient and the others the right one."""
     if chunk:
-        monkeypatch.setattr(lab.train.loss, "_chunks", slices_of(chunk))
+        everywhere(monkeypatch.setattr, lab.train.loss, "_chunks", slices_of(chunk))
     torch.manual_seed(0)
     weights = [torch.randn(40, 8).double(), torch.randn(3, 8).double(), torch.randn(40, 3).double()]
     for i, weight in enumerate(weights):
@@ -264,7 +264,7 @@ def test_the_loss_of_two_terms_is_cross_entropy_of_their_sum(chunk, frozen, monk
 @pytest.mark.parametrize("size", [1, 1000], ids=["moderate logits", "huge logits"])
 def test_the_loss_without_all_logits_is_cross_entropy(chunk, bias, ignored, size, monkeypatch):
     if chunk:
-        monkeypatch.setattr(lab.train.loss, "_chunks", slices_of(chunk))
+        everywhere(monkeypatch.setattr, lab.train.loss, "_chunks", slices_of(chunk))
     torch.manual_seed(0)
     kind = {"dtype": torch.float64, "requires_grad": True}
     inputs = [torch.randn(4, 6, 8, **kind), torch.randn(40, 8, **kind)] + [torch.randn(40, **kind)] * bias
@@ -289,7 +289,7 @@ def test_the_loss_without_all_logits_is_cross_entropy(chunk, bias, ignored, size
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_models_loss_has_the_gradients_of_its_logits(tied, monkeypatch):
-    monkeypatch.setattr(lab.train.loss, "_chunks", slices_of(5))
+    everywhere(monkeypatch.setattr, lab.train.loss, "_chunks", slices_of(5))
     model = random_gpt(tie_head=tied, head_bias=not tied)
     x, labels = ids(2, 16), ids(2, 16, seed=2)
     labels[1, 9:] = core.IGNORE_INDEX
@@ -546,7 +546,7 @@ def test_exactly_the_likeliest_ids_are_drawn_in_their_proportions(choice, kept, 
     probs = torch.tensor([0.15, 0.25, 0.10, 0.50])
     generator, choice = torch.Generator().manual_seed(0), {"top_k": None, "top_p": None, **choice}
     logits = (probs.log() * temperature + 3).expand(1000, 4)  # so that the temperature brings probs back
-    drawn = generate.choose(logits, [generator] * 1000, temperature, **choice)
+    drawn = choose(logits, [generator] * 1000, temperature, **choice)
     shares = np.bincount(drawn, minlength=4) / 1000
     expected = np.array([probs[i].item() * (i in kept) for i in range(4)])
     assert set(np.flatnonzero(shares)) == kept
@@ -943,7 +943,7 @@ SOURCE = functools.cache(inspect.getsource)  # 0.2 s each time, with all that py
 
 def parsed(*argv):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(core.inspect, "getsource", SOURCE)  # parse_config takes its help from Config's comments
+        patch.setattr(inspect, "getsource", SOURCE)  # parse_config takes its help from Config's comments
         return core.parse_config(script.Config, script.PRESETS, script.SMOKE, script.__doc__, list(argv))
 
 
@@ -1013,7 +1013,7 @@ def test_a_wrong_constant_is_one_line_and_exit_code_2(argv, words, capsys):
 @pytest.mark.parametrize("wrong", [{"n_head": 3}, {"head_bias": True}, {"n_embd": 100, "n_head": 20}])
 def test_a_shape_that_cannot_be_is_refused_before_the_text_is_tokenised(wrong, monkeypatch):
     """Law 8: nothing expensive starts. Tokenising Wikipedia takes an hour."""
-    monkeypatch.setattr(text, "open_corpus", lambda *_: pytest.fail("it tokenises first"))
+    everywhere(monkeypatch.setattr, text, "open_corpus", lambda *_: pytest.fail("it tokenises first"))
     with pytest.raises(UserError):
         script.set_up(SimpleNamespace(pin=lambda *_: None), script.Config(**wrong), World())
 
@@ -1024,7 +1024,7 @@ def test_a_shape_that_cannot_be_is_refused_before_the_text_is_tokenised(wrong, m
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A git checkout that stands for the project: `kept` is committed, `ignored` is ignored."""
-    monkeypatch.setattr(files, "PROJECT", tmp_path)
+    everywhere(monkeypatch.setattr, files, "PROJECT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
 
@@ -1062,7 +1062,7 @@ def test_any_uncommitted_change_is_refused(project, change):
 
 
 def test_what_is_no_checkout_with_a_commit_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PROJECT", tmp_path)
+    everywhere(monkeypatch.setattr, files, "PROJECT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     with pytest.raises(UserError, match="no git checkout"):
         core.refuse_dirty()

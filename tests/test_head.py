@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import everywhere
 
 import core
 import lab.train.loss
@@ -28,8 +29,10 @@ FORMULAS = {"eager": _eager_slope, "fused": _fused_slope}
 def on_card(request, monkeypatch):
     """The CPU stands in for a card."""
     formula = FORMULAS[request.param]
-    monkeypatch.setattr(lab.train.loss, "_slope", lambda logits, *rest: formula(logits.clone(), *rest))
-    monkeypatch.setattr(lab.train.loss, "_head_on_cpu", _head_on_card)
+    everywhere(
+        monkeypatch.setattr, lab.train.loss, "_slope", lambda logits, *rest: formula(logits.clone(), *rest)
+    )
+    everywhere(monkeypatch.setattr, lab.train.loss, "_head_on_cpu", _head_on_card)
 
 
 def slices_of(rows):
@@ -74,7 +77,7 @@ def error(got, wanted):
 @pytest.mark.parametrize("terms", [1, 2])
 @pytest.mark.parametrize("V", [97, 128, 50_257])
 def test_in_fp64_it_is_cross_entropy(V, terms, bias, chunk, on_card, monkeypatch):
-    monkeypatch.setattr(lab.train.loss, "_chunks", slices_of(chunk))
+    everywhere(monkeypatch.setattr, lab.train.loss, "_chunks", slices_of(chunk))
     given = inputs(V, terms, bias)
     (loss, got), (wanted_loss, wanted) = losses_and_slopes(*given, nullcontext()), by_the_formula(*given)
     assert loss.item() == pytest.approx(wanted_loss.item(), rel=1e-12)
@@ -87,7 +90,7 @@ def test_in_fp64_it_is_cross_entropy(V, terms, bias, chunk, on_card, monkeypatch
 @pytest.mark.parametrize("terms", [1, 2])
 @pytest.mark.parametrize("V", [97, 192])  # on cards also 50,257 (test_gpu.py): half precision is slow here
 def test_in_bf16_it_is_fp64_within_3_thousandths(V, terms, bias, on_card, monkeypatch):
-    monkeypatch.setattr(lab.train.loss, "_chunks", slices_of(20))
+    everywhere(monkeypatch.setattr, lab.train.loss, "_chunks", slices_of(20))
     given = inputs(V, terms, bias, torch.float32)
     got = losses_and_slopes(*given, torch.autocast("cpu", torch.bfloat16))
     wanted = by_the_formula(*given)
@@ -104,7 +107,7 @@ def test_what_is_measured_is_measured_in_the_weights_dtype(half, padded, bias, m
     """Also where fp16 would overflow, and where bf16 would call many ids the likeliest."""
     if padded:  # as on a card
         whole, linear = _whole_rows, cpu.linear
-        monkeypatch.setattr(cpu, "linear", lambda x, w: linear(x, whole(w, w.dtype)))
+        everywhere(monkeypatch.setattr, cpu, "linear", lambda x, w: linear(x, whole(w, w.dtype)))
     terms, b, labels = inputs(97, 2, bias, torch.float32)
     terms = [(300 * x, w) for x, w in terms] + [(torch.full((48, 1), -1.0), torch.full((97, 1), 1e5))]
     autocast = torch.autocast("cpu", half) if half else nullcontext()
@@ -127,9 +130,9 @@ class FakeCard(torch.Tensor):
 
 @pytest.fixture
 def on_no_card(monkeypatch):
-    monkeypatch.setattr(lab.train.loss, "_compiled_slope", None)
-    monkeypatch.setattr(lab.train.loss, "notes", [])
-    monkeypatch.setattr(lab.train.loss, "LARGE", 100)
+    everywhere(monkeypatch.setattr, lab.train.loss, "_compiled_slope", None)
+    everywhere(monkeypatch.setattr, lab.train.loss, "notes", [])
+    everywhere(monkeypatch.setattr, lab.train.loss, "LARGE", 100)
     logits = torch.randn(4, 64).as_subclass(FakeCard)
     return logits, None, torch.tensor([1, 2, 3, 4]), 60
 
@@ -145,7 +148,7 @@ def test_where_nothing_compiles_the_other_formula_is_used_and_said_once(on_no_ca
         return fails
 
     monkeypatch.setattr(torch, "compile", compile)
-    monkeypatch.setattr(lab.train.loss, "_eager_slope", lambda *given: "eager")
+    everywhere(monkeypatch.setattr, lab.train.loss, "_eager_slope", lambda *given: "eager")
     assert [_slope(*on_no_card), _slope(*on_no_card)] == ["eager", "eager"]
     assert len(calls) == 1 and len(notes) == 1 and notes[0].endswith("RuntimeError: no C compiler")
 
@@ -164,6 +167,6 @@ def test_few_logits_and_a_cpu_are_not_compiled(on_no_card, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *args, **how: pytest.fail("compiled"))
     logits, *rest = on_no_card
     _slope(logits.as_subclass(torch.Tensor), *rest)
-    monkeypatch.setattr(lab.train.loss, "LARGE", 1000)
+    everywhere(monkeypatch.setattr, lab.train.loss, "LARGE", 1000)
     _slope(logits, *rest)
     assert _compiled_slope is None

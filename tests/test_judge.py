@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from conftest import PROJECT
+from ranks import everywhere
 
 import core
 import eval as script
@@ -106,7 +107,7 @@ def serve(monkeypatch, tmp_path):
     monkeypatch.setenv("TOKEN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.delenv("JUDGE_API_KEY", raising=False)
-    monkeypatch.setattr(judge, "BACK_OFF", 0.01)
+    everywhere(monkeypatch.setattr, judge, "BACK_OFF", 0.01)
     servers, handlers = [], {number: signal.getsignal(number) for number in (2, 1, 15)}
 
     def start(answer=grade, *args, **options):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROJECT
+from ranks import everywhere
 from torch import nn
 
 import core
@@ -1234,7 +1235,7 @@ def tokenised(tmp_path, monkeypatch):
         seen.append(len(texts))
         return write_texts(folder, texts, tokenizer)
 
-    monkeypatch.setattr(lab.data.cache, "write_texts", counting)
+    everywhere(monkeypatch.setattr, lab.data.cache, "write_texts", counting)
     return seen
 
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from ranks import everywhere
 from test_corpus import build, documents_of, files_of, forked, table, texts_of
 
 import core
@@ -540,8 +541,13 @@ def hub(monkeypatch):
             opened_sets.append((name, split, streaming, HubSet(texts, streaming)))
             return opened_sets[-1][-1]
 
-        monkeypatch.setattr(tables, "_hub_dataset", load)
-        monkeypatch.setattr(tables, "_hub_commit", lambda repo, revision: f"commit of {repo} at {revision}")
+        everywhere(monkeypatch.setattr, tables, "_hub_dataset", load)
+        everywhere(
+            monkeypatch.setattr,
+            tables,
+            "_hub_commit",
+            lambda repo, revision: f"commit of {repo} at {revision}",
+        )
         return opened_sets
 
     return prepared
@@ -640,9 +646,9 @@ def test_memory_stays_flat_whatever_the_length_of_a_stream(tokenizer, megabytes,
                     taken.append(pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
                 yield row
 
-        monkeypatch.setattr(tables, "stream_rows", watched)
+        everywhere(monkeypatch.setattr, tables, "stream_rows", watched)
         more = {"val_share": 0.01, "test_share": 0.01, "streaming": "True"}
-        monkeypatch.setattr(tables, "_hub_commit", lambda *_: "x")
+        everywhere(monkeypatch.setattr, tables, "_hub_commit", lambda *_: "x")
         token_cache(Corpus("owner/set", tokenizer, **more))
         return max(taken) - max(taken[: math.ceil(len(taken) / 4)])
 
@@ -659,8 +665,8 @@ def test_a_reader_that_was_one_group_ahead_leaves_no_trace():
     found = opened(data, max_tokens=100)
     with pytest.MonkeyPatch.context() as patch:
         up_to = lab.data.text.up_to
-        patch.setattr(lab.data.text, "up_to", lambda pieces, _: up_to(pieces, 1))
-        patch.setattr(corpus, "time", SimpleNamespace(monotonic=itertools.count(0, 1).__next__))
+        everywhere(patch.setattr, lab.data.text, "up_to", lambda pieces, _: up_to(pieces, 1))
+        patch.setattr(lab.data.text, "time", SimpleNamespace(monotonic=itertools.count(0, 1).__next__))
         patch.setenv("TOKEN_CACHE", "small groups")
         other = opened(data, max_tokens=100)
     assert other.documents == found.documents
@@ -671,10 +677,13 @@ def test_a_reader_that_was_one_group_ahead_leaves_no_trace():
 def test_two_sets_of_one_repository_are_two_texts(monkeypatch):
     """Streamed, they share the repository's commit: journal 002's two subsets would be called the same."""
     asked = []
-    monkeypatch.setattr(
-        tables, "_hub_commit", lambda repo, revision: asked.append((repo, revision)) or "c0ffee"
+    everywhere(
+        monkeypatch.setattr,
+        tables,
+        "_hub_commit",
+        lambda repo, revision: asked.append((repo, revision)) or "c0ffee",
     )
-    monkeypatch.setattr(lab.data.hub, "_hub_answers", lambda: True)
+    everywhere(monkeypatch.setattr, lab.data.hub, "_hub_answers", lambda: True)
     names = ("owner/pile:PubMed Abstracts", "owner/pile:USPTO@v1", "owner/pile")
     found = [tables.data_fingerprint(name, streaming=True) for name in names]
     assert found == ["c0ffee:PubMed Abstracts", "c0ffee:USPTO", "c0ffee"]

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROJECT
-from ranks import launch, newest, result, run
+from ranks import everywhere, launch, newest, result, run
 from safetensors.torch import load_file
 
 import core
@@ -438,13 +439,13 @@ def test_too_little_disk_is_refused_at_the_start_and_survived_later(monkeypatch)
     import shutil as system
 
     free = iter([10**12] * 2 + [1000] * 3 + [10**12] * 99)
-    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: system._ntuple_diskusage(1, 1, next(free)))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: system._ntuple_diskusage(1, 1, next(free)))
     monkeypatch.setattr(sys, "argv", ["run_preference.py"])
     flags = ["--smoke", "--max_documents", "200", "--epochs", "2", "--save_every", "2", "--out", "out"]
     cfg = core.parse_config(script.Config, script.PRESETS, script.SMOKE, "", flags)
     outcome = script.main(cfg, World())
     assert outcome["status"] == "finished" and "WARNING not saved" in (newest() / "log.txt").read_text()
-    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: system._ntuple_diskusage(1, 1, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: system._ntuple_diskusage(1, 1, 1000))
     with pytest.raises(core.UserError, match=r"checkpoints need \d+ MB"):
         script.main(cfg, World())
 
@@ -541,7 +542,7 @@ def test_folds_predict_every_row_once_and_survive_a_kill():
 
 def test_a_second_signal_leaves_at_once_but_a_hangup_beside_it_is_the_same_event(monkeypatch):
     left = []
-    monkeypatch.setattr(signals, "leave_at_once", lambda number, world: left.append(number))
+    everywhere(monkeypatch.setattr, signals, "leave_at_once", lambda number, world: left.append(number))
     run = core.Run.__new__(core.Run)
     run.world, run._signal, run._deferring = World(), None, True
     run.checkpoint, run._log = None, open("log.txt", "a")

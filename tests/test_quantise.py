@@ -18,13 +18,14 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from ranks import launch, newest, result, run
+from ranks import everywhere, launch, newest, result, run
 from torch import nn
 
 import core
 import run_mathqa
 from core import GPT, GPTConfig
 from lab.models import gpt, int4
+from lab.run import folder as folder_module
 from lab.train import optim
 
 LLAMA = {
@@ -782,10 +783,10 @@ def clocked(one_run, monkeypatch):
 
 
 def fake_clock(monkeypatch):
-    """[seconds] that time.perf_counter gives to runs.py."""
+    """[seconds] that time.perf_counter gives to lab/run/folder.py."""
     now, real = [1000.0], ("time", "monotonic", "sleep")
     fake = SimpleNamespace(perf_counter=lambda: now[0], **{name: getattr(time, name) for name in real})
-    monkeypatch.setattr(runs, "time", fake)
+    monkeypatch.setattr(folder_module, "time", fake)
     return now
 
 
@@ -873,7 +874,7 @@ def test_the_script_itself_anneals_by_the_clock(schedule, monkeypatch):
         now[0] += 0.5 if len(taken) < 30 else 2.0
         return norm
 
-    monkeypatch.setattr(optim, "optimizer_step", slow_step)
+    everywhere(monkeypatch.setattr, optim, "optimizer_step", slow_step)
     constants = [word for name, value in CLOCKED[schedule].items() for word in (f"--{name}", value)]
     here(
         *TINY,
@@ -1203,7 +1204,7 @@ def test_the_peak_rate_of_a_pretraining_is_its_constant(preset, peak, told, monk
         used.append(tuple(group["lr"] for group in optimizer.param_groups))
         return norm
 
-    monkeypatch.setattr(optim, "optimizer_step", watched)
+    everywhere(monkeypatch.setattr, optim, "optimizer_step", watched)
     here(*READ, "--preset", preset, *(["--pretrain_lr", 7e-4] if told else []))
     peak = 7e-4 if told else 5 * peak  # a smoke run learns five times as fast
     rates = [row["lr"] for row in metrics() if "lr" in row]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import ranks
 import torch
-from ranks import launch
+from ranks import everywhere, launch
 from safetensors.torch import load_file, save_file
 
 import core
@@ -734,7 +734,7 @@ def test_transformers_gives_the_logits_of_an_exported_run(kind, made, go):
     go("--mode", "export", "--run_folder", "run", out=None)
     theirs = AutoModelForCausalLM.from_pretrained("run/merged").eval()
     _, ours, tokenizer = script.load_model("run", World())
-    script.quantise.switch(ours, False)
+    int4.switch(ours, False)
     text = "ned had 14 tins and lost 9 of them . how many tins ?"
     ids = torch.tensor([tokenizer.encode(text)])
     assert AutoTokenizer.from_pretrained("run/merged").encode(text) == ids[0].tolist()
@@ -876,8 +876,8 @@ def test_a_run_that_another_process_finished_meanwhile_is_taken_as_it_is(monkeyp
     def finished_meanwhile(*args, **options):
         raise SystemExit(0)
 
-    monkeypatch.setattr(resume, "finished_run", lambda cfg, script: next(found))
-    monkeypatch.setattr(lab.run.folder, "Run", finished_meanwhile)
+    everywhere(monkeypatch.setattr, resume, "finished_run", lambda cfg, script: next(found))
+    everywhere(monkeypatch.setattr, lab.run.folder, "Run", finished_meanwhile)
     said = []
     study = script.Study(script.Config(mode="study"), core.World(), Path("out"), said.append, lambda: None)
     assert script.one_run(study, script.Config(mode="finetune")) == Path("out/theirs")

@@ -22,6 +22,7 @@ import ranks
 import safetensors.torch
 import torch
 from conftest import PROJECT
+from ranks import everywhere
 from torch import nn
 
 import core
@@ -964,8 +965,8 @@ def spike_at(monkeypatch):
             raise RuntimeError("crashed by the test")
         backward(loss * 60 if now[0] in plan["steps"] else loss, *rest)
 
-    monkeypatch.setattr(lab.train.batches, "reseed", reseeded)
-    monkeypatch.setattr(lab.train.loss, "scaled_backward", scaled)
+    everywhere(monkeypatch.setattr, lab.train.batches, "reseed", reseeded)
+    everywhere(monkeypatch.setattr, lab.train.loss, "scaled_backward", scaled)
     return lambda steps, crash=None: plan.update(steps=steps, crash=crash)
 
 
@@ -1138,8 +1139,8 @@ def test_an_evaluation_is_repeated_only_if_its_step_was_saved_before_it(
         original(run, cfg, step, *rest)
         strike(step, "behind")
 
-    monkeypatch.setattr(tuning, "report_validation", reported)
-    monkeypatch.setattr(lab.measure.answers, "sample", sampled)
+    everywhere(monkeypatch.setattr, tuning, "report_validation", reported)
+    everywhere(monkeypatch.setattr, lab.measure.answers, "sample", sampled)
     stopped, _ = go(name, *argv, out="b")
     assert (stopped["status"], stopped["checkpoint"]) == ("stopped", "step_00000008")
     resumed = go(name, *argv, "--resume_timestamp", "auto", out="b")
@@ -1611,8 +1612,11 @@ def test_what_is_forgotten_is_the_difference_to_the_initial_model(tuned):
 
 
 def test_a_plain_corpus_without_held_out_text_is_an_error(monkeypatch):
-    monkeypatch.setattr(
-        lab.data.text, "split_pieces", lambda *a: [("train", "text", True), ("val", "more", True)]
+    everywhere(
+        monkeypatch.setattr,
+        lab.data.text,
+        "split_pieces",
+        lambda *a: [("train", "text", True), ("val", "more", True)],
     )
     tokenizer = core.make_tokenizer("bytes", lambda: [])
     with pytest.raises(UserError, match=r"^one.txt has no held-out document"):
@@ -1621,7 +1625,7 @@ def test_a_plain_corpus_without_held_out_text_is_an_error(monkeypatch):
 
 def test_plain_text_is_the_held_out_documents_each_behind_an_end_token(monkeypatch):
     pieces = [("test", "abc", True), ("train", "zzz", True), ("test", "<|endoftext|>", True)]
-    monkeypatch.setattr(lab.data.text, "split_pieces", lambda *a: pieces)
+    everywhere(monkeypatch.setattr, lab.data.text, "split_pieces", lambda *a: pieces)
     tokenizer = core.make_tokenizer("bytes", lambda: [])
     blocks, end = tuning.plain_blocks("text", tokenizer, 6, 9), tokenizer.eos_token_id
     ids = blocks.tokens.tolist()

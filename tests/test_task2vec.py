@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import everywhere
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -102,7 +103,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch):
     recorder = Recorder()
-    monkeypatch.setattr(task2vec, "draw", recorder)
+    everywhere(monkeypatch.setattr, task2vec, "draw", recorder)
     return recorder
 
 
@@ -213,7 +214,7 @@ def test_the_clean_procedure_is_that_of_a_plain_loop_over_transformers_gpt2(tied
 def test_the_published_procedure_is_that_of_a_plain_loop_over_transformers_gpt2(
     tied, epochs, recorder, monkeypatch
 ):
-    monkeypatch.setattr(task2vec, "DROPOUT", 0)
+    everywhere(monkeypatch.setattr, task2vec, "DROPOUT", 0)
     theirs, ours = twins(tied)
     theirs.eval()
     batch = text()
@@ -235,7 +236,7 @@ def test_the_published_procedure_is_that_of_a_plain_loop_over_transformers_gpt2(
 def test_an_untied_probe_and_one_of_llamas_shape_have_the_slow_loops_embedding(
     shape, procedure, recorder, monkeypatch
 ):
-    monkeypatch.setattr(task2vec, "DROPOUT", 0)
+    everywhere(monkeypatch.setattr, task2vec, "DROPOUT", 0)
     model = random_gpt(torch.float64, **SHAPES[shape])
     batch = text(11)
     got = embed(model, batch, procedure)
@@ -250,12 +251,12 @@ def test_an_untied_probe_and_one_of_llamas_shape_have_the_slow_loops_embedding(
 @pytest.mark.parametrize("procedure", PROCEDURES)
 def test_in_fp32_the_embedding_is_that_of_fp64(procedure, monkeypatch):
     """The path that runs are made with (oneDNN's products), given the same targets."""
-    monkeypatch.setattr(task2vec, "DROPOUT", 0)
+    everywhere(monkeypatch.setattr, task2vec, "DROPOUT", 0)
     recorder = Recorder()
-    monkeypatch.setattr(task2vec, "draw", recorder)
+    everywhere(monkeypatch.setattr, task2vec, "draw", recorder)
     exact = embed(random_gpt().double(), text(), procedure)
     replay = iter(recorder.drawn)
-    monkeypatch.setattr(task2vec, "draw", lambda probs: next(replay))
+    everywhere(monkeypatch.setattr, task2vec, "draw", lambda probs: next(replay))
     got = embed(random_gpt(), text(), procedure)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, exact, rtol=1e-3, atol=1e-6 * exact.max())
@@ -350,7 +351,7 @@ def test_clean_does_not_look_at_pads():
 @pytest.mark.parametrize("n", [1, 3, 9])
 def test_small_mini_batches_and_rows_of_a_single_pair_count(procedure, n, recorder, monkeypatch):
     """The last mini-batch is smaller (n 9: it is one row of one pair) and weighs as much as the others."""
-    monkeypatch.setattr(task2vec, "DROPOUT", 0)
+    everywhere(monkeypatch.setattr, task2vec, "DROPOUT", 0)
     theirs, ours = twins()
     theirs.eval()
     batch = text(n)
@@ -373,7 +374,7 @@ def test_a_mini_batch_without_any_target_adds_nothing_and_no_nan(procedure, monk
     """Texts of one token only (clean), and nothing but drawn end tokens (published)."""
     batch = Batch(torch.full((3, T), END), torch.ones(3, dtype=torch.int64))
     if procedure == "published":
-        monkeypatch.setattr(task2vec, "draw", lambda probs: torch.full((len(probs),), END))
+        everywhere(monkeypatch.setattr, task2vec, "draw", lambda probs: torch.full((len(probs),), END))
     got = embed(random_gpt(), batch, procedure)
     assert got.shape and not got.any()
 
@@ -627,7 +628,7 @@ def test_pieces_are_all_whole_pieces_of_each_document_or_the_short_one_as_it_is(
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 6, 16, 17])
 def test_documents_may_lie_over_the_borders_of_what_is_read_at_once(size, kind, monkeypatch):
     expected = drawn(STREAM, 2, kind)
-    monkeypatch.setattr(task2vec, "CHUNK", size)
+    everywhere(monkeypatch.setattr, task2vec, "CHUNK", size)
     assert (
         sum(map(len, task2vec.chunks(STREAM))) == len(STREAM) and len(next(task2vec.chunks(STREAM))) == size
     )
