@@ -20,7 +20,7 @@ import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
-import core
+import core  # noqa: E402
 
 NANO = [  # its README's flags for a CPU
     *("config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20"),

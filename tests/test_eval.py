@@ -21,6 +21,7 @@ import eval as script
 import gpt_scratch
 from core import UserError, World
 from lab.compare import other_data
+from lab.compare.facts import find
 from lab.data import builtin, instructions
 from lab.measure import answers
 from lab.train import loss
@@ -508,4 +509,4 @@ def test_what_mode_judge_wants_of_a_folder_is_refused_for_preference_runs(traine
         "--mode", "generate", "--run", trained("run_preference")
     )
     with pytest.raises(UserError, match="no such folder"):
-        facts.find(["nowhere"])
+        find(["nowhere"])

@@ -21,6 +21,7 @@ import core
 import lab.run.folder
 import run_mathqa as script
 from core import World
+from lab.models import int4
 from lab.run import checkpoints, resume
 
 NAME = "run_mathqa"

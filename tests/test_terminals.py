@@ -36,7 +36,7 @@ slow = pytest.mark.slow
 
 
 def first_heard(how) -> signal.Signals:
-    """The signal that result.json gives as the reason: the kernel's HUP, or a TERM sent at the same moment."""
+    """What result.json gives as the reason: the kernel's HUP, or a TERM sent at the same moment."""
     word, signal_name = result()["why"].split(": ")
     assert word == "Stop" and signal_name in ("SIGHUP", "SIGTERM")[: 1 + (TERM in HOW[how][0])]
     return signal.Signals[signal_name]
