@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import core
 import gpt_scratch
+from lab.measure import tuning
 
 
 @dataclass(frozen=True)
@@ -158,18 +159,18 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
     """The figures of a run's own val and test rows, measured again; losses.jsonl: its name and lines."""
     cfg, model, tokenizer = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
-    return core.remeasure(model, tokenizer, cfg, core.read_config(folder)["facts"], world, poll)
+    return tuning.remeasure(model, tokenizer, cfg, core.read_config(folder)["facts"], world, poll)
 
 
 def train(run, cfg, world) -> dict:
-    s = core.set_up(run, cfg, world)
+    s = tuning.set_up(run, cfg, world)
     units, batches, total_steps = s.units, s.batches, s.total_steps
     core.reseed(cfg.seed, "init")
     precision = core.Precision(cfg.dtype, world)
     model = precision.prepare(build_model(cfg, s.data.tokenizer, world))
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay)
     saved = model, optimizer, precision
-    core.announce(run, cfg, s, model)
+    tuning.announce(run, cfg, s, model)
     step = run.load(*saved)
     core.on_main(world, lambda: gpt_scratch.describe_model(run.folder, model, s.data.tokenizer))
     if cfg.compile:
@@ -193,7 +194,7 @@ def train(run, cfg, world) -> dict:
     run.poll()
     typical = units.lengths.mean() / units.lengths[worst].mean()
     run.forecast(model, optimizer, total_steps - step, seconds, typical)
-    run.say(core.describe_example(s.parts["train"]))
+    run.say(tuning.describe_example(s.parts["train"]))
 
     def where():
         return f"epoch {step / len(batches):.3g}/{cfg.epochs}"
@@ -209,7 +210,8 @@ def train(run, cfg, world) -> dict:
             run.save(step, *saved, must=ends)
         if due and run.state.get("evaluated") != step:
             # without a checkpoint just made, a signal waits until the evaluation is over, and is then saved
-            core.check(run, cfg, s, model, step, where(), keep_best, run.poll if ends or saves else run.agree)
+            poll = run.poll if ends or saves else run.agree
+            tuning.check(run, cfg, s, model, step, where(), keep_best, poll)
         if ends:
             break
         mine, everyone = batches.rank_batch(step), batches.global_batch(step).tolist()
@@ -225,12 +227,12 @@ def train(run, cfg, world) -> dict:
         loss_sum = forward_backward(mine, targets)
         step += 1
         rates = {"lr": lr}
-        facts = functools.partial(core.autopsy, run, cfg, s, model, everyone, rates)
+        facts = functools.partial(tuning.autopsy, run, cfg, s, model, everyone, rates)
         odd = run.watch(step, loss_sum, targets, model, facts)
         grad_norm = core.optimizer_step(optimizer, precision, cfg.clip, lr, skip=odd)
         run.step_done(loss_sum, targets, examples=int(units.lengths[everyone].sum()))
         if step % cfg.log_every == 0 or step == total_steps:
-            values = rates | {"grad_norm": grad_norm, **core.step_facts(units, everyone)}
+            values = rates | {"grad_norm": grad_norm, **tuning.step_facts(units, everyone)}
             run.log_training(where(), step, total_steps, values)
 
     sha256, measured = core.weights_sha256(model), run.checkpoint
@@ -238,7 +240,7 @@ def train(run, cfg, world) -> dict:
         measured = run.load_best(model)
     optimizer.zero_grad(set_to_none=True)  # makes room for answering
     optimizer.state.clear()
-    return core.final_figures(run, cfg, s, model, lambda: model, step) | {
+    return tuning.final_figures(run, cfg, s, model, lambda: model, step) | {
         "weights_sha256": sha256,
         "test_checkpoints": [measured],
         **dict(zip(("parameters", "trainable_parameters"), core.count_parameters(model), strict=True)),

@@ -670,9 +670,9 @@ def finetune(run, cfg, world) -> dict:
 
     def autopsy(step, lr) -> dict:
         uncut = replace(cfg, max_length=cfg.max_length + 1)  # the last token is only a target
-        return core.autopsy(run, uncut, whole, model, batches.global_batch(step).tolist(), {"lr": lr})
+        return tuning.autopsy(run, uncut, whole, model, batches.global_batch(step).tolist(), {"lr": lr})
 
-    of_rows = announce, check, functools.partial(core.describe_example, parts["train"]), autopsy
+    of_rows = announce, check, functools.partial(tuning.describe_example, parts["train"]), autopsy
     s = Stage(units, batches, length_of(cfg, batches), model, trained, precision, *of_rows)
     result = fit(run, cfg, world, s)
     if cfg.method != "full":

@@ -1,4 +1,4 @@
-"""How far core.linear_cross_entropy in half precision is from itself in fp64 on the CPU.
+"""How far linear_cross_entropy in half precision is from itself in fp64 on the CPU.
 
 python half_head.py cuda bf16 '[[rows, width, vocabulary, rank, bias], ...]' prints errors() of each.
 """

@@ -243,7 +243,8 @@ def everywhere(setter, module, name, new):
     old = getattr(module, name)
     for other in [each for each in list(sys.modules.values()) if vars(each).get("__file__")]:
         path = Path(other.__file__)
-        if PROJECT in path.parents and "site-packages" not in path.parts and vars(other).get(name) is old:
+        mine = PROJECT in path.parents and "site-packages" not in path.parts
+        if mine and name in vars(other) and vars(other)[name] is old:
             setter(other, name, new)
 
 

@@ -71,7 +71,7 @@ def test_two_ranks_of_a_test_do_not_meet_the_one_card_of_the_machine(probe):
 
 
 def test_nor_does_what_a_test_starts_or_the_test_itself(probe):
-    code = "import probe, core; print(core._pick_device(0, 2))"
+    code = "import probe; from lab.train import processes; print(processes._pick_device(0, 2))"
     done = subprocess.run(["bash", "-c", f"'{sys.executable}' -c '{code}'"], capture_output=True, text=True)
     assert done.stdout == "cpu\n", done.stderr
     assert not torch.cuda.is_available() and not torch.xpu.is_available()

@@ -191,9 +191,10 @@ def test_ids_do_not_depend_on_the_hash_seed():
 
 
 HASHES = """
-import json, core, corpus
+import json, core
+from lab.data import text
 names = ("train.bin", "val.bin", "test.bin", "unigram.npy", "tokenizer/tokenizer.json")
-folders = [corpus.token_cache(corpus.Corpus("hashed.jsonl", name)) for name in ("chars", "bpe_scratch:280")]
+folders = [text.token_cache(core.Corpus("hashed.jsonl", name)) for name in ("chars", "bpe_scratch:280")]
 hashes = [{name: core.sha256_file(folder / name) for name in names} for folder in folders]
 print(json.dumps(hashes))
 """

@@ -19,7 +19,6 @@ from lab.train.loss import (
     _slope,
     _whole_rows,
     linear_cross_entropy,
-    notes,
 )
 
 FORMULAS = {"eager": _eager_slope, "fused": _fused_slope}
@@ -150,7 +149,8 @@ def test_where_nothing_compiles_the_other_formula_is_used_and_said_once(on_no_ca
     monkeypatch.setattr(torch, "compile", compile)
     everywhere(monkeypatch.setattr, lab.train.loss, "_eager_slope", lambda *given: "eager")
     assert [_slope(*on_no_card), _slope(*on_no_card)] == ["eager", "eager"]
-    assert len(calls) == 1 and len(notes) == 1 and notes[0].endswith("RuntimeError: no C compiler")
+    (note,) = lab.train.loss.notes
+    assert len(calls) == 1 and note.endswith("RuntimeError: no C compiler")
 
 
 def test_out_of_memory_is_no_reason_to_give_up_compiling(on_no_card, monkeypatch):
@@ -160,7 +160,7 @@ def test_out_of_memory_is_no_reason_to_give_up_compiling(on_no_card, monkeypatch
     monkeypatch.setattr(torch, "compile", lambda *args, **how: full)
     with pytest.raises(torch.OutOfMemoryError):
         _slope(*on_no_card)
-    assert _compiled_slope is full and not notes
+    assert lab.train.loss._compiled_slope is full and not lab.train.loss.notes
 
 
 def test_few_logits_and_a_cpu_are_not_compiled(on_no_card, monkeypatch):

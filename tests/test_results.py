@@ -349,6 +349,9 @@ def test_a_runs_source_is_what_it_imported(tmp_path):
     command = [sys.executable, "run_preference.py", *flags]  # in the project's folder, as its user does
     subprocess.run(command, check=True, timeout=300, cwd=PROJECT)
     (folder,) = Path("out").iterdir()
-    names = {path.name for path in (folder / "source").iterdir()}
-    assert {"run_preference.py", "core.py", "runs.py", "pairs.py", "encoders.py", "report_card.py"} <= names
-    assert not {"judge.py", "lora.py", "task2vec.py", "conftest.py", "eval.py"} & names
+    names = {str(path.relative_to(folder / "source")) for path in (folder / "source").rglob("*.py")}
+    assert {"run_preference.py", "core.py", "lab/run/folder.py", "lab/measure/preference.py"} <= names
+    assert not {"lab/compare/judge.py", "gpt_scratch.py", "tests/conftest.py", "eval.py"} & names
+    code = facts.read(folder).code  # of what the index names, only what the script says counts
+    assert {"run_preference.py", "lab/run/folder.py", "lab/data/pairs.py", "lab/errors.py"} <= set(code)
+    assert not {"core.py", "lab/models/gpt.py", "lab/data/mixture.py", "lab/models/lora.py"} & set(code)

@@ -648,7 +648,7 @@ def test_micro_batches_hold_no_more_tokens_than_they_may_unless_a_size_is_given(
 
 def set_up(*argv) -> tuning.Study:
     run = SimpleNamespace(pin=lambda *fact: None)
-    return core.set_up(run, toy_cfg("--data", toy_file(400), *QUIET, "--batch", 8, *argv), World())
+    return tuning.set_up(run, toy_cfg("--data", toy_file(400), *QUIET, "--batch", 8, *argv), World())
 
 
 def test_lengths_meet_by_chance_without_group_lengths():
@@ -1765,14 +1765,14 @@ def test_the_run_begins_with_the_journals_table():
     data, cfg = random_rows(23), config("run_instruct", "--preset", "run_1", "--batch", 4)
     parts = {"train": every(data, 64), "test": range(5), "val": range(3)}
     s = SimpleNamespace(data=data, parts=parts, units=parts["train"], lines=["a line"])
-    core.announce(run, cfg, s, model)
+    tuning.announce(run, cfg, s, model)
     assert said[0] == "model gpt2-medium  406.3M parameters, 406.3M trainable   train 23  test 5  val 3"
     assert said[1:3] == ["begins", "parameters 406,286,336  1549.86 MB in fp32  trainable 406,286,336"]
     assert "a line" in said and said[-1].startswith("each epoch leaves out 3 of 23 rows")
 
 
 def test_the_loss_is_shown_as_it_masks():
-    shown = core.describe_example(every(by_hand(([1, 2, 3], [4, 5]))))
+    shown = tuning.describe_example(every(by_hand(([1, 2, 3], [4, 5]))))
     assert shown.splitlines() == [
         "the loss sees row 1: 3 targets, 3 tokens masked; padding is masked",
         "  masked:  1 2 3",

@@ -283,20 +283,22 @@ SPEAKS = """
 import logging, os, subprocess, sys, time, warnings
 logging.basicConfig()
 early = sys.stderr
-import core, corpus, runs
+import core
+from lab.data import tokenizers
+from lab.run import terminal
 from tqdm import tqdm
-core.outlive_terminal()
+terminal.outlive_terminal()
 
 def texts():
     os.write({told}, b"ready")
     os.read(0, 1)  # until nobody reads stdout and stderr any more
     yield from ["a few words", "and some more"] * 5000
 
-corpus.trained_bpe(texts(), 300)
+tokenizers.trained_bpe(texts(), 300)
 for _ in range(3):
     print("words " * 2000)
     print("words", file=sys.stderr, flush=True)
-    core.write_in_handler("words")
+    terminal.write_in_handler("words")
     logging.warning("words")
     warnings.warn("words")
     tqdm.write("words")
@@ -305,7 +307,7 @@ for _ in range(3):
     with core.progress(3, "words") as bar:
         bar.update()
     sys.stdout.writelines(["words", "words"])
-    if sys.argv[1] != "disk":  # a full disk may have room again: those who go past core.Terminal do fail
+    if sys.argv[1] != "disk":  # a full disk may have room again: those who go past Terminal do fail
         subprocess.run(["echo", "words"], check=True)
         early.write("words")
 open("lived", "w").close()
@@ -341,12 +343,13 @@ def test_a_run_ends_well_though_its_output_has_no_place(where):
 
 
 CLOSED = """
-import copy, sys, core
+import copy, sys
+from lab.run import terminal
 
-core.outlive_terminal()
+terminal.outlive_terminal()
 first = open("first", "w")
 print("words", flush=True)
-core.write_in_handler("words")
+terminal.write_in_handler("words")
 again = copy.copy(sys.stdout)
 sys.stdout.stream.close()
 print("words")
@@ -363,10 +366,11 @@ def test_streams_that_were_closed_are_no_file_that_is_opened_later():
 
 
 INTERRUPTED = """
-import io, os, signal, sys, core, runs
+import io, os, signal, sys, core
+from lab.run import signals, terminal
 
-core.outlive_terminal()
-with runs.listening(core.World(size=2)) as poll:  # which cannot leave on its own
+terminal.outlive_terminal()
+with core.listening(core.World(size=2)) as poll:  # which cannot leave on its own
     os.kill(os.getpid(), signal.SIGINT)
 
     class Raw(io.RawIOBase):
@@ -377,8 +381,8 @@ with runs.listening(core.World(size=2)) as poll:  # which cannot leave on its ow
             os.kill(os.getpid(), signal.SIGINT)
             return len(data)
 
-    sys.stdout = core.Terminal(io.TextIOWrapper(io.BufferedWriter(Raw()), write_through=True))
-    runs.core.under_torchrun = lambda world: False
+    sys.stdout = terminal.Terminal(io.TextIOWrapper(io.BufferedWriter(Raw()), write_through=True))
+    signals.under_torchrun = lambda world: False
     print("words" * 10_000, flush=True)
 open("lived", "w").close()
 """
