@@ -448,8 +448,11 @@ def test_the_run_folder_is_complete(script, straight, tmp_path):
     assert config["constants"]["note"] == "a word" and config["smoke"] and config["versions"]["torch"]
     names = {path.name for path in folder.iterdir()}
     assert {"config.json", "source", "log.txt", "metrics.jsonl", "tb", "checkpoints", "result.json"} <= names
-    ran = {path.name for path in (folder / "source").iterdir()}
-    assert {f"{script}.py", "core.py", "runs.py"} <= ran <= {path.name for path in PROJECT.glob("*.py")}
+    ran = {str(path.relative_to(folder / "source")) for path in (folder / "source").rglob("*.py")}
+    project = {
+        str(path.relative_to(PROJECT)) for path in (*PROJECT.glob("*.py"), *PROJECT.glob("lab/**/*.py"))
+    }
+    assert {f"{script}.py", "core.py", "lab/run/folder.py"} <= ran <= project
     assert len(list(folder.glob("checkpoints/step_*"))) == 2
     keys = {"status", "step", "seconds", "train_seconds", "peak_memory_mb", "parameters", RATE[script]}
     assert keys | {"weights_sha256"} <= set(result())

@@ -511,9 +511,10 @@ def saved(tmp_path, tokenizer):
 
 
 FRESH = """
-import torch, quantise
+import torch
+from lab.models import int4
 torch.set_num_threads({threads})
-model, tokenizer = quantise.load({folder!r})
+model, tokenizer = int4.load({folder!r})
 with torch.no_grad():
     torch.save((model(torch.load("ids.pt")), tokenizer("fox 0").input_ids), "there.pt")
 """
