@@ -1,17 +1,14 @@
 """Measures a language model on other data than its own: text in sliding windows, or rows of instructions."""
 
-import hashlib
 import itertools
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
 from lab.data.blocks import Windows, stretches
 from lab.data.builtin import BUILT_IN
-from lab.data.cache import BadRows, cache_root, read_texts
+from lab.data.cache import AS_TEXT, BadRows, cached_rows, write_ids
 from lab.data.instructions import Examples, load_instructions
 from lab.data.tables import require_columns, stream_rows
 from lab.data.text import Corpus, documents, pieces, text_files, text_fingerprint
@@ -20,10 +17,6 @@ from lab.errors import UserError
 from lab.measure.language import evaluate, loss_lines
 from lab.measure.statistics import language_metrics
 from lab.measure.tuning import spelt_bytes
-from lab.run.files import whole_folder, write_json
-from lab.train.processes import on_main, progress
-
-AS_TEXT = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
 
 
 @dataclass
@@ -52,47 +45,37 @@ def kind_of(data, text_column) -> str:
     raise UserError(f"{data} cannot be measured: use text, or rows with instruction and output")
 
 
-def documents_of(source, tokenizer, world) -> tuple[list[np.ndarray], dict]:
-    """(ids of each document, begin and end token included; facts of the cache), tokenised by rank 0, kept in
-    the cache and mapped into memory by every rank."""
-
-    def build() -> str:
-        words, fingerprint = tokenizer_fingerprint(tokenizer), text_fingerprint(source)
-        key = json.dumps([1, fingerprint, words, source.data, source.text_column, source.max_documents])
-        folder = cache_root() / f"measured_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        if not (folder / "meta.json").exists():
-            write_documents(folder, source, tokenizer, fingerprint)
-        return str(folder)
-
-    folder = Path(on_main(world, build))
-    tokens, offsets = read_texts(folder, "uint32")
-    documents = [tokens[start:end] for start, end in itertools.pairwise(offsets)]
-    return documents, json.loads((folder / "meta.json").read_text())
+def documents_key(source, tokenizer) -> dict:
+    """All that the cached documents depend on."""
+    words = tokenizer_fingerprint(tokenizer)
+    return {
+        "fingerprint": {"data": text_fingerprint(source), "tokenizer": words},
+        "corpus": [source.data, source.text_column, source.max_documents],
+    }
 
 
-def write_documents(folder, source, tokenizer, fingerprint):
-    """tokens.bin and offsets.npy as core.read_texts takes them; meta.json: fingerprint, bytes, lines."""
+def write_documents(folder, source, tokenizer) -> dict:
+    """Token ids of each document, begin and end token included; gives bytes and lines to keep beside them."""
+    bad, sizes = BadRows(), []
+    write_ids(folder, document_ids(source, tokenizer, bad, sizes), "uint32")
+    if not sum(sizes):
+        column = f"a table with a column {source.text_column!r}"
+        raise UserError(f"{source.data} holds no text: use text files, or {column}")
+    lines = bad.report(len(sizes) + len(bad.rows), source.data) if bad.rows else []
+    return {"integers": "uint32", "bytes": sum(sizes), "lines": lines}
+
+
+def document_ids(source, tokenizer, bad, sizes):
+    """Yields the token ids of each document; appends its bytes to `sizes` and adds unusable rows to `bad`."""
     begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    bad, offsets, size = BadRows(), [0], 0
-    with whole_folder(folder) as aside, progress(None, "tokenising") as bar:
-        with open(aside / "tokens.bin", "wb") as file:
-            for opens in documents(source, bad):
-                ids = [begin]
-                with opens() as stream:
-                    for text in pieces(stream):
-                        ids += tokenizer(text, **AS_TEXT).input_ids
-                        size += len(text.encode())
-                ids.append(tokenizer.eos_token_id)
-                file.write(np.asarray(ids, dtype=np.uint32).tobytes())
-                offsets.append(offsets[-1] + len(ids))
-                bar.update()
-        if not size:
-            column = f"a table with a column {source.text_column!r}"
-            raise UserError(f"{source.data} holds no text: use text files, or {column}")
-        np.save(aside / "offsets.npy", np.array(offsets, dtype=np.int64))
-        total = len(offsets) - 1 + len(bad.rows)
-        lines = bad.report(total, source.data) if bad.rows else []
-        write_json(aside / "meta.json", {"fingerprint": fingerprint, "bytes": size, "lines": lines})
+    for opens in documents(source, bad):
+        ids, size = [begin], 0
+        with opens() as stream:
+            for text in pieces(stream):
+                ids += tokenizer(text, **AS_TEXT).input_ids
+                size += len(text.encode())
+        sizes.append(size)
+        yield [*ids, tokenizer.eos_token_id]
 
 
 def measure_text(data, stored, model, tokenizer, cfg, world, poll) -> Measured:
@@ -105,7 +88,8 @@ def measure_text(data, stored, model, tokenizer, cfg, world, poll) -> Measured:
     if stride > context:
         raise UserError(f"--stride {stride} is over the {context} tokens of a window: use half of them")
     source = Corpus(data, "", cfg.text_column, cfg.max_documents)
-    documents, facts = documents_of(source, tokenizer, world)
+    rows = cached_rows(world, "measured", documents_key, write_documents, source, tokenizer)
+    documents = [rows.tokens[start:end] for start, end in itertools.pairwise(rows.offsets)]
     windows, sizes = Windows(documents, context, stride), token_bytes(tokenizer)
     sums = evaluate(model, windows, stored, world, poll)
     spelt = np.array([sizes[ids].sum() for ids in windows.wanted()])
@@ -113,14 +97,15 @@ def measure_text(data, stored, model, tokenizer, cfg, world, poll) -> Measured:
     if len(documents) >= 100:
         groups = np.array([number for number, *_ in windows.windows])
     counts = f"{len(documents)} documents, {int(sums[:, 2].sum()):,} targets"
-    lines = [*facts["lines"], f"{counts}, windows of {context}, stride {stride}"]
-    if abs(spelt.sum() - facts["bytes"]) > 1e-3 * facts["bytes"]:
-        both = f"the tokens spell {spelt.sum():,} bytes, the text has {facts['bytes']:,}"
+    lines = [*rows.columns["lines"], f"{counts}, windows of {context}, stride {stride}"]
+    size = rows.columns["bytes"]
+    if abs(spelt.sum() - size) > 1e-3 * size:
+        both = f"the tokens spell {spelt.sum():,} bytes, the text has {size:,}"
         lines.append(f"{both}: bits are per byte spelt")
     file = "losses.jsonl", loss_lines("test", np.arange(len(windows)), groups, sums, spelt)
     constants = {"text_column": cfg.text_column, "context": context, "stride": stride}
     metrics = language_metrics(sums, groups, byte_counts=spelt)
-    return Measured(metrics, lines, file, facts["fingerprint"], constants)
+    return Measured(metrics, lines, file, rows.fingerprint["data"], constants)
 
 
 def measure_rows(data, stored, model, tokenizer, cfg, world, poll) -> Measured:

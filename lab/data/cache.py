@@ -1,16 +1,25 @@
 """Rows that are read and tokenised once and mapped into memory; bad rows are counted; splits by group."""
 
 import hashlib
+import json
 import os
 import re
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from lab.errors import UserError
-from lab.run.files import PROJECT
-from lab.train.processes import progress
+from lab.run.files import PROJECT, short_hash, whole_folder, write_json
+from lab.train.processes import on_main, progress
+
+CACHE_VERSION = 4  # of what the builders of all kinds of rows write: a change there is a change here
+AS_TEXT = {  # a text that spells a special token out means the letters
+    "add_special_tokens": False,
+    "split_special_tokens": True,
+    "verbose": False,
+}
 
 
 class BadRows:
@@ -71,24 +80,69 @@ def cache_root() -> Path:
     return Path(os.environ.get("TOKEN_CACHE", PROJECT / "cache"))
 
 
+@dataclass
+class CachedRows:
+    """A folder of the cache. Text i is tokens[offsets[i] : offsets[i + 1]], read when used."""
+
+    folder: Path
+    fingerprint: dict  # of data and tokenizer
+    columns: dict  # whatever else the kind of rows keeps
+    tokens: np.ndarray
+    offsets: np.ndarray
+
+
+def cached_rows(world, kind, key, build, *args) -> CachedRows:
+    """Rows built once by rank 0, while the others wait, and read from the cache by every rank.
+
+    key(*args) gives, as JSON, all that the rows depend on, and in it the `fingerprint` that a run keeps.
+    build(folder, *args) writes the token ids into a folder and gives the columns to keep beside them;
+    `integers` is one of them: what write_texts returned.
+    """
+    folder = Path(on_main(world, built_folder, kind, key, build, *args))
+    content = json.loads((folder / "rows.json").read_text())
+    columns = content["columns"]
+    tokens, offsets = read_texts(folder, columns["integers"])
+    return CachedRows(folder, content["key"]["fingerprint"], columns, tokens, offsets)
+
+
+def built_folder(kind, key, build, *args) -> str:
+    """The folder <kind>_<hash of the key>, built if it is not there: all of it or nothing."""
+    depends_on = key(*args)
+    folder = cache_root() / f"{kind}_{short_hash([CACHE_VERSION, kind, depends_on])}"
+    if not (folder / "rows.json").exists():
+        with whole_folder(folder) as aside:
+            columns = build(aside, *args)
+            write_json(aside / "rows.json", {"key": depends_on, "columns": columns})
+    return str(folder)
+
+
 def write_texts(folder, texts, tokenizer) -> str:
     """Token ids of the list `texts` -> folder/tokens.bin and offsets.npy; returns the kind of integer."""
-    kind, offsets = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32, [0]
-    with open(folder / "tokens.bin", "wb") as file, progress(len(texts), "tokenising") as bar:
-        for start in range(0, len(texts), 1000):
-            chunk = texts[start : start + 1000]
-            # a text that spells a special token out means the letters
-            plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-            for ids in tokenizer(chunk, **plain).input_ids:
-                file.write(np.asarray(ids, dtype=kind).tobytes())
-                offsets.append(offsets[-1] + len(ids))
-            bar.update(len(chunk))
+    integers = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
+    write_ids(folder, ids_of(texts, tokenizer), integers, len(texts))
+    return integers
+
+
+def ids_of(texts, tokenizer):
+    """Yields the token ids of each text; a thousand are tokenised at once."""
+    for start in range(0, len(texts), 1000):
+        yield from tokenizer(texts[start : start + 1000], **AS_TEXT).input_ids
+
+
+def write_ids(folder, sequences, integers, total=None):
+    """Lists of token ids -> folder/tokens.bin and offsets.npy. `total`: how many lists, where it is known."""
+    offsets = [0]
+    with open(folder / "tokens.bin", "wb") as file, progress(total, "tokenising") as bar:
+        for ids in sequences:
+            file.write(np.asarray(ids, dtype=integers).tobytes())
+            offsets.append(offsets[-1] + len(ids))
+            bar.update()
     np.save(folder / "offsets.npy", np.array(offsets, dtype=np.int64))
-    return kind.__name__
 
 
-def read_texts(folder, kind) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, offsets) of write_texts: text i is tokens[offsets[i] : offsets[i + 1]], read when used."""
+def read_texts(folder, integers) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, offsets) of write_ids, the tokens mapped into memory."""
     offsets = np.load(folder / "offsets.npy")
-    empty = np.zeros(0, kind)  # no file of length 0 can be mapped
-    return np.memmap(folder / "tokens.bin", dtype=kind, mode="r") if offsets[-1] else empty, offsets
+    if not offsets[-1]:  # no file of length 0 can be mapped
+        return np.zeros(0, integers), offsets
+    return np.memmap(folder / "tokens.bin", dtype=integers, mode="r"), offsets

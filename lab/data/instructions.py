@@ -3,28 +3,24 @@
 import functools
 import hashlib
 import itertools
-import json
 import platform
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from lab.data.builtin import python_instructions
-from lab.data.cache import BadRows, cache_root, is_clean, read_texts, split_by_group, write_texts
+from lab.data.cache import BadRows, cached_rows, is_clean, split_by_group, write_texts
 from lab.data.columns import INSTRUCTION_COLUMNS
 from lab.data.tables import data_fingerprint, read_rows, require_columns
 from lab.data.tokenizers import make_tokenizer, named_tokenizer, tokenizer_fingerprint
 from lab.errors import UserError
 from lab.models.pretrained import tokenizer_of
-from lab.run.files import whole_folder, write_json
 from lab.train.loss import IGNORE_INDEX
-from lab.train.processes import main_first, on_main
+from lab.train.processes import main_first
 
 SHARES = {"train": 0.85, "test": 0.10, "val": 0.05}  # journal 001's, in the order in which it took them
-CACHE_VERSION = 3  # of the layout that write_cache writes: change both together
 
 KINDS = "a run of gpt_scratch.py, or tiny:gpt2 (built in)"  # what an error recommends instead of a name
 
@@ -104,29 +100,49 @@ def load_instructions(cfg, world, tokenizer=None) -> Instructions:
 
     `tokenizer`: none is that of cfg.model; of tiny:gpt2 it is made of the rows.
     """
-    builtin, name = cfg.data == "python-instructions", tokenizer_of(cfg.model)
+    name = tokenizer_of(cfg.model)
     if not tokenizer and not cfg.model.startswith("tiny:"):
         tokenizer = main_first(world, lambda: named_tokenizer(name, KINDS))
+    rows = cached_rows(world, "instructions", instructions_key, write_instructions, cfg, tokenizer)
+    return Instructions(
+        texts=rows.columns["texts"],
+        categories=rows.columns["categories"],
+        numbers=np.array(rows.columns["numbers"]),
+        groups=np.array(rows.columns["groups"]),
+        tokens=rows.tokens,
+        offsets=rows.offsets,
+        tokenizer=tokenizer or named_tokenizer(str(rows.folder / "tokenizer")),
+        fingerprint=rows.fingerprint,
+        lines=rows.columns["lines"],
+    )
+
+
+def instructions_key(cfg, tokenizer) -> dict:
+    """All that the cached rows depend on."""
+    builtin = cfg.data == "python-instructions"
+    source = f"built in, Python {platform.python_version()}" if builtin else data_fingerprint(cfg.data)
     words = tokenizer_fingerprint(tokenizer) if tokenizer else f"bpe:{TINY_VOCABULARY}"
-
-    def build() -> str:
-        source = f"built in, Python {platform.python_version()}" if builtin else data_fingerprint(cfg.data)
-        key = json.dumps(
-            [CACHE_VERSION, source, cfg.data if builtin else "", cfg.max_documents, words, cfg.template]
-        )
-        folder = cache_root() / f"instructions_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        if not (folder / "rows.json").exists():
-            rows = python_instructions() if builtin else read_rows(cfg.data, cfg.max_documents)
-            fingerprint = {"data": source, "tokenizer": words, "template": cfg.template}
-            write_cache(folder, rows[: cfg.max_documents], tokenizer, cfg, fingerprint)
-        return str(folder)
-
-    return read_cache(Path(on_main(world, build)), tokenizer)
+    fingerprint = {"data": source, "tokenizer": words, "template": cfg.template}
+    name = cfg.data if builtin else ""  # a file may be moved
+    return {"fingerprint": fingerprint, "built in": name, "max_documents": cfg.max_documents}
 
 
-def write_cache(folder, rows, tokenizer, cfg, fingerprint):
-    """Usable rows -> a folder of token ids, texts and tokenizer; unusable ones counted and named."""
-    require_columns(rows, ("instruction", "output"), cfg.data)  # input may be left out
+def write_instructions(folder, cfg, tokenizer) -> dict:
+    """Usable rows -> token ids and tokenizer in `folder`; gives the columns to keep."""
+    builtin = cfg.data == "python-instructions"
+    rows = python_instructions() if builtin else read_rows(cfg.data, cfg.max_documents)
+    columns = usable_columns(rows[: cfg.max_documents], cfg.data)
+    pieces = [[prompt_text(a, b, cfg.template), output] for a, b, output in columns["texts"]]
+    pieces = list(itertools.chain.from_iterable(pieces))
+    tokenizer = tokenizer or make_tokenizer(f"bpe:{TINY_VOCABULARY}", lambda: pieces)
+    columns["integers"] = write_texts(folder, pieces, tokenizer)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return columns
+
+
+def usable_columns(rows, name) -> dict[str, list]:
+    """Texts, categories, numbers and groups of the usable rows; `lines` count and name the others."""
+    require_columns(rows, ("instruction", "output"), name)  # input may be left out
     bad, texts, numbers, categories = BadRows(), [], [], []
     for number, row in enumerate(rows, start=1):
         try:
@@ -135,50 +151,17 @@ def write_cache(folder, rows, tokenizer, cfg, fingerprint):
             categories.append(str(row["category"]) if row.get("category") else None)
         except ValueError as error:
             bad.add(number, error)
-    lines = bad.report(len(rows), cfg.data)
+    lines = bad.report(len(rows), name)
     if empty := sum(not output for _, _, output in texts):
         lines.append(f"{empty} empty answer(s) are kept: their target is the end token")
-    pieces = [[prompt_text(a, b, cfg.template), output] for a, b, output in texts]
-    pieces = list(itertools.chain.from_iterable(pieces))
-    tokenizer = tokenizer or make_tokenizer(f"bpe:{TINY_VOCABULARY}", lambda: pieces)
-    with whole_folder(folder) as aside:
-        kind = write_texts(aside, pieces, tokenizer)
-        tokenizer.save_pretrained(aside / "tokenizer")
-        groups = [prompt_hash(instruction, given) for instruction, given, _ in texts]
-        meta = {
-            "kind": kind,
-            "texts": texts,
-            "categories": categories,
-            "numbers": numbers,
-            "groups": groups,
-            "lines": lines,
-            "fingerprint": fingerprint,
-        }
-        write_json(aside / "rows.json", meta)
+    groups = [prompt_hash(instruction, given) for instruction, given, _ in texts]
+    return {"texts": texts, "categories": categories, "numbers": numbers, "groups": groups, "lines": lines}
 
 
 def prompt_hash(instruction, given) -> str:
     """Prompts that differ in case and white space only share it."""
     text = "\n".join(" ".join(part.lower().split()) for part in (instruction, given))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def read_cache(folder, tokenizer) -> Instructions:
-    meta = json.loads((folder / "rows.json").read_text())
-    tokens, offsets = read_texts(folder, meta["kind"])
-    tokenizer = tokenizer or named_tokenizer(str(folder / "tokenizer"))
-    groups = np.array(meta["groups"])
-    return Instructions(
-        meta["texts"],
-        meta["categories"],
-        np.array(meta["numbers"]),
-        groups,
-        tokens,
-        offsets,
-        tokenizer,
-        meta["fingerprint"],
-        meta["lines"],
-    )
 
 
 def split(data, cfg) -> tuple[dict[str, np.ndarray], list[str]]:

@@ -11,16 +11,14 @@ import numpy as np
 import torch
 
 from lab.data.builtin import python_pairs
-from lab.data.cache import BadRows, cache_root, is_clean, read_texts, split_by_group, write_texts
+from lab.data.cache import BadRows, cached_rows, is_clean, split_by_group, write_texts
 from lab.data.columns import LABELS, PAIR_COLUMNS, TEXTS
 from lab.data.tables import data_fingerprint, read_rows, require_columns
 from lab.data.tokenizers import tokenizer_fingerprint
 from lab.errors import UserError
 from lab.models.encoders import load_tokenizer
-from lab.run.files import whole_folder, write_json
-from lab.train.processes import main_first, on_main
+from lab.train.processes import main_first
 
-CACHE_VERSION = 3  # of the layout that write_cache writes: change both together
 UNKNOWN = -1  # label of a row that is to be judged
 
 
@@ -114,72 +112,82 @@ def load_pairs(cfg, world, tokenizer=None) -> Preferences:
 
     `tokenizer`: none is that of cfg.model.
     """
-    builtin = cfg.data == "python-pairs"
     # a tiny model's tokenizer is made of the rows' words
     if not tokenizer and not cfg.model.startswith("tiny:"):
         tokenizer = main_first(world, lambda: load_tokenizer(cfg.model))
-
-    def source():
-        return f"built in, {cfg.max_documents}" if builtin else data_fingerprint(cfg.data)
-
-    def rows():
-        return python_pairs() if builtin else read_rows(cfg.data, cfg.max_documents)
-
-    return _cached(world, tokenizer, cfg.data, source, lambda: rows()[: cfg.max_documents], cfg.max_documents)
+    rows = cached_rows(world, "preference", pairs_key, write_pairs, cfg, tokenizer)
+    return as_preferences(rows, tokenizer)
 
 
 def load_unlabelled(name, tokenizer, world) -> Preferences:
     """Every row of a file to be judged (in a zip: of test.csv), in its order, whatever its cells hold."""
-    return _cached(
-        world,
-        tokenizer,
-        name,
-        lambda: data_fingerprint(name, "test"),
-        lambda: read_rows(name, prefer="test"),
-        labelled=False,
+    rows = cached_rows(world, "unlabelled", unlabelled_key, write_unlabelled, name, tokenizer)
+    return as_preferences(rows, tokenizer)
+
+
+def as_preferences(rows, tokenizer) -> Preferences:
+    """Of what cached_rows gives; without a tokenizer the cached one is read."""
+    return Preferences(
+        ids=rows.columns["ids"],
+        groups=np.array(rows.columns["groups"]),
+        labels=np.array(rows.columns["labels"], dtype=np.int64),
+        first=np.concatenate([[0], np.cumsum(rows.columns["pieces"])]).astype(np.int64),
+        tokens=rows.tokens,
+        offsets=rows.offsets,
+        tokenizer=tokenizer or load_tokenizer(str(rows.folder / "tokenizer")),
+        folder=rows.folder,
+        fingerprint=rows.fingerprint,
+        lines=rows.columns["lines"],
     )
 
 
-def _cached(world, tokenizer, name, source, rows, most=None, labelled=True) -> Preferences:
-    """`source()` tells what `rows()` would be made of; tokenizer none: made of the rows' words."""
-
-    def build() -> str:
-        fingerprint = {
-            "data": source(),
-            "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer else "words",
-        }
-        key = hashlib.sha256(json.dumps([CACHE_VERSION, labelled, most, *fingerprint.values()]).encode())
-        folder = cache_root() / f"preference_{key.hexdigest()[:16]}"
-        if not (folder / "rows.json").exists():
-            write_cache(folder, rows(), tokenizer, name, fingerprint, labelled)
-        return str(folder)
-
-    return read_cache(Path(on_main(world, build)), tokenizer)
+def pairs_key(cfg, tokenizer) -> dict:
+    """All that the cached rows depend on."""
+    builtin = cfg.data == "python-pairs"
+    source = f"built in, {cfg.max_documents}" if builtin else data_fingerprint(cfg.data)
+    words = tokenizer_fingerprint(tokenizer) if tokenizer else "words"
+    return {"fingerprint": {"data": source, "tokenizer": words}, "max_documents": cfg.max_documents}
 
 
-def write_cache(folder, rows, tokenizer, name, fingerprint, labelled=True):
-    """Usable rows -> a folder of token ids, labels, groups, tokenizer; what is odd is counted and named."""
-    require_columns(rows, PAIR_COLUMNS if labelled else ("id", *TEXTS), name)
-    read = _labelled if labelled else _unlabelled
-    usable, lines = read(rows, name)
+def unlabelled_key(name, tokenizer) -> dict:
+    words = tokenizer_fingerprint(tokenizer) if tokenizer else "words"
+    return {"fingerprint": {"data": data_fingerprint(name, "test"), "tokenizer": words}}
+
+
+def write_pairs(folder, cfg, tokenizer) -> dict:
+    """Usable rows with a winner -> token ids and tokenizer in `folder`; gives the columns to keep."""
+    rows = python_pairs() if cfg.data == "python-pairs" else read_rows(cfg.data, cfg.max_documents)
+    rows = rows[: cfg.max_documents]
+    require_columns(rows, PAIR_COLUMNS, cfg.data)
+    usable, lines = usable_rows(rows, cfg.data)
+    return write_usable(folder, usable, lines, tokenizer)
+
+
+def write_unlabelled(folder, name, tokenizer) -> dict:
+    """The same for every row of a file to be judged."""
+    rows = read_rows(name, prefer="test")
+    require_columns(rows, ("id", *TEXTS), name)
+    usable, lines = rows_to_judge(rows, name)
+    return write_usable(folder, usable, lines, tokenizer)
+
+
+def write_usable(folder, usable, lines, tokenizer) -> dict:
+    """[(id, turns, class number)] -> token ids and tokenizer in `folder`; gives the columns to keep."""
     texts = [text for _, row_turns, _ in usable for turn in row_turns for text in turn]
     tokenizer = tokenizer or load_tokenizer("tiny:", texts)
-    with whole_folder(folder) as aside:
-        kind = write_texts(aside, texts, tokenizer)
-        tokenizer.save_pretrained(aside / "tokenizer")
-        meta = {
-            "ids": [row_id for row_id, _, _ in usable],
-            "groups": [prompt_hash(row_turns) for _, row_turns, _ in usable],
-            "labels": [label for _, _, label in usable],
-            "pieces": [3 * len(row_turns) for _, row_turns, _ in usable],
-            "kind": kind,
-            "lines": lines + _peculiarities(usable),
-            "fingerprint": fingerprint,
-        }
-        write_json(aside / "rows.json", meta)
+    integers = write_texts(folder, texts, tokenizer)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return {
+        "integers": integers,
+        "ids": [row_id for row_id, _, _ in usable],
+        "groups": [prompt_hash(row_turns) for _, row_turns, _ in usable],
+        "labels": [label for _, _, label in usable],
+        "pieces": [3 * len(row_turns) for _, row_turns, _ in usable],
+        "lines": lines + _peculiarities(usable),
+    }
 
 
-def _labelled(rows, name) -> tuple[list, list[str]]:
+def usable_rows(rows, name) -> tuple[list, list[str]]:
     """[(id, turns, class number)] of the usable rows, and a line for each reason to leave others out."""
     bad, usable = BadRows(), []
     for number, row in enumerate(rows, start=1):
@@ -191,7 +199,7 @@ def _labelled(rows, name) -> tuple[list, list[str]]:
     return usable, bad.report(len(rows), name)
 
 
-def _unlabelled(rows, name) -> tuple[list, list[str]]:
+def rows_to_judge(rows, name) -> tuple[list, list[str]]:
     """The same for rows to be judged: every row counts; one without an id cannot be answered."""
     usable, odd = [], Counter()
     for number, row in enumerate(rows, start=1):
@@ -211,23 +219,6 @@ def _peculiarities(usable) -> list[str]:
     lines += [f"{empty} empty responses are kept as they are"] if empty else []
     same = sum(all(turn[1] == turn[2] for turn in texts) for _, texts, _ in usable)
     return lines + ([f"{same} row(s) have identical responses, and are kept"] if same else [])
-
-
-def read_cache(folder, tokenizer) -> Preferences:
-    meta = json.loads((folder / "rows.json").read_text())
-    tokens, offsets = read_texts(folder, meta["kind"])
-    return Preferences(
-        ids=meta["ids"],
-        groups=np.array(meta["groups"]),
-        labels=np.array(meta["labels"], dtype=np.int64),
-        first=np.concatenate([[0], np.cumsum(meta["pieces"])]).astype(np.int64),
-        tokens=tokens,
-        offsets=offsets,
-        tokenizer=tokenizer or load_tokenizer(str(folder / "tokenizer")),
-        folder=folder,
-        fingerprint=meta["fingerprint"],
-        lines=meta["lines"],
-    )
 
 
 def split_rows(data, folds, fold, seed) -> dict[str, np.ndarray]:

@@ -14,18 +14,16 @@ from pathlib import Path
 import numpy as np
 
 from lab.data.builtin import built_in
-from lab.data.cache import BadRows, cache_root, is_clean, read_texts, split_by_group, write_texts
+from lab.data.cache import BadRows, cached_rows, is_clean, split_by_group, write_texts
 from lab.data.columns import LETTERS, PROBLEM_COLUMNS
 from lab.data.instructions import Instructions, prompt_hash
 from lab.data.tables import TABLES, data_fingerprint, read_rows, require_columns
 from lab.data.tokenizers import tokenizer_fingerprint
 from lab.errors import UserError
-from lab.run.files import joint_hash, whole_folder, write_json
-from lab.train.processes import on_main
+from lab.run.files import joint_hash
 
 OTHER_NAMES = {"Problem": "question"}  # AQuA's
 BUILT_IN = "template-problems"
-CACHE_VERSION = 2  # of the layout that write_cache writes: change both together
 MOST_BAD = 0.05  # share of rows: some of MathQA's have fewer than five options
 FIRST = 2  # pieces of a problem before its first answer
 
@@ -87,6 +85,7 @@ def _marks(options, before) -> list[int]:
 
 
 PARTS = {"train": ("train",), "val": ("validation", "val", "dev"), "test": ("test",)}  # how files begin
+SINGLE = {None: "train"}  # the same of a single table, in place of official_parts
 
 
 def official_parts(name) -> dict[str, str] | None:
@@ -168,33 +167,45 @@ def as_read(problem, options, answer_format) -> list[str]:
 
 def load_problems(cfg, world, tokenizer) -> Problems:
     """The rows of cfg.data, tokenised once by rank 0 into the cache, read from there by every rank."""
+    rows = cached_rows(world, "problems", problems_key, write_problems, cfg, tokenizer)
+    return Problems(
+        texts=rows.columns["texts"],
+        categories=[None] * len(rows.columns["texts"]),
+        numbers=np.array(rows.columns["numbers"]),
+        groups=np.array(rows.columns["groups"]),
+        tokens=rows.tokens,
+        offsets=rows.offsets,
+        tokenizer=tokenizer,
+        fingerprint=rows.fingerprint,
+        lines=rows.columns["lines"],
+        options=rows.columns["options"],
+        right=np.array(rows.columns["right"]),
+        part=rows.columns["part"],
+    )
+
+
+def problems_key(cfg, tokenizer) -> dict:
+    """All that the cached rows depend on."""
+    if cfg.data == BUILT_IN:
+        source = hashlib.sha256(json.dumps(built_in()).encode()).hexdigest()
+    else:
+        parts = official_parts(cfg.data)
+        source = joint_hash([data_fingerprint(cfg.data, begin) for begin in (parts or SINGLE).values()])
     words = tokenizer_fingerprint(tokenizer)
-
-    def build() -> str:
-        if cfg.data == BUILT_IN:
-            made = json.dumps(built_in()).encode()
-            parts, source = None, hashlib.sha256(made).hexdigest()
-        else:
-            parts = official_parts(cfg.data)
-            kinds = parts.values() if parts else ["train"]
-            source = joint_hash([data_fingerprint(cfg.data, kind) for kind in kinds])
-        fingerprint = {"data": source, "tokenizer": words, "answer_format": cfg.answer_format}
-        key = json.dumps([CACHE_VERSION, fingerprint, cfg.data == BUILT_IN, cfg.max_documents])
-        folder = cache_root() / f"problems_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        if not (folder / "rows.json").exists():
-            rows = read_parts(cfg, parts)
-            write_cache(folder, rows, tokenizer, cfg, fingerprint)
-        return str(folder)
-
-    return read_cache(Path(on_main(world, build)), tokenizer)
+    fingerprint = {"data": source, "tokenizer": words, "answer_format": cfg.answer_format}
+    return {
+        "fingerprint": fingerprint,
+        "built in": cfg.data == BUILT_IN,
+        "max_documents": cfg.max_documents,
+    }
 
 
-def read_parts(cfg, parts) -> list[tuple[str | None, dict]]:
+def read_parts(cfg) -> list[tuple[str | None, dict]]:
     """(part, row) of every row; max_documents counts in each part."""
     if cfg.data == BUILT_IN:
         return [(None, row) for row in built_in()[: cfg.max_documents]]
     found = []
-    for part, begin in (parts or {None: "train"}).items():
+    for part, begin in (official_parts(cfg.data) or SINGLE).items():
         rows = read_rows(cfg.data, cfg.max_documents, begin)
         names = {key for row in rows[:100] if isinstance(row, dict) for key in row}
         require_columns(
@@ -204,43 +215,40 @@ def read_parts(cfg, parts) -> list[tuple[str | None, dict]]:
     return found
 
 
-def write_cache(folder, rows, tokenizer, cfg, fingerprint):
-    """Usable rows -> a folder of token ids and texts; unusable ones counted and named."""
-    bad, kept, numbers = BadRows(MOST_BAD), [], []
-    counts = defaultdict(lambda: itertools.count(1))  # rows are numbered in each part
+def write_problems(folder, cfg, tokenizer) -> dict:
+    """Usable rows -> token ids in `folder`; gives the columns to keep."""
+    usable, numbers, lines = usable_rows(read_parts(cfg), cfg.data)
+    pieces = [text for _, p, options, _ in usable for text in as_read(p, options, cfg.answer_format)]
+    return {
+        "integers": write_texts(folder, pieces, tokenizer),
+        "numbers": numbers,
+        "lines": lines,
+        "part": [part for part, *_ in usable],
+        "options": [options for _, _, options, _ in usable],
+        "right": [right for *_, right in usable],
+        "texts": [[problem, "", options[right]] for _, problem, options, right in usable],
+        "groups": [prompt_hash(problem, "") for _, problem, _, _ in usable],
+    }
+
+
+def usable_rows(rows, name) -> tuple[list, list[int], list[str]]:
+    """[(part, problem, options, number of the right one)] of (part, row), their numbers in each part, and
+    what to say; unusable rows are counted and named."""
+    bad, usable, numbers = BadRows(MOST_BAD), [], []
+    counts = defaultdict(lambda: itertools.count(1))
     for part, row in rows:
         number = next(counts[part])
         try:
-            kept.append((part, *parse(row)))
+            usable.append((part, *parse(row)))
             numbers.append(number)
         except ValueError as error:
             bad.add(f"{part} {number}" if part else number, error)
-    lines = bad.report(len(rows), cfg.data)
-    if cfg.data != BUILT_IN and any("annotated_formula" in row for _, row in rows[:100]):
+    lines = bad.report(len(rows), name)
+    if name != BUILT_IN and any("annotated_formula" in row for _, row in rows[:100]):
         lines.append("a quarter of MathQA's own formulas disagree with its labels: the ceiling is low")
-    if twins := sum(options.count(options[right]) > 1 for _, _, options, right in kept):
+    if twins := sum(options.count(options[right]) > 1 for _, _, options, right in usable):
         lines.append(f"{twins} row(s) have the right option twice: either counts as right")
-    pieces = [text for _, p, options, _ in kept for text in as_read(p, options, cfg.answer_format)]
-    with whole_folder(folder) as aside:
-        kind = write_texts(aside, pieces, tokenizer)
-        write_json(aside / "rows.json", {
-            "kind": kind, "numbers": numbers, "lines": lines, "fingerprint": fingerprint,
-            "part": [part for part, *_ in kept], "options": [options for _, _, options, _ in kept],
-            "right": [right for *_, right in kept],
-            "texts": [[problem, "", options[right]] for _, problem, options, right in kept],
-            "groups": [prompt_hash(problem, "") for _, problem, _, _ in kept],
-        })  # fmt: skip
-
-
-def read_cache(folder, tokenizer) -> Problems:
-    meta = json.loads((folder / "rows.json").read_text())
-    tokens, offsets = read_texts(folder, meta["kind"])
-    return Problems(
-        texts=meta["texts"], categories=[None] * len(meta["texts"]), numbers=np.array(meta["numbers"]),
-        groups=np.array(meta["groups"]), tokens=tokens, offsets=offsets, tokenizer=tokenizer,
-        fingerprint=meta["fingerprint"], lines=meta["lines"], options=meta["options"],
-        right=np.array(meta["right"]), part=meta["part"],
-    )  # fmt: skip
+    return usable, numbers, lines
 
 
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}  # of a single table, drawn by problem

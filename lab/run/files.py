@@ -71,6 +71,11 @@ def sha256_file(path) -> str:
     return digest.hexdigest()
 
 
+def short_hash(content, length=16) -> str:
+    """A name for `content` (JSON): the first `length` hex digits of its SHA-256."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:length]
+
+
 def joint_hash(hashes) -> str:
     """One hash for several; a single one keeps its own."""
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
