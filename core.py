@@ -64,7 +64,16 @@ from lab.run.checkpoints import (
     tested_checkpoints,
     weights_sha256,
 )
-from lab.run.files import PROJECT, joint_hash, sha256_file, whole_file, whole_folder, write_json, write_lines
+from lab.run.files import (
+    PROJECT,
+    joint_hash,
+    sha256_file,
+    short_hash,
+    whole_file,
+    whole_folder,
+    write_json,
+    write_lines,
+)
 from lab.run.folder import Run
 from lab.run.meter import clock
 from lab.run.provenance import device_name, git_state, refuse_dirty, same_data

@@ -14,9 +14,7 @@ What is measured on other data than a run's own stands in a folder below runs/ev
 """
 
 import functools
-import hashlib
 import importlib
-import json
 import os
 import sys
 import time
@@ -363,8 +361,7 @@ def other_folder(one, data, cfg) -> Path:
     known = [str(Path(name).resolve()) if Path(name).exists() else name for name in (one.name, data)]
     known += [getattr(cfg, name) for name in ("max_documents", "text_column", "context", "stride")]
     known += [] if one.script else [cfg.template, cfg.max_length, cfg.dtype]
-    mark = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:6]
-    return Path(cfg.out or root(cfg) / "eval") / f"{words}-{mark}"
+    return Path(cfg.out or root(cfg) / "eval") / f"{words}-{core.short_hash(known, 6)}"
 
 
 def about(one, kind, constants, world) -> dict:

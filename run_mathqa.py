@@ -1083,7 +1083,7 @@ def study_folder(cfg) -> Path:
     """<out>/<mode>[-tag]-<hash of the constants that its results depend on>/"""
     aside = (core.MAY_CHANGE - set(LENGTH)) | core.CALL_CONSTANTS | {"mode", "run_folder"}
     constants = {name: value for name, value in asdict(cfg).items() if name not in aside}
-    mark = hashlib.sha256(json.dumps(constants).encode()).hexdigest()[:6]
+    mark = core.short_hash(constants, 6)
     return core.out_folder(cfg, __file__) / "-".join(filter(None, [cfg.mode, cfg.tag, mark]))
 
 

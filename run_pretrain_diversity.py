@@ -13,7 +13,6 @@ goes on where it was. Runs lie under runs/run_pretrain_diversity/, tables and pi
 """
 
 import functools
-import hashlib
 import json
 import math
 import time
@@ -573,7 +572,7 @@ def study_folder(cfg) -> Path:
     """<out>/study[-tag]-<hash of the constants that its results depend on>/"""
     aside = (core.MAY_CHANGE - {"max_steps"}) | core.CALL_CONSTANTS | {"mode", "data", "dirty"}
     constants = {name: value for name, value in asdict(cfg).items() if name not in aside}
-    mark = hashlib.sha256(json.dumps(constants).encode()).hexdigest()[:6]
+    mark = core.short_hash(constants, 6)
     return core.out_folder(cfg, __file__) / "-".join(filter(None, ["study", cfg.tag, mark]))
 
 
@@ -726,8 +725,8 @@ def cross_files(s, folder) -> dict[str, str]:
     weights = checkpoints.read_manifest(folder / "checkpoints" / weights)["files"]["model.safetensors"]
     found = {}
     for name, tokens in s.text.tokens.items():
-        key = json.dumps([weights, tokens.fingerprint, len(tokens.parts["test"]), s.cfg.block_size])
-        mark = hashlib.sha256(key.encode()).hexdigest()[:12]
+        key = [weights, tokens.fingerprint, len(tokens.parts["test"]), s.cfg.block_size]
+        mark = core.short_hash(key, 12)
         found[name] = str(core.out_folder(s.cfg, __file__) / "cross" / f"{folder.name}-{name}-{mark}.jsonl")
     return found
 

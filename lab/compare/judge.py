@@ -26,6 +26,7 @@ from lab.compare.responses import by_prompt
 from lab.data.cache import cache_root
 from lab.data.instructions import prompt_text
 from lab.errors import Stop, UserError
+from lab.run.files import short_hash
 from lab.train.processes import progress
 
 SCORE = """You grade how well a response answers a request. Here is the request:
@@ -129,7 +130,7 @@ class Judge:
 
     def __post_init__(self):
         self.url, self.lock, self.asked, self.troubles = self.url.rstrip("/"), threading.Lock(), 0, set()
-        name = hashlib.sha256(json.dumps([self.url, self.model, self.temperature]).encode()).hexdigest()[:16]
+        name = short_hash([self.url, self.model, self.temperature])
         self.path = cache_root() / f"judge_{name}.jsonl"
         for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
             try:

@@ -1,6 +1,5 @@
 """The sides of a comparison: one run, or several seeds; how their constants and code differ; the report."""
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from lab.compare.responses import by_prompt, read_responses
 from lab.compare.rows import has_losses, judged_rows, mean_grades, shared_rows
 from lab.compare.tables import markdown, slug
 from lab.errors import UserError
+from lab.run.files import short_hash
 
 
 @dataclass
@@ -95,8 +95,7 @@ def runs_of(all_sides) -> list[Facts]:
 def folder_name(all_sides) -> str:
     """Of the folder that a comparison goes to: names of the first sides, and a hash of all runs."""
     every = [str(facts.folder.resolve()) for facts in runs_of(all_sides)]
-    mark = hashlib.sha256(json.dumps(every).encode()).hexdigest()[:6]
-    return "-".join([*(slug(side.name) for side in all_sides[:2]), mark])
+    return "-".join([*(slug(side.name) for side in all_sides[:2]), short_hash(every, 6)])
 
 
 def seed_notes(all_sides) -> list[str]:

@@ -7,7 +7,6 @@ is the same in all arms of a seed: the ledger says what each one read, and is ch
 import functools
 import hashlib
 import itertools
-import json
 import math
 import re
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from lab.data.cache import BadRows, cache_root
 from lab.data.text import SUFFIXES, Tokens, open_corpus, split_pieces, text_fingerprint
 from lab.data.tokenizers import make_tokenizer, token_bytes, tokenizer_fingerprint
 from lab.errors import UserError
-from lab.run.files import whole_folder
+from lab.run.files import short_hash, whole_folder
 from lab.train.processes import on_main
 
 
@@ -115,8 +114,8 @@ LEARNT_FROM = 5_000_000  # characters of each source
 
 def shared_tokenizer(kind, corpora) -> Path:
     """A folder in the token cache with the tokenizer (bpe:<size>, chars ...) that all arms share."""
-    key = json.dumps([kind, {name: [text_fingerprint(one), repr(one)] for name, one in corpora.items()}])
-    folder = cache_root() / f"tokenizer_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    sources = {name: [text_fingerprint(one), repr(one)] for name, one in corpora.items()}
+    folder = cache_root() / f"tokenizer_{short_hash([kind, sources])}"
 
     def texts():
         for one in corpora.values():

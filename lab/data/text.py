@@ -30,7 +30,7 @@ from lab.data.tokenizers import (
     tokenizer_fingerprint,
 )
 from lab.errors import UserError
-from lab.run.files import joint_hash, sha256_file, write_json
+from lab.run.files import joint_hash, sha256_file, short_hash, write_json
 from lab.train.processes import on_main, progress
 
 CACHE_VERSION = 1  # of the layout: change both together
@@ -88,8 +88,7 @@ def token_cache(corpus) -> Path:
     name = corpus.tokenizer  # a Hub id or folder may hold another one tomorrow
     words = None if is_built_in(name) else tokenizer_fingerprint(named_tokenizer(name))
     fields = {name: value for name, value in asdict(corpus).items() if value != LATER.get(name, "")}
-    key = json.dumps([CACHE_VERSION, source, words, fields])
-    folder = cache_root() / f"tokens_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    folder = cache_root() / f"tokens_{short_hash([CACHE_VERSION, source, words, fields])}"
     if not (folder / "meta.json").exists():
         aside = folder.with_name(f".{folder.name}.partial")  # kept when killed
         try:

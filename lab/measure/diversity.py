@@ -4,7 +4,6 @@ An embedding is kept under a hash of all that it depends on, the sequences thems
 twice, a killed job goes on, and a stale one cannot be used."""
 
 import hashlib
-import json
 import math
 import time
 
@@ -25,7 +24,7 @@ from lab.measure.task2vec import (
     synthetic,
 )
 from lab.run.checkpoints import weights_sha256
-from lab.run.files import whole_file
+from lab.run.files import short_hash, whole_file
 from lab.run.meter import clock
 from lab.train.batches import reseed
 from lab.train.processes import barrier, on_main, progress
@@ -112,8 +111,7 @@ def plan(cfg, draws, weights, dtype) -> list[tuple[str, int, str, str]]:
         ids = hashlib.sha256(draws.batch(name, i).ids.numpy().tobytes()).hexdigest()
         how = [weights, str(dtype), cfg.procedure, cfg.head_epochs, cfg.fisher_samples, cfg.seed, i, ids]
         for repeat in range(again):
-            key = json.dumps([*how, repeat])
-            file = f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
+            file = f"{short_hash([*how, repeat], 24)}.npy"
             jobs.append((name, i, file, f"{cfg.seed}/{i}/{ids}/{repeat}"))  # equal batches draw apart, too
     return jobs
 

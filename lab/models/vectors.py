@@ -1,7 +1,5 @@
 """What a frozen encoder makes of each sequence: computed once, mapped into memory, beside the token ids."""
 
-import hashlib
-import json
 import shutil
 import time
 from pathlib import Path
@@ -14,7 +12,7 @@ from lab.data.pairs import collate
 from lab.errors import UserError
 from lab.models import encoders
 from lab.run.checkpoints import state_sha256
-from lab.run.files import sha256_file, whole_folder
+from lab.run.files import sha256_file, short_hash, whole_folder
 from lab.train.batches import each_once
 from lab.train.processes import on_main
 
@@ -54,7 +52,7 @@ def vector_folder(model, data, cfg) -> Path:
     code = [sha256_file(module.__file__) for module in (pairs, encoders)]
     known = [state_sha256(model.encoder.state_dict()), model.encoder.config.to_json_string(), *code]
     known += [cfg.inputs, cfg.max_length, cfg.pooling, cfg.dtype]
-    return data.folder / f"vectors_{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]}"
+    return data.folder / f"vectors_{short_hash(known)}"
 
 
 def require_room(folder, megabytes):
