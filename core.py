@@ -70,5 +70,5 @@ from lab.run.meter import clock
 from lab.run.provenance import device_name, git_state, refuse_dirty, same_data
 from lab.run.resume import CALL_CONSTANTS, MAY_CHANGE, finished_run, override_lines
 from lab.run.signals import listening
-from lab.run.stored import SCRIPTS, newest_run, out_folder, prepared, read_config
+from lab.run.stored import SCRIPTS, newest_run, out_folder, prepare_folder, prepared, read_config
 from lab.run.terminal import one_line

@@ -150,7 +150,7 @@ class Subject:
         return replace(stored, eval_batch=cfg.eval_batch or stored.eval_batch), model, tokenizer
 
     def _plain(self, cfg, world):
-        model, tokenizer = core.main_first(world, lambda: pretrained.open_any(self.name))
+        model, tokenizer = core.main_first(world, pretrained.open_any, self.name)
         if tokenizer.eos_token_id is None:
             raise core.UserError(f"tokenizer of {self.name} has no end-of-text token: use a language model's")
         if (chosen := core.typed(cfg).chosen) and world.is_main:  # a run has a dtype of its own
@@ -164,7 +164,7 @@ class Subject:
 
 def subjects(cfg, world) -> list[Subject]:
     """--run, each looked at; none: the newest finished run below runs/."""
-    names = cfg.run_folder or (core.on_main(world, lambda: newest(root(cfg), "checkpoints")),)
+    names = cfg.run_folder or (core.on_main(world, newest, root(cfg), "checkpoints"),)
     return [subject(name) for name in names]
 
 
@@ -223,7 +223,7 @@ def weights_note(folder) -> str | None:
 
 
 def tell_weights(one, world, say):
-    if one.script and (note := core.on_main(world, lambda: weights_note(one.name))):
+    if one.script and (note := core.on_main(world, weights_note, one.name)):
         say(note)
 
 
@@ -303,7 +303,7 @@ def measure_own(one, cfg, world, say, poll) -> dict:
     same, sentence = agreement(found, facts.read(one.name).result)
     say(f"  {sentence}")
     if same:
-        core.on_main(world, lambda: core.write_lines(Path(one.name) / name, lines))
+        core.on_main(world, core.write_lines, Path(one.name) / name, lines)
     return shown
 
 
@@ -325,12 +325,12 @@ def agreement(found, stored) -> tuple[bool, str]:
 def measure_other(one, data, cfg, world, say, poll) -> dict:
     """Other data: into a folder below runs/eval/ that looks like a run's."""
     began, folder = time.time(), other_folder(one, data, cfg)
-    core.on_main(world, lambda: str(core.prepared(folder.parent)))
+    core.on_main(world, core.prepare_folder, folder.parent)
     if one.is_preference:
         kind, found = "preference", measure_pairs(one, data, cfg, world, poll)
     else:
         stored, model, tokenizer = one.load(cfg, world)
-        kind = core.on_main(world, lambda: other_data.kind_of(data, cfg.text_column))
+        kind = core.on_main(world, other_data.kind_of, data, cfg.text_column)
         how = {"text": other_data.measure_text, "rows": other_data.measure_rows}[kind]
         found = how(data, stored, model, tokenizer, cfg, world, poll)
     if found.fingerprint == one.facts.get("fingerprint", {}).get("data"):
@@ -339,7 +339,7 @@ def measure_other(one, data, cfg, world, say, poll) -> dict:
     config = about(one, kind, constants, world) | {"facts": {"fingerprint": {"data": found.fingerprint}}}
     result = {"status": "finished", "step": 0, "seconds": time.time() - began}
     result |= {f"test/{name}": value for name, value in found.metrics.items()}
-    core.on_main(world, lambda: write_folder(folder, config, result, found.file))
+    core.on_main(world, write_folder, folder, config, result, found.file)
     say(f"{one.name} on {data}")
     for line in [said(found.metrics), *found.lines]:
         say(f"  {line}")
@@ -401,10 +401,10 @@ def generate(cfg, world, say, poll):
 
 def answer(one, data, cfg, world, say, poll):
     folder = Path(one.name) if data == "own" else other_folder(one, data, cfg)
-    core.on_main(world, lambda: str(core.prepared(folder)))
+    core.on_main(world, core.prepare_folder, folder)
     stored, model, tokenizer = one.load(cfg, world)
     most = cfg.max_new_tokens or getattr(stored, "max_new_tokens", None) or LONGEST
-    rows, prompts = core.main_first(world, lambda: prompts_of(one, data, stored, tokenizer, cfg))
+    rows, prompts = core.main_first(world, prompts_of, one, data, stored, tokenizer, cfg)
     model = core.merge_lora(model) if one.script == "run_lora" else model
     room = max(map(len, prompts)) + most - model.config.block_size
     if room > 0:
@@ -413,7 +413,7 @@ def answer(one, data, cfg, world, say, poll):
     batch = stored.eval_batch * world.size
     texts = answers.answers(model, tokenizer, prompts, most, batch, world, poll)
     rows = [row | {"model_response": text} for row, text in zip(rows, texts, strict=True)]
-    core.on_main(world, lambda: write_answers(folder, one, data, cfg, rows, most, world))
+    core.on_main(world, write_answers, folder, one, data, cfg, rows, most, world)
     empty = sum(not text for text in texts)
     say(f"{one.name}  {len(rows)} answers, {empty} empty: {folder}/responses.json")
     say(f"next: python eval.py --mode judge --run {folder}")
@@ -578,7 +578,7 @@ def main(cfg, world):
         if job in ("measure", "generate"):
             return {"measure": measure, "generate": generate}[job](cfg, world, say, poll)
         alone = {"judge": judge_answers, "compare": compare_runs, "table": tabulate, "pack": pack.pack}[job]
-        core.on_main(world, lambda: alone(cfg, say))  # rank 0's work, the others wait
+        core.on_main(world, alone, cfg, say)  # rank 0's work, the others wait
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def build_model(cfg, tokens, world) -> core.GPT:
     """cfg's shape with random weights, or the weights of cfg.model."""
     if cfg.model == "new":
         return core.GPT(shape_of(cfg, len(tokens.tokenizer)))
-    model = core.main_first(world, lambda: core.open_model(cfg.model, cfg.dropout, cfg.checkpointing)[0])
+    model, _ = core.main_first(world, core.open_model, cfg.model, cfg.dropout, cfg.checkpointing)
     if cfg.block_size > model.config.block_size:
         most = model.config.block_size
         raise core.UserError(f"--block_size {cfg.block_size} is over the {most} of {cfg.model}")
@@ -261,7 +261,7 @@ def set_up(run, cfg, world, steps=None) -> Setup:
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.eps)
     announce(run, cfg, tokens, blocks, batches, total_steps, model)
     step = run.load(model, optimizer, precision)
-    core.on_main(world, lambda: describe_model(run.folder, model, tokens.tokenizer))
+    core.on_main(world, describe_model, run.folder, model, tokens.tokenizer)
     generate.stop_ids(tokens.tokenizer, cfg.stop)  # a mistake should not wait for the first sample
     if cfg.compile:
         for block in model.h:
@@ -366,7 +366,7 @@ def train(run, cfg, world) -> dict:
             val = core.measure(sums, s.blocks["val"], s.tokens.unigram)
             is_best = run.save_best(step, val["loss"], model)
             report_validation(run, step, val, where(), is_best, late=2 * step >= total_steps)
-            core.on_main(world, functools.partial(sample, run, cfg, step, model, s.tokens.tokenizer))
+            core.on_main(world, sample, run, cfg, step, model, s.tokens.tokenizer)
         if ends:
             break
         targets = run.agree(count_targets(s, step))
@@ -405,8 +405,8 @@ def finish(run, cfg, world, s) -> dict:
             f"token frequencies {m['unigram_loss']:.4f}" + (f"\n{part:5} {m['alarm']}" if m["alarm"] else "")
         )
     lines = core.losses(part, sums, s.blocks[part], sizes)
-    core.on_main(world, lambda: core.write_lines(run.folder / "losses.jsonl", lines))
-    known = core.on_main(world, lambda: known_words(run.folder / "samples.jsonl", s.tokens))
+    core.on_main(world, core.write_lines, run.folder / "losses.jsonl", lines)
+    known = core.on_main(world, known_words, run.folder / "samples.jsonl", s.tokens)
     if known is not None:
         run.say(f"samples  {known:.0%} of their words occur in the training text")
     run.say(
@@ -503,7 +503,7 @@ def find_lr(run, cfg, world) -> dict:
     lrs = np.geomspace(cfg.find_from, cfg.find_to, cfg.find_steps)
     curve = lr_finder.sweep(take, lrs, cfg.find_smoothing, s.model, s.optimizer, s.precision)
     suggestions = lr_finder.suggest(curve["lr"], curve["smoothed"])
-    core.on_main(world, lambda: lr_finder.show_curve(run, curve, suggestions))
+    core.on_main(world, lr_finder.show_curve, run, curve, suggestions)
     best = suggestions["minimum/10"]
     run.say(f"next: the same with --mode train --lr {best:.1e}" if best else "the curve does not fall")
     return {"lr_finder": suggestions, "weights_sha256": core.weights_sha256(s.model)}

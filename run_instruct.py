@@ -172,7 +172,7 @@ def train(run, cfg, world) -> dict:
     saved = model, optimizer, precision
     tuning.announce(run, cfg, s, model)
     step = run.load(*saved)
-    core.on_main(world, lambda: gpt_scratch.describe_model(run.folder, model, s.data.tokenizer))
+    core.on_main(world, gpt_scratch.describe_model, run.folder, model, s.data.tokenizer)
     if cfg.compile:
         for block in model.h:
             block.compile(dynamic=True)

@@ -242,7 +242,7 @@ def train(run, cfg, world) -> dict:
     tuning.announce(run, cfg, s, model)
     announce_lora(run, cfg, model)
     step = run.load(*saved)
-    core.on_main(world, lambda: keep_for_later(run.folder, cfg, s.data.tokenizer))
+    core.on_main(world, keep_for_later, run.folder, cfg, s.data.tokenizer)
     if cfg.compile:
         for block in model.h:
             block.compile(dynamic=True)

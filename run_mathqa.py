@@ -472,7 +472,7 @@ def pretrain(run, cfg, world) -> dict:
         for line in [*tokens.lines, *([f"from {cfg.init_from}"] if cfg.init_from else [])]:
             run.say(line)
         run.say(f"{cfg.batch * cfg.block_size:,} tokens a step, {len(batches):,} steps an epoch")
-        core.on_main(world, lambda: gpt_scratch.describe_model(run.folder, model, tokens.tokenizer))
+        core.on_main(world, gpt_scratch.describe_model, run.folder, model, tokens.tokenizer)
 
     def check(step, where, keep_best, poll):
         sums = core.evaluate(model, val, cfg, world, poll)
@@ -499,7 +499,7 @@ def pretrain(run, cfg, world) -> dict:
         run.say(f"{part:5} {said(figures, part)}")
         if alarm := figures[f"{part}/alarm"]:
             run.say(alarm)
-    core.on_main(world, lambda: core.write_lines(run.folder / "losses.jsonl", losses))
+    core.on_main(world, core.write_lines, run.folder / "losses.jsonl", losses)
     farewell(run, figures, part)
     return result | figures
 
@@ -520,7 +520,7 @@ def measure_text(model, tokens, cfg, world, poll) -> tuple[dict, list, list]:
 
 def newest_base(cfg, world) -> str | None:
     """newest_pretraining on all ranks; an error where one was asked for by name."""
-    found = core.on_main(world, lambda: newest_pretraining(cfg))
+    found = core.on_main(world, newest_pretraining, cfg)
     if cfg.init_from == "newest" and found is None:
         out = core.out_folder(cfg, __file__)
         raise core.UserError(f"--init_from newest: there is no finished pretraining run in {out}")
@@ -556,8 +556,7 @@ def open_weights(cfg, world):
         raise core.UserError(f"--init_from {name} is not there; paths count from where the run was started")
     if (Path(name) / "checkpoints").is_dir() and not core.is_run(name):
         raise core.UserError(f"--init_from {name} holds adapters only: --mode export merges them")
-    opened = functools.partial(core.open_model, name, cfg.dropout, cfg.checkpointing)
-    model, tokenizer = core.main_first(world, opened)
+    model, tokenizer = core.main_first(world, core.open_model, name, cfg.dropout, cfg.checkpointing)
     if len(tokenizer) > model.config.vocab_size:
         raise core.UserError(f"the tokenizer of {name} has {len(tokenizer)} tokens, the model "
                              f"{model.config.vocab_size}: they do not belong together")  # fmt: skip
@@ -612,7 +611,7 @@ def plain_text(cfg, tokenizer, block_size, world) -> tuple[str, core.Blocks | No
         return then.text, blocks_of(replace(then, block_size=block_size), tokens, "test", cfg.plain_blocks)
     name, most = cfg.plain or "python-docs", (min(block_size, cfg.max_length), cfg.plain_blocks)
     try:
-        return name, core.main_first(world, lambda: tuning.plain_blocks(name, tokenizer, *most))
+        return name, core.main_first(world, tuning.plain_blocks, name, tokenizer, *most)
     except core.UserError as error:
         raise core.UserError(f"--plain: {error}") from None
 
@@ -651,7 +650,7 @@ def finetune(run, cfg, world) -> dict:
             run.say(f"each epoch leaves out {left} of {len(units)}, others each time: they fill no batch")
         if cfg.optimizer == "lion" and cfg.batch < 64:
             run.say(f"NOTE Lion is recommended for batches of 64 and more, not {cfg.batch}")
-        core.on_main(world, lambda: keep_for_later(run.folder, cfg, model, tokenizer))
+        core.on_main(world, keep_for_later, run.folder, cfg, model, tokenizer)
 
     def check(step, where, keep_best, poll):
         if step == 0 and plain:
@@ -697,8 +696,8 @@ def finetune(run, cfg, world) -> dict:
         figures["alarm"] = alarm
     if plain:
         figures |= tuning.forgetting(run, replace(cfg, plain=Path(text).name), plain, model)
-    core.on_main(world, lambda: core.write_lines(run.folder / "losses.jsonl", losses))
-    core.on_main(world, lambda: core.write_lines(run.folder / "answers.jsonl", answers))
+    core.on_main(world, core.write_lines, run.folder / "losses.jsonl", losses)
+    core.on_main(world, core.write_lines, run.folder / "answers.jsonl", answers)
     farewell(run, figures, part)
     return result | figures | {"base_sha256": base_sha256}
 
@@ -792,7 +791,7 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
     measure, _ = own_measure(folder, cfg, tokenizer, world)
     found, losses, answers = measure(model, poll)
     if answers:
-        core.on_main(world, lambda: core.write_lines(Path(folder) / "answers.jsonl", answers))
+        core.on_main(world, core.write_lines, Path(folder) / "answers.jsonl", answers)
     return found, ("losses.jsonl", losses)
 
 
@@ -815,10 +814,10 @@ def quantise_run(folder, cfg, world, say, poll) -> dict:
     group = own.qat_group if own.qat != "off" else cfg.qat_group  # the one it was trained for
     model, target = merged(model).eval(), Path(folder) / f"quantised_{group}"
     weights = core.weights_sha256(model)
-    if known := core.on_main(world, lambda: known_figures(target, weights)):
+    if known := core.on_main(world, known_figures, target, weights):
         return known
-    core.on_main(world, lambda: int4.save(int4.convert(model, group), group, tokenizer, target))
-    small, _ = core.main_first(world, lambda: int4.load(target))
+    core.on_main(world, write_int4, model, group, tokenizer, target)
+    small, _ = core.main_first(world, int4.load, target)
     measure, units = own_measure(folder, replace(own, eval_batch=cfg.eval_batch), tokenizer, world)
     found = {"weights_sha256": weights, "group": group, "trained_for_it": own.qat != "off"}
     bytes_of = {"float": sum(t.numel() * t.element_size() for t in model.state_dict().values())}
@@ -831,8 +830,12 @@ def quantise_run(folder, cfg, world, say, poll) -> dict:
         loss = figures[f"{held_out(own)[-1]}/loss"]
         say(f"{kind:5} {held_out(own)[-1]} loss {loss:.4f}  {rate:.0f} tokens/s  of {Path(folder).name}")
     found["rows"] = mathqa_report.paired_rows(lines["float"], lines["int4"])
-    core.on_main(world, lambda: core.write_json(target / "result.json", found))
+    core.on_main(world, core.write_json, target / "result.json", found)
     return found
+
+
+def write_int4(model, group, tokenizer, folder):
+    int4.save(int4.convert(model, group), group, tokenizer, folder)
 
 
 def known_figures(target, weights) -> dict | None:
@@ -955,9 +958,14 @@ def length_name(cfg) -> str:
     return "-".join(f"{n:g}{unit}" for n, unit in named if n is not None)
 
 
+def finished_run(cfg) -> str:
+    """Folder of the finished run with these constants, or nothing."""
+    return str(core.finished_run(cfg, __file__) or "")
+
+
 def one_run(s, cfg) -> Path:
     """The folder of the run with these constants, made now or before; core.Stop if it is stopped."""
-    if folder := core.on_main(s.world, lambda: str(core.finished_run(cfg, __file__) or "")):
+    if folder := core.on_main(s.world, finished_run, cfg):
         s.say(f"finished already: {folder}")
         return Path(folder)
     if s.world.device.type != "cpu":  # what the last run left is not this one's
@@ -1011,7 +1019,7 @@ def study(s):
         base = cfg.init_from or pretrained(s, replace(cfg, seed=seed))
         one = arm_config(replace(cfg, seed=seed), cfg.arms[0])
         first = tuned_run(s, one, base, cfg.arms[0])
-        length = core.on_main(s.world, lambda folder=first: mathqa_report.length(folder))
+        length = core.on_main(s.world, mathqa_report.length, first)
         for budget in cfg.budgets:
             equal = {"max_minutes": None, "max_steps": length["steps"], "epochs": None}
             if budget == "time":
@@ -1026,7 +1034,7 @@ def study(s):
         arm: [quantise_run(folder, cfg, s.world, s.say, s.poll) for folder in found[budget][arm]]
         for arm in (cfg.arms[0], *(arm for arm in cfg.arms[1:] if arm_config(cfg, arm).qat != "off"))
     }
-    core.on_main(s.world, lambda: conclude(s, found, small))
+    core.on_main(s.world, conclude, s, found, small)
 
 
 def split_budget(cfg) -> tuple[str, list]:
@@ -1054,7 +1062,7 @@ def split(s):
             folder = tuned_run(s, arm_config(one, cfg.arms[0]), base, f"after-{share}-{cfg.arms[0]}")
             found.setdefault(f"{float(share):.4g} pretraining", []).append(folder)
     title = f"total {unit.removeprefix('max_')} {sum(total):g}"
-    core.on_main(s.world, lambda: conclude(s, {title: found}, {}))
+    core.on_main(s.world, conclude, s, {title: found}, {})
 
 
 def without_rows(small) -> dict:
@@ -1110,7 +1118,7 @@ def several(cfg, world, say, poll):
         )
     folder = study_folder(cfg)
     if cfg.mode != "both":
-        core.on_main(world, lambda: str(core.prepared(folder)))
+        core.on_main(world, core.prepare_folder, folder)
     printed, log = say, folder / "log.txt"
 
     def say(text):

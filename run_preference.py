@@ -177,9 +177,7 @@ def scorer(cfg, encoder):
 
 def build_model(cfg, data, world):
     """The pretrained encoder with a fresh head; the same weights on every rank."""
-    encoder = core.main_first(
-        world, lambda: core.load_encoder(cfg.model, data.tokenizer, cfg.encoder_dropout)
-    )
+    encoder = core.main_first(world, core.load_encoder, cfg.model, data.tokenizer, cfg.encoder_dropout)
     if cfg.max_length > (most := encoders.position_limit(encoder)):
         raise core.UserError(
             f"--max_length {cfg.max_length} is more than the {most} positions of {cfg.model}"
@@ -253,7 +251,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     if fold == run.position.get("fold", 0):
         announce(run, cfg, data, rows, model)
     step = run.load(model, optimizer, precision, fold=fold)
-    core.on_main(world, lambda: write_encoder(run.folder / "encoder", model.encoder.config, data.tokenizer))
+    core.on_main(world, write_encoder, run.folder / "encoder", model.encoder.config, data.tokenizer)
     if cfg.compile:
         model.encoder.compile(dynamic=True)
     core.cache_vectors(model, data, cfg, world, run.poll, run.say)
@@ -430,7 +428,7 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
     core.same_data(core.read_config(folder)["facts"]["fingerprint"], data.fingerprint, cfg.data)
     pairs.measure_sequences(data, cfg.inputs, cfg.max_length)
     splits, outcomes = [], []
-    for fold, name in enumerate(core.on_main(world, lambda: measured_checkpoints(folder, cfg))):
+    for fold, name in enumerate(core.on_main(world, measured_checkpoints, folder, cfg)):
         core.load_weights(Path(folder) / "checkpoints" / name, model)
         rows = pairs.split_rows(data, cfg.folds, fold, cfg.split_seed)
         said = {part: evaluate(model, data, rows[part], cfg, world, poll) for part in held_out(cfg)}
@@ -457,7 +455,7 @@ def measure_other(folder, name, world, max_documents=None, eval_batch=None, poll
     data = core.load_pairs(cfg, world, tokenizer)
     pairs.measure_sequences(data, cfg.inputs, cfg.max_length)
     every, probs = np.arange(len(data.labels)), 0.0
-    checkpoints = core.on_main(world, lambda: measured_checkpoints(folder, cfg))
+    checkpoints = core.on_main(world, measured_checkpoints, folder, cfg)
     for checkpoint in checkpoints:
         core.load_weights(Path(folder) / "checkpoints" / checkpoint, model)
         probs = probs + np.exp(evaluate(model, data, every, cfg, world, poll)) / len(checkpoints)
@@ -487,16 +485,21 @@ def rows_to_judge(cfg, tokenizer, world):
 
 def submit(folder, checkpoints, cfg, model, data, world, poll=lambda: None, say=print):
     """submission.csv in Kaggle's format: one row per row of `data`, in its order; folds are averaged."""
-    core.on_main(world, lambda: (folder / "submission.csv").unlink(missing_ok=True))  # no stale one remains
+    core.on_main(world, remove_submission, folder)
     probs = np.zeros((len(data.labels), len(preference.NAMES)))
     for name in checkpoints:
         core.load_weights(folder / "checkpoints" / name, model)
         core.cache_vectors(model, data, cfg, world, poll, say)
         log_probs = evaluate(model, data, np.arange(len(data.labels)), cfg, world, poll)
         probs += np.exp(preference.combine(log_probs, cfg.symmetric)) / len(checkpoints)
-    core.on_main(world, lambda: write_submission(folder / "submission.csv", data.ids, probs))
+    core.on_main(world, write_submission, folder / "submission.csv", data.ids, probs)
     for line in [*data.lines, cut_line(data), f"written: {folder}/submission.csv, {len(data.labels)} rows"]:
         say(line)
+
+
+def remove_submission(folder):
+    """An older submission.csv would look like this one, should this one fail."""
+    (folder / "submission.csv").unlink(missing_ok=True)
 
 
 def write_submission(path, ids, probs):
@@ -510,14 +513,18 @@ def write_submission(path, ids, probs):
 OF_SUBMIT = {"mode", "run_folder", "test_csv", "eval_batch", "dtype", "out", "backend", "encode_once"}
 
 
+def run_to_submit(cfg) -> str:
+    """cfg.run_folder, or the newest finished run."""
+    return cfg.run_folder or str(core.newest_run(cfg, __file__, finished=True))
+
+
 def submit_of_a_run(cfg, world):
     """--mode submit: the weights a finished run was tested with (of all folds) judge --test_csv."""
     flags = core.typed(cfg).flags
     if useless := sorted(flags - OF_SUBMIT):
         raise core.UserError(f"--mode submit takes these from the run: drop --{', --'.join(useless)}")
-    chosen = core.on_main(world, lambda: cfg.run_folder or str(core.newest_run(cfg, __file__, finished=True)))
-    folder = Path(chosen)
-    checkpoints = core.on_main(world, lambda: core.tested_checkpoints(folder))
+    folder = Path(core.on_main(world, run_to_submit, cfg))
+    checkpoints = core.on_main(world, core.tested_checkpoints, folder)
     changes = {name: getattr(cfg, name) for name in flags & {"eval_batch", "dtype", "encode_once"}}
     stored, model, tokenizer = rebuild(folder, world, test_csv=cfg.test_csv, **changes)
     data = rows_to_judge(stored, tokenizer, world)
@@ -571,7 +578,7 @@ def cross_validate(run, cfg, world, data) -> tuple[list, list]:
             outcomes.append(json.loads(done.read_text()))
             continue
         outcomes.append(train(run, cfg, world, data, rows, fold))
-        core.on_main(world, lambda done=done: core.write_json(done, outcomes[-1]))
+        core.on_main(world, core.write_json, done, outcomes[-1])
     return splits, outcomes
 
 
@@ -590,7 +597,7 @@ def main(cfg, world):
         unlabelled = rows_to_judge(cfg, data.tokenizer, world) if cfg.test_csv else None
         splits, outcomes = cross_validate(run, cfg, world, data)
         checkpoints = [outcome["checkpoint"] for outcome in outcomes]  # one a fold
-        run.result = core.on_main(world, lambda: report(run, cfg, data, splits, outcomes)) | {
+        run.result = core.on_main(world, report, run, cfg, data, splits, outcomes) | {
             "weights_sha256": core.joint_hash([outcome["weights_sha256"] for outcome in outcomes]),
             "test_checkpoints": checkpoints,
             "truncated": data.truncated(),

@@ -383,7 +383,7 @@ def train(run, cfg, world, text=None) -> dict:
     saved = model, optimizer, precision
     announce(run, cfg, text, batches, model)
     step, total_steps = run.load(*saved), cfg.max_steps
-    core.on_main(world, lambda: gpt_scratch.describe_model(run.folder, model, text.tokenizer))
+    core.on_main(world, gpt_scratch.describe_model, run.folder, model, text.tokenizer)
     if cfg.compile:
         for block in model.h:
             block.compile()
@@ -468,7 +468,7 @@ def announce(run, cfg, text, batches, model):
     passes = [one["epochs"] for one in ledger["sources"].values()]
     if cfg.repeat and max(passes) > cfg.passes:
         run.say("NOTE --repeat: a source is read more often than the others, it has less new text")
-    core.on_main(run.world, lambda: core.write_json(run.folder / "ledger.json", ledger))
+    core.on_main(run.world, core.write_json, run.folder / "ledger.json", ledger)
 
 
 def describe_block(tokenizer, batches) -> str:
@@ -516,7 +516,7 @@ def finish(run, cfg, world, text, model, batches, val=None) -> dict:
             report(run, cfg, found, part)
             if alarm := found[f"{part}/own/alarm"]:
                 run.say(f"{part:5} {alarm}")
-    core.on_main(world, lambda: core.write_lines(run.folder / "losses.jsonl", neutral.lines(part)))
+    core.on_main(world, write_losses, run.folder, neutral, part)
     loss, perplexity = result[f"{part}/loss"], result[f"{part}/perplexity"]
     run.say(f"done  {part} loss {loss:.4f}  perplexity {perplexity:.2f}  {run.seconds / 60:.1f} min")
     run.say(f"all figures: {run.folder}/result.json")
@@ -527,6 +527,11 @@ def finish(run, cfg, world, text, model, batches, val=None) -> dict:
         "parameters": core.count_parameters(model)[0],
         "blocks_read": seen,
     }
+
+
+def write_losses(folder, neutral, part):
+    """losses.jsonl: a line for each window of the neutral text."""
+    core.write_lines(folder / "losses.jsonl", neutral.lines(part))
 
 
 # ------------------------------------------------------------------------------------------------------ study
@@ -595,7 +600,7 @@ def prepare(cfg, world, say, poll) -> Study:
     elif cfg.diversity_batches:
         draws_of(s, open_probe(s, {})[1])
     if cfg.mode != "cache":
-        core.on_main(world, lambda: str(core.prepared(s.folder)))
+        core.on_main(world, core.prepare_folder, s.folder)
     if cfg.neutral_share and cfg.mode != "diversity":
         say("NOTE --neutral_share: a document of the neutral text that a source holds too may be trained on")
     return s
@@ -605,24 +610,24 @@ def study(s):
     """Trains what is missing, measures, compares; each stage finds again what it had done."""
     cfg, began, trained, runs_by_arm = s.cfg, time.monotonic(), 0, {arm: [] for arm in s.cfg.arms}
     planned = [(cfg.seed + number, arm) for number in range(cfg.seeds) for arm in cfg.arms]
-    core.on_main(s.world, lambda: check_text(s, planned))
+    core.on_main(s.world, check_text, s, planned)
     for number, (seed, arm) in enumerate(planned):
         left = (time.monotonic() - began) / trained * (len(planned) - number) if trained else None
         eta = f"  eta of all {core.clock(left)}" if left else ""
         s.say(f"study  run {number + 1} of {len(planned)}  arm {arm}  seed {seed}{eta}")
         one = run_config(cfg, arm, seed)
-        folder = core.on_main(s.world, lambda one=one: finished_run(one))
+        folder = core.on_main(s.world, finished_run, one)
         if folder:
             s.say(f"finished already: {folder}")
         else:
             folder, trained = train_one(one, s), trained + 1
         runs_by_arm[arm].append(Path(folder))
         s.poll()
-    notes = core.on_main(s.world, lambda: check_runs(s, runs_by_arm))
+    notes = core.on_main(s.world, check_runs, s, runs_by_arm)
     s.say("\n".join(notes))
     losses = cross_evaluate(s, runs_by_arm)
     found = coefficients(s, runs_by_arm) if cfg.diversity_batches else None
-    core.on_main(s.world, lambda: conclude(s, runs_by_arm, losses, found, notes))
+    core.on_main(s.world, conclude, s, runs_by_arm, losses, found, notes)
 
 
 def finished_run(cfg) -> str:
@@ -706,18 +711,23 @@ def cross_evaluate(s, runs_by_arm) -> dict:
     found = {arm: {name: [] for name in s.text.tokens} for arm in runs_by_arm}
     for arm, folders in runs_by_arm.items():
         for folder in folders:
-            paths = core.on_main(s.world, lambda folder=folder: cross_files(s, folder))
-            missing = core.on_main(s.world, lambda of=paths: [n for n in of if not Path(of[n]).exists()])
+            paths = core.on_main(s.world, cross_files, s, folder)
+            missing = core.on_main(s.world, not_there, paths)
             if missing:
                 cfg, model, _ = load_model(folder, s.world)
                 cfg = replace(cfg, eval_batch=s.cfg.eval_batch)
             for name in missing:
                 lines = measure(model, cfg, s.text, name, "test", s.world, s.poll).lines("test")
-                core.on_main(s.world, functools.partial(core.write_lines, Path(paths[name]), lines))
+                core.on_main(s.world, core.write_lines, Path(paths[name]), lines)
             for name, path in paths.items():
                 found[arm][name].append(path)
             s.say(f"measured  {folder.name} on {', '.join(paths)}")
     return found
+
+
+def not_there(paths) -> list[str]:
+    """Names of the files that do not exist yet."""
+    return [name for name, path in paths.items() if not Path(path).exists()]
 
 
 def cross_files(s, folder) -> dict[str, str]:
@@ -740,11 +750,11 @@ def open_probe(s, runs_by_arm):
     cfg, name = s.cfg, s.cfg.probe
     if name == "study":
         one, arm = run_config(cfg, cfg.arms[-1], cfg.seed), cfg.arms[-1]
-        found = runs_by_arm.get(arm, [])[:1] or [core.on_main(s.world, lambda: finished_run(one))]
+        found = runs_by_arm.get(arm, [])[:1] or [core.on_main(s.world, finished_run, one)]
         if not (name := str(found[0])):
             raise core.UserError(f"--probe study: arm {arm} has no finished run: train it, or name a probe")
     try:
-        probe, tokenizer = core.main_first(s.world, lambda: core.open_model(name))
+        probe, tokenizer = core.main_first(s.world, core.open_model, name)
     except core.UserError as error:
         raise core.UserError(f"--probe: {error}") from None
     check_length(cfg, probe.config.block_size)

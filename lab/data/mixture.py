@@ -100,7 +100,7 @@ def open_text(corpora, tokenizer, learns_from, world) -> Text:
     """The tokens of every Corpus (by label), cached by rank 0. A tokenizer that is learnt from text learns
     from equally much of every Corpus of `learns_from`."""
     if is_learnt(tokenizer):
-        tokenizer = on_main(world, lambda: str(shared_tokenizer(tokenizer, learns_from)))
+        tokenizer = on_main(world, shared_tokenizer, tokenizer, learns_from)
     corpora = {name: replace(one, tokenizer=tokenizer) for name, one in corpora.items()}
     opened = {name: open_corpus(one, world) for name, one in corpora.items()}
     return Text(opened, next(iter(opened.values())).tokenizer)
@@ -113,7 +113,7 @@ def is_learnt(tokenizer) -> bool:
 LEARNT_FROM = 5_000_000  # characters of each source
 
 
-def shared_tokenizer(kind, corpora) -> Path:
+def shared_tokenizer(kind, corpora) -> str:
     """A folder in the token cache with the tokenizer (bpe:<size>, chars ...) that all arms share."""
     key = json.dumps([kind, {name: [text_fingerprint(one), repr(one)] for name, one in corpora.items()}])
     folder = cache_root() / f"tokenizer_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
@@ -131,7 +131,7 @@ def shared_tokenizer(kind, corpora) -> Path:
     if not folder.exists():
         with whole_folder(folder) as aside:
             make_tokenizer(kind, texts).save_pretrained(aside)
-    return folder
+    return str(folder)
 
 
 def windows_of(tokens, part, context) -> tuple[Windows, np.ndarray]:

@@ -79,7 +79,11 @@ class Tokens:
 
 def open_corpus(corpus, world) -> Tokens:
     """The tokens of a Corpus, from the cache or built into it by rank 0."""
-    return open_cache(Path(on_main(world, lambda: str(token_cache(corpus)))))
+
+    def build() -> str:
+        return str(token_cache(corpus))
+
+    return open_cache(Path(on_main(world, build)))
 
 
 def token_cache(corpus) -> Path:

@@ -82,10 +82,9 @@ class Draws:
 
 def measure(cfg, draws, probe, folder, world, say, poll) -> dict:
     """Embeds what is not embedded yet, spread over the ranks; then the figures of all arms."""
-    weights = on_main(world, lambda: weights_sha256(probe))
-    jobs = on_main(world, lambda: plan(cfg, draws, weights, probe.wte.weight.dtype))
-    on_main(world, lambda: folder.mkdir(parents=True, exist_ok=True))
-    missing = on_main(world, lambda: [job for job in jobs if not (folder / job[2]).exists()])
+    weights = on_main(world, weights_sha256, probe)
+    jobs = on_main(world, plan, cfg, draws, weights, probe.wte.weight.dtype)
+    missing = on_main(world, not_embedded, jobs, folder)
     if missing:
         say(f"diversity  {len(missing)} of {len(jobs)} embeddings to make, procedure {cfg.procedure}")
 
@@ -100,7 +99,13 @@ def measure(cfg, draws, probe, folder, world, say, poll) -> dict:
             np.save(out, vector)
 
     share_out(missing, embed, world, say, poll)
-    return on_main(world, lambda: figures(cfg, draws, jobs, folder))
+    return on_main(world, figures, cfg, draws, jobs, folder)
+
+
+def not_embedded(jobs, folder) -> list:
+    """The jobs whose file is not in `folder`, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [job for job in jobs if not (folder / job[2]).exists()]
 
 
 def plan(cfg, draws, weights, dtype) -> list[tuple[str, int, str, str]]:

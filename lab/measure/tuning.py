@@ -64,7 +64,7 @@ def set_up(run, cfg, world) -> Study:
     if cfg.plain_blocks:
         sizes = cfg.max_length, cfg.plain_blocks
         try:
-            plain = main_first(world, lambda: plain_blocks(cfg.plain, data.tokenizer, *sizes))
+            plain = main_first(world, plain_blocks, cfg.plain, data.tokenizer, *sizes)
         except UserError as error:
             raise UserError(f"--plain: {error}") from None
         run.pin("plain", hashlib.sha256(plain.tokens.tobytes()).hexdigest())
@@ -255,7 +255,7 @@ def final_figures(run, cfg, s, model, answering, step) -> dict:
         guess = f"token frequencies {m['unigram_loss']:.4f}"
         run.say(f"{part:5} loss {loss}  {perplexity}  accuracy {accuracy}  {guess}")
         done = f"done  {part} loss {m['loss']:.4f}  {perplexity}"
-    on_main(run.world, lambda: write_lines(run.folder / "losses.jsonl", losses))
+    on_main(run.world, write_lines, run.folder / "losses.jsonl", losses)
     if said := alarm(run, step, part, result):
         run.say(said)
         result["alarm"] = said

@@ -37,7 +37,7 @@ def build_model(cfg, tokenizer, world) -> GPT:
                 weight.mul_(TINY_SCALE) if weight.dim() == 2 else None
     else:
         dropout, checkpointing = cfg.dropout, cfg.checkpointing
-        model = main_first(world, lambda: open_model(cfg.model, dropout, checkpointing)[0])
+        model, _ = main_first(world, open_model, cfg.model, dropout, checkpointing)
         if cfg.tie_head and not model.config.tie_head:
             raise UserError(f"{cfg.model} has an output matrix of its own: use --no-tie_head")
         model = model if cfg.tie_head else untied(model)

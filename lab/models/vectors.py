@@ -27,12 +27,12 @@ def cache_vectors(model, data, cfg, world, poll, say):
     if cfg.freeze != "all" or not cfg.encode_once:
         return
     data.vectors, began = None, time.time()
-    folder = on_main(world, lambda: str(vector_folder(model, data, cfg)))
-    if not on_main(world, lambda: Path(folder).exists()):
+    folder = Path(on_main(world, vector_folder, model, data, cfg))
+    if not on_main(world, folder.exists):
         n, width = len(data.labels), model.encoder.config.hidden_size
         out = torch.zeros(n, 2, width, dtype=next(model.parameters()).dtype)
         megabytes = out.numel() * out.element_size() / 1e6
-        on_main(world, lambda: require_room(data.folder, megabytes))
+        on_main(world, require_room, data.folder, megabytes)
         say(f"the frozen encoder reads {n} rows once: {megabytes:.0f} MB of vectors in {data.folder.parent}")
 
         def vectors(some):
@@ -44,17 +44,17 @@ def cache_vectors(model, data, cfg, world, poll, say):
         model.train()
         if not out.isfinite().all():
             raise FloatingPointError(f"the frozen encoder gives inf or nan in {cfg.dtype}: use --dtype fp32")
-        on_main(world, lambda: write_vectors(Path(folder), out))
+        on_main(world, write_vectors, folder, out)
         say(f"encoded in {time.time() - began:.1f} s")
-    data.vectors = np.load(Path(folder) / "vectors.npy", mmap_mode="r")
+    data.vectors = np.load(folder / "vectors.npy", mmap_mode="r")
 
 
-def vector_folder(model, data, cfg) -> Path:
+def vector_folder(model, data, cfg) -> str:
     """Named after all that vectors depend on, the code that lays rows out included."""
     code = [sha256_file(module.__file__) for module in (pairs, encoders)]
     known = [state_sha256(model.encoder.state_dict()), model.encoder.config.to_json_string(), *code]
     known += [cfg.inputs, cfg.max_length, cfg.pooling, cfg.dtype]
-    return data.folder / f"vectors_{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]}"
+    return str(data.folder / f"vectors_{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]}")
 
 
 def require_room(folder, megabytes):

@@ -262,14 +262,15 @@ class Run:
     def load_best(self, model) -> str:
         """The fold's best weights, or as they are if none could be kept. Returns their checkpoint's name."""
         name = self.kept.get(f"best {self.fold}", {}).get("name")
-        reason = on_main(
-            self.world, lambda: broken(self.folder / "checkpoints" / name) if name else "never saved"
-        )
+        reason = on_main(self.world, self._why_unusable, name)
         if reason:
             self.say(f"WARNING the best weights are {name} ({reason}): the last ones are used")
             return self.checkpoint
         load_weights(self.folder / "checkpoints" / name, model)
         return name
+
+    def _why_unusable(self, name) -> str | None:
+        return broken(self.folder / "checkpoints" / name) if name else "never saved"
 
     # -- time, memory, money -------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ def forecast(run, model, optimizer, steps, seconds, typical) -> int | None:
     fit, minutes = None, run.cfg.max_minutes
     if minutes is not None:
         fit = round(60 * minutes / max(seconds * typical, 1e-9))
-        fit = max(1, on_main(run.world, lambda: fit))
+        fit = max(1, on_main(run.world, int, fit))
         steps = min(steps, fit)
     hours, price = steps * seconds * typical / 3600, run.cfg.price_per_hour
     if minutes is not None:
@@ -48,11 +48,15 @@ def forecast(run, model, optimizer, steps, seconds, typical) -> int | None:
     return fit
 
 
+def _free_mb(folder) -> float:
+    return shutil.disk_usage(folder).free / 1e6
+
+
 def _require_disk(run, checkpoint_mb, weights_mb) -> float:
     """MB that the run's checkpoints will take at most."""
     kept = (getattr(run.cfg, "folds", None) or 1) + 1  # while one is being written
     disk_mb = (run.cfg.keep + 1) * checkpoint_mb + kept * weights_mb
-    free_mb = on_main(run.world, lambda: shutil.disk_usage(run.folder).free / 1e6)
+    free_mb = on_main(run.world, _free_mb, run.folder)
     if not run.resumed and free_mb < disk_mb:
         room = f"checkpoints need {disk_mb:.0f} MB, {run.folder} has {free_mb:.0f} MB free"
         raise UserError(f"{room}: free some, or use another --out")

@@ -34,6 +34,11 @@ def prepared(folder) -> Path:
     return folder
 
 
+def prepare_folder(folder):
+    """As `prepared`, for on_main: what that returns must be JSON, and a Path is not."""
+    prepared(folder)
+
+
 def locked(folder):
     """An open file that says who writes here; UserError if another process does. It ends with this one."""
     try:

@@ -233,11 +233,16 @@ def _wait_for_main(store, key) -> bytes:
     return store.get(key)
 
 
-def main_first(world, function):
-    """`function` on rank 0, then on the others: one download, then cache hits. Returns this rank's result."""
-    result = []
-    on_main(world, lambda: result.append(function()))
-    return result[0] if result else function()
+def main_first(world, function, *args):
+    """Runs function(*args) on rank 0, then on the others: one download, then cache hits. Returns this rank's
+    own result, which need not be JSON."""
+    results = []
+
+    def call():
+        results.append(function(*args))
+
+    on_main(world, call)
+    return results[0] if results else function(*args)
 
 
 def wrap_ddp(model, world):
