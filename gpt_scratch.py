@@ -129,17 +129,30 @@ class Config:
 
 
 JOURNAL = {  # what journal 003's code trained: articles of Wikipedia, 1 % held out, AdamW as torch has it
-    **{
-        "data": "wikimedia/wikipedia:20231101.en",
-        "max_documents": 75_000,
-        "val_share": 0.01,
-        "test_share": 0.01,
-    },
-    **{"positions": "learned", "norm": "layernorm", "activation": "relu", "n_inner": None, "bias": True},
-    **{"qkv_bias": False, "tie_head": False, "head_bias": True, "dropout": 0.2},
-    **{"lr": 1e-3, "schedule": "constant", "warmup": 0.0, "beta2": 0.999},
-    **{"weight_decay": 0.01, "clip": None, "dtype": "bf16", "eval_every": 1000, "tokenizer": "ascii"},
-    **{"epochs": 1, "max_steps": None},
+    "data": "wikimedia/wikipedia:20231101.en",
+    "max_documents": 75_000,
+    "val_share": 0.01,
+    "test_share": 0.01,
+    "positions": "learned",
+    "norm": "layernorm",
+    "activation": "relu",
+    "n_inner": None,
+    "bias": True,
+    "qkv_bias": False,
+    "tie_head": False,
+    "head_bias": True,
+    "dropout": 0.2,
+    "lr": 1e-3,
+    "schedule": "constant",
+    "warmup": 0.0,
+    "beta2": 0.999,
+    "weight_decay": 0.01,
+    "clip": None,
+    "dtype": "bf16",
+    "eval_every": 1000,
+    "tokenizer": "ascii",
+    "epochs": 1,
+    "max_steps": None,
 }
 SMALL = JOURNAL | {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 2048, "batch": 2, "lr": 6e-4}
 MINI = JOURNAL | {"n_layer": 10, "n_head": 8, "n_embd": 512, "block_size": 256, "batch": 128}

@@ -90,10 +90,22 @@ class Config:
 # Some 12,000 training rows: the journal's runs ended at step 5975 with a batch of 2. Not repeated of the code
 # that it came from: gradients were clipped only behind the warm-up; biases and norms decayed, too.
 JOURNAL = {
-    **{"max_documents": 14_118, "template": "journal", "split": "file_order", "max_length": 1024},
-    **{"group_lengths": False},
-    **{"loss_on_prompt": True, "tie_head": False, "batch": 2, "epochs": 1, "lr": 5e-5, "weight_decay": 0.1},
-    **{"eval_every": 25, "eval_rows": 20, "log_every": 25, "save_every": 1000, "test_weights": "last"},
+    "max_documents": 14_118,
+    "template": "journal",
+    "split": "file_order",
+    "max_length": 1024,
+    "group_lengths": False,
+    "loss_on_prompt": True,
+    "tie_head": False,
+    "batch": 2,
+    "epochs": 1,
+    "lr": 5e-5,
+    "weight_decay": 0.1,
+    "eval_every": 25,
+    "eval_rows": 20,
+    "log_every": 25,
+    "save_every": 1000,
+    "test_weights": "last",
 }
 PLAIN = JOURNAL | {"schedule": "constant", "warmup": 0.0, "clip": None}
 ANNEALED = JOURNAL | {"schedule": "cosine", "min_lr": 1e-5, "warmup": 0.2, "clip": 1.0}

@@ -111,9 +111,18 @@ class Config:
 
 
 JOURNAL = {  # as its scripts trained; not repeated: prompt and answer as one string, cut on the right
-    **{"schedule": "constant", "warmup": 0.0, "clip": None, "test_weights": "last", "symmetric": False},
-    **{"start_at_prior": False, "head_lr": None, "dtype": "fp32"},
-    **{"model": "distilbert-base-uncased", "lr": 1e-5, "batch": 32, "epochs": 3},
+    "schedule": "constant",
+    "warmup": 0.0,
+    "clip": None,
+    "test_weights": "last",
+    "symmetric": False,
+    "start_at_prior": False,
+    "head_lr": None,
+    "dtype": "fp32",
+    "model": "distilbert-base-uncased",
+    "lr": 1e-5,
+    "batch": 32,
+    "epochs": 3,
 }
 PRESETS = {
     "recommended": {},

@@ -143,7 +143,12 @@ def _per_target(lines, groups, note) -> list[Rows]:
 
 
 SAME_TEXT = (
-    *("max_documents", "text_documents", "text_tokens", "text_column", "val_share", "test_share"),
+    "max_documents",
+    "text_documents",
+    "text_tokens",
+    "text_column",
+    "val_share",
+    "test_share",
     "split_seed",
 )
 

@@ -63,9 +63,32 @@ def is_built_in(name) -> bool:
 
 
 MODULES = (
-    *("math", "os.path", "random", "statistics", "string", "textwrap", "shutil", "itertools", "functools"),
-    *("operator", "bisect", "heapq", "glob", "fnmatch", "json", "base64", "calendar", "copy", "os", "shlex"),
-    *("tempfile", "time", "warnings", "inspect", "html", "difflib"),
+    "math",
+    "os.path",
+    "random",
+    "statistics",
+    "string",
+    "textwrap",
+    "shutil",
+    "itertools",
+    "functools",
+    "operator",
+    "bisect",
+    "heapq",
+    "glob",
+    "fnmatch",
+    "json",
+    "base64",
+    "calendar",
+    "copy",
+    "os",
+    "shlex",
+    "tempfile",
+    "time",
+    "warnings",
+    "inspect",
+    "html",
+    "difflib",
 )
 WORDINGS = (  # instruction, input
     ("What does {} do?", ""), ("Explain {} in a sentence.", ""), ("Describe the function {}.", ""),
@@ -135,8 +158,19 @@ def python_pairs(n=1500, seed=0) -> list[dict]:
 
 
 PEOPLE = (
-    *("ann", "ben", "cora", "dan", "emma", "finn", "ida"),
-    *("jan", "kate", "leo", "mona", "ned", "pat"),
+    "ann",
+    "ben",
+    "cora",
+    "dan",
+    "emma",
+    "finn",
+    "ida",
+    "jan",
+    "kate",
+    "leo",
+    "mona",
+    "ned",
+    "pat",
 )
 THINGS = ("apples", "books", "coins", "pens", "cards", "roses", "stamps", "balls", "keys", "eggs", "cups")
 TEMPLATES = (  # problem, rationale, the two formulas, answer; numbers from 2 to 9

@@ -227,9 +227,13 @@ class Batches:
             rows = self.rows[self.blocks.source(self.rows) == source] - self.blocks.starts[source]
             n, pool = self.wanted[source], self.pools[source]
             sources[name] = {
-                **{"share": n / max(1, len(self.rows)), "blocks": n, "tokens": n * size},
-                **{"distinct_blocks": pool, "epochs": n / max(1, pool)},
-                **{"first_block": int(rows[0]) if n else None, "last_block": int(rows[-1]) if n else None},
+                "share": n / max(1, len(self.rows)),
+                "blocks": n,
+                "tokens": n * size,
+                "distinct_blocks": pool,
+                "epochs": n / max(1, pool),
+                "first_block": int(rows[0]) if n else None,
+                "last_block": int(rows[-1]) if n else None,
                 "order_sha256": hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest(),
             }
         total = {"steps": self.steps, "batch": self.batch, "block_size": size}

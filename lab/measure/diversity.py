@@ -172,6 +172,8 @@ def pair(first, second, a, b) -> dict:
     halves = [(one["interval"][1] - one["interval"][0]) / 2 for one in (a, b)]
     difference, half = a["coefficient"] - b["coefficient"], math.hypot(*halves)
     return {
-        **{"coefficient": float(table.mean()), "interval": cross_interval(table)},
-        **{"difference": difference, "difference_interval": [difference - half, difference + half]},
+        "coefficient": float(table.mean()),
+        "interval": cross_interval(table),
+        "difference": difference,
+        "difference_interval": [difference - half, difference + half],
     }

@@ -16,7 +16,10 @@ from lab.errors import UserError
 from lab.train.batches import OVERHEAD, length_groups
 
 TINY = {  # 0.1: a vector of 64 numbers then starts as large as one of 768 does with the usual 0.02
-    **{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
     "initializer_range": 0.1,
 }
 TINY_FAMILIES = {  # what each family needs beside TINY
@@ -28,8 +31,12 @@ TINY_FAMILIES = {  # what each family needs beside TINY
     "albert": {"embedding_size": 64},
 }
 DROPOUTS = (  # what families call those of hidden states and attention
-    *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"),
-    *("embedding_dropout", "mlp_dropout"),
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "dropout",
+    "attention_dropout",
+    "embedding_dropout",
+    "mlp_dropout",
 )
 
 

@@ -10,9 +10,15 @@ from lab.errors import UserError
 from lab.models.gpt import GPT, GPTConfig, rotary_angles
 
 LLAMA = {  # our module -> transformers' in Llama; rotary positions are half-split in both
-    **{"wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_head"},
-    **{"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_proj": "self_attn.o_proj"},
-    **{"mlp.c_gate": "mlp.gate_proj", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"},
+    "wte": "model.embed_tokens",
+    "ln_f": "model.norm",
+    "lm_head": "lm_head",
+    "ln_1": "input_layernorm",
+    "ln_2": "post_attention_layernorm",
+    "attn.c_proj": "self_attn.o_proj",
+    "mlp.c_gate": "mlp.gate_proj",
+    "mlp.c_fc": "mlp.up_proj",
+    "mlp.c_proj": "mlp.down_proj",
 }
 FORMATS = {  # what a transformers model can express
     "gpt2": {"positions": ["learned"], "norm": ["layernorm"], "activation": ["gelu", "relu"], "bias": [True],

@@ -202,11 +202,19 @@ def save_peft(model, folder, base):
     ranks = {name: len(layer.A) for name, layer in layers.items()}
     alphas = {name: layer.multiplier * len(layer.A) for name, layer in layers.items()}
     config = {
-        **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base},
-        **{"r": min(ranks.values()), "lora_alpha": min(alphas.values()), "use_rslora": False, "bias": "none"},
-        **{"rank_pattern": _patterns(ranks), "alpha_pattern": _patterns(alphas)},
-        **{"target_modules": [_theirs(name) for name in layers], "fan_in_fan_out": True},
-        **{"lora_dropout": next(iter(layers.values())).dropout.p, "inference_mode": True},
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": min(ranks.values()),
+        "lora_alpha": min(alphas.values()),
+        "use_rslora": False,
+        "bias": "none",
+        "rank_pattern": _patterns(ranks),
+        "alpha_pattern": _patterns(alphas),
+        "target_modules": [_theirs(name) for name in layers],
+        "fan_in_fan_out": True,
+        "lora_dropout": next(iter(layers.values())).dropout.p,
+        "inference_mode": True,
     }
     with whole_folder(Path(folder)) as aside:
         safetensors.torch.save_file(tensors, aside / "adapter_model.safetensors", {"format": "pt"})
@@ -249,9 +257,18 @@ def load_peft(model, folder, dropout=0.0) -> list[str]:
 
 
 NOT_PLAIN = (  # settings of peft that change what an adapter means
-    *("use_dora", "modules_to_save", "lora_bias", "target_parameters", "alora_invocation_tokens"),
-    *("layer_replication", "trainable_token_indices", "use_qalora", "use_bdlora", "arrow_config"),
-    *("kasa_config", "monteclora_config"),
+    "use_dora",
+    "modules_to_save",
+    "lora_bias",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "trainable_token_indices",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
 )
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # kinds of init_lora_weights
 

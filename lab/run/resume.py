@@ -15,8 +15,21 @@ from lab.run.flags import typed
 from lab.run.stored import PACKED, locked, out_folder, read_config, status_of
 
 MAY_CHANGE = {  # what a flag may tell a resumed run anew: length, cadence, bookkeeping, how it is computed
-    *("epochs", "max_steps", "max_minutes", "eval_batch", "eval_every", "final_eval", "save_every", "keep"),
-    *("log_every", "price_per_hour", "note", "micro_batch", "micro_tokens", "compile", "answer_rows"),
+    "epochs",
+    "max_steps",
+    "max_minutes",
+    "eval_batch",
+    "eval_every",
+    "final_eval",
+    "save_every",
+    "keep",
+    "log_every",
+    "price_per_hour",
+    "note",
+    "micro_batch",
+    "micro_tokens",
+    "compile",
+    "answer_rows",
 }
 # of the call, not of the run: what was stored of these never counts
 CALL_CONSTANTS = {"out", "tag", "resume_timestamp", "resume_step", "backend"}

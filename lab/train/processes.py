@@ -69,7 +69,9 @@ def distributed(backend="auto", timeout_minutes=30):
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             dist.init_process_group(
                 "gloo" if backend == "gloo" else f"cpu:gloo,{device.type}:{backend}",
-                **{"store": store, "rank": rank, "world_size": size},
+                store=store,
+                rank=rank,
+                world_size=size,
                 timeout=datetime.timedelta(minutes=timeout_minutes),
             )
             world = World(rank, env["LOCAL_RANK"], size, device, backend, dist.PrefixStore("core", store))
