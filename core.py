@@ -47,7 +47,7 @@ from lab.train.precision import Dtype, Precision, with_dtype
 
 # 7  figures with intervals
 from lab.measure.answers import ask
-from lab.measure.language import evaluate, losses, measure
+from lab.measure.language import evaluate, loss_rows, measure
 from lab.measure.statistics import (
     bootstrap,
     class_shares,

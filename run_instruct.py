@@ -175,16 +175,16 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
 
 
 def train(run, cfg, world) -> dict:
-    s = tuning.set_up(run, cfg, world)
-    units, batches, total_steps = s.units, s.batches, s.total_steps
+    setup = tuning.set_up(run, cfg, world)
+    units, batches, total_steps = setup.units, setup.batches, setup.total_steps
     core.reseed(cfg.seed, "init")
     precision = core.Precision(cfg.dtype, world)
-    model = precision.prepare(build_model(cfg, s.data.tokenizer, world))
+    model = precision.prepare(build_model(cfg, setup.data.tokenizer, world))
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay)
     saved = model, optimizer, precision
-    tuning.announce(run, cfg, s, model)
+    tuning.announce(run, cfg, setup, model)
     step = run.load(*saved)
-    core.on_main(world, gpt_scratch.describe_model, run.folder, model, s.data.tokenizer)
+    core.on_main(world, gpt_scratch.describe_model, run.folder, model, setup.data.tokenizer)
     if cfg.compile:
         for block in model.h:
             block.compile(dynamic=True)
@@ -206,7 +206,7 @@ def train(run, cfg, world) -> dict:
     run.poll()
     typical = units.lengths.mean() / units.lengths[worst].mean()
     run.forecast(model, optimizer, total_steps - step, seconds, typical)
-    run.say(tuning.describe_example(s.parts["train"]))
+    run.say(tuning.describe_example(setup.parts["train"]))
 
     def where():
         return f"epoch {step / len(batches):.3g}/{cfg.epochs}"
@@ -223,7 +223,7 @@ def train(run, cfg, world) -> dict:
         if due and run.state.get("evaluated") != step:
             # without a checkpoint just made, a signal waits until the evaluation is over, and is then saved
             poll = run.poll if ends or saves else run.agree
-            tuning.check(run, cfg, s, model, step, where(), keep_best, poll)
+            tuning.check(run, cfg, setup, model, step, where(), keep_best, poll)
         if ends:
             break
         mine, everyone = batches.rank_batch(step), batches.global_batch(step).tolist()
@@ -239,7 +239,7 @@ def train(run, cfg, world) -> dict:
         loss_sum = forward_backward(mine, targets)
         step += 1
         rates = {"lr": lr}
-        facts = functools.partial(tuning.autopsy, run, cfg, s, model, everyone, rates)
+        facts = functools.partial(tuning.spike_facts, run, cfg, setup, model, everyone, rates)
         odd = run.watch(step, loss_sum, targets, model, facts)
         grad_norm = core.optimizer_step(optimizer, precision, cfg.clip, lr, skip=odd)
         run.step_done(loss_sum, targets, examples=int(units.lengths[everyone].sum()))
@@ -252,7 +252,7 @@ def train(run, cfg, world) -> dict:
         measured = run.load_best(model)
     optimizer.zero_grad(set_to_none=True)  # makes room for answering
     optimizer.state.clear()
-    return tuning.final_figures(run, cfg, s, model, lambda: model, step) | {
+    return tuning.final_figures(run, cfg, setup, model, lambda: model, step) | {
         "weights_sha256": sha256,
         "test_checkpoints": [measured],
         **dict(zip(("parameters", "trainable_parameters"), core.count_parameters(model), strict=True)),

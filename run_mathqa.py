@@ -293,7 +293,7 @@ def make_optimizer(cfg, model):
 class Stage:
     """What the loop needs to know of pretraining or of fine-tuning."""
 
-    units: object  # what batches are made of: corpus.Blocks, sft.Examples, sft.Packs
+    units: object  # what batches are made of: core.Blocks, core.Examples, core.Packs
     batches: core.ShardedBatches
     total_steps: int
     model: core.GPT
@@ -302,7 +302,7 @@ class Stage:
     announce: object  # () -> None: says what is about to run, and begins the run
     check: object  # (step, where, keep_best, poll) -> None: validation
     describe: object  # () -> str: what the loss sees
-    autopsy: object  # (step, lr) -> dict: what an odd step saw
+    spike_facts: object  # (step, lr) -> dict: what an odd step saw
 
 
 def length_of(cfg, batches) -> int:
@@ -320,13 +320,13 @@ def check_length(cfg):
         raise core.UserError(f"nothing ends {what}")
 
 
-def fit(run, cfg, world, s) -> dict:
+def fit(run, cfg, world, stage) -> dict:
     """The loop. Returns how long it was and what memory the gradients and the optimizer took."""
-    units, batches, model = s.units, s.batches, s.model
-    lengths, total_steps = np.asarray(units.lengths), s.total_steps
+    units, batches, model = stage.units, stage.batches, stage.model
+    lengths, total_steps = np.asarray(units.lengths), stage.total_steps
     optimizer = make_optimizer(cfg, model)
-    saved = s.trained, optimizer, s.precision
-    s.announce()
+    saved = stage.trained, optimizer, stage.precision
+    stage.announce()
     step = run.load(*saved)
     if cfg.compile:
         for block in model.h:
@@ -337,9 +337,9 @@ def fit(run, cfg, world, s) -> dict:
         """Gradients of this rank's share of the summed loss / targets; returns the share's sum."""
         losses = []
         for part in core.micro_batches(ddp, mine, cfg.micro_batch, lengths[mine], cfg.micro_tokens):
-            with s.precision.autocast():
+            with stage.precision.autocast():
                 losses.append(ddp(*units.batch(part, world.device)))
-            core.scaled_backward(losses[-1], world, targets, s.precision)
+            core.scaled_backward(losses[-1], world, targets, stage.precision)
         return sum(loss.item() for loss in losses)
 
     core.reseed(cfg.seed, "worst case")
@@ -348,8 +348,10 @@ def fit(run, cfg, world, s) -> dict:
     at_once = cfg.micro_batch or core.length_groups(lengths[worst].tolist(), cfg.micro_tokens)[0]
     seconds = core.worst_case(world, ddp, lambda: forward_backward(worst, 1), optimizer, at_once)
     run.poll()
-    run.forecast(s.trained, optimizer, total_steps - step, seconds, lengths.mean() / lengths[worst].mean())
-    run.say(s.describe())
+    run.forecast(
+        stage.trained, optimizer, total_steps - step, seconds, lengths.mean() / lengths[worst].mean()
+    )
+    run.say(stage.describe())
     if cfg.max_minutes is not None and total_steps == FOREVER:
         run.say("the clock ends this stage: how many steps it will have is estimated anew at each line")
     quantised = run.state.get("quantised_from") is not None
@@ -360,7 +362,7 @@ def fit(run, cfg, world, s) -> dict:
     def keep_best(loss) -> bool:
         if cfg.test_weights == "last" or (cfg.qat != "off" and not quantised):
             return False  # a loss without quantisation is no record to beat
-        return (ends or step > 0) and run.save_best(step, loss, s.trained)
+        return (ends or step > 0) and run.save_best(step, loss, stage.trained)
 
     while True:
         length = run.schedule_length(step, total_steps)
@@ -377,7 +379,7 @@ def fit(run, cfg, world, s) -> dict:
             run.save(step, *saved, must=ends)
         if due and run.state.get("evaluated") != step:
             # without a checkpoint just made, a signal waits until the evaluation is over, and is then saved
-            s.check(step, where(), keep_best, run.poll if ends or saves else run.agree)
+            stage.check(step, where(), keep_best, run.poll if ends or saves else run.agree)
             run.state["evaluated"] = step
         if ends:
             break
@@ -393,9 +395,9 @@ def fit(run, cfg, world, s) -> dict:
         core.reseed(cfg.seed, step, world.rank)
         lr, beta1 = core.lr_at(cfg, step, length), core.beta1_at(cfg, step, length)
         loss_sum = forward_backward(mine, targets)
-        odd = run.watch(step + 1, loss_sum, targets, model, functools.partial(s.autopsy, step, lr))
+        odd = run.watch(step + 1, loss_sum, targets, model, functools.partial(stage.spike_facts, step, lr))
         step += 1
-        grad_norm = core.optimizer_step(optimizer, s.precision, cfg.clip, lr, beta1, skip=odd)
+        grad_norm = core.optimizer_step(optimizer, stage.precision, cfg.clip, lr, beta1, skip=odd)
         run.step_done(loss_sum, targets, int(lengths[batches.global_batch(step - 1)].sum()))
         if cfg.max_minutes is not None:  # such a run is not repeated to the bit: its path is kept
             run.metrics(step, {"clock/lr": lr, "clock/share": run.clock_share})
@@ -409,16 +411,16 @@ def fit(run, cfg, world, s) -> dict:
     return found
 
 
-held_out = tuning.held_out  # the parts whose figures a run ends with
+final_parts = tuning.final_parts  # the parts whose figures a run ends with
 
 
-def weights_of(run, cfg, s) -> dict:
+def weights_of(run, cfg, stage) -> dict:
     """The final weights' checksum; then the model has the weights that are to be tested."""
-    found = {"weights_sha256": core.weights_sha256(s.trained), "test_checkpoints": [run.checkpoint]}
+    found = {"weights_sha256": core.weights_sha256(stage.trained), "test_checkpoints": [run.checkpoint]}
     if cfg.test_weights == "best":
-        found["test_checkpoints"] = [run.load_best(s.trained)]
+        found["test_checkpoints"] = [run.load_best(stage.trained)]
     return found | dict(
-        zip(("parameters", "trainable_parameters"), core.count_parameters(s.model), strict=True)
+        zip(("parameters", "trainable_parameters"), core.count_parameters(stage.model), strict=True)
     )
 
 
@@ -432,7 +434,7 @@ def said(m, part) -> str:
 FIGURES = (("loss", 4), ("accuracy", 3))
 
 
-def farewell(run, result, part):
+def say_end(run, result, part):
     """The last lines of a stage."""
     loss, perplexity = f"{result[f'{part}/loss']:.4f}", f"{result[f'{part}/perplexity']:.2f}"
     run.say(f"done  {part} loss {loss}  perplexity {perplexity}  {run.seconds / 60:.1f} min")
@@ -523,7 +525,7 @@ def pretrain(run, cfg, world) -> dict:
     tokens = open_text(cfg, world)
     run.pin("fingerprint", tokens.fingerprint)
     train, val = blocks_of(cfg, tokens, "train"), blocks_of(cfg, tokens, "val", cfg.eval_rows)
-    for part in held_out(cfg):
+    for part in final_parts(cfg):
         blocks_of(cfg, tokens, part)
     order = cfg.seed + (1000 if cfg.init_from else 0)  # who goes on reading does not begin again
     batches = core.ShardedBatches(np.full(len(train), cfg.block_size), cfg.batch, world, seed=order)
@@ -548,7 +550,7 @@ def pretrain(run, cfg, world) -> dict:
             run.say(f"initial loss {found['loss']:.4f}  ln V {math.log(model.config.vocab_size):.4f}")
         tuning.report_validation(run, step, found, where, keep_best(found["loss"]), len(batches))
 
-    def autopsy(step, lr) -> dict:
+    def spike_facts(step, lr) -> dict:
         rows = batches.global_batch(step).tolist()
         first = train.tokens[rows[0] * cfg.block_size : (rows[0] + 1) * cfg.block_size + 1]
         return {"lr": lr, "rows": rows, "first_row": tokens.tokenizer.decode(first.tolist())}
@@ -557,29 +559,29 @@ def pretrain(run, cfg, world) -> dict:
         text = core.one_line(tokens.tokenizer.decode(train.tokens[: cfg.block_size].tolist()))
         return f"the loss sees, in {train.targets([0])[0]} targets (all but the first token):\n  {text[:96]}"
 
-    of_text = announce, check, describe, autopsy
-    s = Stage(train, batches, length_of(cfg, batches), model, model, precision, *of_text)
-    result = fit(run, cfg, world, s)
-    result |= weights_of(run, cfg, s)
+    callbacks = announce, check, describe, spike_facts
+    stage = Stage(train, batches, length_of(cfg, batches), model, model, precision, *callbacks)
+    result = fit(run, cfg, world, stage)
+    result |= weights_of(run, cfg, stage)
     figures, losses, _ = measure_text(model, tokens, cfg, world, run.poll)
-    for part in held_out(cfg):
+    for part in final_parts(cfg):
         run.say(f"{part:5} {said(figures, part)}")
         if alarm := figures[f"{part}/alarm"]:
             run.say(alarm)
     core.on_main(world, core.write_lines, run.folder / "losses.jsonl", losses)
-    farewell(run, figures, part)
+    say_end(run, figures, part)
     return result | figures
 
 
 def measure_text(model, tokens, cfg, world, poll) -> tuple[dict, list, list]:
     """Figures of val and test, lines of losses.jsonl, and no answers."""
     found, sizes = {}, core.token_bytes(tokens.tokenizer)
-    for part in held_out(cfg):
+    for part in final_parts(cfg):
         blocks = blocks_of(cfg, tokens, part)
         sums = core.evaluate(model, blocks, cfg, world, poll)
         metrics = core.measure(sums, blocks, tokens.unigram, sizes)
         found |= {f"{part}/{name}": value for name, value in metrics.items()}
-    return found, core.losses(part, sums, blocks, sizes), []
+    return found, core.loss_rows(part, sums, blocks, sizes), []
 
 
 # ------------------------------------------------------------------------------------------------ fine-tuning
@@ -732,22 +734,22 @@ def finetune(run, cfg, world) -> dict:
             run.metrics(step, {"val/answer_accuracy": share[0], "val/answer_accuracy_per_token": share[1]})
             sample(run, cfg, step, model, data, asked[:3], poll)
 
-    whole = tuning.Study(data, parts, units, batches, 0, val, plain, lines)
+    whole = tuning.TuningSetup(data, parts, units, batches, 0, val, plain, lines)
 
-    def autopsy(step, lr) -> dict:
+    def spike_facts(step, lr) -> dict:
         uncut = replace(cfg, max_length=cfg.max_length + 1)  # the last token is only a target
-        return tuning.autopsy(run, uncut, whole, model, batches.global_batch(step).tolist(), {"lr": lr})
+        return tuning.spike_facts(run, uncut, whole, model, batches.global_batch(step).tolist(), {"lr": lr})
 
-    of_rows = announce, check, functools.partial(tuning.describe_example, parts["train"]), autopsy
-    s = Stage(units, batches, length_of(cfg, batches), model, trained, precision, *of_rows)
-    result = fit(run, cfg, world, s)
+    callbacks = announce, check, functools.partial(tuning.describe_example, parts["train"]), spike_facts
+    stage = Stage(units, batches, length_of(cfg, batches), model, trained, precision, *callbacks)
+    result = fit(run, cfg, world, stage)
     if cfg.method != "full":
         if core.state_sha256(core.base_weights(model)) != base_sha256:
             raise RuntimeError("the base has moved: only adapters may")
         run.say("the base is unchanged (checksum)")
-    result |= weights_of(run, cfg, s)
+    result |= weights_of(run, cfg, stage)
     figures, losses, answers = measure_rows(model, data, parts, cfg, world, run.poll)
-    for part in held_out(cfg):
+    for part in final_parts(cfg):
         run.say(f"{part:5} {said(figures, part)}")
         everywhere = figures[f"{part}/accuracy_over_padding"]
         what = "hits" if cfg.loss_on_prompt else "an answer's hits"
@@ -765,7 +767,7 @@ def finetune(run, cfg, world) -> dict:
         figures |= tuning.forgetting(run, replace(cfg, plain=Path(text).name), plain, model)
     core.on_main(world, core.write_lines, run.folder / "losses.jsonl", losses)
     core.on_main(world, core.write_lines, run.folder / "answers.jsonl", answers)
-    farewell(run, figures, part)
+    say_end(run, figures, part)
     return result | figures | {"base_sha256": base_sha256}
 
 
@@ -785,10 +787,10 @@ def sample(run, cfg, step, model, data, rows, poll):
 def measure_rows(model, data, parts, cfg, world, poll) -> tuple[dict, list, list]:
     """Figures of val and test, lines of losses.jsonl and of answers.jsonl; only the last part is answered."""
     found = {}
-    for part in held_out(cfg):
-        last = part == held_out(cfg)[-1]
-        of_part, losses, answers = choices.measure(model, part, parts, data, cfg, world, poll, last)
-        found |= of_part
+    for part in final_parts(cfg):
+        last = part == final_parts(cfg)[-1]
+        part_figures, losses, answers = choices.measure(model, part, parts, data, cfg, world, poll, last)
+        found |= part_figures
     return found, losses, answers
 
 
@@ -840,12 +842,14 @@ def own_measure(folder, cfg, tokenizer, world):
     if cfg.mode == "pretrain":
         tokens = open_text(cfg, world)
         core.same_data(stored, tokens.fingerprint, cfg.text, ("data", "tokenizer"))
-        units = blocks_of(cfg, tokens, held_out(cfg)[-1])
+        units = blocks_of(cfg, tokens, final_parts(cfg)[-1])
         return (lambda model, poll: measure_text(model, tokens, cfg, world, poll)), units
     data = core.load_problems(cfg, world, tokenizer)
     core.same_data(stored, data.fingerprint, cfg.data)
     parts, _ = choices.examples_of(data, cfg)
-    return (lambda model, poll: measure_rows(model, data, parts, cfg, world, poll)), parts[held_out(cfg)[-1]]
+    return (lambda model, poll: measure_rows(model, data, parts, cfg, world, poll)), parts[
+        final_parts(cfg)[-1]
+    ]
 
 
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
@@ -894,8 +898,8 @@ def quantise_run(folder, cfg, world, say, poll) -> dict:
         figures, *lines[kind] = measure(of, poll)
         rate = tokens_per_second(of, units, own, world, poll)
         found[kind] = figures | {"mb": bytes_of[kind] / 1e6, "tokens_per_second": rate}
-        loss = figures[f"{held_out(own)[-1]}/loss"]
-        say(f"{kind:5} {held_out(own)[-1]} loss {loss:.4f}  {rate:.0f} tokens/s  of {Path(folder).name}")
+        loss = figures[f"{final_parts(own)[-1]}/loss"]
+        say(f"{kind:5} {final_parts(own)[-1]} loss {loss:.4f}  {rate:.0f} tokens/s  of {Path(folder).name}")
     found["rows"] = mathqa_report.paired_rows(lines["float"], lines["int4"])
     core.on_main(world, core.write_json, target / "result.json", found)
     return found
@@ -931,7 +935,7 @@ def tokens_per_second(model, units, cfg, world, poll) -> float:
     return int(np.asarray(some.lengths).sum()) / statistics.median(seconds[1:])
 
 
-def of_one_run(cfg, world, say, poll):
+def quantise_or_export(cfg, world, say, poll):
     """Modes quantise and export."""
     if not cfg.run_folder:
         raise core.UserError(f"--mode {cfg.mode} needs --run_folder")
@@ -957,7 +961,7 @@ def of_one_run(cfg, world, say, poll):
 
 
 @dataclass
-class Study:
+class MathQAStudy:
     """What the stages share: where results go, how to say a line, what polls for signals."""
 
     cfg: Config
@@ -967,7 +971,7 @@ class Study:
     poll: object
 
 
-OF_STUDIES = {"arms", "budgets", "shares", "seeds", "run_folder"}
+STUDY_CONSTANTS = {"arms", "budgets", "shares", "seeds", "run_folder"}
 ARM_MAY = {  # what an arm may have of its own: how it is tuned, not what on or how much of it
     "lr",
     "min_lr",
@@ -988,7 +992,7 @@ ARM_MAY = {  # what an arm may have of its own: how it is tuned, not what on or 
     "qat_start",
 }
 # of the other stage: they decide nothing in this one
-OF_TEXT = {
+STAGE1_ONLY = {
     "text",
     "text_column",
     "text_documents",
@@ -1002,7 +1006,7 @@ OF_TEXT = {
     "test_share",
     "block_size",
 }
-OF_ROWS = {
+STAGE2_ONLY = {
     "data",
     "max_documents",
     "answer_format",
@@ -1045,15 +1049,17 @@ def arm_config(cfg, arm) -> Config:
     return replace(cfg, **{name: getattr(parsed, name) for name in core.typed(parsed).flags})
 
 
-def as_run(s, cfg, tag) -> Config:
+def as_run(study, cfg, tag) -> Config:
     """`cfg` as a run of a study, found by its tag; another one where a constant of its stage differs."""
-    other = OF_ROWS if cfg.mode == "pretrain" else set() if cfg.init_from == "new" else OF_TEXT
+    other = STAGE2_ONLY if cfg.mode == "pretrain" else set() if cfg.init_from == "new" else STAGE1_ONLY
     names = {field.name for field in fields(Config) if not field.name.startswith("pretrain_")}
-    matter = names - core.MAY_CHANGE - core.CALL_CONSTANTS - OF_STUDIES - other
-    tag = "-".join(filter(None, [s.cfg.tag, tag, f"s{cfg.seed}"]))
+    matter = names - core.MAY_CHANGE - core.CALL_CONSTANTS - STUDY_CONSTANTS - other
+    tag = "-".join(filter(None, [study.cfg.tag, tag, f"s{cfg.seed}"]))
     one = replace(cfg, tag=tag, resume_timestamp="auto")
-    typed = replace(core.typed(s.cfg), overrides={})
-    flags = core.typed(cfg if cfg.mode == "pretrain" else s.cfg).flags  # those of the first stage are renamed
+    typed = replace(core.typed(study.cfg), overrides={})
+    flags = core.typed(
+        cfg if cfg.mode == "pretrain" else study.cfg
+    ).flags  # those of the first stage are renamed
     changed = flags & (core.MAY_CHANGE - set(LENGTH))
     return core.with_flags(one, typed, matter | changed)
 
@@ -1072,63 +1078,63 @@ def finished_run(cfg) -> str:
     return str(core.finished_run(cfg, __file__) or "")
 
 
-def one_run(s, cfg) -> Path:
+def one_run(study, cfg) -> Path:
     """The folder of the run with these constants, made now or before; core.Stop if it is stopped."""
-    if folder := core.on_main(s.world, finished_run, cfg):
-        s.say(f"finished already: {folder}")
+    if folder := core.on_main(study.world, finished_run, cfg):
+        study.say(f"finished already: {folder}")
         return Path(folder)
-    if s.world.device.type != "cpu":  # what the last run left is not this one's
+    if study.world.device.type != "cpu":  # what the last run left is not this one's
         gc.collect()
-        getattr(torch, s.world.device.type).empty_cache()
-        getattr(torch, s.world.device.type).reset_peak_memory_stats()
-    if cfg.compile or s.world.device.type != "cpu":  # each run compiles for itself, as it would alone
+        getattr(torch, study.world.device.type).empty_cache()
+        getattr(torch, study.world.device.type).reset_peak_memory_stats()
+    if cfg.compile or study.world.device.type != "cpu":  # each run compiles for itself, as it would alone
         torch.compiler.reset()
     ended = False
     try:
-        opened = core.Run(cfg, s.world, __file__, unit="tokens")
+        opened = core.Run(cfg, study.world, __file__, unit="tokens")
     except SystemExit:  # another process has finished it while this one waited
-        return one_run(s, cfg)
+        return one_run(study, cfg)
     with flags_of_stage(cfg), opened as run:
-        run.result = STAGES[cfg.mode](run, run.cfg, s.world)
+        run.result = STAGES[cfg.mode](run, run.cfg, study.world)
         ended = True
     if not ended:
-        core.barrier(s.world)  # all ranks have read what rank 0 said last, before it leaves
-        raise core.Stop(f"mode {s.cfg.mode}")
-    s.poll()
+        core.barrier(study.world)  # all ranks have read what rank 0 said last, before it leaves
+        raise core.Stop(f"mode {study.cfg.mode}")
+    study.poll()
     return run.folder
 
 
 STAGES = {"pretrain": pretrain, "finetune": finetune}
 
 
-def pretrained(s, cfg) -> Path:
-    typed = core.typed(s.cfg)
+def pretrained(study, cfg) -> Path:
+    typed = core.typed(study.cfg)
     one = pretraining(core.with_flags(replace(cfg), typed, typed.flags))
-    return one_run(s, as_run(s, one, f"pretrain-{length_name(one)}"))
+    return one_run(study, as_run(study, one, f"pretrain-{length_name(one)}"))
 
 
-def tuned_run(s, cfg, base, name) -> Path:
+def tuned_run(study, cfg, base, name) -> Path:
     """The run of these constants and this very length."""
     one = replace(cfg, mode="finetune", init_from=str(base))
     mark = hashlib.sha256(f"{name} {[getattr(one, length) for length in LENGTH]}".encode()).hexdigest()[:6]
-    return one_run(s, as_run(s, one, f"{tables.slug(name)[:40]}-{mark}"))
+    return one_run(study, as_run(study, one, f"{tables.slug(name)[:40]}-{mark}"))
 
 
-def both(s):
+def both(study):
     """Pretraining, then fine-tuning of what came out."""
-    base = pretrained(s, s.cfg)
-    folder = tuned_run(s, s.cfg, base, f"{s.cfg.method}-{length_name(s.cfg)}")
-    s.say(f"both stages are done\n  {base}\n  {folder}")
+    base = pretrained(study, study.cfg)
+    folder = tuned_run(study, study.cfg, base, f"{study.cfg.method}-{length_name(study.cfg)}")
+    study.say(f"both stages are done\n  {base}\n  {folder}")
 
 
-def study(s):
+def compare_arms(study):
     """Every arm with every seed at equal steps and at equal time; then int4 of the first arm and of qat."""
-    cfg, found = s.cfg, {}
+    cfg, found = study.cfg, {}
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-        base = cfg.init_from or pretrained(s, replace(cfg, seed=seed))
+        base = cfg.init_from or pretrained(study, replace(cfg, seed=seed))
         one = arm_config(replace(cfg, seed=seed), cfg.arms[0])
-        first = tuned_run(s, one, base, cfg.arms[0])
-        length = core.on_main(s.world, mathqa_report.length, first)
+        first = tuned_run(study, one, base, cfg.arms[0])
+        length = core.on_main(study.world, mathqa_report.length, first)
         for budget in cfg.budgets:
             equal = {"max_minutes": None, "max_steps": length["steps"], "epochs": None}
             if budget == "time":
@@ -1136,14 +1142,14 @@ def study(s):
             for arm in cfg.arms:
                 one = arm_config(replace(cfg, seed=seed, **equal), arm)
                 is_first = arm == cfg.arms[0]
-                folder = first if is_first else tuned_run(s, one, base, f"equal-{budget}-{arm}")
+                folder = first if is_first else tuned_run(study, one, base, f"equal-{budget}-{arm}")
                 found.setdefault(budget, {}).setdefault(arm, []).append(folder)
     budget = cfg.budgets[0]
     small = {
-        arm: [quantise_run(folder, cfg, s.world, s.say, s.poll) for folder in found[budget][arm]]
+        arm: [quantise_run(folder, cfg, study.world, study.say, study.poll) for folder in found[budget][arm]]
         for arm in (cfg.arms[0], *(arm for arm in cfg.arms[1:] if arm_config(cfg, arm).qat != "off"))
     }
-    core.on_main(s.world, conclude, s, found, small)
+    core.on_main(study.world, conclude, study, found, small)
 
 
 def split_budget(cfg) -> tuple[str, list]:
@@ -1158,20 +1164,20 @@ def split_budget(cfg) -> tuple[str, list]:
     )
 
 
-def split(s):
+def split(study):
     """The first arm after each share of pretraining, both stages together as long as ever."""
-    cfg, found = s.cfg, {}
+    cfg, found = study.cfg, {}
     unit, total = split_budget(cfg)
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for share in cfg.shares:
             first = float(share) * sum(total)
             first = round(first) if unit == "max_steps" else first
             one = replace(cfg, seed=seed, **{f"pretrain_{unit}": first, unit: sum(total) - first})
-            base = pretrained(s, one)
-            folder = tuned_run(s, arm_config(one, cfg.arms[0]), base, f"after-{share}-{cfg.arms[0]}")
+            base = pretrained(study, one)
+            folder = tuned_run(study, arm_config(one, cfg.arms[0]), base, f"after-{share}-{cfg.arms[0]}")
             found.setdefault(f"{float(share):.4g} pretraining", []).append(folder)
     title = f"total {unit.removeprefix('max_')} {sum(total):g}"
-    core.on_main(s.world, conclude, s, {title: found}, {})
+    core.on_main(study.world, conclude, study, {title: found}, {})
 
 
 def without_rows(small) -> dict:
@@ -1179,21 +1185,21 @@ def without_rows(small) -> dict:
     return {arm: [{n: v for n, v in one.items() if n != "rows"} for one in of] for arm, of in small.items()}
 
 
-def conclude(s, found, small):
+def conclude(study, found, small):
     """Rank 0: study.md and study.json; the same in the terminal."""
-    text, figures = mathqa_report.report(found, small, s.cfg)
+    text, figures = mathqa_report.report(found, small, study.cfg)
     folders = {b: {arm: [str(f) for f in of] for arm, of in arms.items()} for b, arms in found.items()}
     content = {
         "runs": folders,
         "figures": figures,
         "quantised": without_rows(small),
-        "constants": asdict(s.cfg),
+        "constants": asdict(study.cfg),
     }
-    core.write_json(s.folder / "study.json", content)
-    with core.whole_file(s.folder / "study.md") as file:
+    core.write_json(study.folder / "study.json", content)
+    with core.whole_file(study.folder / "study.md") as file:
         file.write(f"commit {core.git_state()['commit'] or 'unknown'}\n\n{text}\n")
-    s.say(f"\n{text}\n\ndone  tables: {s.folder}/study.md")
-    s.say(f"next: python eval.py --table {s.folder.parent}")
+    study.say(f"\n{text}\n\ndone  tables: {study.folder}/study.md")
+    study.say(f"next: python eval.py --table {study.folder.parent}")
 
 
 def study_folder(cfg) -> Path:
@@ -1241,9 +1247,9 @@ def several(cfg, world, say, poll):
     check_stages(cfg, world)
     for line in plan(cfg):
         say(line)
-    work = {"both": both, "study": study, "split": split}[cfg.mode]
+    work = {"both": both, "study": compare_arms, "split": split}[cfg.mode]
     try:
-        work(Study(cfg, world, folder, say, poll))
+        work(MathQAStudy(cfg, world, folder, say, poll))
     except core.Stop:
         say("next: the same command goes on where it was")
         raise
@@ -1296,15 +1302,15 @@ def check_stages(cfg, world):
 def check_flags(cfg, world):
     """Says which flags are of the other stage; UserError for a preset of another mode."""
     typed = core.typed(cfg)
-    of_preset = PRESETS.get(typed.preset, {}).get("mode", cfg.mode)
-    if of_preset != cfg.mode:
-        raise core.UserError(f"--preset {typed.preset} is for --mode {of_preset}, not {cfg.mode}")
+    preset_mode = PRESETS.get(typed.preset, {}).get("mode", cfg.mode)
+    if preset_mode != cfg.mode:
+        raise core.UserError(f"--preset {typed.preset} is for --mode {preset_mode}, not {cfg.mode}")
     odd = set()
     if cfg.mode == "finetune":
         odd = {name for name in typed.flags if name.startswith("pretrain_")}
-        odd |= typed.flags & OF_TEXT if cfg.init_from != "new" else set()
+        odd |= typed.flags & STAGE1_ONLY if cfg.init_from != "new" else set()
     if cfg.mode == "pretrain":
-        odd = typed.flags & OF_ROWS - {"init_from", "init_step"}
+        odd = typed.flags & STAGE2_ONLY - {"init_from", "init_step"}
     if odd and world.is_main:
         print(f"NOTE of the other stage, without effect in mode {cfg.mode}: --{' --'.join(sorted(odd))}")
 
@@ -1331,7 +1337,7 @@ def main(cfg, world):
             print(text, flush=True)
 
     with core.listening(world) as poll:
-        (several if cfg.mode in SEVERAL else of_one_run)(cfg, world, say, poll)
+        (several if cfg.mode in SEVERAL else quantise_or_export)(cfg, world, say, poll)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ PRESETS = {
     "max_length_128": JOURNAL | {"inputs": "responses", "max_length": 128},
     "batch_2": JOURNAL | {"batch": 2, "epochs": 1},
 }
-THEIRS = {  # what the journal got with a preset, on LMSYS, one run each
+JOURNAL_RESULTS = {  # what the journal got with a preset, on LMSYS, one run each
     "random": "accuracy 0.351, pretrained weights under an untrained head",
     "baseline": "accuracy 0.473",
     "frozen": "accuracy 0.453",
@@ -309,7 +309,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
         core.reseed(cfg.seed, fold, step, world.rank)
         lr = core.lr_at(cfg, step, run.schedule_length(step, total_steps))
         loss_sum = forward_backward(mine, targets)
-        facts = functools.partial(autopsy, data, shown, cfg, lr)
+        facts = functools.partial(spike_facts, data, shown, cfg, lr)
         odd = run.watch(step + 1, loss_sum, targets, model, facts)
         grad_norm = core.optimizer_step(optimizer, precision, cfg.clip, lr, skip=odd)
         run.step_done(loss_sum, targets, examples=cfg.batch)
@@ -351,7 +351,7 @@ def backward_of_sum(ddp, precision, data, shown, targets, cfg, world) -> float:
     return sum(loss.item() for loss in losses)
 
 
-def autopsy(data, shown, cfg, lr) -> dict:
+def spike_facts(data, shown, cfg, lr) -> dict:
     """What an odd step saw, for spikes.jsonl."""
     rows = [row for row, _ in shown]
     facts = {"lr": lr, "rows": [data.ids[row] for row in rows], "first_row": describe_row(data, rows[0], cfg)}
@@ -367,14 +367,14 @@ def predict(run, cfg, world, data, rows, model, step) -> dict:
     elif cfg.folds:  # later folds push this one's checkpoints out
         checkpoint = run.keep_weights(step, model, "last")
     log_probs = {
-        part: evaluate(model, data, rows[part], cfg, world, run.poll).tolist() for part in held_out(cfg)
+        part: evaluate(model, data, rows[part], cfg, world, run.poll).tolist() for part in final_parts(cfg)
     }
     parameters = core.count_parameters(model)
     facts = {"weights_sha256": sha256, "checkpoint": checkpoint, "parameters": parameters}
     return facts | {"log_probs": log_probs}
 
 
-def held_out(cfg) -> tuple[str, ...]:
+def final_parts(cfg) -> tuple[str, ...]:
     """The parts whose figures a run ends with, the most important one last."""
     return ("val", "test") if cfg.final_eval else ("val",)
 
@@ -440,7 +440,7 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
     for fold, name in enumerate(core.on_main(world, measured_checkpoints, folder, cfg)):
         core.load_weights(Path(folder) / "checkpoints" / name, model)
         rows = pairs.split_rows(data, cfg.folds, fold, cfg.split_seed)
-        said = {part: evaluate(model, data, rows[part], cfg, world, poll) for part in held_out(cfg)}
+        said = {part: evaluate(model, data, rows[part], cfg, world, poll) for part in final_parts(cfg)}
         splits.append(rows)
         outcomes.append({"log_probs": said})
     result, said, _ = preference.make_cards(cfg, data, splits, outcomes)
@@ -519,7 +519,7 @@ def write_submission(path, ids, probs):
             table.writerow([row_id, *p])
 
 
-OF_SUBMIT = {"mode", "run_folder", "test_csv", "eval_batch", "dtype", "out", "backend", "encode_once"}
+SUBMIT_FLAGS = {"mode", "run_folder", "test_csv", "eval_batch", "dtype", "out", "backend", "encode_once"}
 
 
 def run_to_submit(cfg) -> str:
@@ -530,7 +530,7 @@ def run_to_submit(cfg) -> str:
 def submit_of_a_run(cfg, world):
     """--mode submit: the weights a finished run was tested with (of all folds) judge --test_csv."""
     flags = core.typed(cfg).flags
-    if useless := sorted(flags - OF_SUBMIT):
+    if useless := sorted(flags - SUBMIT_FLAGS):
         raise core.UserError(f"--mode submit takes these from the run: drop --{', --'.join(useless)}")
     folder = Path(core.on_main(world, run_to_submit, cfg))
     checkpoints = core.on_main(world, core.tested_checkpoints, folder)
@@ -547,10 +547,10 @@ def submit_of_a_run(cfg, world):
 def journal_line(cfg) -> str | None:
     """What the journal got, and what of its preset flags have changed."""
     preset, flags = core.typed(cfg).preset, core.typed(cfg).flags
-    if preset not in THEIRS:
+    if preset not in JOURNAL_RESULTS:
         return None
     changed = ", ".join(f"{name} {getattr(cfg, name)}" for name in sorted(flags & set(PRESETS[preset])))
-    line = f"journal 000 on LMSYS, preset {preset}: {THEIRS[preset]}"
+    line = f"journal 000 on LMSYS, preset {preset}: {JOURNAL_RESULTS[preset]}"
     return line + (f"\n  (here with {changed})" if changed else "")
 
 

@@ -96,7 +96,7 @@ class Config:
     note: str = ""  # anything; eval.py --table shows it
     # diversity coefficient
     probe: str = "gpt2"  # GPT-2 or Llama folder, Hub id, a run folder, or study: the last arm's first run
-    procedure: Literal["clean", "published"] = "clean"  # task2vec.py says how they differ
+    procedure: Literal["clean", "published"] = "clean"  # lab/measure/task2vec.py says how they differ
     diversity_batches: int = 200  # of each arm; 0 = a study without coefficients
     diversity_batch: int = 512  # sequences
     diversity_length: int = 128  # tokens of a sequence
@@ -283,7 +283,7 @@ def run_facts(cfg, text, batches) -> dict:
     return {"fingerprint": fingerprint, "ledger": batches.ledger()}
 
 
-def held_out(cfg, text, name, part):
+def held_out_windows(cfg, text, name, part):
     """(windows, document of each); of val at most eval_rows of them, spread evenly."""
     windows, groups = mixture.windows_of(text.tokens[name], part, cfg.block_size)
     if not len(windows):
@@ -311,7 +311,7 @@ evaluate = core.evaluate  # (windows, 3): summed loss, hits, targets of each
 
 
 @dataclass
-class Measured:
+class MeasuredText:
     """What a model makes of one held-out text: sums (windows, 3), and what they are compared with."""
 
     sums: np.ndarray
@@ -326,15 +326,15 @@ class Measured:
         return language.loss_lines(part, np.arange(len(self.sums)), self.groups, self.sums, self.spelt)
 
 
-def measure(model, cfg, text, name, part, world, poll) -> Measured:
-    windows, groups = held_out(cfg, text, name, part)
+def measure(model, cfg, text, name, part, world, poll) -> MeasuredText:
+    windows, groups = held_out_windows(cfg, text, name, part)
     frequencies = text.frequencies(shares_of(cfg.data))
     log_share = np.log((frequencies + 1) / (frequencies.sum() + len(frequencies)))
     plain, spelt = (np.array([of[ids].sum() for ids in windows.wanted()]) for of in (-log_share, text.sizes))
-    return Measured(evaluate(model, windows, cfg, world, poll), groups, plain, spelt)
+    return MeasuredText(evaluate(model, windows, cfg, world, poll), groups, plain, spelt)
 
 
-def pooled(parts) -> Measured:
+def pooled(parts) -> MeasuredText:
     """Several texts as one, documents told apart."""
     groups, offset = [], 0
     for part in parts:
@@ -343,13 +343,13 @@ def pooled(parts) -> Measured:
     sums, plain, spelt = (
         np.concatenate([getattr(p, name) for p in parts]) for name in ("sums", "plain", "spelt")
     )
-    return Measured(sums, np.concatenate(groups), plain, spelt)
+    return MeasuredText(sums, np.concatenate(groups), plain, spelt)
 
 
 BRIEF = ("loss", "loss_interval", "perplexity", "accuracy", "bits_per_byte")  # kept of a single source
 
 
-def figures(model, cfg, text, part, world, poll) -> tuple[dict, Measured]:
+def figures(model, cfg, text, part, world, poll) -> tuple[dict, MeasuredText]:
     """Of one part: on the neutral text (loss, accuracy ...), the same for all arms; on what the arm reads
     (own/..., with an alarm), and on each of its sources."""
     neutral = measure(model, cfg, text, neutral_of(cfg), part, world, poll)
@@ -360,12 +360,12 @@ def figures(model, cfg, text, part, world, poll) -> tuple[dict, Measured]:
     found |= {f"{part}/own/{name}": value for name, value in own.items()}
     found[f"{part}/own/alarm"] = alarm if own["above_unigram_interval"][1] >= 0 else None
     for name, source in sources.items():
-        of_source = source.figures()
-        found |= {f"{part}/{name}/{figure}": of_source[figure] for figure in BRIEF}
+        source_figures = source.figures()
+        found |= {f"{part}/{name}/{figure}": source_figures[figure] for figure in BRIEF}
     return found, neutral
 
 
-def parts_of(cfg) -> tuple[str, ...]:
+def final_parts(cfg) -> tuple[str, ...]:
     """The parts whose figures a run ends with, the most important one last."""
     return ("val", "test") if cfg.final_eval else ("val",)
 
@@ -378,9 +378,9 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
     stored = core.read_config(folder)["facts"]["fingerprint"]
     found = text.fingerprint(neutral_of(cfg), shares_of(cfg.data))
     core.same_data(stored, found, cfg.data, ("data", "tokenizer", "sources"))
-    for part in parts_of(cfg):
-        of_part, neutral = figures(model, cfg, text, part, world, poll)
-        result |= of_part
+    for part in final_parts(cfg):
+        part_figures, neutral = figures(model, cfg, text, part, world, poll)
+        result |= part_figures
     return result, ("losses.jsonl", neutral.lines(part))
 
 
@@ -404,8 +404,8 @@ def train(run, cfg, world, text=None) -> dict:
     for name, value in run_facts(cfg, text, batches).items():
         run.pin(name, value)  # another length would be another order: start a new run
     for name in (*shares_of(cfg.data), neutral):
-        for part in parts_of(cfg):
-            held_out(cfg, text, name, part)
+        for part in final_parts(cfg):
+            held_out_windows(cfg, text, name, part)
     core.reseed(cfg.seed, "init")
     precision = core.Precision(cfg.dtype, world)
     model = precision.prepare(build_model(cfg, len(text.tokenizer)))
@@ -463,7 +463,7 @@ def train(run, cfg, world, text=None) -> dict:
         loss_sum = forward_backward(rows, targets)
         for name, blocks in batches.seen(step).items():
             seen[name] += blocks
-        facts = functools.partial(autopsy, text, batches, step, lr)
+        facts = functools.partial(spike_facts, text, batches, step, lr)
         step += 1
         odd = run.watch(step, loss_sum, targets, model, facts)
         grad_norm = core.optimizer_step(optimizer, precision, cfg.clip, lr, skip=odd)
@@ -509,7 +509,7 @@ def describe_block(tokenizer, batches) -> str:
     return f"the loss sees, in {len(ids) - 1} targets (all but the first token):\n  {text[:96]}"
 
 
-def autopsy(text, batches, step, lr) -> dict:
+def spike_facts(text, batches, step, lr) -> dict:
     """What an odd step saw, for spikes.jsonl."""
     rows = batches.global_batch(step).tolist()
     first = text.tokenizer.decode(batches.blocks.tokens(rows[0]).tolist())
@@ -539,7 +539,7 @@ def finish(run, cfg, world, text, model, batches, val=None) -> dict:
     sha256, measured, result = core.weights_sha256(model), run.checkpoint, {}
     if cfg.test_weights == "best":
         measured = run.load_best(model)
-    for part in parts_of(cfg):
+    for part in final_parts(cfg):
         known = val if part == "val" else None  # of these very weights
         found, neutral = known or figures(model, cfg, text, part, world, run.poll)
         result |= found
@@ -570,7 +570,7 @@ def write_losses(folder, neutral, part):
 
 
 @dataclass
-class Study:
+class DiversityStudy:
     """What the stages share: where results go, how to say a line, what polls for signals."""
 
     cfg: Config
@@ -581,13 +581,15 @@ class Study:
     poll: object
 
 
-OF_DIVERSITY = {"probe", "procedure", "sequences", "head_epochs", "fisher_samples", "floor_repeats"}
-OF_DIVERSITY |= {"diversity_batches", "diversity_batch", "diversity_length"}
+DIVERSITY_CONSTANTS = {"probe", "procedure", "sequences", "head_epochs", "fisher_samples", "floor_repeats"}
+DIVERSITY_CONSTANTS |= {"diversity_batches", "diversity_batch", "diversity_length"}
 
 
 def matters(cfg) -> frozenset[str]:
     """Names of the constants that make a run what it is; one that differs in any of them is another run."""
-    own = {field.name for field in fields(Config)} - OF_DIVERSITY - core.MAY_CHANGE - core.CALL_CONSTANTS
+    own = (
+        {field.name for field in fields(Config)} - DIVERSITY_CONSTANTS - core.MAY_CHANGE - core.CALL_CONSTANTS
+    )
     return frozenset(own - {"seeds", "dirty"})
 
 
@@ -613,52 +615,52 @@ def study_folder(cfg) -> Path:
     return core.out_folder(cfg, __file__) / "-".join(filter(None, ["study", cfg.tag, mark]))
 
 
-def prepare(cfg, world, say, poll) -> Study:
+def open_study(cfg, world, say, poll) -> DiversityStudy:
     """Opens all text and finds all mistakes, before the first step of the first run."""
     diversity_report.pyplot()
     for line in core.override_lines(cfg):
         say(line)
-    s = Study(cfg, world, open_text(cfg, world), study_folder(cfg), say, poll)
+    study = DiversityStudy(cfg, world, open_text(cfg, world), study_folder(cfg), say, poll)
     if cfg.mode != "diversity":
         for arm in cfg.arms:
-            batches_of(cfg, arm, s.text, world)
-        for name in s.text.tokens:
-            for part in parts_of(cfg):
-                held_out(cfg, s.text, name, part)
+            batches_of(cfg, arm, study.text, world)
+        for name in study.text.tokens:
+            for part in final_parts(cfg):
+                held_out_windows(cfg, study.text, name, part)
     if cfg.diversity_batches and cfg.probe == "study":
         check_length(cfg, cfg.block_size)
-        draws_of(s, s.text.tokenizer)
+        draws_of(study, study.text.tokenizer)
     elif cfg.diversity_batches:
-        draws_of(s, open_probe(s, {})[1])
+        draws_of(study, open_probe(study, {})[1])
     if cfg.mode != "cache":
-        core.on_main(world, core.prepare_folder, s.folder)
+        core.on_main(world, core.prepare_folder, study.folder)
     if cfg.neutral_share and cfg.mode != "diversity":
         say("NOTE --neutral_share: a document of the neutral text that a source holds too may be trained on")
-    return s
+    return study
 
 
-def study(s):
+def compare_arms(study):
     """Trains what is missing, measures, compares; each stage finds again what it had done."""
-    cfg, began, trained, runs_by_arm = s.cfg, time.monotonic(), 0, {arm: [] for arm in s.cfg.arms}
+    cfg, began, trained, runs_by_arm = study.cfg, time.monotonic(), 0, {arm: [] for arm in study.cfg.arms}
     planned = [(cfg.seed + number, arm) for number in range(cfg.seeds) for arm in cfg.arms]
-    core.on_main(s.world, check_text, s, planned)
+    core.on_main(study.world, check_text, study, planned)
     for number, (seed, arm) in enumerate(planned):
         left = (time.monotonic() - began) / trained * (len(planned) - number) if trained else None
         eta = f"  eta of all {core.clock(left)}" if left else ""
-        s.say(f"study  run {number + 1} of {len(planned)}  arm {arm}  seed {seed}{eta}")
+        study.say(f"study  run {number + 1} of {len(planned)}  arm {arm}  seed {seed}{eta}")
         one = run_config(cfg, arm, seed)
-        folder = core.on_main(s.world, finished_run, one)
+        folder = core.on_main(study.world, finished_run, one)
         if folder:
-            s.say(f"finished already: {folder}")
+            study.say(f"finished already: {folder}")
         else:
-            folder, trained = train_one(one, s), trained + 1
+            folder, trained = train_one(one, study), trained + 1
         runs_by_arm[arm].append(Path(folder))
-        s.poll()
-    notes = core.on_main(s.world, check_runs, s, runs_by_arm)
-    s.say("\n".join(notes))
-    losses = cross_evaluate(s, runs_by_arm)
-    found = coefficients(s, runs_by_arm) if cfg.diversity_batches else None
-    core.on_main(s.world, conclude, s, runs_by_arm, losses, found, notes)
+        study.poll()
+    notes = core.on_main(study.world, check_runs, study, runs_by_arm)
+    study.say("\n".join(notes))
+    losses = cross_evaluate(study, runs_by_arm)
+    found = coefficients(study, runs_by_arm) if cfg.diversity_batches else None
+    core.on_main(study.world, conclude, study, runs_by_arm, losses, found, notes)
 
 
 def finished_run(cfg) -> str:
@@ -666,30 +668,30 @@ def finished_run(cfg) -> str:
     return str(core.finished_run(cfg, __file__) or "")
 
 
-def train_one(cfg, s) -> Path:
+def train_one(cfg, study) -> Path:
     """The folder of the run, made or resumed and finished; core.Stop if it was stopped."""
     ended = False
-    if cfg.compile or s.world.device.type != "cpu":  # each run compiles for itself, as it would alone
+    if cfg.compile or study.world.device.type != "cpu":  # each run compiles for itself, as it would alone
         import torch
 
         torch.compiler.reset()
-    with core.Run(cfg, s.world, __file__, unit="tokens") as run:
-        run.result = train(run, run.cfg, s.world, s.text)
+    with core.Run(cfg, study.world, __file__, unit="tokens") as run:
+        run.result = train(run, run.cfg, study.world, study.text)
         ended = True
     if not ended:
-        core.barrier(s.world)  # all ranks have read what rank 0 said last, before it leaves
+        core.barrier(study.world)  # all ranks have read what rank 0 said last, before it leaves
         raise core.Stop("the study")
     return run.folder
 
 
-def check_text(s, planned):
+def check_text(study, planned):
     """UserError for a finished run that read something else than it would read today. Rank 0."""
     for seed, arm in planned:
-        one = run_config(s.cfg, arm, seed)
+        one = run_config(study.cfg, arm, seed)
         if folder := finished_run(one):
             core.tested_checkpoints(folder)  # UserError where its weights are damaged
             then = core.read_config(folder)["facts"]
-            now = run_facts(one, s.text, batches_of(one, arm, s.text, s.world))
+            now = run_facts(one, study.text, batches_of(one, arm, study.text, study.world))
             odd = [name for name in now if then[name] != now[name]]
             if odd:
                 raise core.UserError(
@@ -697,15 +699,17 @@ def check_text(s, planned):
                 )
 
 
-def check_runs(s, runs_by_arm) -> list[str]:
+def check_runs(study, runs_by_arm) -> list[str]:
     """Lines on what was equal. UserError unless every run read what it would read today, and two arms of a
     seed differ in nothing but the source: constants, tokens, first weights. Rank 0."""
-    check_text(s, [(s.cfg.seed + number, arm) for number in range(s.cfg.seeds) for arm in runs_by_arm])
+    check_text(
+        study, [(study.cfg.seed + number, arm) for number in range(study.cfg.seeds) for arm in runs_by_arm]
+    )
     configs = {arm: [core.read_config(folder) for folder in folders] for arm, folders in runs_by_arm.items()}
     for arm, folders in runs_by_arm.items():
         for number, folder in enumerate(folders):
             config, first = configs[arm][number], next(iter(configs.values()))[number]
-            odd, names = [], sorted(matters(s.cfg) - {"data", "arms", "sources"})
+            odd, names = [], sorted(matters(study.cfg) - {"data", "arms", "sources"})
             odd += [n for n in names if config["constants"].get(n) != first["constants"].get(n)]
             odd += mixture.differences(config["facts"]["ledger"], first["facts"]["ledger"])
             weights = [of["facts"]["initial_weights"] for of in (config, first)]
@@ -713,7 +717,7 @@ def check_runs(s, runs_by_arm) -> list[str]:
             if odd:
                 pair = f"{next(iter(runs_by_arm.values()))[number]} and {folder}"
                 raise core.UserError(f"{pair} differ in {', '.join(odd)}, not in text alone: move one away")
-    ledgers = {arm: of_arm[0]["facts"]["ledger"] for arm, of_arm in configs.items()}
+    ledgers = {arm: arm_configs[0]["facts"]["ledger"] for arm, arm_configs in configs.items()}
     ledger = next(iter(ledgers.values()))
     lines = [f"ledger  every run read {ledger['tokens']} tokens in {ledger['steps']} equal steps"]
     distinct = {a: sum(one["distinct_blocks"] for one in of["sources"].values()) for a, of in ledgers.items()}
@@ -726,7 +730,7 @@ def check_runs(s, runs_by_arm) -> list[str]:
             lines.append(
                 f"NOTE NOT LEARNING: {idle} of {len(found)} runs of {arm} do not beat token frequencies"
             )
-    counts = {name: tokens.documents["test"] for name, tokens in s.text.tokens.items()}
+    counts = {name: tokens.documents["test"] for name, tokens in study.text.tokens.items()}
     few = {name: "" if n >= mixture.FEWEST else " (its stretches)" for name, n in counts.items()}
     return [
         *lines,
@@ -737,22 +741,22 @@ def check_runs(s, runs_by_arm) -> list[str]:
 # ------------------------------------------------------------------------------------------- cross-evaluation
 
 
-def cross_evaluate(s, runs_by_arm) -> dict:
+def cross_evaluate(study, runs_by_arm) -> dict:
     """Every run on the test part of every text: arm -> text -> a file like losses.jsonl for each seed."""
-    found = {arm: {name: [] for name in s.text.tokens} for arm in runs_by_arm}
+    found = {arm: {name: [] for name in study.text.tokens} for arm in runs_by_arm}
     for arm, folders in runs_by_arm.items():
         for folder in folders:
-            paths = core.on_main(s.world, cross_files, s, folder)
-            missing = core.on_main(s.world, not_there, paths)
+            paths = core.on_main(study.world, cross_files, study, folder)
+            missing = core.on_main(study.world, not_there, paths)
             if missing:
-                cfg, model, _ = load_model(folder, s.world)
-                cfg = replace(cfg, eval_batch=s.cfg.eval_batch)
+                cfg, model, _ = load_model(folder, study.world)
+                cfg = replace(cfg, eval_batch=study.cfg.eval_batch)
             for name in missing:
-                lines = measure(model, cfg, s.text, name, "test", s.world, s.poll).lines("test")
-                core.on_main(s.world, core.write_lines, Path(paths[name]), lines)
+                lines = measure(model, cfg, study.text, name, "test", study.world, study.poll).lines("test")
+                core.on_main(study.world, core.write_lines, Path(paths[name]), lines)
             for name, path in paths.items():
                 found[arm][name].append(path)
-            s.say(f"measured  {folder.name} on {', '.join(paths)}")
+            study.say(f"measured  {folder.name} on {', '.join(paths)}")
     return found
 
 
@@ -761,31 +765,33 @@ def not_there(paths) -> list[str]:
     return [name for name, path in paths.items() if not Path(path).exists()]
 
 
-def cross_files(s, folder) -> dict[str, str]:
+def cross_files(study, folder) -> dict[str, str]:
     """text -> the file with a run's losses on it, named after what they depend on: weights, text, windows."""
     weights = json.loads((folder / "result.json").read_text())["test_checkpoints"][0]
     weights = checkpoints.read_manifest(folder / "checkpoints" / weights)["files"]["model.safetensors"]
     found = {}
-    for name, tokens in s.text.tokens.items():
-        key = json.dumps([weights, tokens.fingerprint, len(tokens.parts["test"]), s.cfg.block_size])
+    for name, tokens in study.text.tokens.items():
+        key = json.dumps([weights, tokens.fingerprint, len(tokens.parts["test"]), study.cfg.block_size])
         mark = hashlib.sha256(key.encode()).hexdigest()[:12]
-        found[name] = str(core.out_folder(s.cfg, __file__) / "cross" / f"{folder.name}-{name}-{mark}.jsonl")
+        found[name] = str(
+            core.out_folder(study.cfg, __file__) / "cross" / f"{folder.name}-{name}-{mark}.jsonl"
+        )
     return found
 
 
 # -------------------------------------------------------------------------------------- diversity coefficient
 
 
-def open_probe(s, runs_by_arm):
+def open_probe(study, runs_by_arm):
     """(model, tokenizer) of cfg.probe; `study`: the last arm's first run, in runs_by_arm or finished."""
-    cfg, name = s.cfg, s.cfg.probe
+    cfg, name = study.cfg, study.cfg.probe
     if name == "study":
         one, arm = run_config(cfg, cfg.arms[-1], cfg.seed), cfg.arms[-1]
-        found = runs_by_arm.get(arm, [])[:1] or [core.on_main(s.world, finished_run, one)]
+        found = runs_by_arm.get(arm, [])[:1] or [core.on_main(study.world, finished_run, one)]
         if not (name := str(found[0])):
             raise core.UserError(f"--probe study: arm {arm} has no finished run: train it, or name a probe")
     try:
-        probe, tokenizer = core.main_first(s.world, core.open_model, name)
+        probe, tokenizer = core.main_first(study.world, core.open_model, name)
     except core.UserError as error:
         raise core.UserError(f"--probe: {error}") from None
     check_length(cfg, probe.config.block_size)
@@ -794,7 +800,7 @@ def open_probe(s, runs_by_arm):
         raise core.UserError(f"--probe {name} has {lacks}: use a GPT-2 or a run without --head_bias")
     # the squares of small gradients leave no room for halves
     dtype = "fp64" if cfg.dtype == "fp64" else "fp32"
-    return core.Precision(dtype, s.world).prepare(probe).eval(), tokenizer
+    return core.Precision(dtype, study.world).prepare(probe).eval(), tokenizer
 
 
 def check_length(cfg, most):
@@ -802,16 +808,16 @@ def check_length(cfg, most):
         raise core.UserError(f"--diversity_length {cfg.diversity_length} is over the probe's {most} tokens")
 
 
-def draws_of(s, tokenizer) -> diversity.Draws:
+def draws_of(study, tokenizer) -> diversity.Draws:
     """What is embedded, in the tokens of the probe. UserError where a source is too small."""
-    same = core.tokenizer_fingerprint(tokenizer) == core.tokenizer_fingerprint(s.text.tokenizer)
-    text = s.text if same else reread(s, tokenizer)
-    arms = {arm: shares_of(arm) for arm in s.cfg.arms}
-    sequences = diversity.sequences_of(s.cfg, text, {name for shares in arms.values() for name in shares})
-    return diversity.Draws(s.cfg, arms, sequences, len(tokenizer), tokenizer.eos_token_id)
+    same = core.tokenizer_fingerprint(tokenizer) == core.tokenizer_fingerprint(study.text.tokenizer)
+    text = study.text if same else reread(study, tokenizer)
+    arms = {arm: shares_of(arm) for arm in study.cfg.arms}
+    sequences = diversity.sequences_of(study.cfg, text, {name for shares in arms.values() for name in shares})
+    return diversity.Draws(study.cfg, arms, sequences, len(tokenizer), tokenizer.eos_token_id)
 
 
-def reread(s, tokenizer) -> mixture.Text:
+def reread(study, tokenizer) -> mixture.Text:
     """The sources' text in the tokens of the probe."""
     folder = core.cache_root() / f"probe_{core.tokenizer_fingerprint(tokenizer)[:16]}"
 
@@ -821,74 +827,78 @@ def reread(s, tokenizer) -> mixture.Text:
                 tokenizer.save_pretrained(aside)
         return str(folder)
 
-    name = core.on_main(s.world, keep)
-    return mixture.open_text(sources_of(s.cfg), name, {}, s.world)
+    name = core.on_main(study.world, keep)
+    return mixture.open_text(sources_of(study.cfg), name, {}, study.world)
 
 
-def coefficients(s, runs_by_arm) -> dict:
-    probe, tokenizer = open_probe(s, runs_by_arm)
-    folder = core.out_folder(s.cfg, __file__) / "embeddings"
-    with core.Precision("fp32", s.world).products():  # not even in TF32
-        return diversity.measure(s.cfg, draws_of(s, tokenizer), probe, folder, s.world, s.say, s.poll)
+def coefficients(study, runs_by_arm) -> dict:
+    probe, tokenizer = open_probe(study, runs_by_arm)
+    folder = core.out_folder(study.cfg, __file__) / "embeddings"
+    with core.Precision("fp32", study.world).products():  # not even in TF32
+        return diversity.measure(
+            study.cfg, draws_of(study, tokenizer), probe, folder, study.world, study.say, study.poll
+        )
 
 
 # --------------------------------------------------------------------------------------------- what comes out
 
 
-def conclude(s, runs_by_arm, losses, found, notes):
+def conclude(study, runs_by_arm, losses, found, notes):
     """Rank 0: study.md, study.json, matrix.png, link.png; the same tables in the terminal."""
-    figures, seeds, neutral = diversity_report.cells(losses), s.cfg.seeds, neutral_of(s.cfg)
+    figures, seeds, neutral = diversity_report.cells(losses), study.cfg.seeds, neutral_of(study.cfg)
     told, differences = diversity_report.verdicts(losses, seeds)
-    folders = {arm: [str(folder) for folder in of_arm] for arm, of_arm in runs_by_arm.items()}
+    folders = {arm: [str(folder) for folder in arm_folders] for arm, arm_folders in runs_by_arm.items()}
     parts = [diversity_report.heading(folders, core.git_state()["commit"]), "\n".join([*notes, *told])]
     parts.append(diversity_report.tables(figures, seeds))
-    s.say("\n" + diversity_report.tables({"loss": figures["loss"]}, seeds) + "\n")
-    s.say("\n".join(told))
-    diversity_report.heat_map(figures["loss"], s.folder / "matrix.png", neutral, seeds)
+    study.say("\n" + diversity_report.tables({"loss": figures["loss"]}, seeds) + "\n")
+    study.say("\n".join(told))
+    diversity_report.heat_map(figures["loss"], study.folder / "matrix.png", neutral, seeds)
     content = {"runs": folders, "matrix": figures, "differences": differences, "diversity": found}
-    content |= {"notes": notes, "constants": asdict(s.cfg)}
+    content |= {"notes": notes, "constants": asdict(study.cfg)}
     if found:
         tables = (
             diversity_report.diversity_table(found),
             diversity_report.link_table(found, neutral, figures, seeds),
         )
         parts += [f"**diversity coefficient**\n\n{tables[0]}", f"**diversity and loss**\n\n{tables[1]}"]
-        s.say("\n" + "\n\n".join(tables))
-        diversity_report.plot_link(found, figures["loss"], neutral, s.folder / "link.png")
-    core.write_json(s.folder / "study.json", content)
-    with core.whole_file(s.folder / "study.md") as file:
+        study.say("\n" + "\n\n".join(tables))
+        diversity_report.plot_link(found, figures["loss"], neutral, study.folder / "link.png")
+    core.write_json(study.folder / "study.json", content)
+    with core.whole_file(study.folder / "study.md") as file:
         file.write("\n\n".join(parts) + "\n")
-    s.say(f"done  tables: {s.folder}/study.md  pictures: matrix.png{', link.png' if found else ''} there")
-    s.say(f"next: python eval.py --table {s.folder.parent}")
+    study.say(
+        f"done  tables: {study.folder}/study.md  pictures: matrix.png{', link.png' if found else ''} there"
+    )
+    study.say(f"next: python eval.py --table {study.folder.parent}")
 
 
 # ------------------------------------------------------------------------------------------------------- main
 
 
-def cache(s):
+def cache(study):
     """Mode cache: texts have become token ids; how many, and that they are enough."""
-    texts = s.text.tokens
+    texts = study.text.tokens
     parts = {part: [f"{len(one.parts[part]):,}" for one in texts.values()] for part in core.PARTS}
     documents = [f"{sum(one.documents.values()):,}" for one in texts.values()]
-    s.say(tables.markdown({"text": list(texts), "documents": documents, **parts}))
+    study.say(tables.markdown({"text": list(texts), "documents": documents, **parts}))
     for name, one in texts.items():
         for line in one.lines:
-            s.say(f"{name}  {line}")
-    s.say(f"tokens of {len(texts)} texts, enough for every arm: {core.cache_root()}")
+            study.say(f"{name}  {line}")
+    study.say(f"tokens of {len(texts)} texts, enough for every arm: {core.cache_root()}")
 
 
-def coefficient_only(s):
+def coefficient_only(study):
     """Mode diversity: the coefficients of the arms, without training."""
-    found = coefficients(s, {arm: [] for arm in s.cfg.arms})
+    found = coefficients(study, {arm: [] for arm in study.cfg.arms})
 
     def write():
-        core.write_json(s.folder / "diversity.json", found)
-        with core.whole_file(s.folder / "diversity.md") as file:
+        core.write_json(study.folder / "diversity.json", found)
+        with core.whole_file(study.folder / "diversity.md") as file:
             file.write(diversity_report.diversity_table(found) + "\n")
-        s.say(diversity_report.diversity_table(found))
-        s.say(f"done  {s.folder}/diversity.md")
+        study.say(diversity_report.diversity_table(found))
+        study.say(f"done  {study.folder}/diversity.md")
 
-    core.on_main(s.world, write)
+    core.on_main(study.world, write)
 
 
 @record
@@ -906,9 +916,9 @@ def main(cfg, world):
             print(text, flush=True)
 
     with core.listening(world) as poll:
-        work = {"study": study, "cache": cache, "diversity": coefficient_only}[cfg.mode]
+        work = {"study": compare_arms, "cache": cache, "diversity": coefficient_only}[cfg.mode]
         try:
-            work(prepare(cfg, world, say, poll))
+            work(open_study(cfg, world, say, poll))
         except core.Stop:
             say("next: the same command goes on where it was")
             raise

@@ -19,7 +19,7 @@ def difference(rows, first, second) -> dict:
     value = float(means[0].mean() - means[1].mean())
     found = {"difference": value, "seeds": [len(first), len(second)], "rows": len(rows)}
     found["groups"] = len(set(rows.groups.tolist()))
-    found["means"] = [of_side.tolist() for of_side in means]
+    found["means"] = [side_means.tolist() for side_means in means]
     if len(first) == len(second) == 1:
         interval = _by_groups(rows, rows.sums[first[0]] - rows.sums[second[0]])
         found["row_noise"] = found["noise"] = (interval[1] - interval[0]) / (2 * 1.96)
@@ -52,14 +52,14 @@ def _over_seeds(rows, sides, means, value) -> dict:
     n, total = index.max() + 1, rows.weights.sum()
     share = np.bincount(index, rows.weights, n) / total
     parts = []
-    for side, of_seed in zip(sides, means, strict=True):
+    for side, seed_means in zip(sides, means, strict=True):
         summed = np.stack([np.bincount(index, rows.sums[run], n) for run in side]) / total
-        parts.append(summed - of_seed[:, None] * share)  # (seeds, groups): what a group adds to the error
+        parts.append(summed - seed_means[:, None] * share)  # (seeds, groups): what a group adds to the error
     by_group = sum(sign * part.mean(0) for sign, part in zip((1, -1), parts, strict=False))
-    of_rows = n / max(n - 1, 1) * float((by_group**2).sum())
-    spreads = [_seed_variance(part, of_seed) for part, of_seed in zip(parts, means, strict=True)]
-    known, components = [spread for spread in spreads if spread], [(of_rows, max(n - 1, 1))]
-    shares = [1 / len(of_seed) for of_seed in means]
+    row_variance = n / max(n - 1, 1) * float((by_group**2).sum())
+    spreads = [_seed_variance(part, seed_means) for part, seed_means in zip(parts, means, strict=True)]
+    known, components = [spread for spread in spreads if spread], [(row_variance, max(n - 1, 1))]
+    shares = [1 / len(seed_means) for seed_means in means]
     shares = shares if len(known) == len(means) else [sum(shares)]
     components += [
         (variance * share, freedom) for (variance, freedom), share in zip(known, shares, strict=True)
@@ -70,17 +70,17 @@ def _over_seeds(rows, sides, means, value) -> dict:
     if min(map(len, means)) < 3:  # as simulations show, Satterthwaite's freedom is too high here
         half = math.hypot(*(student(f) * math.sqrt(v) for v, f in components))
     found = {"interval": [value - half, value + half], "noise": math.sqrt(noise)}
-    found["seed_noise"] = math.sqrt(max(noise - of_rows, 0.0))
-    return found | {"row_noise": math.sqrt(of_rows)}
+    found["seed_noise"] = math.sqrt(max(noise - row_variance, 0.0))
+    return found | {"row_noise": math.sqrt(row_variance)}
 
 
-def _seed_variance(part, of_seed) -> tuple[float, int] | None:
+def _seed_variance(part, seed_means) -> tuple[float, int] | None:
     """(variance of one seed's mean that is the seed's own, degrees of freedom); None for a single seed."""
     seeds, n = part.shape
     if seeds < 2:
         return None
     rest = n / max(n - 1, 1) * float(((part - part.mean(0)) ** 2).sum()) / (seeds - 1)
-    return max(0.0, float(np.var(of_seed, ddof=1)) - rest), seeds - 1
+    return max(0.0, float(np.var(seed_means, ddof=1)) - rest), seeds - 1
 
 
 FEWEST = 6  # prompts or stretches: all of five on one side of 0 happen by chance once in 16

@@ -43,8 +43,8 @@ def cells(matrix) -> dict:
     """figure -> arm -> text -> {mean, interval, runs}"""
     found = {}
     for figure in FIGURES:
-        for arm, of_arm in matrix.items():
-            for name, files in of_arm.items():
+        for arm, arm_files in matrix.items():
+            for name, files in arm_files.items():
                 rows = rows_of(files, figure)
                 one = mean(rows, list(range(len(files))))
                 found.setdefault(figure, {}).setdefault(arm, {})[name] = one
@@ -68,7 +68,7 @@ def tables(found, seeds) -> str:
     for figure, by_arm in found.items():
         columns = {"trained on": list(by_arm)}
         for name in next(iter(by_arm.values())):
-            ones = [of_arm[name] for of_arm in by_arm.values()]
+            ones = [arm_figures[name] for arm_figures in by_arm.values()]
             columns[name] = [plus_minus(one["mean"], one["interval"], 4) for one in ones]
             if figure == "loss":
                 columns[f"{name} ppl"] = [f"{math.exp(min(one['mean'], 700)):.2f}" for one in ones]

@@ -111,10 +111,10 @@ def read(folder) -> Facts:
     metrics = [row for row in rows if isinstance(row.get("step"), int)]
     result, judged = _json(_text(folder / "result.json")), read_judged(folder / "judged.json")
     result = result if isinstance(result, dict) else {}
-    return Facts(folder, config, result, metrics, of_these_answers(folder, judged))
+    return Facts(folder, config, result, metrics, current_grades(folder, judged))
 
 
-def of_these_answers(folder, judged) -> dict:
+def current_grades(folder, judged) -> dict:
     """The grades that belong to responses.json as it is now; others are passed over, with a line."""
     path = folder / "responses.json"
     if not judged or not path.exists():
@@ -178,7 +178,7 @@ LENGTH = {"epochs", "max_steps", "max_minutes", "final_eval"}
 IGNORED_IN_COMPARISON = CALL_CONSTANTS | (MAY_CHANGE - LENGTH) | {"seed", "run_folder", "prompt"}
 
 
-def of_account(facts) -> dict:
+def experiment_constants(facts) -> dict:
     """The constants that tell a run from another but for the seed: without notes, those of another stage, and
     the seed in the name of the run it began with."""
     constants = {n: v for n, v in facts.config["constants"].items() if n not in IGNORED_IN_COMPARISON}
@@ -194,17 +194,17 @@ def differing(all_facts) -> list[str]:
     in the scripts' order; seed and notes are none."""
     values, scripts = {}, {}
     for facts in all_facts:
-        for name, value in of_account(facts).items():
+        for name, value in experiment_constants(facts).items():
             values.setdefault(name, set()).add(repr(value))
         kind = facts.config.get("kind")  # what eval.py measures of texts and of rows has other constants
         scripts.setdefault((facts.config["script"], kind), []).append(facts)
-    partly = {name for of_script in scripts.values() for name in had_by_some(of_script)}
-    return [name for name, of_runs in values.items() if len(of_runs) > 1 or name in partly]
+    partly = {name for script_runs in scripts.values() for name in had_by_some(script_runs)}
+    return [name for name, different in values.items() if len(different) > 1 or name in partly]
 
 
 def had_by_some(all_facts) -> list[str]:
     """Names of the constants that some of these runs have and others lack, in the scripts' order."""
-    counts = collections.Counter(name for facts in all_facts for name in of_account(facts))
+    counts = collections.Counter(name for facts in all_facts for name in experiment_constants(facts))
     return [name for name, count in counts.items() if count < len(all_facts)]
 
 
@@ -224,12 +224,12 @@ def code_versions(all_facts) -> dict[str, list[list[Facts]]]:
     for facts in all_facts:
         for file, digest in facts.code.items():
             versions.setdefault(file, {}).setdefault(digest, []).append(facts)
-    return {file: list(of_file.values()) for file, of_file in sorted(versions.items()) if len(of_file) > 1}
+    return {file: list(runs.values()) for file, runs in sorted(versions.items()) if len(runs) > 1}
 
 
 def how_to_see(versions) -> str:
     """The command that shows in what the first two versions of a file differ."""
-    return shlex.join(["diff", "-r", *(str(of_version[0].folder / "source") for of_version in versions[:2])])
+    return shlex.join(["diff", "-r", *(str(same_code[0].folder / "source") for same_code in versions[:2])])
 
 
 def not_the_same(files) -> str:

@@ -10,15 +10,15 @@ from lab.measure.statistics import bootstrap, plus_minus
 
 def summary(rows, grades) -> dict:
     """`grades`: of each row one a repeat, None where a reply held none."""
-    read = [[grade for grade in of_row if grade is not None] for of_row in grades]
-    counted = [i for i, of_row in enumerate(read) if of_row]
+    read = [[grade for grade in row_grades if grade is not None] for row_grades in grades]
+    counted = [i for i, row_grades in enumerate(read) if row_grades]
     means = np.array([np.mean(read[i]) for i in counted])
     groups = [group_of(row) for row in rows]
     figures = {"rows": len(rows), "graded": len(counted)} | mean_and_interval(means, groups, counted)
     figures["empty"] = sum(not row["model_response"].strip() for row in rows)
-    figures["unreadable"] = sum(grade is None for of_row in grades for grade in of_row)
-    asked = [of_row for row, of_row in zip(rows, read, strict=True) if row["model_response"].strip()]
-    spread = [np.var(of_row, ddof=1) for of_row in asked if len(of_row) > 1]
+    figures["unreadable"] = sum(grade is None for row_grades in grades for grade in row_grades)
+    asked = [row_grades for row, row_grades in zip(rows, read, strict=True) if row["model_response"].strip()]
+    spread = [np.var(row_grades, ddof=1) for row_grades in asked if len(row_grades) > 1]
     figures["noise"] = float(np.sqrt(np.mean(spread))) if spread else None  # s.d. of one grade of one answer
     by_category = defaultdict(list)
     for place, i in enumerate(counted):
@@ -29,7 +29,9 @@ def summary(rows, grades) -> dict:
         | mean_and_interval(means[[place for place, _ in some]], groups, [i for _, i in some])
         for name, some in sorted(by_category.items())
     }
-    figures["grades"] = [{"group": g, "grades": of_row} for g, of_row in zip(groups, grades, strict=True)]
+    figures["grades"] = [
+        {"group": g, "grades": row_grades} for g, row_grades in zip(groups, grades, strict=True)
+    ]
     return figures
 
 
@@ -47,7 +49,9 @@ def lines_of_score(name, s) -> list[str]:
     said = plus_minus(s["score"], s["score_interval"], 2)
     lines = [f"{name}  {s['judge']}  {said} of 100  {s['graded']} of {s['rows']} answers, {s['empty']} empty"]
     if s["unreadable"]:
-        lowest = np.mean([np.mean([grade or 0 for grade in of_row["grades"]]) for of_row in s["grades"]])
+        lowest = np.mean(
+            [np.mean([grade or 0 for grade in row_grades["grades"]]) for row_grades in s["grades"]]
+        )
         lines.append(
             f"  {s['unreadable']} replies hold no grade; counted as 0 the mean would be {lowest:.2f}"
         )
@@ -71,11 +75,11 @@ def duel_figures(pairs, where, verdicts) -> dict:
             a, b = (len(row["model_response"].strip()) for row in pairs[i])
             if a != b:
                 longers.append((i, (verdict == place) == (a > b)))
-    both = {i: of_row for i, of_row in wins.items() if len(places[i]) == 2}
+    both = {i: row_grades for i, row_grades in wins.items() if len(places[i]) == 2}
     groups = [group_of(a) for a, _ in pairs]
     equal = [i for i in range(len(pairs)) if i not in {i for i, _ in where}]
-    outcome = [(i, settled(of_row)) for i, of_row in both.items()] + [(i, 0.5) for i in equal]
-    consistent = [(i, len(set(of_row)) == 1) for i, of_row in both.items()]
+    outcome = [(i, settled(row_grades)) for i, row_grades in both.items()] + [(i, 0.5) for i in equal]
+    consistent = [(i, len(set(row_grades)) == 1) for i, row_grades in both.items()]
     figures = {"prompts": len(pairs), "equal": len(equal), "unreadable": verdicts.count(None)}
     for name, values in {"wins": outcome, "same_in_both_orders": consistent, "first_place": firsts,
                          "longer": longers}.items():  # fmt: skip

@@ -96,7 +96,7 @@ def without_thoughts(reply) -> str:
 
 BACK_OFF = 1.0  # seconds before the second attempt; doubled before each further one, up to a minute
 LOCAL = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
-LATER = {408, 409, 425, 429}  # and all from 500 on: worth another attempt
+TRIED_AGAIN = {408, 409, 425, 429}  # and all from 500 on: worth another attempt
 NEVER = {401, 403, 404}  # not worth another question
 
 
@@ -215,7 +215,7 @@ class Judge:
                 return self._request(text)
             except urllib.error.HTTPError as error:
                 reason, pause = self._told(error), retry_after(error)
-                if error.code < 500 and error.code not in LATER:
+                if error.code < 500 and error.code not in TRIED_AGAIN:
                     if self.asked and error.code not in NEVER:
                         return f"({reason})"  # of this one question: too long, say; no grade can be read
                     raise Refused(f"{reason} (see --judge_url, --judge_model, --judge_key)") from None

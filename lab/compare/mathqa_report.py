@@ -33,7 +33,7 @@ def shared(folders) -> list[Rows]:
 def shuffled_rows(folders) -> Rows:
     """Whether each problem was answered rightly behind another one's: the control."""
     found = [read_lines(facts.read(folder), "answers.jsonl") for folder in folders]
-    right = np.array([[float(line["right_shuffled"]) for line in of_run] for of_run in found])
+    right = np.array([[float(line["right_shuffled"]) for line in run_lines] for run_lines in found])
     return Rows("shuffled", right, np.ones(right.shape[1]), np.array([x["group"] for x in found[0]]))
 
 
@@ -82,34 +82,34 @@ def table(arms) -> str:
     """One line an arm: what it learnt, what it forgot, what it cost."""
     cells = {}
     for arm, folders in arms.items():
-        of_arm = [read(folder, "result.json") for folder in folders]
-        every, part = list(range(len(folders))), "test" if "test/loss" in of_arm[0] else "val"
+        arm_results = [read(folder, "result.json") for folder in folders]
+        every, part = list(range(len(folders))), "test" if "test/loss" in arm_results[0] else "val"
         row = {"arm": arm}
         for rows, digits in zip(shared(folders), (4, 3), strict=True):
             one = mean(rows, every)
             row[rows.name] = plus_minus(one["mean"], one["interval"], digits)
-        row["per token"] = f"{over(of_arm, f'{part}/answer_accuracy_per_token'):.3f}"
+        row["per token"] = f"{over(arm_results, f'{part}/answer_accuracy_per_token'):.3f}"
         one = mean(shuffled_rows(folders), every)
         row["shuffled"] = plus_minus(one["mean"], one["interval"])
-        forgotten = over(of_arm, "plain/forgotten")
+        forgotten = over(arm_results, "plain/forgotten")
         row["forgotten"] = "" if forgotten is None else f"{forgotten:+.4f}"
-        row["trained"] = f"{of_arm[0]['trainable_parameters']:,}"
-        row["steps"] = f"{over(of_arm, 'steps'):.0f}"
-        row["s"] = f"{over(of_arm, 'train_seconds'):.1f}"
-        rate = over(of_arm, "tokens_per_second")
+        row["trained"] = f"{arm_results[0]['trainable_parameters']:,}"
+        row["steps"] = f"{over(arm_results, 'steps'):.0f}"
+        row["s"] = f"{over(arm_results, 'train_seconds'):.1f}"
+        rate = over(arm_results, "tokens_per_second")
         row["tokens/s"] = "" if rate is None else f"{rate:.0f}"
-        row["MB"] = f"{over(of_arm, 'state_mb'):.2f}"
+        row["MB"] = f"{over(arm_results, 'state_mb'):.2f}"
         # on a CPU that of the process: all runs so far
         on_cpu = read(folders[0], "config.json")["device"].startswith("cpu")
-        row["peak MB"] = "" if on_cpu else f"{over(of_arm, 'peak_memory_mb'):.0f}"
+        row["peak MB"] = "" if on_cpu else f"{over(arm_results, 'peak_memory_mb'):.0f}"
         for name, cell in row.items():
             cells.setdefault(name, []).append(cell)
     return markdown({name: column for name, column in cells.items() if any(column)})
 
 
-def over(of_arm, name) -> float | None:
+def over(arm_results, name) -> float | None:
     """The mean of a figure over runs; None where one lacks it."""
-    values = [result.get(name) for result in of_arm]
+    values = [result.get(name) for result in arm_results]
     return None if None in values else float(np.mean(values))
 
 
@@ -130,12 +130,12 @@ def verdicts(arms) -> tuple[list[str], list[dict]]:
 def quantised_table(small) -> str:
     """A line for the float weights and the int4 ones of each arm's runs."""
     cells = {}
-    for arm, of_arm in small.items():
+    for arm, arm_results in small.items():
         for kind in ("float", "int4"):
-            how = f"int4 by {of_arm[0]['group']}" + (
-                ", trained for it" if of_arm[0]["trained_for_it"] else ""
+            how = f"int4 by {arm_results[0]['group']}" + (
+                ", trained for it" if arm_results[0]["trained_for_it"] else ""
             )
-            figures = [one[kind] for one in of_arm]
+            figures = [one[kind] for one in arm_results]
             part = "test" if "test/loss" in figures[0] else "val"
             row = {"run": arm, "weights": how if kind == "int4" else "float"}
             row["loss"] = f"{over(figures, f'{part}/loss'):.4f}"
@@ -159,13 +159,17 @@ def paired_rows(whole, small) -> dict:
 def small_verdicts(small) -> list[str]:
     """For each arm: does int4 differ from float? Over all of its runs."""
     told = []
-    for arm, of_arm in small.items():
-        group, seeds = np.array(of_arm[0]["rows"]["group"]), range(len(of_arm))
+    for arm, arm_results in small.items():
+        group, seeds = np.array(arm_results[0]["rows"]["group"]), range(len(arm_results))
         for name in ("loss", "answers"):
-            sums = np.array([run["rows"][name][i] for i in (0, 1) for run in of_arm])
+            sums = np.array([run["rows"][name][i] for i in (0, 1) for run in arm_results])
             if not sums.size:
                 continue  # a text has no answers
-            weights = np.array(of_arm[0]["rows"]["targets"], float) if name == "loss" else np.ones(len(group))
-            one = difference(Rows(name, sums, weights, group), [len(of_arm) + i for i in seeds], list(seeds))
+            weights = (
+                np.array(arm_results[0]["rows"]["targets"], float) if name == "loss" else np.ones(len(group))
+            )
+            one = difference(
+                Rows(name, sums, weights, group), [len(arm_results) + i for i in seeds], list(seeds)
+            )
             told.append(f"{arm}, int4 - float  {verdict(one, name, ('int4', 'float'))}")
     return told

@@ -40,7 +40,7 @@ def answer_rows(all_facts) -> list[Rows]:
         return []
     by_key = [numbered(read_lines(facts, "answers.jsonl")) for facts in all_facts]
     keys, note = _in_common(by_key)
-    right = np.array([[float(of_run[key]["right"]) for key in keys] for of_run in by_key])
+    right = np.array([[float(run_lines[key]["right"]) for key in keys] for run_lines in by_key])
     return [Rows("answers", right, np.ones(len(keys)), np.array([group for group, _ in keys]), note)]
 
 
@@ -77,7 +77,7 @@ def read_lines(facts, name) -> list[dict]:
 def read_losses(all_facts) -> list[list[dict]]:
     """losses.jsonl of each run; UserError where one holds test rows and another validation rows."""
     lines = [read_lines(facts, "losses.jsonl") for facts in all_facts]
-    if len(parts := {line["part"] for of_run in lines for line in of_run}) > 1:
+    if len(parts := {line["part"] for run_lines in lines for line in run_lines}) > 1:
         raise UserError(
             f"the runs were measured on different parts ({', '.join(sorted(parts))}): final_eval?"
         )
@@ -106,8 +106,12 @@ def _verdicts(all_facts) -> list[Rows]:
                        for line in lines if line["split"] == part})  # fmt: skip
     keys, note = _in_common(by_key)
     names = ("A", "B", "tie")
-    loss = [[-math.log(max(of_run[k][of_run[k]["label"]], 1e-15)) for k in keys] for of_run in by_key]
-    right = [[max(names, key=of_run[k].get) == of_run[k]["label"] for k in keys] for of_run in by_key]
+    loss = [
+        [-math.log(max(run_lines[k][run_lines[k]["label"]], 1e-15)) for k in keys] for run_lines in by_key
+    ]
+    right = [
+        [max(names, key=run_lines[k].get) == run_lines[k]["label"] for k in keys] for run_lines in by_key
+    ]
     groups, ones = np.array([key[2] for key in keys]), np.ones(len(keys))
     figures = {"log loss": loss, "accuracy": right}
     return [Rows(name, np.array(sums, dtype=float), ones, groups, note) for name, sums in figures.items()]
@@ -115,22 +119,22 @@ def _verdicts(all_facts) -> list[Rows]:
 
 def _losses(all_facts) -> list[Rows]:
     """Of losses.jsonl, rows of instructions: by target token, or by byte where tokens differ."""
-    by_key = [numbered(of_run) for of_run in read_losses(all_facts)]
+    by_key = [numbered(run_lines) for run_lines in read_losses(all_facts)]
     keys, note = _in_common(by_key)
-    same = [key for key in keys if len({of_run[key]["bytes"] for of_run in by_key}) == 1]
+    same = [key for key in keys if len({run_lines[key]["bytes"] for run_lines in by_key}) == 1]
     if not same:
         raise UserError("the losses count other targets in each run (loss_on_prompt?): measure by --data")
     if len(same) < len(keys):
         cut = f"{len(keys) - len(same)} rows that are cut differently are left out"
         note = "; ".join(filter(None, [note, cut]))
     groups = np.array([group for group, _ in same])
-    return _per_target([[of_run[key] for key in same] for of_run in by_key], groups, note)
+    return _per_target([[run_lines[key] for key in same] for run_lines in by_key], groups, note)
 
 
 def _per_target(lines, groups, note) -> list[Rows]:
     """`lines`: for each run those of the same rows."""
     nats, hits, targets, sizes = (
-        np.array([[line[name] for line in of_run] for of_run in lines], dtype=float)
+        np.array([[line[name] for line in run_lines] for run_lines in lines], dtype=float)
         for name in ("nats", "hits", "targets", "bytes")
     )
     if (targets == targets[0]).all():
@@ -163,14 +167,14 @@ def _text_rows(all_facts) -> list[Rows]:
     if len(texts) > 1:
         raise UserError("these runs were tested on different text: compare runs of one data set and split")
     lines = read_losses(all_facts)
-    shapes = {tuple((line["targets"], line["bytes"]) for line in of_run) for of_run in lines}
+    shapes = {tuple((line["targets"], line["bytes"]) for line in run_lines) for run_lines in lines}
     if len(shapes) == 1:
         return _per_target(lines, np.array([line["group"] for line in lines[0]]), "")
-    sizes = [sum(line["bytes"] for line in of_run) for of_run in lines]
+    sizes = [sum(line["bytes"] for line in run_lines) for run_lines in lines]
     if max(sizes) - min(sizes) > 0.01 * max(sizes):
         raise UserError(f"the tokens spell {min(sizes)} and {max(sizes)} bytes of the text: not comparable")
     edges = np.linspace(0, 1, 1 + min(100, *map(len, lines)))
-    cuts = [_cut(of_run, edges) * max(sizes) / size for of_run, size in zip(lines, sizes, strict=True)]
+    cuts = [_cut(run_lines, edges) * max(sizes) / size for run_lines, size in zip(lines, sizes, strict=True)]
     weights, groups = np.diff(edges) * max(sizes), np.arange(len(edges) - 1)
     note = f"tokenizers or blocks differ: bits per byte in {len(groups)} stretches of the text"
     return [Rows("bits per byte", np.array(cuts) / math.log(2), weights, groups, note)]
@@ -195,7 +199,10 @@ def judged_rows(all_facts) -> list[Rows]:
         if not set(by_key[0]).intersection(*by_key[1:]):
             continue  # answers to other prompts: no reason to compare nothing at all
         keys, note = _in_common(by_key)
-        sums, groups = np.array([[of_run[k] for k in keys] for of_run in by_key]), [key[0] for key in keys]
+        sums, groups = (
+            np.array([[run_lines[k] for k in keys] for run_lines in by_key]),
+            [key[0] for key in keys],
+        )
         found.append(Rows(f"grade by {name}", sums, np.ones(len(keys)), np.array(groups), note))
     return found
 

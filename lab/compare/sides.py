@@ -15,10 +15,10 @@ from lab.compare.facts import (
     differing,
     differing_bookkeeping,
     differing_scripts,
+    experiment_constants,
     had_by_some,
     how_to_see,
     not_the_same,
-    of_account,
     read,
     read_all,
     resume_notes,
@@ -49,7 +49,7 @@ def sides(names, root) -> list[Side]:
     chosen = list(once.values()) if len(once) > 1 else chosen
     groups = {}
     for facts in chosen:
-        constants = of_account(facts)
+        constants = experiment_constants(facts)
         data = facts.config["facts"].get("fingerprint", {}).get("data")
         key = json.dumps([facts.config["script"], constants, data], sort_keys=True)
         groups.setdefault(key, []).append(facts)
@@ -157,7 +157,7 @@ def code_notes(all_sides) -> list[str]:
     """Which files of the code that ran are not the same in all sides, or within one, and how to see it."""
     lines, alike, all_facts = [], {}, runs_of(all_sides)
     for file, versions in code_versions(all_facts).items():
-        who = ", another in ".join(_names_of(all_sides, of_version) for of_version in versions)
+        who = ", another in ".join(_names_of(all_sides, same_code) for same_code in versions)
         alike.setdefault(who, {})[file] = versions
     for who, files in alike.items():
         lines.append(f"NOTE {not_the_same(files)}: one version in {who}")
@@ -225,7 +225,7 @@ def side_by_side(all_sides, most) -> str | None:
         return None
     answers = [read_responses(facts.folder / "responses.json") for facts in firsts]
     by_key = [by_prompt(rows) for rows in answers]
-    keys = [key for key in by_key[0] if all(key in of_run for of_run in by_key)]
+    keys = [key for key in by_key[0] if all(key in run_answers for run_answers in by_key)]
     if not keys:
         return None
     grades = [
@@ -238,9 +238,14 @@ def side_by_side(all_sides, most) -> str | None:
         lines += ["", f"## {number}", "", quoted(row["instruction"])]
         lines += ["", quoted(row["input"])] if row.get("input") else []
         lines += ["", "**reference**", "", quoted(row.get("output") or "")]
-        for side, of_run, graded in zip(all_sides, by_key, grades, strict=True):
+        for side, run_answers, graded in zip(all_sides, by_key, grades, strict=True):
             given = "  ".join(f"{name} {means[key]:g}" for name, means in graded.items() if key in means)
-            lines += ["", f"**{side.name}**  {given}".rstrip(), "", quoted(of_run[key]["model_response"])]
+            lines += [
+                "",
+                f"**{side.name}**  {given}".rstrip(),
+                "",
+                quoted(run_answers[key]["model_response"]),
+            ]
     return "\n".join(lines) + "\n"
 
 

@@ -234,9 +234,9 @@ def grouped(all_facts, names, order=None) -> str:
         cells[header] = [_spread([f.figure(*of)[0] for f in group], 4) for group in groups.values()]
     for judge in _judges(all_facts):
         scores = [[f.judged.get(judge, {}).get("score") for f in group] for group in groups.values()]
-        cells[f"judge {judge}"] = [_spread(of_group, 2) for of_group in scores]
+        cells[f"judge {judge}"] = [_spread(values, 2) for values in scores]
     times = [[f.result["seconds"] / 60 for f in group if "seconds" in f.result] for group in groups.values()]
-    cells["min"] = [_spread(of_group, 1) for of_group in times]
+    cells["min"] = [_spread(values, 1) for values in times]
     cells["also differ in"] = [_also_differing(group, names) for group in groups.values()]
     lines = ["means ± standard deviation over runs", ""]
     lines.append(markdown({header: column for header, column in cells.items() if any(column)}))

@@ -35,7 +35,7 @@ from lab.train.processes import on_main, progress
 
 CACHE_VERSION = 1  # of the layout: change both together
 # of fields that Corpus has grown: older caches keep their names
-LATER = {"max_tokens": None, "held_out_tokens": 0, "streaming": None, "first_trains": True}
+ADDED_FIELDS = {"max_tokens": None, "held_out_tokens": 0, "streaming": None, "first_trains": True}
 PARTS = ("train", "val", "test")
 PIECE = 1 << 16  # characters of a document that are read and encoded at once
 TEXT_FILES = (".txt", ".text", ".md", ".rst", ".py")
@@ -91,7 +91,7 @@ def token_cache(corpus) -> Path:
     source = text_fingerprint(corpus)
     name = corpus.tokenizer  # a Hub id or folder may hold another one tomorrow
     words = None if is_built_in(name) else tokenizer_fingerprint(named_tokenizer(name))
-    fields = {name: value for name, value in asdict(corpus).items() if value != LATER.get(name, "")}
+    fields = {name: value for name, value in asdict(corpus).items() if value != ADDED_FIELDS.get(name, "")}
     key = json.dumps([CACHE_VERSION, source, words, fields])
     folder = cache_root() / f"tokens_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not (folder / "meta.json").exists():

@@ -69,9 +69,9 @@ def sample(run, cfg, step, model, tokenizer, poll):
         run.say(f"  | {PROMPTS[turn]} -> {shortened(one_line(texts[turn]), 90 - len(PROMPTS[turn]))}")
 
 
-def write_responses(run, cfg, s, model) -> dict:
+def write_responses(run, cfg, setup, model) -> dict:
     """responses.json in the journal's form: each test row and its model_response; how many begin rightly."""
-    data, test = s.data, s.parts["test"].some(cfg.answer_rows)
+    data, test = setup.data, setup.parts["test"].some(cfg.answer_rows)
     prompts, most = [data.prompt(row) for row in test.rows], cfg.max_new_tokens
     batch = cfg.eval_batch * run.world.size
     texts = answers(model, data.tokenizer, prompts, most, batch, run.world, run.poll)
@@ -85,18 +85,20 @@ def write_responses(run, cfg, s, model) -> dict:
     run.say(f"answers  {len(rows)} in responses.json, {empty} empty")
     if long:
         run.say(f"answers  {long} prompts leave no room for {most} tokens: their beginning is forgotten")
-    return first_words(run, s, test.rows, texts) | {"test/empty_responses": empty}
+    return first_words(run, setup, test.rows, texts) | {"test/empty_responses": empty}
 
 
-def first_words(run, s, rows, texts) -> dict:
+def first_words(run, setup, rows, texts) -> dict:
     """Share of answers whose first word is the wanted one, beside that of always saying the usual one."""
-    usual = Counter(first_word(s.data.texts[row][2]) for row in s.parts["train"].rows).most_common(1)[0][0]
-    wanted = [first_word(s.data.texts[row][2]) for row in rows]
+    usual = Counter(first_word(setup.data.texts[row][2]) for row in setup.parts["train"].rows).most_common(1)[
+        0
+    ][0]
+    wanted = [first_word(setup.data.texts[row][2]) for row in rows]
     counted = [i for i, word in enumerate(wanted) if word]  # some answers are signs only
     if not counted:
         return {}
     right = np.array([[first_word(texts[i]) == wanted[i], usual == wanted[i]] for i in counted])
-    interval = bootstrap(right, s.data.groups[rows][counted]).tolist()[0]
+    interval = bootstrap(right, setup.data.groups[rows][counted]).tolist()[0]
     share, guess = right.mean(0).tolist()
     said = plus_minus(share, interval)
     run.say(f"answers  the first word is right in {said}, would be by always '{usual}' in {guess:.3f}")

@@ -19,7 +19,7 @@ JOURNAL_LENGTH = 1024  # journal 004 padded each row to a multiple of it
 
 
 class Choices(Examples):
-    """Every option of every row behind its problem, 5 i + o, as gpt_scratch.evaluate reads them.
+    """Every option of every row behind its problem, 5 i + o, as `evaluate` reads them.
 
     Targets are the option's tokens and the end token: without it `3` could only be likelier than `38`.
     `asked` (rows,): whose problem stands before the options of each row; none: its own.
@@ -72,7 +72,7 @@ def some(rows, n) -> np.ndarray:
     return rows[np.linspace(0, len(rows) - 1, n).round().astype(int)]
 
 
-def strangers(data, rows, most=10**9) -> np.ndarray:
+def shuffled_problems(data, rows, most=10**9) -> np.ndarray:
     """For each row another row, with another problem where there is one: the control's problems."""
     order = np.random.default_rng(0).permutation(len(rows))
     asked = np.empty_like(rows)
@@ -91,7 +91,9 @@ def answer_figures(model, data, rows, train, cfg, world, poll) -> tuple[dict, li
     Also a line for each row: its number, group, the scores, and whether each way was right.
     """
     own = Scores.of(model, Choices(data, rows), cfg, world, poll)
-    control = Scores.of(model, Choices(data, rows, strangers(data, rows, cfg.max_length)), cfg, world, poll)
+    control = Scores.of(
+        model, Choices(data, rows, shuffled_problems(data, rows, cfg.max_length)), cfg, world, poll
+    )
     usual = Counter(data.right[train].tolist()).most_common(1)[0][0]
     right, shuffled = own.right(data, rows), control.right(data, rows)
     values = np.c_[right, shuffled, data.right[rows] == usual, right - shuffled]
@@ -183,7 +185,7 @@ def unigram_losses(examples, train) -> np.ndarray:
 @functools.lru_cache(maxsize=1)
 def log_shares(train) -> np.ndarray:
     """(V,): how often each token is a target (Witten-Bell: as many unseen ones as there are kinds). One more
-    of each of 50,000 tokens, as sft.py counts, would drown five letters.
+    of each of 50,000 tokens, as lab/measure/tuning.py counts, would drown five letters.
     """
     counts = np.bincount(np.concatenate(train.wanted()), minlength=len(train.data.tokenizer)).astype(float)
     kinds = np.count_nonzero(counts)

@@ -144,8 +144,8 @@ def figures(cfg, draws, jobs, folder) -> dict:
     found, vectors = {"arms": {}, "bounds": {}, "cross": {}}, {}
     for name in draws.names:
         files = [[file for n, i, file, _ in jobs if (n, i) == (name, at)] for at in range(draws.count(name))]
-        opened = [[kept(folder / file) for file in of_batch] for of_batch in files]
-        vectors[name] = [of_batch[0] for of_batch in opened]
+        opened = [[kept(folder / file) for file in batch_files] for batch_files in files]
+        vectors[name] = [repeats[0] for repeats in opened]
         table = pairwise(vectors[name])
         one = {"coefficient": coefficient(table), "interval": coefficient_interval(table)}
         one |= {"batches": len(files), "length": len(vectors[name][0])}

@@ -33,7 +33,7 @@ def loss_lines(part, numbers, groups, sums, spelt) -> list[dict]:
 def evaluate(model, blocks, cfg, world, poll=lambda: None) -> np.ndarray:
     """(blocks, 3) on every rank: summed loss, hits of the likeliest token, targets. `model` is unwrapped.
 
-    `blocks`: corpus.Blocks, or another with lengths, targets and batch.
+    `blocks`: Blocks, or another with lengths, targets and batch.
     """
     was_training = model.training
     model.eval()
@@ -77,7 +77,7 @@ def block_sums(values, blocks) -> np.ndarray:
     return np.add.reduceat(values[blocks.tokens[1:]], np.arange(0, len(blocks.tokens) - 1, blocks.block_size))
 
 
-def losses(part, sums, blocks, sizes) -> list[dict]:
+def loss_rows(part, sums, blocks, sizes) -> list[dict]:
     """Lines of losses.jsonl."""
     spelt = block_sums(sizes, blocks)
     return loss_lines(part, np.arange(len(sums)), stretches(len(sums)), sums, spelt)

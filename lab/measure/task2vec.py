@@ -47,7 +47,7 @@ class Batch:
 
 
 def embed(probe, batch, end, procedure="clean", epochs=10, samples=1) -> np.ndarray:
-    """(rows,): the embedding of a batch; `probe` (gpt_scratch.GPT) is left as it was, in evaluation mode.
+    """(rows,): the embedding of a batch; `probe` (a GPT) is left as it was, in evaluation mode.
 
     samples: Fisher passes, whose squares are averaged; end: id of the end token. Draws from torch's state.
     """
@@ -208,9 +208,9 @@ def cross_interval(table) -> list[float]:
     n, m = table.shape
     if min(n, m) < 3:
         return [math.nan, math.nan]
-    of_rows = _jackknife((table.sum() - table.sum(1)) / ((n - 1) * m))
-    of_columns = _jackknife((table.sum() - table.sum(0)) / ((m - 1) * n))
-    return around(float(table.mean()), of_rows + of_columns, min(n, m) - 1)
+    by_rows = _jackknife((table.sum() - table.sum(1)) / ((n - 1) * m))
+    by_columns = _jackknife((table.sum() - table.sum(0)) / ((m - 1) * n))
+    return around(float(table.mean()), by_rows + by_columns, min(n, m) - 1)
 
 
 def _jackknife(without) -> float:

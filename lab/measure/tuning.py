@@ -40,7 +40,7 @@ def plain_blocks(name, tokenizer, block_size, most) -> Blocks:
 
 
 @dataclass
-class Study:
+class TuningSetup:
     """What is trained on and measured with."""
 
     data: Instructions
@@ -53,7 +53,7 @@ class Study:
     lines: list[str]  # what to say of rows that are cut or left out
 
 
-def set_up(run, cfg, world) -> Study:
+def set_up(run, cfg, world) -> TuningSetup:
     """Reads and splits the data and the plain text; a resume that finds others is refused."""
     data = load_instructions(cfg, world)
     run.pin("fingerprint", data.fingerprint)
@@ -71,29 +71,33 @@ def set_up(run, cfg, world) -> Study:
     block = 50 if cfg.group_lengths else 1
     batches = ShardedBatches(units.lengths, cfg.batch, world, seed=cfg.seed, block=block)
     total_steps = min(n for n in (cfg.epochs * len(batches), cfg.max_steps) if n is not None)
-    return Study(data, parts, units, batches, total_steps, parts["val"].some(cfg.eval_rows), plain, lines)
+    return TuningSetup(
+        data, parts, units, batches, total_steps, parts["val"].some(cfg.eval_rows), plain, lines
+    )
 
 
-def announce(run, cfg, s, model):
+def announce(run, cfg, setup, model):
     """The journal's table (parameters, MB, trainable), and what of the data is used how."""
-    (total, trainable), examples = count_parameters(model), s.parts["train"]
-    counts = "  ".join(f"{name} {len(part)}" for name, part in s.parts.items())
+    (total, trainable), examples = count_parameters(model), setup.parts["train"]
+    counts = "  ".join(f"{name} {len(part)}" for name, part in setup.parts.items())
     run.say(f"model {cfg.model}  {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M trainable   {counts}")
     run.begin()  # all input is good
     run.say(f"parameters {total:,}  {4 * total / 2**20:.2f} MB in fp32  trainable {trainable:,}")
-    run.say(f"data {cfg.data}  {len(s.data)} rows, {len(set(s.data.groups))} prompts  split {cfg.split}")
-    for line in [*s.data.lines, *s.lines]:
+    run.say(
+        f"data {cfg.data}  {len(setup.data)} rows, {len(set(setup.data.groups))} prompts  split {cfg.split}"
+    )
+    for line in [*setup.data.lines, *setup.lines]:
         run.say(line)
     tokens, targets = examples.lengths.mean(), examples.targets(range(len(examples))).mean()
     longest = int(examples.lengths.max())
     run.say(f"train rows have {tokens:.0f} tokens (longest {longest}), {targets:.0f} of them targets")
     if cfg.pack:
-        most, packs = int(s.units.lengths.max()), len(s.units)
-        rows, fill = len(examples) / packs, s.units.lengths.mean() / most
+        most, packs = int(setup.units.lengths.max()), len(setup.units)
+        rows, fill = len(examples) / packs, setup.units.lengths.mean() / most
         run.say(f"{packs} packs of at most {most} tokens hold {rows:.1f} rows each and are {fill:.0%} full")
         run.say(f"a batch of {cfg.batch} packs is one of some {cfg.batch * rows:.0f} rows")
-    if left := len(s.units) % cfg.batch:
-        what = f"{left} of {len(s.units)} {'packs' if cfg.pack else 'rows'}"
+    if left := len(setup.units) % cfg.batch:
+        what = f"{left} of {len(setup.units)} {'packs' if cfg.pack else 'rows'}"
         run.say(f"each epoch leaves out {what}, others each time: they fill no batch of {cfg.batch}")
 
 
@@ -120,28 +124,28 @@ def step_facts(units, chosen) -> dict:
     }
 
 
-def autopsy(run, cfg, s, model, chosen, rates) -> dict:
+def spike_facts(run, cfg, setup, model, chosen, rates) -> dict:
     """What an odd step saw, for spikes.jsonl (rank 0); `chosen` are the units of its global batch.
 
     Each row's loss is measured again, without dropout: the worst one's text stands beside the first one's.
     """
-    members = s.units.members(chosen)
-    seen = Examples(s.data, s.parts["train"].rows[members], cfg.max_length, cfg.loss_on_prompt)
+    members = setup.units.members(chosen)
+    seen = Examples(setup.data, setup.parts["train"].rows[members], cfg.max_length, cfg.loss_on_prompt)
     sums = evaluate(model, seen, cfg, World(device=run.world.device))
     losses = sums[:, 0] / sums[:, 2]
-    texts = [s.data.tokenizer.decode(seen.pair(i)[0]) for i in (0, int(losses.argmax()))]
-    facts = {"rows": s.data.numbers[seen.rows].tolist(), "lengths": seen.lengths.tolist()}
+    texts = [setup.data.tokenizer.decode(seen.pair(i)[0]) for i in (0, int(losses.argmax()))]
+    facts = {"rows": setup.data.numbers[seen.rows].tolist(), "lengths": seen.lengths.tolist()}
     facts |= {"row_losses": losses.round(4).tolist(), "first_row": texts[0], "worst_row": texts[1]}
-    return rates | facts | step_facts(s.units, chosen)
+    return rates | facts | step_facts(setup.units, chosen)
 
 
-def held_out(cfg) -> tuple[str, ...]:
+def final_parts(cfg) -> tuple[str, ...]:
     """The parts whose figures a run ends with, the most important one last."""
     return ("val", "test") if cfg.final_eval else ("val",)
 
 
 def measure(part, sums, examples, train) -> tuple[dict, list[dict]]:
-    """Of gpt_scratch.evaluate's sums: figures of examples, and the lines of losses.jsonl."""
+    """From the sums of `evaluate`: figures of examples, and the lines of losses.jsonl."""
     spelt = spelt_bytes(examples)
     groups, numbers = (facts[examples.rows] for facts in (examples.data.groups, examples.data.numbers))
     metrics = language_metrics(sums, groups, unigram_losses(examples, train), spelt)
@@ -167,7 +171,7 @@ def own_data(cfg, world, tokenizer, facts) -> Instructions:
 def remeasure(model, tokenizer, cfg, facts, world, poll) -> tuple[dict, tuple[str, list]]:
     """The figures of a run's own val and test rows, measured again; losses.jsonl: its name and lines."""
     parts, result = examples_of(own_data(cfg, world, tokenizer, facts), cfg)[0], {}
-    for part in held_out(cfg):
+    for part in final_parts(cfg):
         sums = evaluate(model, parts[part], cfg, world, poll)
         metrics, losses = measure(part, sums, parts[part], parts["train"])
         result |= {f"{part}/{name}": value for name, value in metrics.items()}
@@ -179,15 +183,15 @@ def unigram_losses(examples, train) -> np.ndarray:
     return np.array([-train.log_frequencies[labels].sum() for labels in examples.wanted()])
 
 
-def check(run, cfg, s, model, step, where, keep_best, poll):
+def check(run, cfg, setup, model, step, where, keep_best, poll):
     """An evaluation during training: validation, its best weights (keep_best(loss) says whether), the fixed
     prompts; at step 0 the plain text too, see forgetting. Noted in run.state: no resume repeats it."""
-    if step == 0 and s.plain:
-        run.state["plain"] = plain_losses(run, cfg, s.plain, model, poll).tolist()
-    sums = evaluate(model, s.val, cfg, run.world, poll)
-    val = language_metrics(sums, s.data.groups[s.val.rows])
-    report_validation(run, step, val, where, keep_best(val["loss"]), len(s.batches))
-    sample(run, cfg, step, model, s.data.tokenizer, poll)
+    if step == 0 and setup.plain:
+        run.state["plain"] = plain_losses(run, cfg, setup.plain, model, poll).tolist()
+    sums = evaluate(model, setup.val, cfg, run.world, poll)
+    val = language_metrics(sums, setup.data.groups[setup.val.rows])
+    report_validation(run, step, val, where, keep_best(val["loss"]), len(setup.batches))
+    sample(run, cfg, step, model, setup.data.tokenizer, poll)
     run.state["evaluated"] = step
 
 
@@ -242,13 +246,13 @@ def alarm(run, step, part, figures) -> str | None:
     return None
 
 
-def final_figures(run, cfg, s, model, answering, step) -> dict:
+def final_figures(run, cfg, setup, model, answering, step) -> dict:
     """Loss, perplexity, accuracy on val and test; forgetting; answers to the test rows by `answering()`, the
     same model as it generates fastest; an alarm if validation is no better than before training."""
     result, done = {}, ""
-    for part in held_out(cfg):
-        sums = evaluate(model, s.parts[part], cfg, run.world, run.poll)
-        m, losses = measure(part, sums, s.parts[part], s.parts["train"])
+    for part in final_parts(cfg):
+        sums = evaluate(model, setup.parts[part], cfg, run.world, run.poll)
+        m, losses = measure(part, sums, setup.parts[part], setup.parts["train"])
         result |= {f"{part}/{name}": value for name, value in m.items()}
         loss, accuracy = (plus_minus(m[k], m[f"{k}_interval"], n) for k, n in (("loss", 4), ("accuracy", 3)))
         perplexity = f"perplexity {m['perplexity']:.2f}"
@@ -259,10 +263,10 @@ def final_figures(run, cfg, s, model, answering, step) -> dict:
     if said := alarm(run, step, part, result):
         run.say(said)
         result["alarm"] = said
-    if s.plain:
-        result |= forgetting(run, cfg, s.plain, model)
+    if setup.plain:
+        result |= forgetting(run, cfg, setup.plain, model)
     if cfg.final_eval and cfg.answer_rows != 0:
-        result |= write_responses(run, cfg, s, answering())
+        result |= write_responses(run, cfg, setup, answering())
     if spikes := run.state.get("spikes", 0):
         run.say(f"spikes  {spikes} of {step} steps, {run.state['left_out']} left out (spikes.jsonl)")
     run.say(f"{done}  {run.seconds / 60:.1f} min")

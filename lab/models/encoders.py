@@ -127,7 +127,7 @@ def position_limit(encoder) -> int:
     return encoder.config.max_position_embeddings - max(skipped, default=0)
 
 
-def anatomy(encoder) -> tuple[list[nn.Module], nn.ModuleList]:
+def embeddings_and_blocks(encoder) -> tuple[list[nn.Module], nn.ModuleList]:
     """(embeddings and their kin, wherever they stand; the blocks). ALBERT has one block, used again."""
     blocks = next(module for module in encoder.modules() if isinstance(module, nn.ModuleList))
     inside = set(blocks.modules())
@@ -141,7 +141,7 @@ def freeze(encoder, which) -> list[nn.Module]:
     Returns the frozen modules: they must stay in eval mode, since dropout would be noise that nothing learns
     to live with.
     """
-    embeddings, blocks = anatomy(encoder)
+    embeddings, blocks = embeddings_and_blocks(encoder)
     if which == "bottom" and len(blocks) < 2:
         raise UserError(
             "--freeze bottom: this encoder repeats one block, it has no lower half: use all or none"
@@ -158,7 +158,7 @@ def lr_scales(scorer, layer_decay, head) -> dict[str, float]:
 
     The top block learns at the full rate, embeddings at layer_decay ** number of blocks (Sun et al. 2019).
     """
-    embeddings, blocks = anatomy(scorer.encoder)
+    embeddings, blocks = embeddings_and_blocks(scorer.encoder)
     above = {p: len(blocks) for module in embeddings for p in module.parameters()}
     above |= {p: len(blocks) - 1 - i for i, block in enumerate(blocks) for p in block.parameters()}
     scales = {name: layer_decay ** above.get(p, 0) for name, p in scorer.named_parameters()}

@@ -61,7 +61,7 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias, self)
 
     def terms(self, x):
-        """forward(x) as core.linear_cross_entropy wants it: ([(x, weight)], bias)."""
+        """forward(x) as linear_cross_entropy wants it: ([(x, weight)], bias)."""
         return [(x, self.weight)], self.bias
 
 
@@ -74,7 +74,7 @@ class Embedding(nn.Embedding):
 
 
 def linear(x, weight, bias, module):
-    """core.linear; `generating` lays some weights out a second time, and then it uses that one."""
+    """`linear` of lab/train/cpu.py, with the second layout of a weight that `generating` has made, if any."""
     if torch.compiler.is_compiling() or x.numel() // x.shape[-1] > FEW_ROWS:
         return cpu.linear(x, weight, bias)
     packed = SECOND_LAYOUT.get(module)

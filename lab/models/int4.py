@@ -72,7 +72,7 @@ def fake_int8_rows(weight) -> torch.Tensor:
 
 
 class QATLinear(Linear):
-    """gpt_scratch.Linear that computes, while `on`, with what int4 weights and int8 inputs would be."""
+    """A Linear that computes, while `on`, with what int4 weights and int8 inputs would be."""
 
     on, group = False, 0
 

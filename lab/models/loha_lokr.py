@@ -118,7 +118,7 @@ def near_factors(n) -> tuple[int, int]:
 
 @torch.no_grad()
 def uniform(*matrices):
-    """Within 1 / sqrt(columns), as nn.Linear, peft and lora.LoRALinear begin."""
+    """Within 1 / sqrt(columns), as nn.Linear, peft and LoRALinear begin."""
     for matrix in matrices:
         nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
 

@@ -59,7 +59,7 @@ class LoRALinear(Adapter):
         return self.base(x) + linear(self.low(x), self.wide_B())
 
     def terms(self, x):
-        """forward(x) as core.linear_cross_entropy wants it: nothing of the size of base.weight is made."""
+        """forward(x) as linear_cross_entropy wants it: nothing of the size of base.weight is made."""
         terms, bias = self.base.terms(x)
         return [*terms, (self.low(x), self.wide_B())], bias
 
@@ -140,7 +140,7 @@ def adapted(model) -> dict[str, Adapter]:
 
 
 class Adapters:
-    """The adapters of a model as if they were one: what a checkpoint of runs.Run saves and loads."""
+    """The adapters of a model as one module: what a checkpoint of a run saves and loads."""
 
     def __init__(self, model):
         self.model = model

@@ -84,7 +84,7 @@ def load_other(name):
 
 
 class OtherModel(nn.Module):
-    """hidden and head as gpt_scratch.GPT has them; continuations in the place of gpt_scratch.generate."""
+    """hidden and head as a GPT has them; continuations in the place of `generate`."""
 
     def __init__(self, model):
         super().__init__()

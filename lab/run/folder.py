@@ -168,7 +168,7 @@ class Run:
         return int(targets)
 
     def poll(self, active=0) -> int:
-        """For evaluation and other long work behind a checkpoint: raises core.Stop on all ranks at once.
+        """For evaluation and other long work behind a checkpoint: raises Stop on all ranks at once.
 
         Returns the sum of `active` over the ranks.
         """
@@ -178,7 +178,7 @@ class Run:
         return total
 
     def leave_if_signalled(self):
-        """For rank 0's work inside on_main, behind a checkpoint: raises core.Stop, which reaches all."""
+        """For rank 0's work inside on_main, behind a checkpoint: raises Stop, which reaches all."""
         if self._signal:
             raise Stop(self._signal)
 

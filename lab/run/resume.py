@@ -109,7 +109,7 @@ def new_folder(out, tag) -> Path:
 
 
 def resume_folder(cfg, script, out) -> Path | None:
-    """The run to resume, None for a new one. core.UserError if a resume was asked for and there is none."""
+    """The run to resume, None for a new one. UserError if a resume was asked for and there is none."""
     wanted, tag = cfg.resume_timestamp, f"-{cfg.tag}" if cfg.tag else ""
     runs = sorted(path.parent for path in out.glob("*/config.json") if _readable(path.parent))
     if wanted is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:  # torchrun --max-restarts

@@ -34,7 +34,7 @@ def leave_at_once(number, world):
 
 @contextlib.contextmanager
 def listening(world):
-    """Yields poll(active) -> its sum over ranks; it raises core.Stop on all ranks after a signal to one.
+    """Yields poll(active) -> its sum over ranks; it raises Stop on all ranks after a signal to one.
 
     Alone a signal stops at once; a second one always does, but for those of a terminal that closes.
     """

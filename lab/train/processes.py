@@ -105,7 +105,7 @@ def distributed(backend="auto", timeout_minutes=30):
         os._exit(0)
 
 
-heard_signals = []  # numbers of the stop signals that this process has noted (runs.py listens)
+heard_signals = []  # numbers of the stop signals that this process has noted (by handlers in lab/run/)
 
 
 def under_torchrun(world) -> bool:
