@@ -222,8 +222,8 @@ def weights_note(folder) -> str | None:
     return None
 
 
-def tell_weights(one, world, say):
-    if one.script and (note := core.on_main(world, weights_note, one.name)):
+def tell_weights(subject, world, say):
+    if subject.script and (note := core.on_main(world, weights_note, subject.name)):
         say(note)
 
 
@@ -232,35 +232,37 @@ def tell_weights(one, world, say):
 
 def measure(cfg, world, say, poll):
     """Every subject on every set of --data; a line each, a table at the end."""
-    found, ones = [], subjects(cfg, world)
-    for one in ones:
-        if not one.script and set(cfg.data) == {"own"}:
-            kind = "a model" if Path(one.name).exists() else "no folder here"
-            raise core.UserError(f"{one.name} is {kind}, no run with rows of its own: name some by --data")
-    failed, pairs_of = [], [(one, data) for one in ones for data in cfg.data]
-    for one, data in pairs_of:
-        if data == "own" and not one.script:
-            say(f"{one.name}  own: nothing, it is no run")
+    rows, chosen = [], subjects(cfg, world)
+    for subject in chosen:
+        if not subject.script and set(cfg.data) == {"own"}:
+            kind = "a model" if Path(subject.name).exists() else "no folder here"
+            raise core.UserError(
+                f"{subject.name} is {kind}, no run with rows of its own: name some by --data"
+            )
+    failed, pairs_of = [], [(subject, data) for subject in chosen for data in cfg.data]
+    for subject, data in pairs_of:
+        if data == "own" and not subject.script:
+            say(f"{subject.name}  own: nothing, it is no run")
             continue
         how = measure_own if data == "own" else functools.partial(measure_other, data=data)
         try:
             if data == cfg.data[0]:
-                tell_weights(one, world, say)
-            metrics = how(one, cfg=cfg, world=world, say=say, poll=poll)
+                tell_weights(subject, world, say)
+            metrics = how(subject, cfg=cfg, world=world, say=say, poll=poll)
         except core.UserError as error:
             if len(pairs_of) == 1:
                 raise
-            failed.append(f"{one.name} on {data}: {error}")  # the others still count
+            failed.append(f"{subject.name} on {data}: {error}")  # the others still count
             say(f"FAILED {failed[-1]}")
         else:
-            found.append({"model": Path(one.name).name, "data": Path(data).name, **cells(metrics)})
+            rows.append({"model": Path(subject.name).name, "data": Path(data).name, **cells(metrics)})
         if data == cfg.data[-1]:
-            one.loaded = None  # its memory is the next one's
-    if len(found) > 1:
-        headers = dict.fromkeys(header for row in found for header in row)
-        say("\n" + tables.markdown({header: [row.get(header, "") for row in found] for header in headers}))
+            subject.loaded = None  # its memory is the next one's
+    if len(rows) > 1:
+        headers = dict.fromkeys(header for row in rows for header in row)
+        say("\n" + tables.markdown({header: [row.get(header, "") for row in rows] for header in headers}))
     if failed:
-        raise core.UserError(f"{len(failed)} of {len(failed) + len(found)} failed, first {failed[0]}")
+        raise core.UserError(f"{len(failed)} of {len(failed) + len(rows)} failed, first {failed[0]}")
 
 
 def cells(m) -> dict[str, str]:
@@ -283,34 +285,34 @@ def said(m) -> str:
     return "  ".join(f"{name} {value}" for name, value in cells(m).items())
 
 
-def measure_own(one, cfg, world, say, poll) -> dict:
+def measure_own(subject, cfg, world, say, poll) -> dict:
     """A run's own val and test rows once more; if result.json had the same, also the file by which --compare
     pairs rows.
     """
-    found, (name, lines) = one.module.remeasure(one.name, world, cfg.eval_batch, poll)
+    figures, (name, lines) = subject.module.remeasure(subject.name, world, cfg.eval_batch, poll)
     shown = None
     for part in ("val", "test"):
-        metrics = {name[len(part) + 1 :]: x for name, x in found.items() if name.startswith(f"{part}/")}
+        metrics = {name[len(part) + 1 :]: x for name, x in figures.items() if name.startswith(f"{part}/")}
         if metrics:
             if not shown:
-                say(one.name)
+                say(subject.name)
             say(f"  {part:4}  {said(metrics)}")
             last, shown = part, metrics
-    if one.is_preference:
-        where = "out of fold" if core.read_config(one.name)["constants"]["folds"] else last
+    if subject.is_preference:
+        where = "out of fold" if core.read_config(subject.name)["constants"]["folds"] else last
         for line in preference.card_lines(shown, where, list(columns.LABELS)):
             say(line)
-    same, sentence = agreement(found, facts.read(one.name).result)
+    same, sentence = agreement(figures, facts.read(subject.name).result)
     say(f"  {sentence}")
     if same:
-        core.on_main(world, core.write_lines, Path(one.name) / name, lines)
+        core.on_main(world, core.write_lines, Path(subject.name) / name, lines)
     return shown
 
 
-def agreement(found, stored) -> tuple[bool, str]:
+def agreement(figures, stored) -> tuple[bool, str]:
     """Whether the figures are those of result.json; how far the farthest is away."""
     away = {}
-    for name, value in found.items():
+    for name, value in figures.items():
         was = stored.get(name)
         if all(isinstance(x, int | float) and not isinstance(x, bool) for x in (value, was)):
             away[name] = abs(value - was) / (abs(was) + 0.1)  # of figures near 0 the size counts
@@ -319,59 +321,66 @@ def agreement(found, stored) -> tuple[bool, str]:
     worst = max(away, key=away.get)
     if away[worst] <= 1e-5:
         return True, f"as result.json has it (largest difference {away[worst]:.0e} of a figure)"
-    return False, f"not as result.json has it: {worst} is {found[worst]:.6g}, was {stored[worst]:.6g}"
+    return False, f"not as result.json has it: {worst} is {figures[worst]:.6g}, was {stored[worst]:.6g}"
 
 
-def measure_other(one, data, cfg, world, say, poll) -> dict:
+def measure_other(subject, data, cfg, world, say, poll) -> dict:
     """Other data: into a folder below runs/eval/ that looks like a run's."""
-    began, folder = time.time(), other_folder(one, data, cfg)
+    began, folder = time.time(), other_folder(subject, data, cfg)
     core.on_main(world, core.prepare_folder, folder.parent)
-    if one.is_preference:
-        kind, found = "preference", measure_pairs(one, data, cfg, world, poll)
+    if subject.is_preference:
+        kind, measured = "preference", measure_pairs(subject, data, cfg, world, poll)
     else:
-        stored, model, tokenizer = one.load(cfg, world)
+        stored, model, tokenizer = subject.load(cfg, world)
         kind = core.on_main(world, other_data.kind_of, data, cfg.text_column)
         how = {"text": other_data.measure_text, "rows": other_data.measure_rows}[kind]
-        found = how(data, stored, model, tokenizer, cfg, world, poll)
-    if found.fingerprint == one.facts.get("fingerprint", {}).get("data"):
-        found.lines.append("NOTE this is the data that the run was trained on, its training rows included")
-    constants = {"model": one.name, "data": data, "max_documents": cfg.max_documents, **found.constants}
-    config = about(one, kind, constants, world) | {"facts": {"fingerprint": {"data": found.fingerprint}}}
+        measured = how(data, stored, model, tokenizer, cfg, world, poll)
+    if measured.fingerprint == subject.facts.get("fingerprint", {}).get("data"):
+        measured.lines.append("NOTE this is the data that the run was trained on, its training rows included")
+    constants = {
+        "model": subject.name,
+        "data": data,
+        "max_documents": cfg.max_documents,
+        **measured.constants,
+    }
+    config = about(subject, kind, constants, world) | {
+        "facts": {"fingerprint": {"data": measured.fingerprint}}
+    }
     result = {"status": "finished", "step": 0, "seconds": time.time() - began}
-    result |= {f"test/{name}": value for name, value in found.metrics.items()}
-    core.on_main(world, write_folder, folder, config, result, found.file)
-    say(f"{one.name} on {data}")
-    for line in [said(found.metrics), *found.lines]:
+    result |= {f"test/{name}": value for name, value in measured.metrics.items()}
+    core.on_main(world, write_folder, folder, config, result, measured.file)
+    say(f"{subject.name} on {data}")
+    for line in [said(measured.metrics), *measured.lines]:
         say(f"  {line}")
-    if one.is_preference:
-        for line in preference.card_lines(found.metrics, "rows", list(columns.LABELS)):
+    if subject.is_preference:
+        for line in preference.card_lines(measured.metrics, "rows", list(columns.LABELS)):
             say(line)
     say(f"  written: {folder}")
-    return found.metrics
+    return measured.metrics
 
 
-def measure_pairs(one, data, cfg, world, poll) -> other_data.Measured:
+def measure_pairs(subject, data, cfg, world, poll) -> other_data.Measured:
     """The report card of other A/B/tie rows."""
     options = {"max_documents": cfg.max_documents, "eval_batch": cfg.eval_batch, "poll": poll}
-    card, lines, predictions, fingerprint = one.module.measure_other(one.name, data, world, **options)
+    card, lines, predictions, fingerprint = subject.module.measure_other(subject.name, data, world, **options)
     return other_data.Measured(card, lines, ("predictions.jsonl", predictions), fingerprint, {})
 
 
-def other_folder(one, data, cfg) -> Path:
+def other_folder(subject, data, cfg) -> Path:
     """runs/eval/<model>-<data>-<hash of their paths and of what the figures depend on>."""
-    words = "-".join(tables.slug(Path(name).name) for name in (one.name, data))
-    known = [str(Path(name).resolve()) if Path(name).exists() else name for name in (one.name, data)]
+    words = "-".join(tables.slug(Path(name).name) for name in (subject.name, data))
+    known = [str(Path(name).resolve()) if Path(name).exists() else name for name in (subject.name, data)]
     known += [getattr(cfg, name) for name in ("max_documents", "text_column", "context", "stride")]
-    known += [] if one.script else [cfg.template, cfg.max_length, cfg.dtype]
+    known += [] if subject.script else [cfg.template, cfg.max_length, cfg.dtype]
     mark = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:6]
     return Path(cfg.out or root(cfg) / "eval") / f"{words}-{mark}"
 
 
-def about(one, kind, constants, world) -> dict:
+def about(subject, kind, constants, world) -> dict:
     """config.json of a folder below runs/eval/."""
     config = {"script": "eval", "kind": kind, "constants": constants, "facts": {}, "preset": None}
     config |= {"command": " ".join(sys.argv), "device": core.device_name(world), "git": core.git_state()}
-    return config | ({"checkpoint": core.chosen_checkpoint(one.name)} if one.script else {})
+    return config | ({"checkpoint": core.chosen_checkpoint(subject.name)} if subject.script else {})
 
 
 def write_folder(folder, config, result, file):
@@ -389,23 +398,23 @@ def write_folder(folder, config, result, file):
 
 def generate(cfg, world, say, poll):
     """Greedy answers to a run's own test rows, or to --data: instruction rows, or text, one prompt a line."""
-    ones = subjects(cfg, world)
-    for one in ones:
-        if one.is_preference:
-            raise core.UserError(f"{one.name} judges answers and writes none: use a language model")
-    for one in ones:
+    chosen = subjects(cfg, world)
+    for subject in chosen:
+        if subject.is_preference:
+            raise core.UserError(f"{subject.name} judges answers and writes none: use a language model")
+    for subject in chosen:
         for data in cfg.data:
-            answer(one, data, cfg, world, say, poll)
-        one.loaded = None
+            answer(subject, data, cfg, world, say, poll)
+        subject.loaded = None
 
 
-def answer(one, data, cfg, world, say, poll):
-    folder = Path(one.name) if data == "own" else other_folder(one, data, cfg)
+def answer(subject, data, cfg, world, say, poll):
+    folder = Path(subject.name) if data == "own" else other_folder(subject, data, cfg)
     core.on_main(world, core.prepare_folder, folder)
-    stored, model, tokenizer = one.load(cfg, world)
+    stored, model, tokenizer = subject.load(cfg, world)
     most = cfg.max_new_tokens or getattr(stored, "max_new_tokens", None) or LONGEST
-    rows, prompts = core.main_first(world, prompts_of, one, data, stored, tokenizer, cfg)
-    model = core.merge_lora(model) if one.script == "run_lora" else model
+    rows, prompts = core.main_first(world, prompts_of, subject, data, stored, tokenizer, cfg)
+    model = core.merge_lora(model) if subject.script == "run_lora" else model
     room = max(map(len, prompts)) + most - model.config.block_size
     if room > 0:
         size = f"the model's {model.config.block_size}"
@@ -413,35 +422,35 @@ def answer(one, data, cfg, world, say, poll):
     batch = stored.eval_batch * world.size
     texts = answers.answers(model, tokenizer, prompts, most, batch, world, poll)
     rows = [row | {"model_response": text} for row, text in zip(rows, texts, strict=True)]
-    core.on_main(world, write_answers, folder, one, data, cfg, rows, most, world)
+    core.on_main(world, write_answers, folder, subject, data, cfg, rows, most, world)
     empty = sum(not text for text in texts)
-    say(f"{one.name}  {len(rows)} answers, {empty} empty: {folder}/responses.json")
+    say(f"{subject.name}  {len(rows)} answers, {empty} empty: {folder}/responses.json")
     say(f"next: python eval.py --mode judge --run {folder}")
 
 
 LONGEST = 256  # tokens of an answer, where neither a run nor a flag says otherwise
 
 
-def write_answers(folder, one, data, cfg, rows, most, world):
+def write_answers(folder, subject, data, cfg, rows, most, world):
     """responses.json; a folder below runs/eval/ that is new begins to look like a run's."""
     core.write_json(folder / "responses.json", rows)
     if not (folder / "config.json").exists():
         constants = {
-            "model": one.name,
+            "model": subject.name,
             "data": data,
             "max_documents": cfg.max_documents,
             "max_new_tokens": most,
         }
-        core.write_json(folder / "config.json", about(one, "rows", constants, world))
+        core.write_json(folder / "config.json", about(subject, "rows", constants, world))
         core.write_json(folder / "result.json", {"status": "finished", "step": 0})
 
 
-def prompts_of(one, data, stored, tokenizer, cfg) -> tuple[list[dict], list[list[int]]]:
+def prompts_of(subject, data, stored, tokenizer, cfg) -> tuple[list[dict], list[list[int]]]:
     """Rows (their columns stay) and the ids of what the model is asked."""
     if data == "own":
-        if one.script not in ("run_instruct", "run_lora"):
-            raise core.UserError(f"{one.name} has no instruction rows of its own: name some by --data")
-        rows = tuning.own_data(stored, core.World(), tokenizer, one.facts)
+        if subject.script not in ("run_instruct", "run_lora"):
+            raise core.UserError(f"{subject.name} has no instruction rows of its own: name some by --data")
+        rows = tuning.own_data(stored, core.World(), tokenizer, subject.facts)
         test = instructions.examples_of(rows, stored)[0]["test"].rows
         return [rows.columns(row) for row in test], [rows.prompt(row) for row in test]
     if text_files(data):
@@ -486,12 +495,12 @@ def judge_answers(cfg, say):
     if cfg.pairwise:
         return duel(cfg, names, paths, rows, asked, say)
     for name, path, some in zip(names, paths, rows, strict=True):
-        before, found = asked.asked, judge.score(asked, some, cfg.judge_repeats)
-        for line in grades.lines_of_score(name, found):
+        before, summary = asked.asked, judge.score(asked, some, cfg.judge_repeats)
+        for line in grades.lines_of_score(name, summary):
             say(line)
         target = path.with_name(judged_name(path)).with_suffix(".json")
-        found["responses_sha256"] = core.sha256_file(path)  # tomorrow's answers may be others
-        core.write_json(target, facts.read_judged(target) | {cfg.judge_model: found})
+        summary["responses_sha256"] = core.sha256_file(path)  # tomorrow's answers may be others
+        core.write_json(target, facts.read_judged(target) | {cfg.judge_model: summary})
         say(f"  written: {target}; {asked.asked - before} questions were asked, the others known")
 
 
@@ -505,12 +514,12 @@ def duel(cfg, names, paths, rows, asked, say):
     if len(names) != 2:
         raise core.UserError(f"--pairwise compares two, not {len(names)}: name both by --run")
     folder = core.prepared(cfg.out or root(cfg) / "compare")
-    found = judge.duel(asked, *rows, cfg.judge_repeats)
-    for line in grades.lines_of_duel(*names, found):
+    figures = judge.duel(asked, *rows, cfg.judge_repeats)
+    for line in grades.lines_of_duel(*names, figures):
         say(line)
     words = [cfg.judge_model, *(path.parent.name or path.stem for path in paths)]
     target = folder / f"duel_{'_'.join(map(tables.slug, words))}.json"
-    core.write_json(target, {"sides": list(names), **found})
+    core.write_json(target, {"sides": list(names), **figures})
     say(f"written: {target}")
 
 
@@ -541,23 +550,27 @@ def compare_runs(cfg, say):
 
 def tabulate(cfg, say):
     """--table: Markdown to the terminal and table.md, curves.png, and TensorBoard's page of constants."""
-    found = find(cfg.table)
-    tables.check_names(found, cfg.group_by, cfg.sort)
-    where = "-".join(dict.fromkeys(facts.folder.resolve().parent.name for facts in found))
+    all_facts = find(cfg.table)
+    tables.check_names(all_facts, cfg.group_by, cfg.sort)
+    where = "-".join(dict.fromkeys(facts.folder.resolve().parent.name for facts in all_facts))
     folder = core.prepared(cfg.out or root(cfg) / "tables" / where)
-    text = tables.grouped(found, cfg.group_by, cfg.sort) if cfg.group_by else tables.table(found, cfg.sort)
+    text = (
+        tables.grouped(all_facts, cfg.group_by, cfg.sort)
+        if cfg.group_by
+        else tables.table(all_facts, cfg.sort)
+    )
     say(text)
     by = "_by_" + "_".join(cfg.group_by) if cfg.group_by else ""
     with core.whole_file(folder / f"table{by}.md") as file:
         file.write(text + "\n")
     say(f"\nwritten: {folder}/table{by}.md")
-    if cfg.plot and not any(facts.metrics for facts in found):
+    if cfg.plot and not any(facts.metrics for facts in all_facts):
         say("no curves: none of these has logged any")
     elif cfg.plot:
-        plots.draw(found, folder / f"curves{by}.png", cfg.group_by)
+        plots.draw(all_facts, folder / f"curves{by}.png", cfg.group_by)
         say(f"written: {folder}/curves{by}.png")
-    if written := plots.write_hparams(found):
-        where = os.path.relpath(os.path.commonpath([facts.folder.resolve().parent for facts in found]))
+    if written := plots.write_hparams(all_facts):
+        where = os.path.relpath(os.path.commonpath([facts.folder.resolve().parent for facts in all_facts]))
         say(f"{written} runs on TensorBoard's HPARAMS page: tensorboard --logdir {where}")
 
 

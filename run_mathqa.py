@@ -405,10 +405,10 @@ def fit(run, cfg, world, stage) -> dict:
             run.log_training(where(), step, round(length), {"lr": lr, "grad_norm": grad_norm})
     trains = [p for p in model.parameters() if p.requires_grad]
     state = [t for of in optimizer.state.values() for t in of.values() if isinstance(t, torch.Tensor)]
-    found = {"steps": step, "state_mb": sum(t.numel() * t.element_size() for t in (*trains, *state)) / 1e6}
+    figures = {"steps": step, "state_mb": sum(t.numel() * t.element_size() for t in (*trains, *state)) / 1e6}
     optimizer.zero_grad(set_to_none=True)  # makes room for measuring
     optimizer.state.clear()
-    return found
+    return figures
 
 
 final_parts = tuning.final_parts  # the parts whose figures a run ends with
@@ -416,10 +416,10 @@ final_parts = tuning.final_parts  # the parts whose figures a run ends with
 
 def weights_of(run, cfg, stage) -> dict:
     """The final weights' checksum; then the model has the weights that are to be tested."""
-    found = {"weights_sha256": core.weights_sha256(stage.trained), "test_checkpoints": [run.checkpoint]}
+    facts = {"weights_sha256": core.weights_sha256(stage.trained), "test_checkpoints": [run.checkpoint]}
     if cfg.test_weights == "best":
-        found["test_checkpoints"] = [run.load_best(stage.trained)]
-    return found | dict(
+        facts["test_checkpoints"] = [run.load_best(stage.trained)]
+    return facts | dict(
         zip(("parameters", "trainable_parameters"), core.count_parameters(stage.model), strict=True)
     )
 
@@ -545,10 +545,10 @@ def pretrain(run, cfg, world) -> dict:
 
     def check(step, where, keep_best, poll):
         sums = core.evaluate(model, val, cfg, world, poll)
-        found = core.language_metrics(sums, blocks.stretches(len(sums)))
+        metrics = core.language_metrics(sums, blocks.stretches(len(sums)))
         if step == 0:
-            run.say(f"initial loss {found['loss']:.4f}  ln V {math.log(model.config.vocab_size):.4f}")
-        tuning.report_validation(run, step, found, where, keep_best(found["loss"]), len(batches))
+            run.say(f"initial loss {metrics['loss']:.4f}  ln V {math.log(model.config.vocab_size):.4f}")
+        tuning.report_validation(run, step, metrics, where, keep_best(metrics["loss"]), len(batches))
 
     def spike_facts(step, lr) -> dict:
         rows = batches.global_batch(step).tolist()
@@ -575,13 +575,13 @@ def pretrain(run, cfg, world) -> dict:
 
 def measure_text(model, tokens, cfg, world, poll) -> tuple[dict, list, list]:
     """Figures of val and test, lines of losses.jsonl, and no answers."""
-    found, sizes = {}, core.token_bytes(tokens.tokenizer)
+    figures, sizes = {}, core.token_bytes(tokens.tokenizer)
     for part in final_parts(cfg):
         blocks = blocks_of(cfg, tokens, part)
         sums = core.evaluate(model, blocks, cfg, world, poll)
         metrics = core.measure(sums, blocks, tokens.unigram, sizes)
-        found |= {f"{part}/{name}": value for name, value in metrics.items()}
-    return found, core.loss_rows(part, sums, blocks, sizes), []
+        figures |= {f"{part}/{name}": value for name, value in metrics.items()}
+    return figures, core.loss_rows(part, sums, blocks, sizes), []
 
 
 # ------------------------------------------------------------------------------------------------ fine-tuning
@@ -589,11 +589,11 @@ def measure_text(model, tokens, cfg, world, poll) -> tuple[dict, list, list]:
 
 def newest_base(cfg, world) -> str | None:
     """newest_pretraining on all ranks; an error where one was asked for by name."""
-    found = core.on_main(world, newest_pretraining, cfg)
-    if cfg.init_from == "newest" and found is None:
+    base = core.on_main(world, newest_pretraining, cfg)
+    if cfg.init_from == "newest" and base is None:
         out = core.out_folder(cfg, __file__)
         raise core.UserError(f"--init_from newest: there is no finished pretraining run in {out}")
-    return found
+    return base
 
 
 def newest_pretraining(cfg) -> str | None:
@@ -725,8 +725,8 @@ def finetune(run, cfg, world) -> dict:
         if step == 0 and plain:
             run.state["plain"] = tuning.plain_losses(run, cfg, plain, model, poll).tolist()
         sums = core.evaluate(model, val, cfg, world, poll)
-        found = core.language_metrics(sums, data.groups[val.rows])
-        tuning.report_validation(run, step, found, where, keep_best(found["loss"]), len(batches))
+        metrics = core.language_metrics(sums, data.groups[val.rows])
+        tuning.report_validation(run, step, metrics, where, keep_best(metrics["loss"]), len(batches))
         if len(asked):
             scores = choices.Scores.of(model, choices.Choices(data, asked), cfg, world, poll)
             share = scores.right(data, asked).mean(0).tolist()
@@ -786,12 +786,12 @@ def sample(run, cfg, step, model, data, rows, poll):
 
 def measure_rows(model, data, parts, cfg, world, poll) -> tuple[dict, list, list]:
     """Figures of val and test, lines of losses.jsonl and of answers.jsonl; only the last part is answered."""
-    found = {}
+    figures = {}
     for part in final_parts(cfg):
         last = part == final_parts(cfg)[-1]
         part_figures, losses, answers = choices.measure(model, part, parts, data, cfg, world, poll, last)
-        found |= part_figures
-    return found, losses, answers
+        figures |= part_figures
+    return figures, losses, answers
 
 
 def keep_for_later(folder, cfg, model, tokenizer):
@@ -860,10 +860,10 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
     cfg, model, tokenizer = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
     measure, _ = own_measure(folder, cfg, tokenizer, world)
-    found, losses, answers = measure(model, poll)
+    figures, losses, answers = measure(model, poll)
     if answers:
         core.on_main(world, core.write_lines, Path(folder) / "answers.jsonl", answers)
-    return found, ("losses.jsonl", losses)
+    return figures, ("losses.jsonl", losses)
 
 
 def merged(model) -> core.GPT:
@@ -890,19 +890,19 @@ def quantise_run(folder, cfg, world, say, poll) -> dict:
     core.on_main(world, write_int4, model, group, tokenizer, target)
     small, _ = core.main_first(world, int4.load, target)
     measure, units = own_measure(folder, replace(own, eval_batch=cfg.eval_batch), tokenizer, world)
-    found = {"weights_sha256": weights, "group": group, "trained_for_it": own.qat != "off"}
+    result = {"weights_sha256": weights, "group": group, "trained_for_it": own.qat != "off"}
     bytes_of = {"float": sum(t.numel() * t.element_size() for t in model.state_dict().values())}
     bytes_of["int4"] = (target / "model.safetensors").stat().st_size
     lines = {}
     for kind, of in (("float", model), ("int4", small.to(world.device))):
         figures, *lines[kind] = measure(of, poll)
         rate = tokens_per_second(of, units, own, world, poll)
-        found[kind] = figures | {"mb": bytes_of[kind] / 1e6, "tokens_per_second": rate}
+        result[kind] = figures | {"mb": bytes_of[kind] / 1e6, "tokens_per_second": rate}
         loss = figures[f"{final_parts(own)[-1]}/loss"]
         say(f"{kind:5} {final_parts(own)[-1]} loss {loss:.4f}  {rate:.0f} tokens/s  of {Path(folder).name}")
-    found["rows"] = mathqa_report.paired_rows(lines["float"], lines["int4"])
-    core.on_main(world, core.write_json, target / "result.json", found)
-    return found
+    result["rows"] = mathqa_report.paired_rows(lines["float"], lines["int4"])
+    core.on_main(world, core.write_json, target / "result.json", result)
+    return result
 
 
 def write_int4(model, group, tokenizer, folder):
@@ -940,10 +940,10 @@ def quantise_or_export(cfg, world, say, poll):
     if not cfg.run_folder:
         raise core.UserError(f"--mode {cfg.mode} needs --run_folder")
     if cfg.mode == "quantise":
-        found = quantise_run(cfg.run_folder, cfg, world, say, poll)
-        say(mathqa_report.quantised_table({Path(cfg.run_folder).name: [found]}))
-        folder = f"{cfg.run_folder}/quantised_{found['group']}"
-        say("\n".join(mathqa_report.small_verdicts({Path(cfg.run_folder).name: [found]})))
+        result = quantise_run(cfg.run_folder, cfg, world, say, poll)
+        say(mathqa_report.quantised_table({Path(cfg.run_folder).name: [result]}))
+        folder = f"{cfg.run_folder}/quantised_{result['group']}"
+        say("\n".join(mathqa_report.small_verdicts({Path(cfg.run_folder).name: [result]})))
         return say(f"done  {folder}\nnext: python eval.py --run {folder} --data <text or rows>")
     _, model, tokenizer = load_model(cfg.run_folder, world)
     folder = Path(cfg.run_folder) / "merged"
@@ -1055,13 +1055,13 @@ def as_run(study, cfg, tag) -> Config:
     names = {field.name for field in fields(Config) if not field.name.startswith("pretrain_")}
     matter = names - core.MAY_CHANGE - core.CALL_CONSTANTS - STUDY_CONSTANTS - other
     tag = "-".join(filter(None, [study.cfg.tag, tag, f"s{cfg.seed}"]))
-    one = replace(cfg, tag=tag, resume_timestamp="auto")
+    run_cfg = replace(cfg, tag=tag, resume_timestamp="auto")
     typed = replace(core.typed(study.cfg), overrides={})
     flags = core.typed(
         cfg if cfg.mode == "pretrain" else study.cfg
     ).flags  # those of the first stage are renamed
     changed = flags & (core.MAY_CHANGE - set(LENGTH))
-    return core.with_flags(one, typed, matter | changed)
+    return core.with_flags(run_cfg, typed, matter | changed)
 
 
 LENGTH = ("max_minutes", "max_steps", "epochs")
@@ -1109,15 +1109,16 @@ STAGES = {"pretrain": pretrain, "finetune": finetune}
 
 def pretrained(study, cfg) -> Path:
     typed = core.typed(study.cfg)
-    one = pretraining(core.with_flags(replace(cfg), typed, typed.flags))
-    return one_run(study, as_run(study, one, f"pretrain-{length_name(one)}"))
+    run_cfg = pretraining(core.with_flags(replace(cfg), typed, typed.flags))
+    return one_run(study, as_run(study, run_cfg, f"pretrain-{length_name(run_cfg)}"))
 
 
 def tuned_run(study, cfg, base, name) -> Path:
     """The run of these constants and this very length."""
-    one = replace(cfg, mode="finetune", init_from=str(base))
-    mark = hashlib.sha256(f"{name} {[getattr(one, length) for length in LENGTH]}".encode()).hexdigest()[:6]
-    return one_run(study, as_run(study, one, f"{tables.slug(name)[:40]}-{mark}"))
+    run_cfg = replace(cfg, mode="finetune", init_from=str(base))
+    key = f"{name} {[getattr(run_cfg, length) for length in LENGTH]}"
+    mark = hashlib.sha256(key.encode()).hexdigest()[:6]
+    return one_run(study, as_run(study, run_cfg, f"{tables.slug(name)[:40]}-{mark}"))
 
 
 def both(study):
@@ -1129,27 +1130,27 @@ def both(study):
 
 def compare_arms(study):
     """Every arm with every seed at equal steps and at equal time; then int4 of the first arm and of qat."""
-    cfg, found = study.cfg, {}
+    cfg, runs = study.cfg, {}
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         base = cfg.init_from or pretrained(study, replace(cfg, seed=seed))
-        one = arm_config(replace(cfg, seed=seed), cfg.arms[0])
-        first = tuned_run(study, one, base, cfg.arms[0])
+        run_cfg = arm_config(replace(cfg, seed=seed), cfg.arms[0])
+        first = tuned_run(study, run_cfg, base, cfg.arms[0])
         length = core.on_main(study.world, mathqa_report.length, first)
         for budget in cfg.budgets:
             equal = {"max_minutes": None, "max_steps": length["steps"], "epochs": None}
             if budget == "time":
                 equal |= {"max_minutes": length["seconds"] / 60, "max_steps": None}
             for arm in cfg.arms:
-                one = arm_config(replace(cfg, seed=seed, **equal), arm)
+                run_cfg = arm_config(replace(cfg, seed=seed, **equal), arm)
                 is_first = arm == cfg.arms[0]
-                folder = first if is_first else tuned_run(study, one, base, f"equal-{budget}-{arm}")
-                found.setdefault(budget, {}).setdefault(arm, []).append(folder)
+                folder = first if is_first else tuned_run(study, run_cfg, base, f"equal-{budget}-{arm}")
+                runs.setdefault(budget, {}).setdefault(arm, []).append(folder)
     budget = cfg.budgets[0]
     small = {
-        arm: [quantise_run(folder, cfg, study.world, study.say, study.poll) for folder in found[budget][arm]]
+        arm: [quantise_run(folder, cfg, study.world, study.say, study.poll) for folder in runs[budget][arm]]
         for arm in (cfg.arms[0], *(arm for arm in cfg.arms[1:] if arm_config(cfg, arm).qat != "off"))
     }
-    core.on_main(study.world, conclude, study, found, small)
+    core.on_main(study.world, conclude, study, runs, small)
 
 
 def split_budget(cfg) -> tuple[str, list]:
@@ -1166,29 +1167,31 @@ def split_budget(cfg) -> tuple[str, list]:
 
 def split(study):
     """The first arm after each share of pretraining, both stages together as long as ever."""
-    cfg, found = study.cfg, {}
+    cfg, runs = study.cfg, {}
     unit, total = split_budget(cfg)
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for share in cfg.shares:
             first = float(share) * sum(total)
             first = round(first) if unit == "max_steps" else first
-            one = replace(cfg, seed=seed, **{f"pretrain_{unit}": first, unit: sum(total) - first})
-            base = pretrained(study, one)
-            folder = tuned_run(study, arm_config(one, cfg.arms[0]), base, f"after-{share}-{cfg.arms[0]}")
-            found.setdefault(f"{float(share):.4g} pretraining", []).append(folder)
+            run_cfg = replace(cfg, seed=seed, **{f"pretrain_{unit}": first, unit: sum(total) - first})
+            base = pretrained(study, run_cfg)
+            folder = tuned_run(study, arm_config(run_cfg, cfg.arms[0]), base, f"after-{share}-{cfg.arms[0]}")
+            runs.setdefault(f"{float(share):.4g} pretraining", []).append(folder)
     title = f"total {unit.removeprefix('max_')} {sum(total):g}"
-    core.on_main(study.world, conclude, study, {title: found}, {})
+    core.on_main(study.world, conclude, study, {title: runs}, {})
 
 
 def without_rows(small) -> dict:
     """quantise_run's figures alone: each row's stand in the run's folder."""
-    return {arm: [{n: v for n, v in one.items() if n != "rows"} for one in of] for arm, of in small.items()}
+    return {
+        arm: [{n: v for n, v in result.items() if n != "rows"} for result in of] for arm, of in small.items()
+    }
 
 
-def conclude(study, found, small):
+def conclude(study, runs, small):
     """Rank 0: study.md and study.json; the same in the terminal."""
-    text, figures = mathqa_report.report(found, small, study.cfg)
-    folders = {b: {arm: [str(f) for f in of] for arm, of in arms.items()} for b, arms in found.items()}
+    text, figures = mathqa_report.report(runs, small, study.cfg)
+    folders = {b: {arm: [str(f) for f in of] for arm, of in arms.items()} for b, arms in runs.items()}
     content = {
         "runs": folders,
         "figures": figures,
@@ -1294,9 +1297,9 @@ def check_stages(cfg, world):
         raise core.UserError(
             f"--batch {cfg.batch} is over the {len(parts['train'])} training rows: use fewer"
         )
-    for one in [cfg] if cfg.mode == "both" else [arm_config(cfg, arm) for arm in cfg.arms]:
-        if cfg.mode == "study" or one.qat != "off":
-            int4.linear_layers(base, one.qat_group)
+    for arm_cfg in [cfg] if cfg.mode == "both" else [arm_config(cfg, arm) for arm in cfg.arms]:
+        if cfg.mode == "study" or arm_cfg.qat != "off":
+            int4.linear_layers(base, arm_cfg.qat_group)
 
 
 def check_flags(cfg, world):
@@ -1325,9 +1328,9 @@ def main(cfg, world):
         asked = "newest" if cfg.mode == "pretrain" else None
         if cfg.init_from in (asked, "newest"):
             resumes = cfg.resume_timestamp not in (None, "auto")
-            found = cfg.init_from if resumes else newest_base(cfg, world)
+            base = cfg.init_from if resumes else newest_base(cfg, world)
             typed = core.typed(cfg)  # tomorrow another one is the newest: a resume keeps its own
-            cfg = core.with_flags(replace(cfg, init_from=found), typed, typed.flags - {"init_from"})
+            cfg = core.with_flags(replace(cfg, init_from=base), typed, typed.flags - {"init_from"})
         with flags_of_stage(cfg), core.Run(cfg, world, __file__, unit="tokens") as run:
             run.result = STAGES[cfg.mode](run, run.cfg, world)
         return run.result

@@ -408,15 +408,17 @@ def report_validation(run, step, val, where, is_best, late):
 def report(run, cfg, data, splits, outcomes) -> dict:
     """Rank 0: the report card of val and test, report.png, predictions.jsonl."""
     run.leave_if_signalled()
-    result, said, cards = preference.make_cards(cfg, data, splits, outcomes)
+    result, verdicts, cards = preference.make_cards(cfg, data, splits, outcomes)
     run.leave_if_signalled()
-    core.write_lines(run.folder / "predictions.jsonl", preference.all_predictions(cfg, data, splits, said))
+    core.write_lines(
+        run.folder / "predictions.jsonl", preference.all_predictions(cfg, data, splits, verdicts)
+    )
     last = "test" if "test" in cards else "val"
     card, where = cards[last], "out of fold" if cfg.folds and last == "test" else last
     for line in preference.card_lines(card, where, preference.NAMES):
         run.say(line)
     title = f"{run.folder.name}   {where}   log loss {card['log_loss']:.4f}   accuracy {card['accuracy']:.3f}"
-    preference.draw(said[last][1], preference.NAMES, title, run.folder / "report.png")
+    preference.draw(verdicts[last][1], preference.NAMES, title, run.folder / "report.png")
     if line := journal_line(cfg):
         run.say(line)
     accuracy = core.plus_minus(card["accuracy"], card["accuracy_interval"])
@@ -440,11 +442,13 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
     for fold, name in enumerate(core.on_main(world, measured_checkpoints, folder, cfg)):
         core.load_weights(Path(folder) / "checkpoints" / name, model)
         rows = pairs.split_rows(data, cfg.folds, fold, cfg.split_seed)
-        said = {part: evaluate(model, data, rows[part], cfg, world, poll) for part in final_parts(cfg)}
+        log_probs_of = {
+            part: evaluate(model, data, rows[part], cfg, world, poll) for part in final_parts(cfg)
+        }
         splits.append(rows)
-        outcomes.append({"log_probs": said})
-    result, said, _ = preference.make_cards(cfg, data, splits, outcomes)
-    return result, ("predictions.jsonl", list(preference.all_predictions(cfg, data, splits, said)))
+        outcomes.append({"log_probs": log_probs_of})
+    result, verdicts, _ = preference.make_cards(cfg, data, splits, outcomes)
+    return result, ("predictions.jsonl", list(preference.all_predictions(cfg, data, splits, verdicts)))
 
 
 def measured_checkpoints(folder, cfg) -> list[str]:

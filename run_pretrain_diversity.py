@@ -200,28 +200,28 @@ SHAPES = {
 def shares_of(arm) -> dict[str, float]:
     """Label of each source of an arm -> its share."""
     shares = mixture.shares_of(arm)
-    if len(found := {mixture.label(name): share for name, share in shares.items()}) < len(shares):
+    if len(labelled := {mixture.label(name): share for name, share in shares.items()}) < len(shares):
         raise core.UserError(
             f"arm {arm}: two sources have the same name, give them others by --sources name=where"
         )
-    return found
+    return labelled
 
 
 def sources_of(cfg) -> dict[str, core.Corpus]:
     """Label -> where and how each source of an arm is read. UserError for one that is nowhere."""
-    named, found = mixture.named_sources(cfg.sources), {}
+    named, sources = mixture.named_sources(cfg.sources), {}
     # each source holds a whole pool, whatever its share: what an arm reads does not depend on other arms
     pool = math.ceil(cfg.max_steps * cfg.batch / cfg.passes) * cfg.block_size + cfg.block_size
     # a run that belongs to a study shares its tokenizer, which all arms' sources may teach
     alone = cfg.mode == "train" and (cfg.data not in cfg.arms or not mixture.is_learnt(cfg.tokenizer))
     arms = (cfg.data,) if alone else cfg.arms
     for name in dict.fromkeys(name for arm in arms for name in mixture.shares_of(arm)):
-        one = corpus_of(cfg, address(named, name, "--arms"), max_tokens=cfg.max_tokens or pool)
-        if found.setdefault(mixture.label(name), one) != one:
+        corpus = corpus_of(cfg, address(named, name, "--arms"), max_tokens=cfg.max_tokens or pool)
+        if sources.setdefault(mixture.label(name), corpus) != corpus:
             raise core.UserError(
                 f"two sources are called {mixture.label(name)}: name them by --sources name=where"
             )
-    return found
+    return sources
 
 
 def address(named, name, flag) -> str:
@@ -356,13 +356,13 @@ def figures(model, cfg, text, part, world, poll) -> tuple[dict, MeasuredText]:
     sources = {name: measure(model, cfg, text, name, part, world, poll) for name in shares_of(cfg.data)}
     own = pooled(list(sources.values())).figures()
     alarm = f"NOT LEARNING: own loss {own['loss']:.4f}, token frequencies alone {own['unigram_loss']:.4f}"
-    found = {f"{part}/{name}": value for name, value in neutral.figures().items()}
-    found |= {f"{part}/own/{name}": value for name, value in own.items()}
-    found[f"{part}/own/alarm"] = alarm if own["above_unigram_interval"][1] >= 0 else None
+    result = {f"{part}/{name}": value for name, value in neutral.figures().items()}
+    result |= {f"{part}/own/{name}": value for name, value in own.items()}
+    result[f"{part}/own/alarm"] = alarm if own["above_unigram_interval"][1] >= 0 else None
     for name, source in sources.items():
         source_figures = source.figures()
-        found |= {f"{part}/{name}/{figure}": source_figures[figure] for figure in BRIEF}
-    return found, neutral
+        result |= {f"{part}/{name}/{figure}": source_figures[figure] for figure in BRIEF}
+    return result, neutral
 
 
 def final_parts(cfg) -> tuple[str, ...]:
@@ -376,19 +376,19 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
     text, result = open_text(cfg, world), {}
     stored = core.read_config(folder)["facts"]["fingerprint"]
-    found = text.fingerprint(neutral_of(cfg), shares_of(cfg.data))
-    core.same_data(stored, found, cfg.data, ("data", "tokenizer", "sources"))
+    fingerprint = text.fingerprint(neutral_of(cfg), shares_of(cfg.data))
+    core.same_data(stored, fingerprint, cfg.data, ("data", "tokenizer", "sources"))
     for part in final_parts(cfg):
         part_figures, neutral = figures(model, cfg, text, part, world, poll)
         result |= part_figures
     return result, ("losses.jsonl", neutral.lines(part))
 
 
-def report(run, cfg, found, part, where="", note=""):
+def report(run, cfg, metrics, part, where="", note=""):
     """A line: the neutral text's figures, then the loss on each source that the arm reads."""
-    loss = core.plus_minus(found[f"{part}/loss"], found[f"{part}/loss_interval"], 4)
-    accuracy = core.plus_minus(found[f"{part}/accuracy"], found[f"{part}/accuracy_interval"])
-    own = "  ".join(f"{name} {found[f'{part}/{name}/loss']:.4f}" for name in shares_of(cfg.data))
+    loss = core.plus_minus(metrics[f"{part}/loss"], metrics[f"{part}/loss_interval"], 4)
+    accuracy = core.plus_minus(metrics[f"{part}/accuracy"], metrics[f"{part}/accuracy_interval"])
+    own = "  ".join(f"{name} {metrics[f'{part}/{name}/loss']:.4f}" for name in shares_of(cfg.data))
     head = f"{where}  {part}".strip()
     run.say(f"{head:5} loss {loss}  accuracy {accuracy}  on {neutral_of(cfg)}{note}")
     run.say(f"{head:5} loss {own}")
@@ -489,14 +489,14 @@ def announce(run, cfg, text, batches, model):
         f"{ledger['tokens']} tokens"
     )
     run.begin()
-    for name, one in ledger["sources"].items():
+    for name, source in ledger["sources"].items():
         documents = "  ".join(f"{part} {n}" for part, n in text.tokens[name].documents.items())
-        blocks = f"{one['distinct_blocks']} blocks of {ledger['block_size']} tokens"
-        run.say(f"source {name}  {blocks}, read {one['epochs']:.3g} times  documents {documents}")
+        blocks = f"{source['distinct_blocks']} blocks of {ledger['block_size']} tokens"
+        run.say(f"source {name}  {blocks}, read {source['epochs']:.3g} times  documents {documents}")
     for name in (*ledger["sources"], neutral_of(cfg)):
         for line in text.tokens[name].lines:
             run.say(f"{name}  {line}")
-    passes = [one["epochs"] for one in ledger["sources"].values()]
+    passes = [source["epochs"] for source in ledger["sources"].values()]
     if cfg.repeat and max(passes) > cfg.passes:
         run.say("NOTE --repeat: a source is read more often than the others, it has less new text")
     core.on_main(run.world, core.write_json, run.folder / "ledger.json", ledger)
@@ -518,22 +518,22 @@ def spike_facts(text, batches, step, lr) -> dict:
 
 def check(run, cfg, text, model, step, poll) -> tuple:
     """Validation: metrics, a line, the best weights. Returns what `figures` found."""
-    found, neutral = figures(model, cfg, text, "val", run.world, poll)
-    best = cfg.test_weights == "best" and run.save_best(step, found["val/loss"], model)
+    metrics, neutral = figures(model, cfg, text, "val", run.world, poll)
+    best = cfg.test_weights == "best" and run.save_best(step, metrics["val/loss"], model)
     where = f"step {step}/{cfg.max_steps}"
-    report(run, cfg, found, "val", where, "  -> best" if best else "")
-    if found["val/own/alarm"] and 2 * step >= cfg.max_steps:
-        run.say(f"{where}  val  {found['val/own/alarm']}")
-    names = [name for name in found if name.rpartition("/")[2] in ("loss", "perplexity", "accuracy")]
-    run.metrics(step, {name: found[name] for name in names})
+    report(run, cfg, metrics, "val", where, "  -> best" if best else "")
+    if metrics["val/own/alarm"] and 2 * step >= cfg.max_steps:
+        run.say(f"{where}  val  {metrics['val/own/alarm']}")
+    names = [name for name in metrics if name.rpartition("/")[2] in ("loss", "perplexity", "accuracy")]
+    run.metrics(step, {name: metrics[name] for name in names})
     run.state["evaluated"] = step
-    return found, neutral
+    return metrics, neutral
 
 
 def finish(run, cfg, world, text, model, batches, val=None) -> dict:
     """Checks the ledger, measures the chosen weights on val (if not `val`) and test, says what comes next."""
     ledger, seen = batches.ledger(), run.state["seen"]
-    planned = {name: one["blocks"] for name, one in ledger["sources"].items()}
+    planned = {name: source["blocks"] for name, source in ledger["sources"].items()}
     if cfg.max_minutes is None and seen != planned:
         raise RuntimeError(f"the run read {seen} blocks, its ledger says {planned}: start a new one")
     sha256, measured, result = core.weights_sha256(model), run.checkpoint, {}
@@ -541,11 +541,11 @@ def finish(run, cfg, world, text, model, batches, val=None) -> dict:
         measured = run.load_best(model)
     for part in final_parts(cfg):
         known = val if part == "val" else None  # of these very weights
-        found, neutral = known or figures(model, cfg, text, part, world, run.poll)
-        result |= found
+        metrics, neutral = known or figures(model, cfg, text, part, world, run.poll)
+        result |= metrics
         if not known:
-            report(run, cfg, found, part)
-            if alarm := found[f"{part}/own/alarm"]:
+            report(run, cfg, metrics, part)
+            if alarm := metrics[f"{part}/own/alarm"]:
                 run.say(f"{part:5} {alarm}")
     core.on_main(world, write_losses, run.folder, neutral, part)
     loss, perplexity = result[f"{part}/loss"], result[f"{part}/perplexity"]
@@ -596,15 +596,15 @@ def matters(cfg) -> frozenset[str]:
 def run_config(cfg, arm, seed) -> Config:
     """The constants of one run of the study; max_steps, which a resume might change, is in its tag."""
     tag = "-".join(filter(None, [cfg.tag, tables.slug(arm), str(cfg.max_steps), f"s{seed}"]))
-    one = replace(cfg, mode="train", data=arm, seed=seed, tag=tag, resume_timestamp="auto")
+    run_cfg = replace(cfg, mode="train", data=arm, seed=seed, tag=tag, resume_timestamp="auto")
     # other arms are not its business, but for the sources that its tokenizer is learnt from
     taught = cfg.arms if mixture.is_learnt(cfg.tokenizer) else (arm,)
     names = sorted({name for each in taught for name in mixture.shares_of(each)})
     named = mixture.named_sources(cfg.sources)
     sources = tuple(f"{name}={named[name]}" for name in sorted({*names, cfg.neutral}) if name in named)
-    one = replace(one, arms=tuple(dict.fromkeys([*names, arm])), sources=sources)
+    run_cfg = replace(run_cfg, arms=tuple(dict.fromkeys([*names, arm])), sources=sources)
     typed = replace(core.typed(cfg), overrides={})
-    return core.with_flags(one, typed, matters(cfg) | core.typed(cfg).flags & core.MAY_CHANGE)
+    return core.with_flags(run_cfg, typed, matters(cfg) | core.typed(cfg).flags & core.MAY_CHANGE)
 
 
 def study_folder(cfg) -> Path:
@@ -648,19 +648,19 @@ def compare_arms(study):
         left = (time.monotonic() - began) / trained * (len(planned) - number) if trained else None
         eta = f"  eta of all {core.clock(left)}" if left else ""
         study.say(f"study  run {number + 1} of {len(planned)}  arm {arm}  seed {seed}{eta}")
-        one = run_config(cfg, arm, seed)
-        folder = core.on_main(study.world, finished_run, one)
+        run_cfg = run_config(cfg, arm, seed)
+        folder = core.on_main(study.world, finished_run, run_cfg)
         if folder:
             study.say(f"finished already: {folder}")
         else:
-            folder, trained = train_one(one, study), trained + 1
+            folder, trained = train_one(run_cfg, study), trained + 1
         runs_by_arm[arm].append(Path(folder))
         study.poll()
     notes = core.on_main(study.world, check_runs, study, runs_by_arm)
     study.say("\n".join(notes))
     losses = cross_evaluate(study, runs_by_arm)
-    found = coefficients(study, runs_by_arm) if cfg.diversity_batches else None
-    core.on_main(study.world, conclude, study, runs_by_arm, losses, found, notes)
+    diversity_figures = coefficients(study, runs_by_arm) if cfg.diversity_batches else None
+    core.on_main(study.world, conclude, study, runs_by_arm, losses, diversity_figures, notes)
 
 
 def finished_run(cfg) -> str:
@@ -687,11 +687,11 @@ def train_one(cfg, study) -> Path:
 def check_text(study, planned):
     """UserError for a finished run that read something else than it would read today. Rank 0."""
     for seed, arm in planned:
-        one = run_config(study.cfg, arm, seed)
-        if folder := finished_run(one):
+        run_cfg = run_config(study.cfg, arm, seed)
+        if folder := finished_run(run_cfg):
             core.tested_checkpoints(folder)  # UserError where its weights are damaged
             then = core.read_config(folder)["facts"]
-            now = run_facts(one, study.text, batches_of(one, arm, study.text, study.world))
+            now = run_facts(run_cfg, study.text, batches_of(run_cfg, arm, study.text, study.world))
             odd = [name for name in now if then[name] != now[name]]
             if odd:
                 raise core.UserError(
@@ -720,15 +720,17 @@ def check_runs(study, runs_by_arm) -> list[str]:
     ledgers = {arm: arm_configs[0]["facts"]["ledger"] for arm, arm_configs in configs.items()}
     ledger = next(iter(ledgers.values()))
     lines = [f"ledger  every run read {ledger['tokens']} tokens in {ledger['steps']} equal steps"]
-    distinct = {a: sum(one["distinct_blocks"] for one in of["sources"].values()) for a, of in ledgers.items()}
+    distinct = {
+        a: sum(source["distinct_blocks"] for source in of["sources"].values()) for a, of in ledgers.items()
+    }
     if len(set(distinct.values())) > 1:
         counts = ", ".join(f"{arm} {n}" for arm, n in distinct.items())
         lines.append(f"NOTE by --repeat the arms read unequal numbers of distinct blocks: {counts}")
     for arm, folders in runs_by_arm.items():
-        found = [json.loads((folder / "result.json").read_text()) for folder in folders]
-        if idle := sum(result["test/own/alarm"] is not None for result in found):
+        results = [json.loads((folder / "result.json").read_text()) for folder in folders]
+        if idle := sum(result["test/own/alarm"] is not None for result in results):
             lines.append(
-                f"NOTE NOT LEARNING: {idle} of {len(found)} runs of {arm} do not beat token frequencies"
+                f"NOTE NOT LEARNING: {idle} of {len(results)} runs of {arm} do not beat token frequencies"
             )
     counts = {name: tokens.documents["test"] for name, tokens in study.text.tokens.items()}
     few = {name: "" if n >= mixture.FEWEST else " (its stretches)" for name, n in counts.items()}
@@ -743,7 +745,7 @@ def check_runs(study, runs_by_arm) -> list[str]:
 
 def cross_evaluate(study, runs_by_arm) -> dict:
     """Every run on the test part of every text: arm -> text -> a file like losses.jsonl for each seed."""
-    found = {arm: {name: [] for name in study.text.tokens} for arm in runs_by_arm}
+    losses = {arm: {name: [] for name in study.text.tokens} for arm in runs_by_arm}
     for arm, folders in runs_by_arm.items():
         for folder in folders:
             paths = core.on_main(study.world, cross_files, study, folder)
@@ -755,9 +757,9 @@ def cross_evaluate(study, runs_by_arm) -> dict:
                 lines = measure(model, cfg, study.text, name, "test", study.world, study.poll).lines("test")
                 core.on_main(study.world, core.write_lines, Path(paths[name]), lines)
             for name, path in paths.items():
-                found[arm][name].append(path)
+                losses[arm][name].append(path)
             study.say(f"measured  {folder.name} on {', '.join(paths)}")
-    return found
+    return losses
 
 
 def not_there(paths) -> list[str]:
@@ -769,14 +771,14 @@ def cross_files(study, folder) -> dict[str, str]:
     """text -> the file with a run's losses on it, named after what they depend on: weights, text, windows."""
     weights = json.loads((folder / "result.json").read_text())["test_checkpoints"][0]
     weights = checkpoints.read_manifest(folder / "checkpoints" / weights)["files"]["model.safetensors"]
-    found = {}
+    paths = {}
     for name, tokens in study.text.tokens.items():
         key = json.dumps([weights, tokens.fingerprint, len(tokens.parts["test"]), study.cfg.block_size])
         mark = hashlib.sha256(key.encode()).hexdigest()[:12]
-        found[name] = str(
+        paths[name] = str(
             core.out_folder(study.cfg, __file__) / "cross" / f"{folder.name}-{name}-{mark}.jsonl"
         )
-    return found
+    return paths
 
 
 # -------------------------------------------------------------------------------------- diversity coefficient
@@ -786,9 +788,9 @@ def open_probe(study, runs_by_arm):
     """(model, tokenizer) of cfg.probe; `study`: the last arm's first run, in runs_by_arm or finished."""
     cfg, name = study.cfg, study.cfg.probe
     if name == "study":
-        one, arm = run_config(cfg, cfg.arms[-1], cfg.seed), cfg.arms[-1]
-        found = runs_by_arm.get(arm, [])[:1] or [core.on_main(study.world, finished_run, one)]
-        if not (name := str(found[0])):
+        run_cfg, arm = run_config(cfg, cfg.arms[-1], cfg.seed), cfg.arms[-1]
+        folders = runs_by_arm.get(arm, [])[:1] or [core.on_main(study.world, finished_run, run_cfg)]
+        if not (name := str(folders[0])):
             raise core.UserError(f"--probe study: arm {arm} has no finished run: train it, or name a probe")
     try:
         probe, tokenizer = core.main_first(study.world, core.open_model, name)
@@ -843,32 +845,31 @@ def coefficients(study, runs_by_arm) -> dict:
 # --------------------------------------------------------------------------------------------- what comes out
 
 
-def conclude(study, runs_by_arm, losses, found, notes):
+def conclude(study, runs_by_arm, losses, diversity_figures, notes):
     """Rank 0: study.md, study.json, matrix.png, link.png; the same tables in the terminal."""
     figures, seeds, neutral = diversity_report.cells(losses), study.cfg.seeds, neutral_of(study.cfg)
-    told, differences = diversity_report.verdicts(losses, seeds)
+    sentences, differences = diversity_report.verdicts(losses, seeds)
     folders = {arm: [str(folder) for folder in arm_folders] for arm, arm_folders in runs_by_arm.items()}
-    parts = [diversity_report.heading(folders, core.git_state()["commit"]), "\n".join([*notes, *told])]
+    parts = [diversity_report.heading(folders, core.git_state()["commit"]), "\n".join([*notes, *sentences])]
     parts.append(diversity_report.tables(figures, seeds))
     study.say("\n" + diversity_report.tables({"loss": figures["loss"]}, seeds) + "\n")
-    study.say("\n".join(told))
+    study.say("\n".join(sentences))
     diversity_report.heat_map(figures["loss"], study.folder / "matrix.png", neutral, seeds)
-    content = {"runs": folders, "matrix": figures, "differences": differences, "diversity": found}
+    content = {"runs": folders, "matrix": figures, "differences": differences, "diversity": diversity_figures}
     content |= {"notes": notes, "constants": asdict(study.cfg)}
-    if found:
+    if diversity_figures:
         tables = (
-            diversity_report.diversity_table(found),
-            diversity_report.link_table(found, neutral, figures, seeds),
+            diversity_report.diversity_table(diversity_figures),
+            diversity_report.link_table(diversity_figures, neutral, figures, seeds),
         )
         parts += [f"**diversity coefficient**\n\n{tables[0]}", f"**diversity and loss**\n\n{tables[1]}"]
         study.say("\n" + "\n\n".join(tables))
-        diversity_report.plot_link(found, figures["loss"], neutral, study.folder / "link.png")
+        diversity_report.plot_link(diversity_figures, figures["loss"], neutral, study.folder / "link.png")
     core.write_json(study.folder / "study.json", content)
     with core.whole_file(study.folder / "study.md") as file:
         file.write("\n\n".join(parts) + "\n")
-    study.say(
-        f"done  tables: {study.folder}/study.md  pictures: matrix.png{', link.png' if found else ''} there"
-    )
+    pictures = "matrix.png, link.png" if diversity_figures else "matrix.png"
+    study.say(f"done  tables: {study.folder}/study.md  pictures: {pictures} there")
     study.say(f"next: python eval.py --table {study.folder.parent}")
 
 
@@ -878,24 +879,24 @@ def conclude(study, runs_by_arm, losses, found, notes):
 def cache(study):
     """Mode cache: texts have become token ids; how many, and that they are enough."""
     texts = study.text.tokens
-    parts = {part: [f"{len(one.parts[part]):,}" for one in texts.values()] for part in core.PARTS}
-    documents = [f"{sum(one.documents.values()):,}" for one in texts.values()]
+    parts = {part: [f"{len(tokens.parts[part]):,}" for tokens in texts.values()] for part in core.PARTS}
+    documents = [f"{sum(tokens.documents.values()):,}" for tokens in texts.values()]
     study.say(tables.markdown({"text": list(texts), "documents": documents, **parts}))
-    for name, one in texts.items():
-        for line in one.lines:
+    for name, tokens in texts.items():
+        for line in tokens.lines:
             study.say(f"{name}  {line}")
     study.say(f"tokens of {len(texts)} texts, enough for every arm: {core.cache_root()}")
 
 
 def coefficient_only(study):
     """Mode diversity: the coefficients of the arms, without training."""
-    found = coefficients(study, {arm: [] for arm in study.cfg.arms})
+    figures = coefficients(study, {arm: [] for arm in study.cfg.arms})
 
     def write():
-        core.write_json(study.folder / "diversity.json", found)
+        core.write_json(study.folder / "diversity.json", figures)
         with core.whole_file(study.folder / "diversity.md") as file:
-            file.write(diversity_report.diversity_table(found) + "\n")
-        study.say(diversity_report.diversity_table(found))
+            file.write(diversity_report.diversity_table(figures) + "\n")
+        study.say(diversity_report.diversity_table(figures))
         study.say(f"done  {study.folder}/diversity.md")
 
     core.on_main(study.world, write)

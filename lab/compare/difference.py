@@ -17,24 +17,24 @@ def difference(rows, first, second) -> dict:
     total = rows.weights.sum()
     means = [rows.sums[side].sum(1) / total for side in (first, second)]
     value = float(means[0].mean() - means[1].mean())
-    found = {"difference": value, "seeds": [len(first), len(second)], "rows": len(rows)}
-    found["groups"] = len(set(rows.groups.tolist()))
-    found["means"] = [side_means.tolist() for side_means in means]
+    figures = {"difference": value, "seeds": [len(first), len(second)], "rows": len(rows)}
+    figures["groups"] = len(set(rows.groups.tolist()))
+    figures["means"] = [side_means.tolist() for side_means in means]
     if len(first) == len(second) == 1:
         interval = _by_groups(rows, rows.sums[first[0]] - rows.sums[second[0]])
-        found["row_noise"] = found["noise"] = (interval[1] - interval[0]) / (2 * 1.96)
-        return found | {"interval": interval}
-    return found | _over_seeds(rows, (first, second), means, value)
+        figures["row_noise"] = figures["noise"] = (interval[1] - interval[0]) / (2 * 1.96)
+        return figures | {"interval": interval}
+    return figures | _over_seeds(rows, (first, second), means, value)
 
 
 def mean(rows, side) -> dict:
     """Mean of the runs `side` with its 95 % interval, over groups of rows and seeds as in `difference`."""
     total = rows.weights.sum()
     means = rows.sums[side].sum(1) / total
-    found = {"mean": float(means.mean()), "runs": means.tolist()}
+    figures = {"mean": float(means.mean()), "runs": means.tolist()}
     if len(side) == 1:
-        return found | {"interval": _by_groups(rows, rows.sums[side[0]])}
-    return found | _over_seeds(rows, (side,), [means], found["mean"])
+        return figures | {"interval": _by_groups(rows, rows.sums[side[0]])}
+    return figures | _over_seeds(rows, (side,), [means], figures["mean"])
 
 
 def _by_groups(rows, sums) -> list[float]:
@@ -69,9 +69,9 @@ def _over_seeds(rows, sides, means, value) -> dict:
     half = student(max(freedom, 1.0)) * math.sqrt(noise)
     if min(map(len, means)) < 3:  # as simulations show, Satterthwaite's freedom is too high here
         half = math.hypot(*(student(f) * math.sqrt(v) for v, f in components))
-    found = {"interval": [value - half, value + half], "noise": math.sqrt(noise)}
-    found["seed_noise"] = math.sqrt(max(noise - row_variance, 0.0))
-    return found | {"row_noise": math.sqrt(row_variance)}
+    figures = {"interval": [value - half, value + half], "noise": math.sqrt(noise)}
+    figures["seed_noise"] = math.sqrt(max(noise - row_variance, 0.0))
+    return figures | {"row_noise": math.sqrt(row_variance)}
 
 
 def _seed_variance(part, seed_means) -> tuple[float, int] | None:
@@ -86,35 +86,35 @@ def _seed_variance(part, seed_means) -> tuple[float, int] | None:
 FEWEST = 6  # prompts or stretches: all of five on one side of 0 happen by chance once in 16
 
 
-def verdict(found, name, names) -> str:
+def verdict(figures, name, names) -> str:
     """The figure, and a plain sentence: told apart or not, by what noise, and what it would take."""
-    low, high = found["interval"]
-    value, rows = found["difference"], found["rows"]
+    low, high = figures["interval"]
+    value, rows = figures["difference"], figures["rows"]
     signed = f"{name} {value:+.4f} ({low:+.4f} to {high:+.4f})"
-    a, b = found["seeds"]
+    a, b = figures["seeds"]
     seeds = "one seed each: row noise only" if a == b == 1 else f"{a} and {b} seeds"
-    if not math.isfinite(value) or ((low or high) and found["groups"] < FEWEST):
+    if not math.isfinite(value) or ((low or high) and figures["groups"] < FEWEST):
         return f"{signed}\n  cannot be told apart: fewer than {FEWEST} prompts, or a loss that is no number"
     if low == high == 0:
         return f"{signed}\n  the same on every one of {rows:,} rows: they cannot be told apart"
     if low <= 0 <= high:
-        return f"{signed}\n  cannot be told apart on these {rows:,} rows; {needed(found)} ({seeds})"
+        return f"{signed}\n  cannot be told apart on these {rows:,} rows; {needed(figures)} ({seeds})"
     lower_is_better = name in ("loss", "log loss", "bits per byte")
     better = names[0] if (value < 0) == lower_is_better else names[1]
     return f"{signed}\n  told apart on these {rows:,} rows: {better} is better ({seeds})"
 
 
-def needed(found) -> str:
+def needed(figures) -> str:
     """What would show a difference of this size four times in five."""
-    wanted = (abs(found["difference"]) / (1.96 * math.sqrt(POWER))) ** 2  # variance
-    if abs(found["difference"]) < 1e-12:
+    wanted = (abs(figures["difference"]) / (1.96 * math.sqrt(POWER))) ** 2  # variance
+    if abs(figures["difference"]) < 1e-12:
         return "there is no difference to look for"
-    if found.get("seed_noise") and found["row_noise"] ** 2 < wanted:
-        now = min(found["seeds"])
-        seeds = max(now + 1, now * found["seed_noise"] ** 2 / (wanted - found["row_noise"] ** 2))
+    if figures.get("seed_noise") and figures["row_noise"] ** 2 < wanted:
+        now = min(figures["seeds"])
+        seeds = max(now + 1, now * figures["seed_noise"] ** 2 / (wanted - figures["row_noise"] ** 2))
         return f"about {rounded(seeds)} seeds a side would be needed"
-    rows = found["rows"] * found["row_noise"] ** 2 / wanted
-    if found.get("seed_noise"):
+    rows = figures["rows"] * figures["row_noise"] ** 2 / wanted
+    if figures.get("seed_noise"):
         return f"more rows than {rounded(rows)}, and more seeds, would be needed"
     return f"about {rounded(rows)} would be needed" if rows < 1e9 else "no number of rows would do"
 

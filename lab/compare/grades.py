@@ -42,22 +42,25 @@ def mean_and_interval(means, groups, counted) -> dict:
     return {"score": float(means.mean()), "score_interval": (100 * shares[0]).tolist()}
 
 
-def lines_of_score(name, s) -> list[str]:
+def lines_of_score(name, scored) -> list[str]:
     """What the terminal shows of `score`."""
-    if s["score"] is None:
-        return [f"{name}  no grade could be read in {s['unreadable']} replies of {s['judge']}"]
-    said = plus_minus(s["score"], s["score_interval"], 2)
-    lines = [f"{name}  {s['judge']}  {said} of 100  {s['graded']} of {s['rows']} answers, {s['empty']} empty"]
-    if s["unreadable"]:
+    if scored["score"] is None:
+        return [f"{name}  no grade could be read in {scored['unreadable']} replies of {scored['judge']}"]
+    score = plus_minus(scored["score"], scored["score_interval"], 2)
+    counts = f"{scored['graded']} of {scored['rows']} answers, {scored['empty']} empty"
+    lines = [f"{name}  {scored['judge']}  {score} of 100  {counts}"]
+    if scored["unreadable"]:
         lowest = np.mean(
-            [np.mean([grade or 0 for grade in row_grades["grades"]]) for row_grades in s["grades"]]
+            [np.mean([grade or 0 for grade in row_grades["grades"]]) for row_grades in scored["grades"]]
         )
         lines.append(
-            f"  {s['unreadable']} replies hold no grade; counted as 0 the mean would be {lowest:.2f}"
+            f"  {scored['unreadable']} replies hold no grade; counted as 0 the mean would be {lowest:.2f}"
         )
-    if s["noise"] is not None:
-        lines.append(f"  the judge's own noise: {s['noise']:.1f} between {s['repeats']} grades of one answer")
-    for category, part in s["by_category"].items():
+    if scored["noise"] is not None:
+        lines.append(
+            f"  the judge's own noise: {scored['noise']:.1f} between {scored['repeats']} grades of one answer"
+        )
+    for category, part in scored["by_category"].items():
         figure = plus_minus(part["score"], part["score_interval"], 2)
         lines.append(f"  {category}: {figure}, {part['rows']} answers")
     return lines
@@ -106,8 +109,8 @@ def lines_of_duel(first, second, d) -> list[str]:
     ]
     if d["wins"] is not None:
         low, high = d["wins_interval"]
-        told = "they cannot be told apart" if low <= 0.5 <= high else "they can be told apart"
-        lines.append(f"  {told} by {d['judge']}; {d['equal']} pairs of answers are equal")
+        verdict = "they cannot be told apart" if low <= 0.5 <= high else "they can be told apart"
+        lines.append(f"  {verdict} by {d['judge']}; {d['equal']} pairs of answers are equal")
     lines.append(f"  same verdict in both orders {figure('same_in_both_orders')}")
     lines.append(f"  the one shown first wins {figure('first_place')}, the longer one {figure('longer')}")
     lines += [f"  {d['unreadable']} replies hold no verdict"] if d["unreadable"] else []

@@ -267,10 +267,10 @@ class Judge:
     def _told(self, error) -> str:
         """What an HTTP error says of itself, without the key."""
         try:
-            said = self._read(error.fp, most=2000).decode("utf-8", "replace")
+            reply = self._read(error.fp, most=2000).decode("utf-8", "replace")
         except (OSError, http.client.HTTPException, AttributeError):
-            said = ""
-        return self._one_line(f"HTTP {error.code} {error.reason}: {said}")
+            reply = ""
+        return self._one_line(f"HTTP {error.code} {error.reason}: {reply}")
 
     def _one_line(self, text) -> str:
         return self._hidden(" ".join(text.split()))[:160]

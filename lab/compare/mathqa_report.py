@@ -32,14 +32,14 @@ def shared(folders) -> list[Rows]:
 
 def shuffled_rows(folders) -> Rows:
     """Whether each problem was answered rightly behind another one's: the control."""
-    found = [read_lines(facts.read(folder), "answers.jsonl") for folder in folders]
-    right = np.array([[float(line["right_shuffled"]) for line in run_lines] for run_lines in found])
-    return Rows("shuffled", right, np.ones(right.shape[1]), np.array([x["group"] for x in found[0]]))
+    lines = [read_lines(facts.read(folder), "answers.jsonl") for folder in folders]
+    right = np.array([[float(line["right_shuffled"]) for line in run_lines] for run_lines in lines])
+    return Rows("shuffled", right, np.ones(right.shape[1]), np.array([x["group"] for x in lines[0]]))
 
 
-def heading(found) -> str:
+def heading(folders_by_arm) -> str:
     """What was studied, and what the columns mean."""
-    folder = next(iter(next(iter(found.values())).values()))[0]
+    folder = next(iter(next(iter(folders_by_arm.values())).values()))[0]
     config, result = read(folder, "config.json"), read(folder, "result.json")
     part = "test" if "test/loss" in result else "val"
     c, usual = config["constants"], result[f"{part}/letter"]
@@ -51,7 +51,7 @@ def heading(found) -> str:
         "per token: the same by likelihood per token; shuffled: behind another row's problem",
         "forgotten: nats per token more on held-out text of the pretraining",
     ]
-    alarms = [name for arms in found.values() for name, of in arms.items() if any(
+    alarms = [name for arms in folders_by_arm.values() for name, of in arms.items() if any(
         read(folder, "result.json").get("alarm") for folder in of)]  # fmt: skip
     if alarms:
         lines.append(
@@ -60,16 +60,18 @@ def heading(found) -> str:
     return "\n".join(lines)
 
 
-def report(found, small, cfg) -> tuple[str, dict]:
+def report(runs, small, cfg) -> tuple[str, dict]:
     """Markdown and figures. found: budget -> arm -> run folders, one a seed; small: arm -> quantise_run's."""
-    parts, figures = [heading(found)], {}
+    parts, figures = [heading(runs)], {}
     seeds = f"{cfg.seeds} seeds" if cfg.seeds > 1 else "one seed"
-    for budget, arms in found.items():
+    for budget, arms in runs.items():
         title = f"equal {budget}" if budget in ("steps", "time") else budget
-        said = "95 % over problems and seeds" if cfg.seeds > 1 else "95 % over problems, one seed"
-        parts.append(f"**{title}** ({said}; s: of training; MB: gradients and optimizer)\n\n{table(arms)}")
-        told, figures[budget] = verdicts(arms)
-        parts.append("\n".join(told))
+        interval = "95 % over problems and seeds" if cfg.seeds > 1 else "95 % over problems, one seed"
+        parts.append(
+            f"**{title}** ({interval}; s: of training; MB: gradients and optimizer)\n\n{table(arms)}"
+        )
+        sentences, figures[budget] = verdicts(arms)
+        parts.append("\n".join(sentences))
     if (count := sum(map(len, figures.values()))) > 2:
         parts.append(f"{count} comparisons: of 20 between equals one looks like a difference.\n{RATES}")
     if small:
@@ -86,11 +88,11 @@ def table(arms) -> str:
         every, part = list(range(len(folders))), "test" if "test/loss" in arm_results[0] else "val"
         row = {"arm": arm}
         for rows, digits in zip(shared(folders), (4, 3), strict=True):
-            one = mean(rows, every)
-            row[rows.name] = plus_minus(one["mean"], one["interval"], digits)
+            average = mean(rows, every)
+            row[rows.name] = plus_minus(average["mean"], average["interval"], digits)
         row["per token"] = f"{over(arm_results, f'{part}/answer_accuracy_per_token'):.3f}"
-        one = mean(shuffled_rows(folders), every)
-        row["shuffled"] = plus_minus(one["mean"], one["interval"])
+        average = mean(shuffled_rows(folders), every)
+        row["shuffled"] = plus_minus(average["mean"], average["interval"])
         forgotten = over(arm_results, "plain/forgotten")
         row["forgotten"] = "" if forgotten is None else f"{forgotten:+.4f}"
         row["trained"] = f"{arm_results[0]['trainable_parameters']:,}"
@@ -115,16 +117,16 @@ def over(arm_results, name) -> float | None:
 
 def verdicts(arms) -> tuple[list[str], list[dict]]:
     """Each arm against the first, in loss and in answers: told apart, or noise?"""
-    told, found = [], []
+    sentences, figures = [], []
     first, *others = arms
     for arm in others:
         folders = [*arms[arm], *arms[first]]
         n = len(arms[arm])
         for rows in shared(folders):
-            one = difference(rows, list(range(n)), list(range(n, len(folders))))
-            found.append({"arm": arm, "against": first, "figure": rows.name, **one})
-            told.append(f"{arm} - {first}  {verdict(one, rows.name, (arm, first))}")
-    return told, found
+            figure = difference(rows, list(range(n)), list(range(n, len(folders))))
+            figures.append({"arm": arm, "against": first, "figure": rows.name, **figure})
+            sentences.append(f"{arm} - {first}  {verdict(figure, rows.name, (arm, first))}")
+    return sentences, figures
 
 
 def quantised_table(small) -> str:
@@ -135,7 +137,7 @@ def quantised_table(small) -> str:
             how = f"int4 by {arm_results[0]['group']}" + (
                 ", trained for it" if arm_results[0]["trained_for_it"] else ""
             )
-            figures = [one[kind] for one in arm_results]
+            figures = [result[kind] for result in arm_results]
             part = "test" if "test/loss" in figures[0] else "val"
             row = {"run": arm, "weights": how if kind == "int4" else "float"}
             row["loss"] = f"{over(figures, f'{part}/loss'):.4f}"
@@ -150,15 +152,15 @@ def quantised_table(small) -> str:
 
 def paired_rows(whole, small) -> dict:
     """What two measures of the same rows said, for small_verdicts; each is [lines of losses, of answers]."""
-    found = {"group": [line["group"] for line in whole[0]], "targets": [line["targets"] for line in whole[0]]}
-    found["loss"] = [[line["nats"] for line in losses] for losses, _ in (whole, small)]
-    found["answers"] = [[float(line["right"]) for line in answers] for _, answers in (whole, small)]
-    return found
+    rows = {"group": [line["group"] for line in whole[0]], "targets": [line["targets"] for line in whole[0]]}
+    rows["loss"] = [[line["nats"] for line in losses] for losses, _ in (whole, small)]
+    rows["answers"] = [[float(line["right"]) for line in answers] for _, answers in (whole, small)]
+    return rows
 
 
 def small_verdicts(small) -> list[str]:
     """For each arm: does int4 differ from float? Over all of its runs."""
-    told = []
+    sentences = []
     for arm, arm_results in small.items():
         group, seeds = np.array(arm_results[0]["rows"]["group"]), range(len(arm_results))
         for name in ("loss", "answers"):
@@ -168,8 +170,8 @@ def small_verdicts(small) -> list[str]:
             weights = (
                 np.array(arm_results[0]["rows"]["targets"], float) if name == "loss" else np.ones(len(group))
             )
-            one = difference(
+            figure = difference(
                 Rows(name, sums, weights, group), [len(arm_results) + i for i in seeds], list(seeds)
             )
-            told.append(f"{arm}, int4 - float  {verdict(one, name, ('int4', 'float'))}")
-    return told
+            sentences.append(f"{arm}, int4 - float  {verdict(figure, name, ('int4', 'float'))}")
+    return sentences

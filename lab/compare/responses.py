@@ -25,11 +25,11 @@ def read_responses(path) -> list[dict]:
 
 def numbered(lines) -> dict:
     """(prompt, its how-manieth occurrence) -> line with this `group`: the same in every file."""
-    seen, found = {}, {}
+    seen, by_key = {}, {}
     for line in lines:
         count = seen[line["group"]] = seen.get(line["group"], 0) + 1
-        found[line["group"], count] = line
-    return found
+        by_key[line["group"], count] = line
+    return by_key
 
 
 def by_prompt(rows) -> dict:

@@ -193,7 +193,7 @@ def has_losses(facts) -> bool:
 
 def judged_rows(all_facts) -> list[Rows]:
     """Grades by each judge that graded all of the runs, prompt by prompt."""
-    found = []
+    all_rows = []
     for name in sorted(set(all_facts[0].judged).intersection(*(facts.judged for facts in all_facts[1:]))):
         by_key = [mean_grades(facts.judged[name].get("grades", [])) for facts in all_facts]
         if not set(by_key[0]).intersection(*by_key[1:]):
@@ -203,8 +203,8 @@ def judged_rows(all_facts) -> list[Rows]:
             np.array([[run_lines[k] for k in keys] for run_lines in by_key]),
             [key[0] for key in keys],
         )
-        found.append(Rows(f"grade by {name}", sums, np.ones(len(keys)), np.array(groups), note))
-    return found
+        all_rows.append(Rows(f"grade by {name}", sums, np.ones(len(keys)), np.array(groups), note))
+    return all_rows
 
 
 def mean_grades(entries) -> dict:

@@ -69,9 +69,9 @@ def named(name, root) -> list[Facts]:
     """One run folder, or the finished runs with this tag or preset."""
     if (Path(name) / "config.json").exists():
         return [read(name)]
-    found = read_all(path.parent for path in sorted(Path(root).glob("*/*/config.json")))
-    found = [facts for facts in found if name in (facts.tag, facts.config.get("preset"))]
-    if finished := [facts for facts in found if facts.finished]:
+    runs = read_all(path.parent for path in sorted(Path(root).glob("*/*/config.json")))
+    runs = [facts for facts in runs if name in (facts.tag, facts.config.get("preset"))]
+    if finished := [facts for facts in runs if facts.finished]:
         return finished
     raise UserError(
         f"--compare {name}: no run folder, and no finished run in {root} has such a tag or preset "
@@ -202,10 +202,10 @@ def report(all_sides) -> tuple[list[str], dict]:
             "runs": [" ".join(f"{mean:.4f}" for mean in means[at]) for at in where],
         }), ""]  # fmt: skip
         for side, at in zip(all_sides[1:], where[1:], strict=True):
-            found = difference(rows, where[0], at)
+            figure = difference(rows, where[0], at)
             names = all_sides[0].name, side.name
-            lines.append(f"{names[0]} - {names[1]}  {verdict(found, rows.name, names)}")
-            figures.setdefault(rows.name, []).append(found | {"sides": names})
+            lines.append(f"{names[0]} - {names[1]}  {verdict(figure, rows.name, names)}")
+            figures.setdefault(rows.name, []).append(figure | {"sides": names})
         lines.append("")
     weights = [facts.result.get("weights_sha256") for facts in all_facts]
     if same := [f.name for f, w in zip(all_facts[1:], weights[1:], strict=True) if w and w == weights[0]]:

@@ -39,8 +39,8 @@ def _figure(*names, digits=3):
         value, interval = facts.figure(*names)
         if value is None:
             return ""
-        said = plus_minus(value, interval, digits) if interval else f"{value:.{digits}f}"
-        return said if facts.part == "test" else f"val {said}"
+        cell = plus_minus(value, interval, digits) if interval else f"{value:.{digits}f}"
+        return cell if facts.part == "test" else f"val {cell}"
 
     return text
 
@@ -73,8 +73,8 @@ def _status(facts) -> str:
         return ""
     steps = [row["step"] for row in facts.metrics]
     val = facts.curve("val/loss")
-    said = f"{facts.result.get('status', 'running or killed')} at step {max(steps, default=0)}"
-    return said + (f", val {val[-1][1]:.4f}" if val else "")
+    line = f"{facts.result.get('status', 'running or killed')} at step {max(steps, default=0)}"
+    return line + (f", val {val[-1][1]:.4f}" if val else "")
 
 
 def _judges(all_facts) -> dict:
@@ -162,9 +162,9 @@ def table(all_facts, order=None) -> str:
             all_facts, key=lambda facts: sorted_facts(facts, order)
         )  # stable: ties stay by name
     cells = {header: [cell(facts) for facts in all_facts] for header, cell in columns(all_facts).items()}
-    said = [f"{name} {cells[name][0]}" for name in SAME if len(set(cells[name])) == 1 and cells[name][0]]
+    shared = [f"{name} {cells[name][0]}" for name in SAME if len(set(cells[name])) == 1 and cells[name][0]]
     kept = {h: c for h, c in cells.items() if any(c) and not (h in SAME and len(set(c)) == 1)}
-    lines = [f"{len(all_facts)} runs  {'  '.join(said)}", "", markdown(kept), *notes_below(all_facts)]
+    lines = [f"{len(all_facts)} runs  {'  '.join(shared)}", "", markdown(kept), *notes_below(all_facts)]
     return "\n".join(lines)
 
 
@@ -252,8 +252,8 @@ def values_of(facts, names) -> tuple[str, ...]:
 
 def _also_differing(group, names) -> str:
     """Constants beside `names`, and files of code, in which runs of one group differ."""
-    found = [*differing_scripts(group), *differing(group)]
-    return ", ".join([*(name for name in found if name not in names), *code_versions(group)])
+    names_of = [*differing_scripts(group), *differing(group)]
+    return ", ".join([*(name for name in names_of if name not in names), *code_versions(group)])
 
 
 def _mean_order(group, order):

@@ -29,14 +29,14 @@ from lab.train.processes import on_main
 
 def named_sources(pairs) -> dict[str, str]:
     """("pubmed=owner/set:config", ...) -> name: where the text is. UserError for what has no name."""
-    found = {}
+    sources = {}
     for pair in pairs:
         name, equals, where = pair.partition("=")
         if not equals or not where or not re.fullmatch(r"[\w.-]+", name):
             raise UserError(f"--sources {pair}: write name=where, e.g. pubmed=abstracts.jsonl")
-        if found.setdefault(name, where) != where:
-            raise UserError(f"--sources: {name} is both {found[name]} and {where}: use two names")
-    return found
+        if sources.setdefault(name, where) != where:
+            raise UserError(f"--sources: {name} is both {sources[name]} and {where}: use two names")
+    return sources
 
 
 def shares_of(arm) -> dict[str, float]:
@@ -55,8 +55,8 @@ def shares_of(arm) -> dict[str, float]:
     except ValueError:
         raise UserError(f"arm {arm}: a weight is no number: write 0.7*a+0.3*b") from None
     if not all(w > 0 for w in weights) or not abs(sum(weights) - 1) <= TOLERANCE * len(names):
-        said = f"the weights of arm {arm} add up to {sum(weights):g}"
-        raise UserError(f"{said}: make it 1, with every weight above 0")
+        line = f"the weights of arm {arm} add up to {sum(weights):g}"
+        raise UserError(f"{line}: make it 1, with every weight above 0")
     return {name: weight / sum(weights) for name, weight in zip(names, weights, strict=True)}
 
 
@@ -85,10 +85,10 @@ class Text:
 
     def fingerprint(self, neutral, sources) -> dict:
         """Of the tokenizer, the neutral text (as `data`: runs are compared on it) and some sources."""
-        found = {name: tokens.fingerprint["data"] for name, tokens in self.tokens.items()}
+        hashes = {name: tokens.fingerprint["data"] for name, tokens in self.tokens.items()}
         tokenizer = tokenizer_fingerprint(self.tokenizer)
-        sources = {name: found[name] for name in sources}
-        return {"tokenizer": tokenizer, "data": found[neutral], "sources": sources}
+        sources = {name: hashes[name] for name in sources}
+        return {"tokenizer": tokenizer, "data": hashes[neutral], "sources": sources}
 
     def frequencies(self, shares) -> np.ndarray:
         """(V,): how often each id would occur in a hundred million tokens of a mixture."""
@@ -101,8 +101,8 @@ def open_text(corpora, tokenizer, learns_from, world) -> Text:
     from equally much of every Corpus of `learns_from`."""
     if is_learnt(tokenizer):
         tokenizer = on_main(world, shared_tokenizer, tokenizer, learns_from)
-    corpora = {name: replace(one, tokenizer=tokenizer) for name, one in corpora.items()}
-    opened = {name: open_corpus(one, world) for name, one in corpora.items()}
+    corpora = {name: replace(corpus, tokenizer=tokenizer) for name, corpus in corpora.items()}
+    opened = {name: open_corpus(corpus, world) for name, corpus in corpora.items()}
     return Text(opened, next(iter(opened.values())).tokenizer)
 
 
@@ -115,13 +115,15 @@ LEARNT_FROM = 5_000_000  # characters of each source
 
 def shared_tokenizer(kind, corpora) -> str:
     """A folder in the token cache with the tokenizer (bpe:<size>, chars ...) that all arms share."""
-    key = json.dumps([kind, {name: [text_fingerprint(one), repr(one)] for name, one in corpora.items()}])
+    key = json.dumps(
+        [kind, {name: [text_fingerprint(corpus), repr(corpus)] for name, corpus in corpora.items()}]
+    )
     folder = cache_root() / f"tokenizer_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
     def texts():
-        for one in corpora.values():
+        for corpus in corpora.values():
             room = LEARNT_FROM
-            for part, text, _ in split_pieces(one, BadRows()):
+            for part, text, _ in split_pieces(corpus, BadRows()):
                 if part == "train" and room > 0:
                     yield text[:room]
                     room -= len(text)

@@ -85,8 +85,8 @@ def _preferred(names, prefer, where) -> list[str]:
     tables = [name for name in names if Path(name).suffix in TABLES]
     chosen = [name for name in tables if Path(name).name.startswith(prefer)]
     if not chosen and len(tables) != 1:
-        found = ", ".join(tables) or f"none of {', '.join(TABLES)}"
-        raise UserError(f"{where} holds {found}: name one file, or call one {prefer}.csv")
+        there = ", ".join(tables) or f"none of {', '.join(TABLES)}"
+        raise UserError(f"{where} holds {there}: name one file, or call one {prefer}.csv")
     return chosen or tables
 
 
@@ -158,9 +158,9 @@ def require_columns(rows, columns, where):
         raise UserError(f"{where} has no rows: use a file with the columns {', '.join(columns)}")
     some = [row for row in rows[:100] if isinstance(row, dict)]  # the first may lack what others have
     keys = (key for row in some for key in row if key is not None)  # None: more cells than columns
-    found = list(dict.fromkeys(keys)) or [type(rows[0]).__name__]
-    if missing := [column for column in columns if column not in found]:
-        hint = " (is it separated by ';'?)" if len(found) == 1 and ";" in str(found[0]) else ""
+    present = list(dict.fromkeys(keys)) or [type(rows[0]).__name__]
+    if missing := [column for column in columns if column not in present]:
+        hint = " (is it separated by ';'?)" if len(present) == 1 and ";" in str(present[0]) else ""
         raise UserError(
-            f"{where} lacks column(s) {', '.join(missing)}; found: {', '.join(map(str, found))}{hint}"
+            f"{where} lacks column(s) {', '.join(missing)}; found: {', '.join(map(str, present))}{hint}"
         )

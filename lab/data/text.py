@@ -143,8 +143,8 @@ def text_files(name) -> list[Path]:
     """The text files that a name stands for; none where it is a table or on the Hub."""
     path = Path(name)
     if path.is_dir():
-        found = (file.relative_to(path) for file in path.rglob("*"))
-        files = [path / f for f in found if (path / f).is_file() and not any(p[0] == "." for p in f.parts)]
+        inside = (file.relative_to(path) for file in path.rglob("*"))
+        files = [path / f for f in inside if (path / f).is_file() and not any(p[0] == "." for p in f.parts)]
         texts = sorted(file for file in files if file.suffix in TEXT_FILES)
         if not any(file.suffix in (*TEXT_FILES, *TABLES, ".zip") for file in files):
             raise UserError(f"folder {name} holds no text: use {', '.join((*TEXT_FILES, *TABLES))}")
@@ -208,15 +208,15 @@ def pieces(stream):
 
 def split_pieces(corpus, bad):
     """Yields (part, text, whether a document begins). Equal documents share a part; a single one is cut."""
-    found = documents(corpus, bad)
-    first, second = next(found, None), next(found, None)
+    opened = documents(corpus, bad)
+    first, second = next(opened, None), next(opened, None)
     if first is None:
         raise UserError(f"{corpus.data} holds no text: use text files, a table with a column, or python-docs")
     if second is None:
         yield from cut_document(first, corpus)
         return
     trained = None  # the first document and its copies, so that there is something to train on
-    for opens in itertools.chain([first, second], found):
+    for opens in itertools.chain([first, second], opened):
         with opens() as stream:
             for i, text in enumerate(pieces(stream)):
                 if i == 0:
@@ -287,7 +287,7 @@ def write_tokens(folder, corpus, tokenizer, kind, bad) -> dict:
     files = {part: open(folder / f"{part}.bin", "ab") for part in PARTS}
     for part, file in files.items():
         file.truncate(state["bytes"][part])
-    found, saved = itertools.islice(split_pieces(corpus, bad), state["pieces"], None), time.monotonic()
+    unread, saved = itertools.islice(split_pieces(corpus, bad), state["pieces"], None), time.monotonic()
     size = sum(file.stat().st_size for file in text_files(corpus.data))
     written = {part: size // kind.itemsize for part, size in state["bytes"].items()}
     most = math.inf if corpus.max_tokens is None else corpus.max_tokens
@@ -297,9 +297,9 @@ def write_tokens(folder, corpus, tokenizer, kind, bad) -> dict:
         return written["train"] >= most and held_out >= corpus.held_out_tokens
 
     with progress(size or None, "tokenising", unit="B") as bar, ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(up_to, found, 1 << 20)  # read while the cores are encoding
+        ahead = reader.submit(up_to, unread, 1 << 20)  # read while the cores are encoding
         while not enough() and (group := ahead.result()):
-            ahead = reader.submit(up_to, found, 1 << 20)
+            ahead = reader.submit(up_to, unread, 1 << 20)
             wanted = [piece for piece in group if piece[0] != "train" or written["train"] < most]
             for (part, _, begins), ids in zip(wanted, encode([text for _, text, _ in wanted]), strict=True):
                 if enough():  # to the piece: a killed build stops at the same one
@@ -327,10 +327,10 @@ def flushed(file) -> int:
     return os.fstat(file.fileno()).st_size  # tell() lags behind a truncation
 
 
-def up_to(found, characters) -> list:
+def up_to(unread, characters) -> list:
     """The next pieces that together have about so many characters: a batch for all cores, flat in memory."""
     group = []
-    for piece in found:
+    for piece in unread:
         group.append(piece)
         characters -= len(piece[1])
         if characters <= 0:

@@ -205,12 +205,12 @@ class ScratchBPE:
 
     def _count(self, place, sign) -> set:
         symbols, n = self.words[place]
-        found = set(itertools.pairwise(symbols))
+        kinds = set(itertools.pairwise(symbols))
         for pair in itertools.pairwise(symbols):
             self.pairs[pair] += sign * n
-        for pair in found:
+        for pair in kinds:
             self.places[pair].add(place)
-        return found
+        return kinds
 
     def _merge(self, pair) -> set:
         """Learns the pair and applies it to every word; returns the pairs that are new or more frequent."""

@@ -36,7 +36,7 @@ def answers(model, tokenizer, prompts, max_new_tokens, batch, world, poll=lambda
 
     `poll(active)` is called by all ranks in step: a rank that is done goes on until the sum is 0.
     """
-    found = torch.zeros(
+    written = torch.zeros(
         len(prompts), max_new_tokens, dtype=torch.int64
     )  # id + 1; a sum over ranks is a gather
     batches = ShardedBatches([len(ids) for ids in prompts], batch, world)
@@ -48,12 +48,12 @@ def answers(model, tokenizer, prompts, max_new_tokens, batch, world, poll=lambda
                 chosen = [prompts[i] for i in mine]
                 rows = write(chosen, max_new_tokens, **how, poll=lambda: poll(1))
                 for i, ids in zip(mine, rows, strict=True):
-                    found[i, : len(ids)] = torch.tensor(ids, dtype=torch.int64) + 1
+                    written[i, : len(ids)] = torch.tensor(ids, dtype=torch.int64) + 1
             while poll(0):
                 pass
             bar.update()
-    found = all_reduce_sum(world, found)
-    return [tokenizer.decode(ids[ids > 0] - 1).strip() for ids in found]
+    written = all_reduce_sum(world, written)
+    return [tokenizer.decode(ids[ids > 0] - 1).strip() for ids in written]
 
 
 def sample(run, cfg, step, model, tokenizer, poll):
@@ -100,8 +100,8 @@ def first_words(run, setup, rows, texts) -> dict:
     right = np.array([[first_word(texts[i]) == wanted[i], usual == wanted[i]] for i in counted])
     interval = bootstrap(right, setup.data.groups[rows][counted]).tolist()[0]
     share, guess = right.mean(0).tolist()
-    said = plus_minus(share, interval)
-    run.say(f"answers  the first word is right in {said}, would be by always '{usual}' in {guess:.3f}")
+    figure = plus_minus(share, interval)
+    run.say(f"answers  the first word is right in {figure}, would be by always '{usual}' in {guess:.3f}")
     names = {"first_word": share, "first_word_interval": interval, "first_word_guess": guess}
     return {f"test/{name}": value for name, value in names.items()}
 

@@ -60,10 +60,10 @@ class Scores:
 
     def right(self, data, rows) -> np.ndarray:
         """(rows, 2): whether the likeliest option says what the right one says, plain and per token."""
-        said = np.array([data.options[row] for row in rows])
-        answer, every = said[np.arange(len(rows)), data.right[rows]], np.arange(len(rows))
+        texts = np.array([data.options[row] for row in rows])
+        answer, every = texts[np.arange(len(rows)), data.right[rows]], np.arange(len(rows))
         chosen = (scores.argmax(1) for scores in (self.plain, self.per_token))
-        return np.stack([said[every, of] == answer for of in chosen], axis=1).astype(float)
+        return np.stack([texts[every, of] == answer for of in chosen], axis=1).astype(float)
 
 
 def some(rows, n) -> np.ndarray:
@@ -100,9 +100,9 @@ def answer_figures(model, data, rows, train, cfg, world, poll) -> tuple[dict, li
     names = ("answer_accuracy", "answer_accuracy_per_token", "shuffled_accuracy")
     names = (*names, "shuffled_accuracy_per_token", "letter_accuracy")
     names = (*names, "above_shuffled", "above_shuffled_per_token")
-    found, intervals = {}, bootstrap(values, data.groups[rows]).tolist()
+    figures, intervals = {}, bootstrap(values, data.groups[rows]).tolist()
     for name, value, interval in zip(names, values.mean(0).tolist(), intervals, strict=True):
-        found |= {name: value, f"{name}_interval": interval}
+        figures |= {name: value, f"{name}_interval": interval}
     lines = [
         {"row": number, "group": group, "right": bool(r[0]), "right_per_token": bool(r[1]),
          "right_shuffled": bool(c), "scores": scores, "answer": LETTERS[answer]}
@@ -110,20 +110,20 @@ def answer_figures(model, data, rows, train, cfg, world, poll) -> tuple[dict, li
             data.numbers[rows].tolist(), data.groups[rows].tolist(), right, shuffled[:, 0],
             own.plain.round(5).tolist(), data.right[rows].tolist(), strict=True)
     ]  # fmt: skip
-    return found | {"letter": LETTERS[usual]}, lines
+    return figures | {"letter": LETTERS[usual]}, lines
 
 
 def answer_lines(part, m) -> list[str]:
     """What of answer_figures belongs on the terminal; `m` has the names with their part."""
 
-    def said(name):
+    def figure(name):
         return plus_minus(m[f"{part}/{name}"], m[f"{part}/{name}_interval"])
 
     lines = [
-        f"{part:5} answers {said('answer_accuracy')}  per token {said('answer_accuracy_per_token')}  "
+        f"{part:5} answers {figure('answer_accuracy')}  per token {figure('answer_accuracy_per_token')}  "
         f"of five: {CHANCE:.3f}  always {m[f'{part}/letter']}: {m[f'{part}/letter_accuracy']:.3f}",
-        f"{part:5} control, problems shuffled: {said('shuffled_accuracy')}  "
-        f"per token {said('shuffled_accuracy_per_token')}",
+        f"{part:5} control, problems shuffled: {figure('shuffled_accuracy')}  "
+        f"per token {figure('shuffled_accuracy_per_token')}",
     ]
     if not above_guessing(part, m):
         lines.append(f"{part:5} answers cannot be told from guessing")
@@ -166,14 +166,14 @@ def measure(model, part, parts, data, cfg, world, poll, answers=True) -> tuple[d
     sums = evaluate(model, examples, cfg, world, poll)
     spelt = spelt_bytes(examples)
     unigram = unigram_losses(examples, parts["train"])
-    found = language_metrics(sums, data.groups[examples.rows], unigram, spelt)
-    found["accuracy_over_padding"] = over_padding(sums, examples)
+    metrics = language_metrics(sums, data.groups[examples.rows], unigram, spelt)
+    metrics["accuracy_over_padding"] = over_padding(sums, examples)
     answered, lines = {}, []
     if answers:
         answered, lines = answer_figures(model, data, examples.rows, parts["train"].rows, cfg, world, poll)
     numbers, groups = data.numbers[examples.rows], data.groups[examples.rows]
     losses = loss_lines(part, numbers, groups, sums, spelt)
-    return {f"{part}/{name}": value for name, value in (found | answered).items()}, losses, lines
+    return {f"{part}/{name}": value for name, value in (metrics | answered).items()}, losses, lines
 
 
 def unigram_losses(examples, train) -> np.ndarray:

@@ -141,22 +141,22 @@ def share_out(jobs, work, world, say, poll):
 
 def figures(cfg, draws, jobs, folder) -> dict:
     """Coefficients with interval and noise floor of arms and bounds; distances between arms. Rank 0."""
-    found, vectors = {"arms": {}, "bounds": {}, "cross": {}}, {}
+    result, vectors = {"arms": {}, "bounds": {}, "cross": {}}, {}
     for name in draws.names:
         files = [[file for n, i, file, _ in jobs if (n, i) == (name, at)] for at in range(draws.count(name))]
         opened = [[kept(folder / file) for file in batch_files] for batch_files in files]
         vectors[name] = [repeats[0] for repeats in opened]
         table = pairwise(vectors[name])
-        one = {"coefficient": coefficient(table), "interval": coefficient_interval(table)}
-        one |= {"batches": len(files), "length": len(vectors[name][0])}
+        arm_figures = {"coefficient": coefficient(table), "interval": coefficient_interval(table)}
+        arm_figures |= {"batches": len(files), "length": len(vectors[name][0])}
         if name in draws.arms:
             floors = [coefficient(pairwise(again)) for again in opened[:FLOOR_BATCHES]]
-            one |= {"noise_floor": sum(floors) / len(floors), "noise_floors": floors}
-        found["bounds" if name in BOUNDS else "arms"][name] = one
+            arm_figures |= {"noise_floor": sum(floors) / len(floors), "noise_floors": floors}
+        result["bounds" if name in BOUNDS else "arms"][name] = arm_figures
     arms = list(draws.arms)
     for a, b in [(a, b) for i, a in enumerate(arms) for b in arms[i + 1 :]]:
-        found["cross"][f"{a} x {b}"] = pair(vectors[a], vectors[b], found["arms"][a], found["arms"][b])
-    return found | {"procedure": cfg.procedure, "probe": str(cfg.probe)}
+        result["cross"][f"{a} x {b}"] = pair(vectors[a], vectors[b], result["arms"][a], result["arms"][b])
+    return result | {"procedure": cfg.procedure, "probe": str(cfg.probe)}
 
 
 def kept(path) -> np.ndarray:
@@ -169,7 +169,7 @@ def kept(path) -> np.ndarray:
 def pair(first, second, a, b) -> dict:
     """Mean distance between the batches of two arms; by how much their coefficients differ, with interval."""
     table = distances(first, second)
-    halves = [(one["interval"][1] - one["interval"][0]) / 2 for one in (a, b)]
+    halves = [(arm["interval"][1] - arm["interval"][0]) / 2 for arm in (a, b)]
     difference, half = a["coefficient"] - b["coefficient"], math.hypot(*halves)
     return {
         "coefficient": float(table.mean()),

@@ -163,9 +163,9 @@ def figures(v, names) -> dict:
     for label, name in enumerate(names):
         rows = v.labels == label
         card |= _means({f"recall_{name}": chosen[rows] == label}, v.groups[rows])
-    for name, said in (("prefers_longer", chosen), ("truth_prefers_longer", v.labels)):
-        decided = (said < 2) & (longer < 2)
-        card |= _means({name: said[decided] == longer[decided]}, v.groups[decided])
+    for name, classes in (("prefers_longer", chosen), ("truth_prefers_longer", v.labels)):
+        decided = (classes < 2) & (longer < 2)
+        card |= _means({name: classes[decided] == longer[decided]}, v.groups[decided])
     error, interval = calibration_error(log_probs, v.labels, v.groups)
     card |= {"calibration_error": error, "calibration_error_interval": interval}
     card["calibration_error_of_noise"] = calibration_noise(log_probs)
@@ -316,15 +316,19 @@ def verdicts(cfg, data, splits, outcomes, part) -> tuple[np.ndarray, Verdicts]:
     lengths, every = data.response_lengths(), []
     for split, outcome in zip(splits, outcomes, strict=True):
         rows, train_rows = split[part], split["train"]
-        said = {name: np.array(log_probs) for name, log_probs in outcome["log_probs"].items()}
-        on_val = combine(said["val"], cfg.symmetric)
+        log_probs_of = {name: np.array(log_probs) for name, log_probs in outcome["log_probs"].items()}
+        on_val = combine(log_probs_of["val"], cfg.symmetric)
         temperature = fit_temperature(on_val, data.labels[split["val"]])
         prior = class_shares(data.labels[train_rows], len(NAMES))
         by_length = length_only(lengths, data.labels, train_rows, rows)
-        facts = {"log_probs": said[part], "prior": np.tile(prior, (len(rows), 1)), "by_length": by_length}
+        facts = {
+            "log_probs": log_probs_of[part],
+            "prior": np.tile(prior, (len(rows), 1)),
+            "by_length": by_length,
+        }
         every.append(facts | {"temperatures": np.full(len(rows), temperature)})
     rows = np.concatenate([split[part] for split in splits])
-    facts = {name: np.concatenate([one[name] for one in every]) for name in every[0]}
+    facts = {name: np.concatenate([facts_of[name] for facts_of in every]) for name in every[0]}
     facts |= {"labels": data.labels[rows], "groups": data.groups[rows], "lengths": lengths[rows]}
     facts |= {} if part == "test" else {"temperatures": None}
     return rows, Verdicts(symmetric=cfg.symmetric, cut=data.cut[rows].any(1), **facts)
@@ -332,15 +336,15 @@ def verdicts(cfg, data, splits, outcomes, part) -> tuple[np.ndarray, Verdicts]:
 
 def make_cards(cfg, data, splits, outcomes) -> tuple[dict, dict, dict]:
     """(figures of result.json, verdicts of each part, report card of each part)"""
-    said = {part: verdicts(cfg, data, splits, outcomes, part) for part in outcomes[0]["log_probs"]}
-    cards = {part: make_card(v, NAMES) for part, (_, v) in said.items()}
+    verdicts_of = {part: verdicts(cfg, data, splits, outcomes, part) for part in outcomes[0]["log_probs"]}
+    cards = {part: make_card(v, NAMES) for part, (_, v) in verdicts_of.items()}
     named = {f"{part}/{name}": value for part, card in cards.items() for name, value in card.items()}
-    return named, said, cards
+    return named, verdicts_of, cards
 
 
-def all_predictions(cfg, data, splits, said):
+def all_predictions(cfg, data, splits, verdicts_of):
     """Lines of predictions.jsonl: every held-out row, by the model that had not seen it."""
-    for part, (rows, v) in said.items():
+    for part, (rows, v) in verdicts_of.items():
         folds = np.repeat(np.arange(len(splits)), [len(split[part]) for split in splits])
         yield from predictions(data, rows, v, part, folds if cfg.folds else None)
 
@@ -348,8 +352,8 @@ def all_predictions(cfg, data, splits, said):
 def predictions(data, rows, v, part, folds):
     """Lines of predictions.jsonl: what two runs on the same rows can be compared by."""
     final = np.exp(v.final())
-    for i, (row, said, orders) in enumerate(zip(rows, final, np.exp(v.log_probs), strict=True)):
+    for i, (row, shares, orders) in enumerate(zip(rows, final, np.exp(v.log_probs), strict=True)):
         line = {"id": data.ids[row], "row": int(row), "group": data.groups[row], "split": part}
         line |= {} if folds is None else {"fold": int(folds[i]) + 1}
-        line |= {"label": NAMES[data.labels[row]], **dict(zip(NAMES, said.tolist(), strict=True))}
+        line |= {"label": NAMES[data.labels[row]], **dict(zip(NAMES, shares.tolist(), strict=True))}
         yield line | {"as_is": orders[0].tolist(), "swapped_back": orders[1].tolist()}

@@ -66,12 +66,12 @@ def weights(probe) -> list[tuple[torch.Tensor, int | None]]:
 
     GPT-2 keeps its linear layers transposed, (in, out): its rows are our columns.
     """
-    found = []
+    pairs = []
     for name, module in probe.named_modules():
         if getattr(module, "weight", None) is not None and name != "lm_head":
             axis = None if module.weight.dim() == 1 else 0 if isinstance(module, torch.nn.Linear) else 1
-            found.append((module.weight, axis))
-    return found
+            pairs.append((module.weight, axis))
+    return pairs
 
 
 def fisher_rows(weights, passes) -> np.ndarray:
@@ -168,23 +168,23 @@ def draw(probs) -> torch.Tensor:
 
 def distances(first, second) -> np.ndarray:
     """(n, m): cosine distance of a / (a + b) and b / (a + b), for a in first (n, D), b in second (m, D)."""
-    found = np.zeros((len(first), len(second)))
+    table = np.zeros((len(first), len(second)))
     for start in range(0, len(second), 16):  # flat memory
         b = torch.from_numpy(np.stack(second[start : start + 16])).double()
         for i in range(len(first)):
             a = torch.from_numpy(np.array(first[i])).double()
             total = a + b + EPSILON
             nearness = torch.cosine_similarity(a / total, b / total, dim=1)
-            found[i, start : start + 16] = (1 - nearness).clamp(min=0).numpy()
-    return found
+            table[i, start : start + 16] = (1 - nearness).clamp(min=0).numpy()
+    return table
 
 
 def pairwise(embeddings) -> np.ndarray:
     """(n, n), symmetric, 0 on the diagonal; each pair once."""
-    found = np.zeros((len(embeddings), len(embeddings)))
+    table = np.zeros((len(embeddings), len(embeddings)))
     for i in range(len(embeddings) - 1):
-        found[i, i + 1 :] = distances(embeddings[i : i + 1], embeddings[i + 1 :])[0]
-    return found + found.T
+        table[i, i + 1 :] = distances(embeddings[i : i + 1], embeddings[i + 1 :])[0]
+    return table + table.T
 
 
 def coefficient(table) -> float:

@@ -28,10 +28,10 @@ def plain_blocks(name, tokenizer, block_size, most) -> Blocks:
     ids, plain = [], Corpus(name, "")
     for part, text, _ in split_pieces(plain, BadRows()):
         if part == "test":
-            found = tokenizer(
+            tokens = tokenizer(
                 text, add_special_tokens=False, split_special_tokens=True, verbose=False
             ).input_ids
-            ids += [tokenizer.eos_token_id, *found]
+            ids += [tokenizer.eos_token_id, *tokens]
         if len(ids) > most * block_size:
             break
     if len(ids) < 2:
@@ -260,9 +260,9 @@ def final_figures(run, cfg, setup, model, answering, step) -> dict:
         run.say(f"{part:5} loss {loss}  {perplexity}  accuracy {accuracy}  {guess}")
         done = f"done  {part} loss {m['loss']:.4f}  {perplexity}"
     on_main(run.world, write_lines, run.folder / "losses.jsonl", losses)
-    if said := alarm(run, step, part, result):
-        run.say(said)
-        result["alarm"] = said
+    if sentence := alarm(run, step, part, result):
+        run.say(sentence)
+        result["alarm"] = sentence
     if setup.plain:
         result |= forgetting(run, cfg, setup.plain, model)
     if cfg.final_eval and cfg.answer_rows != 0:

@@ -113,14 +113,14 @@ def insert_fake_quant(model, group):
 
 def linear_layers(model, group) -> list[tuple[str, Linear]]:
     """(name, layer) of all of them. UserError where groups of this size do not fit one."""
-    found = [(n, layer) for n, layer in model.named_modules() if isinstance(layer, Linear)]
-    common = math.gcd(*(layer.in_features for _, layer in found))
+    layers = [(n, layer) for n, layer in model.named_modules() if isinstance(layer, Linear)]
+    common = math.gcd(*(layer.in_features for _, layer in layers))
     fits = ", ".join(str(n) for n in (16, 32, 64, 128, 256) if common % n == 0) or "another width"
-    for name, layer in found:
+    for name, layer in layers:
         if layer.in_features % group or group % 2:
             why = "is odd, like no group of" if group % 2 else "does not divide"
             raise UserError(f"--qat_group {group} {why} the {layer.in_features} inputs of {name}: use {fits}")
-    return found
+    return layers
 
 
 def switch(model, on):

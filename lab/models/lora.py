@@ -291,8 +291,8 @@ def _read_peft(folder) -> tuple[dict, dict]:
     odd += [f"init_lora_weights {init}"] if init.startswith(MOVES_BASE) else []
     odd += [key for key in tensors if not re.fullmatch(r"base_model\.model\..+\.lora_[AB]\.weight", key)]
     if odd or config.get("peft_type") != "LORA":
-        found = ", ".join(odd[:2]) or config.get("peft_type")
-        raise UserError(f"{folder} holds more than plain LoRA ({found}): merge it with peft first")
+        what = ", ".join(odd[:2]) or config.get("peft_type")
+        raise UserError(f"{folder} holds more than plain LoRA ({what}): merge it with peft first")
     prefix = re.compile(rf"^{re.escape(PREFIX)}(transformer\.)?")
     return config, {prefix.sub("", key): tensor for key, tensor in tensors.items()}
 
@@ -313,5 +313,5 @@ def _in_parts(A, B, parts) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _pattern_value(patterns, name, default):
     """peft's rule: the first pattern that fits the end of the module's name."""
-    found = (v for p, v in (patterns or {}).items() if re.match(rf"(.*\.)?({p})$", _theirs(name)))
-    return next(found, default)
+    values = (v for p, v in (patterns or {}).items() if re.match(rf"(.*\.)?({p})$", _theirs(name)))
+    return next(values, default)

@@ -18,9 +18,9 @@ from lab.run.resume import changed_constants, launcher
 from lab.run.stored import read_config
 
 
-def same_data(stored, found, name, what=("data",)):
+def same_data(stored, now, name, what=("data",)):
     """UserError unless the data (and tokenizer, say) that a run was trained on is what is there now."""
-    if any(stored[key] != found[key] for key in what):
+    if any(stored[key] != now[key] for key in what):
         raise UserError(f"data {name} is not what the run was trained on: restore it, or use --data")
 
 
@@ -75,8 +75,8 @@ def _versions() -> dict[str, str | None]:
     from importlib.metadata import distributions
 
     names = ("torch", "transformers", "datasets", "tokenizers", "numpy")
-    found = {name: next((one.version for one in distributions(name=name)), None) for name in names}
-    return {"python": platform.python_version(), **found}  # built-in data need no `datasets`
+    versions = {name: next((package.version for package in distributions(name=name)), None) for name in names}
+    return {"python": platform.python_version(), **versions}  # built-in data need no `datasets`
 
 
 def device_name(world) -> str:

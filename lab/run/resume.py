@@ -134,13 +134,13 @@ def resume_folder(cfg, script, out) -> Path | None:
         raise UserError(
             f"--resume_timestamp latest: no unfinished run{tag and f' with tag {cfg.tag}'} in {out}"
         )
-    found = [run for run in runs if run.name == wanted + tag] or [
+    named = [run for run in runs if run.name == wanted + tag] or [
         run for run in runs if run.name[:15] == wanted[:15]
     ]
-    if len(found) != 1:
-        near = ", ".join(run.name for run in (found or runs)[-3:]) or "none"
-        raise UserError(f"--resume_timestamp {wanted}: {len(found)} such runs in {out}; there: {near}")
-    return found[0]
+    if len(named) != 1:
+        near = ", ".join(run.name for run in (named or runs)[-3:]) or "none"
+        raise UserError(f"--resume_timestamp {wanted}: {len(named)} such runs in {out}; there: {near}")
+    return named[0]
 
 
 def passed_over(cfg, script, out) -> list[str]:

@@ -55,14 +55,14 @@ def parameter_groups(model, weight_decay, scales=None, undecayed=()) -> list[dic
 
     `scales` maps parameter names to the share of the lr at which they learn (otherwise 1).
     """
-    found = {}  # (scale, decays) -> parameters
+    groups = {}  # (scale, decays) -> parameters
     for name, p in model.named_parameters():
         if p.requires_grad:
             decays = p.dim() >= 2 and name not in undecayed
-            found.setdefault(((scales or {}).get(name, 1.0), decays), []).append(p)
+            groups.setdefault(((scales or {}).get(name, 1.0), decays), []).append(p)
     return [
         {"params": params, "weight_decay": weight_decay if decays else 0.0, "scale": scale}
-        for (scale, decays), params in sorted(found.items(), key=lambda item: item[0], reverse=True)
+        for (scale, decays), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
 
 
