@@ -19,13 +19,13 @@ from lab.run.stored import read_config
 
 
 def same_data(stored, now, name, what=("data",)):
-    """UserError unless the data (and tokenizer, say) that a run was trained on is what is there now."""
+    """Raises UserError where data (or tokenizer, say) are not those that the run was trained on."""
     if any(stored[key] != now[key] for key in what):
         raise UserError(f"data {name} is not what the run was trained on: restore it, or use --data")
 
 
 def write_provenance(run):
-    """config.json and source/ of a new run; a resume is noted in config.json."""
+    """Writes config.json and source/ of a new run; notes a resume in config.json."""
     now = {"started": datetime.datetime.now().isoformat(timespec="seconds"), "command": " ".join(sys.argv)}
     now |= {
         "world_size": run.world.size,
@@ -88,7 +88,7 @@ def device_name(world) -> str:
 
 
 def refuse_dirty():
-    """UserError unless the project is a git checkout without any change, staged and untracked files too."""
+    """Raises UserError unless the project is a git checkout without changes or untracked files."""
     state = git_state()
     if not state["commit"]:
         raise UserError(
