@@ -286,9 +286,8 @@ def said(m) -> str:
 
 
 def measure_own(subject, cfg, world, say, poll) -> dict:
-    """A run's own val and test rows once more; if result.json had the same, also the file by which --compare
-    pairs rows.
-    """
+    """A run's own val and test rows once more; if result.json had the same, also the file by
+    which --compare pairs rows."""
     figures, (name, lines) = subject.module.remeasure(subject.name, world, cfg.eval_batch, poll)
     shown = None
     for part in ("val", "test"):

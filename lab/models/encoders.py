@@ -138,8 +138,8 @@ def embeddings_and_blocks(encoder) -> tuple[list[nn.Module], nn.ModuleList]:
 def freeze(encoder, which) -> list[nn.Module]:
     """Stops gradients of all, bottom (embeddings and the lower half of the blocks), blocks, or none.
 
-    Returns the frozen modules: they must stay in eval mode, since dropout would be noise that nothing learns
-    to live with.
+    Returns the frozen modules: they must stay in eval mode, since dropout would be noise that
+    nothing learns to live with.
     """
     embeddings, blocks = embeddings_and_blocks(encoder)
     if which == "bottom" and len(blocks) < 2:

@@ -117,8 +117,8 @@ def chosen_checkpoint(folder) -> str:
 
 
 def tested_checkpoints(folder) -> list[str]:
-    """Names of the checkpoints that a finished run was tested with, one per fold. UserError if one is
-    damaged."""
+    """Names of the checkpoints that a finished run was tested with, one per fold.
+    UserError if one is damaged."""
     folder = Path(folder)
     read_config(folder)  # is it a run at all?
     names = read_result(folder).get("test_checkpoints")

@@ -65,8 +65,8 @@ class Typed:
 
 
 def parse_config(config_class, presets, smoke, doc, argv=None):
-    """Reads the constants of a script: defaults < preset < `smoke` < flags. A callable in `smoke` maps
-    the value.
+    """Reads the constants of a script: defaults < preset < `smoke` < flags. A callable
+    in `smoke` maps the value.
 
     A mistake prints one line to stderr and exits with 2. `typed(cfg)` tells what was on the command line.
     """

@@ -145,8 +145,8 @@ class Run:
         self.metrics(step, values)
 
     def watch(self, step, loss_sum, targets, model, describe):
-        """Returns the function that optimizer_step takes as `skip`; see spikes.watch. All ranks, each
-        step."""
+        """Returns the function that optimizer_step takes as `skip`; see
+        spikes.watch. All ranks, each step."""
         return spikes.watch(self, step, loss_sum, targets, model, describe)
 
     # -- what all ranks decide together --------------------------------------------------------------------
@@ -169,8 +169,8 @@ class Run:
         return int(targets)
 
     def poll(self, active=0) -> int:
-        """Raises Stop on all ranks at once after a signal. For evaluation and other long work after a
-        checkpoint.
+        """Raises Stop on all ranks at once after a signal. For evaluation and other
+        long work after a checkpoint.
 
         Returns the sum of `active` over the ranks.
         """
@@ -211,8 +211,8 @@ class Run:
             self.poll()
 
     def load(self, model, optimizer, precision, fold=0) -> int:
-        """Restores the state of a resumed run and returns its step, 0 for a new one. All ranks, before
-        DDP."""
+        """Restores the state of a resumed run and returns its step, 0 for a new one.
+        All ranks, before DDP."""
         self.fold = fold
         if not self.position or self.position["fold"] != fold:
             self.first_step, self.meter, self.state = self._last_step, Meter(self.world), {}
@@ -254,8 +254,8 @@ class Run:
         return True
 
     def keep_weights(self, step, model, kind, loss=None) -> str:
-        """Saves the weights as <kind>_step_…, replacing the fold's earlier ones of this kind. Returns
-        the name."""
+        """Saves the weights as <kind>_step_…, replacing the fold's earlier ones of this
+        kind. Returns the name."""
         step = self.first_step + step
         entry = {"name": f"{kind}_{step_name(step)}", "step": step, "loss": loss}
         kept = self.kept | {f"{kind} {self.fold}": entry}
@@ -301,8 +301,8 @@ class Run:
         return min(total_steps, max(step + 1, step / self.clock_share))
 
     def forecast(self, model, optimizer, steps, seconds, typical):
-        """Says in one line what the run will need; see forecast.forecast. All ranks, before the first
-        step."""
+        """Says in one line what the run will need; see forecast.forecast. All ranks,
+        before the first step."""
         self._steps_in_budget = forecast.forecast(self, model, optimizer, steps, seconds, typical)
 
     # -- opening and closing -------------------------------------------------------------------------------

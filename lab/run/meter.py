@@ -8,8 +8,8 @@ from lab.train.processes import all_reduce_sum
 
 
 class Meter:
-    """Loss, targets and time since the last log line. Checkpoints hold the sums, so a resumed curve is
-    the same."""
+    """Loss, targets and time since the last log line. Checkpoints hold the sums, so a
+    resumed curve is the same."""
 
     def __init__(self, world, sums=(0.0, 0)):
         self.world, self.all_examples, self.all_seconds = world, 0, 0.0

@@ -17,8 +17,8 @@ from lab.run.stored import PACKED, SCRIPTS, locked, prepared, read_config, read_
 
 
 def pack(cfg, say):
-    """--pack: writes <run>.tar.gz to the current folder: small files, and the weights a run was tested
-    with."""
+    """--pack: writes <run>.tar.gz to the current folder: small files, and the weights
+    a run was tested with."""
     for name in cfg.pack:
         folder = Path(name).resolve()
         config = read_config(folder)

@@ -68,8 +68,8 @@ def plan_run(cfg, script) -> tuple[dict, object]:
 
 
 def merge_constants(stored, constants, flags) -> list[str]:
-    """The constants of a resumed run: the stored ones, except what a flag may change. And a line for each
-    difference."""
+    """The constants of a resumed run: the stored ones, except what a flag may change. And a
+    line for each difference."""
     lines = []
     for name, old in stored.items():
         if name in CALL_CONSTANTS or name not in constants or old == constants[name]:
@@ -110,8 +110,8 @@ def new_folder(out, tag) -> Path:
 
 
 def resume_folder(cfg, script, out) -> Path | None:
-    """Finds the run to resume; None starts a new one. UserError if a resume was asked for and there is
-    none."""
+    """Finds the run to resume; None starts a new one. UserError if a resume was asked
+    for and there is none."""
     wanted, tag = cfg.resume_timestamp, f"-{cfg.tag}" if cfg.tag else ""
     runs = sorted(path.parent for path in out.glob("*/config.json") if _readable(path.parent))
     if wanted is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:  # torchrun --max-restarts
@@ -178,9 +178,8 @@ def finished_run(cfg, script) -> Path | None:
 
 
 def changed_constants(stored, now) -> dict[str, dict]:
-    """Maps each constant that a resume changes to {was, is}; a constant that the script has gained or
-    lost since
-    has only one of the two."""
+    """Maps each constant that a resume changes to {was, is}; a constant that the script has gained or lost
+    since has only one of the two."""
     changed = {}
     for name in (*stored, *(name for name in now if name not in stored)):
         if name in CALL_CONSTANTS or (name in stored and name in now and stored[name] == now[name]):

@@ -12,8 +12,8 @@ from lab.train.processes import all_reduce_sum, die_of, heard_signals, may_leave
 
 
 def forces_exit(first, first_time, name, now, world) -> bool:
-    """Whether a second signal, `name` after `first`, ends the process at once: a person does not want
-    to wait.
+    """Whether a second signal, `name` after `first`, ends the process at once: a
+    person does not want to wait.
 
     Not a HUP: nobody presses keys at a terminal that is gone, but the kernel and the shell send one each, and
     tmux or sshd may add theirs. Not another signal within a second: a session that ends sends TERM and HUP.
@@ -27,8 +27,8 @@ def forces_exit(first, first_time, name, now, world) -> bool:
 
 
 def leave_at_once(number, world):
-    """Ends this process after a second signal. Plain python dies of the signal, so a shell's loop ends
-    too."""
+    """Ends this process after a second signal. Plain python dies of the signal, so a
+    shell's loop ends too."""
     if not under_torchrun(world):
         die_of(number)
     os._exit(1)

@@ -28,8 +28,7 @@ def spike_limit(values, least) -> float:
 
 def watch(run, step, loss_sum, targets, model, describe):
     """Returns the function that optimizer_step takes as `skip`. Called with the gradient norm, it tells
-    whether
-    to leave the update out: skip_spikes is on and loss or norm left its band. All ranks, each step.
+    whether to leave the update out: skip_spikes is on and loss or norm left its band. All ranks, each step.
 
     A spike is noted in spikes.jsonl with the parameter of the largest gradient and what `describe()` (called
     on rank 0) tells of its rows. The bands are in run.state, so that a resume continues them.

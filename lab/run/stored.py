@@ -40,8 +40,8 @@ def prepare_folder(folder):
 
 
 def locked(folder):
-    """Locks a run folder for this process (returns the open file). UserError if another process writes
-    there."""
+    """Locks a run folder for this process (returns the open file). UserError if
+    another process writes there."""
     try:
         lock = open(folder / ".lock", "a+")
         for _ in range(50):  # a killed process lets go a moment later
@@ -74,8 +74,8 @@ def newest_run(cfg, script, finished=False) -> Path:
 
 
 def read_config(folder) -> dict:
-    """Reads config.json of a run folder: constants, provenance, facts, resumes. UserError where it is
-    no run."""
+    """Reads config.json of a run folder: constants, provenance, facts, resumes.
+    UserError where it is no run."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text())
     except (OSError, ValueError):

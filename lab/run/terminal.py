@@ -69,8 +69,8 @@ def outlive_terminal():
 
 
 def write_in_handler(text, log=None):
-    """Writes to stderr and an open log from a signal handler, past Python's streams, which may be amid
-    a write.
+    """Writes to stderr and an open log from a signal handler, past Python's streams,
+    which may be amid a write.
 
     Never raises.
     """
