@@ -44,7 +44,7 @@ SUFFIXES = (*TEXT_FILES, *TABLES, ".zip")  # of what can be read as text
 
 @dataclass(frozen=True)
 class Corpus:
-    """Which text, how split, how tokenised: everything that decides what a token cache holds."""
+    """Which text, how it is split and tokenised: all that decides what a token cache holds."""
 
     data: str  # file or folder of text, a table with a column of text, a Hub id, python-docs, python-code
     tokenizer: str
@@ -67,7 +67,7 @@ class Corpus:
 
 @dataclass
 class Tokens:
-    """An opened token cache."""
+    """An opened token cache: a memory-mapped stream of ids for each part, and its tokenizer."""
 
     parts: dict[str, np.ndarray]
     tokenizer: object
@@ -78,7 +78,7 @@ class Tokens:
 
 
 def open_corpus(corpus, world) -> Tokens:
-    """The tokens of a Corpus, from the cache or built into it by rank 0."""
+    """Opens the tokens of a Corpus; rank 0 builds the cache if need be."""
 
     def build() -> str:
         return str(token_cache(corpus))
@@ -87,7 +87,7 @@ def open_corpus(corpus, world) -> Tokens:
 
 
 def token_cache(corpus) -> Path:
-    """The folder with the tokens of `corpus`; built under a lock if it is not there. One process calls it."""
+    """Returns the cache folder of `corpus`, built under a lock if it is not there. Rank 0 only."""
     source = text_fingerprint(corpus)
     name = corpus.tokenizer  # a Hub id or folder may hold another one tomorrow
     words = None if is_built_in(name) else tokenizer_fingerprint(named_tokenizer(name))
@@ -111,7 +111,7 @@ def token_cache(corpus) -> Path:
 
 
 def open_cache(folder) -> Tokens:
-    """Maps the streams. UserError if a file is not what the cache was built with."""
+    """Maps the streams of a cache folder into memory. UserError for a file that has changed."""
     meta = json.loads((folder / "meta.json").read_text())
     path, kind = folder / "tokenizer" / "tokenizer.json", np.dtype(meta["kind"])
     files = {part: folder / f"{part}.bin" for part in PARTS}
@@ -127,7 +127,7 @@ def open_cache(folder) -> Tokens:
 
 
 def text_fingerprint(corpus) -> str:
-    """Of the text itself: it names the cache, and shows a resume that the data changed."""
+    """Hash of the text: names the cache, and shows a resume that data changed."""
     if corpus.data in BUILT_IN:
         python = f"Python {platform.python_version()}"
         return f"{corpus.data} of {f'numpy {np.__version__}' if corpus.data == 'numpy-docs' else python}"
@@ -140,7 +140,7 @@ def text_fingerprint(corpus) -> str:
 
 
 def text_files(name) -> list[Path]:
-    """The text files that a name stands for; none where it is a table or on the Hub."""
+    """Text files of a file or folder name; empty for a table or a Hub id."""
     path = Path(name)
     if path.is_dir():
         inside = (file.relative_to(path) for file in path.rglob("*"))
@@ -187,8 +187,8 @@ def documents(corpus, bad):
 
 
 def pieces(stream):
-    """A document in pieces of some PIECE characters, cut where GPT-2's rules cut anyway: behind a line,
-    else before white space."""
+    """Yields a document in pieces of about PIECE characters, cut where GPT-2's pre-tokenizer cuts anyway:
+    after a line, else before white space."""
     rest = ""
     try:
         while chunk := stream.read(PIECE):
@@ -207,7 +207,8 @@ def pieces(stream):
 
 
 def split_pieces(corpus, bad):
-    """Yields (part, text, whether a document begins). Equal documents share a part; a single one is cut."""
+    """Yields (part, text, whether a document begins). Equal documents are in one
+    part; a single one is cut."""
     opened = documents(corpus, bad)
     first, second = next(opened, None), next(opened, None)
     if first is None:
@@ -229,13 +230,13 @@ def split_pieces(corpus, bad):
 
 
 def part_of(share, corpus) -> str:
-    """0 ... 1 -> train, val, test, in this order."""
+    """Maps a number from 0 to 1 to train, val or test, in this order."""
     train = 1 - corpus.val_share - corpus.test_share
     return "train" if share < train else "val" if share < train + corpus.val_share else "test"
 
 
 def cut_document(opens, corpus):
-    """A single document: its last parts are held out, to the character."""
+    """Splits a single document at exact characters: its end is val, then test."""
     with opens() as stream:
         length = sum(len(text) for text in pieces(stream))
     ends = [
@@ -253,7 +254,7 @@ def cut_document(opens, corpus):
 
 
 def build_cache(corpus, source, folder):
-    """Tokenizer, streams, counts, meta.json (last) into `folder`, going on from what a killed build left."""
+    """Writes tokenizer, streams, counts and (last) meta.json; continues what a killed build left."""
     bad, path = BadRows(), folder / "tokenizer"
     if not (path / "done").exists():
 
@@ -279,7 +280,8 @@ def build_cache(corpus, source, folder):
 
 
 def write_tokens(folder, corpus, tokenizer, kind, bad) -> dict:
-    """Appends to the streams piece by piece; progress.json says every few seconds how much of them counts."""
+    """Appends to the streams piece by piece. progress.json notes every few seconds how
+    far they are complete."""
     encode, end = encoder(corpus.tokenizer, tokenizer), np.array([tokenizer.eos_token_id], kind)
     path, none = folder / "progress.json", dict.fromkeys(PARTS, 0)
     state = {"pieces": 0, "bytes": dict(none), "documents": dict(none)}
@@ -321,14 +323,14 @@ def write_tokens(folder, corpus, tokenizer, kind, bad) -> dict:
 
 
 def flushed(file) -> int:
-    """Its bytes, all of them on the disk."""
+    """Flushes a file to the disk and returns its size in bytes."""
     file.flush()
     os.fsync(file.fileno())
     return os.fstat(file.fileno()).st_size  # tell() lags behind a truncation
 
 
 def up_to(unread, characters) -> list:
-    """The next pieces that together have about so many characters: a batch for all cores, flat in memory."""
+    """The next pieces of about so many characters together: a batch that all cores tokenise."""
     group = []
     for piece in unread:
         group.append(piece)
@@ -339,7 +341,8 @@ def up_to(unread, characters) -> list:
 
 
 def encoder(name, tokenizer):
-    """texts -> a list of ids each. Rust, on all cores; characters by a table; bpe_scratch by its own code."""
+    """Returns texts -> a list of ids each: in Rust on all cores, characters by a table,
+    bpe_scratch in Python."""
     rust = tokenizer.backend_tokenizer
     rust.encode_special_tokens = True  # a text that spells the end token out does not end
     rust.no_truncation()  # some files of the Hub hold one
