@@ -39,9 +39,9 @@ class Blocks:
 
 
 class Windows:
-    """Documents in windows of `context` tokens, each `stride` behind the last: a token counts once, in the
-    first window that holds it, where (but in the first) it has seen more than context - stride tokens.
-    """
+    """Documents in windows of `context` tokens, each `stride` behind the last. A token is a target
+    once, in the first window that holds it; in all but the first window it has over context -
+    stride tokens before it."""
 
     def __init__(self, documents, context, stride):
         self.documents, self.windows = documents, []  # (document, first input, end of inputs, first target)

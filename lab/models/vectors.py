@@ -20,9 +20,9 @@ from lab.train.processes import on_main
 
 
 def cache_vectors(model, data, cfg, world, poll, say):
-    """Sets data.vectors: what a frozen encoder makes of every sequence, memory-mapped from the cache.
+    """Sets data.vectors, the frozen encoder's vector of every sequence, memory-mapped from the cache.
 
-    Whole or not at all: a stop in between begins anew.
+    The cache is written at the end: after a stop before that, encoding starts again.
     """
     if cfg.freeze != "all" or not cfg.encode_once:
         return
@@ -50,7 +50,8 @@ def cache_vectors(model, data, cfg, world, poll, say):
 
 
 def vector_folder(model, data, cfg) -> str:
-    """Named after all that vectors depend on, the code that lays rows out included."""
+    """Cache folder, named by a hash of all that vectors depend on: weights,
+    settings, and the code of rows."""
     code = [sha256_file(module.__file__) for module in (pairs, encoders)]
     known = [state_sha256(model.encoder.state_dict()), model.encoder.config.to_json_string(), *code]
     known += [cfg.inputs, cfg.max_length, cfg.pooling, cfg.dtype]
