@@ -1,4 +1,4 @@
-"""Answers of a tuned model: to the prompts it was never trained on, to a test file, to a person."""
+"""Answers of a tuned model: to fixed prompts, to the test rows, to a person."""
 
 import functools
 import re
@@ -32,9 +32,9 @@ PROMPTS = (  # answered at every evaluation; the first three and the last are jo
 
 
 def answers(model, tokenizer, prompts, max_new_tokens, batch, world, poll=lambda active: 0) -> list[str]:
-    """Greedy answers to prompts (lists of ids), in batches over all ranks; every rank gets all of them.
+    """Answers prompts (lists of ids) greedily, in batches over all ranks. Every rank gets all texts.
 
-    `poll(active)` is called by all ranks in step: a rank that is done goes on until the sum is 0.
+    All ranks call `poll(active)` equally often: one that is done calls poll(0) until the sum is 0.
     """
     written = torch.zeros(
         len(prompts), max_new_tokens, dtype=torch.int64
@@ -57,7 +57,8 @@ def answers(model, tokenizer, prompts, max_new_tokens, batch, world, poll=lambda
 
 
 def sample(run, cfg, step, model, tokenizer, poll):
-    """The fixed prompts' answers to samples.jsonl and TensorBoard, one of them to the terminal, in turn."""
+    """Answers the fixed prompts: all to samples.jsonl and TensorBoard, one of them
+    in turn to the terminal."""
     if cfg.sample_tokens:
         prompts = [
             tokenizer(prompt_text(text, "", cfg.template), add_special_tokens=False).input_ids
@@ -70,7 +71,8 @@ def sample(run, cfg, step, model, tokenizer, poll):
 
 
 def write_responses(run, cfg, setup, model) -> dict:
-    """responses.json in the journal's form: each test row and its model_response; how many begin rightly."""
+    """Writes responses.json, in the journal's form: each test row with its
+    model_response. Returns figures."""
     data, test = setup.data, setup.parts["test"].some(cfg.answer_rows)
     prompts, most = [data.prompt(row) for row in test.rows], cfg.max_new_tokens
     batch = cfg.eval_batch * run.world.size
@@ -89,7 +91,8 @@ def write_responses(run, cfg, setup, model) -> dict:
 
 
 def first_words(run, setup, rows, texts) -> dict:
-    """Share of answers whose first word is the wanted one, beside that of always saying the usual one."""
+    """Share of answers whose first word is right, beside that of always saying the
+    most frequent first word."""
     usual = Counter(first_word(setup.data.texts[row][2]) for row in setup.parts["train"].rows).most_common(1)[
         0
     ][0]
@@ -107,12 +110,12 @@ def first_words(run, setup, rows, texts) -> dict:
 
 
 def first_word(text) -> str:
-    """In small letters, without signs; empty if there is none."""
+    """The first word in lower case, without signs; empty if there is none."""
     return next(iter(re.findall(r"\w+", text.lower())), "")
 
 
 def ask(model, tokenizer, cfg):
-    """Mode ask: answers --prompt, or each line typed, as the tuned model was taught to read it."""
+    """Mode ask: answers --prompt, or each typed line, in the template of the tuning."""
     interactive = cfg.prompt is None and sys.stdin.isatty()
     for text in [cfg.prompt] if cfg.prompt is not None else prompt_loop(interactive):
         if text.strip():

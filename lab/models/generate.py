@@ -28,8 +28,8 @@ class KVCache:
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def mask(self, T, device):
-        """Which keys each of T new tokens sees: (1 or B, 1, T, S) bool. None where that is all of them, or the
-        plain causal mask."""
+        """Which keys each of T new tokens sees: (1 or B, 1, T, S) bool. None where that is all of them, or
+        the plain causal mask."""
         if self.padding is None and (T == 1 or self.length == 0):
             return None
         keys = torch.arange(self.length + T, device=device)
@@ -83,8 +83,8 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top
 
 @contextmanager
 def generating(model, rows):
-    """Evaluation mode; on a CPU the matrices also in oneDNN's own layout, in which a product with a few rows
-    takes a third to a half of the time (torch.compile's freezing does the same). Costs their memory again.
+    """Context of generation: evaluation mode, and on a CPU a copy of the matrices in oneDNN's own layout, in
+    which products with few rows take a third to a half of the time (as torch.compile's freezing has it).
     """
     holders = [(module, module.weight) for module in model.modules() if isinstance(module, Linear)]
     holders += [(model, model.wte.matrix())] if model.config.tie_head else []
@@ -141,8 +141,8 @@ def continuations(model, tokenizer, cfg, prompts, max_new_tokens, seed, poll=lam
 
 
 def stop_ids(tokenizer, stop) -> set[int]:
-    """Ids that end a continuation: end-of-text, and the one token of `stop`, in which \\n and \\t are a newline
-    and a tab. UserError where `stop` is not one token."""
+    """Ids that end a continuation: end-of-text, and the one token of `stop`, in which \\n and \\t are a
+    newline and a tab. UserError where `stop` is not one token."""
     if stop is None:
         return {tokenizer.eos_token_id}
     text = stop.replace("\\n", "\n").replace("\\t", "\t")
