@@ -104,7 +104,8 @@ TAKES = {  # what each job looks at; other flags would change nothing
 
 
 def job_of(cfg) -> str:
-    """measure, generate, judge, compare, table or pack; UserError for a flag that it does not look at."""
+    """The job: measure, generate, judge, compare, table or pack. UserError for a
+    flag that it does not use."""
     job = next((name for name in ("compare", "table", "pack") if getattr(cfg, name)), cfg.mode)
     if idle := sorted(core.typed(cfg).flags - TAKES[job] - {"mode", "out", "backend"}):
         raise core.UserError(f"{job} does not look at --{', --'.join(idle)}: drop it")
@@ -112,7 +113,7 @@ def job_of(cfg) -> str:
 
 
 def root(cfg) -> Path:
-    """Below which runs lie and results go; --smoke looks at smoke runs."""
+    """The folder of runs and results: runs, with --smoke runs/smoke."""
     return Path("runs/smoke" if core.typed(cfg).smoke else "runs")
 
 
@@ -121,7 +122,7 @@ def root(cfg) -> Path:
 
 @dataclass
 class Subject:
-    """What is measured: a run, or a plain language model, loaded once, when it is needed."""
+    """What is measured: a run, or a plain language model. Loaded once, when it is needed."""
 
     name: str
     script: str | None = None  # that made the run; none: a transformers folder or Hub id
@@ -137,7 +138,7 @@ class Subject:
 
     @property
     def facts(self) -> dict:
-        """What a run noted of its data; of a plain model nothing."""
+        """Facts that a run noted of its data; empty for a plain model."""
         return core.read_config(self.name)["facts"] if self.script else {}
 
     def load(self, cfg, world):
@@ -163,7 +164,7 @@ class Subject:
 
 
 def subjects(cfg, world) -> list[Subject]:
-    """--run, each looked at; none: the newest finished run below runs/."""
+    """The subjects of --run, checked; without --run the newest finished run."""
     names = cfg.run_folder or (core.on_main(world, newest, root(cfg), "checkpoints"),)
     return [subject(name) for name in names]
 
@@ -178,7 +179,8 @@ def newest(root, needed) -> str:
 
 
 def subject(name) -> Subject:
-    """UserError for a folder that is neither a run nor a model, and for what can only be a mistyped path."""
+    """Checks a name of --run. UserError for a folder that is neither a run nor a model, or for a
+    mistyped path."""
     folder = Path(name)
     if not folder.exists() and (
         name.count("/") > 1 or name[0] in "./~" or ("/" in name and folder.parent.is_dir())
@@ -209,7 +211,7 @@ def subject(name) -> Subject:
 
 
 def weights_note(folder) -> str | None:
-    """A sentence where a run's weights are not the ones that it was tested with."""
+    """A sentence if a run's weights are not those that it was tested with."""
     result = facts.read(folder).result
     tested = result.get("test_checkpoints", [])
     if not tested:
@@ -223,6 +225,7 @@ def weights_note(folder) -> str | None:
 
 
 def tell_weights(subject, world, say):
+    """Says so where a run's weights are not those that it was tested with."""
     if subject.script and (note := core.on_main(world, weights_note, subject.name)):
         say(note)
 
@@ -231,7 +234,7 @@ def tell_weights(subject, world, say):
 
 
 def measure(cfg, world, say, poll):
-    """Every subject on every set of --data; a line each, a table at the end."""
+    """Measures every subject on every set of --data: a line each, a table at the end."""
     rows, chosen = [], subjects(cfg, world)
     for subject in chosen:
         if not subject.script and set(cfg.data) == {"own"}:
@@ -266,7 +269,7 @@ def measure(cfg, world, say, poll):
 
 
 def cells(m) -> dict[str, str]:
-    """The row of a measure's metrics in a table."""
+    """Metrics as cells of a table row."""
 
     def figure(name, digits=3):
         return (
@@ -281,7 +284,8 @@ def cells(m) -> dict[str, str]:
     return row | {"accuracy": figure("accuracy"), "rows": str(m["rows"])}
 
 
-def said(m) -> str:
+def cells_line(m) -> str:
+    """Metrics as a line."""
     return "  ".join(f"{name} {value}" for name, value in cells(m).items())
 
 
@@ -295,7 +299,7 @@ def measure_own(subject, cfg, world, say, poll) -> dict:
         if metrics:
             if not shown:
                 say(subject.name)
-            say(f"  {part:4}  {said(metrics)}")
+            say(f"  {part:4}  {cells_line(metrics)}")
             last, shown = part, metrics
     if subject.is_preference:
         where = "out of fold" if core.read_config(subject.name)["constants"]["folds"] else last
@@ -309,7 +313,7 @@ def measure_own(subject, cfg, world, say, poll) -> dict:
 
 
 def agreement(figures, stored) -> tuple[bool, str]:
-    """Whether the figures are those of result.json; how far the farthest is away."""
+    """Whether the figures are those of result.json, and a sentence on the largest difference."""
     away = {}
     for name, value in figures.items():
         was = stored.get(name)
@@ -324,7 +328,7 @@ def agreement(figures, stored) -> tuple[bool, str]:
 
 
 def measure_other(subject, data, cfg, world, say, poll) -> dict:
-    """Other data: into a folder below runs/eval/ that looks like a run's."""
+    """Measures other data; writes a folder below runs/eval/ that can be used like a run's."""
     began, folder = time.time(), other_folder(subject, data, cfg)
     core.on_main(world, core.prepare_folder, folder.parent)
     if subject.is_preference:
@@ -349,7 +353,7 @@ def measure_other(subject, data, cfg, world, say, poll) -> dict:
     result |= {f"test/{name}": value for name, value in measured.metrics.items()}
     core.on_main(world, write_folder, folder, config, result, measured.file)
     say(f"{subject.name} on {data}")
-    for line in [said(measured.metrics), *measured.lines]:
+    for line in [cells_line(measured.metrics), *measured.lines]:
         say(f"  {line}")
     if subject.is_preference:
         for line in preference.card_lines(measured.metrics, "rows", list(columns.LABELS)):
@@ -359,14 +363,14 @@ def measure_other(subject, data, cfg, world, say, poll) -> dict:
 
 
 def measure_pairs(subject, data, cfg, world, poll) -> other_data.Measured:
-    """The report card of other A/B/tie rows."""
+    """Measures the report card on other A/B/tie rows."""
     options = {"max_documents": cfg.max_documents, "eval_batch": cfg.eval_batch, "poll": poll}
     card, lines, predictions, fingerprint = subject.module.measure_other(subject.name, data, world, **options)
     return other_data.Measured(card, lines, ("predictions.jsonl", predictions), fingerprint, {})
 
 
 def other_folder(subject, data, cfg) -> Path:
-    """runs/eval/<model>-<data>-<hash of their paths and of what the figures depend on>."""
+    """runs/eval/<model>-<data>-<hash of their paths and of all that the figures depend on>."""
     words = "-".join(tables.slug(Path(name).name) for name in (subject.name, data))
     known = [str(Path(name).resolve()) if Path(name).exists() else name for name in (subject.name, data)]
     known += [getattr(cfg, name) for name in ("max_documents", "text_column", "context", "stride")]
@@ -383,7 +387,7 @@ def about(subject, kind, constants, world) -> dict:
 
 
 def write_folder(folder, config, result, file):
-    """config.json and `file` (name, lines); result.json last, after the old one has gone."""
+    """Writes config.json, `file` (name, lines) and, last, result.json; removes the old one first."""
     folder.mkdir(exist_ok=True)
     (folder / "result.json").unlink(missing_ok=True)
     name, lines = file
@@ -396,7 +400,8 @@ def write_folder(folder, config, result, file):
 
 
 def generate(cfg, world, say, poll):
-    """Greedy answers to a run's own test rows, or to --data: instruction rows, or text, one prompt a line."""
+    """Mode generate: greedy answers to a run's test rows, or to --data: instruction
+    rows, or a prompt per line."""
     chosen = subjects(cfg, world)
     for subject in chosen:
         if subject.is_preference:
@@ -408,6 +413,7 @@ def generate(cfg, world, say, poll):
 
 
 def answer(subject, data, cfg, world, say, poll):
+    """Answers one set of prompts; writes responses.json."""
     folder = Path(subject.name) if data == "own" else other_folder(subject, data, cfg)
     core.on_main(world, core.prepare_folder, folder)
     stored, model, tokenizer = subject.load(cfg, world)
@@ -431,7 +437,7 @@ LONGEST = 256  # tokens of an answer, where neither a run nor a flag says otherw
 
 
 def write_answers(folder, subject, data, cfg, rows, most, world):
-    """responses.json; a folder below runs/eval/ that is new begins to look like a run's."""
+    """Writes responses.json; a new folder below runs/eval/ also gets config.json and result.json."""
     core.write_json(folder / "responses.json", rows)
     if not (folder / "config.json").exists():
         constants = {
@@ -445,7 +451,7 @@ def write_answers(folder, subject, data, cfg, rows, most, world):
 
 
 def prompts_of(subject, data, stored, tokenizer, cfg) -> tuple[list[dict], list[list[int]]]:
-    """Rows (their columns stay) and the ids of what the model is asked."""
+    """(rows with all their columns, prompts as lists of ids)"""
     if data == "own":
         if subject.script not in ("run_instruct", "run_lora"):
             raise core.UserError(f"{subject.name} has no instruction rows of its own: name some by --data")
@@ -476,7 +482,7 @@ def read_text(path) -> str:
 
 
 def asked(row, number, data) -> tuple[str, str]:
-    """(instruction, input) of a row; UserError where it has none."""
+    """(instruction, input) of a row. UserError without an instruction."""
     texts = [row.get(name) or "" for name in ("instruction", "input")] if isinstance(row, dict) else [""]
     if not all(isinstance(text, str) and cache.is_clean(text) for text in texts) or not texts[0].strip():
         raise core.UserError(f"{data}: row {number} has no usable instruction: mend or remove it")
@@ -487,7 +493,8 @@ def asked(row, number, data) -> tuple[str, str]:
 
 
 def judge_answers(cfg, say):
-    """Grades of each --run's responses.json (or such a file) into judged.json beside it; or a duel of two."""
+    """Mode judge: grades each --run's responses.json (or such a file) into
+    judged.json beside it; or a duel."""
     names = cfg.run_folder or (newest(root(cfg), "responses.json"),)
     paths = [path if (path := Path(name)).is_file() else path / "responses.json" for name in names]
     rows, asked = [responses.read_responses(path) for path in paths], judge.make_judge(cfg)
@@ -510,6 +517,7 @@ def judged_name(path) -> str:
 
 
 def duel(cfg, names, paths, rows, asked, say):
+    """--pairwise: which of two runs answers better? Writes duel_....json."""
     if len(names) != 2:
         raise core.UserError(f"--pairwise compares two, not {len(names)}: name both by --run")
     folder = core.prepared(cfg.out or root(cfg) / "compare")
@@ -523,7 +531,7 @@ def duel(cfg, names, paths, rows, asked, say):
 
 
 def compare_runs(cfg, say):
-    """--compare: constants, verdicts, answers side by side; compare.md, compare.json and answers.md."""
+    """--compare: writes compare.md and compare.json (constants, verdicts) and answers.md (side by side)."""
     all_sides = sides.sides(cfg.compare, root(cfg))
     folder = core.prepared(Path(cfg.out or root(cfg) / "compare") / sides.folder_name(all_sides))
     for stale in ("answers.md", "curves.png"):  # of an earlier call
@@ -548,7 +556,7 @@ def compare_runs(cfg, say):
 
 
 def tabulate(cfg, say):
-    """--table: Markdown to the terminal and table.md, curves.png, and TensorBoard's page of constants."""
+    """--table: writes table.md, curves.png and TensorBoard's HPARAMS page; prints the table."""
     all_facts = find(cfg.table)
     tables.check_names(all_facts, cfg.group_by, cfg.sort)
     where = "-".join(dict.fromkeys(facts.folder.resolve().parent.name for facts in all_facts))

@@ -191,7 +191,8 @@ RATIO = 20  # tokens per parameter that Hoffmann et al. 2022 find best
 
 
 def corpus_of(cfg) -> core.Corpus:
-    """What cfg says of the text; a model that is not new brings its own tokenizer and shape."""
+    """The Corpus that cfg describes. A model that is not new brings its own tokenizer and shape:
+    UserError for flags of these."""
     name = cfg.tokenizer
     if cfg.model != "new":
         own = {"tokenizer", *(field.name for field in fields(core.GPTConfig))}
@@ -203,13 +204,14 @@ def corpus_of(cfg) -> core.Corpus:
 
 
 def shape_of(cfg, vocab_size) -> core.GPTConfig:
-    """The constants that describe the model; UserError where they contradict each other."""
+    """The GPTConfig that cfg describes. UserError for constants that contradict each other."""
     shared = [field.name for field in fields(core.GPTConfig) if hasattr(cfg, field.name)]
     return core.GPTConfig(vocab_size=vocab_size, **{name: getattr(cfg, name) for name in shared})
 
 
 def build_model(cfg, tokens, world) -> core.GPT:
-    """cfg's shape with random weights, or the weights of cfg.model."""
+    """A GPT of cfg's shape with random weights, or the model of cfg.model. UserError
+    where it does not fit."""
     if cfg.model == "new":
         return core.GPT(shape_of(cfg, len(tokens.tokenizer)))
     model, _ = core.main_first(world, core.open_model, cfg.model, cfg.dropout, cfg.checkpointing)
@@ -235,7 +237,7 @@ def load_model(folder, world):
 
 @dataclass
 class Setup:
-    """What train, find_lr and profile share."""
+    """Data, model and optimizer, for train, find_lr and profile."""
 
     cfg: Config
     world: core.World
@@ -251,7 +253,7 @@ class Setup:
 
 
 def set_up(run, cfg, world, steps=None) -> Setup:
-    """Data, model, optimizer, the state of a resumed run, two discarded steps; says what is about to run.
+    """Makes data, model and optimizer, restores a resumed run, takes two discarded steps; says what will run.
 
     `steps` none: as many as cfg.epochs and cfg.max_steps allow.
     """
@@ -296,13 +298,14 @@ def set_up(run, cfg, world, steps=None) -> Setup:
 
 
 def describe_model(folder, model, tokenizer):
-    """tokenizer/ and gpt.json: with them the folder alone can rebuild the model."""
+    """Writes tokenizer/ and gpt.json, from which the folder alone can rebuild the model."""
     tokenizer.save_pretrained(folder / "tokenizer")
     core.write_json(folder / "gpt.json", asdict(model.config))
 
 
 def forward_backward(setup, rows, targets) -> float:
-    """Gradients of this rank's share of the summed loss / targets; returns the share's sum."""
+    """Adds the gradients of this rank's rows, of summed loss / global targets; returns
+    the rows' summed loss."""
     losses = []
     for part in core.micro_batches(setup.ddp, rows, setup.cfg.micro_batch):
         input_ids, labels = setup.blocks["train"].batch(part, setup.world.device)
@@ -313,7 +316,7 @@ def forward_backward(setup, rows, targets) -> float:
 
 
 def take_step(setup, step, targets, lr, beta1, watch=lambda loss_sum: None) -> tuple[float, float]:
-    """Global batch `step`: (this rank's summed loss before the update, norm of the whole gradient)."""
+    """Trains on global batch `step`; returns (this rank's summed loss before the update, gradient norm)."""
     core.reseed(setup.cfg.seed, step, setup.world.rank)
     loss_sum = forward_backward(setup, setup.batches.rank_batch(step), targets)
     skip = watch(loss_sum)
@@ -321,7 +324,7 @@ def take_step(setup, step, targets, lr, beta1, watch=lambda loss_sum: None) -> t
 
 
 def spike_facts(setup, step, lr) -> dict:
-    """What an odd step saw, for spikes.jsonl."""
+    """What a spiking step read, for spikes.jsonl."""
     rows, stream = setup.batches.global_batch(step).tolist(), setup.blocks["train"]
     start = rows[0] * setup.cfg.block_size
     text = setup.tokens.tokenizer.decode(stream.tokens[start : start + setup.cfg.block_size + 1].tolist())
@@ -329,17 +332,17 @@ def spike_facts(setup, step, lr) -> dict:
 
 
 def count_targets(setup, step) -> int:
-    """Of this rank's share of global batch `step`."""
+    """Number of targets in this rank's share of global batch `step`."""
     return int(setup.blocks["train"].targets(setup.batches.rank_batch(step)).sum())
 
 
 def final_parts(cfg) -> tuple[str, ...]:
-    """The parts whose figures a run ends with, the most important one last."""
+    """The parts that are measured at the end, the most important one last."""
     return ("val", "test") if cfg.final_eval and cfg.test_share else ("val",)
 
 
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
-    """The figures of a run's own val and test text, measured again, and losses.jsonl: its name and lines.
+    """Measures a run's own val and test text again. Returns figures, and name and lines of losses.jsonl.
 
     UserError if cfg.data or its tokenizer has changed since.
     """
@@ -361,6 +364,7 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
 
 
 def train(run, cfg, world) -> dict:
+    """Mode train. Returns the final figures."""
     setup = set_up(run, cfg, world)
     step, total_steps, model = setup.step, setup.total_steps, setup.model
     saved = (model, setup.optimizer, setup.precision)
@@ -401,7 +405,7 @@ def train(run, cfg, world) -> dict:
 
 
 def finish(run, cfg, world, setup) -> dict:
-    """Measures the chosen weights on val and test; final figures, and how many sampled words are known."""
+    """Measures the chosen weights on val and test, and how many sampled words are known; final figures."""
     sha256, measured, result = core.weights_sha256(setup.model), run.checkpoint, {}
     sizes = core.token_bytes(setup.tokens.tokenizer)
     if cfg.test_weights == "best":
@@ -436,7 +440,7 @@ def finish(run, cfg, world, setup) -> dict:
 
 
 def announce(run, cfg, tokens, blocks, batches, total_steps, model):
-    """What is about to be trained on what."""
+    """Says what is about to be trained on what."""
     total, trainable = core.count_parameters(model)
     sizes = "  ".join(f"{part} {len(tokens.parts[part])}" for part in core.PARTS)
     run.say(
@@ -463,7 +467,8 @@ def describe_block(tokenizer, blocks) -> str:
 
 
 def report_validation(run, step, val, where, is_best, late):
-    """`late`: half of the steps are done, so that having learnt nothing is worth a line."""
+    """Says and logs validation figures. late: half of the steps are done, so that an
+    alarm is worth a line."""
     run.say(
         f"{where}  val  loss {core.plus_minus(val['loss'], val['loss_interval'], 4)}  "
         f"perplexity {val['perplexity']:.2f}  "
@@ -476,7 +481,8 @@ def report_validation(run, step, val, where, is_best, late):
 
 
 def sample(run, cfg, step, model, tokenizer):
-    """Rank 0: a few continuations of the prompt to log, TensorBoard and samples.jsonl."""
+    """Rank 0: writes continuations of the prompt to samples.jsonl, TensorBoard and
+    (the first one) the log."""
     if cfg.sample_tokens:
         prompts = [cfg.prompt or ""] * SAMPLES
         texts = core.continuations(
@@ -488,7 +494,7 @@ def sample(run, cfg, step, model, tokenizer):
 
 
 def known_words(path, tokens, most=5_000_000) -> float | None:
-    """Share of the last samples' words that occur in the training text (its first `most` tokens)."""
+    """Share of the last samples' words that occur in the first `most` tokens of the training text."""
     lines = path.read_text().splitlines() if path.exists() else []
     last = [json.loads(line)["text"] for line in lines[-SAMPLES:]]
     sampled = [word for text in last for word in words(text)[:-1]]  # the last one is cut
@@ -502,7 +508,7 @@ def words(text) -> list[str]:
 
 
 def find_lr(run, cfg, world) -> dict:
-    """Which rate? Loss against a rate that grows at every step, under exactly the conditions of training."""
+    """Mode find_lr: loss over a rate that grows at every step, in the conditions of training."""
     setup = set_up(run, cfg, world, cfg.find_steps)
 
     def take(step, lr):

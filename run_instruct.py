@@ -138,7 +138,7 @@ SMOKE = {
 
 
 def build_model(cfg, tokenizer, world):
-    """The pretrained GPT; its lowest blocks frozen if cfg says so."""
+    """The pretrained GPT, with cfg.freeze_blocks of its lowest blocks frozen."""
     model = core.build_model(cfg, tokenizer, world)
     if cfg.freeze_blocks > len(model.h):
         raise core.UserError(f"--freeze_blocks {cfg.freeze_blocks}: {cfg.model} has {len(model.h)}")
@@ -150,7 +150,8 @@ def build_model(cfg, tokenizer, world):
 
 
 def stored_config(folder) -> Config:
-    """The constants that a run had; those that the script no longer knows are passed over."""
+    """The constants of a run; those that this script no longer has are left out.
+    UserError for another script's."""
     stored, known = core.read_config(folder), {field.name for field in fields(Config)}
     if stored["script"] != Path(__file__).stem:
         raise core.UserError(f"{folder} is a run of {stored['script']}.py: open it there")
@@ -158,7 +159,8 @@ def stored_config(folder) -> Config:
 
 
 def load_model(folder, world):
-    """(Config, model, tokenizer) of a run, from its folder alone; the weights it was tested with."""
+    """(Config, model, tokenizer) of a run, from its folder alone, with the weights
+    that it was tested with."""
     cfg = stored_config(folder)
     model, tokenizer = core.open_model(folder)
     return cfg, core.Precision(cfg.dtype, world).prepare(model).eval(), tokenizer
@@ -168,13 +170,14 @@ evaluate = core.evaluate  # (examples, 3): summed loss, hits, targets of each
 
 
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
-    """The figures of a run's own val and test rows, measured again; losses.jsonl: its name and lines."""
+    """Measures a run's own val and test rows again. Returns figures, and name and lines of losses.jsonl."""
     cfg, model, tokenizer = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
     return tuning.remeasure(model, tokenizer, cfg, core.read_config(folder)["facts"], world, poll)
 
 
 def train(run, cfg, world) -> dict:
+    """Trains and measures. Returns the final figures."""
     setup = tuning.set_up(run, cfg, world)
     units, batches, total_steps = setup.units, setup.batches, setup.total_steps
     core.reseed(cfg.seed, "init")
@@ -191,7 +194,8 @@ def train(run, cfg, world) -> dict:
     ddp = core.wrap_ddp(model, world)
 
     def forward_backward(mine, targets) -> float:
-        """Gradients of this rank's share of the summed loss / targets; returns the share's sum."""
+        """Adds the gradients of this rank's rows, of summed loss / global targets;
+        returns their summed loss."""
         losses = []
         for part in core.micro_batches(ddp, mine, cfg.micro_batch, units.lengths[mine], cfg.micro_tokens):
             with precision.autocast():
@@ -260,7 +264,7 @@ def train(run, cfg, world) -> dict:
 
 
 def one_process(cfg, world):
-    """Modes beside train: ask."""
+    """Mode ask, in one process."""
     if world.size > 1:
         raise core.UserError(f"--mode {cfg.mode} runs in one process: start it with python")
     folder = Path(cfg.run_folder or core.newest_run(cfg, __file__))

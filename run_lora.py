@@ -6,7 +6,7 @@
     python run_lora.py --mode export --run_folder runs/run_lora/20261122_101500
     python run_lora.py --smoke
 
-The base stands still; a checkpoint holds the adapters and their optimizer only. --data as in
+The base is frozen; a checkpoint holds the adapters and their optimizer only. --data as in
 run_instruct.py. Each run is a folder under runs/run_lora/; mode export writes peft/ (adapters for peft) and
 merged/ (a GPT-2 that transformers and gpt_scratch.py load) into it.
 """
@@ -163,7 +163,7 @@ ADAPTERS_OWN = {f"lora_{name}" for name in ("rank", "alpha", "scaling", "init", 
 
 
 def build_model(cfg, tokenizer, world, folder):
-    """The pretrained GPT, frozen, with adapters: fresh ones, or those of cfg.adapter (a run keeps a copy)."""
+    """The pretrained GPT, frozen, with new adapters or those of cfg.adapter (of which a run keeps a copy)."""
     if cfg.adapter and (own := sorted(core.typed(cfg).flags & ADAPTERS_OWN)):
         raise core.UserError(f"--adapter brings its own {', '.join(own)}: drop these flags")
     model, kept = core.build_model(cfg, tokenizer, world), Path(folder) / "adapter"
@@ -178,7 +178,8 @@ def build_model(cfg, tokenizer, world, folder):
 
 
 def keep_for_later(folder, cfg, tokenizer):
-    """tokenizer/ and adapter/: with the base that cfg names, they let the folder rebuild the model."""
+    """Writes tokenizer/ and adapter/, from which the folder, with the base that cfg
+    names, rebuilds the model."""
     tokenizer.save_pretrained(folder / "tokenizer")
     if cfg.adapter and not (folder / "adapter").exists():
         with core.whole_folder(folder / "adapter") as aside:
@@ -186,7 +187,8 @@ def keep_for_later(folder, cfg, tokenizer):
 
 
 def stored_config(folder) -> Config:
-    """The constants that a run had; those that the script no longer knows are passed over."""
+    """The constants of a run; those that this script no longer has are left out.
+    UserError for another script's."""
     stored, known = core.read_config(folder), {field.name for field in fields(Config)}
     if stored["script"] != Path(__file__).stem:
         raise core.UserError(f"{folder} is a run of {stored['script']}.py: open it there")
@@ -194,7 +196,8 @@ def stored_config(folder) -> Config:
 
 
 def load_model(folder, world):
-    """(Config, model, tokenizer) of a run; the adapters it was tested with, on the base it names."""
+    """(Config, model, tokenizer) of a run: the adapters that it was tested with, on its base. UserError
+    if the base has changed."""
     cfg, tokenizer = stored_config(folder), tokenizers.named_tokenizer(str(Path(folder) / "tokenizer"))
     core.reseed(cfg.seed, "init")  # tiny:gpt2 is its seed
     model = core.Precision(cfg.dtype, world).prepare(build_model(cfg, tokenizer, world, folder))
@@ -205,7 +208,7 @@ def load_model(folder, world):
 
 
 def announce_lora(run, cfg, model):
-    """Where the adapters are, how strongly they act, and how far a step can move the output."""
+    """Says where the adapters are, their multiplier, and multiplier x lr, which bounds a step."""
     layers = core.adapted(model)
     strengths = sorted({layer.multiplier for layer in layers.values()})
     ranks = "/".join(str(rank) for rank in sorted({layer.B.shape[1] for layer in layers.values()}))
@@ -226,13 +229,14 @@ evaluate = core.evaluate  # (examples, 3): summed loss, hits, targets of each
 
 
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
-    """The figures of a run's own val and test rows, measured again; losses.jsonl: its name and lines."""
+    """Measures a run's own val and test rows again. Returns figures, and name and lines of losses.jsonl."""
     cfg, model, tokenizer = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
     return tuning.remeasure(model, tokenizer, cfg, core.read_config(folder)["facts"], world, poll)
 
 
 def train(run, cfg, world) -> dict:
+    """Trains and measures. Returns the final figures."""
     setup = tuning.set_up(run, cfg, world)
     units, batches, total_steps = setup.units, setup.batches, setup.total_steps
     core.reseed(cfg.seed, "init")
@@ -253,7 +257,8 @@ def train(run, cfg, world) -> dict:
     ddp = core.wrap_ddp(model, world)
 
     def forward_backward(mine, targets) -> float:
-        """Gradients of this rank's share of the summed loss / targets; returns the share's sum."""
+        """Adds the gradients of this rank's rows, of summed loss / global targets;
+        returns their summed loss."""
         losses = []
         for part in core.micro_batches(ddp, mine, cfg.micro_batch, units.lengths[mine], cfg.micro_tokens):
             with precision.autocast():
@@ -326,7 +331,7 @@ def train(run, cfg, world) -> dict:
 
 
 def one_process(cfg, world):
-    """Modes beside train: ask and export."""
+    """Modes ask and export, in one process."""
     if world.size > 1:
         raise core.UserError(f"--mode {cfg.mode} runs in one process: start it with python")
     folder = Path(cfg.run_folder or core.newest_run(cfg, __file__))

@@ -279,7 +279,7 @@ FOREVER = 10**9  # steps, where only the clock ends a stage
 
 
 def make_optimizer(cfg, model):
-    """Of what trains: made when adapters and quantisation are in place."""
+    """The optimizer of the trained parameters, after adapters and fake quantisation are in place."""
     decay, betas, undecayed = cfg.weight_decay, (cfg.beta1, cfg.beta2), ("wte.weight",)
     if cfg.optimizer == "lion":
         return optim.Lion(optim.parameter_groups(model, decay, undecayed=undecayed), betas)
@@ -291,7 +291,7 @@ def make_optimizer(cfg, model):
 
 @dataclass
 class Stage:
-    """What the loop needs to know of pretraining or of fine-tuning."""
+    """What `fit` needs of pretraining or of fine-tuning."""
 
     units: object  # what batches are made of: core.Blocks, core.Examples, core.Packs
     batches: core.ShardedBatches
@@ -302,17 +302,17 @@ class Stage:
     announce: object  # () -> None: says what is about to run, and begins the run
     check: object  # (step, where, keep_best, poll) -> None: validation
     describe: object  # () -> str: what the loss sees
-    spike_facts: object  # (step, lr) -> dict: what an odd step saw
+    spike_facts: object  # (step, lr) -> dict: what a spiking step read
 
 
 def length_of(cfg, batches) -> int:
-    """Optimizer steps of a stage, as far as steps and epochs bound it."""
+    """Optimizer steps of a stage by max_steps and epochs; FOREVER if only the clock ends it."""
     epochs = None if cfg.epochs is None else cfg.epochs * len(batches)
     return min(steps for steps in (epochs, cfg.max_steps, FOREVER) if steps is not None)
 
 
 def check_length(cfg):
-    """UserError where nothing would end a stage."""
+    """Raises UserError if nothing would end the stage."""
     if cfg.epochs is cfg.max_steps is cfg.max_minutes is None:
         what = "fine-tuning: use --max_minutes, --max_steps or --epochs"
         if cfg.mode == "pretrain":
@@ -321,7 +321,7 @@ def check_length(cfg):
 
 
 def fit(run, cfg, world, stage) -> dict:
-    """The loop. Returns how long it was and what memory the gradients and the optimizer took."""
+    """The training loop. Returns the steps taken, and the MB of gradients and optimizer state."""
     units, batches, model = stage.units, stage.batches, stage.model
     lengths, total_steps = np.asarray(units.lengths), stage.total_steps
     optimizer = make_optimizer(cfg, model)
@@ -334,7 +334,8 @@ def fit(run, cfg, world, stage) -> dict:
     ddp = core.wrap_ddp(model, world)
 
     def forward_backward(mine, targets) -> float:
-        """Gradients of this rank's share of the summed loss / targets; returns the share's sum."""
+        """Adds the gradients of this rank's rows, of summed loss / global targets;
+        returns their summed loss."""
         losses = []
         for part in core.micro_batches(ddp, mine, cfg.micro_batch, lengths[mine], cfg.micro_tokens):
             with stage.precision.autocast():
@@ -369,7 +370,7 @@ def fit(run, cfg, world, stage) -> dict:
         ends = step >= total_steps
         if cfg.qat != "off" and not quantised and (ends or step >= cfg.qat_start * length):
             quantised, run.state["quantised_from"] = True, step
-            for name in ("lowest", "evaluated"):  # of another model, so to speak
+            for name in ("lowest", "evaluated"):  # of the float model
                 run.state.pop(name, None)
             run.say(f"{where()}  step {step}: int4 weights and int8 activations from here on")
         int4.switch(model, quantised)
@@ -415,7 +416,7 @@ final_parts = tuning.final_parts  # the parts whose figures a run ends with
 
 
 def weights_of(run, cfg, stage) -> dict:
-    """The final weights' checksum; then the model has the weights that are to be tested."""
+    """Returns checksum, checkpoint and parameter counts; then loads the weights that are to be tested."""
     facts = {"weights_sha256": core.weights_sha256(stage.trained), "test_checkpoints": [run.checkpoint]}
     if cfg.test_weights == "best":
         facts["test_checkpoints"] = [run.load_best(stage.trained)]
@@ -425,7 +426,7 @@ def weights_of(run, cfg, stage) -> dict:
 
 
 def said(m, part) -> str:
-    """The figures that both stages have, for a line."""
+    """A line of the figures that both stages have."""
     loss, accuracy = (core.plus_minus(m[f"{part}/{k}"], m[f"{part}/{k}_interval"], n) for k, n in FIGURES)
     guess = f"token frequencies {m[f'{part}/unigram_loss']:.4f}"
     return f"loss {loss}  perplexity {m[f'{part}/perplexity']:.2f}  accuracy {accuracy}  {guess}"
@@ -435,7 +436,7 @@ FIGURES = (("loss", 4), ("accuracy", 3))
 
 
 def say_end(run, result, part):
-    """The last lines of a stage."""
+    """Says the last lines of a stage."""
     loss, perplexity = f"{result[f'{part}/loss']:.4f}", f"{result[f'{part}/perplexity']:.2f}"
     run.say(f"done  {part} loss {loss}  perplexity {perplexity}  {run.seconds / 60:.1f} min")
     run.say(f"all figures: {run.folder}/result.json")
@@ -446,7 +447,8 @@ def say_end(run, result, part):
 
 
 def pretraining(cfg) -> Config:
-    """The constants of the first stage: what is called pretrain_... takes the place of its namesake."""
+    """The constants of the first stage: pretrain_lr becomes lr, and so on. UserError for
+    typed flags of the second."""
     names = {field.name for field in fields(Config) if field.name.startswith("pretrain_")}
     theirs = {name.removeprefix("pretrain_"): getattr(cfg, name) for name in names}
     typed = core.typed(cfg)
@@ -460,7 +462,7 @@ def pretraining(cfg) -> Config:
 
 @contextlib.contextmanager
 def flags_of_stage(cfg):
-    """Errors of the first stage name the flags that are its own."""
+    """In the first stage, errors about --lr say --pretrain_lr, and so on."""
     try:
         yield
     except core.UserError as error:
@@ -473,6 +475,7 @@ def flags_of_stage(cfg):
 
 
 def open_text(cfg, world) -> core.Tokens:
+    """The tokens of the pretraining text. UserError names --text, --tokenizer."""
     try:
         return core.open_corpus(corpus_of(cfg), world)
     except core.UserError as error:
@@ -490,7 +493,7 @@ def corpus_of(cfg) -> core.Corpus:
 
 
 def new_model(cfg, tokenizer) -> core.GPT:
-    """Rotary positions, SwiGLU, RMSNorm, no biases, tied: journal 004's `noam`."""
+    """A new GPT like journal 004's `noam`: rotary positions, SwiGLU, RMSNorm, no biases, tied head."""
     rows = math.ceil(len(tokenizer) / cfg.vocab_multiple) * cfg.vocab_multiple
     return core.GPT(core.GPTConfig(
         rows, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, positions="rotary", norm="rmsnorm",
@@ -499,7 +502,7 @@ def new_model(cfg, tokenizer) -> core.GPT:
 
 
 def first_model(cfg, tokenizer, world) -> core.GPT:
-    """A new model, or that of cfg.init_from, which goes on reading."""
+    """A new model, or that of cfg.init_from for continued pretraining. UserError where it does not fit."""
     if cfg.init_from in (None, "new"):
         return new_model(cfg, tokenizer)
     model, own = open_weights(cfg, world)
@@ -512,7 +515,7 @@ def first_model(cfg, tokenizer, world) -> core.GPT:
 
 
 def blocks_of(cfg, tokens, part, most=None) -> core.Blocks:
-    """The first `most` blocks of a part; none: all."""
+    """The first `most` blocks of a part; none: all. UserError if there is none."""
     ids = tokens.parts[part][: None if most is None else most * cfg.block_size + 1]
     if len(ids) < 2:
         share = "" if part == "train" else f" or a larger --{part}_share"
@@ -521,13 +524,14 @@ def blocks_of(cfg, tokens, part, most=None) -> core.Blocks:
 
 
 def pretrain(run, cfg, world) -> dict:
+    """The first stage. Returns the final figures."""
     check_length(cfg)
     tokens = open_text(cfg, world)
     run.pin("fingerprint", tokens.fingerprint)
     train, val = blocks_of(cfg, tokens, "train"), blocks_of(cfg, tokens, "val", cfg.eval_rows)
     for part in final_parts(cfg):
         blocks_of(cfg, tokens, part)
-    order = cfg.seed + (1000 if cfg.init_from else 0)  # who goes on reading does not begin again
+    order = cfg.seed + (1000 if cfg.init_from else 0)  # continued pretraining reads in a new order
     batches = core.ShardedBatches(np.full(len(train), cfg.block_size), cfg.batch, world, seed=order)
     core.reseed(cfg.seed, "init")
     precision = core.Precision(cfg.dtype, world)
@@ -574,7 +578,7 @@ def pretrain(run, cfg, world) -> dict:
 
 
 def measure_text(model, tokens, cfg, world, poll) -> tuple[dict, list, list]:
-    """Figures of val and test, lines of losses.jsonl, and no answers."""
+    """(figures of val and test, lines of losses.jsonl, no answers)"""
     figures, sizes = {}, core.token_bytes(tokens.tokenizer)
     for part in final_parts(cfg):
         blocks = blocks_of(cfg, tokens, part)
@@ -588,7 +592,7 @@ def measure_text(model, tokens, cfg, world, poll) -> tuple[dict, list, list]:
 
 
 def newest_base(cfg, world) -> str | None:
-    """newest_pretraining on all ranks; an error where one was asked for by name."""
+    """newest_pretraining on all ranks. UserError if --init_from newest finds none."""
     base = core.on_main(world, newest_pretraining, cfg)
     if cfg.init_from == "newest" and base is None:
         out = core.out_folder(cfg, __file__)
@@ -597,7 +601,7 @@ def newest_base(cfg, world) -> str | None:
 
 
 def newest_pretraining(cfg) -> str | None:
-    """The newest finished run of mode pretrain in cfg.out."""
+    """The newest finished run of mode pretrain in cfg.out, or None."""
     folders = sorted(path.parent for path in core.out_folder(cfg, __file__).glob("*/result.json"))
     for folder in reversed(folders):
         if (
@@ -609,7 +613,7 @@ def newest_pretraining(cfg) -> str | None:
 
 
 def is_own_pretraining(name) -> bool:
-    """Whether cfg.init_from is a run of this script's first stage, whose text is in the token cache."""
+    """Whether `name` is a run of this script's first stage, so that its text is known."""
     if not core.is_run(name):
         return False
     config = core.read_config(name)
@@ -617,7 +621,8 @@ def is_own_pretraining(name) -> bool:
 
 
 def open_weights(cfg, world):
-    """(model, tokenizer) of cfg.init_from, at cfg.init_step or as it was tested."""
+    """(model, tokenizer) of cfg.init_from, at cfg.init_step or as it was tested.
+    UserError where there is none."""
     name = cfg.init_from
     if Path(name).is_file():
         raise core.UserError(f"--init_from {name} is a file: use a run's folder")
@@ -639,7 +644,7 @@ def open_weights(cfg, world):
 
 
 def open_base(cfg, world):
-    """(model, tokenizer) that fine-tuning begins with."""
+    """(model, tokenizer) that fine-tuning starts from."""
     if cfg.init_from is None:
         raise core.UserError("there is no pretraining run: --mode pretrain makes one, or use --init_from")
     if cfg.init_from != "new":
@@ -652,7 +657,7 @@ def open_base(cfg, world):
 
 
 def tuned(cfg, base, world):
-    """(model as it is trained, what of it a checkpoint holds)"""
+    """Adds adapters or fake quantisation: (the model to train, what a checkpoint holds of it)."""
     core.reseed(cfg.seed, "adapters")
     if cfg.method != "full":
         loha_lokr.add_adapters(base, cfg.method, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
@@ -668,7 +673,7 @@ def check_context(cfg, most, of):
 
 
 def plain_text(cfg, tokenizer, block_size, world) -> tuple[str, core.Blocks | None]:
-    """What the text is, and blocks of it that nobody was trained on: cfg.plain, or the text of the base."""
+    """(name of the text, held-out blocks) to measure forgetting: cfg.plain, or the base's own text."""
     if not cfg.plain_blocks:
         return "", None
     if cfg.plain is None and (cfg.init_from == "new" or is_own_pretraining(cfg.init_from)):
@@ -686,6 +691,7 @@ def plain_text(cfg, tokenizer, block_size, world) -> tuple[str, core.Blocks | No
 
 
 def finetune(run, cfg, world) -> dict:
+    """The second stage. Returns the final figures."""
     check_length(cfg)
     base, tokenizer = open_base(cfg, world)
     check_context(cfg, base.config.block_size, cfg.init_from)
@@ -772,7 +778,7 @@ def finetune(run, cfg, world) -> dict:
 
 
 def sample(run, cfg, step, model, data, rows, poll):
-    """What the model writes behind problems: to samples.jsonl, TensorBoard, the first one to the terminal."""
+    """Writes what the model generates after problems to samples.jsonl and TensorBoard; says the first."""
     if not cfg.sample_tokens:
         return
     prompts, world = [data.prompt(row) for row in rows], run.world
@@ -785,7 +791,8 @@ def sample(run, cfg, step, model, data, rows, poll):
 
 
 def measure_rows(model, data, parts, cfg, world, poll) -> tuple[dict, list, list]:
-    """Figures of val and test, lines of losses.jsonl and of answers.jsonl; only the last part is answered."""
+    """(figures of val and test, lines of losses.jsonl, lines of answers.jsonl);
+    answers the last part only."""
     figures = {}
     for part in final_parts(cfg):
         last = part == final_parts(cfg)[-1]
@@ -795,7 +802,8 @@ def measure_rows(model, data, parts, cfg, world, poll) -> tuple[dict, list, list
 
 
 def keep_for_later(folder, cfg, model, tokenizer):
-    """tokenizer/ and, where a checkpoint holds a whole model, gpt.json: they let the folder rebuild it."""
+    """Writes tokenizer/ and, if checkpoints hold whole models, gpt.json: from these
+    the folder rebuilds it."""
     if cfg.method == "full":
         gpt_scratch.describe_model(folder, model, tokenizer)
     else:
@@ -806,7 +814,8 @@ def keep_for_later(folder, cfg, model, tokenizer):
 
 
 def stored_config(folder) -> Config:
-    """The constants that a run had; those that the script no longer knows are passed over."""
+    """The constants of a run; those that this script no longer has are left out.
+    UserError for another script's."""
     stored, known = core.read_config(folder), {field.name for field in fields(Config)}
     if stored["script"] != Path(__file__).stem:
         raise core.UserError(f"{folder} is a run of {stored['script']}.py: open it there")
@@ -814,7 +823,8 @@ def stored_config(folder) -> Config:
 
 
 def load_model(folder, world):
-    """(Config, model, tokenizer) of a run, with the weights it was tested with; quantised as in training."""
+    """(Config, model, tokenizer) of a run, with the weights that it was tested with;
+    fake-quantised as in training."""
     cfg = stored_config(folder)
     if cfg.mode == "pretrain":
         model, tokenizer = core.open_model(folder)
@@ -836,8 +846,8 @@ evaluate = core.evaluate  # (blocks or rows, 3): summed loss, hits, targets of e
 
 
 def own_measure(folder, cfg, tokenizer, world):
-    """What measures a model on the held-out data of a run, (model, poll) -> figures, losses, answers; and the
-    units of its last part."""
+    """(a function (model, poll) -> figures, losses, answers on a run's held-out data; the units of its last
+    part). UserError if the data has changed."""
     stored = core.read_config(folder)["facts"]["fingerprint"]
     if cfg.mode == "pretrain":
         tokens = open_text(cfg, world)
@@ -853,9 +863,9 @@ def own_measure(folder, cfg, tokenizer, world):
 
 
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
-    """The figures of a run's own val and test data, measured again; losses.jsonl: its name and lines.
+    """Measures a run's own val and test data again. Returns figures, and name and lines of losses.jsonl.
 
-    answers.jsonl is written anew, too.
+    Rewrites answers.jsonl, too.
     """
     cfg, model, tokenizer = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
@@ -867,7 +877,7 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
 
 
 def merged(model) -> core.GPT:
-    """A plain float GPT of whatever was trained."""
+    """A plain float GPT of a trained model: adapters merged, fake quantisation removed."""
     if core.adapted(model):
         return core.merge_lora(model)
     plain = core.with_weights(model.config, model.state_dict())
@@ -878,8 +888,8 @@ def merged(model) -> core.GPT:
 
 
 def quantise_run(folder, cfg, world, say, poll) -> dict:
-    """Makes <run>/quantised_<group>/, loads it from the disk and measures it beside the run's float weights:
-    {"float": figures, "int4": figures, ...}. What has been measured before is read.
+    """Writes <run>/quantised_<group>/, loads it again and measures it beside the float weights. Returns
+    {"float": figures, "int4": figures, ...}, from result.json if it was measured before.
     """
     own, model, tokenizer = load_model(folder, world)
     group = own.qat_group if own.qat != "off" else cfg.qat_group  # the one it was trained for
@@ -906,11 +916,13 @@ def quantise_run(folder, cfg, world, say, poll) -> dict:
 
 
 def write_int4(model, group, tokenizer, folder):
+    """Writes the model in int4."""
     int4.save(int4.convert(model, group), group, tokenizer, folder)
 
 
 def known_figures(target, weights) -> dict | None:
-    """What quantise_run found for these weights; a folder of others, or an unfinished one, is removed."""
+    """Earlier figures of quantise_run for these weights; removes a folder of other
+    weights or without figures."""
     try:
         known = json.loads((target / "result.json").read_text())
     except (OSError, ValueError):
@@ -922,7 +934,7 @@ def known_figures(target, weights) -> dict | None:
 
 
 def tokens_per_second(model, units, cfg, world, poll) -> float:
-    """Of evaluation, over at most 200 rows; the median of three passes behind a first one."""
+    """Tokens per second of evaluation, over at most 200 rows: median of three passes after a first one."""
     if isinstance(units, core.Blocks):
         some = core.Blocks(units.tokens[: 200 * units.block_size + 1], units.block_size)
     else:
@@ -962,7 +974,7 @@ def quantise_or_export(cfg, world, say, poll):
 
 @dataclass
 class MathQAStudy:
-    """What the stages share: where results go, how to say a line, what polls for signals."""
+    """What the runs of a study share: folder of results, say(line), poll() for signals."""
 
     cfg: Config
     world: core.World
@@ -991,7 +1003,7 @@ ARM_MAY = {  # what an arm may have of its own: how it is tuned, not what on or 
     "qat_group",
     "qat_start",
 }
-# of the other stage: they decide nothing in this one
+# constants of one stage, ignored in the other
 STAGE1_ONLY = {
     "text",
     "text_column",
@@ -1031,7 +1043,8 @@ STAGE2_ONLY = {
 
 
 def arm_config(cfg, arm) -> Config:
-    """cfg with the constants of an arm, `lora,lr=5e-4`. UserError for what no arm may change."""
+    """cfg with the constants of an arm, e.g. `lora,lr=5e-4`. UserError for a constant
+    that arms may not change."""
     method, *given = (word.strip() for word in arm.split(","))
     argv = ["--method", method]
     for word in given:
@@ -1050,7 +1063,7 @@ def arm_config(cfg, arm) -> Config:
 
 
 def as_run(study, cfg, tag) -> Config:
-    """`cfg` as a run of a study, found by its tag; another one where a constant of its stage differs."""
+    """`cfg` as a run of a study, which is found again by its tag and the constants of its stage."""
     other = STAGE2_ONLY if cfg.mode == "pretrain" else set() if cfg.init_from == "new" else STAGE1_ONLY
     names = {field.name for field in fields(Config) if not field.name.startswith("pretrain_")}
     matter = names - core.MAY_CHANGE - core.CALL_CONSTANTS - STUDY_CONSTANTS - other
@@ -1068,7 +1081,7 @@ LENGTH = ("max_minutes", "max_steps", "epochs")
 
 
 def length_name(cfg) -> str:
-    """The length of a stage, as a part of its tag: a run of another length is another run."""
+    """The length of a stage as part of its tag, so that another length is another run."""
     named = ((cfg.max_minutes, "min"), (cfg.max_steps, "steps"), (cfg.epochs, "epochs"))
     return "-".join(f"{n:g}{unit}" for n, unit in named if n is not None)
 
@@ -1079,7 +1092,7 @@ def finished_run(cfg) -> str:
 
 
 def one_run(study, cfg) -> Path:
-    """The folder of the run with these constants, made now or before; core.Stop if it is stopped."""
+    """The folder of the run with these constants; trains it if it is not finished. Stop if it is stopped."""
     if folder := core.on_main(study.world, finished_run, cfg):
         study.say(f"finished already: {folder}")
         return Path(folder)
@@ -1108,13 +1121,14 @@ STAGES = {"pretrain": pretrain, "finetune": finetune}
 
 
 def pretrained(study, cfg) -> Path:
+    """The pretraining run with these constants."""
     typed = core.typed(study.cfg)
     run_cfg = pretraining(core.with_flags(replace(cfg), typed, typed.flags))
     return one_run(study, as_run(study, run_cfg, f"pretrain-{length_name(run_cfg)}"))
 
 
 def tuned_run(study, cfg, base, name) -> Path:
-    """The run of these constants and this very length."""
+    """The fine-tuning run with these constants and this length."""
     run_cfg = replace(cfg, mode="finetune", init_from=str(base))
     key = f"{name} {[getattr(run_cfg, length) for length in LENGTH]}"
     mark = hashlib.sha256(key.encode()).hexdigest()[:6]
@@ -1122,14 +1136,15 @@ def tuned_run(study, cfg, base, name) -> Path:
 
 
 def both(study):
-    """Pretraining, then fine-tuning of what came out."""
+    """Mode both: pretraining, then fine-tuning of its model."""
     base = pretrained(study, study.cfg)
     folder = tuned_run(study, study.cfg, base, f"{study.cfg.method}-{length_name(study.cfg)}")
     study.say(f"both stages are done\n  {base}\n  {folder}")
 
 
 def compare_arms(study):
-    """Every arm with every seed at equal steps and at equal time; then int4 of the first arm and of qat."""
+    """Mode study: every arm with every seed at equal steps and at equal time; then int4 of the
+    first arm and of qat arms."""
     cfg, runs = study.cfg, {}
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         base = cfg.init_from or pretrained(study, replace(cfg, seed=seed))
@@ -1154,7 +1169,8 @@ def compare_arms(study):
 
 
 def split_budget(cfg) -> tuple[str, list]:
-    """What bounds both stages, max_minutes or max_steps, and how much of it each has."""
+    """(max_minutes or max_steps, the values of both stages). UserError unless both
+    have the same bound alone."""
     for unit, other in (("max_minutes", "max_steps"), ("max_steps", "max_minutes")):
         total, others = ([getattr(cfg, f"{p}{n}") for p in ("pretrain_", "")] for n in (unit, other))
         if None not in total and others == [None, None] and cfg.epochs is None:
@@ -1166,7 +1182,7 @@ def split_budget(cfg) -> tuple[str, list]:
 
 
 def split(study):
-    """The first arm after each share of pretraining, both stages together as long as ever."""
+    """Mode split: the first arm after each share of pretraining; both stages together have a fixed length."""
     cfg, runs = study.cfg, {}
     unit, total = split_budget(cfg)
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
@@ -1182,14 +1198,14 @@ def split(study):
 
 
 def without_rows(small) -> dict:
-    """quantise_run's figures alone: each row's stand in the run's folder."""
+    """The figures of quantise_run without those of single rows."""
     return {
         arm: [{n: v for n, v in result.items() if n != "rows"} for result in of] for arm, of in small.items()
     }
 
 
 def conclude(study, runs, small):
-    """Rank 0: study.md and study.json; the same in the terminal."""
+    """Rank 0: writes study.md and study.json, and prints the tables."""
     text, figures = mathqa_report.report(runs, small, study.cfg)
     folders = {b: {arm: [str(f) for f in of] for arm, of in arms.items()} for b, arms in runs.items()}
     content = {
@@ -1214,7 +1230,7 @@ def study_folder(cfg) -> Path:
 
 
 def several(cfg, world, say, poll):
-    """Modes both, study and split; all mistakes are found before the first step."""
+    """Modes both, study and split. Checks everything before the first step."""
     if cfg.mode != "both":
         for arm in cfg.arms:
             arm_config(cfg, arm)
@@ -1259,7 +1275,7 @@ def several(cfg, world, say, poll):
 
 
 def plan(cfg) -> list[str]:
-    """How many runs a study makes, how long they train at most, and what that costs."""
+    """A line on how many runs a study makes, how long they train at most, and the cost."""
     if cfg.mode == "both":
         return []
     tunings = len(cfg.shares) if cfg.mode == "split" else 1 + (len(cfg.arms) - 1) * len(cfg.budgets)
@@ -1276,8 +1292,8 @@ def plan(cfg) -> list[str]:
 
 
 def check_stages(cfg, world):
-    """Opens text and rows of both stages, and looks at the model's shape: a mistake of the second stage
-    should not wait for the end of the first."""
+    """Opens text and rows of both stages and checks the model's shape, so that a mistake of the second stage
+    does not wait for the end of the first."""
     check_length(cfg)
     if min(cfg.batch, cfg.pretrain_batch) < world.size:
         raise core.UserError(f"--batch or --pretrain_batch is smaller than {world.size} ranks: use more rows")
@@ -1303,7 +1319,7 @@ def check_stages(cfg, world):
 
 
 def check_flags(cfg, world):
-    """Says which flags are of the other stage; UserError for a preset of another mode."""
+    """Says which typed flags have no effect in this stage. UserError for a preset of another mode."""
     typed = core.typed(cfg)
     preset_mode = PRESETS.get(typed.preset, {}).get("mode", cfg.mode)
     if preset_mode != cfg.mode:

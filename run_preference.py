@@ -176,7 +176,8 @@ SMOKE = {
 
 
 def scorer(cfg, encoder):
-    """`encoder` with frozen parts and a fresh head on top."""
+    """A PairScorer: `encoder` with frozen parts and a new head. UserError for a
+    dtype it cannot compute in."""
     if cfg.dtype in ("bf16", "fp16") and encoder.config.model_type == "deberta":  # its mask overflows
         raise core.UserError(f"{cfg.model} cannot compute in {cfg.dtype} (deberta-v3 can): use --dtype tf32")
     frozen = encoders.freeze(encoder, cfg.freeze)
@@ -185,7 +186,7 @@ def scorer(cfg, encoder):
 
 
 def build_model(cfg, data, world):
-    """The pretrained encoder with a fresh head; the same weights on every rank."""
+    """The pretrained encoder with a new head; the same weights on every rank."""
     encoder = core.main_first(world, core.load_encoder, cfg.model, data.tokenizer, cfg.encoder_dropout)
     if cfg.max_length > (most := encoders.position_limit(encoder)):
         raise core.UserError(
@@ -195,7 +196,7 @@ def build_model(cfg, data, world):
 
 
 def rebuild(folder, world, **changes):
-    """(Config, untrained model, tokenizer) of a run, from its folder alone."""
+    """(Config, untrained model, tokenizer) of a run, from its folder alone; `changes`: of Config."""
     from transformers import AutoConfig
 
     stored = {"symmetric": False} | core.read_config(folder)["constants"]  # as runs were before both orders
@@ -210,16 +211,17 @@ def rebuild(folder, world, **changes):
 
 
 def load_model(folder, world):
-    """(Config, model, tokenizer) of a run, from its folder alone; the weights it was tested with."""
+    """(Config, model, tokenizer) of a run, from its folder alone, with the weights
+    that it was tested with."""
     cfg, model, tokenizer = rebuild(folder, world)
     core.load_weights(Path(folder) / "checkpoints" / core.chosen_checkpoint(folder), model)
     return cfg, model.eval(), tokenizer
 
 
 def evaluate(model, data, rows, cfg, world, poll=lambda: None) -> np.ndarray:
-    """Log-probabilities (N, 2, 3) in fp64 of `rows`, on every rank: as they stand; with A and B swapped.
+    """(N, 2, 3) fp64 log-probabilities of `rows` on every rank: as they are, and with A and B swapped.
 
-    `model` is unwrapped. The second order's classes are put back: an even judge says the same twice.
+    `model` is unwrapped. Classes of the second order are swapped back: a symmetric model gives both alike.
     """
 
     def log_probs(some):
@@ -234,7 +236,7 @@ def evaluate(model, data, rows, cfg, world, poll=lambda: None) -> np.ndarray:
 
 
 def measure(log_probs, data, rows, train_rows, symmetric) -> dict:
-    """log_loss, accuracy and their company; the prior is the class shares of the training rows."""
+    """log_loss, accuracy and other metrics; the prior is the class shares of the training rows."""
     prior = core.class_shares(data.labels[train_rows], len(preference.NAMES))
     final = preference.combine(log_probs, symmetric)
     return core.classification_metrics(final, data.labels[rows], data.groups[rows], prior, preference.NAMES)
@@ -321,22 +323,22 @@ def train(run, cfg, world, data, rows, fold) -> dict:
 
 
 def write_encoder(folder, config, tokenizer):
-    """Shape and tokenizer: they let the folder alone rebuild the model, without the Hub or the cache."""
+    """Writes shape and tokenizer, from which the folder alone rebuilds the model, without Hub or cache."""
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def swapped(cfg, fold, step) -> list[bool]:
-    """Which rows of a global batch are shown with A and B swapped: the same on any number of ranks."""
+    """Which rows of a global batch have A and B swapped; independent of the number of ranks."""
     if not cfg.swap_augmentation:
         return [False] * cfg.batch
     return (np.random.default_rng([cfg.seed, fold, step]).random(cfg.batch) < 0.5).tolist()
 
 
 def backward_of_sum(ddp, precision, data, shown, targets, cfg, world) -> float:
-    """Gradients of this rank's share of the summed loss / targets; returns the share's sum.
+    """Adds the gradients of this rank's rows, of summed loss / global targets; returns their summed loss.
 
-    shown: (row, whether A and B are swapped) pairs.
+    shown: pairs (row, whether A and B are swapped).
     """
     losses, orders = [], 2 if cfg.symmetric else 1
     for part in core.micro_batches(ddp, shown, cfg.micro_batch):
@@ -352,7 +354,7 @@ def backward_of_sum(ddp, precision, data, shown, targets, cfg, world) -> float:
 
 
 def spike_facts(data, shown, cfg, lr) -> dict:
-    """What an odd step saw, for spikes.jsonl."""
+    """What a spiking step read, for spikes.jsonl."""
     rows = [row for row, _ in shown]
     facts = {"lr": lr, "rows": [data.ids[row] for row in rows], "first_row": describe_row(data, rows[0], cfg)}
     facts |= {"lengths": data.lengths[rows].sum(1).tolist(), "labels": data.labels[rows].tolist()}
@@ -360,7 +362,8 @@ def spike_facts(data, shown, cfg, lr) -> dict:
 
 
 def predict(run, cfg, world, data, rows, model, step) -> dict:
-    """The fold's outcome: hash of the final weights; what the weights to be measured say of val and test."""
+    """The fold's outcome: hash of the final weights, and log-probabilities of val and
+    test by the chosen ones."""
     sha256, checkpoint = core.weights_sha256(model), run.checkpoint
     if cfg.test_weights == "best":
         checkpoint = run.load_best(model)
@@ -375,12 +378,12 @@ def predict(run, cfg, world, data, rows, model, step) -> dict:
 
 
 def final_parts(cfg) -> tuple[str, ...]:
-    """The parts whose figures a run ends with, the most important one last."""
+    """The parts that are measured at the end, the most important one last."""
     return ("val", "test") if cfg.final_eval else ("val",)
 
 
 def describe_row(data, row, cfg) -> str:
-    """Both sequences of a row as the encoder reads them, shortened, and the label that the loss wants."""
+    """Lines that show both sequences of a row as the encoder reads them, and its label."""
     lines = [f"the loss sees row {data.ids[row]} -> {preference.NAMES[data.labels[row]]}; padding is masked"]
     for which, name in enumerate(("A B", "B A") if cfg.inputs == "joint" else ("A", "B"), start=1):
         ids = pairs.sequence_ids(data, row, which, cfg.inputs, cfg.max_length)
@@ -393,7 +396,8 @@ VAL_METRICS = {"loss": "log_loss", "accuracy": "accuracy", "flips": "flips"}  # 
 
 
 def report_validation(run, step, val, where, is_best, late):
-    """`late`: half of the steps are done, so that having learnt nothing is worth a line."""
+    """Says and logs validation figures. late: half of the steps are done, so that an
+    alarm is worth a line."""
     predicted = " ".join(f"{name} {share:.0%}" for name, share in val["predicted"].items())
     run.say(
         f"{where}  val  loss {core.plus_minus(val['log_loss'], val['log_loss_interval'], 4)}  "
@@ -406,7 +410,7 @@ def report_validation(run, step, val, where, is_best, late):
 
 
 def report(run, cfg, data, splits, outcomes) -> dict:
-    """Rank 0: the report card of val and test, report.png, predictions.jsonl."""
+    """Rank 0: makes the report card of val and test, report.png, predictions.jsonl. Returns the figures."""
     run.leave_if_signalled()
     result, verdicts, cards = preference.make_cards(cfg, data, splits, outcomes)
     run.leave_if_signalled()
@@ -431,8 +435,8 @@ def report(run, cfg, data, splits, outcomes) -> dict:
 
 
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
-    """The report card of a run's own val and test rows, measured again (every fold by its own weights);
-    predictions.jsonl: its name and lines. UserError if cfg.data has changed since.
+    """Measures a run's own val and test rows again (every fold by its own weights). Returns figures, and name
+    and lines of predictions.jsonl. UserError if cfg.data has changed since.
     """
     cfg, model, tokenizer = rebuild(folder, world, **({"eval_batch": eval_batch} if eval_batch else {}))
     data = core.load_pairs(cfg, world, tokenizer)
@@ -452,15 +456,16 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
 
 
 def measured_checkpoints(folder, cfg) -> list[str]:
-    """Those that the run was tested with, one a fold; of an unfinished run without folds, the newest."""
+    """Checkpoints that the run was tested with, one per fold; of an unfinished run
+    without folds the newest."""
     return core.tested_checkpoints(folder) if cfg.folds else [core.chosen_checkpoint(folder)]
 
 
 def measure_other(folder, name, world, max_documents=None, eval_batch=None, poll=lambda: None):
     """(report card of other labelled rows, lines about them, lines of predictions.jsonl, their fingerprint)
 
-    Nothing of the training rows is needed: class shares are those of these rows, lengths alone are judged by
-    fits on other prompts (five folds), and of several folds' models the probabilities are averaged.
+    Training rows are not needed: class shares are those of these rows, the length baseline is fitted in five
+    folds by prompt, and probabilities of several folds' models are averaged.
     """
     changes = {"data": name, "max_documents": max_documents}
     changes |= {"eval_batch": eval_batch} if eval_batch else {}
@@ -497,7 +502,7 @@ def rows_to_judge(cfg, tokenizer, world):
 
 
 def submit(folder, checkpoints, cfg, model, data, world, poll=lambda: None, say=print):
-    """submission.csv in Kaggle's format: one row per row of `data`, in its order; folds are averaged."""
+    """Writes submission.csv in Kaggle's format: a row for each row of `data`, folds averaged."""
     core.on_main(world, remove_submission, folder)
     probs = np.zeros((len(data.labels), len(preference.NAMES)))
     for name in checkpoints:
@@ -511,7 +516,7 @@ def submit(folder, checkpoints, cfg, model, data, world, poll=lambda: None, say=
 
 
 def remove_submission(folder):
-    """An older submission.csv would look like this one, should this one fail."""
+    """Removes an older submission.csv, which would be mistaken for this one if this one fails."""
     (folder / "submission.csv").unlink(missing_ok=True)
 
 
@@ -532,7 +537,7 @@ def run_to_submit(cfg) -> str:
 
 
 def submit_of_a_run(cfg, world):
-    """--mode submit: the weights a finished run was tested with (of all folds) judge --test_csv."""
+    """Mode submit: a finished run (all its folds) judges the rows of --test_csv."""
     flags = core.typed(cfg).flags
     if useless := sorted(flags - SUBMIT_FLAGS):
         raise core.UserError(f"--mode submit takes these from the run: drop --{', --'.join(useless)}")
@@ -549,7 +554,7 @@ def submit_of_a_run(cfg, world):
 
 
 def journal_line(cfg) -> str | None:
-    """What the journal got, and what of its preset flags have changed."""
+    """A line on what the journal got with this preset, and which of its constants were changed."""
     preset, flags = core.typed(cfg).preset, core.typed(cfg).flags
     if preset not in JOURNAL_RESULTS:
         return None
@@ -564,7 +569,7 @@ def cut_line(data) -> str:
 
 
 def announce(run, cfg, data, rows, model):
-    """What is about to be trained on what, and everything that was left out or cut."""
+    """Says what is about to be trained on what, and what was left out or cut."""
     total, trainable = core.count_parameters(model)
     parts = "  ".join(f"{part} {len(numbers)}" for part, numbers in rows.items())
     run.say(f"model {cfg.model}  {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M trainable   {parts}")
@@ -582,7 +587,7 @@ def announce(run, cfg, data, rows, model):
 
 
 def cross_validate(run, cfg, world, data) -> tuple[list, list]:
-    """(splits, outcomes): one of each, or one per fold; a fold that is done is read again after a resume."""
+    """Trains all folds (or the only one) and returns (splits, outcomes); a resume reads finished folds."""
     splits = [pairs.split_rows(data, cfg.folds, fold, cfg.split_seed) for fold in range(cfg.folds or 1)]
     outcomes = []
     for fold, rows in enumerate(splits):

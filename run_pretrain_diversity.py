@@ -198,7 +198,7 @@ SHAPES = {
 
 
 def shares_of(arm) -> dict[str, float]:
-    """Label of each source of an arm -> its share."""
+    """Source label -> share of an arm. UserError if two sources have the same label."""
     shares = mixture.shares_of(arm)
     if len(labelled := {mixture.label(name): share for name, share in shares.items()}) < len(shares):
         raise core.UserError(
@@ -208,7 +208,7 @@ def shares_of(arm) -> dict[str, float]:
 
 
 def sources_of(cfg) -> dict[str, core.Corpus]:
-    """Label -> where and how each source of an arm is read. UserError for one that is nowhere."""
+    """Source label -> Corpus, for all arms. UserError for a source that is nowhere."""
     named, sources = mixture.named_sources(cfg.sources), {}
     # each source holds a whole pool, whatever its share: what an arm reads does not depend on other arms
     pool = math.ceil(cfg.max_steps * cfg.batch / cfg.passes) * cfg.block_size + cfg.block_size
@@ -225,7 +225,7 @@ def sources_of(cfg) -> dict[str, core.Corpus]:
 
 
 def address(named, name, flag) -> str:
-    """Where a text is: as --sources says, or the name itself, if it can be one."""
+    """Where a text is: as --sources says, or the name itself. UserError if it can be neither."""
     known = name in named or "/" in name or name in builtin.BUILT_IN or Path(name).exists()
     if not name or not known:
         names = ", ".join([*named, *builtin.BUILT_IN])
@@ -234,7 +234,7 @@ def address(named, name, flag) -> str:
 
 
 def neutral_corpus(cfg) -> core.Corpus:
-    """How the neutral text is read: streamed as far as its held-out part needs."""
+    """Corpus of the neutral text, streamed as far as its held-out part needs."""
     where = address(mixture.named_sources(cfg.sources), cfg.neutral, "--neutral")
     shares = {"val_share": cfg.neutral_share, "test_share": cfg.neutral_share} if cfg.neutral_share else {}
     return corpus_of(cfg, where, max_tokens=0, streaming="True", **shares)
@@ -254,7 +254,8 @@ def neutral_of(cfg) -> str:
 
 
 def open_text(cfg, world) -> mixture.Text:
-    """Token caches of the sources that cfg reads and of the neutral text (last), built if need be."""
+    """Token caches of the sources that cfg reads and, last, of the neutral text; built if need be. UserError
+    if two texts are the same."""
     sources, neutral = sources_of(cfg), neutral_of(cfg)
     names = [*(shares_of(cfg.data) if cfg.mode == "train" else sources)]
     wanted = {name: sources[name] for name in names}
@@ -271,20 +272,21 @@ def open_text(cfg, world) -> mixture.Text:
 
 
 def batches_of(cfg, arm, text, world) -> mixture.Batches:
-    """What a run reads, in order; UserError where a source holds less than the arm asks for."""
+    """The batches of an arm. UserError if a source holds less than the arm needs."""
     shares = shares_of(arm)
     blocks = mixture.MixedBlocks({name: text.tokens[name].parts["train"] for name in shares}, cfg.block_size)
     return mixture.Batches(blocks, shares, cfg.batch, cfg.max_steps, world, cfg.seed, cfg.passes, cfg.repeat)
 
 
 def run_facts(cfg, text, batches) -> dict:
-    """What config.json notes of a run's text: whose it is, and the ledger of what is read of it."""
+    """What config.json notes of a run's text: its fingerprint, and the ledger of what is read."""
     fingerprint = text.fingerprint(neutral_of(cfg), shares_of(cfg.data))
     return {"fingerprint": fingerprint, "ledger": batches.ledger()}
 
 
 def held_out_windows(cfg, text, name, part):
-    """(windows, document of each); of val at most eval_rows of them, spread evenly."""
+    """(held-out windows, document of each); of val at most eval_rows, spread evenly.
+    UserError without any."""
     windows, groups = mixture.windows_of(text.tokens[name], part, cfg.block_size)
     if not len(windows):
         raise core.UserError(f"{name} leaves no {part} text: use more documents, or a larger --{part}_share")
@@ -300,7 +302,8 @@ def held_out_windows(cfg, text, name, part):
 
 
 def load_model(folder, world):
-    """(Config, model, tokenizer) of a run, from its folder alone; the weights it was tested with."""
+    """(Config, model, tokenizer) of a run, from its folder alone, with the weights
+    that it was tested with."""
     stored, known = core.read_config(folder)["constants"], {field.name for field in fields(Config)}
     cfg = Config(**{name: value for name, value in stored.items() if name in known})
     model, tokenizer = core.open_model(folder)
@@ -312,7 +315,7 @@ evaluate = core.evaluate  # (windows, 3): summed loss, hits, targets of each
 
 @dataclass
 class MeasuredText:
-    """What a model makes of one held-out text: sums (windows, 3), and what they are compared with."""
+    """A model's sums (windows, 3) on one held-out text, and the baseline that they are compared with."""
 
     sums: np.ndarray
     groups: np.ndarray  # document of each window
@@ -327,6 +330,7 @@ class MeasuredText:
 
 
 def measure(model, cfg, text, name, part, world, poll) -> MeasuredText:
+    """Measures a model on one held-out text."""
     windows, groups = held_out_windows(cfg, text, name, part)
     frequencies = text.frequencies(shares_of(cfg.data))
     log_share = np.log((frequencies + 1) / (frequencies.sum() + len(frequencies)))
@@ -335,7 +339,7 @@ def measure(model, cfg, text, name, part, world, poll) -> MeasuredText:
 
 
 def pooled(parts) -> MeasuredText:
-    """Several texts as one, documents told apart."""
+    """Several texts as one; documents stay apart."""
     groups, offset = [], 0
     for part in parts:
         groups.append(part.groups + offset)
@@ -350,8 +354,9 @@ BRIEF = ("loss", "loss_interval", "perplexity", "accuracy", "bits_per_byte")  # 
 
 
 def figures(model, cfg, text, part, world, poll) -> tuple[dict, MeasuredText]:
-    """Of one part: on the neutral text (loss, accuracy ...), the same for all arms; on what the arm reads
-    (own/..., with an alarm), and on each of its sources."""
+    """Figures of one part: on the neutral text (loss, accuracy ...), on the arm's sources together
+    (own/..., with
+    an alarm), and on each source. Also the neutral text as measured."""
     neutral = measure(model, cfg, text, neutral_of(cfg), part, world, poll)
     sources = {name: measure(model, cfg, text, name, part, world, poll) for name in shares_of(cfg.data)}
     own = pooled(list(sources.values())).figures()
@@ -366,12 +371,12 @@ def figures(model, cfg, text, part, world, poll) -> tuple[dict, MeasuredText]:
 
 
 def final_parts(cfg) -> tuple[str, ...]:
-    """The parts whose figures a run ends with, the most important one last."""
+    """The parts that are measured at the end, the most important one last."""
     return ("val", "test") if cfg.final_eval else ("val",)
 
 
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
-    """The figures of a run's own val and test text, measured again, and losses.jsonl: its name and lines."""
+    """Measures a run's own val and test text again. Returns figures, and name and lines of losses.jsonl."""
     cfg, model, _ = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
     text, result = open_text(cfg, world), {}
@@ -385,7 +390,7 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
 
 
 def report(run, cfg, metrics, part, where="", note=""):
-    """A line: the neutral text's figures, then the loss on each source that the arm reads."""
+    """Says the figures on the neutral text, and the loss on each source that the arm reads."""
     loss = core.plus_minus(metrics[f"{part}/loss"], metrics[f"{part}/loss_interval"], 4)
     accuracy = core.plus_minus(metrics[f"{part}/accuracy"], metrics[f"{part}/accuracy_interval"])
     own = "  ".join(f"{name} {metrics[f'{part}/{name}/loss']:.4f}" for name in shares_of(cfg.data))
@@ -398,7 +403,7 @@ def report(run, cfg, metrics, part, where="", note=""):
 
 
 def train(run, cfg, world, text=None) -> dict:
-    """`text`: what a study has opened already."""
+    """Trains and measures one arm; returns the final figures. text: what a study has opened already."""
     text, neutral = text or open_text(cfg, world), neutral_of(cfg)
     batches = batches_of(cfg, cfg.data, text, world)
     for name, value in run_facts(cfg, text, batches).items():
@@ -421,7 +426,8 @@ def train(run, cfg, world, text=None) -> dict:
     ddp = core.wrap_ddp(model, world)
 
     def forward_backward(rows, targets) -> float:
-        """Gradients of this rank's share of the summed loss / targets; returns the share's sum."""
+        """Adds the gradients of this rank's rows, of summed loss / global targets;
+        returns their summed loss."""
         losses = []
         for part in core.micro_batches(ddp, rows, cfg.micro_batch):
             with precision.autocast():
@@ -481,7 +487,7 @@ def build_model(cfg, vocab_size) -> core.GPT:
 
 
 def announce(run, cfg, text, batches, model):
-    """What is about to be trained on what: the ledger, in lines."""
+    """Says what is about to be trained on what, and writes ledger.json."""
     total, trainable = core.count_parameters(model)
     ledger = batches.ledger()
     run.say(
@@ -510,14 +516,14 @@ def describe_block(tokenizer, batches) -> str:
 
 
 def spike_facts(text, batches, step, lr) -> dict:
-    """What an odd step saw, for spikes.jsonl."""
+    """What a spiking step read, for spikes.jsonl."""
     rows = batches.global_batch(step).tolist()
     first = text.tokenizer.decode(batches.blocks.tokens(rows[0]).tolist())
     return {"lr": lr, "rows": rows, "sources": batches.seen(step), "first_row": first}
 
 
 def check(run, cfg, text, model, step, poll) -> tuple:
-    """Validation: metrics, a line, the best weights. Returns what `figures` found."""
+    """Validates: says and logs figures, keeps the best weights. Returns what `figures` returns."""
     metrics, neutral = figures(model, cfg, text, "val", run.world, poll)
     best = cfg.test_weights == "best" and run.save_best(step, metrics["val/loss"], model)
     where = f"step {step}/{cfg.max_steps}"
@@ -531,7 +537,8 @@ def check(run, cfg, text, model, step, poll) -> tuple:
 
 
 def finish(run, cfg, world, text, model, batches, val=None) -> dict:
-    """Checks the ledger, measures the chosen weights on val (if not `val`) and test, says what comes next."""
+    """Checks that the run read what its ledger says; measures the chosen weights on val
+    (if not `val`) and test."""
     ledger, seen = batches.ledger(), run.state["seen"]
     planned = {name: source["blocks"] for name, source in ledger["sources"].items()}
     if cfg.max_minutes is None and seen != planned:
@@ -561,7 +568,7 @@ def finish(run, cfg, world, text, model, batches, val=None) -> dict:
 
 
 def write_losses(folder, neutral, part):
-    """losses.jsonl: a line for each window of the neutral text."""
+    """Writes losses.jsonl: a line for each window of the neutral text."""
     core.write_lines(folder / "losses.jsonl", neutral.lines(part))
 
 
@@ -571,7 +578,7 @@ def write_losses(folder, neutral, part):
 
 @dataclass
 class DiversityStudy:
-    """What the stages share: where results go, how to say a line, what polls for signals."""
+    """What the stages of a study share: texts, folder of results, say(line), poll() for signals."""
 
     cfg: Config
     world: core.World
@@ -586,7 +593,7 @@ DIVERSITY_CONSTANTS |= {"diversity_batches", "diversity_batch", "diversity_lengt
 
 
 def matters(cfg) -> frozenset[str]:
-    """Names of the constants that make a run what it is; one that differs in any of them is another run."""
+    """Names of the constants that make two runs different."""
     own = (
         {field.name for field in fields(Config)} - DIVERSITY_CONSTANTS - core.MAY_CHANGE - core.CALL_CONSTANTS
     )
@@ -594,7 +601,7 @@ def matters(cfg) -> frozenset[str]:
 
 
 def run_config(cfg, arm, seed) -> Config:
-    """The constants of one run of the study; max_steps, which a resume might change, is in its tag."""
+    """The constants of one run of the study. Its tag holds max_steps, which a resume might change."""
     tag = "-".join(filter(None, [cfg.tag, tables.slug(arm), str(cfg.max_steps), f"s{seed}"]))
     run_cfg = replace(cfg, mode="train", data=arm, seed=seed, tag=tag, resume_timestamp="auto")
     # other arms are not its business, but for the sources that its tokenizer is learnt from
@@ -616,7 +623,7 @@ def study_folder(cfg) -> Path:
 
 
 def open_study(cfg, world, say, poll) -> DiversityStudy:
-    """Opens all text and finds all mistakes, before the first step of the first run."""
+    """Opens all text and checks everything before the first step of the first run."""
     diversity_report.pyplot()
     for line in core.override_lines(cfg):
         say(line)
@@ -640,7 +647,7 @@ def open_study(cfg, world, say, poll) -> DiversityStudy:
 
 
 def compare_arms(study):
-    """Trains what is missing, measures, compares; each stage finds again what it had done."""
+    """Mode study: trains the missing runs, measures and compares all; finished work is found again."""
     cfg, began, trained, runs_by_arm = study.cfg, time.monotonic(), 0, {arm: [] for arm in study.cfg.arms}
     planned = [(cfg.seed + number, arm) for number in range(cfg.seeds) for arm in cfg.arms]
     core.on_main(study.world, check_text, study, planned)
@@ -669,7 +676,7 @@ def finished_run(cfg) -> str:
 
 
 def train_one(cfg, study) -> Path:
-    """The folder of the run, made or resumed and finished; core.Stop if it was stopped."""
+    """Trains a run, or resumes it, and returns its folder. Stop if it was stopped."""
     ended = False
     if cfg.compile or study.world.device.type != "cpu":  # each run compiles for itself, as it would alone
         import torch
@@ -685,7 +692,7 @@ def train_one(cfg, study) -> Path:
 
 
 def check_text(study, planned):
-    """UserError for a finished run that read something else than it would read today. Rank 0."""
+    """Rank 0: raises UserError for a finished run that read other text than it would read today."""
     for seed, arm in planned:
         run_cfg = run_config(study.cfg, arm, seed)
         if folder := finished_run(run_cfg):
@@ -700,8 +707,8 @@ def check_text(study, planned):
 
 
 def check_runs(study, runs_by_arm) -> list[str]:
-    """Lines on what was equal. UserError unless every run read what it would read today, and two arms of a
-    seed differ in nothing but the source: constants, tokens, first weights. Rank 0."""
+    """Rank 0: lines on what all runs have in common. UserError if a run read other text than it would today,
+    or if arms of a seed differ in more than their sources (constants, tokens, first weights)."""
     check_text(
         study, [(study.cfg.seed + number, arm) for number in range(study.cfg.seeds) for arm in runs_by_arm]
     )
@@ -744,7 +751,8 @@ def check_runs(study, runs_by_arm) -> list[str]:
 
 
 def cross_evaluate(study, runs_by_arm) -> dict:
-    """Every run on the test part of every text: arm -> text -> a file like losses.jsonl for each seed."""
+    """Measures every run on the test part of every text: arm -> text -> files like
+    losses.jsonl, one per seed."""
     losses = {arm: {name: [] for name in study.text.tokens} for arm in runs_by_arm}
     for arm, folders in runs_by_arm.items():
         for folder in folders:
@@ -768,7 +776,8 @@ def not_there(paths) -> list[str]:
 
 
 def cross_files(study, folder) -> dict[str, str]:
-    """text -> the file with a run's losses on it, named after what they depend on: weights, text, windows."""
+    """text -> file of a run's losses on it, named by a hash of what they depend on:
+    weights, text, windows."""
     weights = json.loads((folder / "result.json").read_text())["test_checkpoints"][0]
     weights = checkpoints.read_manifest(folder / "checkpoints" / weights)["files"]["model.safetensors"]
     paths = {}
@@ -785,7 +794,8 @@ def cross_files(study, folder) -> dict[str, str]:
 
 
 def open_probe(study, runs_by_arm):
-    """(model, tokenizer) of cfg.probe; `study`: the last arm's first run, in runs_by_arm or finished."""
+    """(model, tokenizer) of cfg.probe; `study`: the last arm's first run, of
+    runs_by_arm or finished before."""
     cfg, name = study.cfg, study.cfg.probe
     if name == "study":
         run_cfg, arm = run_config(cfg, cfg.arms[-1], cfg.seed), cfg.arms[-1]
@@ -811,7 +821,7 @@ def check_length(cfg, most):
 
 
 def draws_of(study, tokenizer) -> diversity.Draws:
-    """What is embedded, in the tokens of the probe. UserError where a source is too small."""
+    """The batches to embed, in tokens of the probe. UserError if a source is too small."""
     same = core.tokenizer_fingerprint(tokenizer) == core.tokenizer_fingerprint(study.text.tokenizer)
     text = study.text if same else reread(study, tokenizer)
     arms = {arm: shares_of(arm) for arm in study.cfg.arms}
@@ -820,7 +830,7 @@ def draws_of(study, tokenizer) -> diversity.Draws:
 
 
 def reread(study, tokenizer) -> mixture.Text:
-    """The sources' text in the tokens of the probe."""
+    """The sources' text, tokenised for the probe."""
     folder = core.cache_root() / f"probe_{core.tokenizer_fingerprint(tokenizer)[:16]}"
 
     def keep() -> str:
@@ -834,6 +844,7 @@ def reread(study, tokenizer) -> mixture.Text:
 
 
 def coefficients(study, runs_by_arm) -> dict:
+    """The diversity coefficients of all arms."""
     probe, tokenizer = open_probe(study, runs_by_arm)
     folder = core.out_folder(study.cfg, __file__) / "embeddings"
     with core.Precision("fp32", study.world).products():  # not even in TF32
@@ -846,7 +857,7 @@ def coefficients(study, runs_by_arm) -> dict:
 
 
 def conclude(study, runs_by_arm, losses, diversity_figures, notes):
-    """Rank 0: study.md, study.json, matrix.png, link.png; the same tables in the terminal."""
+    """Rank 0: writes study.md, study.json, matrix.png, link.png, and prints the tables."""
     figures, seeds, neutral = diversity_report.cells(losses), study.cfg.seeds, neutral_of(study.cfg)
     sentences, differences = diversity_report.verdicts(losses, seeds)
     folders = {arm: [str(folder) for folder in arm_folders] for arm, arm_folders in runs_by_arm.items()}
@@ -877,7 +888,7 @@ def conclude(study, runs_by_arm, losses, diversity_figures, notes):
 
 
 def cache(study):
-    """Mode cache: texts have become token ids; how many, and that they are enough."""
+    """Mode cache: says how many tokens the texts have become, enough for every arm."""
     texts = study.text.tokens
     parts = {part: [f"{len(tokens.parts[part]):,}" for tokens in texts.values()] for part in core.PARTS}
     documents = [f"{sum(tokens.documents.values()):,}" for tokens in texts.values()]

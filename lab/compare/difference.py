@@ -10,9 +10,10 @@ POWER = ((1.96 + 0.84) / 1.96) ** 2  # rows for an interval that excludes 0 four
 
 
 def difference(rows, first, second) -> dict:
-    """First - second with its 95 % interval; `first` and `second` are lists of runs (indices of rows.sums).
+    """Mean of `first` minus mean of `second`, with 95 % interval; both are lists of
+    runs (indices of rows.sums).
 
-    One run a side: rows redrawn by group, in pairs. Several: variances of rows and of seeds, see _over_seeds.
+    One run a side: paired bootstrap over groups of rows. Several: rows and seeds, see _over_seeds.
     """
     total = rows.weights.sum()
     means = [rows.sums[side].sum(1) / total for side in (first, second)]
@@ -28,7 +29,7 @@ def difference(rows, first, second) -> dict:
 
 
 def mean(rows, side) -> dict:
-    """Mean of the runs `side` with its 95 % interval, over groups of rows and seeds as in `difference`."""
+    """Mean of the runs `side` with its 95 % interval, as in `difference`."""
     total = rows.weights.sum()
     means = rows.sums[side].sum(1) / total
     figures = {"mean": float(means.mean()), "runs": means.tolist()}
@@ -38,16 +39,15 @@ def mean(rows, side) -> dict:
 
 
 def _by_groups(rows, sums) -> list[float]:
-    """Interval of sum / weight, groups of rows redrawn."""
+    """95 % interval of sum / weight by bootstrap over groups of rows."""
     ratio = {"of": lambda means: means[:, :1] / means[:, 1:]}
     return bootstrap(np.c_[sums, rows.weights], rows.groups, **ratio).tolist()[0]  # a weight may be 0
 
 
 def _over_seeds(rows, sides, means, value) -> dict:
-    """Rows and seeds are crossed: the variance of a mean, or of the difference of two, is that over groups
-    (of seed means), plus that over seeds (of row means), less what both contain, the seed-by-group rest.
-    Welch's t. A side of one seed borrows the other's spread.
-    """
+    """95 % interval where rows and seeds are crossed: the variance of a mean, or of a difference of two, is
+    the variance over groups (of seed means) plus that over seeds (of row means) minus their interaction,
+    which both contain. Welch's t. A side of one seed takes the other's spread."""
     index = np.unique(rows.groups, return_inverse=True)[1]
     n, total = index.max() + 1, rows.weights.sum()
     share = np.bincount(index, rows.weights, n) / total
@@ -75,7 +75,7 @@ def _over_seeds(rows, sides, means, value) -> dict:
 
 
 def _seed_variance(part, seed_means) -> tuple[float, int] | None:
-    """(variance of one seed's mean that is the seed's own, degrees of freedom); None for a single seed."""
+    """(variance between seeds without that of rows, degrees of freedom); None for a single seed."""
     seeds, n = part.shape
     if seeds < 2:
         return None
@@ -87,7 +87,8 @@ FEWEST = 6  # prompts or stretches: all of five on one side of 0 happen by chanc
 
 
 def verdict(figures, name, names) -> str:
-    """The figure, and a plain sentence: told apart or not, by what noise, and what it would take."""
+    """The difference as a figure and a sentence: told apart or not, by which noise,
+    and what it would take."""
     low, high = figures["interval"]
     value, rows = figures["difference"], figures["rows"]
     signed = f"{name} {value:+.4f} ({low:+.4f} to {high:+.4f})"
@@ -105,7 +106,7 @@ def verdict(figures, name, names) -> str:
 
 
 def needed(figures) -> str:
-    """What would show a difference of this size four times in five."""
+    """How many rows or seeds would show a difference of this size with a power of 80 %."""
     wanted = (abs(figures["difference"]) / (1.96 * math.sqrt(POWER))) ** 2  # variance
     if abs(figures["difference"]) < 1e-12:
         return "there is no difference to look for"
@@ -120,6 +121,6 @@ def needed(figures) -> str:
 
 
 def rounded(value) -> str:
-    """Two significant digits, upwards."""
+    """Rounds up to two significant digits."""
     scale = 10 ** max(0, math.floor(math.log10(max(value, 1))) - 1)
     return f"{math.ceil(value / scale) * scale:,}"

@@ -1,6 +1,7 @@
-"""What a study of sources found, as tables, plain sentences and pictures.
+"""The report of run_pretrain_diversity.py's study: tables, sentences, pictures.
 
-matrix: arm -> text -> files of losses (as losses.jsonl), one a seed. found: the coefficients of task2vec."""
+matrix: arm -> text -> files of losses (as losses.jsonl), one per seed.
+coefficients: of lab/measure/diversity.py."""
 
 import itertools
 import json
@@ -18,7 +19,7 @@ from lab.measure.statistics import plus_minus
 
 
 def rows_of(files, figure) -> Rows:
-    """The lines of several runs on one text as rows of one figure."""
+    """Reads losses of several runs on one text as Rows of one figure."""
     lines = [read_lines(Path(path)) for path in files]
     names = ("nats", "hits", "targets", "bytes")
     columns = {name: np.array([[line[name] for line in of] for of in lines], float) for name in names}
@@ -77,7 +78,7 @@ def tables(figures, seeds) -> str:
 
 
 def verdicts(matrix, seeds) -> tuple[list[str], list[dict]]:
-    """For each mixture and text a plain sentence: does it beat the arms of one source? Neutral text first."""
+    """A sentence for each mixture and text: does it beat the single sources? Neutral text first."""
     lines, differences = [], []
     singles = [arm for arm in matrix if len(shares_of(arm)) == 1]
     mixtures = [arm for arm in matrix if len(shares_of(arm)) > 1]
@@ -95,7 +96,7 @@ def verdicts(matrix, seeds) -> tuple[list[str], list[dict]]:
 
 
 def against_arm(matrix, mixed, arm, name) -> dict:
-    """Loss of the mixture less that of an arm on one text, with interval over documents and seeds."""
+    """Loss of the mixture minus that of an arm on one text, with interval over documents and seeds."""
     files = [*matrix[mixed][name], *matrix[arm][name]]
     n = len(matrix[mixed][name])
     return difference(rows_of(files, "loss"), list(range(n)), list(range(n, len(files))))
@@ -130,7 +131,8 @@ def sentence(mixed, name, against, seeds) -> str:
 
 
 def diversity_table(coefficients) -> str:
-    """Markdown: coefficients with intervals and noise floors; bounds; distances between arms."""
+    """Markdown table of coefficients with intervals and noise floors, of bounds, of
+    distances between arms."""
     rows = {**coefficients["arms"], **coefficients["bounds"]}
     columns = {
         "text": list(rows),
@@ -166,7 +168,7 @@ def span(interval, sign="") -> str:
 
 
 def link_table(coefficients, neutral, cells, seeds) -> str:
-    """Markdown: each arm's coefficient beside its losses; the order of arms by either, if there is one."""
+    """Markdown table of each arm's coefficient beside its losses, and the order of arms by both."""
     arms = list(coefficients["arms"])
     columns = {"arm": arms, "diversity": [f"{coefficients['arms'][arm]['coefficient']:.4f}" for arm in arms]}
     for name in cells["loss"][arms[0]]:
@@ -190,7 +192,7 @@ def link_table(coefficients, neutral, cells, seeds) -> str:
 
 
 def apart(ones) -> bool:
-    """Whether no interval reaches into that of a neighbour in this order."""
+    """Whether no interval overlaps that of its neighbour in this order."""
     pairs = ((a["interval"], b["interval"]) for a, b in itertools.pairwise(ones))
     return all(a[0] > b[1] or b[0] > a[1] for a, b in pairs)
 
@@ -205,7 +207,7 @@ def pyplot():
 
 
 def heat_map(by_arm, path, neutral, seeds):
-    """Loss of each arm on each text; the colour is the distance from the text's best arm."""
+    """Draws the loss of each arm on each text; the colour is the distance from the text's best arm."""
     plt, arms, texts = pyplot(), list(by_arm), list(next(iter(by_arm.values())))
     means = np.array([[by_arm[arm][name]["mean"] for name in texts] for arm in arms])
     figure, axes = plt.subplots(figsize=(3 + 1.9 * len(texts), 1.6 + 0.7 * len(arms)))
@@ -225,7 +227,7 @@ def heat_map(by_arm, path, neutral, seeds):
 
 
 def plot_link(coefficients, losses, neutral, path):
-    """Diversity of each arm against its loss on the neutral text, both with 95 % intervals."""
+    """Plots the loss of each arm on the neutral text over its diversity, both with 95 % intervals."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for arm, cell in coefficients["arms"].items():

@@ -9,7 +9,8 @@ from lab.measure.statistics import bootstrap, plus_minus
 
 
 def summary(rows, grades) -> dict:
-    """`grades`: of each row one a repeat, None where a reply held none."""
+    """Summary of a judge's grades. `grades`: for each row a list, one per repeat, None
+    where a reply had none."""
     read = [[grade for grade in row_grades if grade is not None] for row_grades in grades]
     counted = [i for i, row_grades in enumerate(read) if row_grades]
     means = np.array([np.mean(read[i]) for i in counted])
@@ -43,7 +44,7 @@ def mean_and_interval(means, groups, counted) -> dict:
 
 
 def lines_of_score(name, scored) -> list[str]:
-    """What the terminal shows of `score`."""
+    """Lines for the terminal on what judge.score returns."""
     if scored["score"] is None:
         return [f"{name}  no grade could be read in {scored['unreadable']} replies of {scored['judge']}"]
     score = plus_minus(scored["score"], scored["score_interval"], 2)
@@ -67,6 +68,7 @@ def lines_of_score(name, scored) -> list[str]:
 
 
 def duel_figures(pairs, where, verdicts) -> dict:
+    """Rates of a duel with intervals. `where`: (pair, place of the first run) of each verdict."""
     wins, places, firsts, longers = defaultdict(list), defaultdict(set), [], []
     for (i, place), verdict in zip(where, verdicts, strict=True):
         if verdict is None:
@@ -95,12 +97,15 @@ def duel_figures(pairs, where, verdicts) -> dict:
 
 
 def settled(wins) -> float:
-    """1, 0 or a half: a judge that follows the order has not decided."""
+    """Outcome of a prompt, 1, 0 or 0.5: a judge that contradicts itself in the other
+    order has not decided."""
     mean = float(np.mean(wins))
     return 1.0 if mean > 0.5 and min(wins) >= 0.5 else 0.0 if mean < 0.5 and max(wins) <= 0.5 else 0.5
 
 
 def lines_of_duel(first, second, d) -> list[str]:
+    """Lines for the terminal on what judge.duel returns."""
+
     def figure(name):
         return "none" if d[name] is None else plus_minus(d[name], d[f"{name}_interval"])
 

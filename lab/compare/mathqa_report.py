@@ -1,4 +1,4 @@
-"""What a study of ways to fine-tune found, as tables and plain sentences."""
+"""The report of run_mathqa.py's study of ways to fine-tune: tables and sentences."""
 
 import json
 from pathlib import Path
@@ -19,19 +19,19 @@ def read(folder, name):
 
 
 def length(folder) -> dict:
-    """Steps and seconds of training of a run: what other arms get, too."""
+    """Steps and seconds of training of a run, which set those of the other arms."""
     result = read(folder, "result.json")
     return {"steps": result["steps"], "seconds": result["train_seconds"]}
 
 
 def shared(folders) -> list[Rows]:
-    """Loss and answers of several runs on the rows that they share."""
+    """Loss and answers of several runs on their common rows."""
     rows = shared_rows([facts.read(folder) for folder in folders])
     return [one for one in rows if one.name in ("loss", "answers")]
 
 
 def shuffled_rows(folders) -> Rows:
-    """Whether each problem was answered rightly behind another one's: the control."""
+    """Whether each row was answered rightly after another row's problem: the control."""
     lines = [read_lines(facts.read(folder), "answers.jsonl") for folder in folders]
     right = np.array([[float(line["right_shuffled"]) for line in run_lines] for run_lines in lines])
     return Rows("shuffled", right, np.ones(right.shape[1]), np.array([x["group"] for x in lines[0]]))
@@ -61,7 +61,8 @@ def heading(folders_by_arm) -> str:
 
 
 def report(runs, small, cfg) -> tuple[str, dict]:
-    """Markdown and figures. found: budget -> arm -> run folders, one a seed; small: arm -> quantise_run's."""
+    """Markdown and figures. runs: budget -> arm -> run folders, one per seed; small: arm ->
+    results of quantise_run."""
     parts, figures = [heading(runs)], {}
     seeds = f"{cfg.seeds} seeds" if cfg.seeds > 1 else "one seed"
     for budget, arms in runs.items():
@@ -81,7 +82,7 @@ def report(runs, small, cfg) -> tuple[str, dict]:
 
 
 def table(arms) -> str:
-    """One line an arm: what it learnt, what it forgot, what it cost."""
+    """Markdown table: what each arm learnt, forgot and cost."""
     cells = {}
     for arm, folders in arms.items():
         arm_results = [read(folder, "result.json") for folder in folders]
@@ -110,13 +111,13 @@ def table(arms) -> str:
 
 
 def over(arm_results, name) -> float | None:
-    """The mean of a figure over runs; None where one lacks it."""
+    """Mean of a figure over runs; None if one lacks it."""
     values = [result.get(name) for result in arm_results]
     return None if None in values else float(np.mean(values))
 
 
 def verdicts(arms) -> tuple[list[str], list[dict]]:
-    """Each arm against the first, in loss and in answers: told apart, or noise?"""
+    """Compares each arm with the first, in loss and in answers: sentences and figures."""
     sentences, figures = [], []
     first, *others = arms
     for arm in others:
@@ -130,7 +131,7 @@ def verdicts(arms) -> tuple[list[str], list[dict]]:
 
 
 def quantised_table(small) -> str:
-    """A line for the float weights and the int4 ones of each arm's runs."""
+    """Markdown table: float and int4 weights of each arm."""
     cells = {}
     for arm, arm_results in small.items():
         for kind in ("float", "int4"):
@@ -151,7 +152,7 @@ def quantised_table(small) -> str:
 
 
 def paired_rows(whole, small) -> dict:
-    """What two measures of the same rows said, for small_verdicts; each is [lines of losses, of answers]."""
+    """Two measurements of the same rows, paired for small_verdicts; each is [lines of losses, of answers]."""
     rows = {"group": [line["group"] for line in whole[0]], "targets": [line["targets"] for line in whole[0]]}
     rows["loss"] = [[line["nats"] for line in losses] for losses, _ in (whole, small)]
     rows["answers"] = [[float(line["right"]) for line in answers] for _, answers in (whole, small)]
@@ -159,7 +160,7 @@ def paired_rows(whole, small) -> dict:
 
 
 def small_verdicts(small) -> list[str]:
-    """For each arm: does int4 differ from float? Over all of its runs."""
+    """Sentences: does int4 differ from float, for each arm over all its runs?"""
     sentences = []
     for arm, arm_results in small.items():
         group, seeds = np.array(arm_results[0]["rows"]["group"]), range(len(arm_results))

@@ -1,5 +1,5 @@
-"""The held-out rows that runs share, from losses.jsonl, predictions.jsonl, judged.json, and a loss, verdict
-or grade of each run on each row."""
+"""The held-out rows that runs have in common, with the loss, verdict or grade of each run on each row; from
+losses.jsonl, predictions.jsonl, answers.jsonl, judged.json."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from lab.errors import UserError
 
 @dataclass
 class Rows:
-    """What several runs said of the same rows: sums (runs, rows) of a figure whose mean is by `weights`."""
+    """A figure of several runs on the same rows: sums (runs, rows), whose mean is weighted by `weights`."""
 
     name: str  # of the figure
     sums: np.ndarray  # (runs, rows)
@@ -35,7 +35,7 @@ def shared_rows(all_facts) -> list[Rows]:
 
 
 def answer_rows(all_facts) -> list[Rows]:
-    """Whether each multiple-choice problem was answered rightly, where all runs say it."""
+    """Whether each multiple-choice problem was answered rightly; empty unless all runs say it."""
     if not all((facts.folder / "answers.jsonl").exists() for facts in all_facts):
         return []
     by_key = [numbered(read_lines(facts, "answers.jsonl")) for facts in all_facts]
@@ -45,7 +45,7 @@ def answer_rows(all_facts) -> list[Rows]:
 
 
 def kind_of(facts) -> str:
-    """preference, text or rows; of a folder that eval.py made it is noted there."""
+    """Kind of a run's rows: preference, text or rows (instructions)."""
     kinds = {"run_preference": "preference", "gpt_scratch": "text", "run_pretrain_diversity": "text"}
     if facts.config["script"] == "run_mathqa" and facts.constant("mode") == "pretrain":
         return "text"
@@ -60,7 +60,7 @@ NEEDED = {
 
 
 def read_lines(facts, name) -> list[dict]:
-    """Of a .jsonl file in a run folder; UserError says how to get it."""
+    """Reads a .jsonl file of a run folder. UserError says how to make it."""
     path = facts.folder / name
     if not path.exists():
         raise UserError(f"{path} is missing: python eval.py --run {facts.folder} measures the run again")
@@ -75,7 +75,7 @@ def read_lines(facts, name) -> list[dict]:
 
 
 def read_losses(all_facts) -> list[list[dict]]:
-    """losses.jsonl of each run; UserError where one holds test rows and another validation rows."""
+    """Reads losses.jsonl of each run. UserError if one holds test rows and another validation rows."""
     lines = [read_lines(facts, "losses.jsonl") for facts in all_facts]
     if len(parts := {line["part"] for run_lines in lines for line in run_lines}) > 1:
         raise UserError(
@@ -85,7 +85,7 @@ def read_losses(all_facts) -> list[list[dict]]:
 
 
 def _in_common(by_key) -> tuple[list, str]:
-    """Keys that all runs have, and a note on how many some run lacks."""
+    """Keys that all runs have, and a note on how many are missing in some run."""
     common = set(by_key[0]).intersection(*by_key[1:])
     if not common:
         raise UserError("no held-out row in common: compare runs of one data set and split")
@@ -97,7 +97,7 @@ def _in_common(by_key) -> tuple[list, str]:
 
 
 def _verdicts(all_facts) -> list[Rows]:
-    """Of predictions.jsonl: log loss and accuracy, by prompt."""
+    """Log loss and accuracy by prompt, from predictions.jsonl."""
     by_key = []
     for facts in all_facts:
         lines = read_lines(facts, "predictions.jsonl")
@@ -118,7 +118,7 @@ def _verdicts(all_facts) -> list[Rows]:
 
 
 def _losses(all_facts) -> list[Rows]:
-    """Of losses.jsonl, rows of instructions: by target token, or by byte where tokens differ."""
+    """Loss of instruction rows from losses.jsonl: per target token, or per byte where tokenizers differ."""
     by_key = [numbered(run_lines) for run_lines in read_losses(all_facts)]
     keys, note = _in_common(by_key)
     same = [key for key in keys if len({run_lines[key]["bytes"] for run_lines in by_key}) == 1]
@@ -132,7 +132,7 @@ def _losses(all_facts) -> list[Rows]:
 
 
 def _per_target(lines, groups, note) -> list[Rows]:
-    """`lines`: for each run those of the same rows."""
+    """Loss and accuracy per target. `lines`: for each run its lines of the same rows."""
     nats, hits, targets, sizes = (
         np.array([[line[name] for line in run_lines] for run_lines in lines], dtype=float)
         for name in ("nats", "hits", "targets", "bytes")
@@ -158,7 +158,7 @@ SAME_TEXT = (
 
 
 def _text_rows(all_facts) -> list[Rows]:
-    """Of losses.jsonl, blocks of a text: block by block, or by stretches of bytes where blocks differ."""
+    """Loss of blocks of a text from losses.jsonl: by block, or by stretches of bytes where blocks differ."""
     texts = {
         json.dumps([facts.config["facts"]["fingerprint"]["data"], *(facts.constant(n) for n in SAME_TEXT
                     if (facts.config["script"], n) != ("run_mathqa", "max_documents"))])  # there of problems
@@ -181,7 +181,7 @@ def _text_rows(all_facts) -> list[Rows]:
 
 
 def _cut(lines, edges) -> np.ndarray:
-    """Nats of each stretch of the text, blocks that lie across an edge in proportion to their bytes."""
+    """Nats of each stretch of the text; a block across an edge is divided in proportion to bytes."""
     ends = np.cumsum([0, *(line["bytes"] for line in lines)])
     nats = np.cumsum([0, *(line["nats"] for line in lines)])
     return np.diff(np.interp(edges * ends[-1], ends, nats))
@@ -192,7 +192,7 @@ def has_losses(facts) -> bool:
 
 
 def judged_rows(all_facts) -> list[Rows]:
-    """Grades by each judge that graded all of the runs, prompt by prompt."""
+    """Grades by prompt, for each judge that graded all of the runs."""
     all_rows = []
     for name in sorted(set(all_facts[0].judged).intersection(*(facts.judged for facts in all_facts[1:]))):
         by_key = [mean_grades(facts.judged[name].get("grades", [])) for facts in all_facts]
@@ -208,7 +208,7 @@ def judged_rows(all_facts) -> list[Rows]:
 
 
 def mean_grades(entries) -> dict:
-    """(prompt, its how-manieth occurrence) -> mean grade; answers without one are left out."""
+    """(prompt, occurrence number) -> mean grade; answers without a grade are left out."""
     means = {}
     for key, entry in numbered(entries).items():
         if grades := [grade for grade in entry["grades"] if grade is not None]:

@@ -1,5 +1,5 @@
-"""What instruction tuning by all weights and by LoRA share beside the loop: the set-up, what is announced,
-the validation line, final figures, what was forgotten of plain text."""
+"""What run_instruct.py and run_lora.py share beside the loop: set-up, announcement, validation line, final
+figures, and the loss on plain text before and after."""
 
 import hashlib
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from lab.train.processes import World, main_first, on_main
 
 
 def plain_blocks(name, tokenizer, block_size, most) -> Blocks:
-    """Plain held-out text: the first blocks of the test documents of a corpus."""
+    """Held-out plain text: the first `most` blocks of a corpus' test documents. UserError if it has none."""
     ids, plain = [], Corpus(name, "")
     for part, text, _ in split_pieces(plain, BadRows()):
         if part == "test":
@@ -41,7 +41,7 @@ def plain_blocks(name, tokenizer, block_size, most) -> Blocks:
 
 @dataclass
 class TuningSetup:
-    """What is trained on and measured with."""
+    """The data of a tuning run: parts, batches, validation rows, plain text."""
 
     data: Instructions
     parts: dict[str, Examples]  # train, test, val
@@ -54,7 +54,7 @@ class TuningSetup:
 
 
 def set_up(run, cfg, world) -> TuningSetup:
-    """Reads and splits the data and the plain text; a resume that finds others is refused."""
+    """Reads and splits data and plain text. A resume that finds other data is refused."""
     data = load_instructions(cfg, world)
     run.pin("fingerprint", data.fingerprint)
     parts, lines = examples_of(data, cfg)
@@ -77,7 +77,8 @@ def set_up(run, cfg, world) -> TuningSetup:
 
 
 def announce(run, cfg, setup, model):
-    """The journal's table (parameters, MB, trainable), and what of the data is used how."""
+    """Says how large the model is (the journal's table: parameters, MB, trainable)
+    and how the data is used."""
     (total, trainable), examples = count_parameters(model), setup.parts["train"]
     counts = "  ".join(f"{name} {len(part)}" for name, part in setup.parts.items())
     run.say(f"model {cfg.model}  {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M trainable   {counts}")
@@ -102,7 +103,7 @@ def announce(run, cfg, setup, model):
 
 
 def describe_example(examples, example=0) -> str:
-    """What the loss masks and what it counts, decoded from the ids."""
+    """Lines that show what the loss masks and counts in one example, decoded from its ids."""
     ids, labels = examples.pair(example)
     masked = int(examples.masked([example])[0])
     decode, one_line = examples.data.tokenizer.decode, terminal.one_line
@@ -115,7 +116,8 @@ def describe_example(examples, example=0) -> str:
 
 
 def step_facts(units, chosen) -> dict:
-    """Of a global batch: targets, the share that padding to its longest row would add, the longest row."""
+    """Figures of a global batch: targets, share of padding if padded to its longest
+    row, length of that row."""
     lengths = units.lengths[chosen]
     return {
         "targets": int(units.targets(chosen).sum()),
@@ -125,9 +127,9 @@ def step_facts(units, chosen) -> dict:
 
 
 def spike_facts(run, cfg, setup, model, chosen, rates) -> dict:
-    """What an odd step saw, for spikes.jsonl (rank 0); `chosen` are the units of its global batch.
+    """Rank 0: what a spiking step read, for spikes.jsonl; `chosen` are the units of its global batch.
 
-    Each row's loss is measured again, without dropout: the worst one's text stands beside the first one's.
+    Measures each row's loss again without dropout, and adds the texts of the first and the worst row.
     """
     members = setup.units.members(chosen)
     seen = Examples(setup.data, setup.parts["train"].rows[members], cfg.max_length, cfg.loss_on_prompt)
@@ -145,7 +147,7 @@ def final_parts(cfg) -> tuple[str, ...]:
 
 
 def measure(part, sums, examples, train) -> tuple[dict, list[dict]]:
-    """From the sums of `evaluate`: figures of examples, and the lines of losses.jsonl."""
+    """Makes figures and lines of losses.jsonl from the sums of `evaluate`."""
     spelt = spelt_bytes(examples)
     groups, numbers = (facts[examples.rows] for facts in (examples.data.groups, examples.data.numbers))
     metrics = language_metrics(sums, groups, unigram_losses(examples, train), spelt)
@@ -153,7 +155,8 @@ def measure(part, sums, examples, train) -> tuple[dict, list[dict]]:
 
 
 def spelt_bytes(examples) -> np.ndarray:
-    """Bytes of each row's targets: of a whole answer those of its text, whatever a tokenizer adds."""
+    """(rows,): bytes of each row's targets; of a whole answer those of its text,
+    whatever a tokenizer adds."""
     data, sizes = examples.data, token_bytes(examples.data.tokenizer)
     spelt = np.array([sizes[ids].sum() for ids in examples.wanted()], dtype=np.int64)
     answers = np.array([len(data.texts[row][2].encode()) for row in examples.rows], dtype=np.int64)
@@ -162,7 +165,8 @@ def spelt_bytes(examples) -> np.ndarray:
 
 
 def own_data(cfg, world, tokenizer, facts) -> Instructions:
-    """The rows that a run was trained on; UserError if cfg.data changed. `facts`: of config.json."""
+    """Loads the rows that a run was trained on. UserError if cfg.data has changed.
+    `facts`: of config.json."""
     data = load_instructions(cfg, world, tokenizer)
     same_data(facts["fingerprint"], data.fingerprint, cfg.data)
     return data
@@ -179,13 +183,14 @@ def remeasure(model, tokenizer, cfg, facts, world, poll) -> tuple[dict, tuple[st
 
 
 def unigram_losses(examples, train) -> np.ndarray:
-    """Summed loss of each example's targets by how often each token is a target in training."""
+    """(examples,): summed loss of each example's targets under the token frequencies
+    of the training targets."""
     return np.array([-train.log_frequencies[labels].sum() for labels in examples.wanted()])
 
 
 def check(run, cfg, setup, model, step, where, keep_best, poll):
-    """An evaluation during training: validation, its best weights (keep_best(loss) says whether), the fixed
-    prompts; at step 0 the plain text too, see forgetting. Noted in run.state: no resume repeats it."""
+    """Evaluates during training: validation, best weights (keep_best(loss) saves them), fixed prompts; at
+    step 0 also the plain text, see forgetting. run.state notes the step, so that no resume repeats it."""
     if step == 0 and setup.plain:
         run.state["plain"] = plain_losses(run, cfg, setup.plain, model, poll).tolist()
     sums = evaluate(model, setup.val, cfg, run.world, poll)
@@ -196,7 +201,7 @@ def check(run, cfg, setup, model, step, where, keep_best, poll):
 
 
 def report_validation(run, step, val, where, is_best, steps_per_epoch):
-    """The line of an evaluation, and a warning when validation has not fallen for half an epoch."""
+    """Says and logs validation figures; warns if the loss has not fallen for half an epoch."""
     lowest = run.state.setdefault("lowest", [val["loss"], step])
     run.state.setdefault("before", val["loss"])
     if val["loss"] < lowest[0]:
@@ -217,7 +222,7 @@ def plain_losses(run, cfg, plain, model, poll) -> np.ndarray:
 
 
 def forgetting(run, cfg, plain, model) -> dict:
-    """Loss on plain text after training minus before; the interval redraws blocks, both sides at once."""
+    """Loss on plain text after training minus before, with an interval over blocks (paired)."""
     before, after = np.array(run.state["plain"]), plain_losses(run, cfg, plain, model, run.poll)
     targets = after[:, 1]
     values = np.c_[before[:, 0], after[:, 0], after[:, 0] - before[:, 0]] / targets[:, None]
@@ -234,7 +239,7 @@ def forgetting(run, cfg, plain, model) -> dict:
 
 
 def alarm(run, step, part, figures) -> str | None:
-    """A sentence where `step` steps have taught nothing."""
+    """A sentence if training has taught nothing in `step` steps."""
     lowest, before = run.state["lowest"], run.state["before"]
     if step and not lowest[0] < before:
         return f"NOT LEARNING: validation never fell below the {before:.4f} before training"
@@ -247,8 +252,8 @@ def alarm(run, step, part, figures) -> str | None:
 
 
 def final_figures(run, cfg, setup, model, answering, step) -> dict:
-    """Loss, perplexity, accuracy on val and test; forgetting; answers to the test rows by `answering()`, the
-    same model as it generates fastest; an alarm if validation is no better than before training."""
+    """Final figures: loss, perplexity, accuracy on val and test; forgetting; answers to the test rows; an
+    alarm if nothing was learnt. `answering()` returns the model in the form that generates fastest."""
     result, done = {}, ""
     for part in final_parts(cfg):
         sums = evaluate(model, setup.parts[part], cfg, run.world, run.poll)
