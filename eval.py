@@ -245,7 +245,7 @@ def measure(cfg, world, say, poll):
     failed, pairs_of = [], [(subject, data) for subject in chosen for data in cfg.data]
     for subject, data in pairs_of:
         if data == "own" and not subject.script:
-            say(f"{subject.name}  own: nothing, it is no run")
+            say(f"{subject.name}  own: skipped, a model that is no run has no rows of its own")
             continue
         how = measure_own if data == "own" else functools.partial(measure_other, data=data)
         try:
@@ -290,8 +290,8 @@ def cells_line(m) -> str:
 
 
 def measure_own(subject, cfg, world, say, poll) -> dict:
-    """A run's own val and test rows once more; if result.json had the same, also the file by
-    which --compare pairs rows."""
+    """Measures a run's own val and test rows again. If the figures are those of result.json, also rewrites
+    the file by which --compare pairs rows."""
     figures, (name, lines) = subject.module.remeasure(subject.name, world, cfg.eval_batch, poll)
     shown = None
     for part in ("val", "test"):
@@ -423,7 +423,7 @@ def answer(subject, data, cfg, world, say, poll):
     room = max(map(len, prompts)) + most - model.config.block_size
     if room > 0:
         size = f"the model's {model.config.block_size}"
-        say(f"the longest prompt and its answer are {room} tokens over {size}: its beginning is forgotten")
+        say(f"the longest prompt and its answer are {room} tokens over {size}: its beginning drops out")
     batch = stored.eval_batch * world.size
     texts = answers.answers(model, tokenizer, prompts, most, batch, world, poll)
     rows = [row | {"model_response": text} for row, text in zip(rows, texts, strict=True)]
@@ -507,7 +507,7 @@ def judge_answers(cfg, say):
         target = path.with_name(judged_name(path)).with_suffix(".json")
         summary["responses_sha256"] = core.sha256_file(path)  # tomorrow's answers may be others
         core.write_json(target, facts.read_judged(target) | {cfg.judge_model: summary})
-        say(f"  written: {target}; {asked.asked - before} questions were asked, the others known")
+        say(f"  written: {target}; {asked.asked - before} questions were asked now")
 
 
 def judged_name(path) -> str:

@@ -424,7 +424,7 @@ def finish(run, cfg, world, setup) -> dict:
     core.on_main(world, core.write_lines, run.folder / "losses.jsonl", lines)
     known = core.on_main(world, known_words, run.folder / "samples.jsonl", setup.tokens)
     if known is not None:
-        run.say(f"samples  {known:.0%} of their words occur in the training text")
+        run.say(f"samples  {known:.0%} of the generated words occur in the training text")
     run.say(
         f"done  {part} loss {m['loss']:.4f}  perplexity {m['perplexity']:.2f}  {run.seconds / 60:.1f} min"
     )
@@ -454,7 +454,7 @@ def announce(run, cfg, tokens, blocks, batches, total_steps, model):
         run.say(line)
     seen = total_steps * cfg.batch * cfg.block_size
     run.say(f"tokens per parameter  {len(tokens.parts['train']) / total:.2f} in the data, {seen / total:.2f} "
-            f"will be seen in {total_steps} steps ({RATIO} are said to be best)")  # fmt: skip
+            f"in {total_steps} steps (Hoffmann et al. 2022: {RATIO} is best)")  # fmt: skip
     if left := len(blocks["train"]) % cfg.batch:
         run.say(f"each epoch leaves out {left} of {len(blocks['train'])} blocks, others each time: "
                 f"they fill no batch of {cfg.batch}")  # fmt: skip

@@ -354,7 +354,7 @@ def fit(run, cfg, world, stage) -> dict:
     )
     run.say(stage.describe())
     if cfg.max_minutes is not None and total_steps == FOREVER:
-        run.say("the clock ends this stage: how many steps it will have is estimated anew at each line")
+        run.say("the clock ends this stage: its number of steps is estimated at each line")
     quantised = run.state.get("quantised_from") is not None
 
     def where():
@@ -757,11 +757,9 @@ def finetune(run, cfg, world) -> dict:
     figures, losses, answers = measure_rows(model, data, parts, cfg, world, run.poll)
     for part in final_parts(cfg):
         run.say(f"{part:5} {said(figures, part)}")
-        everywhere = figures[f"{part}/accuracy_over_padding"]
-        what = "hits" if cfg.loss_on_prompt else "an answer's hits"
-        run.say(
-            f"{part:5} ({what} over every position of rows padded to 1,024, the journal's: {everywhere:.4f})"
-        )
+        hits = "hits" if cfg.loss_on_prompt else "an answer's hits"
+        share = f"{figures[f'{part}/accuracy_over_padding']:.4f}"
+        run.say(f"{part:5} accuracy as journal 004 counted, {hits} / all positions of padded rows: {share}")
     for line in choices.answer_lines(part, figures):
         run.say(line)
     alarm = tuning.alarm(run, result["steps"], part, figures)
@@ -787,7 +785,7 @@ def sample(run, cfg, step, model, data, rows, poll):
     run.samples(step, [f"{problem}\n{text}" for problem, text in zip(asked, texts, strict=True)])
     right = data.tokenizer.decode(data.whole(rows[0])[len(prompts[0]) : -1]).strip()
     written = answers.shortened(core.one_line(texts[0]), 20)
-    run.say(f"  | {answers.shortened(asked[0], 50)} -> {written} ({answers.shortened(right, 16)})")
+    run.say(f"  | {answers.shortened(asked[0], 46)} -> {written} (right: {answers.shortened(right, 16)})")
 
 
 def measure_rows(model, data, parts, cfg, world, poll) -> tuple[dict, list, list]:

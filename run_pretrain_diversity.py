@@ -498,7 +498,8 @@ def announce(run, cfg, text, batches, model):
     for name, source in ledger["sources"].items():
         documents = "  ".join(f"{part} {n}" for part, n in text.tokens[name].documents.items())
         blocks = f"{source['distinct_blocks']} blocks of {ledger['block_size']} tokens"
-        run.say(f"source {name}  {blocks}, read {source['epochs']:.3g} times  documents {documents}")
+        times = "once" if source["epochs"] == 1 else f"{source['epochs']:.3g} times"
+        run.say(f"source {name}  {blocks}, read {times}  documents {documents}")
     for name in (*ledger["sources"], neutral_of(cfg)):
         for line in text.tokens[name].lines:
             run.say(f"{name}  {line}")
@@ -740,7 +741,10 @@ def check_runs(study, runs_by_arm) -> list[str]:
                 f"NOTE NOT LEARNING: {idle} of {len(results)} runs of {arm} do not beat token frequencies"
             )
     counts = {name: tokens.documents["test"] for name, tokens in study.text.tokens.items()}
-    few = {name: "" if n >= mixture.FEWEST else " (its stretches)" for name, n in counts.items()}
+    few = {
+        name: "" if n >= mixture.FEWEST else " (few: intervals by stretch of text)"
+        for name, n in counts.items()
+    }
     return [
         *lines,
         "tested on documents  " + "  ".join(f"{name} {n}{few[name]}" for name, n in counts.items()),

@@ -109,7 +109,7 @@ def needed(figures) -> str:
     """How many rows or seeds would show a difference of this size with a power of 80 %."""
     wanted = (abs(figures["difference"]) / (1.96 * math.sqrt(POWER))) ** 2  # variance
     if abs(figures["difference"]) < 1e-12:
-        return "there is no difference to look for"
+        return "the means happen to be equal: any difference within the interval is possible"
     if figures.get("seed_noise") and figures["row_noise"] ** 2 < wanted:
         now = min(figures["seeds"])
         seeds = max(now + 1, now * figures["seed_noise"] ** 2 / (wanted - figures["row_noise"] ** 2))

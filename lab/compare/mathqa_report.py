@@ -48,7 +48,7 @@ def heading(folders_by_arm) -> str:
         f"{rows}; a model of {result['parameters']:,} parameters, begun with {c['init_from']}",
         f"answers: the likeliest of five options is right; by chance 0.200, always {usual} "
         f"{result[f'{part}/letter_accuracy']:.3f}",
-        "per token: the same by likelihood per token; shuffled: behind another row's problem",
+        "per token: the same by likelihood per token; shuffled: after another row's problem",
         "forgotten: nats per token more on held-out text of the pretraining",
     ]
     alarms = [name for arms in folders_by_arm.values() for name, of in arms.items() if any(

@@ -86,7 +86,7 @@ def write_responses(run, cfg, setup, model) -> dict:
     )
     run.say(f"answers  {len(rows)} in responses.json, {empty} empty")
     if long:
-        run.say(f"answers  {long} prompts leave no room for {most} tokens: their beginning is forgotten")
+        run.say(f"answers  {long} prompts and {most} tokens do not fit the model: their beginning drops out")
     return first_words(run, setup, test.rows, texts) | {"test/empty_responses": empty}
 
 
@@ -104,7 +104,7 @@ def first_words(run, setup, rows, texts) -> dict:
     interval = bootstrap(right, setup.data.groups[rows][counted]).tolist()[0]
     share, guess = right.mean(0).tolist()
     figure = plus_minus(share, interval)
-    run.say(f"answers  the first word is right in {figure}, would be by always '{usual}' in {guess:.3f}")
+    run.say(f"answers  first word right in {figure}; always '{usual}' would be right in {guess:.3f}")
     names = {"first_word": share, "first_word_interval": interval, "first_word_guess": guess}
     return {f"test/{name}": value for name, value in names.items()}
 

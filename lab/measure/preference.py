@@ -233,9 +233,10 @@ def card_lines(card, where, names) -> list[str]:
         f"{card['rows']} rows, {card['prompts']} prompts, {orders}; 95 % intervals by prompt",
         f"log loss     {figure('log_loss', 4)}   uniform {card['uniform_log_loss']:.4f}",
         f"accuracy     {figure('accuracy')}   most frequent class {card['prior_accuracy']:.3f}",
-        f"class shares log loss {card['prior_log_loss']:.4f}   ours - theirs {figure('above_prior', 4)}",
+        f"class shares log loss {card['prior_log_loss']:.4f}   "
+        f"model - class shares {figure('above_prior', 4)}",
         f"lengths only log loss {figure('length_only_log_loss', 4)}   "
-        f"ours - theirs {figure('above_length_only', 4)}",
+        f"model - lengths only {figure('above_length_only', 4)}",
         f"             accuracy {figure('length_only_accuracy')}",
         f"one order    log loss {figure('one_order_log_loss', 4)}   accuracy {figure('one_order_accuracy')}",
         f"averaged     log loss {figure('averaged_log_loss', 4)}   accuracy {figure('averaged_accuracy')}",

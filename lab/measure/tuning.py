@@ -228,8 +228,10 @@ def forgetting(run, cfg, plain, model) -> dict:
     values = np.c_[before[:, 0], after[:, 0], after[:, 0] - before[:, 0]] / targets[:, None]
     old, new, more = np.average(values, axis=0, weights=targets).tolist()
     interval = bootstrap(values, np.arange(len(values)), weights=targets).tolist()[2]
-    change = plus_minus(more, interval, 4)
-    run.say(f"plain text of {cfg.plain}  loss {old:.4f} before, {new:.4f} after: forgotten {change}")
+    word, change = "forgotten", plus_minus(more, interval, 4)
+    if more < 0:
+        word, change = "gained", plus_minus(-more, [-interval[1], -interval[0]], 4)
+    run.say(f"plain text of {cfg.plain}  loss {old:.4f} before, {new:.4f} after: {word} {change}")
     return {
         "plain/before": old,
         "plain/after": new,

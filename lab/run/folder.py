@@ -137,10 +137,10 @@ class Run:
         values = {"train/loss": loss, **values, f"{self.unit}_per_second": rate}
         if self.unit == "tokens":
             values["train/perplexity"] = math.exp(min(loss, 700))
-        eta = clock((total_steps - step) * step_seconds)
+        eta, unit = clock((total_steps - step) * step_seconds), self.unit.replace("examples", "rows")
         self.say(
             f"{where}  step {step:{len(str(total_steps))}}/{total_steps}  loss {loss:.4f}  "
-            f"lr {values['lr']:.1e}  grad {values['grad_norm']:.2f}  {rate:.0f}/s  eta {eta}"
+            f"lr {values['lr']:.1e}  grad {values['grad_norm']:.2f}  {rate:.0f} {unit}/s  eta {eta}"
         )
         self.metrics(step, values)
 
