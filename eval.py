@@ -505,7 +505,7 @@ def judge_answers(cfg, say):
         for line in grades.lines_of_score(name, summary):
             say(line)
         target = path.with_name(judged_name(path)).with_suffix(".json")
-        summary["responses_sha256"] = core.sha256_file(path)  # tomorrow's answers may be others
+        summary["responses_sha256"] = core.sha256_file(path)  # of the answers that were graded
         core.write_json(target, facts.read_judged(target) | {cfg.judge_model: summary})
         say(f"  written: {target}; {asked.asked - before} questions were asked now")
 

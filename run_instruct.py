@@ -7,7 +7,7 @@
 
 --data takes a Hub id, a JSON, JSONL, CSV or Parquet file with the columns instruction, input, output, or
 python-instructions (built in). Each run is a folder under runs/run_instruct/: responses.json holds the test
-rows' answers, spikes.jsonl the odd steps; --mode ask puts questions to the model.
+rows' answers, spikes.jsonl the loss spikes; --mode ask puts questions to the model.
 """
 
 import functools
@@ -51,7 +51,7 @@ class Config:
     lr: float = 5e-5  # peak
     min_lr: float = 0.0  # at the end of the schedule
     warmup: float = 0.05  # fraction of all steps
-    schedule: Literal["linear", "cosine", "constant"] = "cosine"  # of the rate, behind the warm-up
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"  # of the rate, after the warm-up
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
     weight_decay: float = 0.1  # of matrices
     clip: float | None = 1.0  # global gradient norm; none = off
@@ -88,7 +88,7 @@ class Config:
 
 
 # Some 12,000 training rows: the journal's runs ended at step 5975 with a batch of 2. Not repeated of the code
-# that it came from: gradients were clipped only behind the warm-up; biases and norms decayed, too.
+# that it came from: gradients were clipped only after the warm-up; biases and norms decayed, too.
 JOURNAL = {
     "max_documents": 14_118,
     "template": "journal",

@@ -49,7 +49,7 @@ class Config:
     lora_targets: Literal["all", "attention", "mlp"] = "all"  # linear layers of the blocks
     lora_head: bool = False  # the output matrix too; needs --no-tie_head
     lora_layers: int | None = None  # only the last so many blocks; none = all
-    adapter: str | None = None  # a folder of peft to go on from: rank, alpha, targets are then its own
+    adapter: str | None = None  # a peft folder to continue from: rank, alpha, targets are then its own
     dropout: float = 0.0  # in the model
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory (for gpt2-xl)
     # optimisation
@@ -63,7 +63,7 @@ class Config:
     lr: float = 5e-4  # peak; about ten times that of full tuning
     min_lr: float = 0.0  # at the end of the schedule
     warmup: float = 0.05  # fraction of all steps
-    schedule: Literal["linear", "cosine", "constant"] = "cosine"  # of the rate, behind the warm-up
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"  # of the rate, after the warm-up
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
     weight_decay: float = 0.0  # of A and B
     clip: float | None = 1.0  # global gradient norm; none = off
@@ -100,7 +100,7 @@ class Config:
 
 
 # Some 12,000 training rows, multiplier and A as in the code that the journal's came from. Not repeated: there
-# gradients were clipped only behind the warm-up.
+# gradients were clipped only after the warm-up.
 JOURNAL = {
     "max_documents": 14_118,
     "template": "journal",

@@ -9,7 +9,8 @@
     python run_mathqa.py --smoke
 
 Constants called pretrain_... are the first stage's, their namesakes without it fine-tuning's. Each stage is a
-run of its own under runs/run_mathqa/; modes both, study and split make several and go on where they were.
+run of its own under runs/run_mathqa/. Modes both, study and split make several runs; started again, they
+continue where they stopped.
 """
 
 import contextlib
@@ -123,7 +124,7 @@ class Config:
     eval_every: int | None = 500  # steps; none = each epoch
     eval_rows: int | None = 500  # validation rows or blocks looked at during training; none = all
     answer_rows: int = 200  # validation problems answered then; 0 = none
-    sample_tokens: int = 24  # most in what is written behind three of them; 0 = nothing
+    sample_tokens: int = 24  # most tokens generated after three of them; 0 = nothing
     final_eval: bool = True  # the test rows, once, at the end
     test_weights: Literal["best", "last"] = "best"  # lowest validation loss, or the final ones
     save_every: int | None = None  # steps; none = at each evaluation, before it
@@ -1343,7 +1344,7 @@ def main(cfg, world):
         if cfg.init_from in (asked, "newest"):
             resumes = cfg.resume_timestamp not in (None, "auto")
             base = cfg.init_from if resumes else newest_base(cfg, world)
-            typed = core.typed(cfg)  # tomorrow another one is the newest: a resume keeps its own
+            typed = core.typed(cfg)  # not counted as typed: a resume keeps its base, whatever is newest then
             cfg = core.with_flags(replace(cfg, init_from=base), typed, typed.flags - {"init_from"})
         with flags_of_stage(cfg), core.Run(cfg, world, __file__, unit="tokens") as run:
             run.result = STAGES[cfg.mode](run, run.cfg, world)

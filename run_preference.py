@@ -65,10 +65,10 @@ class Config:
     layer_decay: float = 1.0  # of the lr, from each block to the one below it
     min_lr: float = 0.0  # at the end of the schedule
     warmup: float = 0.1  # fraction of all steps
-    schedule: Literal["linear", "cosine", "constant"] = "linear"  # of the rate, behind the warm-up
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # of the rate, after the warm-up
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
     weight_decay: float = 0.01  # of matrices
-    swap_augmentation: bool = False  # half of the training rows, drawn anew, with A and B swapped
+    swap_augmentation: bool = False  # half of the training rows, redrawn each epoch, with A and B swapped
     clip: float | None = 1.0  # global gradient norm; none = off
     skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
     dtype: core.Dtype = "auto"  # auto: bf16 on a card (or fp16), else fp32, which untyped is tf32 on a card

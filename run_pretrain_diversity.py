@@ -9,7 +9,7 @@
 
 Mode study trains every arm with every seed on equally many tokens, measures all of them on the held-out part
 of every source and on a neutral text, and sets the arms' diversity coefficients beside that. The same command
-goes on where it was. Runs lie under runs/run_pretrain_diversity/, tables and pictures in study-*/ there.
+continues where it stopped. Runs are in runs/run_pretrain_diversity/, tables and pictures in study-*/ there.
 """
 
 import functools
@@ -72,7 +72,7 @@ class Config:
     lr: float = 6e-4  # peak
     min_lr: float = 6e-5  # at the end of the schedule
     warmup: float = 0.02  # fraction of all steps
-    schedule: Literal["linear", "cosine", "constant"] = "cosine"  # of the rate, behind the warm-up
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"  # of the rate, after the warm-up
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
     beta1: float = 0.9  # of Adam: how fast the mean forgets
     beta2: float = 0.95  # of Adam: how fast the squares forget

@@ -89,7 +89,7 @@ def open_corpus(corpus, world) -> Tokens:
 def token_cache(corpus) -> Path:
     """Returns the cache folder of `corpus`, built under a lock if it is not there. Rank 0 only."""
     source = text_fingerprint(corpus)
-    name = corpus.tokenizer  # a Hub id or folder may hold another one tomorrow
+    name = corpus.tokenizer  # what a Hub id or folder holds may change
     words = None if is_built_in(name) else tokenizer_fingerprint(named_tokenizer(name))
     fields = {name: value for name, value in asdict(corpus).items() if value != ADDED_FIELDS.get(name, "")}
     key = json.dumps([CACHE_VERSION, source, words, fields])

@@ -89,7 +89,7 @@ def generating(model, rows):
     holders = [(module, module.weight) for module in model.modules() if isinstance(module, Linear)]
     holders += [(model, model.wte.matrix())] if model.config.tie_head else []
     fits = all(weight.device.type == "cpu" and weight.dtype == torch.float32 for _, weight in holders)
-    # compiled blocks would be compiled anew for every length; set_stance imports the compiler (1.5 s)
+    # compiled blocks would be compiled again for every length; set_stance imports the compiler (1.5 s)
     compiled = "torch._dynamo" in sys.modules
     eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     was_training = model.training

@@ -82,7 +82,7 @@ def linear(x, weight, bias, module):
 
 
 FEW_ROWS = 64  # from here on the usual layout is as fast
-SECOND_LAYOUT = {}  # module -> weight; as an attribute of the module it would have blocks compiled anew
+SECOND_LAYOUT = {}  # module -> weight; as an attribute of the module it would have blocks recompiled
 
 
 class Attention(nn.Module):

@@ -24,7 +24,7 @@ class Curves:
         path.touch()
         os.truncate(path, min(path.stat().st_size, metrics_bytes))
         self._metrics = open(path, "a", encoding="utf-8")
-        # metrics.jsonl is the truth: TensorBoard's file is written anew from it, so no resume forks a curve;
+        # metrics.jsonl is the truth: TensorBoard's file is rewritten from it, so no resume forks a curve;
         # purge_step=0 tells a TensorBoard that is watching to forget the old file
         shutil.rmtree(folder / "tb", ignore_errors=True)
         self._tensorboard = SummaryWriter(folder / "tb", purge_step=0)

@@ -1,4 +1,4 @@
-"""Which folder a command goes on with, from which checkpoint, and with whose constants."""
+"""Which folder a command resumes, from which checkpoint, and with which constants."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from lab.run.checkpoints import choose_checkpoint, read_manifest
 from lab.run.flags import typed
 from lab.run.stored import PACKED, locked, out_folder, read_config, status_of
 
-MAY_CHANGE = {  # what a flag may tell a resumed run anew: length, cadence, bookkeeping, how it is computed
+MAY_CHANGE = {  # what a flag may change in a resumed run: length, cadence, bookkeeping, how it is computed
     "epochs",
     "max_steps",
     "max_minutes",
