@@ -47,7 +47,7 @@ from lab.train.precision import Dtype, Precision, with_dtype
 
 # 7  figures with intervals
 from lab.measure.answers import ask
-from lab.measure.language import evaluate, losses, measure
+from lab.measure.language import evaluate, loss_rows, measure
 from lab.measure.statistics import (
     bootstrap,
     class_shares,
@@ -79,5 +79,5 @@ from lab.run.meter import clock
 from lab.run.provenance import device_name, git_state, refuse_dirty, same_data
 from lab.run.resume import CALL_CONSTANTS, MAY_CHANGE, finished_run, override_lines
 from lab.run.signals import listening
-from lab.run.stored import SCRIPTS, newest_run, out_folder, prepared, read_config
+from lab.run.stored import SCRIPTS, newest_run, out_folder, prepare_folder, prepared, read_config
 from lab.run.terminal import one_line

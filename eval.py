@@ -102,7 +102,8 @@ TAKES = {  # what each job looks at; other flags would change nothing
 
 
 def job_of(cfg) -> str:
-    """measure, generate, judge, compare, table or pack; UserError for a flag that it does not look at."""
+    """The job: measure, generate, judge, compare, table or pack. UserError for a
+    flag that it does not use."""
     job = next((name for name in ("compare", "table", "pack") if getattr(cfg, name)), cfg.mode)
     if idle := sorted(core.typed(cfg).flags - TAKES[job] - {"mode", "out", "backend"}):
         raise core.UserError(f"{job} does not look at --{', --'.join(idle)}: drop it")
@@ -110,7 +111,7 @@ def job_of(cfg) -> str:
 
 
 def root(cfg) -> Path:
-    """Below which runs lie and results go; --smoke looks at smoke runs."""
+    """The folder of runs and results: runs, with --smoke runs/smoke."""
     return Path("runs/smoke" if core.typed(cfg).smoke else "runs")
 
 
@@ -119,7 +120,7 @@ def root(cfg) -> Path:
 
 @dataclass
 class Subject:
-    """What is measured: a run, or a plain language model, loaded once, when it is needed."""
+    """What is measured: a run, or a plain language model. Loaded once, when it is needed."""
 
     name: str
     script: str | None = None  # that made the run; none: a transformers folder or Hub id
@@ -135,7 +136,7 @@ class Subject:
 
     @property
     def facts(self) -> dict:
-        """What a run noted of its data; of a plain model nothing."""
+        """Facts that a run noted of its data; empty for a plain model."""
         return core.read_config(self.name)["facts"] if self.script else {}
 
     def load(self, cfg, world):
@@ -148,7 +149,7 @@ class Subject:
         return replace(stored, eval_batch=cfg.eval_batch or stored.eval_batch), model, tokenizer
 
     def _plain(self, cfg, world):
-        model, tokenizer = core.main_first(world, lambda: pretrained.open_any(self.name))
+        model, tokenizer = core.main_first(world, pretrained.open_any, self.name)
         if tokenizer.eos_token_id is None:
             raise core.UserError(f"tokenizer of {self.name} has no end-of-text token: use a language model's")
         if (chosen := core.typed(cfg).chosen) and world.is_main:  # a run has a dtype of its own
@@ -161,8 +162,8 @@ class Subject:
 
 
 def subjects(cfg, world) -> list[Subject]:
-    """--run, each looked at; none: the newest finished run below runs/."""
-    names = cfg.run_folder or (core.on_main(world, lambda: newest(root(cfg), "checkpoints")),)
+    """The subjects of --run, checked; without --run the newest finished run."""
+    names = cfg.run_folder or (core.on_main(world, newest, root(cfg), "checkpoints"),)
     return [subject(name) for name in names]
 
 
@@ -176,7 +177,8 @@ def newest(root, needed) -> str:
 
 
 def subject(name) -> Subject:
-    """UserError for a folder that is neither a run nor a model, and for what can only be a mistyped path."""
+    """Checks a name of --run. UserError for a folder that is neither a run nor a model, or for a
+    mistyped path."""
     folder = Path(name)
     if not folder.exists() and (
         name.count("/") > 1 or name[0] in "./~" or ("/" in name and folder.parent.is_dir())
@@ -207,7 +209,7 @@ def subject(name) -> Subject:
 
 
 def weights_note(folder) -> str | None:
-    """A sentence where a run's weights are not the ones that it was tested with."""
+    """A sentence if a run's weights are not those that it was tested with."""
     result = facts.read(folder).result
     tested = result.get("test_checkpoints", [])
     if not tested:
@@ -220,8 +222,9 @@ def weights_note(folder) -> str | None:
     return None
 
 
-def tell_weights(one, world, say):
-    if one.script and (note := core.on_main(world, lambda: weights_note(one.name))):
+def tell_weights(subject, world, say):
+    """Says so where a run's weights are not those that it was tested with."""
+    if subject.script and (note := core.on_main(world, weights_note, subject.name)):
         say(note)
 
 
@@ -229,40 +232,42 @@ def tell_weights(one, world, say):
 
 
 def measure(cfg, world, say, poll):
-    """Every subject on every set of --data; a line each, a table at the end."""
-    found, ones = [], subjects(cfg, world)
-    for one in ones:
-        if not one.script and set(cfg.data) == {"own"}:
-            kind = "a model" if Path(one.name).exists() else "no folder here"
-            raise core.UserError(f"{one.name} is {kind}, no run with rows of its own: name some by --data")
-    failed, pairs_of = [], [(one, data) for one in ones for data in cfg.data]
-    for one, data in pairs_of:
-        if data == "own" and not one.script:
-            say(f"{one.name}  own: nothing, it is no run")
+    """Measures every subject on every set of --data: a line each, a table at the end."""
+    rows, chosen = [], subjects(cfg, world)
+    for subject in chosen:
+        if not subject.script and set(cfg.data) == {"own"}:
+            kind = "a model" if Path(subject.name).exists() else "no folder here"
+            raise core.UserError(
+                f"{subject.name} is {kind}, no run with rows of its own: name some by --data"
+            )
+    failed, pairs_of = [], [(subject, data) for subject in chosen for data in cfg.data]
+    for subject, data in pairs_of:
+        if data == "own" and not subject.script:
+            say(f"{subject.name}  own: skipped, a model that is no run has no rows of its own")
             continue
         how = measure_own if data == "own" else functools.partial(measure_other, data=data)
         try:
             if data == cfg.data[0]:
-                tell_weights(one, world, say)
-            metrics = how(one, cfg=cfg, world=world, say=say, poll=poll)
+                tell_weights(subject, world, say)
+            metrics = how(subject, cfg=cfg, world=world, say=say, poll=poll)
         except core.UserError as error:
             if len(pairs_of) == 1:
                 raise
-            failed.append(f"{one.name} on {data}: {error}")  # the others still count
+            failed.append(f"{subject.name} on {data}: {error}")  # the others still count
             say(f"FAILED {failed[-1]}")
         else:
-            found.append({"model": Path(one.name).name, "data": Path(data).name, **cells(metrics)})
+            rows.append({"model": Path(subject.name).name, "data": Path(data).name, **cells(metrics)})
         if data == cfg.data[-1]:
-            one.loaded = None  # its memory is the next one's
-    if len(found) > 1:
-        headers = dict.fromkeys(header for row in found for header in row)
-        say("\n" + tables.markdown({header: [row.get(header, "") for row in found] for header in headers}))
+            subject.loaded = None  # its memory is the next one's
+    if len(rows) > 1:
+        headers = dict.fromkeys(header for row in rows for header in row)
+        say("\n" + tables.markdown({header: [row.get(header, "") for row in rows] for header in headers}))
     if failed:
-        raise core.UserError(f"{len(failed)} of {len(failed) + len(found)} failed, first {failed[0]}")
+        raise core.UserError(f"{len(failed)} of {len(failed) + len(rows)} failed, first {failed[0]}")
 
 
 def cells(m) -> dict[str, str]:
-    """The row of a measure's metrics in a table."""
+    """Metrics as cells of a table row."""
 
     def figure(name, digits=3):
         return (
@@ -277,38 +282,38 @@ def cells(m) -> dict[str, str]:
     return row | {"accuracy": figure("accuracy"), "rows": str(m["rows"])}
 
 
-def said(m) -> str:
+def cells_line(m) -> str:
+    """Metrics as a line."""
     return "  ".join(f"{name} {value}" for name, value in cells(m).items())
 
 
-def measure_own(one, cfg, world, say, poll) -> dict:
-    """A run's own val and test rows once more; if result.json had the same, also the file by which --compare
-    pairs rows.
-    """
-    found, (name, lines) = one.module.remeasure(one.name, world, cfg.eval_batch, poll)
+def measure_own(subject, cfg, world, say, poll) -> dict:
+    """Measures a run's own val and test rows again. If the figures are those of result.json, also rewrites
+    the file by which --compare pairs rows."""
+    figures, (name, lines) = subject.module.remeasure(subject.name, world, cfg.eval_batch, poll)
     shown = None
     for part in ("val", "test"):
-        metrics = {name[len(part) + 1 :]: x for name, x in found.items() if name.startswith(f"{part}/")}
+        metrics = {name[len(part) + 1 :]: x for name, x in figures.items() if name.startswith(f"{part}/")}
         if metrics:
             if not shown:
-                say(one.name)
-            say(f"  {part:4}  {said(metrics)}")
+                say(subject.name)
+            say(f"  {part:4}  {cells_line(metrics)}")
             last, shown = part, metrics
-    if one.is_preference:
-        where = "out of fold" if core.read_config(one.name)["constants"]["folds"] else last
+    if subject.is_preference:
+        where = "out of fold" if core.read_config(subject.name)["constants"]["folds"] else last
         for line in preference.card_lines(shown, where, list(columns.LABELS)):
             say(line)
-    same, sentence = agreement(found, facts.read(one.name).result)
+    same, sentence = agreement(figures, facts.read(subject.name).result)
     say(f"  {sentence}")
     if same:
-        core.on_main(world, lambda: core.write_lines(Path(one.name) / name, lines))
+        core.on_main(world, core.write_lines, Path(subject.name) / name, lines)
     return shown
 
 
-def agreement(found, stored) -> tuple[bool, str]:
-    """Whether the figures are those of result.json; how far the farthest is away."""
+def agreement(figures, stored) -> tuple[bool, str]:
+    """Whether the figures are those of result.json, and a sentence on the largest difference."""
     away = {}
-    for name, value in found.items():
+    for name, value in figures.items():
         was = stored.get(name)
         if all(isinstance(x, int | float) and not isinstance(x, bool) for x in (value, was)):
             away[name] = abs(value - was) / (abs(was) + 0.1)  # of figures near 0 the size counts
@@ -317,62 +322,69 @@ def agreement(found, stored) -> tuple[bool, str]:
     worst = max(away, key=away.get)
     if away[worst] <= 1e-5:
         return True, f"as result.json has it (largest difference {away[worst]:.0e} of a figure)"
-    return False, f"not as result.json has it: {worst} is {found[worst]:.6g}, was {stored[worst]:.6g}"
+    return False, f"not as result.json has it: {worst} is {figures[worst]:.6g}, was {stored[worst]:.6g}"
 
 
-def measure_other(one, data, cfg, world, say, poll) -> dict:
-    """Other data: into a folder below runs/eval/ that looks like a run's."""
-    began, folder = time.time(), other_folder(one, data, cfg)
-    core.on_main(world, lambda: str(core.prepared(folder.parent)))
-    if one.is_preference:
-        kind, found = "preference", measure_pairs(one, data, cfg, world, poll)
+def measure_other(subject, data, cfg, world, say, poll) -> dict:
+    """Measures other data; writes a folder below runs/eval/ that can be used like a run's."""
+    began, folder = time.time(), other_folder(subject, data, cfg)
+    core.on_main(world, core.prepare_folder, folder.parent)
+    if subject.is_preference:
+        kind, measured = "preference", measure_pairs(subject, data, cfg, world, poll)
     else:
-        stored, model, tokenizer = one.load(cfg, world)
-        kind = core.on_main(world, lambda: other_data.kind_of(data, cfg.text_column))
+        stored, model, tokenizer = subject.load(cfg, world)
+        kind = core.on_main(world, other_data.kind_of, data, cfg.text_column)
         how = {"text": other_data.measure_text, "rows": other_data.measure_rows}[kind]
-        found = how(data, stored, model, tokenizer, cfg, world, poll)
-    if found.fingerprint == one.facts.get("fingerprint", {}).get("data"):
-        found.lines.append("NOTE this is the data that the run was trained on, its training rows included")
-    constants = {"model": one.name, "data": data, "max_documents": cfg.max_documents, **found.constants}
-    config = about(one, kind, constants, world) | {"facts": {"fingerprint": {"data": found.fingerprint}}}
+        measured = how(data, stored, model, tokenizer, cfg, world, poll)
+    if measured.fingerprint == subject.facts.get("fingerprint", {}).get("data"):
+        measured.lines.append("NOTE this is the data that the run was trained on, its training rows included")
+    constants = {
+        "model": subject.name,
+        "data": data,
+        "max_documents": cfg.max_documents,
+        **measured.constants,
+    }
+    config = about(subject, kind, constants, world) | {
+        "facts": {"fingerprint": {"data": measured.fingerprint}}
+    }
     result = {"status": "finished", "step": 0, "seconds": time.time() - began}
-    result |= {f"test/{name}": value for name, value in found.metrics.items()}
-    core.on_main(world, lambda: write_folder(folder, config, result, found.file))
-    say(f"{one.name} on {data}")
-    for line in [said(found.metrics), *found.lines]:
+    result |= {f"test/{name}": value for name, value in measured.metrics.items()}
+    core.on_main(world, write_folder, folder, config, result, measured.file)
+    say(f"{subject.name} on {data}")
+    for line in [cells_line(measured.metrics), *measured.lines]:
         say(f"  {line}")
-    if one.is_preference:
-        for line in preference.card_lines(found.metrics, "rows", list(columns.LABELS)):
+    if subject.is_preference:
+        for line in preference.card_lines(measured.metrics, "rows", list(columns.LABELS)):
             say(line)
     say(f"  written: {folder}")
-    return found.metrics
+    return measured.metrics
 
 
-def measure_pairs(one, data, cfg, world, poll) -> other_data.Measured:
-    """The report card of other A/B/tie rows."""
+def measure_pairs(subject, data, cfg, world, poll) -> other_data.Measured:
+    """Measures the report card on other A/B/tie rows."""
     options = {"max_documents": cfg.max_documents, "eval_batch": cfg.eval_batch, "poll": poll}
-    card, lines, predictions, fingerprint = one.module.measure_other(one.name, data, world, **options)
+    card, lines, predictions, fingerprint = subject.module.measure_other(subject.name, data, world, **options)
     return other_data.Measured(card, lines, ("predictions.jsonl", predictions), fingerprint, {})
 
 
-def other_folder(one, data, cfg) -> Path:
-    """runs/eval/<model>-<data>-<hash of their paths and of what the figures depend on>."""
-    words = "-".join(tables.slug(Path(name).name) for name in (one.name, data))
-    known = [str(Path(name).resolve()) if Path(name).exists() else name for name in (one.name, data)]
+def other_folder(subject, data, cfg) -> Path:
+    """runs/eval/<model>-<data>-<hash of their paths and of all that the figures depend on>."""
+    words = "-".join(tables.slug(Path(name).name) for name in (subject.name, data))
+    known = [str(Path(name).resolve()) if Path(name).exists() else name for name in (subject.name, data)]
     known += [getattr(cfg, name) for name in ("max_documents", "text_column", "context", "stride")]
-    known += [] if one.script else [cfg.template, cfg.max_length, cfg.dtype]
+    known += [] if subject.script else [cfg.template, cfg.max_length, cfg.dtype]
     return Path(cfg.out or root(cfg) / "eval") / f"{words}-{core.short_hash(known, 6)}"
 
 
-def about(one, kind, constants, world) -> dict:
+def about(subject, kind, constants, world) -> dict:
     """config.json of a folder below runs/eval/."""
     config = {"script": "eval", "kind": kind, "constants": constants, "facts": {}, "preset": None}
     config |= {"command": " ".join(sys.argv), "device": core.device_name(world), "git": core.git_state()}
-    return config | ({"checkpoint": core.chosen_checkpoint(one.name)} if one.script else {})
+    return config | ({"checkpoint": core.chosen_checkpoint(subject.name)} if subject.script else {})
 
 
 def write_folder(folder, config, result, file):
-    """config.json and `file` (name, lines); result.json last, after the old one has gone."""
+    """Writes config.json, `file` (name, lines) and, last, result.json; removes the old one first."""
     folder.mkdir(exist_ok=True)
     (folder / "result.json").unlink(missing_ok=True)
     name, lines = file
@@ -385,60 +397,62 @@ def write_folder(folder, config, result, file):
 
 
 def generate(cfg, world, say, poll):
-    """Greedy answers to a run's own test rows, or to --data: instruction rows, or text, one prompt a line."""
-    ones = subjects(cfg, world)
-    for one in ones:
-        if one.is_preference:
-            raise core.UserError(f"{one.name} judges answers and writes none: use a language model")
-    for one in ones:
+    """Mode generate: greedy answers to a run's test rows, or to --data: instruction
+    rows, or a prompt per line."""
+    chosen = subjects(cfg, world)
+    for subject in chosen:
+        if subject.is_preference:
+            raise core.UserError(f"{subject.name} judges answers and writes none: use a language model")
+    for subject in chosen:
         for data in cfg.data:
-            answer(one, data, cfg, world, say, poll)
-        one.loaded = None
+            answer(subject, data, cfg, world, say, poll)
+        subject.loaded = None
 
 
-def answer(one, data, cfg, world, say, poll):
-    folder = Path(one.name) if data == "own" else other_folder(one, data, cfg)
-    core.on_main(world, lambda: str(core.prepared(folder)))
-    stored, model, tokenizer = one.load(cfg, world)
+def answer(subject, data, cfg, world, say, poll):
+    """Answers one set of prompts; writes responses.json."""
+    folder = Path(subject.name) if data == "own" else other_folder(subject, data, cfg)
+    core.on_main(world, core.prepare_folder, folder)
+    stored, model, tokenizer = subject.load(cfg, world)
     most = cfg.max_new_tokens or getattr(stored, "max_new_tokens", None) or LONGEST
-    rows, prompts = core.main_first(world, lambda: prompts_of(one, data, stored, tokenizer, cfg))
-    model = core.merge_lora(model) if one.script == "run_lora" else model
+    rows, prompts = core.main_first(world, prompts_of, subject, data, stored, tokenizer, cfg)
+    model = core.merge_lora(model) if subject.script == "run_lora" else model
     room = max(map(len, prompts)) + most - model.config.block_size
     if room > 0:
         size = f"the model's {model.config.block_size}"
-        say(f"the longest prompt and its answer are {room} tokens over {size}: its beginning is forgotten")
+        say(f"the longest prompt and its answer are {room} tokens over {size}: its beginning drops out")
     batch = stored.eval_batch * world.size
     texts = answers.answers(model, tokenizer, prompts, most, batch, world, poll)
     rows = [row | {"model_response": text} for row, text in zip(rows, texts, strict=True)]
-    core.on_main(world, lambda: write_answers(folder, one, data, cfg, rows, most, world))
+    core.on_main(world, write_answers, folder, subject, data, cfg, rows, most, world)
     empty = sum(not text for text in texts)
-    say(f"{one.name}  {len(rows)} answers, {empty} empty: {folder}/responses.json")
+    say(f"{subject.name}  {len(rows)} answers, {empty} empty: {folder}/responses.json")
     say(f"next: python eval.py --mode judge --run {folder}")
 
 
 LONGEST = 256  # tokens of an answer, where neither a run nor a flag says otherwise
 
 
-def write_answers(folder, one, data, cfg, rows, most, world):
-    """responses.json; a folder below runs/eval/ that is new begins to look like a run's."""
+def write_answers(folder, subject, data, cfg, rows, most, world):
+    """Writes responses.json; a new folder below runs/eval/ also gets config.json and result.json."""
     core.write_json(folder / "responses.json", rows)
     if not (folder / "config.json").exists():
         constants = {
-            "model": one.name,
+            "model": subject.name,
             "data": data,
             "max_documents": cfg.max_documents,
             "max_new_tokens": most,
         }
-        core.write_json(folder / "config.json", about(one, "rows", constants, world))
+        core.write_json(folder / "config.json", about(subject, "rows", constants, world))
         core.write_json(folder / "result.json", {"status": "finished", "step": 0})
 
 
-def prompts_of(one, data, stored, tokenizer, cfg) -> tuple[list[dict], list[list[int]]]:
-    """Rows (their columns stay) and the ids of what the model is asked."""
+def prompts_of(subject, data, stored, tokenizer, cfg) -> tuple[list[dict], list[list[int]]]:
+    """(rows with all their columns, prompts as lists of ids)"""
     if data == "own":
-        if one.script not in ("run_instruct", "run_lora"):
-            raise core.UserError(f"{one.name} has no instruction rows of its own: name some by --data")
-        rows = tuning.own_data(stored, core.World(), tokenizer, one.facts)
+        if subject.script not in ("run_instruct", "run_lora"):
+            raise core.UserError(f"{subject.name} has no instruction rows of its own: name some by --data")
+        rows = tuning.own_data(stored, core.World(), tokenizer, subject.facts)
         test = instructions.examples_of(rows, stored)[0]["test"].rows
         return [rows.columns(row) for row in test], [rows.prompt(row) for row in test]
     if text_files(data):
@@ -465,7 +479,7 @@ def read_text(path) -> str:
 
 
 def asked(row, number, data) -> tuple[str, str]:
-    """(instruction, input) of a row; UserError where it has none."""
+    """(instruction, input) of a row. UserError without an instruction."""
     texts = [row.get(name) or "" for name in ("instruction", "input")] if isinstance(row, dict) else [""]
     if not all(isinstance(text, str) and cache.is_clean(text) for text in texts) or not texts[0].strip():
         raise core.UserError(f"{data}: row {number} has no usable instruction: mend or remove it")
@@ -476,20 +490,21 @@ def asked(row, number, data) -> tuple[str, str]:
 
 
 def judge_answers(cfg, say):
-    """Grades of each --run's responses.json (or such a file) into judged.json beside it; or a duel of two."""
+    """Mode judge: grades each --run's responses.json (or such a file) into
+    judged.json beside it; or a duel."""
     names = cfg.run_folder or (newest(root(cfg), "responses.json"),)
     paths = [path if (path := Path(name)).is_file() else path / "responses.json" for name in names]
     rows, asked = [responses.read_responses(path) for path in paths], judge.make_judge(cfg)
     if cfg.pairwise:
         return duel(cfg, names, paths, rows, asked, say)
     for name, path, some in zip(names, paths, rows, strict=True):
-        before, found = asked.asked, judge.score(asked, some, cfg.judge_repeats)
-        for line in grades.lines_of_score(name, found):
+        before, summary = asked.asked, judge.score(asked, some, cfg.judge_repeats)
+        for line in grades.lines_of_score(name, summary):
             say(line)
         target = path.with_name(judged_name(path)).with_suffix(".json")
-        found["responses_sha256"] = core.sha256_file(path)  # tomorrow's answers may be others
-        core.write_json(target, facts.read_judged(target) | {cfg.judge_model: found})
-        say(f"  written: {target}; {asked.asked - before} questions were asked, the others known")
+        summary["responses_sha256"] = core.sha256_file(path)  # of the answers that were graded
+        core.write_json(target, facts.read_judged(target) | {cfg.judge_model: summary})
+        say(f"  written: {target}; {asked.asked - before} questions were asked now")
 
 
 def judged_name(path) -> str:
@@ -499,20 +514,21 @@ def judged_name(path) -> str:
 
 
 def duel(cfg, names, paths, rows, asked, say):
+    """--pairwise: which of two runs answers better? Writes duel_....json."""
     if len(names) != 2:
         raise core.UserError(f"--pairwise compares two, not {len(names)}: name both by --run")
     folder = core.prepared(cfg.out or root(cfg) / "compare")
-    found = judge.duel(asked, *rows, cfg.judge_repeats)
-    for line in grades.lines_of_duel(*names, found):
+    figures = judge.duel(asked, *rows, cfg.judge_repeats)
+    for line in grades.lines_of_duel(*names, figures):
         say(line)
     words = [cfg.judge_model, *(path.parent.name or path.stem for path in paths)]
     target = folder / f"duel_{'_'.join(map(tables.slug, words))}.json"
-    core.write_json(target, {"sides": list(names), **found})
+    core.write_json(target, {"sides": list(names), **figures})
     say(f"written: {target}")
 
 
 def compare_runs(cfg, say):
-    """--compare: constants, verdicts, answers side by side; compare.md, compare.json and answers.md."""
+    """--compare: writes compare.md and compare.json (constants, verdicts) and answers.md (side by side)."""
     all_sides = sides.sides(cfg.compare, root(cfg))
     folder = core.prepared(Path(cfg.out or root(cfg) / "compare") / sides.folder_name(all_sides))
     for stale in ("answers.md", "curves.png"):  # of an earlier call
@@ -537,24 +553,28 @@ def compare_runs(cfg, say):
 
 
 def tabulate(cfg, say):
-    """--table: Markdown to the terminal and table.md, curves.png, and TensorBoard's page of constants."""
-    found = find(cfg.table)
-    tables.check_names(found, cfg.group_by, cfg.sort)
-    where = "-".join(dict.fromkeys(facts.folder.resolve().parent.name for facts in found))
+    """--table: writes table.md, curves.png and TensorBoard's HPARAMS page; prints the table."""
+    all_facts = find(cfg.table)
+    tables.check_names(all_facts, cfg.group_by, cfg.sort)
+    where = "-".join(dict.fromkeys(facts.folder.resolve().parent.name for facts in all_facts))
     folder = core.prepared(cfg.out or root(cfg) / "tables" / where)
-    text = tables.grouped(found, cfg.group_by, cfg.sort) if cfg.group_by else tables.table(found, cfg.sort)
+    text = (
+        tables.grouped(all_facts, cfg.group_by, cfg.sort)
+        if cfg.group_by
+        else tables.table(all_facts, cfg.sort)
+    )
     say(text)
     by = "_by_" + "_".join(cfg.group_by) if cfg.group_by else ""
     with core.whole_file(folder / f"table{by}.md") as file:
         file.write(text + "\n")
     say(f"\nwritten: {folder}/table{by}.md")
-    if cfg.plot and not any(facts.metrics for facts in found):
+    if cfg.plot and not any(facts.metrics for facts in all_facts):
         say("no curves: none of these has logged any")
     elif cfg.plot:
-        plots.draw(found, folder / f"curves{by}.png", cfg.group_by)
+        plots.draw(all_facts, folder / f"curves{by}.png", cfg.group_by)
         say(f"written: {folder}/curves{by}.png")
-    if written := plots.write_hparams(found):
-        where = os.path.relpath(os.path.commonpath([facts.folder.resolve().parent for facts in found]))
+    if written := plots.write_hparams(all_facts):
+        where = os.path.relpath(os.path.commonpath([facts.folder.resolve().parent for facts in all_facts]))
         say(f"{written} runs on TensorBoard's HPARAMS page: tensorboard --logdir {where}")
 
 
@@ -575,7 +595,7 @@ def main(cfg, world):
         if job in ("measure", "generate"):
             return {"measure": measure, "generate": generate}[job](cfg, world, say, poll)
         alone = {"judge": judge_answers, "compare": compare_runs, "table": tabulate, "pack": pack.pack}[job]
-        core.on_main(world, lambda: alone(cfg, say))  # rank 0's work, the others wait
+        core.on_main(world, alone, cfg, say)  # rank 0's work, the others wait
 
 
 if __name__ == "__main__":

@@ -7,9 +7,8 @@
     python gpt_scratch.py --mode generate --model runs/gpt_scratch/20261122_101500
     python gpt_scratch.py --smoke
 
-Top: the model, generation, weights in and out, for other scripts to import (tokenizers and the token cache
-are in corpus.py). Bottom: the experiment; its constants stand in Config. Each run is a folder under
-runs/gpt_scratch/.
+The model is lab/models/gpt.py, tokenizers and the token cache are in lab/data/. Here is the experiment; its
+constants stand in Config. Each run is a folder under runs/gpt_scratch/.
 """
 
 import functools
@@ -129,17 +128,30 @@ class Config:
 
 
 JOURNAL = {  # what journal 003's code trained: articles of Wikipedia, 1 % held out, AdamW as torch has it
-    **{
-        "data": "wikimedia/wikipedia:20231101.en",
-        "max_documents": 75_000,
-        "val_share": 0.01,
-        "test_share": 0.01,
-    },
-    **{"positions": "learned", "norm": "layernorm", "activation": "relu", "n_inner": None, "bias": True},
-    **{"qkv_bias": False, "tie_head": False, "head_bias": True, "dropout": 0.2},
-    **{"lr": 1e-3, "schedule": "constant", "warmup": 0.0, "beta2": 0.999},
-    **{"weight_decay": 0.01, "clip": None, "dtype": "bf16", "eval_every": 1000, "tokenizer": "ascii"},
-    **{"epochs": 1, "max_steps": None},
+    "data": "wikimedia/wikipedia:20231101.en",
+    "max_documents": 75_000,
+    "val_share": 0.01,
+    "test_share": 0.01,
+    "positions": "learned",
+    "norm": "layernorm",
+    "activation": "relu",
+    "n_inner": None,
+    "bias": True,
+    "qkv_bias": False,
+    "tie_head": False,
+    "head_bias": True,
+    "dropout": 0.2,
+    "lr": 1e-3,
+    "schedule": "constant",
+    "warmup": 0.0,
+    "beta2": 0.999,
+    "weight_decay": 0.01,
+    "clip": None,
+    "dtype": "bf16",
+    "eval_every": 1000,
+    "tokenizer": "ascii",
+    "epochs": 1,
+    "max_steps": None,
 }
 SMALL = JOURNAL | {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 2048, "batch": 2, "lr": 6e-4}
 MINI = JOURNAL | {"n_layer": 10, "n_head": 8, "n_embd": 512, "block_size": 256, "batch": 128}
@@ -179,7 +191,8 @@ RATIO = 20  # tokens per parameter that Hoffmann et al. 2022 find best
 
 
 def corpus_of(cfg) -> core.Corpus:
-    """What cfg says of the text; a model that is not new brings its own tokenizer and shape."""
+    """The Corpus that cfg describes. A model that is not new brings its own tokenizer and shape:
+    UserError for flags of these."""
     name = cfg.tokenizer
     if cfg.model != "new":
         own = {"tokenizer", *(field.name for field in fields(core.GPTConfig))}
@@ -191,16 +204,17 @@ def corpus_of(cfg) -> core.Corpus:
 
 
 def shape_of(cfg, vocab_size) -> core.GPTConfig:
-    """The constants that describe the model; UserError where they contradict each other."""
+    """The GPTConfig that cfg describes. UserError for constants that contradict each other."""
     shared = [field.name for field in fields(core.GPTConfig) if hasattr(cfg, field.name)]
     return core.GPTConfig(vocab_size=vocab_size, **{name: getattr(cfg, name) for name in shared})
 
 
 def build_model(cfg, tokens, world) -> core.GPT:
-    """cfg's shape with random weights, or the weights of cfg.model."""
+    """A GPT of cfg's shape with random weights, or the model of cfg.model. UserError
+    where it does not fit."""
     if cfg.model == "new":
         return core.GPT(shape_of(cfg, len(tokens.tokenizer)))
-    model = core.main_first(world, lambda: core.open_model(cfg.model, cfg.dropout, cfg.checkpointing)[0])
+    model, _ = core.main_first(world, core.open_model, cfg.model, cfg.dropout, cfg.checkpointing)
     if cfg.block_size > model.config.block_size:
         most = model.config.block_size
         raise core.UserError(f"--block_size {cfg.block_size} is over the {most} of {cfg.model}")
@@ -223,7 +237,7 @@ def load_model(folder, world):
 
 @dataclass
 class Setup:
-    """What train, find_lr and profile share."""
+    """Data, model and optimizer, for train, find_lr and profile."""
 
     cfg: Config
     world: core.World
@@ -239,7 +253,7 @@ class Setup:
 
 
 def set_up(run, cfg, world, steps=None) -> Setup:
-    """Data, model, optimizer, the state of a resumed run, two discarded steps; says what is about to run.
+    """Makes data, model and optimizer, restores a resumed run, takes two discarded steps; says what will run.
 
     `steps` none: as many as cfg.epochs and cfg.max_steps allow.
     """
@@ -261,13 +275,13 @@ def set_up(run, cfg, world, steps=None) -> Setup:
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.eps)
     announce(run, cfg, tokens, blocks, batches, total_steps, model)
     step = run.load(model, optimizer, precision)
-    core.on_main(world, lambda: describe_model(run.folder, model, tokens.tokenizer))
+    core.on_main(world, describe_model, run.folder, model, tokens.tokenizer)
     generate.stop_ids(tokens.tokenizer, cfg.stop)  # a mistake should not wait for the first sample
     if cfg.compile:
         for block in model.h:
             block.compile()
     ddp = core.wrap_ddp(model, world)
-    s = Setup(cfg, world, tokens, blocks, batches, total_steps, model, ddp, optimizer, precision, step)
+    setup = Setup(cfg, world, tokens, blocks, batches, total_steps, model, ddp, optimizer, precision, step)
     if step == 0:
         first = core.Blocks(blocks["val"].tokens[: 16 * cfg.block_size + 1], cfg.block_size)
         loss, _, targets = core.evaluate(model, first, cfg, world).sum(0)
@@ -276,58 +290,59 @@ def set_up(run, cfg, world, steps=None) -> Setup:
     worst = batches.longest()[: math.ceil(cfg.batch / world.size)].tolist()
     at_once = min(cfg.micro_batch or len(worst), len(worst))
     targets = cfg.batch * cfg.block_size
-    seconds = core.worst_case(world, ddp, lambda: forward_backward(s, worst, targets), optimizer, at_once)
+    seconds = core.worst_case(world, ddp, lambda: forward_backward(setup, worst, targets), optimizer, at_once)
     run.poll()
     run.forecast(model, optimizer, total_steps - step, seconds, typical=1.0)
     run.say(describe_block(tokens.tokenizer, blocks["train"]))
-    return s
+    return setup
 
 
 def describe_model(folder, model, tokenizer):
-    """tokenizer/ and gpt.json: with them the folder alone can rebuild the model."""
+    """Writes tokenizer/ and gpt.json, from which the folder alone can rebuild the model."""
     tokenizer.save_pretrained(folder / "tokenizer")
     core.write_json(folder / "gpt.json", asdict(model.config))
 
 
-def forward_backward(s, rows, targets) -> float:
-    """Gradients of this rank's share of the summed loss / targets; returns the share's sum."""
+def forward_backward(setup, rows, targets) -> float:
+    """Adds the gradients of this rank's rows, of summed loss / global targets; returns
+    the rows' summed loss."""
     losses = []
-    for part in core.micro_batches(s.ddp, rows, s.cfg.micro_batch):
-        input_ids, labels = s.blocks["train"].batch(part, s.world.device)
-        with s.precision.autocast():
-            losses.append(s.ddp(input_ids, labels))
-        core.scaled_backward(losses[-1], s.world, targets, s.precision)
+    for part in core.micro_batches(setup.ddp, rows, setup.cfg.micro_batch):
+        input_ids, labels = setup.blocks["train"].batch(part, setup.world.device)
+        with setup.precision.autocast():
+            losses.append(setup.ddp(input_ids, labels))
+        core.scaled_backward(losses[-1], setup.world, targets, setup.precision)
     return sum(loss.item() for loss in losses)
 
 
-def take_step(s, step, targets, lr, beta1, watch=lambda loss_sum: None) -> tuple[float, float]:
-    """Global batch `step`: (this rank's summed loss before the update, norm of the whole gradient)."""
-    core.reseed(s.cfg.seed, step, s.world.rank)
-    loss_sum = forward_backward(s, s.batches.rank_batch(step), targets)
+def take_step(setup, step, targets, lr, beta1, watch=lambda loss_sum: None) -> tuple[float, float]:
+    """Trains on global batch `step`; returns (this rank's summed loss before the update, gradient norm)."""
+    core.reseed(setup.cfg.seed, step, setup.world.rank)
+    loss_sum = forward_backward(setup, setup.batches.rank_batch(step), targets)
     skip = watch(loss_sum)
-    return loss_sum, core.optimizer_step(s.optimizer, s.precision, s.cfg.clip, lr, beta1, skip)
+    return loss_sum, core.optimizer_step(setup.optimizer, setup.precision, setup.cfg.clip, lr, beta1, skip)
 
 
-def autopsy(s, step, lr) -> dict:
-    """What an odd step saw, for spikes.jsonl."""
-    rows, stream = s.batches.global_batch(step).tolist(), s.blocks["train"]
-    start = rows[0] * s.cfg.block_size
-    text = s.tokens.tokenizer.decode(stream.tokens[start : start + s.cfg.block_size + 1].tolist())
+def spike_facts(setup, step, lr) -> dict:
+    """What a spiking step read, for spikes.jsonl."""
+    rows, stream = setup.batches.global_batch(step).tolist(), setup.blocks["train"]
+    start = rows[0] * setup.cfg.block_size
+    text = setup.tokens.tokenizer.decode(stream.tokens[start : start + setup.cfg.block_size + 1].tolist())
     return {"lr": lr, "rows": rows, "first_row": text, "targets": int(stream.targets(rows).sum())}
 
 
-def count_targets(s, step) -> int:
-    """Of this rank's share of global batch `step`."""
-    return int(s.blocks["train"].targets(s.batches.rank_batch(step)).sum())
+def count_targets(setup, step) -> int:
+    """Number of targets in this rank's share of global batch `step`."""
+    return int(setup.blocks["train"].targets(setup.batches.rank_batch(step)).sum())
 
 
-def held_out(cfg) -> tuple[str, ...]:
-    """The parts whose figures a run ends with, the most important one last."""
+def final_parts(cfg) -> tuple[str, ...]:
+    """The parts that are measured at the end, the most important one last."""
     return ("val", "test") if cfg.final_eval and cfg.test_share else ("val",)
 
 
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
-    """The figures of a run's own val and test text, measured again, and losses.jsonl: its name and lines.
+    """Measures a run's own val and test text again. Returns figures, and name and lines of losses.jsonl.
 
     UserError if cfg.data or its tokenizer has changed since.
     """
@@ -337,39 +352,40 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
     stored = core.read_config(folder)["facts"]["fingerprint"]
     core.same_data(stored, tokens.fingerprint, cfg.data, ("data", "tokenizer"))
     sizes = core.token_bytes(tokens.tokenizer)
-    for part in held_out(cfg):
+    for part in final_parts(cfg):
         blocks = core.Blocks(tokens.parts[part], cfg.block_size)
         sums = core.evaluate(model, blocks, cfg, world, poll)
         metrics = core.measure(sums, blocks, tokens.unigram, sizes)
         result |= {f"{part}/{name}": value for name, value in metrics.items()}
-    return result, ("losses.jsonl", core.losses(part, sums, blocks, sizes))
+    return result, ("losses.jsonl", core.loss_rows(part, sums, blocks, sizes))
 
 
 # ---------------------------------------------------------------------------------------------------- train
 
 
 def train(run, cfg, world) -> dict:
-    s = set_up(run, cfg, world)
-    step, total_steps, model = s.step, s.total_steps, s.model
-    saved = (model, s.optimizer, s.precision)
+    """Mode train. Returns the final figures."""
+    setup = set_up(run, cfg, world)
+    step, total_steps, model = setup.step, setup.total_steps, setup.model
+    saved = (model, setup.optimizer, setup.precision)
 
     def where():
-        return f"epoch {step / len(s.batches):.3g}/{cfg.epochs}"
+        return f"epoch {step / len(setup.batches):.3g}/{cfg.epochs}"
 
     while True:
         ends = step >= total_steps
-        evaluates = ends or (step > 0 and step % (cfg.eval_every or len(s.batches)) == 0)
+        evaluates = ends or (step > 0 and step % (cfg.eval_every or len(setup.batches)) == 0)
         if evaluates or (step > 0 and cfg.save_every and step % cfg.save_every == 0):
             run.save(step, *saved, must=ends)
         if evaluates:
-            sums = core.evaluate(model, s.blocks["val"], cfg, world, run.poll)
-            val = core.measure(sums, s.blocks["val"], s.tokens.unigram)
+            sums = core.evaluate(model, setup.blocks["val"], cfg, world, run.poll)
+            val = core.measure(sums, setup.blocks["val"], setup.tokens.unigram)
             is_best = run.save_best(step, val["loss"], model)
             report_validation(run, step, val, where(), is_best, late=2 * step >= total_steps)
-            core.on_main(world, functools.partial(sample, run, cfg, step, model, s.tokens.tokenizer))
+            core.on_main(world, sample, run, cfg, step, model, setup.tokens.tokenizer)
         if ends:
             break
-        targets = run.agree(count_targets(s, step))
+        targets = run.agree(count_targets(setup, step))
         if run.stopping:
             run.save(step, *saved, must=True)
             raise core.Stop(run.stopping)
@@ -378,25 +394,25 @@ def train(run, cfg, world) -> dict:
             continue
         length = run.schedule_length(step, total_steps)
         lr, beta1 = core.lr_at(cfg, step, length), core.beta1_at(cfg, step, length)
-        facts = functools.partial(autopsy, s, step, lr)
+        facts = functools.partial(spike_facts, setup, step, lr)
         watch = functools.partial(run.watch, step + 1, targets=targets, model=model, describe=facts)
-        loss_sum, grad_norm = take_step(s, step, targets, lr, beta1, watch)
+        loss_sum, grad_norm = take_step(setup, step, targets, lr, beta1, watch)
         run.step_done(loss_sum, targets, targets)
         step += 1
         if step % cfg.log_every == 0 or step == total_steps:
             run.log_training(where(), step, total_steps, {"lr": lr, "grad_norm": grad_norm})
-    return finish(run, cfg, world, s)
+    return finish(run, cfg, world, setup)
 
 
-def finish(run, cfg, world, s) -> dict:
-    """Measures the chosen weights on val and test; final figures, and how many sampled words are known."""
-    sha256, measured, result = core.weights_sha256(s.model), run.checkpoint, {}
-    sizes = core.token_bytes(s.tokens.tokenizer)
+def finish(run, cfg, world, setup) -> dict:
+    """Measures the chosen weights on val and test, and how many sampled words are known; final figures."""
+    sha256, measured, result = core.weights_sha256(setup.model), run.checkpoint, {}
+    sizes = core.token_bytes(setup.tokens.tokenizer)
     if cfg.test_weights == "best":
-        measured = run.load_best(s.model)
-    for part in held_out(cfg):
-        sums = core.evaluate(s.model, s.blocks[part], cfg, world, run.poll)
-        m = core.measure(sums, s.blocks[part], s.tokens.unigram, sizes)
+        measured = run.load_best(setup.model)
+    for part in final_parts(cfg):
+        sums = core.evaluate(setup.model, setup.blocks[part], cfg, world, run.poll)
+        m = core.measure(sums, setup.blocks[part], setup.tokens.unigram, sizes)
         result |= {f"{part}/{name}": value for name, value in m.items()}
         run.say(
             f"{part:5} loss {core.plus_minus(m['loss'], m['loss_interval'], 4)}   "
@@ -404,11 +420,11 @@ def finish(run, cfg, world, s) -> dict:
             f"accuracy {core.plus_minus(m['accuracy'], m['accuracy_interval'])}   "
             f"token frequencies {m['unigram_loss']:.4f}" + (f"\n{part:5} {m['alarm']}" if m["alarm"] else "")
         )
-    lines = core.losses(part, sums, s.blocks[part], sizes)
-    core.on_main(world, lambda: core.write_lines(run.folder / "losses.jsonl", lines))
-    known = core.on_main(world, lambda: known_words(run.folder / "samples.jsonl", s.tokens))
+    lines = core.loss_rows(part, sums, setup.blocks[part], sizes)
+    core.on_main(world, core.write_lines, run.folder / "losses.jsonl", lines)
+    known = core.on_main(world, known_words, run.folder / "samples.jsonl", setup.tokens)
     if known is not None:
-        run.say(f"samples  {known:.0%} of their words occur in the training text")
+        run.say(f"samples  {known:.0%} of the generated words occur in the training text")
     run.say(
         f"done  {part} loss {m['loss']:.4f}  perplexity {m['perplexity']:.2f}  {run.seconds / 60:.1f} min"
     )
@@ -418,13 +434,13 @@ def finish(run, cfg, world, s) -> dict:
     return result | {
         "weights_sha256": sha256,
         "test_checkpoints": [measured],
-        "parameters": core.count_parameters(s.model)[0],
+        "parameters": core.count_parameters(setup.model)[0],
         "known_words": known,
     }
 
 
 def announce(run, cfg, tokens, blocks, batches, total_steps, model):
-    """What is about to be trained on what."""
+    """Says what is about to be trained on what."""
     total, trainable = core.count_parameters(model)
     sizes = "  ".join(f"{part} {len(tokens.parts[part])}" for part in core.PARTS)
     run.say(
@@ -438,7 +454,7 @@ def announce(run, cfg, tokens, blocks, batches, total_steps, model):
         run.say(line)
     seen = total_steps * cfg.batch * cfg.block_size
     run.say(f"tokens per parameter  {len(tokens.parts['train']) / total:.2f} in the data, {seen / total:.2f} "
-            f"will be seen in {total_steps} steps ({RATIO} are said to be best)")  # fmt: skip
+            f"in {total_steps} steps (Hoffmann et al. 2022: {RATIO} is best)")  # fmt: skip
     if left := len(blocks["train"]) % cfg.batch:
         run.say(f"each epoch leaves out {left} of {len(blocks['train'])} blocks, others each time: "
                 f"they fill no batch of {cfg.batch}")  # fmt: skip
@@ -451,7 +467,8 @@ def describe_block(tokenizer, blocks) -> str:
 
 
 def report_validation(run, step, val, where, is_best, late):
-    """`late`: half of the steps are done, so that having learnt nothing is worth a line."""
+    """Says and logs validation figures. late: half of the steps are done, so that an
+    alarm is worth a line."""
     run.say(
         f"{where}  val  loss {core.plus_minus(val['loss'], val['loss_interval'], 4)}  "
         f"perplexity {val['perplexity']:.2f}  "
@@ -464,7 +481,8 @@ def report_validation(run, step, val, where, is_best, late):
 
 
 def sample(run, cfg, step, model, tokenizer):
-    """Rank 0: a few continuations of the prompt to log, TensorBoard and samples.jsonl."""
+    """Rank 0: writes continuations of the prompt to samples.jsonl, TensorBoard and
+    (the first one) the log."""
     if cfg.sample_tokens:
         prompts = [cfg.prompt or ""] * SAMPLES
         texts = core.continuations(
@@ -476,7 +494,7 @@ def sample(run, cfg, step, model, tokenizer):
 
 
 def known_words(path, tokens, most=5_000_000) -> float | None:
-    """Share of the last samples' words that occur in the training text (its first `most` tokens)."""
+    """Share of the last samples' words that occur in the first `most` tokens of the training text."""
     lines = path.read_text().splitlines() if path.exists() else []
     last = [json.loads(line)["text"] for line in lines[-SAMPLES:]]
     sampled = [word for text in last for word in words(text)[:-1]]  # the last one is cut
@@ -490,29 +508,29 @@ def words(text) -> list[str]:
 
 
 def find_lr(run, cfg, world) -> dict:
-    """Which rate? Loss against a rate that grows at every step, under exactly the conditions of training."""
-    s = set_up(run, cfg, world, cfg.find_steps)
+    """Mode find_lr: loss over a rate that grows at every step, in the conditions of training."""
+    setup = set_up(run, cfg, world, cfg.find_steps)
 
     def take(step, lr):
-        targets = run.agree(count_targets(s, step))
+        targets = run.agree(count_targets(setup, step))
         if run.stopping:
             raise core.Stop(run.stopping)
-        loss_sum, _ = take_step(s, step, targets, lr, core.beta1_at(cfg, 0, s.total_steps))
+        loss_sum, _ = take_step(setup, step, targets, lr, core.beta1_at(cfg, 0, setup.total_steps))
         return core.all_reduce_sum(world, torch.tensor(loss_sum, dtype=torch.float64)).item() / targets
 
     lrs = np.geomspace(cfg.find_from, cfg.find_to, cfg.find_steps)
-    curve = lr_finder.sweep(take, lrs, cfg.find_smoothing, s.model, s.optimizer, s.precision)
+    curve = lr_finder.sweep(take, lrs, cfg.find_smoothing, setup.model, setup.optimizer, setup.precision)
     suggestions = lr_finder.suggest(curve["lr"], curve["smoothed"])
-    core.on_main(world, lambda: lr_finder.show_curve(run, curve, suggestions))
+    core.on_main(world, lr_finder.show_curve, run, curve, suggestions)
     best = suggestions["minimum/10"]
     run.say(f"next: the same with --mode train --lr {best:.1e}" if best else "the curve does not fall")
-    return {"lr_finder": suggestions, "weights_sha256": core.weights_sha256(s.model)}
+    return {"lr_finder": suggestions, "weights_sha256": core.weights_sha256(setup.model)}
 
 
 # ----------------------------------------------------------------------------- generate, export and profile
 
 
-def talk(cfg, world):
+def generate_mode(cfg, world):
     """Mode generate: continues --prompt, or each line typed (an empty one starts a new document)."""
     name = cfg.model if cfg.model != "new" else str(core.newest_run(cfg, __file__))
     model, tokenizer = core.open_model(name)
@@ -546,14 +564,14 @@ def profile(run, cfg, world) -> dict:
     """Mode profile: where ten steps spend their time; a table, and trace.json for a browser."""
     from torch.profiler import profile as profiler
 
-    s = set_up(run, cfg, world, 10)
+    setup = set_up(run, cfg, world, 10)
     with profiler() as seen:
         for step in range(10):
-            targets = run.agree(count_targets(s, step))
+            targets = run.agree(count_targets(setup, step))
             if run.stopping:
                 raise core.Stop(run.stopping)
-            lr, beta1 = core.lr_at(cfg, step, s.total_steps), core.beta1_at(cfg, step, s.total_steps)
-            take_step(s, step, targets, lr, beta1)
+            lr, beta1 = core.lr_at(cfg, step, setup.total_steps), core.beta1_at(cfg, step, setup.total_steps)
+            take_step(setup, step, targets, lr, beta1)
     kind = "self_device_time_total" if world.device.type != "cpu" else "self_cpu_time_total"
     rows = sorted(seen.key_averages(), key=lambda row: -getattr(row, kind))
     total = sum(getattr(row, kind) for row in rows)
@@ -578,7 +596,7 @@ def main(cfg, world):
     if cfg.mode in ("generate", "export"):
         if world.size > 1:
             raise core.UserError(f"--mode {cfg.mode} runs in one process: start it with python")
-        return (talk if cfg.mode == "generate" else export)(cfg, world)
+        return (generate_mode if cfg.mode == "generate" else export)(cfg, world)
     with core.Run(cfg, world, __file__, unit="tokens") as run:
         run.result = {"train": train, "find_lr": find_lr, "profile": profile}[cfg.mode](run, run.cfg, world)
     return run.result

@@ -7,7 +7,7 @@
 
 --data takes a Hub id, a JSON, JSONL, CSV or Parquet file with the columns instruction, input, output, or
 python-instructions (built in). Each run is a folder under runs/run_instruct/: responses.json holds the test
-rows' answers, spikes.jsonl the odd steps; --mode ask puts questions to the model.
+rows' answers, spikes.jsonl the loss spikes; --mode ask puts questions to the model.
 """
 
 import functools
@@ -51,7 +51,7 @@ class Config:
     lr: float = 5e-5  # peak
     min_lr: float = 0.0  # at the end of the schedule
     warmup: float = 0.05  # fraction of all steps
-    schedule: Literal["linear", "cosine", "constant"] = "cosine"  # of the rate, behind the warm-up
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"  # of the rate, after the warm-up
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
     weight_decay: float = 0.1  # of matrices
     clip: float | None = 1.0  # global gradient norm; none = off
@@ -88,12 +88,24 @@ class Config:
 
 
 # Some 12,000 training rows: the journal's runs ended at step 5975 with a batch of 2. Not repeated of the code
-# that it came from: gradients were clipped only behind the warm-up; biases and norms decayed, too.
+# that it came from: gradients were clipped only after the warm-up; biases and norms decayed, too.
 JOURNAL = {
-    **{"max_documents": 14_118, "template": "journal", "split": "file_order", "max_length": 1024},
-    **{"group_lengths": False},
-    **{"loss_on_prompt": True, "tie_head": False, "batch": 2, "epochs": 1, "lr": 5e-5, "weight_decay": 0.1},
-    **{"eval_every": 25, "eval_rows": 20, "log_every": 25, "save_every": 1000, "test_weights": "last"},
+    "max_documents": 14_118,
+    "template": "journal",
+    "split": "file_order",
+    "max_length": 1024,
+    "group_lengths": False,
+    "loss_on_prompt": True,
+    "tie_head": False,
+    "batch": 2,
+    "epochs": 1,
+    "lr": 5e-5,
+    "weight_decay": 0.1,
+    "eval_every": 25,
+    "eval_rows": 20,
+    "log_every": 25,
+    "save_every": 1000,
+    "test_weights": "last",
 }
 PLAIN = JOURNAL | {"schedule": "constant", "warmup": 0.0, "clip": None}
 ANNEALED = JOURNAL | {"schedule": "cosine", "min_lr": 1e-5, "warmup": 0.2, "clip": 1.0}
@@ -126,7 +138,7 @@ SMOKE = {
 
 
 def build_model(cfg, tokenizer, world):
-    """The pretrained GPT; its lowest blocks frozen if cfg says so."""
+    """The pretrained GPT, with cfg.freeze_blocks of its lowest blocks frozen."""
     model = core.build_model(cfg, tokenizer, world)
     if cfg.freeze_blocks > len(model.h):
         raise core.UserError(f"--freeze_blocks {cfg.freeze_blocks}: {cfg.model} has {len(model.h)}")
@@ -138,7 +150,8 @@ def build_model(cfg, tokenizer, world):
 
 
 def stored_config(folder) -> Config:
-    """The constants that a run had; those that the script no longer knows are passed over."""
+    """The constants of a run; those that this script no longer has are left out.
+    UserError for another script's."""
     stored, known = core.read_config(folder), {field.name for field in fields(Config)}
     if stored["script"] != Path(__file__).stem:
         raise core.UserError(f"{folder} is a run of {stored['script']}.py: open it there")
@@ -146,7 +159,8 @@ def stored_config(folder) -> Config:
 
 
 def load_model(folder, world):
-    """(Config, model, tokenizer) of a run, from its folder alone; the weights it was tested with."""
+    """(Config, model, tokenizer) of a run, from its folder alone, with the weights
+    that it was tested with."""
     cfg = stored_config(folder)
     model, tokenizer = core.open_model(folder)
     return cfg, core.Precision(cfg.dtype, world).prepare(model).eval(), tokenizer
@@ -156,30 +170,32 @@ evaluate = core.evaluate  # (examples, 3): summed loss, hits, targets of each
 
 
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
-    """The figures of a run's own val and test rows, measured again; losses.jsonl: its name and lines."""
+    """Measures a run's own val and test rows again. Returns figures, and name and lines of losses.jsonl."""
     cfg, model, tokenizer = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
     return tuning.remeasure(model, tokenizer, cfg, core.read_config(folder)["facts"], world, poll)
 
 
 def train(run, cfg, world) -> dict:
-    s = tuning.set_up(run, cfg, world)
-    units, batches, total_steps = s.units, s.batches, s.total_steps
+    """Trains and measures. Returns the final figures."""
+    setup = tuning.set_up(run, cfg, world)
+    units, batches, total_steps = setup.units, setup.batches, setup.total_steps
     core.reseed(cfg.seed, "init")
     precision = core.Precision(cfg.dtype, world)
-    model = precision.prepare(build_model(cfg, s.data.tokenizer, world))
+    model = precision.prepare(build_model(cfg, setup.data.tokenizer, world))
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay)
     saved = model, optimizer, precision
-    tuning.announce(run, cfg, s, model)
+    tuning.announce(run, cfg, setup, model)
     step = run.load(*saved)
-    core.on_main(world, lambda: gpt_scratch.describe_model(run.folder, model, s.data.tokenizer))
+    core.on_main(world, gpt_scratch.describe_model, run.folder, model, setup.data.tokenizer)
     if cfg.compile:
         for block in model.h:
             block.compile(dynamic=True)
     ddp = core.wrap_ddp(model, world)
 
     def forward_backward(mine, targets) -> float:
-        """Gradients of this rank's share of the summed loss / targets; returns the share's sum."""
+        """Adds the gradients of this rank's rows, of summed loss / global targets;
+        returns their summed loss."""
         losses = []
         for part in core.micro_batches(ddp, mine, cfg.micro_batch, units.lengths[mine], cfg.micro_tokens):
             with precision.autocast():
@@ -194,7 +210,7 @@ def train(run, cfg, world) -> dict:
     run.poll()
     typical = units.lengths.mean() / units.lengths[worst].mean()
     run.forecast(model, optimizer, total_steps - step, seconds, typical)
-    run.say(tuning.describe_example(s.parts["train"]))
+    run.say(tuning.describe_example(setup.parts["train"]))
 
     def where():
         return f"epoch {step / len(batches):.3g}/{cfg.epochs}"
@@ -211,7 +227,7 @@ def train(run, cfg, world) -> dict:
         if due and run.state.get("evaluated") != step:
             # without a checkpoint just made, a signal waits until the evaluation is over, and is then saved
             poll = run.poll if ends or saves else run.agree
-            tuning.check(run, cfg, s, model, step, where(), keep_best, poll)
+            tuning.check(run, cfg, setup, model, step, where(), keep_best, poll)
         if ends:
             break
         mine, everyone = batches.rank_batch(step), batches.global_batch(step).tolist()
@@ -227,7 +243,7 @@ def train(run, cfg, world) -> dict:
         loss_sum = forward_backward(mine, targets)
         step += 1
         rates = {"lr": lr}
-        facts = functools.partial(tuning.autopsy, run, cfg, s, model, everyone, rates)
+        facts = functools.partial(tuning.spike_facts, run, cfg, setup, model, everyone, rates)
         odd = run.watch(step, loss_sum, targets, model, facts)
         grad_norm = core.optimizer_step(optimizer, precision, cfg.clip, lr, skip=odd)
         run.step_done(loss_sum, targets, examples=int(units.lengths[everyone].sum()))
@@ -240,7 +256,7 @@ def train(run, cfg, world) -> dict:
         measured = run.load_best(model)
     optimizer.zero_grad(set_to_none=True)  # makes room for answering
     optimizer.state.clear()
-    return tuning.final_figures(run, cfg, s, model, lambda: model, step) | {
+    return tuning.final_figures(run, cfg, setup, model, lambda: model, step) | {
         "weights_sha256": sha256,
         "test_checkpoints": [measured],
         **dict(zip(("parameters", "trainable_parameters"), core.count_parameters(model), strict=True)),
@@ -248,7 +264,7 @@ def train(run, cfg, world) -> dict:
 
 
 def one_process(cfg, world):
-    """Modes beside train: ask."""
+    """Mode ask, in one process."""
     if world.size > 1:
         raise core.UserError(f"--mode {cfg.mode} runs in one process: start it with python")
     folder = Path(cfg.run_folder or core.newest_run(cfg, __file__))

@@ -6,7 +6,7 @@
     python run_lora.py --mode export --run_folder runs/run_lora/20261122_101500
     python run_lora.py --smoke
 
-The base stands still; a checkpoint holds the adapters and their optimizer only. --data as in
+The base is frozen; a checkpoint holds the adapters and their optimizer only. --data as in
 run_instruct.py. Each run is a folder under runs/run_lora/; mode export writes peft/ (adapters for peft) and
 merged/ (a GPT-2 that transformers and gpt_scratch.py load) into it.
 """
@@ -49,7 +49,7 @@ class Config:
     lora_targets: Literal["all", "attention", "mlp"] = "all"  # linear layers of the blocks
     lora_head: bool = False  # the output matrix too; needs --no-tie_head
     lora_layers: int | None = None  # only the last so many blocks; none = all
-    adapter: str | None = None  # a folder of peft to go on from: rank, alpha, targets are then its own
+    adapter: str | None = None  # a peft folder to continue from: rank, alpha, targets are then its own
     dropout: float = 0.0  # in the model
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory (for gpt2-xl)
     # optimisation
@@ -63,7 +63,7 @@ class Config:
     lr: float = 5e-4  # peak; about ten times that of full tuning
     min_lr: float = 0.0  # at the end of the schedule
     warmup: float = 0.05  # fraction of all steps
-    schedule: Literal["linear", "cosine", "constant"] = "cosine"  # of the rate, behind the warm-up
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"  # of the rate, after the warm-up
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
     weight_decay: float = 0.0  # of A and B
     clip: float | None = 1.0  # global gradient norm; none = off
@@ -100,27 +100,31 @@ class Config:
 
 
 # Some 12,000 training rows, multiplier and A as in the code that the journal's came from. Not repeated: there
-# gradients were clipped only behind the warm-up.
+# gradients were clipped only after the warm-up.
 JOURNAL = {
-    **{"max_documents": 14_118, "template": "journal", "split": "file_order", "max_length": 1024},
-    **{"group_lengths": False},
-    **{
-        "loss_on_prompt": True,
-        "tie_head": False,
-        "lora_head": True,
-        "lora_scaling": "alpha",
-        "lora_init": "rank",
-    },
-    **{"model": "gpt2-medium", "epochs": 1, "lr": 5e-5, "min_lr": 1e-5, "warmup": 0.2, "schedule": "cosine"},
-    **{
-        "weight_decay": 0.1,
-        "clip": 1.0,
-        "eval_every": 25,
-        "eval_rows": 20,
-        "log_every": 25,
-        "save_every": 1000,
-    },
-    **{"test_weights": "last"},
+    "max_documents": 14_118,
+    "template": "journal",
+    "split": "file_order",
+    "max_length": 1024,
+    "group_lengths": False,
+    "loss_on_prompt": True,
+    "tie_head": False,
+    "lora_head": True,
+    "lora_scaling": "alpha",
+    "lora_init": "rank",
+    "model": "gpt2-medium",
+    "epochs": 1,
+    "lr": 5e-5,
+    "min_lr": 1e-5,
+    "warmup": 0.2,
+    "schedule": "cosine",
+    "weight_decay": 0.1,
+    "clip": 1.0,
+    "eval_every": 25,
+    "eval_rows": 20,
+    "log_every": 25,
+    "save_every": 1000,
+    "test_weights": "last",
 }
 PRESETS = {
     "recommended": {},
@@ -159,7 +163,7 @@ ADAPTERS_OWN = {f"lora_{name}" for name in ("rank", "alpha", "scaling", "init", 
 
 
 def build_model(cfg, tokenizer, world, folder):
-    """The pretrained GPT, frozen, with adapters: fresh ones, or those of cfg.adapter (a run keeps a copy)."""
+    """The pretrained GPT, frozen, with new adapters or those of cfg.adapter (of which a run keeps a copy)."""
     if cfg.adapter and (own := sorted(core.typed(cfg).flags & ADAPTERS_OWN)):
         raise core.UserError(f"--adapter brings its own {', '.join(own)}: drop these flags")
     model, kept = core.build_model(cfg, tokenizer, world), Path(folder) / "adapter"
@@ -174,7 +178,8 @@ def build_model(cfg, tokenizer, world, folder):
 
 
 def keep_for_later(folder, cfg, tokenizer):
-    """tokenizer/ and adapter/: with the base that cfg names, they let the folder rebuild the model."""
+    """Writes tokenizer/ and adapter/, from which the folder, with the base that cfg
+    names, rebuilds the model."""
     tokenizer.save_pretrained(folder / "tokenizer")
     if cfg.adapter and not (folder / "adapter").exists():
         with core.whole_folder(folder / "adapter") as aside:
@@ -182,7 +187,8 @@ def keep_for_later(folder, cfg, tokenizer):
 
 
 def stored_config(folder) -> Config:
-    """The constants that a run had; those that the script no longer knows are passed over."""
+    """The constants of a run; those that this script no longer has are left out.
+    UserError for another script's."""
     stored, known = core.read_config(folder), {field.name for field in fields(Config)}
     if stored["script"] != Path(__file__).stem:
         raise core.UserError(f"{folder} is a run of {stored['script']}.py: open it there")
@@ -190,7 +196,8 @@ def stored_config(folder) -> Config:
 
 
 def load_model(folder, world):
-    """(Config, model, tokenizer) of a run; the adapters it was tested with, on the base it names."""
+    """(Config, model, tokenizer) of a run: the adapters that it was tested with, on its base. UserError
+    if the base has changed."""
     cfg, tokenizer = stored_config(folder), tokenizers.named_tokenizer(str(Path(folder) / "tokenizer"))
     core.reseed(cfg.seed, "init")  # tiny:gpt2 is its seed
     model = core.Precision(cfg.dtype, world).prepare(build_model(cfg, tokenizer, world, folder))
@@ -201,7 +208,7 @@ def load_model(folder, world):
 
 
 def announce_lora(run, cfg, model):
-    """Where the adapters are, how strongly they act, and how far a step can move the output."""
+    """Says where the adapters are, their multiplier, and multiplier x lr, which bounds a step."""
     layers = core.adapted(model)
     strengths = sorted({layer.multiplier for layer in layers.values()})
     ranks = "/".join(str(rank) for rank in sorted({layer.B.shape[1] for layer in layers.values()}))
@@ -222,34 +229,36 @@ evaluate = core.evaluate  # (examples, 3): summed loss, hits, targets of each
 
 
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
-    """The figures of a run's own val and test rows, measured again; losses.jsonl: its name and lines."""
+    """Measures a run's own val and test rows again. Returns figures, and name and lines of losses.jsonl."""
     cfg, model, tokenizer = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
     return tuning.remeasure(model, tokenizer, cfg, core.read_config(folder)["facts"], world, poll)
 
 
 def train(run, cfg, world) -> dict:
-    s = tuning.set_up(run, cfg, world)
-    units, batches, total_steps = s.units, s.batches, s.total_steps
+    """Trains and measures. Returns the final figures."""
+    setup = tuning.set_up(run, cfg, world)
+    units, batches, total_steps = setup.units, setup.batches, setup.total_steps
     core.reseed(cfg.seed, "init")
     precision = core.Precision(cfg.dtype, world)
-    model = precision.prepare(build_model(cfg, s.data.tokenizer, world, run.folder))
+    model = precision.prepare(build_model(cfg, setup.data.tokenizer, world, run.folder))
     adapters, base_sha256 = core.Adapters(model), core.state_sha256(core.base_weights(model))
     run.pin("base_sha256", base_sha256)
     strength = max(layer.multiplier for layer in core.adapted(model).values())
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay)
     saved = adapters, optimizer, precision
-    tuning.announce(run, cfg, s, model)
+    tuning.announce(run, cfg, setup, model)
     announce_lora(run, cfg, model)
     step = run.load(*saved)
-    core.on_main(world, lambda: keep_for_later(run.folder, cfg, s.data.tokenizer))
+    core.on_main(world, keep_for_later, run.folder, cfg, setup.data.tokenizer)
     if cfg.compile:
         for block in model.h:
             block.compile(dynamic=True)
     ddp = core.wrap_ddp(model, world)
 
     def forward_backward(mine, targets) -> float:
-        """Gradients of this rank's share of the summed loss / targets; returns the share's sum."""
+        """Adds the gradients of this rank's rows, of summed loss / global targets;
+        returns their summed loss."""
         losses = []
         for part in core.micro_batches(ddp, mine, cfg.micro_batch, units.lengths[mine], cfg.micro_tokens):
             with precision.autocast():
@@ -264,7 +273,7 @@ def train(run, cfg, world) -> dict:
     run.poll()
     typical = units.lengths.mean() / units.lengths[worst].mean()
     run.forecast(adapters, optimizer, total_steps - step, seconds, typical)
-    run.say(tuning.describe_example(s.parts["train"]))
+    run.say(tuning.describe_example(setup.parts["train"]))
 
     def where():
         return f"epoch {step / len(batches):.3g}/{cfg.epochs}"
@@ -281,7 +290,7 @@ def train(run, cfg, world) -> dict:
         if due and run.state.get("evaluated") != step:
             # without a checkpoint just made, a signal waits until the evaluation is over, and is then saved
             poll = run.poll if ends or saves else run.agree
-            tuning.check(run, cfg, s, model, step, where(), keep_best, poll)
+            tuning.check(run, cfg, setup, model, step, where(), keep_best, poll)
         if ends:
             break
         mine, everyone = batches.rank_batch(step), batches.global_batch(step).tolist()
@@ -297,7 +306,7 @@ def train(run, cfg, world) -> dict:
         loss_sum = forward_backward(mine, targets)
         step += 1
         rates = {"lr": lr, "multiplier_lr": strength * lr}
-        facts = functools.partial(tuning.autopsy, run, cfg, s, model, everyone, rates)
+        facts = functools.partial(tuning.spike_facts, run, cfg, setup, model, everyone, rates)
         odd = run.watch(step, loss_sum, targets, model, facts)
         grad_norm = core.optimizer_step(optimizer, precision, cfg.clip, lr, skip=odd)
         run.step_done(loss_sum, targets, examples=int(units.lengths[everyone].sum()))
@@ -313,7 +322,7 @@ def train(run, cfg, world) -> dict:
         measured = run.load_best(adapters)
     optimizer.zero_grad(set_to_none=True)  # makes room for answering
     optimizer.state.clear()
-    return tuning.final_figures(run, cfg, s, model, lambda: core.merge_lora(model), step) | {
+    return tuning.final_figures(run, cfg, setup, model, lambda: core.merge_lora(model), step) | {
         "weights_sha256": sha256,
         "base_sha256": base_sha256,
         "test_checkpoints": [measured],
@@ -322,7 +331,7 @@ def train(run, cfg, world) -> dict:
 
 
 def one_process(cfg, world):
-    """Modes beside train: ask and export."""
+    """Modes ask and export, in one process."""
     if world.size > 1:
         raise core.UserError(f"--mode {cfg.mode} runs in one process: start it with python")
     folder = Path(cfg.run_folder or core.newest_run(cfg, __file__))

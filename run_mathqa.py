@@ -9,7 +9,8 @@
     python run_mathqa.py --smoke
 
 Constants called pretrain_... are the first stage's, their namesakes without it fine-tuning's. Each stage is a
-run of its own under runs/run_mathqa/; modes both, study and split make several and go on where they were.
+run of its own under runs/run_mathqa/. Modes both, study and split make several runs; started again, they
+continue where they stopped.
 """
 
 import contextlib
@@ -40,8 +41,12 @@ from lab.run import checkpoints, stored
 from lab.train import optim
 
 ARMS = (  # rates as each kind of tuning wants them; a study of them takes several of each
-    *("full", "full,optimizer=lion,lr=1e-5,weight_decay=1,beta2=0.99", "lora,lr=5e-4", "loha,lr=5e-4"),
-    *("lokr,lr=2e-3", "full,qat=int4"),
+    "full",
+    "full,optimizer=lion,lr=1e-5,weight_decay=1,beta2=0.99",
+    "lora,lr=5e-4",
+    "loha,lr=5e-4",
+    "lokr,lr=2e-3",
+    "full,qat=int4",
 )
 
 
@@ -119,7 +124,7 @@ class Config:
     eval_every: int | None = 500  # steps; none = each epoch
     eval_rows: int | None = 500  # validation rows or blocks looked at during training; none = all
     answer_rows: int = 200  # validation problems answered then; 0 = none
-    sample_tokens: int = 24  # most in what is written behind three of them; 0 = nothing
+    sample_tokens: int = 24  # most tokens generated after three of them; 0 = nothing
     final_eval: bool = True  # the test rows, once, at the end
     test_weights: Literal["best", "last"] = "best"  # lowest validation loss, or the final ones
     save_every: int | None = None  # steps; none = at each evaluation, before it
@@ -170,23 +175,57 @@ SEVERAL = ("both", "study", "split")  # modes that make several runs
 # 64 x 4 blocks of 512 tokens a step. The one-cycle of journal 004 ignored the 8e-4 of its file and took 1e-3,
 # and was 10,000 steps long whatever the clock said; here it ends with the clock.
 NOAM_WIDE4 = {
-    **{"mode": "pretrain", "text": "DKYoon/SlimPajama-6B", "block_size": 512, "n_layer": 10, "n_head": 16},
-    **{"n_embd": 1024, "pretrain_batch": 256, "pretrain_micro_batch": 64, "pretrain_max_minutes": 180.0},
-    **{"pretrain_lr": 8e-4, "pretrain_schedule": "one_cycle", "pretrain_warmup": 0.3, "cycle_beta1": True},
-    **{"beta1": 0.9, "beta2": 0.95, "pretrain_weight_decay": 0.1, "clip": 1.0, "test_weights": "last"},
-    **{"pretrain_eval_every": 2000, "pretrain_save_every": 500, "eval_rows": 1536, "compile": True},
+    "mode": "pretrain",
+    "text": "DKYoon/SlimPajama-6B",
+    "block_size": 512,
+    "n_layer": 10,
+    "n_head": 16,
+    "n_embd": 1024,
+    "pretrain_batch": 256,
+    "pretrain_micro_batch": 64,
+    "pretrain_max_minutes": 180.0,
+    "pretrain_lr": 8e-4,
+    "pretrain_schedule": "one_cycle",
+    "pretrain_warmup": 0.3,
+    "cycle_beta1": True,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "pretrain_weight_decay": 0.1,
+    "clip": 1.0,
+    "test_weights": "last",
+    "pretrain_eval_every": 2000,
+    "pretrain_save_every": 500,
+    "eval_rows": 1536,
+    "compile": True,
 }
 CONTINUE_NOAM = {  # the same text for 45 minutes more
-    **{"init_from": "newest", "pretrain_schedule": "cosine", "pretrain_lr": 8e-5, "pretrain_min_lr": 8e-6},
-    **{"pretrain_warmup": 0.05, "pretrain_max_minutes": 45.0},
+    "init_from": "newest",
+    "pretrain_schedule": "cosine",
+    "pretrain_lr": 8e-5,
+    "pretrain_min_lr": 8e-6,
+    "pretrain_warmup": 0.05,
+    "pretrain_max_minutes": 45.0,
 }
 # Its rows were padded to 1,024 tokens and cut into two windows of 512, the second one mostly nothing but
 # padding: 256 windows are 128 rows. It validated on the test part, which is not repeated.
 SECOND_STAGE_FULL = {
-    **{"mode": "finetune", "method": "full", "answer_format": "text", "loss_on_prompt": True, "batch": 128},
-    **{"group_lengths": False, "lr": 5e-6, "min_lr": 5e-7, "warmup": 0.05, "schedule": "cosine"},
-    **{"max_minutes": 60.0, "weight_decay": 0.1, "clip": 1.0, "eval_every": 500, "test_weights": "last"},
-    **{"eval_rows": 1536, "compile": True},
+    "mode": "finetune",
+    "method": "full",
+    "answer_format": "text",
+    "loss_on_prompt": True,
+    "batch": 128,
+    "group_lengths": False,
+    "lr": 5e-6,
+    "min_lr": 5e-7,
+    "warmup": 0.05,
+    "schedule": "cosine",
+    "max_minutes": 60.0,
+    "weight_decay": 0.1,
+    "clip": 1.0,
+    "eval_every": 500,
+    "test_weights": "last",
+    "eval_rows": 1536,
+    "compile": True,
 }
 PRESETS = {
     "recommended": {},
@@ -196,23 +235,52 @@ PRESETS = {
     "second_stage_full": SECOND_STAGE_FULL,
 }
 SMOKE = {
-    **{"mode": lambda mode: "study" if mode == "both" else mode},
-    **{"data": "template-problems", "max_documents": 3000, "text": "python-docs", "text_documents": 400},
-    **{"tokenizer": "bpe:1024", "val_share": 0.1, "test_share": 0.1, "block_size": 64, "max_length": 64},
-    **{"n_layer": 2, "n_head": 4, "n_embd": 64, "dropout": 0.0, "qat_group": 32, "vocab_multiple": 32},
-    **{"pretrain_batch": 24, "pretrain_micro_batch": None, "pretrain_max_steps": 120},
-    **{"pretrain_max_minutes": None, "pretrain_lr": lambda lr: 5 * lr, "pretrain_eval_every": 60},
-    **{"pretrain_save_every": None, "batch": 36, "max_minutes": None, "max_steps": 200},
-    **{"lr": lambda lr: 80 * lr, "warmup": 0.1, "dtype": "auto", "eval_every": 100, "eval_rows": 100},
-    **{"pretrain_min_lr": lambda lr: 5 * lr, "min_lr": lambda lr: 80 * lr, "compile": False},
-    **{"answer_rows": 50, "save_every": None, "plain_blocks": 20, "seeds": 1, "budgets": ("steps",)},
-    **{"arms": ("full", "lora,lr=3e-3", "loha,lr=1e-2", "lokr,lr=3e-2", "full,qat=int4")},
+    "mode": lambda mode: "study" if mode == "both" else mode,
+    "data": "template-problems",
+    "max_documents": 3000,
+    "text": "python-docs",
+    "text_documents": 400,
+    "tokenizer": "bpe:1024",
+    "val_share": 0.1,
+    "test_share": 0.1,
+    "block_size": 64,
+    "max_length": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_embd": 64,
+    "dropout": 0.0,
+    "qat_group": 32,
+    "vocab_multiple": 32,
+    "pretrain_batch": 24,
+    "pretrain_micro_batch": None,
+    "pretrain_max_steps": 120,
+    "pretrain_max_minutes": None,
+    "pretrain_lr": lambda lr: 5 * lr,
+    "pretrain_eval_every": 60,
+    "pretrain_save_every": None,
+    "batch": 36,
+    "max_minutes": None,
+    "max_steps": 200,
+    "lr": lambda lr: 80 * lr,
+    "warmup": 0.1,
+    "dtype": "auto",
+    "eval_every": 100,
+    "eval_rows": 100,
+    "pretrain_min_lr": lambda lr: 5 * lr,
+    "min_lr": lambda lr: 80 * lr,
+    "compile": False,
+    "answer_rows": 50,
+    "save_every": None,
+    "plain_blocks": 20,
+    "seeds": 1,
+    "budgets": ("steps",),
+    "arms": ("full", "lora,lr=3e-3", "loha,lr=1e-2", "lokr,lr=3e-2", "full,qat=int4"),
 }
 FOREVER = 10**9  # steps, where only the clock ends a stage
 
 
 def make_optimizer(cfg, model):
-    """Of what trains: made when adapters and quantisation are in place."""
+    """The optimizer of the trained parameters, after adapters and fake quantisation are in place."""
     decay, betas, undecayed = cfg.weight_decay, (cfg.beta1, cfg.beta2), ("wte.weight",)
     if cfg.optimizer == "lion":
         return optim.Lion(optim.parameter_groups(model, decay, undecayed=undecayed), betas)
@@ -224,9 +292,9 @@ def make_optimizer(cfg, model):
 
 @dataclass
 class Stage:
-    """What the loop needs to know of pretraining or of fine-tuning."""
+    """What `fit` needs of pretraining or of fine-tuning."""
 
-    units: object  # what batches are made of: corpus.Blocks, sft.Examples, sft.Packs
+    units: object  # what batches are made of: core.Blocks, core.Examples, core.Packs
     batches: core.ShardedBatches
     total_steps: int
     model: core.GPT
@@ -235,17 +303,17 @@ class Stage:
     announce: object  # () -> None: says what is about to run, and begins the run
     check: object  # (step, where, keep_best, poll) -> None: validation
     describe: object  # () -> str: what the loss sees
-    autopsy: object  # (step, lr) -> dict: what an odd step saw
+    spike_facts: object  # (step, lr) -> dict: what a spiking step read
 
 
 def length_of(cfg, batches) -> int:
-    """Optimizer steps of a stage, as far as steps and epochs bound it."""
+    """Optimizer steps of a stage by max_steps and epochs; FOREVER if only the clock ends it."""
     epochs = None if cfg.epochs is None else cfg.epochs * len(batches)
     return min(steps for steps in (epochs, cfg.max_steps, FOREVER) if steps is not None)
 
 
 def check_length(cfg):
-    """UserError where nothing would end a stage."""
+    """Raises UserError if nothing would end the stage."""
     if cfg.epochs is cfg.max_steps is cfg.max_minutes is None:
         what = "fine-tuning: use --max_minutes, --max_steps or --epochs"
         if cfg.mode == "pretrain":
@@ -253,13 +321,13 @@ def check_length(cfg):
         raise core.UserError(f"nothing ends {what}")
 
 
-def fit(run, cfg, world, s) -> dict:
-    """The loop. Returns how long it was and what memory the gradients and the optimizer took."""
-    units, batches, model = s.units, s.batches, s.model
-    lengths, total_steps = np.asarray(units.lengths), s.total_steps
+def fit(run, cfg, world, stage) -> dict:
+    """The training loop. Returns the steps taken, and the MB of gradients and optimizer state."""
+    units, batches, model = stage.units, stage.batches, stage.model
+    lengths, total_steps = np.asarray(units.lengths), stage.total_steps
     optimizer = make_optimizer(cfg, model)
-    saved = s.trained, optimizer, s.precision
-    s.announce()
+    saved = stage.trained, optimizer, stage.precision
+    stage.announce()
     step = run.load(*saved)
     if cfg.compile:
         for block in model.h:
@@ -267,12 +335,13 @@ def fit(run, cfg, world, s) -> dict:
     ddp = core.wrap_ddp(model, world)
 
     def forward_backward(mine, targets) -> float:
-        """Gradients of this rank's share of the summed loss / targets; returns the share's sum."""
+        """Adds the gradients of this rank's rows, of summed loss / global targets;
+        returns their summed loss."""
         losses = []
         for part in core.micro_batches(ddp, mine, cfg.micro_batch, lengths[mine], cfg.micro_tokens):
-            with s.precision.autocast():
+            with stage.precision.autocast():
                 losses.append(ddp(*units.batch(part, world.device)))
-            core.scaled_backward(losses[-1], world, targets, s.precision)
+            core.scaled_backward(losses[-1], world, targets, stage.precision)
         return sum(loss.item() for loss in losses)
 
     core.reseed(cfg.seed, "worst case")
@@ -281,10 +350,12 @@ def fit(run, cfg, world, s) -> dict:
     at_once = cfg.micro_batch or core.length_groups(lengths[worst].tolist(), cfg.micro_tokens)[0]
     seconds = core.worst_case(world, ddp, lambda: forward_backward(worst, 1), optimizer, at_once)
     run.poll()
-    run.forecast(s.trained, optimizer, total_steps - step, seconds, lengths.mean() / lengths[worst].mean())
-    run.say(s.describe())
+    run.forecast(
+        stage.trained, optimizer, total_steps - step, seconds, lengths.mean() / lengths[worst].mean()
+    )
+    run.say(stage.describe())
     if cfg.max_minutes is not None and total_steps == FOREVER:
-        run.say("the clock ends this stage: how many steps it will have is estimated anew at each line")
+        run.say("the clock ends this stage: its number of steps is estimated at each line")
     quantised = run.state.get("quantised_from") is not None
 
     def where():
@@ -293,14 +364,14 @@ def fit(run, cfg, world, s) -> dict:
     def keep_best(loss) -> bool:
         if cfg.test_weights == "last" or (cfg.qat != "off" and not quantised):
             return False  # a loss without quantisation is no record to beat
-        return (ends or step > 0) and run.save_best(step, loss, s.trained)
+        return (ends or step > 0) and run.save_best(step, loss, stage.trained)
 
     while True:
         length = run.schedule_length(step, total_steps)
         ends = step >= total_steps
         if cfg.qat != "off" and not quantised and (ends or step >= cfg.qat_start * length):
             quantised, run.state["quantised_from"] = True, step
-            for name in ("lowest", "evaluated"):  # of another model, so to speak
+            for name in ("lowest", "evaluated"):  # of the float model
                 run.state.pop(name, None)
             run.say(f"{where()}  step {step}: int4 weights and int8 activations from here on")
         int4.switch(model, quantised)
@@ -310,7 +381,7 @@ def fit(run, cfg, world, s) -> dict:
             run.save(step, *saved, must=ends)
         if due and run.state.get("evaluated") != step:
             # without a checkpoint just made, a signal waits until the evaluation is over, and is then saved
-            s.check(step, where(), keep_best, run.poll if ends or saves else run.agree)
+            stage.check(step, where(), keep_best, run.poll if ends or saves else run.agree)
             run.state["evaluated"] = step
         if ends:
             break
@@ -326,9 +397,9 @@ def fit(run, cfg, world, s) -> dict:
         core.reseed(cfg.seed, step, world.rank)
         lr, beta1 = core.lr_at(cfg, step, length), core.beta1_at(cfg, step, length)
         loss_sum = forward_backward(mine, targets)
-        odd = run.watch(step + 1, loss_sum, targets, model, functools.partial(s.autopsy, step, lr))
+        odd = run.watch(step + 1, loss_sum, targets, model, functools.partial(stage.spike_facts, step, lr))
         step += 1
-        grad_norm = core.optimizer_step(optimizer, s.precision, cfg.clip, lr, beta1, skip=odd)
+        grad_norm = core.optimizer_step(optimizer, stage.precision, cfg.clip, lr, beta1, skip=odd)
         run.step_done(loss_sum, targets, int(lengths[batches.global_batch(step - 1)].sum()))
         if cfg.max_minutes is not None:  # such a run is not repeated to the bit: its path is kept
             run.metrics(step, {"clock/lr": lr, "clock/share": run.clock_share})
@@ -336,27 +407,27 @@ def fit(run, cfg, world, s) -> dict:
             run.log_training(where(), step, round(length), {"lr": lr, "grad_norm": grad_norm})
     trains = [p for p in model.parameters() if p.requires_grad]
     state = [t for of in optimizer.state.values() for t in of.values() if isinstance(t, torch.Tensor)]
-    found = {"steps": step, "state_mb": sum(t.numel() * t.element_size() for t in (*trains, *state)) / 1e6}
+    figures = {"steps": step, "state_mb": sum(t.numel() * t.element_size() for t in (*trains, *state)) / 1e6}
     optimizer.zero_grad(set_to_none=True)  # makes room for measuring
     optimizer.state.clear()
-    return found
+    return figures
 
 
-held_out = tuning.held_out  # the parts whose figures a run ends with
+final_parts = tuning.final_parts  # the parts whose figures a run ends with
 
 
-def weights_of(run, cfg, s) -> dict:
-    """The final weights' checksum; then the model has the weights that are to be tested."""
-    found = {"weights_sha256": core.weights_sha256(s.trained), "test_checkpoints": [run.checkpoint]}
+def weights_of(run, cfg, stage) -> dict:
+    """Returns checksum, checkpoint and parameter counts; then loads the weights that are to be tested."""
+    facts = {"weights_sha256": core.weights_sha256(stage.trained), "test_checkpoints": [run.checkpoint]}
     if cfg.test_weights == "best":
-        found["test_checkpoints"] = [run.load_best(s.trained)]
-    return found | dict(
-        zip(("parameters", "trainable_parameters"), core.count_parameters(s.model), strict=True)
+        facts["test_checkpoints"] = [run.load_best(stage.trained)]
+    return facts | dict(
+        zip(("parameters", "trainable_parameters"), core.count_parameters(stage.model), strict=True)
     )
 
 
 def said(m, part) -> str:
-    """The figures that both stages have, for a line."""
+    """A line of the figures that both stages have."""
     loss, accuracy = (core.plus_minus(m[f"{part}/{k}"], m[f"{part}/{k}_interval"], n) for k, n in FIGURES)
     guess = f"token frequencies {m[f'{part}/unigram_loss']:.4f}"
     return f"loss {loss}  perplexity {m[f'{part}/perplexity']:.2f}  accuracy {accuracy}  {guess}"
@@ -365,8 +436,8 @@ def said(m, part) -> str:
 FIGURES = (("loss", 4), ("accuracy", 3))
 
 
-def farewell(run, result, part):
-    """The last lines of a stage."""
+def say_end(run, result, part):
+    """Says the last lines of a stage."""
     loss, perplexity = f"{result[f'{part}/loss']:.4f}", f"{result[f'{part}/perplexity']:.2f}"
     run.say(f"done  {part} loss {loss}  perplexity {perplexity}  {run.seconds / 60:.1f} min")
     run.say(f"all figures: {run.folder}/result.json")
@@ -377,7 +448,8 @@ def farewell(run, result, part):
 
 
 def pretraining(cfg) -> Config:
-    """The constants of the first stage: what is called pretrain_... takes the place of its namesake."""
+    """The constants of the first stage: pretrain_lr becomes lr, and so on. UserError for
+    typed flags of the second."""
     names = {field.name for field in fields(Config) if field.name.startswith("pretrain_")}
     theirs = {name.removeprefix("pretrain_"): getattr(cfg, name) for name in names}
     typed = core.typed(cfg)
@@ -391,7 +463,7 @@ def pretraining(cfg) -> Config:
 
 @contextlib.contextmanager
 def flags_of_stage(cfg):
-    """Errors of the first stage name the flags that are its own."""
+    """In the first stage, errors about --lr say --pretrain_lr, and so on."""
     try:
         yield
     except core.UserError as error:
@@ -404,6 +476,7 @@ def flags_of_stage(cfg):
 
 
 def open_text(cfg, world) -> core.Tokens:
+    """The tokens of the pretraining text. UserError names --text, --tokenizer."""
     try:
         return core.open_corpus(corpus_of(cfg), world)
     except core.UserError as error:
@@ -421,7 +494,7 @@ def corpus_of(cfg) -> core.Corpus:
 
 
 def new_model(cfg, tokenizer) -> core.GPT:
-    """Rotary positions, SwiGLU, RMSNorm, no biases, tied: journal 004's `noam`."""
+    """A new GPT like journal 004's `noam`: rotary positions, SwiGLU, RMSNorm, no biases, tied head."""
     rows = math.ceil(len(tokenizer) / cfg.vocab_multiple) * cfg.vocab_multiple
     return core.GPT(core.GPTConfig(
         rows, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, positions="rotary", norm="rmsnorm",
@@ -430,7 +503,7 @@ def new_model(cfg, tokenizer) -> core.GPT:
 
 
 def first_model(cfg, tokenizer, world) -> core.GPT:
-    """A new model, or that of cfg.init_from, which goes on reading."""
+    """A new model, or that of cfg.init_from for continued pretraining. UserError where it does not fit."""
     if cfg.init_from in (None, "new"):
         return new_model(cfg, tokenizer)
     model, own = open_weights(cfg, world)
@@ -443,7 +516,7 @@ def first_model(cfg, tokenizer, world) -> core.GPT:
 
 
 def blocks_of(cfg, tokens, part, most=None) -> core.Blocks:
-    """The first `most` blocks of a part; none: all."""
+    """The first `most` blocks of a part; none: all. UserError if there is none."""
     ids = tokens.parts[part][: None if most is None else most * cfg.block_size + 1]
     if len(ids) < 2:
         share = "" if part == "train" else f" or a larger --{part}_share"
@@ -452,13 +525,14 @@ def blocks_of(cfg, tokens, part, most=None) -> core.Blocks:
 
 
 def pretrain(run, cfg, world) -> dict:
+    """The first stage. Returns the final figures."""
     check_length(cfg)
     tokens = open_text(cfg, world)
     run.pin("fingerprint", tokens.fingerprint)
     train, val = blocks_of(cfg, tokens, "train"), blocks_of(cfg, tokens, "val", cfg.eval_rows)
-    for part in held_out(cfg):
+    for part in final_parts(cfg):
         blocks_of(cfg, tokens, part)
-    order = cfg.seed + (1000 if cfg.init_from else 0)  # who goes on reading does not begin again
+    order = cfg.seed + (1000 if cfg.init_from else 0)  # continued pretraining reads in a new order
     batches = core.ShardedBatches(np.full(len(train), cfg.block_size), cfg.batch, world, seed=order)
     core.reseed(cfg.seed, "init")
     precision = core.Precision(cfg.dtype, world)
@@ -472,16 +546,16 @@ def pretrain(run, cfg, world) -> dict:
         for line in [*tokens.lines, *([f"from {cfg.init_from}"] if cfg.init_from else [])]:
             run.say(line)
         run.say(f"{cfg.batch * cfg.block_size:,} tokens a step, {len(batches):,} steps an epoch")
-        core.on_main(world, lambda: gpt_scratch.describe_model(run.folder, model, tokens.tokenizer))
+        core.on_main(world, gpt_scratch.describe_model, run.folder, model, tokens.tokenizer)
 
     def check(step, where, keep_best, poll):
         sums = core.evaluate(model, val, cfg, world, poll)
-        found = core.language_metrics(sums, blocks.stretches(len(sums)))
+        metrics = core.language_metrics(sums, blocks.stretches(len(sums)))
         if step == 0:
-            run.say(f"initial loss {found['loss']:.4f}  ln V {math.log(model.config.vocab_size):.4f}")
-        tuning.report_validation(run, step, found, where, keep_best(found["loss"]), len(batches))
+            run.say(f"initial loss {metrics['loss']:.4f}  ln V {math.log(model.config.vocab_size):.4f}")
+        tuning.report_validation(run, step, metrics, where, keep_best(metrics["loss"]), len(batches))
 
-    def autopsy(step, lr) -> dict:
+    def spike_facts(step, lr) -> dict:
         rows = batches.global_batch(step).tolist()
         first = train.tokens[rows[0] * cfg.block_size : (rows[0] + 1) * cfg.block_size + 1]
         return {"lr": lr, "rows": rows, "first_row": tokens.tokenizer.decode(first.tolist())}
@@ -490,45 +564,45 @@ def pretrain(run, cfg, world) -> dict:
         text = core.one_line(tokens.tokenizer.decode(train.tokens[: cfg.block_size].tolist()))
         return f"the loss sees, in {train.targets([0])[0]} targets (all but the first token):\n  {text[:96]}"
 
-    of_text = announce, check, describe, autopsy
-    s = Stage(train, batches, length_of(cfg, batches), model, model, precision, *of_text)
-    result = fit(run, cfg, world, s)
-    result |= weights_of(run, cfg, s)
+    callbacks = announce, check, describe, spike_facts
+    stage = Stage(train, batches, length_of(cfg, batches), model, model, precision, *callbacks)
+    result = fit(run, cfg, world, stage)
+    result |= weights_of(run, cfg, stage)
     figures, losses, _ = measure_text(model, tokens, cfg, world, run.poll)
-    for part in held_out(cfg):
+    for part in final_parts(cfg):
         run.say(f"{part:5} {said(figures, part)}")
         if alarm := figures[f"{part}/alarm"]:
             run.say(alarm)
-    core.on_main(world, lambda: core.write_lines(run.folder / "losses.jsonl", losses))
-    farewell(run, figures, part)
+    core.on_main(world, core.write_lines, run.folder / "losses.jsonl", losses)
+    say_end(run, figures, part)
     return result | figures
 
 
 def measure_text(model, tokens, cfg, world, poll) -> tuple[dict, list, list]:
-    """Figures of val and test, lines of losses.jsonl, and no answers."""
-    found, sizes = {}, core.token_bytes(tokens.tokenizer)
-    for part in held_out(cfg):
+    """(figures of val and test, lines of losses.jsonl, no answers)"""
+    figures, sizes = {}, core.token_bytes(tokens.tokenizer)
+    for part in final_parts(cfg):
         blocks = blocks_of(cfg, tokens, part)
         sums = core.evaluate(model, blocks, cfg, world, poll)
         metrics = core.measure(sums, blocks, tokens.unigram, sizes)
-        found |= {f"{part}/{name}": value for name, value in metrics.items()}
-    return found, core.losses(part, sums, blocks, sizes), []
+        figures |= {f"{part}/{name}": value for name, value in metrics.items()}
+    return figures, core.loss_rows(part, sums, blocks, sizes), []
 
 
 # ------------------------------------------------------------------------------------------------ fine-tuning
 
 
 def newest_base(cfg, world) -> str | None:
-    """newest_pretraining on all ranks; an error where one was asked for by name."""
-    found = core.on_main(world, lambda: newest_pretraining(cfg))
-    if cfg.init_from == "newest" and found is None:
+    """newest_pretraining on all ranks. UserError if --init_from newest finds none."""
+    base = core.on_main(world, newest_pretraining, cfg)
+    if cfg.init_from == "newest" and base is None:
         out = core.out_folder(cfg, __file__)
         raise core.UserError(f"--init_from newest: there is no finished pretraining run in {out}")
-    return found
+    return base
 
 
 def newest_pretraining(cfg) -> str | None:
-    """The newest finished run of mode pretrain in cfg.out."""
+    """The newest finished run of mode pretrain in cfg.out, or None."""
     folders = sorted(path.parent for path in core.out_folder(cfg, __file__).glob("*/result.json"))
     for folder in reversed(folders):
         if (
@@ -540,7 +614,7 @@ def newest_pretraining(cfg) -> str | None:
 
 
 def is_own_pretraining(name) -> bool:
-    """Whether cfg.init_from is a run of this script's first stage, whose text is in the token cache."""
+    """Whether `name` is a run of this script's first stage, so that its text is known."""
     if not core.is_run(name):
         return False
     config = core.read_config(name)
@@ -548,7 +622,8 @@ def is_own_pretraining(name) -> bool:
 
 
 def open_weights(cfg, world):
-    """(model, tokenizer) of cfg.init_from, at cfg.init_step or as it was tested."""
+    """(model, tokenizer) of cfg.init_from, at cfg.init_step or as it was tested.
+    UserError where there is none."""
     name = cfg.init_from
     if Path(name).is_file():
         raise core.UserError(f"--init_from {name} is a file: use a run's folder")
@@ -556,8 +631,7 @@ def open_weights(cfg, world):
         raise core.UserError(f"--init_from {name} is not there; paths count from where the run was started")
     if (Path(name) / "checkpoints").is_dir() and not core.is_run(name):
         raise core.UserError(f"--init_from {name} holds adapters only: --mode export merges them")
-    opened = functools.partial(core.open_model, name, cfg.dropout, cfg.checkpointing)
-    model, tokenizer = core.main_first(world, opened)
+    model, tokenizer = core.main_first(world, core.open_model, name, cfg.dropout, cfg.checkpointing)
     if len(tokenizer) > model.config.vocab_size:
         raise core.UserError(f"the tokenizer of {name} has {len(tokenizer)} tokens, the model "
                              f"{model.config.vocab_size}: they do not belong together")  # fmt: skip
@@ -571,7 +645,7 @@ def open_weights(cfg, world):
 
 
 def open_base(cfg, world):
-    """(model, tokenizer) that fine-tuning begins with."""
+    """(model, tokenizer) that fine-tuning starts from."""
     if cfg.init_from is None:
         raise core.UserError("there is no pretraining run: --mode pretrain makes one, or use --init_from")
     if cfg.init_from != "new":
@@ -584,7 +658,7 @@ def open_base(cfg, world):
 
 
 def tuned(cfg, base, world):
-    """(model as it is trained, what of it a checkpoint holds)"""
+    """Adds adapters or fake quantisation: (the model to train, what a checkpoint holds of it)."""
     core.reseed(cfg.seed, "adapters")
     if cfg.method != "full":
         loha_lokr.add_adapters(base, cfg.method, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
@@ -600,7 +674,7 @@ def check_context(cfg, most, of):
 
 
 def plain_text(cfg, tokenizer, block_size, world) -> tuple[str, core.Blocks | None]:
-    """What the text is, and blocks of it that nobody was trained on: cfg.plain, or the text of the base."""
+    """(name of the text, held-out blocks) to measure forgetting: cfg.plain, or the base's own text."""
     if not cfg.plain_blocks:
         return "", None
     if cfg.plain is None and (cfg.init_from == "new" or is_own_pretraining(cfg.init_from)):
@@ -612,12 +686,13 @@ def plain_text(cfg, tokenizer, block_size, world) -> tuple[str, core.Blocks | No
         return then.text, blocks_of(replace(then, block_size=block_size), tokens, "test", cfg.plain_blocks)
     name, most = cfg.plain or "python-docs", (min(block_size, cfg.max_length), cfg.plain_blocks)
     try:
-        return name, core.main_first(world, lambda: tuning.plain_blocks(name, tokenizer, *most))
+        return name, core.main_first(world, tuning.plain_blocks, name, tokenizer, *most)
     except core.UserError as error:
         raise core.UserError(f"--plain: {error}") from None
 
 
 def finetune(run, cfg, world) -> dict:
+    """The second stage. Returns the final figures."""
     check_length(cfg)
     base, tokenizer = open_base(cfg, world)
     check_context(cfg, base.config.block_size, cfg.init_from)
@@ -651,14 +726,14 @@ def finetune(run, cfg, world) -> dict:
             run.say(f"each epoch leaves out {left} of {len(units)}, others each time: they fill no batch")
         if cfg.optimizer == "lion" and cfg.batch < 64:
             run.say(f"NOTE Lion is recommended for batches of 64 and more, not {cfg.batch}")
-        core.on_main(world, lambda: keep_for_later(run.folder, cfg, model, tokenizer))
+        core.on_main(world, keep_for_later, run.folder, cfg, model, tokenizer)
 
     def check(step, where, keep_best, poll):
         if step == 0 and plain:
             run.state["plain"] = tuning.plain_losses(run, cfg, plain, model, poll).tolist()
         sums = core.evaluate(model, val, cfg, world, poll)
-        found = core.language_metrics(sums, data.groups[val.rows])
-        tuning.report_validation(run, step, found, where, keep_best(found["loss"]), len(batches))
+        metrics = core.language_metrics(sums, data.groups[val.rows])
+        tuning.report_validation(run, step, metrics, where, keep_best(metrics["loss"]), len(batches))
         if len(asked):
             scores = choices.Scores.of(model, choices.Choices(data, asked), cfg, world, poll)
             share = scores.right(data, asked).mean(0).tolist()
@@ -666,28 +741,26 @@ def finetune(run, cfg, world) -> dict:
             run.metrics(step, {"val/answer_accuracy": share[0], "val/answer_accuracy_per_token": share[1]})
             sample(run, cfg, step, model, data, asked[:3], poll)
 
-    whole = tuning.Study(data, parts, units, batches, 0, val, plain, lines)
+    whole = tuning.TuningSetup(data, parts, units, batches, 0, val, plain, lines)
 
-    def autopsy(step, lr) -> dict:
+    def spike_facts(step, lr) -> dict:
         uncut = replace(cfg, max_length=cfg.max_length + 1)  # the last token is only a target
-        return tuning.autopsy(run, uncut, whole, model, batches.global_batch(step).tolist(), {"lr": lr})
+        return tuning.spike_facts(run, uncut, whole, model, batches.global_batch(step).tolist(), {"lr": lr})
 
-    of_rows = announce, check, functools.partial(tuning.describe_example, parts["train"]), autopsy
-    s = Stage(units, batches, length_of(cfg, batches), model, trained, precision, *of_rows)
-    result = fit(run, cfg, world, s)
+    callbacks = announce, check, functools.partial(tuning.describe_example, parts["train"]), spike_facts
+    stage = Stage(units, batches, length_of(cfg, batches), model, trained, precision, *callbacks)
+    result = fit(run, cfg, world, stage)
     if cfg.method != "full":
         if core.state_sha256(core.base_weights(model)) != base_sha256:
             raise RuntimeError("the base has moved: only adapters may")
         run.say("the base is unchanged (checksum)")
-    result |= weights_of(run, cfg, s)
+    result |= weights_of(run, cfg, stage)
     figures, losses, answers = measure_rows(model, data, parts, cfg, world, run.poll)
-    for part in held_out(cfg):
+    for part in final_parts(cfg):
         run.say(f"{part:5} {said(figures, part)}")
-        everywhere = figures[f"{part}/accuracy_over_padding"]
-        what = "hits" if cfg.loss_on_prompt else "an answer's hits"
-        run.say(
-            f"{part:5} ({what} over every position of rows padded to 1,024, the journal's: {everywhere:.4f})"
-        )
+        hits = "hits" if cfg.loss_on_prompt else "an answer's hits"
+        share = f"{figures[f'{part}/accuracy_over_padding']:.4f}"
+        run.say(f"{part:5} accuracy as journal 004 counted, {hits} / all positions of padded rows: {share}")
     for line in choices.answer_lines(part, figures):
         run.say(line)
     alarm = tuning.alarm(run, result["steps"], part, figures)
@@ -697,14 +770,14 @@ def finetune(run, cfg, world) -> dict:
         figures["alarm"] = alarm
     if plain:
         figures |= tuning.forgetting(run, replace(cfg, plain=Path(text).name), plain, model)
-    core.on_main(world, lambda: core.write_lines(run.folder / "losses.jsonl", losses))
-    core.on_main(world, lambda: core.write_lines(run.folder / "answers.jsonl", answers))
-    farewell(run, figures, part)
+    core.on_main(world, core.write_lines, run.folder / "losses.jsonl", losses)
+    core.on_main(world, core.write_lines, run.folder / "answers.jsonl", answers)
+    say_end(run, figures, part)
     return result | figures | {"base_sha256": base_sha256}
 
 
 def sample(run, cfg, step, model, data, rows, poll):
-    """What the model writes behind problems: to samples.jsonl, TensorBoard, the first one to the terminal."""
+    """Writes what the model generates after problems to samples.jsonl and TensorBoard; says the first."""
     if not cfg.sample_tokens:
         return
     prompts, world = [data.prompt(row) for row in rows], run.world
@@ -713,21 +786,23 @@ def sample(run, cfg, step, model, data, rows, poll):
     run.samples(step, [f"{problem}\n{text}" for problem, text in zip(asked, texts, strict=True)])
     right = data.tokenizer.decode(data.whole(rows[0])[len(prompts[0]) : -1]).strip()
     written = answers.shortened(core.one_line(texts[0]), 20)
-    run.say(f"  | {answers.shortened(asked[0], 50)} -> {written} ({answers.shortened(right, 16)})")
+    run.say(f"  | {answers.shortened(asked[0], 46)} -> {written} (right: {answers.shortened(right, 16)})")
 
 
 def measure_rows(model, data, parts, cfg, world, poll) -> tuple[dict, list, list]:
-    """Figures of val and test, lines of losses.jsonl and of answers.jsonl; only the last part is answered."""
-    found = {}
-    for part in held_out(cfg):
-        last = part == held_out(cfg)[-1]
-        of_part, losses, answers = choices.measure(model, part, parts, data, cfg, world, poll, last)
-        found |= of_part
-    return found, losses, answers
+    """(figures of val and test, lines of losses.jsonl, lines of answers.jsonl);
+    answers the last part only."""
+    figures = {}
+    for part in final_parts(cfg):
+        last = part == final_parts(cfg)[-1]
+        part_figures, losses, answers = choices.measure(model, part, parts, data, cfg, world, poll, last)
+        figures |= part_figures
+    return figures, losses, answers
 
 
 def keep_for_later(folder, cfg, model, tokenizer):
-    """tokenizer/ and, where a checkpoint holds a whole model, gpt.json: they let the folder rebuild it."""
+    """Writes tokenizer/ and, if checkpoints hold whole models, gpt.json: from these
+    the folder rebuilds it."""
     if cfg.method == "full":
         gpt_scratch.describe_model(folder, model, tokenizer)
     else:
@@ -738,7 +813,8 @@ def keep_for_later(folder, cfg, model, tokenizer):
 
 
 def stored_config(folder) -> Config:
-    """The constants that a run had; those that the script no longer knows are passed over."""
+    """The constants of a run; those that this script no longer has are left out.
+    UserError for another script's."""
     stored, known = core.read_config(folder), {field.name for field in fields(Config)}
     if stored["script"] != Path(__file__).stem:
         raise core.UserError(f"{folder} is a run of {stored['script']}.py: open it there")
@@ -746,7 +822,8 @@ def stored_config(folder) -> Config:
 
 
 def load_model(folder, world):
-    """(Config, model, tokenizer) of a run, with the weights it was tested with; quantised as in training."""
+    """(Config, model, tokenizer) of a run, with the weights that it was tested with;
+    fake-quantised as in training."""
     cfg = stored_config(folder)
     if cfg.mode == "pretrain":
         model, tokenizer = core.open_model(folder)
@@ -768,36 +845,38 @@ evaluate = core.evaluate  # (blocks or rows, 3): summed loss, hits, targets of e
 
 
 def own_measure(folder, cfg, tokenizer, world):
-    """What measures a model on the held-out data of a run, (model, poll) -> figures, losses, answers; and the
-    units of its last part."""
+    """(a function (model, poll) -> figures, losses, answers on a run's held-out data; the units of its last
+    part). UserError if the data has changed."""
     stored = core.read_config(folder)["facts"]["fingerprint"]
     if cfg.mode == "pretrain":
         tokens = open_text(cfg, world)
         core.same_data(stored, tokens.fingerprint, cfg.text, ("data", "tokenizer"))
-        units = blocks_of(cfg, tokens, held_out(cfg)[-1])
+        units = blocks_of(cfg, tokens, final_parts(cfg)[-1])
         return (lambda model, poll: measure_text(model, tokens, cfg, world, poll)), units
     data = core.load_problems(cfg, world, tokenizer)
     core.same_data(stored, data.fingerprint, cfg.data)
     parts, _ = choices.examples_of(data, cfg)
-    return (lambda model, poll: measure_rows(model, data, parts, cfg, world, poll)), parts[held_out(cfg)[-1]]
+    return (lambda model, poll: measure_rows(model, data, parts, cfg, world, poll)), parts[
+        final_parts(cfg)[-1]
+    ]
 
 
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
-    """The figures of a run's own val and test data, measured again; losses.jsonl: its name and lines.
+    """Measures a run's own val and test data again. Returns figures, and name and lines of losses.jsonl.
 
-    answers.jsonl is written anew, too.
+    Rewrites answers.jsonl, too.
     """
     cfg, model, tokenizer = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
     measure, _ = own_measure(folder, cfg, tokenizer, world)
-    found, losses, answers = measure(model, poll)
+    figures, losses, answers = measure(model, poll)
     if answers:
-        core.on_main(world, lambda: core.write_lines(Path(folder) / "answers.jsonl", answers))
-    return found, ("losses.jsonl", losses)
+        core.on_main(world, core.write_lines, Path(folder) / "answers.jsonl", answers)
+    return figures, ("losses.jsonl", losses)
 
 
 def merged(model) -> core.GPT:
-    """A plain float GPT of whatever was trained."""
+    """A plain float GPT of a trained model: adapters merged, fake quantisation removed."""
     if core.adapted(model):
         return core.merge_lora(model)
     plain = core.with_weights(model.config, model.state_dict())
@@ -808,35 +887,41 @@ def merged(model) -> core.GPT:
 
 
 def quantise_run(folder, cfg, world, say, poll) -> dict:
-    """Makes <run>/quantised_<group>/, loads it from the disk and measures it beside the run's float weights:
-    {"float": figures, "int4": figures, ...}. What has been measured before is read.
+    """Writes <run>/quantised_<group>/, loads it again and measures it beside the float weights. Returns
+    {"float": figures, "int4": figures, ...}, from result.json if it was measured before.
     """
     own, model, tokenizer = load_model(folder, world)
     group = own.qat_group if own.qat != "off" else cfg.qat_group  # the one it was trained for
     model, target = merged(model).eval(), Path(folder) / f"quantised_{group}"
     weights = core.weights_sha256(model)
-    if known := core.on_main(world, lambda: known_figures(target, weights)):
+    if known := core.on_main(world, known_figures, target, weights):
         return known
-    core.on_main(world, lambda: int4.save(int4.convert(model, group), group, tokenizer, target))
-    small, _ = core.main_first(world, lambda: int4.load(target))
+    core.on_main(world, write_int4, model, group, tokenizer, target)
+    small, _ = core.main_first(world, int4.load, target)
     measure, units = own_measure(folder, replace(own, eval_batch=cfg.eval_batch), tokenizer, world)
-    found = {"weights_sha256": weights, "group": group, "trained_for_it": own.qat != "off"}
+    result = {"weights_sha256": weights, "group": group, "trained_for_it": own.qat != "off"}
     bytes_of = {"float": sum(t.numel() * t.element_size() for t in model.state_dict().values())}
     bytes_of["int4"] = (target / "model.safetensors").stat().st_size
     lines = {}
     for kind, of in (("float", model), ("int4", small.to(world.device))):
         figures, *lines[kind] = measure(of, poll)
         rate = tokens_per_second(of, units, own, world, poll)
-        found[kind] = figures | {"mb": bytes_of[kind] / 1e6, "tokens_per_second": rate}
-        loss = figures[f"{held_out(own)[-1]}/loss"]
-        say(f"{kind:5} {held_out(own)[-1]} loss {loss:.4f}  {rate:.0f} tokens/s  of {Path(folder).name}")
-    found["rows"] = mathqa_report.paired_rows(lines["float"], lines["int4"])
-    core.on_main(world, lambda: core.write_json(target / "result.json", found))
-    return found
+        result[kind] = figures | {"mb": bytes_of[kind] / 1e6, "tokens_per_second": rate}
+        loss = figures[f"{final_parts(own)[-1]}/loss"]
+        say(f"{kind:5} {final_parts(own)[-1]} loss {loss:.4f}  {rate:.0f} tokens/s  of {Path(folder).name}")
+    result["rows"] = mathqa_report.paired_rows(lines["float"], lines["int4"])
+    core.on_main(world, core.write_json, target / "result.json", result)
+    return result
+
+
+def write_int4(model, group, tokenizer, folder):
+    """Writes the model in int4."""
+    int4.save(int4.convert(model, group), group, tokenizer, folder)
 
 
 def known_figures(target, weights) -> dict | None:
-    """What quantise_run found for these weights; a folder of others, or an unfinished one, is removed."""
+    """Earlier figures of quantise_run for these weights; removes a folder of other
+    weights or without figures."""
     try:
         known = json.loads((target / "result.json").read_text())
     except (OSError, ValueError):
@@ -848,7 +933,7 @@ def known_figures(target, weights) -> dict | None:
 
 
 def tokens_per_second(model, units, cfg, world, poll) -> float:
-    """Of evaluation, over at most 200 rows; the median of three passes behind a first one."""
+    """Tokens per second of evaluation, over at most 200 rows: median of three passes after a first one."""
     if isinstance(units, core.Blocks):
         some = core.Blocks(units.tokens[: 200 * units.block_size + 1], units.block_size)
     else:
@@ -861,15 +946,15 @@ def tokens_per_second(model, units, cfg, world, poll) -> float:
     return int(np.asarray(some.lengths).sum()) / statistics.median(seconds[1:])
 
 
-def of_one_run(cfg, world, say, poll):
+def quantise_or_export(cfg, world, say, poll):
     """Modes quantise and export."""
     if not cfg.run_folder:
         raise core.UserError(f"--mode {cfg.mode} needs --run_folder")
     if cfg.mode == "quantise":
-        found = quantise_run(cfg.run_folder, cfg, world, say, poll)
-        say(mathqa_report.quantised_table({Path(cfg.run_folder).name: [found]}))
-        folder = f"{cfg.run_folder}/quantised_{found['group']}"
-        say("\n".join(mathqa_report.small_verdicts({Path(cfg.run_folder).name: [found]})))
+        result = quantise_run(cfg.run_folder, cfg, world, say, poll)
+        say(mathqa_report.quantised_table({Path(cfg.run_folder).name: [result]}))
+        folder = f"{cfg.run_folder}/quantised_{result['group']}"
+        say("\n".join(mathqa_report.small_verdicts({Path(cfg.run_folder).name: [result]})))
         return say(f"done  {folder}\nnext: python eval.py --run {folder} --data <text or rows>")
     _, model, tokenizer = load_model(cfg.run_folder, world)
     folder = Path(cfg.run_folder) / "merged"
@@ -887,8 +972,8 @@ def of_one_run(cfg, world, say, poll):
 
 
 @dataclass
-class Study:
-    """What the stages share: where results go, how to say a line, what polls for signals."""
+class MathQAStudy:
+    """What the runs of a study share: folder of results, say(line), poll() for signals."""
 
     cfg: Config
     world: core.World
@@ -897,25 +982,68 @@ class Study:
     poll: object
 
 
-OF_STUDIES = {"arms", "budgets", "shares", "seeds", "run_folder"}
+STUDY_CONSTANTS = {"arms", "budgets", "shares", "seeds", "run_folder"}
 ARM_MAY = {  # what an arm may have of its own: how it is tuned, not what on or how much of it
-    *("lr", "min_lr", "warmup", "schedule", "cycle_beta1", "optimizer", "beta1", "beta2", "weight_decay"),
-    *("clip", "dropout", "lora_rank", "lora_alpha", "lora_dropout", "qat", "qat_group", "qat_start"),
+    "lr",
+    "min_lr",
+    "warmup",
+    "schedule",
+    "cycle_beta1",
+    "optimizer",
+    "beta1",
+    "beta2",
+    "weight_decay",
+    "clip",
+    "dropout",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "qat",
+    "qat_group",
+    "qat_start",
 }
-# of the other stage: they decide nothing in this one
-OF_TEXT = {
-    *("text", "text_column", "text_documents", "text_tokens", "tokenizer", "vocab_multiple", "n_layer"),
-    *("n_head", "n_embd", "val_share", "test_share", "block_size"),
+# constants of one stage, ignored in the other
+STAGE1_ONLY = {
+    "text",
+    "text_column",
+    "text_documents",
+    "text_tokens",
+    "tokenizer",
+    "vocab_multiple",
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "val_share",
+    "test_share",
+    "block_size",
 }
-OF_ROWS = {
-    *("data", "max_documents", "answer_format", "loss_on_prompt", "max_length", "pack", "group_lengths"),
-    *("init_from", "init_step", "method", "lora_rank", "lora_alpha", "lora_dropout", "qat", "qat_group"),
-    *("qat_start", "answer_rows", "sample_tokens", "plain", "plain_blocks"),
+STAGE2_ONLY = {
+    "data",
+    "max_documents",
+    "answer_format",
+    "loss_on_prompt",
+    "max_length",
+    "pack",
+    "group_lengths",
+    "init_from",
+    "init_step",
+    "method",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "qat",
+    "qat_group",
+    "qat_start",
+    "answer_rows",
+    "sample_tokens",
+    "plain",
+    "plain_blocks",
 }
 
 
 def arm_config(cfg, arm) -> Config:
-    """cfg with the constants of an arm, `lora,lr=5e-4`. UserError for what no arm may change."""
+    """cfg with the constants of an arm, e.g. `lora,lr=5e-4`. UserError for a constant
+    that arms may not change."""
     method, *given = (word.strip() for word in arm.split(","))
     argv = ["--method", method]
     for word in given:
@@ -933,104 +1061,115 @@ def arm_config(cfg, arm) -> Config:
     return replace(cfg, **{name: getattr(parsed, name) for name in core.typed(parsed).flags})
 
 
-def as_run(s, cfg, tag) -> Config:
-    """`cfg` as a run of a study, found by its tag; another one where a constant of its stage differs."""
-    other = OF_ROWS if cfg.mode == "pretrain" else set() if cfg.init_from == "new" else OF_TEXT
+def as_run(study, cfg, tag) -> Config:
+    """`cfg` as a run of a study, which is found again by its tag and the constants of its stage."""
+    other = STAGE2_ONLY if cfg.mode == "pretrain" else set() if cfg.init_from == "new" else STAGE1_ONLY
     names = {field.name for field in fields(Config) if not field.name.startswith("pretrain_")}
-    matter = names - core.MAY_CHANGE - core.CALL_CONSTANTS - OF_STUDIES - other
-    tag = "-".join(filter(None, [s.cfg.tag, tag, f"s{cfg.seed}"]))
-    one = replace(cfg, tag=tag, resume_timestamp="auto")
-    typed = replace(core.typed(s.cfg), overrides={})
-    flags = core.typed(cfg if cfg.mode == "pretrain" else s.cfg).flags  # those of the first stage are renamed
+    matter = names - core.MAY_CHANGE - core.CALL_CONSTANTS - STUDY_CONSTANTS - other
+    tag = "-".join(filter(None, [study.cfg.tag, tag, f"s{cfg.seed}"]))
+    run_cfg = replace(cfg, tag=tag, resume_timestamp="auto")
+    typed = replace(core.typed(study.cfg), overrides={})
+    flags = core.typed(
+        cfg if cfg.mode == "pretrain" else study.cfg
+    ).flags  # those of the first stage are renamed
     changed = flags & (core.MAY_CHANGE - set(LENGTH))
-    return core.with_flags(one, typed, matter | changed)
+    return core.with_flags(run_cfg, typed, matter | changed)
 
 
 LENGTH = ("max_minutes", "max_steps", "epochs")
 
 
 def length_name(cfg) -> str:
-    """The length of a stage, as a part of its tag: a run of another length is another run."""
+    """The length of a stage as part of its tag, so that another length is another run."""
     named = ((cfg.max_minutes, "min"), (cfg.max_steps, "steps"), (cfg.epochs, "epochs"))
     return "-".join(f"{n:g}{unit}" for n, unit in named if n is not None)
 
 
-def one_run(s, cfg) -> Path:
-    """The folder of the run with these constants, made now or before; core.Stop if it is stopped."""
-    if folder := core.on_main(s.world, lambda: str(core.finished_run(cfg, __file__) or "")):
-        s.say(f"finished already: {folder}")
+def finished_run(cfg) -> str:
+    """Folder of the finished run with these constants, or nothing."""
+    return str(core.finished_run(cfg, __file__) or "")
+
+
+def one_run(study, cfg) -> Path:
+    """The folder of the run with these constants; trains it if it is not finished. Stop if it is stopped."""
+    if folder := core.on_main(study.world, finished_run, cfg):
+        study.say(f"finished already: {folder}")
         return Path(folder)
-    if s.world.device.type != "cpu":  # what the last run left is not this one's
+    if study.world.device.type != "cpu":  # what the last run left is not this one's
         gc.collect()
-        getattr(torch, s.world.device.type).empty_cache()
-        getattr(torch, s.world.device.type).reset_peak_memory_stats()
-    if cfg.compile or s.world.device.type != "cpu":  # each run compiles for itself, as it would alone
+        getattr(torch, study.world.device.type).empty_cache()
+        getattr(torch, study.world.device.type).reset_peak_memory_stats()
+    if cfg.compile or study.world.device.type != "cpu":  # each run compiles for itself, as it would alone
         torch.compiler.reset()
     ended = False
     try:
-        opened = core.Run(cfg, s.world, __file__, unit="tokens")
+        opened = core.Run(cfg, study.world, __file__, unit="tokens")
     except SystemExit:  # another process has finished it while this one waited
-        return one_run(s, cfg)
+        return one_run(study, cfg)
     with flags_of_stage(cfg), opened as run:
-        run.result = STAGES[cfg.mode](run, run.cfg, s.world)
+        run.result = STAGES[cfg.mode](run, run.cfg, study.world)
         ended = True
     if not ended:
-        core.barrier(s.world)  # all ranks have read what rank 0 said last, before it leaves
-        raise core.Stop(f"mode {s.cfg.mode}")
-    s.poll()
+        core.barrier(study.world)  # all ranks have read what rank 0 said last, before it leaves
+        raise core.Stop(f"mode {study.cfg.mode}")
+    study.poll()
     return run.folder
 
 
 STAGES = {"pretrain": pretrain, "finetune": finetune}
 
 
-def pretrained(s, cfg) -> Path:
-    typed = core.typed(s.cfg)
-    one = pretraining(core.with_flags(replace(cfg), typed, typed.flags))
-    return one_run(s, as_run(s, one, f"pretrain-{length_name(one)}"))
+def pretrained(study, cfg) -> Path:
+    """The pretraining run with these constants."""
+    typed = core.typed(study.cfg)
+    run_cfg = pretraining(core.with_flags(replace(cfg), typed, typed.flags))
+    return one_run(study, as_run(study, run_cfg, f"pretrain-{length_name(run_cfg)}"))
 
 
-def tuned_run(s, cfg, base, name) -> Path:
-    """The run of these constants and this very length."""
-    one = replace(cfg, mode="finetune", init_from=str(base))
-    mark = hashlib.sha256(f"{name} {[getattr(one, length) for length in LENGTH]}".encode()).hexdigest()[:6]
-    return one_run(s, as_run(s, one, f"{tables.slug(name)[:40]}-{mark}"))
+def tuned_run(study, cfg, base, name) -> Path:
+    """The fine-tuning run with these constants and this length."""
+    run_cfg = replace(cfg, mode="finetune", init_from=str(base))
+    key = f"{name} {[getattr(run_cfg, length) for length in LENGTH]}"
+    mark = hashlib.sha256(key.encode()).hexdigest()[:6]
+    return one_run(study, as_run(study, run_cfg, f"{tables.slug(name)[:40]}-{mark}"))
 
 
-def both(s):
-    """Pretraining, then fine-tuning of what came out."""
-    base = pretrained(s, s.cfg)
-    folder = tuned_run(s, s.cfg, base, f"{s.cfg.method}-{length_name(s.cfg)}")
-    s.say(f"both stages are done\n  {base}\n  {folder}")
+def both(study):
+    """Mode both: pretraining, then fine-tuning of its model."""
+    base = pretrained(study, study.cfg)
+    folder = tuned_run(study, study.cfg, base, f"{study.cfg.method}-{length_name(study.cfg)}")
+    study.say(f"both stages are done\n  {base}\n  {folder}")
 
 
-def study(s):
-    """Every arm with every seed at equal steps and at equal time; then int4 of the first arm and of qat."""
-    cfg, found = s.cfg, {}
+def compare_arms(study):
+    """Mode study: every arm with every seed at equal steps and at equal time; then int4 of the
+    first arm and of qat arms."""
+    cfg, runs = study.cfg, {}
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-        base = cfg.init_from or pretrained(s, replace(cfg, seed=seed))
-        one = arm_config(replace(cfg, seed=seed), cfg.arms[0])
-        first = tuned_run(s, one, base, cfg.arms[0])
-        length = core.on_main(s.world, lambda folder=first: mathqa_report.length(folder))
+        base = cfg.init_from or pretrained(study, replace(cfg, seed=seed))
+        run_cfg = arm_config(replace(cfg, seed=seed), cfg.arms[0])
+        first = tuned_run(study, run_cfg, base, cfg.arms[0])
+        length = core.on_main(study.world, mathqa_report.length, first)
         for budget in cfg.budgets:
             equal = {"max_minutes": None, "max_steps": length["steps"], "epochs": None}
             if budget == "time":
                 equal |= {"max_minutes": length["seconds"] / 60, "max_steps": None}
             for arm in cfg.arms:
-                one = arm_config(replace(cfg, seed=seed, **equal), arm)
+                run_cfg = arm_config(replace(cfg, seed=seed, **equal), arm)
                 is_first = arm == cfg.arms[0]
-                folder = first if is_first else tuned_run(s, one, base, f"equal-{budget}-{arm}")
-                found.setdefault(budget, {}).setdefault(arm, []).append(folder)
+                folder = first if is_first else tuned_run(study, run_cfg, base, f"equal-{budget}-{arm}")
+                runs.setdefault(budget, {}).setdefault(arm, []).append(folder)
     budget = cfg.budgets[0]
     small = {
-        arm: [quantise_run(folder, cfg, s.world, s.say, s.poll) for folder in found[budget][arm]]
+        arm: [quantise_run(folder, cfg, study.world, study.say, study.poll) for folder in runs[budget][arm]]
         for arm in (cfg.arms[0], *(arm for arm in cfg.arms[1:] if arm_config(cfg, arm).qat != "off"))
     }
-    core.on_main(s.world, lambda: conclude(s, found, small))
+    core.on_main(study.world, conclude, study, runs, small)
 
 
 def split_budget(cfg) -> tuple[str, list]:
-    """What bounds both stages, max_minutes or max_steps, and how much of it each has."""
+    """(max_minutes or max_steps, the values of both stages). UserError unless both
+    have the same bound alone."""
     for unit, other in (("max_minutes", "max_steps"), ("max_steps", "max_minutes")):
         total, others = ([getattr(cfg, f"{p}{n}") for p in ("pretrain_", "")] for n in (unit, other))
         if None not in total and others == [None, None] and cfg.epochs is None:
@@ -1041,42 +1180,44 @@ def split_budget(cfg) -> tuple[str, list]:
     )
 
 
-def split(s):
-    """The first arm after each share of pretraining, both stages together as long as ever."""
-    cfg, found = s.cfg, {}
+def split(study):
+    """Mode split: the first arm after each share of pretraining; both stages together have a fixed length."""
+    cfg, runs = study.cfg, {}
     unit, total = split_budget(cfg)
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for share in cfg.shares:
             first = float(share) * sum(total)
             first = round(first) if unit == "max_steps" else first
-            one = replace(cfg, seed=seed, **{f"pretrain_{unit}": first, unit: sum(total) - first})
-            base = pretrained(s, one)
-            folder = tuned_run(s, arm_config(one, cfg.arms[0]), base, f"after-{share}-{cfg.arms[0]}")
-            found.setdefault(f"{float(share):.4g} pretraining", []).append(folder)
+            run_cfg = replace(cfg, seed=seed, **{f"pretrain_{unit}": first, unit: sum(total) - first})
+            base = pretrained(study, run_cfg)
+            folder = tuned_run(study, arm_config(run_cfg, cfg.arms[0]), base, f"after-{share}-{cfg.arms[0]}")
+            runs.setdefault(f"{float(share):.4g} pretraining", []).append(folder)
     title = f"total {unit.removeprefix('max_')} {sum(total):g}"
-    core.on_main(s.world, lambda: conclude(s, {title: found}, {}))
+    core.on_main(study.world, conclude, study, {title: runs}, {})
 
 
 def without_rows(small) -> dict:
-    """quantise_run's figures alone: each row's stand in the run's folder."""
-    return {arm: [{n: v for n, v in one.items() if n != "rows"} for one in of] for arm, of in small.items()}
+    """The figures of quantise_run without those of single rows."""
+    return {
+        arm: [{n: v for n, v in result.items() if n != "rows"} for result in of] for arm, of in small.items()
+    }
 
 
-def conclude(s, found, small):
-    """Rank 0: study.md and study.json; the same in the terminal."""
-    text, figures = mathqa_report.report(found, small, s.cfg)
-    folders = {b: {arm: [str(f) for f in of] for arm, of in arms.items()} for b, arms in found.items()}
+def conclude(study, runs, small):
+    """Rank 0: writes study.md and study.json, and prints the tables."""
+    text, figures = mathqa_report.report(runs, small, study.cfg)
+    folders = {b: {arm: [str(f) for f in of] for arm, of in arms.items()} for b, arms in runs.items()}
     content = {
         "runs": folders,
         "figures": figures,
         "quantised": without_rows(small),
-        "constants": asdict(s.cfg),
+        "constants": asdict(study.cfg),
     }
-    core.write_json(s.folder / "study.json", content)
-    with core.whole_file(s.folder / "study.md") as file:
+    core.write_json(study.folder / "study.json", content)
+    with core.whole_file(study.folder / "study.md") as file:
         file.write(f"commit {core.git_state()['commit'] or 'unknown'}\n\n{text}\n")
-    s.say(f"\n{text}\n\ndone  tables: {s.folder}/study.md")
-    s.say(f"next: python eval.py --table {s.folder.parent}")
+    study.say(f"\n{text}\n\ndone  tables: {study.folder}/study.md")
+    study.say(f"next: python eval.py --table {study.folder.parent}")
 
 
 def study_folder(cfg) -> Path:
@@ -1088,7 +1229,7 @@ def study_folder(cfg) -> Path:
 
 
 def several(cfg, world, say, poll):
-    """Modes both, study and split; all mistakes are found before the first step."""
+    """Modes both, study and split. Checks everything before the first step."""
     if cfg.mode != "both":
         for arm in cfg.arms:
             arm_config(cfg, arm)
@@ -1110,7 +1251,7 @@ def several(cfg, world, say, poll):
         )
     folder = study_folder(cfg)
     if cfg.mode != "both":
-        core.on_main(world, lambda: str(core.prepared(folder)))
+        core.on_main(world, core.prepare_folder, folder)
     printed, log = say, folder / "log.txt"
 
     def say(text):
@@ -1124,16 +1265,16 @@ def several(cfg, world, say, poll):
     check_stages(cfg, world)
     for line in plan(cfg):
         say(line)
-    work = {"both": both, "study": study, "split": split}[cfg.mode]
+    work = {"both": both, "study": compare_arms, "split": split}[cfg.mode]
     try:
-        work(Study(cfg, world, folder, say, poll))
+        work(MathQAStudy(cfg, world, folder, say, poll))
     except core.Stop:
         say("next: the same command goes on where it was")
         raise
 
 
 def plan(cfg) -> list[str]:
-    """How many runs a study makes, how long they train at most, and what that costs."""
+    """A line on how many runs a study makes, how long they train at most, and the cost."""
     if cfg.mode == "both":
         return []
     tunings = len(cfg.shares) if cfg.mode == "split" else 1 + (len(cfg.arms) - 1) * len(cfg.budgets)
@@ -1150,8 +1291,8 @@ def plan(cfg) -> list[str]:
 
 
 def check_stages(cfg, world):
-    """Opens text and rows of both stages, and looks at the model's shape: a mistake of the second stage
-    should not wait for the end of the first."""
+    """Opens text and rows of both stages and checks the model's shape, so that a mistake of the second stage
+    does not wait for the end of the first."""
     check_length(cfg)
     if min(cfg.batch, cfg.pretrain_batch) < world.size:
         raise core.UserError(f"--batch or --pretrain_batch is smaller than {world.size} ranks: use more rows")
@@ -1171,23 +1312,23 @@ def check_stages(cfg, world):
         raise core.UserError(
             f"--batch {cfg.batch} is over the {len(parts['train'])} training rows: use fewer"
         )
-    for one in [cfg] if cfg.mode == "both" else [arm_config(cfg, arm) for arm in cfg.arms]:
-        if cfg.mode == "study" or one.qat != "off":
-            int4.linear_layers(base, one.qat_group)
+    for arm_cfg in [cfg] if cfg.mode == "both" else [arm_config(cfg, arm) for arm in cfg.arms]:
+        if cfg.mode == "study" or arm_cfg.qat != "off":
+            int4.linear_layers(base, arm_cfg.qat_group)
 
 
 def check_flags(cfg, world):
-    """Says which flags are of the other stage; UserError for a preset of another mode."""
+    """Says which typed flags have no effect in this stage. UserError for a preset of another mode."""
     typed = core.typed(cfg)
-    of_preset = PRESETS.get(typed.preset, {}).get("mode", cfg.mode)
-    if of_preset != cfg.mode:
-        raise core.UserError(f"--preset {typed.preset} is for --mode {of_preset}, not {cfg.mode}")
+    preset_mode = PRESETS.get(typed.preset, {}).get("mode", cfg.mode)
+    if preset_mode != cfg.mode:
+        raise core.UserError(f"--preset {typed.preset} is for --mode {preset_mode}, not {cfg.mode}")
     odd = set()
     if cfg.mode == "finetune":
         odd = {name for name in typed.flags if name.startswith("pretrain_")}
-        odd |= typed.flags & OF_TEXT if cfg.init_from != "new" else set()
+        odd |= typed.flags & STAGE1_ONLY if cfg.init_from != "new" else set()
     if cfg.mode == "pretrain":
-        odd = typed.flags & OF_ROWS - {"init_from", "init_step"}
+        odd = typed.flags & STAGE2_ONLY - {"init_from", "init_step"}
     if odd and world.is_main:
         print(f"NOTE of the other stage, without effect in mode {cfg.mode}: --{' --'.join(sorted(odd))}")
 
@@ -1202,9 +1343,9 @@ def main(cfg, world):
         asked = "newest" if cfg.mode == "pretrain" else None
         if cfg.init_from in (asked, "newest"):
             resumes = cfg.resume_timestamp not in (None, "auto")
-            found = cfg.init_from if resumes else newest_base(cfg, world)
-            typed = core.typed(cfg)  # tomorrow another one is the newest: a resume keeps its own
-            cfg = core.with_flags(replace(cfg, init_from=found), typed, typed.flags - {"init_from"})
+            base = cfg.init_from if resumes else newest_base(cfg, world)
+            typed = core.typed(cfg)  # not counted as typed: a resume keeps its base, whatever is newest then
+            cfg = core.with_flags(replace(cfg, init_from=base), typed, typed.flags - {"init_from"})
         with flags_of_stage(cfg), core.Run(cfg, world, __file__, unit="tokens") as run:
             run.result = STAGES[cfg.mode](run, run.cfg, world)
         return run.result
@@ -1214,7 +1355,7 @@ def main(cfg, world):
             print(text, flush=True)
 
     with core.listening(world) as poll:
-        (several if cfg.mode in SEVERAL else of_one_run)(cfg, world, say, poll)
+        (several if cfg.mode in SEVERAL else quantise_or_export)(cfg, world, say, poll)
 
 
 if __name__ == "__main__":

@@ -65,10 +65,10 @@ class Config:
     layer_decay: float = 1.0  # of the lr, from each block to the one below it
     min_lr: float = 0.0  # at the end of the schedule
     warmup: float = 0.1  # fraction of all steps
-    schedule: Literal["linear", "cosine", "constant"] = "linear"  # of the rate, behind the warm-up
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # of the rate, after the warm-up
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
     weight_decay: float = 0.01  # of matrices
-    swap_augmentation: bool = False  # half of the training rows, drawn anew, with A and B swapped
+    swap_augmentation: bool = False  # half of the training rows, redrawn each epoch, with A and B swapped
     clip: float | None = 1.0  # global gradient norm; none = off
     skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
     dtype: core.Dtype = "auto"  # auto: bf16 on a card (or fp16), else fp32, which untyped is tf32 on a card
@@ -111,9 +111,18 @@ class Config:
 
 
 JOURNAL = {  # as its scripts trained; not repeated: prompt and answer as one string, cut on the right
-    **{"schedule": "constant", "warmup": 0.0, "clip": None, "test_weights": "last", "symmetric": False},
-    **{"start_at_prior": False, "head_lr": None, "dtype": "fp32"},
-    **{"model": "distilbert-base-uncased", "lr": 1e-5, "batch": 32, "epochs": 3},
+    "schedule": "constant",
+    "warmup": 0.0,
+    "clip": None,
+    "test_weights": "last",
+    "symmetric": False,
+    "start_at_prior": False,
+    "head_lr": None,
+    "dtype": "fp32",
+    "model": "distilbert-base-uncased",
+    "lr": 1e-5,
+    "batch": 32,
+    "epochs": 3,
 }
 PRESETS = {
     "recommended": {},
@@ -133,7 +142,7 @@ PRESETS = {
     "max_length_128": JOURNAL | {"inputs": "responses", "max_length": 128},
     "batch_2": JOURNAL | {"batch": 2, "epochs": 1},
 }
-THEIRS = {  # what the journal got with a preset, on LMSYS, one run each
+JOURNAL_RESULTS = {  # what the journal got with a preset, on LMSYS, one run each
     "random": "accuracy 0.351, pretrained weights under an untrained head",
     "baseline": "accuracy 0.473",
     "frozen": "accuracy 0.453",
@@ -167,7 +176,8 @@ SMOKE = {
 
 
 def scorer(cfg, encoder):
-    """`encoder` with frozen parts and a fresh head on top."""
+    """A PairScorer: `encoder` with frozen parts and a new head. UserError for a
+    dtype it cannot compute in."""
     if cfg.dtype in ("bf16", "fp16") and encoder.config.model_type == "deberta":  # its mask overflows
         raise core.UserError(f"{cfg.model} cannot compute in {cfg.dtype} (deberta-v3 can): use --dtype tf32")
     frozen = encoders.freeze(encoder, cfg.freeze)
@@ -176,10 +186,8 @@ def scorer(cfg, encoder):
 
 
 def build_model(cfg, data, world):
-    """The pretrained encoder with a fresh head; the same weights on every rank."""
-    encoder = core.main_first(
-        world, lambda: core.load_encoder(cfg.model, data.tokenizer, cfg.encoder_dropout)
-    )
+    """The pretrained encoder with a new head; the same weights on every rank."""
+    encoder = core.main_first(world, core.load_encoder, cfg.model, data.tokenizer, cfg.encoder_dropout)
     if cfg.max_length > (most := encoders.position_limit(encoder)):
         raise core.UserError(
             f"--max_length {cfg.max_length} is more than the {most} positions of {cfg.model}"
@@ -188,7 +196,7 @@ def build_model(cfg, data, world):
 
 
 def rebuild(folder, world, **changes):
-    """(Config, untrained model, tokenizer) of a run, from its folder alone."""
+    """(Config, untrained model, tokenizer) of a run, from its folder alone; `changes`: of Config."""
     from transformers import AutoConfig
 
     stored = {"symmetric": False} | core.read_config(folder)["constants"]  # as runs were before both orders
@@ -203,16 +211,17 @@ def rebuild(folder, world, **changes):
 
 
 def load_model(folder, world):
-    """(Config, model, tokenizer) of a run, from its folder alone; the weights it was tested with."""
+    """(Config, model, tokenizer) of a run, from its folder alone, with the weights
+    that it was tested with."""
     cfg, model, tokenizer = rebuild(folder, world)
     core.load_weights(Path(folder) / "checkpoints" / core.chosen_checkpoint(folder), model)
     return cfg, model.eval(), tokenizer
 
 
 def evaluate(model, data, rows, cfg, world, poll=lambda: None) -> np.ndarray:
-    """Log-probabilities (N, 2, 3) in fp64 of `rows`, on every rank: as they stand; with A and B swapped.
+    """(N, 2, 3) fp64 log-probabilities of `rows` on every rank: as they are, and with A and B swapped.
 
-    `model` is unwrapped. The second order's classes are put back: an even judge says the same twice.
+    `model` is unwrapped. Classes of the second order are swapped back: a symmetric model gives both alike.
     """
 
     def log_probs(some):
@@ -227,7 +236,7 @@ def evaluate(model, data, rows, cfg, world, poll=lambda: None) -> np.ndarray:
 
 
 def measure(log_probs, data, rows, train_rows, symmetric) -> dict:
-    """log_loss, accuracy and their company; the prior is the class shares of the training rows."""
+    """log_loss, accuracy and other metrics; the prior is the class shares of the training rows."""
     prior = core.class_shares(data.labels[train_rows], len(preference.NAMES))
     final = preference.combine(log_probs, symmetric)
     return core.classification_metrics(final, data.labels[rows], data.groups[rows], prior, preference.NAMES)
@@ -253,7 +262,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     if fold == run.position.get("fold", 0):
         announce(run, cfg, data, rows, model)
     step = run.load(model, optimizer, precision, fold=fold)
-    core.on_main(world, lambda: write_encoder(run.folder / "encoder", model.encoder.config, data.tokenizer))
+    core.on_main(world, write_encoder, run.folder / "encoder", model.encoder.config, data.tokenizer)
     if cfg.compile:
         model.encoder.compile(dynamic=True)
     core.cache_vectors(model, data, cfg, world, run.poll, run.say)
@@ -302,7 +311,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
         core.reseed(cfg.seed, fold, step, world.rank)
         lr = core.lr_at(cfg, step, run.schedule_length(step, total_steps))
         loss_sum = forward_backward(mine, targets)
-        facts = functools.partial(autopsy, data, shown, cfg, lr)
+        facts = functools.partial(spike_facts, data, shown, cfg, lr)
         odd = run.watch(step + 1, loss_sum, targets, model, facts)
         grad_norm = core.optimizer_step(optimizer, precision, cfg.clip, lr, skip=odd)
         run.step_done(loss_sum, targets, examples=cfg.batch)
@@ -314,22 +323,22 @@ def train(run, cfg, world, data, rows, fold) -> dict:
 
 
 def write_encoder(folder, config, tokenizer):
-    """Shape and tokenizer: they let the folder alone rebuild the model, without the Hub or the cache."""
+    """Writes shape and tokenizer, from which the folder alone rebuilds the model, without Hub or cache."""
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def swapped(cfg, fold, step) -> list[bool]:
-    """Which rows of a global batch are shown with A and B swapped: the same on any number of ranks."""
+    """Which rows of a global batch have A and B swapped; independent of the number of ranks."""
     if not cfg.swap_augmentation:
         return [False] * cfg.batch
     return (np.random.default_rng([cfg.seed, fold, step]).random(cfg.batch) < 0.5).tolist()
 
 
 def backward_of_sum(ddp, precision, data, shown, targets, cfg, world) -> float:
-    """Gradients of this rank's share of the summed loss / targets; returns the share's sum.
+    """Adds the gradients of this rank's rows, of summed loss / global targets; returns their summed loss.
 
-    shown: (row, whether A and B are swapped) pairs.
+    shown: pairs (row, whether A and B are swapped).
     """
     losses, orders = [], 2 if cfg.symmetric else 1
     for part in core.micro_batches(ddp, shown, cfg.micro_batch):
@@ -344,8 +353,8 @@ def backward_of_sum(ddp, precision, data, shown, targets, cfg, world) -> float:
     return sum(loss.item() for loss in losses)
 
 
-def autopsy(data, shown, cfg, lr) -> dict:
-    """What an odd step saw, for spikes.jsonl."""
+def spike_facts(data, shown, cfg, lr) -> dict:
+    """What a spiking step read, for spikes.jsonl."""
     rows = [row for row, _ in shown]
     facts = {"lr": lr, "rows": [data.ids[row] for row in rows], "first_row": describe_row(data, rows[0], cfg)}
     facts |= {"lengths": data.lengths[rows].sum(1).tolist(), "labels": data.labels[rows].tolist()}
@@ -353,27 +362,28 @@ def autopsy(data, shown, cfg, lr) -> dict:
 
 
 def predict(run, cfg, world, data, rows, model, step) -> dict:
-    """The fold's outcome: hash of the final weights; what the weights to be measured say of val and test."""
+    """The fold's outcome: hash of the final weights, and log-probabilities of val and
+    test by the chosen ones."""
     sha256, checkpoint = core.weights_sha256(model), run.checkpoint
     if cfg.test_weights == "best":
         checkpoint = run.load_best(model)
     elif cfg.folds:  # later folds push this one's checkpoints out
         checkpoint = run.keep_weights(step, model, "last")
     log_probs = {
-        part: evaluate(model, data, rows[part], cfg, world, run.poll).tolist() for part in held_out(cfg)
+        part: evaluate(model, data, rows[part], cfg, world, run.poll).tolist() for part in final_parts(cfg)
     }
     parameters = core.count_parameters(model)
     facts = {"weights_sha256": sha256, "checkpoint": checkpoint, "parameters": parameters}
     return facts | {"log_probs": log_probs}
 
 
-def held_out(cfg) -> tuple[str, ...]:
-    """The parts whose figures a run ends with, the most important one last."""
+def final_parts(cfg) -> tuple[str, ...]:
+    """The parts that are measured at the end, the most important one last."""
     return ("val", "test") if cfg.final_eval else ("val",)
 
 
 def describe_row(data, row, cfg) -> str:
-    """Both sequences of a row as the encoder reads them, shortened, and the label that the loss wants."""
+    """Lines that show both sequences of a row as the encoder reads them, and its label."""
     lines = [f"the loss sees row {data.ids[row]} -> {preference.NAMES[data.labels[row]]}; padding is masked"]
     for which, name in enumerate(("A B", "B A") if cfg.inputs == "joint" else ("A", "B"), start=1):
         ids = pairs.sequence_ids(data, row, which, cfg.inputs, cfg.max_length)
@@ -386,7 +396,8 @@ VAL_METRICS = {"loss": "log_loss", "accuracy": "accuracy", "flips": "flips"}  # 
 
 
 def report_validation(run, step, val, where, is_best, late):
-    """`late`: half of the steps are done, so that having learnt nothing is worth a line."""
+    """Says and logs validation figures. late: half of the steps are done, so that an
+    alarm is worth a line."""
     predicted = " ".join(f"{name} {share:.0%}" for name, share in val["predicted"].items())
     run.say(
         f"{where}  val  loss {core.plus_minus(val['log_loss'], val['log_loss_interval'], 4)}  "
@@ -399,17 +410,19 @@ def report_validation(run, step, val, where, is_best, late):
 
 
 def report(run, cfg, data, splits, outcomes) -> dict:
-    """Rank 0: the report card of val and test, report.png, predictions.jsonl."""
+    """Rank 0: makes the report card of val and test, report.png, predictions.jsonl. Returns the figures."""
     run.leave_if_signalled()
-    result, said, cards = preference.make_cards(cfg, data, splits, outcomes)
+    result, verdicts, cards = preference.make_cards(cfg, data, splits, outcomes)
     run.leave_if_signalled()
-    core.write_lines(run.folder / "predictions.jsonl", preference.all_predictions(cfg, data, splits, said))
+    core.write_lines(
+        run.folder / "predictions.jsonl", preference.all_predictions(cfg, data, splits, verdicts)
+    )
     last = "test" if "test" in cards else "val"
     card, where = cards[last], "out of fold" if cfg.folds and last == "test" else last
     for line in preference.card_lines(card, where, preference.NAMES):
         run.say(line)
     title = f"{run.folder.name}   {where}   log loss {card['log_loss']:.4f}   accuracy {card['accuracy']:.3f}"
-    preference.draw(said[last][1], preference.NAMES, title, run.folder / "report.png")
+    preference.draw(verdicts[last][1], preference.NAMES, title, run.folder / "report.png")
     if line := journal_line(cfg):
         run.say(line)
     accuracy = core.plus_minus(card["accuracy"], card["accuracy_interval"])
@@ -422,34 +435,37 @@ def report(run, cfg, data, splits, outcomes) -> dict:
 
 
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
-    """The report card of a run's own val and test rows, measured again (every fold by its own weights);
-    predictions.jsonl: its name and lines. UserError if cfg.data has changed since.
+    """Measures a run's own val and test rows again (every fold by its own weights). Returns figures, and name
+    and lines of predictions.jsonl. UserError if cfg.data has changed since.
     """
     cfg, model, tokenizer = rebuild(folder, world, **({"eval_batch": eval_batch} if eval_batch else {}))
     data = core.load_pairs(cfg, world, tokenizer)
     core.same_data(core.read_config(folder)["facts"]["fingerprint"], data.fingerprint, cfg.data)
     pairs.measure_sequences(data, cfg.inputs, cfg.max_length)
     splits, outcomes = [], []
-    for fold, name in enumerate(core.on_main(world, lambda: measured_checkpoints(folder, cfg))):
+    for fold, name in enumerate(core.on_main(world, measured_checkpoints, folder, cfg)):
         core.load_weights(Path(folder) / "checkpoints" / name, model)
         rows = pairs.split_rows(data, cfg.folds, fold, cfg.split_seed)
-        said = {part: evaluate(model, data, rows[part], cfg, world, poll) for part in held_out(cfg)}
+        log_probs_of = {
+            part: evaluate(model, data, rows[part], cfg, world, poll) for part in final_parts(cfg)
+        }
         splits.append(rows)
-        outcomes.append({"log_probs": said})
-    result, said, _ = preference.make_cards(cfg, data, splits, outcomes)
-    return result, ("predictions.jsonl", list(preference.all_predictions(cfg, data, splits, said)))
+        outcomes.append({"log_probs": log_probs_of})
+    result, verdicts, _ = preference.make_cards(cfg, data, splits, outcomes)
+    return result, ("predictions.jsonl", list(preference.all_predictions(cfg, data, splits, verdicts)))
 
 
 def measured_checkpoints(folder, cfg) -> list[str]:
-    """Those that the run was tested with, one a fold; of an unfinished run without folds, the newest."""
+    """Checkpoints that the run was tested with, one per fold; of an unfinished run
+    without folds the newest."""
     return core.tested_checkpoints(folder) if cfg.folds else [core.chosen_checkpoint(folder)]
 
 
 def measure_other(folder, name, world, max_documents=None, eval_batch=None, poll=lambda: None):
     """(report card of other labelled rows, lines about them, lines of predictions.jsonl, their fingerprint)
 
-    Nothing of the training rows is needed: class shares are those of these rows, lengths alone are judged by
-    fits on other prompts (five folds), and of several folds' models the probabilities are averaged.
+    Training rows are not needed: class shares are those of these rows, the length baseline is fitted in five
+    folds by prompt, and probabilities of several folds' models are averaged.
     """
     changes = {"data": name, "max_documents": max_documents}
     changes |= {"eval_batch": eval_batch} if eval_batch else {}
@@ -457,7 +473,7 @@ def measure_other(folder, name, world, max_documents=None, eval_batch=None, poll
     data = core.load_pairs(cfg, world, tokenizer)
     pairs.measure_sequences(data, cfg.inputs, cfg.max_length)
     every, probs = np.arange(len(data.labels)), 0.0
-    checkpoints = core.on_main(world, lambda: measured_checkpoints(folder, cfg))
+    checkpoints = core.on_main(world, measured_checkpoints, folder, cfg)
     for checkpoint in checkpoints:
         core.load_weights(Path(folder) / "checkpoints" / checkpoint, model)
         probs = probs + np.exp(evaluate(model, data, every, cfg, world, poll)) / len(checkpoints)
@@ -486,17 +502,22 @@ def rows_to_judge(cfg, tokenizer, world):
 
 
 def submit(folder, checkpoints, cfg, model, data, world, poll=lambda: None, say=print):
-    """submission.csv in Kaggle's format: one row per row of `data`, in its order; folds are averaged."""
-    core.on_main(world, lambda: (folder / "submission.csv").unlink(missing_ok=True))  # no stale one remains
+    """Writes submission.csv in Kaggle's format: a row for each row of `data`, folds averaged."""
+    core.on_main(world, remove_submission, folder)
     probs = np.zeros((len(data.labels), len(preference.NAMES)))
     for name in checkpoints:
         core.load_weights(folder / "checkpoints" / name, model)
         core.cache_vectors(model, data, cfg, world, poll, say)
         log_probs = evaluate(model, data, np.arange(len(data.labels)), cfg, world, poll)
         probs += np.exp(preference.combine(log_probs, cfg.symmetric)) / len(checkpoints)
-    core.on_main(world, lambda: write_submission(folder / "submission.csv", data.ids, probs))
+    core.on_main(world, write_submission, folder / "submission.csv", data.ids, probs)
     for line in [*data.lines, cut_line(data), f"written: {folder}/submission.csv, {len(data.labels)} rows"]:
         say(line)
+
+
+def remove_submission(folder):
+    """Removes an older submission.csv, which would be mistaken for this one if this one fails."""
+    (folder / "submission.csv").unlink(missing_ok=True)
 
 
 def write_submission(path, ids, probs):
@@ -507,17 +528,21 @@ def write_submission(path, ids, probs):
             table.writerow([row_id, *p])
 
 
-OF_SUBMIT = {"mode", "run_folder", "test_csv", "eval_batch", "dtype", "out", "backend", "encode_once"}
+SUBMIT_FLAGS = {"mode", "run_folder", "test_csv", "eval_batch", "dtype", "out", "backend", "encode_once"}
+
+
+def run_to_submit(cfg) -> str:
+    """cfg.run_folder, or the newest finished run."""
+    return cfg.run_folder or str(core.newest_run(cfg, __file__, finished=True))
 
 
 def submit_of_a_run(cfg, world):
-    """--mode submit: the weights a finished run was tested with (of all folds) judge --test_csv."""
+    """Mode submit: a finished run (all its folds) judges the rows of --test_csv."""
     flags = core.typed(cfg).flags
-    if useless := sorted(flags - OF_SUBMIT):
+    if useless := sorted(flags - SUBMIT_FLAGS):
         raise core.UserError(f"--mode submit takes these from the run: drop --{', --'.join(useless)}")
-    chosen = core.on_main(world, lambda: cfg.run_folder or str(core.newest_run(cfg, __file__, finished=True)))
-    folder = Path(chosen)
-    checkpoints = core.on_main(world, lambda: core.tested_checkpoints(folder))
+    folder = Path(core.on_main(world, run_to_submit, cfg))
+    checkpoints = core.on_main(world, core.tested_checkpoints, folder)
     changes = {name: getattr(cfg, name) for name in flags & {"eval_batch", "dtype", "encode_once"}}
     stored, model, tokenizer = rebuild(folder, world, test_csv=cfg.test_csv, **changes)
     data = rows_to_judge(stored, tokenizer, world)
@@ -529,12 +554,12 @@ def submit_of_a_run(cfg, world):
 
 
 def journal_line(cfg) -> str | None:
-    """What the journal got, and what of its preset flags have changed."""
+    """A line on what the journal got with this preset, and which of its constants were changed."""
     preset, flags = core.typed(cfg).preset, core.typed(cfg).flags
-    if preset not in THEIRS:
+    if preset not in JOURNAL_RESULTS:
         return None
     changed = ", ".join(f"{name} {getattr(cfg, name)}" for name in sorted(flags & set(PRESETS[preset])))
-    line = f"journal 000 on LMSYS, preset {preset}: {THEIRS[preset]}"
+    line = f"journal 000 on LMSYS, preset {preset}: {JOURNAL_RESULTS[preset]}"
     return line + (f"\n  (here with {changed})" if changed else "")
 
 
@@ -544,7 +569,7 @@ def cut_line(data) -> str:
 
 
 def announce(run, cfg, data, rows, model):
-    """What is about to be trained on what, and everything that was left out or cut."""
+    """Says what is about to be trained on what, and what was left out or cut."""
     total, trainable = core.count_parameters(model)
     parts = "  ".join(f"{part} {len(numbers)}" for part, numbers in rows.items())
     run.say(f"model {cfg.model}  {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M trainable   {parts}")
@@ -562,7 +587,7 @@ def announce(run, cfg, data, rows, model):
 
 
 def cross_validate(run, cfg, world, data) -> tuple[list, list]:
-    """(splits, outcomes): one of each, or one per fold; a fold that is done is read again after a resume."""
+    """Trains all folds (or the only one) and returns (splits, outcomes); a resume reads finished folds."""
     splits = [pairs.split_rows(data, cfg.folds, fold, cfg.split_seed) for fold in range(cfg.folds or 1)]
     outcomes = []
     for fold, rows in enumerate(splits):
@@ -571,7 +596,7 @@ def cross_validate(run, cfg, world, data) -> tuple[list, list]:
             outcomes.append(json.loads(done.read_text()))
             continue
         outcomes.append(train(run, cfg, world, data, rows, fold))
-        core.on_main(world, lambda done=done: core.write_json(done, outcomes[-1]))
+        core.on_main(world, core.write_json, done, outcomes[-1])
     return splits, outcomes
 
 
@@ -590,7 +615,7 @@ def main(cfg, world):
         unlabelled = rows_to_judge(cfg, data.tokenizer, world) if cfg.test_csv else None
         splits, outcomes = cross_validate(run, cfg, world, data)
         checkpoints = [outcome["checkpoint"] for outcome in outcomes]  # one a fold
-        run.result = core.on_main(world, lambda: report(run, cfg, data, splits, outcomes)) | {
+        run.result = core.on_main(world, report, run, cfg, data, splits, outcomes) | {
             "weights_sha256": core.joint_hash([outcome["weights_sha256"] for outcome in outcomes]),
             "test_checkpoints": checkpoints,
             "truncated": data.truncated(),

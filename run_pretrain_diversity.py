@@ -9,7 +9,7 @@
 
 Mode study trains every arm with every seed on equally many tokens, measures all of them on the held-out part
 of every source and on a neutral text, and sets the arms' diversity coefficients beside that. The same command
-goes on where it was. Runs lie under runs/run_pretrain_diversity/, tables and pictures in study-*/ there.
+continues where it stopped. Runs are in runs/run_pretrain_diversity/, tables and pictures in study-*/ there.
 """
 
 import functools
@@ -71,7 +71,7 @@ class Config:
     lr: float = 6e-4  # peak
     min_lr: float = 6e-5  # at the end of the schedule
     warmup: float = 0.02  # fraction of all steps
-    schedule: Literal["linear", "cosine", "constant"] = "cosine"  # of the rate, behind the warm-up
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"  # of the rate, after the warm-up
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
     beta1: float = 0.9  # of Adam: how fast the mean forgets
     beta2: float = 0.95  # of Adam: how fast the squares forget
@@ -95,7 +95,7 @@ class Config:
     note: str = ""  # anything; eval.py --table shows it
     # diversity coefficient
     probe: str = "gpt2"  # GPT-2 or Llama folder, Hub id, a run folder, or study: the last arm's first run
-    procedure: Literal["clean", "published"] = "clean"  # task2vec.py says how they differ
+    procedure: Literal["clean", "published"] = "clean"  # lab/measure/task2vec.py says how they differ
     diversity_batches: int = 200  # of each arm; 0 = a study without coefficients
     diversity_batch: int = 512  # sequences
     diversity_length: int = 128  # tokens of a sequence
@@ -137,19 +137,50 @@ class Config:
 # Journal 002: transformers' Trainer as it comes. A mirror may hold less than 1.31 billion tokens of a subset:
 # the journal's interleaving stopped there, ours reads it again and counts.
 JOURNAL = {
-    **{"streaming": "CacheStream", "repeat": True, "dropout": 0.1, "lr": 5e-5, "min_lr": 0.0, "warmup": 0.0},
-    **{"schedule": "linear", "beta2": 0.999, "weight_decay": 0.0, "dtype": "fp32", "seed": 42},
+    "streaming": "CacheStream",
+    "repeat": True,
+    "dropout": 0.1,
+    "lr": 5e-5,
+    "min_lr": 0.0,
+    "warmup": 0.0,
+    "schedule": "linear",
+    "beta2": 0.999,
+    "weight_decay": 0.0,
+    "dtype": "fp32",
+    "seed": 42,
 }
 PRESETS = {"recommended": {}, "journal": JOURNAL}
 SMOKE = {
-    **{"data": "python-docs+python-code", "arms": ("python-docs", "python-code", "python-docs+python-code")},
-    **{"sources": (), "neutral": "numpy-docs", "max_documents": 1500, "held_out_tokens": 20_000},
-    **{"tokenizer": "bpe:512", "val_share": 0.05, "test_share": 0.05, "block_size": 64, "repeat": False},
-    **{"n_layer": 2, "n_head": 4, "n_embd": 64, "dropout": 0.0, "batch": 24, "max_steps": 200},
-    **{"lr": lambda lr: 6 * lr, "dtype": "auto", "seeds": 1, "save_every": None},
-    **{"eval_every": 100, "eval_rows": 60},
-    **{"probe": "study", "diversity_batches": 4, "diversity_batch": 24, "diversity_length": 32},
-    **{"sequences": "pieces", "head_epochs": 2, "floor_repeats": 3},
+    "data": "python-docs+python-code",
+    "arms": ("python-docs", "python-code", "python-docs+python-code"),
+    "sources": (),
+    "neutral": "numpy-docs",
+    "max_documents": 1500,
+    "held_out_tokens": 20_000,
+    "tokenizer": "bpe:512",
+    "val_share": 0.05,
+    "test_share": 0.05,
+    "block_size": 64,
+    "repeat": False,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_embd": 64,
+    "dropout": 0.0,
+    "batch": 24,
+    "max_steps": 200,
+    "lr": lambda lr: 6 * lr,
+    "dtype": "auto",
+    "seeds": 1,
+    "save_every": None,
+    "eval_every": 100,
+    "eval_rows": 60,
+    "probe": "study",
+    "diversity_batches": 4,
+    "diversity_batch": 24,
+    "diversity_length": 32,
+    "sequences": "pieces",
+    "head_epochs": 2,
+    "floor_repeats": 3,
 }
 SHAPES = {
     "gpt2": {},
@@ -166,34 +197,34 @@ SHAPES = {
 
 
 def shares_of(arm) -> dict[str, float]:
-    """Label of each source of an arm -> its share."""
+    """Source label -> share of an arm. UserError if two sources have the same label."""
     shares = mixture.shares_of(arm)
-    if len(found := {mixture.label(name): share for name, share in shares.items()}) < len(shares):
+    if len(labelled := {mixture.label(name): share for name, share in shares.items()}) < len(shares):
         raise core.UserError(
             f"arm {arm}: two sources have the same name, give them others by --sources name=where"
         )
-    return found
+    return labelled
 
 
 def sources_of(cfg) -> dict[str, core.Corpus]:
-    """Label -> where and how each source of an arm is read. UserError for one that is nowhere."""
-    named, found = mixture.named_sources(cfg.sources), {}
+    """Source label -> Corpus, for all arms. UserError for a source that is nowhere."""
+    named, sources = mixture.named_sources(cfg.sources), {}
     # each source holds a whole pool, whatever its share: what an arm reads does not depend on other arms
     pool = math.ceil(cfg.max_steps * cfg.batch / cfg.passes) * cfg.block_size + cfg.block_size
     # a run that belongs to a study shares its tokenizer, which all arms' sources may teach
     alone = cfg.mode == "train" and (cfg.data not in cfg.arms or not mixture.is_learnt(cfg.tokenizer))
     arms = (cfg.data,) if alone else cfg.arms
     for name in dict.fromkeys(name for arm in arms for name in mixture.shares_of(arm)):
-        one = corpus_of(cfg, address(named, name, "--arms"), max_tokens=cfg.max_tokens or pool)
-        if found.setdefault(mixture.label(name), one) != one:
+        corpus = corpus_of(cfg, address(named, name, "--arms"), max_tokens=cfg.max_tokens or pool)
+        if sources.setdefault(mixture.label(name), corpus) != corpus:
             raise core.UserError(
                 f"two sources are called {mixture.label(name)}: name them by --sources name=where"
             )
-    return found
+    return sources
 
 
 def address(named, name, flag) -> str:
-    """Where a text is: as --sources says, or the name itself, if it can be one."""
+    """Where a text is: as --sources says, or the name itself. UserError if it can be neither."""
     known = name in named or "/" in name or name in builtin.BUILT_IN or Path(name).exists()
     if not name or not known:
         names = ", ".join([*named, *builtin.BUILT_IN])
@@ -202,7 +233,7 @@ def address(named, name, flag) -> str:
 
 
 def neutral_corpus(cfg) -> core.Corpus:
-    """How the neutral text is read: streamed as far as its held-out part needs."""
+    """Corpus of the neutral text, streamed as far as its held-out part needs."""
     where = address(mixture.named_sources(cfg.sources), cfg.neutral, "--neutral")
     shares = {"val_share": cfg.neutral_share, "test_share": cfg.neutral_share} if cfg.neutral_share else {}
     return corpus_of(cfg, where, max_tokens=0, streaming="True", **shares)
@@ -222,7 +253,8 @@ def neutral_of(cfg) -> str:
 
 
 def open_text(cfg, world) -> mixture.Text:
-    """Token caches of the sources that cfg reads and of the neutral text (last), built if need be."""
+    """Token caches of the sources that cfg reads and, last, of the neutral text; built if need be. UserError
+    if two texts are the same."""
     sources, neutral = sources_of(cfg), neutral_of(cfg)
     names = [*(shares_of(cfg.data) if cfg.mode == "train" else sources)]
     wanted = {name: sources[name] for name in names}
@@ -239,20 +271,21 @@ def open_text(cfg, world) -> mixture.Text:
 
 
 def batches_of(cfg, arm, text, world) -> mixture.Batches:
-    """What a run reads, in order; UserError where a source holds less than the arm asks for."""
+    """The batches of an arm. UserError if a source holds less than the arm needs."""
     shares = shares_of(arm)
     blocks = mixture.MixedBlocks({name: text.tokens[name].parts["train"] for name in shares}, cfg.block_size)
     return mixture.Batches(blocks, shares, cfg.batch, cfg.max_steps, world, cfg.seed, cfg.passes, cfg.repeat)
 
 
 def run_facts(cfg, text, batches) -> dict:
-    """What config.json notes of a run's text: whose it is, and the ledger of what is read of it."""
+    """What config.json notes of a run's text: its fingerprint, and the ledger of what is read."""
     fingerprint = text.fingerprint(neutral_of(cfg), shares_of(cfg.data))
     return {"fingerprint": fingerprint, "ledger": batches.ledger()}
 
 
-def held_out(cfg, text, name, part):
-    """(windows, document of each); of val at most eval_rows of them, spread evenly."""
+def held_out_windows(cfg, text, name, part):
+    """(held-out windows, document of each); of val at most eval_rows, spread evenly.
+    UserError without any."""
     windows, groups = mixture.windows_of(text.tokens[name], part, cfg.block_size)
     if not len(windows):
         raise core.UserError(f"{name} leaves no {part} text: use more documents, or a larger --{part}_share")
@@ -268,7 +301,8 @@ def held_out(cfg, text, name, part):
 
 
 def load_model(folder, world):
-    """(Config, model, tokenizer) of a run, from its folder alone; the weights it was tested with."""
+    """(Config, model, tokenizer) of a run, from its folder alone, with the weights
+    that it was tested with."""
     stored, known = core.read_config(folder)["constants"], {field.name for field in fields(Config)}
     cfg = Config(**{name: value for name, value in stored.items() if name in known})
     model, tokenizer = core.open_model(folder)
@@ -279,8 +313,8 @@ evaluate = core.evaluate  # (windows, 3): summed loss, hits, targets of each
 
 
 @dataclass
-class Measured:
-    """What a model makes of one held-out text: sums (windows, 3), and what they are compared with."""
+class MeasuredText:
+    """A model's sums (windows, 3) on one held-out text, and the baseline that they are compared with."""
 
     sums: np.ndarray
     groups: np.ndarray  # document of each window
@@ -294,16 +328,17 @@ class Measured:
         return language.loss_lines(part, np.arange(len(self.sums)), self.groups, self.sums, self.spelt)
 
 
-def measure(model, cfg, text, name, part, world, poll) -> Measured:
-    windows, groups = held_out(cfg, text, name, part)
+def measure(model, cfg, text, name, part, world, poll) -> MeasuredText:
+    """Measures a model on one held-out text."""
+    windows, groups = held_out_windows(cfg, text, name, part)
     frequencies = text.frequencies(shares_of(cfg.data))
     log_share = np.log((frequencies + 1) / (frequencies.sum() + len(frequencies)))
     plain, spelt = (np.array([of[ids].sum() for ids in windows.wanted()]) for of in (-log_share, text.sizes))
-    return Measured(evaluate(model, windows, cfg, world, poll), groups, plain, spelt)
+    return MeasuredText(evaluate(model, windows, cfg, world, poll), groups, plain, spelt)
 
 
-def pooled(parts) -> Measured:
-    """Several texts as one, documents told apart."""
+def pooled(parts) -> MeasuredText:
+    """Several texts as one; documents stay apart."""
     groups, offset = [], 0
     for part in parts:
         groups.append(part.groups + offset)
@@ -311,52 +346,53 @@ def pooled(parts) -> Measured:
     sums, plain, spelt = (
         np.concatenate([getattr(p, name) for p in parts]) for name in ("sums", "plain", "spelt")
     )
-    return Measured(sums, np.concatenate(groups), plain, spelt)
+    return MeasuredText(sums, np.concatenate(groups), plain, spelt)
 
 
 BRIEF = ("loss", "loss_interval", "perplexity", "accuracy", "bits_per_byte")  # kept of a single source
 
 
-def figures(model, cfg, text, part, world, poll) -> tuple[dict, Measured]:
-    """Of one part: on the neutral text (loss, accuracy ...), the same for all arms; on what the arm reads
-    (own/..., with an alarm), and on each of its sources."""
+def figures(model, cfg, text, part, world, poll) -> tuple[dict, MeasuredText]:
+    """Figures of one part: on the neutral text (loss, accuracy ...), on the arm's sources together
+    (own/..., with
+    an alarm), and on each source. Also the neutral text as measured."""
     neutral = measure(model, cfg, text, neutral_of(cfg), part, world, poll)
     sources = {name: measure(model, cfg, text, name, part, world, poll) for name in shares_of(cfg.data)}
     own = pooled(list(sources.values())).figures()
     alarm = f"NOT LEARNING: own loss {own['loss']:.4f}, token frequencies alone {own['unigram_loss']:.4f}"
-    found = {f"{part}/{name}": value for name, value in neutral.figures().items()}
-    found |= {f"{part}/own/{name}": value for name, value in own.items()}
-    found[f"{part}/own/alarm"] = alarm if own["above_unigram_interval"][1] >= 0 else None
+    result = {f"{part}/{name}": value for name, value in neutral.figures().items()}
+    result |= {f"{part}/own/{name}": value for name, value in own.items()}
+    result[f"{part}/own/alarm"] = alarm if own["above_unigram_interval"][1] >= 0 else None
     for name, source in sources.items():
-        of_source = source.figures()
-        found |= {f"{part}/{name}/{figure}": of_source[figure] for figure in BRIEF}
-    return found, neutral
+        source_figures = source.figures()
+        result |= {f"{part}/{name}/{figure}": source_figures[figure] for figure in BRIEF}
+    return result, neutral
 
 
-def parts_of(cfg) -> tuple[str, ...]:
-    """The parts whose figures a run ends with, the most important one last."""
+def final_parts(cfg) -> tuple[str, ...]:
+    """The parts that are measured at the end, the most important one last."""
     return ("val", "test") if cfg.final_eval else ("val",)
 
 
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
-    """The figures of a run's own val and test text, measured again, and losses.jsonl: its name and lines."""
+    """Measures a run's own val and test text again. Returns figures, and name and lines of losses.jsonl."""
     cfg, model, _ = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
     text, result = open_text(cfg, world), {}
     stored = core.read_config(folder)["facts"]["fingerprint"]
-    found = text.fingerprint(neutral_of(cfg), shares_of(cfg.data))
-    core.same_data(stored, found, cfg.data, ("data", "tokenizer", "sources"))
-    for part in parts_of(cfg):
-        of_part, neutral = figures(model, cfg, text, part, world, poll)
-        result |= of_part
+    fingerprint = text.fingerprint(neutral_of(cfg), shares_of(cfg.data))
+    core.same_data(stored, fingerprint, cfg.data, ("data", "tokenizer", "sources"))
+    for part in final_parts(cfg):
+        part_figures, neutral = figures(model, cfg, text, part, world, poll)
+        result |= part_figures
     return result, ("losses.jsonl", neutral.lines(part))
 
 
-def report(run, cfg, found, part, where="", note=""):
-    """A line: the neutral text's figures, then the loss on each source that the arm reads."""
-    loss = core.plus_minus(found[f"{part}/loss"], found[f"{part}/loss_interval"], 4)
-    accuracy = core.plus_minus(found[f"{part}/accuracy"], found[f"{part}/accuracy_interval"])
-    own = "  ".join(f"{name} {found[f'{part}/{name}/loss']:.4f}" for name in shares_of(cfg.data))
+def report(run, cfg, metrics, part, where="", note=""):
+    """Says the figures on the neutral text, and the loss on each source that the arm reads."""
+    loss = core.plus_minus(metrics[f"{part}/loss"], metrics[f"{part}/loss_interval"], 4)
+    accuracy = core.plus_minus(metrics[f"{part}/accuracy"], metrics[f"{part}/accuracy_interval"])
+    own = "  ".join(f"{name} {metrics[f'{part}/{name}/loss']:.4f}" for name in shares_of(cfg.data))
     head = f"{where}  {part}".strip()
     run.say(f"{head:5} loss {loss}  accuracy {accuracy}  on {neutral_of(cfg)}{note}")
     run.say(f"{head:5} loss {own}")
@@ -366,14 +402,14 @@ def report(run, cfg, found, part, where="", note=""):
 
 
 def train(run, cfg, world, text=None) -> dict:
-    """`text`: what a study has opened already."""
+    """Trains and measures one arm; returns the final figures. text: what a study has opened already."""
     text, neutral = text or open_text(cfg, world), neutral_of(cfg)
     batches = batches_of(cfg, cfg.data, text, world)
     for name, value in run_facts(cfg, text, batches).items():
         run.pin(name, value)  # another length would be another order: start a new run
     for name in (*shares_of(cfg.data), neutral):
-        for part in parts_of(cfg):
-            held_out(cfg, text, name, part)
+        for part in final_parts(cfg):
+            held_out_windows(cfg, text, name, part)
     core.reseed(cfg.seed, "init")
     precision = core.Precision(cfg.dtype, world)
     model = precision.prepare(build_model(cfg, len(text.tokenizer)))
@@ -382,14 +418,15 @@ def train(run, cfg, world, text=None) -> dict:
     saved = model, optimizer, precision
     announce(run, cfg, text, batches, model)
     step, total_steps = run.load(*saved), cfg.max_steps
-    core.on_main(world, lambda: gpt_scratch.describe_model(run.folder, model, text.tokenizer))
+    core.on_main(world, gpt_scratch.describe_model, run.folder, model, text.tokenizer)
     if cfg.compile:
         for block in model.h:
             block.compile()
     ddp = core.wrap_ddp(model, world)
 
     def forward_backward(rows, targets) -> float:
-        """Gradients of this rank's share of the summed loss / targets; returns the share's sum."""
+        """Adds the gradients of this rank's rows, of summed loss / global targets;
+        returns their summed loss."""
         losses = []
         for part in core.micro_batches(ddp, rows, cfg.micro_batch):
             with precision.autocast():
@@ -431,7 +468,7 @@ def train(run, cfg, world, text=None) -> dict:
         loss_sum = forward_backward(rows, targets)
         for name, blocks in batches.seen(step).items():
             seen[name] += blocks
-        facts = functools.partial(autopsy, text, batches, step, lr)
+        facts = functools.partial(spike_facts, text, batches, step, lr)
         step += 1
         odd = run.watch(step, loss_sum, targets, model, facts)
         grad_norm = core.optimizer_step(optimizer, precision, cfg.clip, lr, skip=odd)
@@ -449,7 +486,7 @@ def build_model(cfg, vocab_size) -> core.GPT:
 
 
 def announce(run, cfg, text, batches, model):
-    """What is about to be trained on what: the ledger, in lines."""
+    """Says what is about to be trained on what, and writes ledger.json."""
     total, trainable = core.count_parameters(model)
     ledger = batches.ledger()
     run.say(
@@ -457,17 +494,18 @@ def announce(run, cfg, text, batches, model):
         f"{ledger['tokens']} tokens"
     )
     run.begin()
-    for name, one in ledger["sources"].items():
+    for name, source in ledger["sources"].items():
         documents = "  ".join(f"{part} {n}" for part, n in text.tokens[name].documents.items())
-        blocks = f"{one['distinct_blocks']} blocks of {ledger['block_size']} tokens"
-        run.say(f"source {name}  {blocks}, read {one['epochs']:.3g} times  documents {documents}")
+        blocks = f"{source['distinct_blocks']} blocks of {ledger['block_size']} tokens"
+        times = "once" if source["epochs"] == 1 else f"{source['epochs']:.3g} times"
+        run.say(f"source {name}  {blocks}, read {times}  documents {documents}")
     for name in (*ledger["sources"], neutral_of(cfg)):
         for line in text.tokens[name].lines:
             run.say(f"{name}  {line}")
-    passes = [one["epochs"] for one in ledger["sources"].values()]
+    passes = [source["epochs"] for source in ledger["sources"].values()]
     if cfg.repeat and max(passes) > cfg.passes:
         run.say("NOTE --repeat: a source is read more often than the others, it has less new text")
-    core.on_main(run.world, lambda: core.write_json(run.folder / "ledger.json", ledger))
+    core.on_main(run.world, core.write_json, run.folder / "ledger.json", ledger)
 
 
 def describe_block(tokenizer, batches) -> str:
@@ -477,45 +515,46 @@ def describe_block(tokenizer, batches) -> str:
     return f"the loss sees, in {len(ids) - 1} targets (all but the first token):\n  {text[:96]}"
 
 
-def autopsy(text, batches, step, lr) -> dict:
-    """What an odd step saw, for spikes.jsonl."""
+def spike_facts(text, batches, step, lr) -> dict:
+    """What a spiking step read, for spikes.jsonl."""
     rows = batches.global_batch(step).tolist()
     first = text.tokenizer.decode(batches.blocks.tokens(rows[0]).tolist())
     return {"lr": lr, "rows": rows, "sources": batches.seen(step), "first_row": first}
 
 
 def check(run, cfg, text, model, step, poll) -> tuple:
-    """Validation: metrics, a line, the best weights. Returns what `figures` found."""
-    found, neutral = figures(model, cfg, text, "val", run.world, poll)
-    best = cfg.test_weights == "best" and run.save_best(step, found["val/loss"], model)
+    """Validates: says and logs figures, keeps the best weights. Returns what `figures` returns."""
+    metrics, neutral = figures(model, cfg, text, "val", run.world, poll)
+    best = cfg.test_weights == "best" and run.save_best(step, metrics["val/loss"], model)
     where = f"step {step}/{cfg.max_steps}"
-    report(run, cfg, found, "val", where, "  -> best" if best else "")
-    if found["val/own/alarm"] and 2 * step >= cfg.max_steps:
-        run.say(f"{where}  val  {found['val/own/alarm']}")
-    names = [name for name in found if name.rpartition("/")[2] in ("loss", "perplexity", "accuracy")]
-    run.metrics(step, {name: found[name] for name in names})
+    report(run, cfg, metrics, "val", where, "  -> best" if best else "")
+    if metrics["val/own/alarm"] and 2 * step >= cfg.max_steps:
+        run.say(f"{where}  val  {metrics['val/own/alarm']}")
+    names = [name for name in metrics if name.rpartition("/")[2] in ("loss", "perplexity", "accuracy")]
+    run.metrics(step, {name: metrics[name] for name in names})
     run.state["evaluated"] = step
-    return found, neutral
+    return metrics, neutral
 
 
 def finish(run, cfg, world, text, model, batches, val=None) -> dict:
-    """Checks the ledger, measures the chosen weights on val (if not `val`) and test, says what comes next."""
+    """Checks that the run read what its ledger says; measures the chosen weights on val
+    (if not `val`) and test."""
     ledger, seen = batches.ledger(), run.state["seen"]
-    planned = {name: one["blocks"] for name, one in ledger["sources"].items()}
+    planned = {name: source["blocks"] for name, source in ledger["sources"].items()}
     if cfg.max_minutes is None and seen != planned:
         raise RuntimeError(f"the run read {seen} blocks, its ledger says {planned}: start a new one")
     sha256, measured, result = core.weights_sha256(model), run.checkpoint, {}
     if cfg.test_weights == "best":
         measured = run.load_best(model)
-    for part in parts_of(cfg):
+    for part in final_parts(cfg):
         known = val if part == "val" else None  # of these very weights
-        found, neutral = known or figures(model, cfg, text, part, world, run.poll)
-        result |= found
+        metrics, neutral = known or figures(model, cfg, text, part, world, run.poll)
+        result |= metrics
         if not known:
-            report(run, cfg, found, part)
-            if alarm := found[f"{part}/own/alarm"]:
+            report(run, cfg, metrics, part)
+            if alarm := metrics[f"{part}/own/alarm"]:
                 run.say(f"{part:5} {alarm}")
-    core.on_main(world, lambda: core.write_lines(run.folder / "losses.jsonl", neutral.lines(part)))
+    core.on_main(world, write_losses, run.folder, neutral, part)
     loss, perplexity = result[f"{part}/loss"], result[f"{part}/perplexity"]
     run.say(f"done  {part} loss {loss:.4f}  perplexity {perplexity:.2f}  {run.seconds / 60:.1f} min")
     run.say(f"all figures: {run.folder}/result.json")
@@ -528,13 +567,18 @@ def finish(run, cfg, world, text, model, batches, val=None) -> dict:
     }
 
 
+def write_losses(folder, neutral, part):
+    """Writes losses.jsonl: a line for each window of the neutral text."""
+    core.write_lines(folder / "losses.jsonl", neutral.lines(part))
+
+
 # ------------------------------------------------------------------------------------------------------ study
 # Every arm with every seed, one after the other; then all of them on all held-out texts
 
 
 @dataclass
-class Study:
-    """What the stages share: where results go, how to say a line, what polls for signals."""
+class DiversityStudy:
+    """What the stages of a study share: texts, folder of results, say(line), poll() for signals."""
 
     cfg: Config
     world: core.World
@@ -544,28 +588,30 @@ class Study:
     poll: object
 
 
-OF_DIVERSITY = {"probe", "procedure", "sequences", "head_epochs", "fisher_samples", "floor_repeats"}
-OF_DIVERSITY |= {"diversity_batches", "diversity_batch", "diversity_length"}
+DIVERSITY_CONSTANTS = {"probe", "procedure", "sequences", "head_epochs", "fisher_samples", "floor_repeats"}
+DIVERSITY_CONSTANTS |= {"diversity_batches", "diversity_batch", "diversity_length"}
 
 
 def matters(cfg) -> frozenset[str]:
-    """Names of the constants that make a run what it is; one that differs in any of them is another run."""
-    own = {field.name for field in fields(Config)} - OF_DIVERSITY - core.MAY_CHANGE - core.CALL_CONSTANTS
+    """Names of the constants that make two runs different."""
+    own = (
+        {field.name for field in fields(Config)} - DIVERSITY_CONSTANTS - core.MAY_CHANGE - core.CALL_CONSTANTS
+    )
     return frozenset(own - {"seeds", "dirty"})
 
 
 def run_config(cfg, arm, seed) -> Config:
-    """The constants of one run of the study; max_steps, which a resume might change, is in its tag."""
+    """The constants of one run of the study. Its tag holds max_steps, which a resume might change."""
     tag = "-".join(filter(None, [cfg.tag, tables.slug(arm), str(cfg.max_steps), f"s{seed}"]))
-    one = replace(cfg, mode="train", data=arm, seed=seed, tag=tag, resume_timestamp="auto")
+    run_cfg = replace(cfg, mode="train", data=arm, seed=seed, tag=tag, resume_timestamp="auto")
     # other arms are not its business, but for the sources that its tokenizer is learnt from
     taught = cfg.arms if mixture.is_learnt(cfg.tokenizer) else (arm,)
     names = sorted({name for each in taught for name in mixture.shares_of(each)})
     named = mixture.named_sources(cfg.sources)
     sources = tuple(f"{name}={named[name]}" for name in sorted({*names, cfg.neutral}) if name in named)
-    one = replace(one, arms=tuple(dict.fromkeys([*names, arm])), sources=sources)
+    run_cfg = replace(run_cfg, arms=tuple(dict.fromkeys([*names, arm])), sources=sources)
     typed = replace(core.typed(cfg), overrides={})
-    return core.with_flags(one, typed, matters(cfg) | core.typed(cfg).flags & core.MAY_CHANGE)
+    return core.with_flags(run_cfg, typed, matters(cfg) | core.typed(cfg).flags & core.MAY_CHANGE)
 
 
 def study_folder(cfg) -> Path:
@@ -576,52 +622,52 @@ def study_folder(cfg) -> Path:
     return core.out_folder(cfg, __file__) / "-".join(filter(None, ["study", cfg.tag, mark]))
 
 
-def prepare(cfg, world, say, poll) -> Study:
-    """Opens all text and finds all mistakes, before the first step of the first run."""
+def open_study(cfg, world, say, poll) -> DiversityStudy:
+    """Opens all text and checks everything before the first step of the first run."""
     diversity_report.pyplot()
     for line in core.override_lines(cfg):
         say(line)
-    s = Study(cfg, world, open_text(cfg, world), study_folder(cfg), say, poll)
+    study = DiversityStudy(cfg, world, open_text(cfg, world), study_folder(cfg), say, poll)
     if cfg.mode != "diversity":
         for arm in cfg.arms:
-            batches_of(cfg, arm, s.text, world)
-        for name in s.text.tokens:
-            for part in parts_of(cfg):
-                held_out(cfg, s.text, name, part)
+            batches_of(cfg, arm, study.text, world)
+        for name in study.text.tokens:
+            for part in final_parts(cfg):
+                held_out_windows(cfg, study.text, name, part)
     if cfg.diversity_batches and cfg.probe == "study":
         check_length(cfg, cfg.block_size)
-        draws_of(s, s.text.tokenizer)
+        draws_of(study, study.text.tokenizer)
     elif cfg.diversity_batches:
-        draws_of(s, open_probe(s, {})[1])
+        draws_of(study, open_probe(study, {})[1])
     if cfg.mode != "cache":
-        core.on_main(world, lambda: str(core.prepared(s.folder)))
+        core.on_main(world, core.prepare_folder, study.folder)
     if cfg.neutral_share and cfg.mode != "diversity":
         say("NOTE --neutral_share: a document of the neutral text that a source holds too may be trained on")
-    return s
+    return study
 
 
-def study(s):
-    """Trains what is missing, measures, compares; each stage finds again what it had done."""
-    cfg, began, trained, runs_by_arm = s.cfg, time.monotonic(), 0, {arm: [] for arm in s.cfg.arms}
+def compare_arms(study):
+    """Mode study: trains the missing runs, measures and compares all; finished work is found again."""
+    cfg, began, trained, runs_by_arm = study.cfg, time.monotonic(), 0, {arm: [] for arm in study.cfg.arms}
     planned = [(cfg.seed + number, arm) for number in range(cfg.seeds) for arm in cfg.arms]
-    core.on_main(s.world, lambda: check_text(s, planned))
+    core.on_main(study.world, check_text, study, planned)
     for number, (seed, arm) in enumerate(planned):
         left = (time.monotonic() - began) / trained * (len(planned) - number) if trained else None
         eta = f"  eta of all {core.clock(left)}" if left else ""
-        s.say(f"study  run {number + 1} of {len(planned)}  arm {arm}  seed {seed}{eta}")
-        one = run_config(cfg, arm, seed)
-        folder = core.on_main(s.world, lambda one=one: finished_run(one))
+        study.say(f"study  run {number + 1} of {len(planned)}  arm {arm}  seed {seed}{eta}")
+        run_cfg = run_config(cfg, arm, seed)
+        folder = core.on_main(study.world, finished_run, run_cfg)
         if folder:
-            s.say(f"finished already: {folder}")
+            study.say(f"finished already: {folder}")
         else:
-            folder, trained = train_one(one, s), trained + 1
+            folder, trained = train_one(run_cfg, study), trained + 1
         runs_by_arm[arm].append(Path(folder))
-        s.poll()
-    notes = core.on_main(s.world, lambda: check_runs(s, runs_by_arm))
-    s.say("\n".join(notes))
-    losses = cross_evaluate(s, runs_by_arm)
-    found = coefficients(s, runs_by_arm) if cfg.diversity_batches else None
-    core.on_main(s.world, lambda: conclude(s, runs_by_arm, losses, found, notes))
+        study.poll()
+    notes = core.on_main(study.world, check_runs, study, runs_by_arm)
+    study.say("\n".join(notes))
+    losses = cross_evaluate(study, runs_by_arm)
+    diversity_figures = coefficients(study, runs_by_arm) if cfg.diversity_batches else None
+    core.on_main(study.world, conclude, study, runs_by_arm, losses, diversity_figures, notes)
 
 
 def finished_run(cfg) -> str:
@@ -629,30 +675,30 @@ def finished_run(cfg) -> str:
     return str(core.finished_run(cfg, __file__) or "")
 
 
-def train_one(cfg, s) -> Path:
-    """The folder of the run, made or resumed and finished; core.Stop if it was stopped."""
+def train_one(cfg, study) -> Path:
+    """Trains a run, or resumes it, and returns its folder. Stop if it was stopped."""
     ended = False
-    if cfg.compile or s.world.device.type != "cpu":  # each run compiles for itself, as it would alone
+    if cfg.compile or study.world.device.type != "cpu":  # each run compiles for itself, as it would alone
         import torch
 
         torch.compiler.reset()
-    with core.Run(cfg, s.world, __file__, unit="tokens") as run:
-        run.result = train(run, run.cfg, s.world, s.text)
+    with core.Run(cfg, study.world, __file__, unit="tokens") as run:
+        run.result = train(run, run.cfg, study.world, study.text)
         ended = True
     if not ended:
-        core.barrier(s.world)  # all ranks have read what rank 0 said last, before it leaves
+        core.barrier(study.world)  # all ranks have read what rank 0 said last, before it leaves
         raise core.Stop("the study")
     return run.folder
 
 
-def check_text(s, planned):
-    """UserError for a finished run that read something else than it would read today. Rank 0."""
+def check_text(study, planned):
+    """Rank 0: raises UserError for a finished run that read other text than it would read today."""
     for seed, arm in planned:
-        one = run_config(s.cfg, arm, seed)
-        if folder := finished_run(one):
+        run_cfg = run_config(study.cfg, arm, seed)
+        if folder := finished_run(run_cfg):
             core.tested_checkpoints(folder)  # UserError where its weights are damaged
             then = core.read_config(folder)["facts"]
-            now = run_facts(one, s.text, batches_of(one, arm, s.text, s.world))
+            now = run_facts(run_cfg, study.text, batches_of(run_cfg, arm, study.text, study.world))
             odd = [name for name in now if then[name] != now[name]]
             if odd:
                 raise core.UserError(
@@ -660,15 +706,17 @@ def check_text(s, planned):
                 )
 
 
-def check_runs(s, runs_by_arm) -> list[str]:
-    """Lines on what was equal. UserError unless every run read what it would read today, and two arms of a
-    seed differ in nothing but the source: constants, tokens, first weights. Rank 0."""
-    check_text(s, [(s.cfg.seed + number, arm) for number in range(s.cfg.seeds) for arm in runs_by_arm])
+def check_runs(study, runs_by_arm) -> list[str]:
+    """Rank 0: lines on what all runs have in common. UserError if a run read other text than it would today,
+    or if arms of a seed differ in more than their sources (constants, tokens, first weights)."""
+    check_text(
+        study, [(study.cfg.seed + number, arm) for number in range(study.cfg.seeds) for arm in runs_by_arm]
+    )
     configs = {arm: [core.read_config(folder) for folder in folders] for arm, folders in runs_by_arm.items()}
     for arm, folders in runs_by_arm.items():
         for number, folder in enumerate(folders):
             config, first = configs[arm][number], next(iter(configs.values()))[number]
-            odd, names = [], sorted(matters(s.cfg) - {"data", "arms", "sources"})
+            odd, names = [], sorted(matters(study.cfg) - {"data", "arms", "sources"})
             odd += [n for n in names if config["constants"].get(n) != first["constants"].get(n)]
             odd += mixture.differences(config["facts"]["ledger"], first["facts"]["ledger"])
             weights = [of["facts"]["initial_weights"] for of in (config, first)]
@@ -676,21 +724,26 @@ def check_runs(s, runs_by_arm) -> list[str]:
             if odd:
                 pair = f"{next(iter(runs_by_arm.values()))[number]} and {folder}"
                 raise core.UserError(f"{pair} differ in {', '.join(odd)}, not in text alone: move one away")
-    ledgers = {arm: of_arm[0]["facts"]["ledger"] for arm, of_arm in configs.items()}
+    ledgers = {arm: arm_configs[0]["facts"]["ledger"] for arm, arm_configs in configs.items()}
     ledger = next(iter(ledgers.values()))
     lines = [f"ledger  every run read {ledger['tokens']} tokens in {ledger['steps']} equal steps"]
-    distinct = {a: sum(one["distinct_blocks"] for one in of["sources"].values()) for a, of in ledgers.items()}
+    distinct = {
+        a: sum(source["distinct_blocks"] for source in of["sources"].values()) for a, of in ledgers.items()
+    }
     if len(set(distinct.values())) > 1:
         counts = ", ".join(f"{arm} {n}" for arm, n in distinct.items())
         lines.append(f"NOTE by --repeat the arms read unequal numbers of distinct blocks: {counts}")
     for arm, folders in runs_by_arm.items():
-        found = [json.loads((folder / "result.json").read_text()) for folder in folders]
-        if idle := sum(result["test/own/alarm"] is not None for result in found):
+        results = [json.loads((folder / "result.json").read_text()) for folder in folders]
+        if idle := sum(result["test/own/alarm"] is not None for result in results):
             lines.append(
-                f"NOTE NOT LEARNING: {idle} of {len(found)} runs of {arm} do not beat token frequencies"
+                f"NOTE NOT LEARNING: {idle} of {len(results)} runs of {arm} do not beat token frequencies"
             )
-    counts = {name: tokens.documents["test"] for name, tokens in s.text.tokens.items()}
-    few = {name: "" if n >= mixture.FEWEST else " (its stretches)" for name, n in counts.items()}
+    counts = {name: tokens.documents["test"] for name, tokens in study.text.tokens.items()}
+    few = {
+        name: "" if n >= mixture.FEWEST else " (few: intervals by stretch of text)"
+        for name, n in counts.items()
+    }
     return [
         *lines,
         "tested on documents  " + "  ".join(f"{name} {n}{few[name]}" for name, n in counts.items()),
@@ -700,50 +753,58 @@ def check_runs(s, runs_by_arm) -> list[str]:
 # ------------------------------------------------------------------------------------------- cross-evaluation
 
 
-def cross_evaluate(s, runs_by_arm) -> dict:
-    """Every run on the test part of every text: arm -> text -> a file like losses.jsonl for each seed."""
-    found = {arm: {name: [] for name in s.text.tokens} for arm in runs_by_arm}
+def cross_evaluate(study, runs_by_arm) -> dict:
+    """Measures every run on the test part of every text: arm -> text -> files like
+    losses.jsonl, one per seed."""
+    losses = {arm: {name: [] for name in study.text.tokens} for arm in runs_by_arm}
     for arm, folders in runs_by_arm.items():
         for folder in folders:
-            paths = core.on_main(s.world, lambda folder=folder: cross_files(s, folder))
-            missing = core.on_main(s.world, lambda of=paths: [n for n in of if not Path(of[n]).exists()])
+            paths = core.on_main(study.world, cross_files, study, folder)
+            missing = core.on_main(study.world, not_there, paths)
             if missing:
-                cfg, model, _ = load_model(folder, s.world)
-                cfg = replace(cfg, eval_batch=s.cfg.eval_batch)
+                cfg, model, _ = load_model(folder, study.world)
+                cfg = replace(cfg, eval_batch=study.cfg.eval_batch)
             for name in missing:
-                lines = measure(model, cfg, s.text, name, "test", s.world, s.poll).lines("test")
-                core.on_main(s.world, functools.partial(core.write_lines, Path(paths[name]), lines))
+                lines = measure(model, cfg, study.text, name, "test", study.world, study.poll).lines("test")
+                core.on_main(study.world, core.write_lines, Path(paths[name]), lines)
             for name, path in paths.items():
-                found[arm][name].append(path)
-            s.say(f"measured  {folder.name} on {', '.join(paths)}")
-    return found
+                losses[arm][name].append(path)
+            study.say(f"measured  {folder.name} on {', '.join(paths)}")
+    return losses
 
 
-def cross_files(s, folder) -> dict[str, str]:
-    """text -> the file with a run's losses on it, named after what they depend on: weights, text, windows."""
+def not_there(paths) -> list[str]:
+    """Names of the files that do not exist yet."""
+    return [name for name, path in paths.items() if not Path(path).exists()]
+
+
+def cross_files(study, folder) -> dict[str, str]:
+    """text -> file of a run's losses on it, named by a hash of what they depend on:
+    weights, text, windows."""
     weights = json.loads((folder / "result.json").read_text())["test_checkpoints"][0]
     weights = checkpoints.read_manifest(folder / "checkpoints" / weights)["files"]["model.safetensors"]
-    found = {}
-    for name, tokens in s.text.tokens.items():
-        key = [weights, tokens.fingerprint, len(tokens.parts["test"]), s.cfg.block_size]
-        mark = core.short_hash(key, 12)
-        found[name] = str(core.out_folder(s.cfg, __file__) / "cross" / f"{folder.name}-{name}-{mark}.jsonl")
-    return found
+    paths = {}
+    for name, tokens in study.text.tokens.items():
+        key = [weights, tokens.fingerprint, len(tokens.parts["test"]), study.cfg.block_size]
+        file = f"{folder.name}-{name}-{core.short_hash(key, 12)}.jsonl"
+        paths[name] = str(core.out_folder(study.cfg, __file__) / "cross" / file)
+    return paths
 
 
 # -------------------------------------------------------------------------------------- diversity coefficient
 
 
-def open_probe(s, runs_by_arm):
-    """(model, tokenizer) of cfg.probe; `study`: the last arm's first run, in runs_by_arm or finished."""
-    cfg, name = s.cfg, s.cfg.probe
+def open_probe(study, runs_by_arm):
+    """(model, tokenizer) of cfg.probe; `study`: the last arm's first run, of
+    runs_by_arm or finished before."""
+    cfg, name = study.cfg, study.cfg.probe
     if name == "study":
-        one, arm = run_config(cfg, cfg.arms[-1], cfg.seed), cfg.arms[-1]
-        found = runs_by_arm.get(arm, [])[:1] or [core.on_main(s.world, lambda: finished_run(one))]
-        if not (name := str(found[0])):
+        run_cfg, arm = run_config(cfg, cfg.arms[-1], cfg.seed), cfg.arms[-1]
+        folders = runs_by_arm.get(arm, [])[:1] or [core.on_main(study.world, finished_run, run_cfg)]
+        if not (name := str(folders[0])):
             raise core.UserError(f"--probe study: arm {arm} has no finished run: train it, or name a probe")
     try:
-        probe, tokenizer = core.main_first(s.world, lambda: core.open_model(name))
+        probe, tokenizer = core.main_first(study.world, core.open_model, name)
     except core.UserError as error:
         raise core.UserError(f"--probe: {error}") from None
     check_length(cfg, probe.config.block_size)
@@ -752,7 +813,7 @@ def open_probe(s, runs_by_arm):
         raise core.UserError(f"--probe {name} has {lacks}: use a GPT-2 or a run without --head_bias")
     # the squares of small gradients leave no room for halves
     dtype = "fp64" if cfg.dtype == "fp64" else "fp32"
-    return core.Precision(dtype, s.world).prepare(probe).eval(), tokenizer
+    return core.Precision(dtype, study.world).prepare(probe).eval(), tokenizer
 
 
 def check_length(cfg, most):
@@ -760,17 +821,17 @@ def check_length(cfg, most):
         raise core.UserError(f"--diversity_length {cfg.diversity_length} is over the probe's {most} tokens")
 
 
-def draws_of(s, tokenizer) -> diversity.Draws:
-    """What is embedded, in the tokens of the probe. UserError where a source is too small."""
-    same = core.tokenizer_fingerprint(tokenizer) == core.tokenizer_fingerprint(s.text.tokenizer)
-    text = s.text if same else reread(s, tokenizer)
-    arms = {arm: shares_of(arm) for arm in s.cfg.arms}
-    sequences = diversity.sequences_of(s.cfg, text, {name for shares in arms.values() for name in shares})
-    return diversity.Draws(s.cfg, arms, sequences, len(tokenizer), tokenizer.eos_token_id)
+def draws_of(study, tokenizer) -> diversity.Draws:
+    """The batches to embed, in tokens of the probe. UserError if a source is too small."""
+    same = core.tokenizer_fingerprint(tokenizer) == core.tokenizer_fingerprint(study.text.tokenizer)
+    text = study.text if same else reread(study, tokenizer)
+    arms = {arm: shares_of(arm) for arm in study.cfg.arms}
+    sequences = diversity.sequences_of(study.cfg, text, {name for shares in arms.values() for name in shares})
+    return diversity.Draws(study.cfg, arms, sequences, len(tokenizer), tokenizer.eos_token_id)
 
 
-def reread(s, tokenizer) -> mixture.Text:
-    """The sources' text in the tokens of the probe."""
+def reread(study, tokenizer) -> mixture.Text:
+    """The sources' text, tokenised for the probe."""
     folder = core.cache_root() / f"probe_{core.tokenizer_fingerprint(tokenizer)[:16]}"
 
     def keep() -> str:
@@ -779,74 +840,78 @@ def reread(s, tokenizer) -> mixture.Text:
                 tokenizer.save_pretrained(aside)
         return str(folder)
 
-    name = core.on_main(s.world, keep)
-    return mixture.open_text(sources_of(s.cfg), name, {}, s.world)
+    name = core.on_main(study.world, keep)
+    return mixture.open_text(sources_of(study.cfg), name, {}, study.world)
 
 
-def coefficients(s, runs_by_arm) -> dict:
-    probe, tokenizer = open_probe(s, runs_by_arm)
-    folder = core.out_folder(s.cfg, __file__) / "embeddings"
-    with core.Precision("fp32", s.world).products():  # not even in TF32
-        return diversity.measure(s.cfg, draws_of(s, tokenizer), probe, folder, s.world, s.say, s.poll)
+def coefficients(study, runs_by_arm) -> dict:
+    """The diversity coefficients of all arms."""
+    probe, tokenizer = open_probe(study, runs_by_arm)
+    folder = core.out_folder(study.cfg, __file__) / "embeddings"
+    with core.Precision("fp32", study.world).products():  # not even in TF32
+        return diversity.measure(
+            study.cfg, draws_of(study, tokenizer), probe, folder, study.world, study.say, study.poll
+        )
 
 
 # --------------------------------------------------------------------------------------------- what comes out
 
 
-def conclude(s, runs_by_arm, losses, found, notes):
-    """Rank 0: study.md, study.json, matrix.png, link.png; the same tables in the terminal."""
-    figures, seeds, neutral = diversity_report.cells(losses), s.cfg.seeds, neutral_of(s.cfg)
-    told, differences = diversity_report.verdicts(losses, seeds)
-    folders = {arm: [str(folder) for folder in of_arm] for arm, of_arm in runs_by_arm.items()}
-    parts = [diversity_report.heading(folders, core.git_state()["commit"]), "\n".join([*notes, *told])]
+def conclude(study, runs_by_arm, losses, diversity_figures, notes):
+    """Rank 0: writes study.md, study.json, matrix.png, link.png, and prints the tables."""
+    figures, seeds, neutral = diversity_report.cells(losses), study.cfg.seeds, neutral_of(study.cfg)
+    sentences, differences = diversity_report.verdicts(losses, seeds)
+    folders = {arm: [str(folder) for folder in arm_folders] for arm, arm_folders in runs_by_arm.items()}
+    parts = [diversity_report.heading(folders, core.git_state()["commit"]), "\n".join([*notes, *sentences])]
     parts.append(diversity_report.tables(figures, seeds))
-    s.say("\n" + diversity_report.tables({"loss": figures["loss"]}, seeds) + "\n")
-    s.say("\n".join(told))
-    diversity_report.heat_map(figures["loss"], s.folder / "matrix.png", neutral, seeds)
-    content = {"runs": folders, "matrix": figures, "differences": differences, "diversity": found}
-    content |= {"notes": notes, "constants": asdict(s.cfg)}
-    if found:
+    study.say("\n" + diversity_report.tables({"loss": figures["loss"]}, seeds) + "\n")
+    study.say("\n".join(sentences))
+    diversity_report.heat_map(figures["loss"], study.folder / "matrix.png", neutral, seeds)
+    content = {"runs": folders, "matrix": figures, "differences": differences, "diversity": diversity_figures}
+    content |= {"notes": notes, "constants": asdict(study.cfg)}
+    if diversity_figures:
         tables = (
-            diversity_report.diversity_table(found),
-            diversity_report.link_table(found, neutral, figures, seeds),
+            diversity_report.diversity_table(diversity_figures),
+            diversity_report.link_table(diversity_figures, neutral, figures, seeds),
         )
         parts += [f"**diversity coefficient**\n\n{tables[0]}", f"**diversity and loss**\n\n{tables[1]}"]
-        s.say("\n" + "\n\n".join(tables))
-        diversity_report.plot_link(found, figures["loss"], neutral, s.folder / "link.png")
-    core.write_json(s.folder / "study.json", content)
-    with core.whole_file(s.folder / "study.md") as file:
+        study.say("\n" + "\n\n".join(tables))
+        diversity_report.plot_link(diversity_figures, figures["loss"], neutral, study.folder / "link.png")
+    core.write_json(study.folder / "study.json", content)
+    with core.whole_file(study.folder / "study.md") as file:
         file.write("\n\n".join(parts) + "\n")
-    s.say(f"done  tables: {s.folder}/study.md  pictures: matrix.png{', link.png' if found else ''} there")
-    s.say(f"next: python eval.py --table {s.folder.parent}")
+    pictures = "matrix.png, link.png" if diversity_figures else "matrix.png"
+    study.say(f"done  tables: {study.folder}/study.md  pictures: {pictures} there")
+    study.say(f"next: python eval.py --table {study.folder.parent}")
 
 
 # ------------------------------------------------------------------------------------------------------- main
 
 
-def cache(s):
-    """Mode cache: texts have become token ids; how many, and that they are enough."""
-    texts = s.text.tokens
-    parts = {part: [f"{len(one.parts[part]):,}" for one in texts.values()] for part in core.PARTS}
-    documents = [f"{sum(one.documents.values()):,}" for one in texts.values()]
-    s.say(tables.markdown({"text": list(texts), "documents": documents, **parts}))
-    for name, one in texts.items():
-        for line in one.lines:
-            s.say(f"{name}  {line}")
-    s.say(f"tokens of {len(texts)} texts, enough for every arm: {core.cache_root()}")
+def cache(study):
+    """Mode cache: says how many tokens the texts have become, enough for every arm."""
+    texts = study.text.tokens
+    parts = {part: [f"{len(tokens.parts[part]):,}" for tokens in texts.values()] for part in core.PARTS}
+    documents = [f"{sum(tokens.documents.values()):,}" for tokens in texts.values()]
+    study.say(tables.markdown({"text": list(texts), "documents": documents, **parts}))
+    for name, tokens in texts.items():
+        for line in tokens.lines:
+            study.say(f"{name}  {line}")
+    study.say(f"tokens of {len(texts)} texts, enough for every arm: {core.cache_root()}")
 
 
-def coefficient_only(s):
+def coefficient_only(study):
     """Mode diversity: the coefficients of the arms, without training."""
-    found = coefficients(s, {arm: [] for arm in s.cfg.arms})
+    figures = coefficients(study, {arm: [] for arm in study.cfg.arms})
 
     def write():
-        core.write_json(s.folder / "diversity.json", found)
-        with core.whole_file(s.folder / "diversity.md") as file:
-            file.write(diversity_report.diversity_table(found) + "\n")
-        s.say(diversity_report.diversity_table(found))
-        s.say(f"done  {s.folder}/diversity.md")
+        core.write_json(study.folder / "diversity.json", figures)
+        with core.whole_file(study.folder / "diversity.md") as file:
+            file.write(diversity_report.diversity_table(figures) + "\n")
+        study.say(diversity_report.diversity_table(figures))
+        study.say(f"done  {study.folder}/diversity.md")
 
-    core.on_main(s.world, write)
+    core.on_main(study.world, write)
 
 
 @record
@@ -864,9 +929,9 @@ def main(cfg, world):
             print(text, flush=True)
 
     with core.listening(world) as poll:
-        work = {"study": study, "cache": cache, "diversity": coefficient_only}[cfg.mode]
+        work = {"study": compare_arms, "cache": cache, "diversity": coefficient_only}[cfg.mode]
         try:
-            work(prepare(cfg, world, say, poll))
+            work(open_study(cfg, world, say, poll))
         except core.Stop:
             say("next: the same command goes on where it was")
             raise

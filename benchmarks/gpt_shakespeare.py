@@ -23,9 +23,19 @@ sys.path.insert(0, str(PROJECT))
 import core  # noqa: E402
 
 NANO = [  # its README's flags for a CPU
-    *("config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20"),
-    *("--log_interval=100", "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4"),
-    *("--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0"),
+    "config/train_shakespeare_char.py",
+    "--device=cpu",
+    "--compile=False",
+    "--eval_iters=20",
+    "--log_interval=100",
+    "--block_size=64",
+    "--batch_size=12",
+    "--n_layer=4",
+    "--n_head=4",
+    "--n_embd=128",
+    "--max_iters=2000",
+    "--lr_decay_iters=2000",
+    "--dropout=0.0",
 ]
 
 

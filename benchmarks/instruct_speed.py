@@ -108,9 +108,16 @@ def peer(who, examples, batches, counter):
             counter.end(int(examples.targets(next(targets)).sum()))
 
     settings = {
-        **{"output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": BATCH, "use_cpu": True},
-        **{"max_steps": len(batches), "save_strategy": "no", "report_to": [], "disable_tqdm": True},
-        **{"learning_rate": 5e-5, "logging_strategy": "no", "bf16": False},
+        "output_dir": tempfile.mkdtemp(),
+        "per_device_train_batch_size": BATCH,
+        "use_cpu": True,
+        "max_steps": len(batches),
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "learning_rate": 5e-5,
+        "logging_strategy": "no",
+        "bf16": False,
     }
     if who == "trl":
         from datasets import Dataset

@@ -29,10 +29,25 @@ STRENGTHS = {  # scaling, init of A
 
 def constants(rows, base):
     return {
-        **{"data": rows, "model": base, "max_length": 256, "batch": BATCH, "epochs": EPOCHS, "lr": LR},
-        **{"min_lr": LR / 5, "schedule": "cosine", "weight_decay": 0.1, "tie_head": False, "log_every": 5},
-        **{"eval_every": 58, "eval_rows": "none", "save_every": 10**6, "test_weights": "last"},
-        **{"sample_tokens": 0, "answer_rows": 0, "plain_blocks": 20, "resume_timestamp": "auto"},
+        "data": rows,
+        "model": base,
+        "max_length": 256,
+        "batch": BATCH,
+        "epochs": EPOCHS,
+        "lr": LR,
+        "min_lr": LR / 5,
+        "schedule": "cosine",
+        "weight_decay": 0.1,
+        "tie_head": False,
+        "log_every": 5,
+        "eval_every": 58,
+        "eval_rows": "none",
+        "save_every": 10**6,
+        "test_weights": "last",
+        "sample_tokens": 0,
+        "answer_rows": 0,
+        "plain_blocks": 20,
+        "resume_timestamp": "auto",
     }
 
 

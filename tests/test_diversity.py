@@ -129,10 +129,10 @@ def whole(tmp_path_factory):
     return folder
 
 
-def study_here(*argv) -> script.Study:
+def study_here(*argv) -> script.DiversityStudy:
     """Of the sources in the current folder."""
     cfg = core.with_dtype(parsed(*tiny("--out", "out", *argv)), World())
-    return script.Study(cfg, World(), script.open_text(cfg, World()), Path("x"), print, lambda: None)
+    return script.DiversityStudy(cfg, World(), script.open_text(cfg, World()), Path("x"), print, lambda: None)
 
 
 def plan_of(folder) -> tuple[diversity.Draws, list]:

@@ -94,7 +94,7 @@ def test_frozen_parts_stay_in_eval_mode_and_all_others_learn(family, which):
 def test_every_parameter_is_of_the_embeddings_or_of_a_block(family):
     """A family whose parts have other names would learn at other rates than asked for."""
     encoder = scorer(family).encoder
-    embeddings, blocks = encoders.anatomy(encoder)
+    embeddings, blocks = encoders.embeddings_and_blocks(encoder)
     known = {id(p) for module in (*embeddings, blocks) for p in module.parameters()}
     assert known == {id(p) for p in encoder.parameters()}
 

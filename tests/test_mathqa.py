@@ -30,8 +30,8 @@ from lab.measure.choices import (
     examples_of,
     measure,
     over_padding,
+    shuffled_problems,
     some,
-    strangers,
 )
 
 SHARED = PROJECT.parent / "shared" / "data" / "math"
@@ -891,9 +891,9 @@ def test_letters_are_chosen_behind_all_options(letters):
 def test_strangers_are_a_permutation_without_own_problems(n):
     data = random_problems(n + 4)
     rows = np.arange(4, n + 4)[::-1].copy()
-    asked = strangers(data, rows)
+    asked = shuffled_problems(data, rows)
     assert sorted(asked.tolist()) == sorted(rows.tolist()) and (asked != rows).all()
-    assert (strangers(data, rows) == asked).all()
+    assert (shuffled_problems(data, rows) == asked).all()
 
 
 @pytest.mark.parametrize("groups", [["a"] * 30 + ["b"] * 30, ["a"] * 59 + ["b"], list("abcdef") * 10])
@@ -901,14 +901,14 @@ def test_strangers_have_another_problem_among_many_duplicates(groups):
     groups = np.random.default_rng(1).permutation(groups).tolist()
     rows = [(random_problems(1, seed).prompt(0), [[1]] * 5) for seed in range(60)]
     data = by_hand(*rows, groups=groups)
-    asked = strangers(data, np.arange(60))
+    asked = shuffled_problems(data, np.arange(60))
     assert all(groups[a] != groups[row] for row, a in enumerate(asked))
 
 
 @pytest.mark.parametrize("n", [1, 4])
 def test_without_another_problem_the_control_has_its_own(n):
     data = by_hand(*[([1], [[1]] * 5)] * n, groups=["a"] * n)
-    asked = strangers(data, np.arange(n))
+    asked = shuffled_problems(data, np.arange(n))
     assert sorted(asked.tolist()) == list(range(n))
 
 
@@ -920,18 +920,18 @@ def test_strangers_fit_before_the_options_or_are_the_own_problem():
             for i, (n, most, listed) in enumerate(zip(sizes, longest, own, strict=True))]  # fmt: skip
     data, room = by_hand(*rows), np.array([20, 5, 12, 2, 18])
     rows = np.arange(5)
-    asked = strangers(data, rows, 30)
+    asked = shuffled_problems(data, rows, 30)
     lengths = Choices(data, rows, asked).lengths.reshape(5, 5).max(1)
     assert (lengths <= 30).all() and (data.pieces[asked, 0] <= room).all()
     assert asked[3] == 3 and (asked != rows).sum() == 4  # nothing else has two tokens
-    assert (Choices(data, rows, strangers(data, rows)).lengths > 30).any()  # without a limit
+    assert (Choices(data, rows, shuffled_problems(data, rows)).lengths > 30).any()  # without a limit
 
 
 @pytest.mark.parametrize("listed", [0, 4])
 def test_without_the_room_for_a_stranger_the_control_has_its_own(listed):
     data = by_hand(([1] * 30, [[2]] * 5, [7] * listed), ([3] * 30, [[4]] * 5, [8] * listed))
-    assert strangers(data, np.arange(2), 31 + listed).tolist() == [1, 0]
-    assert strangers(data, np.arange(2), 30 + listed).tolist() == [0, 1]
+    assert shuffled_problems(data, np.arange(2), 31 + listed).tolist() == [1, 0]
+    assert shuffled_problems(data, np.arange(2), 30 + listed).tolist() == [0, 1]
 
 
 def test_the_controls_options_are_the_rows_own_in_both_formats(letters):
@@ -939,7 +939,7 @@ def test_the_controls_options_are_the_rows_own_in_both_formats(letters):
     for answer_format in ("text", "letter"):
         data = load(rows, letters, answer_format=answer_format)
         own = np.array([3, 8, 5])
-        asked = strangers(data, own)
+        asked = shuffled_problems(data, own)
         choices = Choices(data, own, asked)
         for i, option in itertools.product(range(3), range(5)):
             options = problems.parse_options(rows[own[i]]["options"])
@@ -1050,7 +1050,7 @@ def test_above_shuffled_is_the_paired_difference_with_its_interval(letters):
     partly.right = np.where(np.arange(120) % 4 == 0, (data.right + 1) % 5, data.right)
     model, rows, cfg = knowing(partly, len(letters)), np.arange(120), cfg_of(eval_batch=100)
     found, lines = figures_of(model, data, cfg)
-    asked = strangers(data, rows, cfg.max_length)
+    asked = shuffled_problems(data, rows, cfg.max_length)
     scores = Scores.of(model, Choices(data, rows, asked), cfg, World(), quiet)
     own = np.array([[line["right"], line["right_per_token"]] for line in lines], dtype=float)
     gains = own - scores.right(data, rows)
@@ -1191,7 +1191,7 @@ def test_the_control_is_the_options_behind_another_rows_problem(measured):
     model, data, parts, found = measured
     rows = parts["test"].rows
     right = []
-    for row, asked in zip(rows, strangers(data, rows), strict=True):
+    for row, asked in zip(rows, shuffled_problems(data, rows), strict=True):
         said, scores = data.options[row], []
         for option in said:
             ids = data.tokenizer(f" {option}", add_special_tokens=False).input_ids

@@ -1071,7 +1071,8 @@ def test_one_cycle_has_no_lowest_rate(first):
 
 
 # Config's fields that are neither pretrain_... nor of one stage alone. A new constant belongs here, or in
-# OF_TEXT or OF_ROWS: what is in none of these makes a study pretrain anew where only fine-tuning differs.
+# STAGE1_ONLY or STAGE2_ONLY: what is in none of these makes a study pretrain anew where only fine-tuning
+# differs.
 BOTH_STAGES = {
     # pretraining has its own: these are replaced by pretrain_...
     *("batch", "micro_batch", "max_steps", "max_minutes", "lr", "min_lr", "warmup", "schedule", "optimizer"),
@@ -1089,7 +1090,7 @@ BOTH_STAGES = {
 def test_every_constant_is_of_the_text_of_the_rows_or_of_both_stages():
     names = {field.name for field in dataclasses.fields(run_mathqa.Config)}
     first = {name for name in names if name.startswith("pretrain_")}
-    kinds = [run_mathqa.OF_TEXT, run_mathqa.OF_ROWS, first, BOTH_STAGES]
+    kinds = [run_mathqa.STAGE1_ONLY, run_mathqa.STAGE2_ONLY, first, BOTH_STAGES]
     counted = Counter(name for kind in kinds for name in kind)
     assert counted.keys() == names and set(counted.values()) == {1}
     assert {name.removeprefix("pretrain_") for name in first} <= BOTH_STAGES
@@ -1099,20 +1100,20 @@ def matter(mode, **changes):
     """The constants by which a study knows a run again."""
     cfg = run_mathqa.Config(mode="study", **changes)
     one = run_mathqa.pretraining(cfg) if mode == "pretrain" else dataclasses.replace(cfg, mode=mode)
-    study = run_mathqa.Study(cfg, core.World(), Path(), None, None)
+    study = run_mathqa.MathQAStudy(cfg, core.World(), Path(), None, None)
     return core.typed(run_mathqa.as_run(study, one, "x")).flags
 
 
 def test_a_study_knows_a_pretraining_by_its_text_and_a_tuning_by_its_rows():
     text, rows = matter("pretrain"), matter("finetune")
-    assert text & run_mathqa.OF_ROWS == rows & run_mathqa.OF_TEXT == set()
-    free = core.MAY_CHANGE | core.CALL_CONSTANTS | run_mathqa.OF_STUDIES
-    assert text == (BOTH_STAGES | run_mathqa.OF_TEXT) - free
-    assert rows == (BOTH_STAGES | run_mathqa.OF_ROWS) - free
+    assert text & run_mathqa.STAGE2_ONLY == rows & run_mathqa.STAGE1_ONLY == set()
+    free = core.MAY_CHANGE | core.CALL_CONSTANTS | run_mathqa.STUDY_CONSTANTS
+    assert text == (BOTH_STAGES | run_mathqa.STAGE1_ONLY) - free
+    assert rows == (BOTH_STAGES | run_mathqa.STAGE2_ONLY) - free
 
 
 def test_a_study_from_new_weights_knows_a_tuning_by_its_shape_and_text_too():
-    assert matter("finetune", init_from="new") >= run_mathqa.OF_TEXT
+    assert matter("finetune", init_from="new") >= run_mathqa.STAGE1_ONLY
 
 
 # pretraining that goes on from a run

@@ -880,7 +880,9 @@ def test_a_run_that_another_process_finished_meanwhile_is_taken_as_it_is(monkeyp
     everywhere(monkeypatch.setattr, resume, "finished_run", lambda cfg, script: next(found))
     everywhere(monkeypatch.setattr, lab.run.folder, "Run", finished_meanwhile)
     said = []
-    study = script.Study(script.Config(mode="study"), core.World(), Path("out"), said.append, lambda: None)
+    study = script.MathQAStudy(
+        script.Config(mode="study"), core.World(), Path("out"), said.append, lambda: None
+    )
     assert script.one_run(study, script.Config(mode="finetune")) == Path("out/theirs")
     assert said == ["finished already: out/theirs"]
 

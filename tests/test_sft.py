@@ -646,7 +646,7 @@ def test_micro_batches_hold_no_more_tokens_than_they_may_unless_a_size_is_given(
     assert [len(part) for part in core.micro_batches(model, range(12), 12, lengths, 120)] == [12]
 
 
-def set_up(*argv) -> tuning.Study:
+def set_up(*argv) -> tuning.TuningSetup:
     run = SimpleNamespace(pin=lambda *fact: None)
     return tuning.set_up(run, toy_cfg("--data", toy_file(400), *QUIET, "--batch", 8, *argv), World())
 

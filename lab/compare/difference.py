@@ -10,56 +10,56 @@ POWER = ((1.96 + 0.84) / 1.96) ** 2  # rows for an interval that excludes 0 four
 
 
 def difference(rows, first, second) -> dict:
-    """First - second with its 95 % interval; `first` and `second` are lists of runs (indices of rows.sums).
+    """Mean of `first` minus mean of `second`, with 95 % interval; both are lists of
+    runs (indices of rows.sums).
 
-    One run a side: rows redrawn by group, in pairs. Several: variances of rows and of seeds, see _over_seeds.
+    One run a side: paired bootstrap over groups of rows. Several: rows and seeds, see _over_seeds.
     """
     total = rows.weights.sum()
     means = [rows.sums[side].sum(1) / total for side in (first, second)]
     value = float(means[0].mean() - means[1].mean())
-    found = {"difference": value, "seeds": [len(first), len(second)], "rows": len(rows)}
-    found["groups"] = len(set(rows.groups.tolist()))
-    found["means"] = [of_side.tolist() for of_side in means]
+    figures = {"difference": value, "seeds": [len(first), len(second)], "rows": len(rows)}
+    figures["groups"] = len(set(rows.groups.tolist()))
+    figures["means"] = [side_means.tolist() for side_means in means]
     if len(first) == len(second) == 1:
         interval = _by_groups(rows, rows.sums[first[0]] - rows.sums[second[0]])
-        found["row_noise"] = found["noise"] = (interval[1] - interval[0]) / (2 * 1.96)
-        return found | {"interval": interval}
-    return found | _over_seeds(rows, (first, second), means, value)
+        figures["row_noise"] = figures["noise"] = (interval[1] - interval[0]) / (2 * 1.96)
+        return figures | {"interval": interval}
+    return figures | _over_seeds(rows, (first, second), means, value)
 
 
 def mean(rows, side) -> dict:
-    """Mean of the runs `side` with its 95 % interval, over groups of rows and seeds as in `difference`."""
+    """Mean of the runs `side` with its 95 % interval, as in `difference`."""
     total = rows.weights.sum()
     means = rows.sums[side].sum(1) / total
-    found = {"mean": float(means.mean()), "runs": means.tolist()}
+    figures = {"mean": float(means.mean()), "runs": means.tolist()}
     if len(side) == 1:
-        return found | {"interval": _by_groups(rows, rows.sums[side[0]])}
-    return found | _over_seeds(rows, (side,), [means], found["mean"])
+        return figures | {"interval": _by_groups(rows, rows.sums[side[0]])}
+    return figures | _over_seeds(rows, (side,), [means], figures["mean"])
 
 
 def _by_groups(rows, sums) -> list[float]:
-    """Interval of sum / weight, groups of rows redrawn."""
+    """95 % interval of sum / weight by bootstrap over groups of rows."""
     ratio = {"of": lambda means: means[:, :1] / means[:, 1:]}
     return bootstrap(np.c_[sums, rows.weights], rows.groups, **ratio).tolist()[0]  # a weight may be 0
 
 
 def _over_seeds(rows, sides, means, value) -> dict:
-    """Rows and seeds are crossed: the variance of a mean, or of the difference of two, is that over groups
-    (of seed means), plus that over seeds (of row means), less what both contain, the seed-by-group rest.
-    Welch's t. A side of one seed borrows the other's spread.
-    """
+    """95 % interval where rows and seeds are crossed: the variance of a mean, or of a difference of two, is
+    the variance over groups (of seed means) plus that over seeds (of row means) minus their interaction,
+    which both contain. Welch's t. A side of one seed takes the other's spread."""
     index = np.unique(rows.groups, return_inverse=True)[1]
     n, total = index.max() + 1, rows.weights.sum()
     share = np.bincount(index, rows.weights, n) / total
     parts = []
-    for side, of_seed in zip(sides, means, strict=True):
+    for side, seed_means in zip(sides, means, strict=True):
         summed = np.stack([np.bincount(index, rows.sums[run], n) for run in side]) / total
-        parts.append(summed - of_seed[:, None] * share)  # (seeds, groups): what a group adds to the error
+        parts.append(summed - seed_means[:, None] * share)  # (seeds, groups): what a group adds to the error
     by_group = sum(sign * part.mean(0) for sign, part in zip((1, -1), parts, strict=False))
-    of_rows = n / max(n - 1, 1) * float((by_group**2).sum())
-    spreads = [_seed_variance(part, of_seed) for part, of_seed in zip(parts, means, strict=True)]
-    known, components = [spread for spread in spreads if spread], [(of_rows, max(n - 1, 1))]
-    shares = [1 / len(of_seed) for of_seed in means]
+    row_variance = n / max(n - 1, 1) * float((by_group**2).sum())
+    spreads = [_seed_variance(part, seed_means) for part, seed_means in zip(parts, means, strict=True)]
+    known, components = [spread for spread in spreads if spread], [(row_variance, max(n - 1, 1))]
+    shares = [1 / len(seed_means) for seed_means in means]
     shares = shares if len(known) == len(means) else [sum(shares)]
     components += [
         (variance * share, freedom) for (variance, freedom), share in zip(known, shares, strict=True)
@@ -69,57 +69,58 @@ def _over_seeds(rows, sides, means, value) -> dict:
     half = student(max(freedom, 1.0)) * math.sqrt(noise)
     if min(map(len, means)) < 3:  # as simulations show, Satterthwaite's freedom is too high here
         half = math.hypot(*(student(f) * math.sqrt(v) for v, f in components))
-    found = {"interval": [value - half, value + half], "noise": math.sqrt(noise)}
-    found["seed_noise"] = math.sqrt(max(noise - of_rows, 0.0))
-    return found | {"row_noise": math.sqrt(of_rows)}
+    figures = {"interval": [value - half, value + half], "noise": math.sqrt(noise)}
+    figures["seed_noise"] = math.sqrt(max(noise - row_variance, 0.0))
+    return figures | {"row_noise": math.sqrt(row_variance)}
 
 
-def _seed_variance(part, of_seed) -> tuple[float, int] | None:
-    """(variance of one seed's mean that is the seed's own, degrees of freedom); None for a single seed."""
+def _seed_variance(part, seed_means) -> tuple[float, int] | None:
+    """(variance between seeds without that of rows, degrees of freedom); None for a single seed."""
     seeds, n = part.shape
     if seeds < 2:
         return None
     rest = n / max(n - 1, 1) * float(((part - part.mean(0)) ** 2).sum()) / (seeds - 1)
-    return max(0.0, float(np.var(of_seed, ddof=1)) - rest), seeds - 1
+    return max(0.0, float(np.var(seed_means, ddof=1)) - rest), seeds - 1
 
 
 FEWEST = 6  # prompts or stretches: all of five on one side of 0 happen by chance once in 16
 
 
-def verdict(found, name, names) -> str:
-    """The figure, and a plain sentence: told apart or not, by what noise, and what it would take."""
-    low, high = found["interval"]
-    value, rows = found["difference"], found["rows"]
+def verdict(figures, name, names) -> str:
+    """The difference as a figure and a sentence: told apart or not, by which noise,
+    and what it would take."""
+    low, high = figures["interval"]
+    value, rows = figures["difference"], figures["rows"]
     signed = f"{name} {value:+.4f} ({low:+.4f} to {high:+.4f})"
-    a, b = found["seeds"]
+    a, b = figures["seeds"]
     seeds = "one seed each: row noise only" if a == b == 1 else f"{a} and {b} seeds"
-    if not math.isfinite(value) or ((low or high) and found["groups"] < FEWEST):
+    if not math.isfinite(value) or ((low or high) and figures["groups"] < FEWEST):
         return f"{signed}\n  cannot be told apart: fewer than {FEWEST} prompts, or a loss that is no number"
     if low == high == 0:
         return f"{signed}\n  the same on every one of {rows:,} rows: they cannot be told apart"
     if low <= 0 <= high:
-        return f"{signed}\n  cannot be told apart on these {rows:,} rows; {needed(found)} ({seeds})"
+        return f"{signed}\n  cannot be told apart on these {rows:,} rows; {needed(figures)} ({seeds})"
     lower_is_better = name in ("loss", "log loss", "bits per byte")
     better = names[0] if (value < 0) == lower_is_better else names[1]
     return f"{signed}\n  told apart on these {rows:,} rows: {better} is better ({seeds})"
 
 
-def needed(found) -> str:
-    """What would show a difference of this size four times in five."""
-    wanted = (abs(found["difference"]) / (1.96 * math.sqrt(POWER))) ** 2  # variance
-    if abs(found["difference"]) < 1e-12:
-        return "there is no difference to look for"
-    if found.get("seed_noise") and found["row_noise"] ** 2 < wanted:
-        now = min(found["seeds"])
-        seeds = max(now + 1, now * found["seed_noise"] ** 2 / (wanted - found["row_noise"] ** 2))
+def needed(figures) -> str:
+    """How many rows or seeds would show a difference of this size with a power of 80 %."""
+    wanted = (abs(figures["difference"]) / (1.96 * math.sqrt(POWER))) ** 2  # variance
+    if abs(figures["difference"]) < 1e-12:
+        return "the means happen to be equal: any difference within the interval is possible"
+    if figures.get("seed_noise") and figures["row_noise"] ** 2 < wanted:
+        now = min(figures["seeds"])
+        seeds = max(now + 1, now * figures["seed_noise"] ** 2 / (wanted - figures["row_noise"] ** 2))
         return f"about {rounded(seeds)} seeds a side would be needed"
-    rows = found["rows"] * found["row_noise"] ** 2 / wanted
-    if found.get("seed_noise"):
+    rows = figures["rows"] * figures["row_noise"] ** 2 / wanted
+    if figures.get("seed_noise"):
         return f"more rows than {rounded(rows)}, and more seeds, would be needed"
     return f"about {rounded(rows)} would be needed" if rows < 1e9 else "no number of rows would do"
 
 
 def rounded(value) -> str:
-    """Two significant digits, upwards."""
+    """Rounds up to two significant digits."""
     scale = 10 ** max(0, math.floor(math.log10(max(value, 1))) - 1)
     return f"{math.ceil(value / scale) * scale:,}"

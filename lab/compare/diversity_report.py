@@ -1,6 +1,7 @@
-"""What a study of sources found, as tables, plain sentences and pictures.
+"""The report of run_pretrain_diversity.py's study: tables, sentences, pictures.
 
-matrix: arm -> text -> files of losses (as losses.jsonl), one a seed. found: the coefficients of task2vec."""
+matrix: arm -> text -> files of losses (as losses.jsonl), one per seed.
+coefficients: of lab/measure/diversity.py."""
 
 import itertools
 import json
@@ -18,7 +19,7 @@ from lab.measure.statistics import plus_minus
 
 
 def rows_of(files, figure) -> Rows:
-    """The lines of several runs on one text as rows of one figure."""
+    """Reads losses of several runs on one text as Rows of one figure."""
     lines = [read_lines(Path(path)) for path in files]
     names = ("nats", "hits", "targets", "bytes")
     columns = {name: np.array([[line[name] for line in of] for of in lines], float) for name in names}
@@ -41,14 +42,14 @@ FIGURES = ("loss", "accuracy", "bits per byte")
 
 def cells(matrix) -> dict:
     """figure -> arm -> text -> {mean, interval, runs}"""
-    found = {}
+    figures = {}
     for figure in FIGURES:
-        for arm, of_arm in matrix.items():
-            for name, files in of_arm.items():
+        for arm, arm_files in matrix.items():
+            for name, files in arm_files.items():
                 rows = rows_of(files, figure)
-                one = mean(rows, list(range(len(files))))
-                found.setdefault(figure, {}).setdefault(arm, {})[name] = one
-    return found
+                cell = mean(rows, list(range(len(files))))
+                figures.setdefault(figure, {}).setdefault(arm, {})[name] = cell
+    return figures
 
 
 def heading(runs_by_arm, commit) -> str:
@@ -62,23 +63,23 @@ def spread(seeds) -> str:
     return f"95 % over documents and {seeds} seeds" if seeds > 1 else "95 % over documents; one seed"
 
 
-def tables(found, seeds) -> str:
+def tables(figures, seeds) -> str:
     """Markdown of the matrix: loss and perplexity, accuracy, bits per byte."""
     parts = []
-    for figure, by_arm in found.items():
+    for figure, by_arm in figures.items():
         columns = {"trained on": list(by_arm)}
         for name in next(iter(by_arm.values())):
-            ones = [of_arm[name] for of_arm in by_arm.values()]
-            columns[name] = [plus_minus(one["mean"], one["interval"], 4) for one in ones]
+            column = [arm_figures[name] for arm_figures in by_arm.values()]
+            columns[name] = [plus_minus(cell["mean"], cell["interval"], 4) for cell in column]
             if figure == "loss":
-                columns[f"{name} ppl"] = [f"{math.exp(min(one['mean'], 700)):.2f}" for one in ones]
+                columns[f"{name} ppl"] = [f"{math.exp(min(cell['mean'], 700)):.2f}" for cell in column]
         parts.append(f"**{figure}** on the held-out part of ({spread(seeds)})\n\n{markdown(columns)}")
     return "\n\n".join(parts)
 
 
 def verdicts(matrix, seeds) -> tuple[list[str], list[dict]]:
-    """For each mixture and text a plain sentence: does it beat the arms of one source? Neutral text first."""
-    lines, found = [], []
+    """A sentence for each mixture and text: does it beat the single sources? Neutral text first."""
+    lines, differences = [], []
     singles = [arm for arm in matrix if len(shares_of(arm)) == 1]
     mixtures = [arm for arm in matrix if len(shares_of(arm)) > 1]
     if not singles or not mixtures:
@@ -86,13 +87,16 @@ def verdicts(matrix, seeds) -> tuple[list[str], list[dict]]:
     for mixed in mixtures:
         for name in reversed(matrix[mixed]):
             against = {arm: against_arm(matrix, mixed, arm, name) for arm in singles}
-            found += [{"mixture": mixed, "against": arm, "text": name, **one} for arm, one in against.items()]
+            differences += [
+                {"mixture": mixed, "against": arm, "text": name, **figures}
+                for arm, figures in against.items()
+            ]
             lines.append(sentence(mixed, name, against, seeds))
-    return lines, found
+    return lines, differences
 
 
 def against_arm(matrix, mixed, arm, name) -> dict:
-    """Loss of the mixture less that of an arm on one text, with interval over documents and seeds."""
+    """Loss of the mixture minus that of an arm on one text, with interval over documents and seeds."""
     files = [*matrix[mixed][name], *matrix[arm][name]]
     n = len(matrix[mixed][name])
     return difference(rows_of(files, "loss"), list(range(n)), list(range(n, len(files))))
@@ -102,47 +106,56 @@ FEWEST_SEEDS = 3  # a side; fewer say nothing of the spread between seeds
 
 
 def sentence(mixed, name, against, seeds) -> str:
-    told = [
-        f"{one['difference']:+.4f} ({one['interval'][0]:+.4f} to {one['interval'][1]:+.4f}) against {arm}"
-        for arm, one in against.items()
-    ]
-    ends = [end for one in against.values() for end in one["interval"]]
-    if any(one["groups"] < FEWEST for one in against.values()) or not np.isfinite(ends).all():
-        said = f"fewer than {FEWEST} held-out documents, or a loss that is no number: nothing to decide"
+    differences = []
+    for arm, figures in against.items():
+        low, high = figures["interval"]
+        differences.append(f"{figures['difference']:+.4f} ({low:+.4f} to {high:+.4f}) against {arm}")
+    ends = [end for figures in against.values() for end in figures["interval"]]
+    if any(figures["groups"] < FEWEST for figures in against.values()) or not np.isfinite(ends).all():
+        verdict = f"fewer than {FEWEST} held-out documents, or a loss that is no number: nothing to decide"
     elif seeds < FEWEST_SEEDS:
-        said = f"too few seeds ({seeds} of {FEWEST_SEEDS}) to say whether the mixture wins"
-    elif all(one["interval"][1] < 0 for one in against.values()):
-        said = "the mixture wins beyond noise against every single source"
-    elif all(one["interval"][0] > 0 for one in against.values()):
-        said = "the mixture loses beyond noise against every single source"
+        verdict = f"too few seeds ({seeds} of {FEWEST_SEEDS}) to say whether the mixture wins"
+    elif all(figures["interval"][1] < 0 for figures in against.values()):
+        verdict = "the mixture wins beyond noise against every single source"
+    elif all(figures["interval"][0] > 0 for figures in against.values()):
+        verdict = "the mixture loses beyond noise against every single source"
     else:
-        better = [arm for arm, one in against.items() if one["interval"][1] < 0]
-        worse = [arm for arm, one in against.items() if one["interval"][0] > 0]
+        better = [arm for arm, figures in against.items() if figures["interval"][1] < 0]
+        worse = [arm for arm, figures in against.items() if figures["interval"][0] > 0]
         same = [arm for arm in against if arm not in (*better, *worse)]
         parts = [("better than", better), ("worse than", worse), ("not to be told apart from", same)]
-        said = "the mixture is " + ", ".join(f"{word} {' and '.join(arms)}" for word, arms in parts if arms)
-    return "\n  loss ".join([f"on {name}, {mixed}: {said}", *told])
+        verdict = "the mixture is " + ", ".join(
+            f"{word} {' and '.join(arms)}" for word, arms in parts if arms
+        )
+    return "\n  loss ".join([f"on {name}, {mixed}: {verdict}", *differences])
 
 
-def diversity_table(found) -> str:
-    """Markdown: coefficients with intervals and noise floors; bounds; distances between arms."""
-    ones = {**found["arms"], **found["bounds"]}
+def diversity_table(coefficients) -> str:
+    """Markdown table of coefficients with intervals and noise floors, of bounds, of
+    distances between arms."""
+    rows = {**coefficients["arms"], **coefficients["bounds"]}
     columns = {
-        "text": list(ones),
-        "diversity": [f"{one['coefficient']:.4f}" for one in ones.values()],
-        "95 %": [span(one["interval"]) for one in ones.values()],
-        "noise floor": [f"{one['noise_floor']:.4f}" if "noise_floor" in one else "" for one in ones.values()],
-        "batches": [one["batches"] for one in ones.values()],
+        "text": list(rows),
+        "diversity": [f"{figures['coefficient']:.4f}" for figures in rows.values()],
+        "95 %": [span(figures["interval"]) for figures in rows.values()],
+        "noise floor": [
+            f"{figures['noise_floor']:.4f}" if "noise_floor" in figures else "" for figures in rows.values()
+        ],
+        "batches": [figures["batches"] for figures in rows.values()],
     }
     text = markdown(columns)
-    if crossed := found["cross"]:
+    if crossed := coefficients["cross"]:
         columns = {"between": list(crossed)}
-        columns["distance"] = [f"{one['coefficient']:.4f}" for one in crossed.values()]
-        columns["95 %"] = [span(one["interval"]) for one in crossed.values()]
-        columns["diversity differs by"] = [f"{one['difference']:+.4f}" for one in crossed.values()]
-        columns["its 95 %"] = [span(one["difference_interval"], "+") for one in crossed.values()]
+        columns["distance"] = [f"{figures['coefficient']:.4f}" for figures in crossed.values()]
+        columns["95 %"] = [span(figures["interval"]) for figures in crossed.values()]
+        columns["diversity differs by"] = [f"{figures['difference']:+.4f}" for figures in crossed.values()]
+        columns["its 95 %"] = [span(figures["difference_interval"], "+") for figures in crossed.values()]
         text += "\n\n" + markdown(columns)
-    drowned = [arm for arm, one in found["arms"].items() if one["interval"][0] <= one["noise_floor"]]
+    drowned = [
+        arm
+        for arm, figures in coefficients["arms"].items()
+        if figures["interval"][0] <= figures["noise_floor"]
+    ]
     if drowned:
         better = "use larger batches, or more --fisher_samples"
         text += f"\n\nnot above the distance of a batch from itself: {', '.join(drowned)}; {better}"
@@ -154,22 +167,22 @@ def span(interval, sign="") -> str:
     return f"{low:{sign}.4f} to {high:{sign}.4f}" if low == low else "too few batches"
 
 
-def link_table(found, neutral, cells, seeds) -> str:
-    """Markdown: each arm's coefficient beside its losses; the order of arms by either, if there is one."""
-    arms = list(found["arms"])
-    columns = {"arm": arms, "diversity": [f"{found['arms'][arm]['coefficient']:.4f}" for arm in arms]}
+def link_table(coefficients, neutral, cells, seeds) -> str:
+    """Markdown table of each arm's coefficient beside its losses, and the order of arms by both."""
+    arms = list(coefficients["arms"])
+    columns = {"arm": arms, "diversity": [f"{coefficients['arms'][arm]['coefficient']:.4f}" for arm in arms]}
     for name in cells["loss"][arms[0]]:
         losses = [cells["loss"][arm][name] for arm in arms]
-        columns[f"loss on {name}"] = [plus_minus(one["mean"], one["interval"], 4) for one in losses]
+        columns[f"loss on {name}"] = [plus_minus(cell["mean"], cell["interval"], 4) for cell in losses]
     text = markdown(columns)
-    by_diversity = sorted(arms, key=lambda arm: -found["arms"][arm]["coefficient"])
+    by_diversity = sorted(arms, key=lambda arm: -coefficients["arms"][arm]["coefficient"])
 
     def of(arm):
         return cells["loss"][arm][neutral]
 
     by_loss = sorted(arms, key=lambda arm: of(arm)["mean"])
     orders = [f"by diversity: {' > '.join(by_diversity)}", f"by loss on {neutral}: {' < '.join(by_loss)}"]
-    if not apart([found["arms"][arm] for arm in by_diversity]):
+    if not apart([coefficients["arms"][arm] for arm in by_diversity]):
         orders[0] += " (intervals of neighbours overlap: no order)"
     if seeds < FEWEST_SEEDS:
         orders[1] += " (too few seeds for an order)"
@@ -179,7 +192,7 @@ def link_table(found, neutral, cells, seeds) -> str:
 
 
 def apart(ones) -> bool:
-    """Whether no interval reaches into that of a neighbour in this order."""
+    """Whether no interval overlaps that of its neighbour in this order."""
     pairs = ((a["interval"], b["interval"]) for a, b in itertools.pairwise(ones))
     return all(a[0] > b[1] or b[0] > a[1] for a, b in pairs)
 
@@ -194,17 +207,17 @@ def pyplot():
 
 
 def heat_map(by_arm, path, neutral, seeds):
-    """Loss of each arm on each text; the colour is the distance from the text's best arm."""
+    """Draws the loss of each arm on each text; the colour is the distance from the text's best arm."""
     plt, arms, texts = pyplot(), list(by_arm), list(next(iter(by_arm.values())))
     means = np.array([[by_arm[arm][name]["mean"] for name in texts] for arm in arms])
     figure, axes = plt.subplots(figsize=(3 + 1.9 * len(texts), 1.6 + 0.7 * len(arms)))
     image = axes.imshow(means - means.min(0), cmap="YlOrRd", aspect="auto")
     for i, arm in enumerate(arms):
         for j, name in enumerate(texts):
-            one = by_arm[arm][name]
+            cell = by_arm[arm][name]
             dark = (means - means.min(0))[i, j] > 0.6 * max(1e-9, (means - means.min(0)).max())
-            said = f"{one['mean']:.3f}\n± {(one['interval'][1] - one['interval'][0]) / 2:.3f}"
-            axes.text(j, i, said, ha="center", va="center", color="white" if dark else "black", fontsize=9)
+            label = f"{cell['mean']:.3f}\n± {(cell['interval'][1] - cell['interval'][0]) / 2:.3f}"
+            axes.text(j, i, label, ha="center", va="center", color="white" if dark else "black", fontsize=9)
     axes.set_xticks(range(len(texts)), [f"{name}\n(neutral)" if name == neutral else name for name in texts])
     axes.set_yticks(range(len(arms)), arms)
     axes.set(xlabel="tested on", ylabel="trained on", title=f"Loss per token (± {spread(seeds)})")
@@ -213,15 +226,15 @@ def heat_map(by_arm, path, neutral, seeds):
     plt.close(figure)
 
 
-def plot_link(found, losses, neutral, path):
-    """Diversity of each arm against its loss on the neutral text, both with 95 % intervals."""
+def plot_link(coefficients, losses, neutral, path):
+    """Plots the loss of each arm on the neutral text over its diversity, both with 95 % intervals."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    for arm, one in found["arms"].items():
+    for arm, cell in coefficients["arms"].items():
         loss = losses[arm][neutral]
-        x, y = one["coefficient"], loss["mean"]
+        x, y = cell["coefficient"], loss["mean"]
         across, up = (
-            np.nan_to_num(np.abs(np.subtract(of["interval"], v)))[:, None] for of, v in ((one, x), (loss, y))
+            np.nan_to_num(np.abs(np.subtract(of["interval"], v)))[:, None] for of, v in ((cell, x), (loss, y))
         )
         axes.errorbar(x, y, xerr=across, yerr=up, marker="o", capsize=3, label=arm)
     axes.set(

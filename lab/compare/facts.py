@@ -1,5 +1,5 @@
-"""What is known of a run from its small files alone (config.json, result.json, judged.json), so that one that
-came home without its checkpoints counts; and in which constants, code and resumes runs differ."""
+"""What the small files of a run say (config.json, result.json, judged.json), without its checkpoints; and in
+which constants, code and resumes runs differ."""
 
 import collections
 import functools
@@ -37,7 +37,7 @@ class Facts:
 
     @property
     def part(self) -> str:
-        """What its figures are of."""
+        """The part that its final figures are of: test, else val."""
         return "test" if any(name.startswith("test/") for name in self.result) else "val"
 
     @property
@@ -49,7 +49,7 @@ class Facts:
         return self.result.get("status") == "finished"
 
     def constant(self, name):
-        """Of config.json; preset and script are there, too."""
+        """A constant of config.json, or its preset, script, device."""
         return self.config["constants"].get(name, self.config.get(name))
 
     def has(self, name) -> bool:
@@ -57,14 +57,14 @@ class Facts:
 
     @property
     def trained(self) -> bool:
-        """Of a training script, not of eval.py, whose folders hold the measure's constants only."""
+        """Whether a training script made it. Folders of eval.py hold constants of the measurement only."""
         return self.config["script"] != "eval"
 
     @functools.cached_property
     def code(self) -> dict[str, str]:
         """File -> SHA-256 of the script and of the project's modules that it imports, as they ran.
 
-        Empty without source/. What lies in source/ and is not imported (the tables' code) changes no run.
+        Empty without source/. Files in source/ that the script does not import do not count.
         """
         source = self.folder / "source"
         hashes, waiting = {}, [f"{self.config['script']}.py"]
@@ -76,7 +76,7 @@ class Facts:
         return dict(sorted(hashes.items()))
 
     def figure(self, *names):
-        """(value, interval) of the first of these figures that there is, of `part`."""
+        """(value, interval) of the first of these figures that the run has, of `part`."""
         for name in names:
             if (value := self.result.get(f"{self.part}/{name}")) is not None:
                 return value, self.result.get(f"{self.part}/{name}_interval")
@@ -87,8 +87,8 @@ class Facts:
 
 
 def imported_files(source, text) -> list[str]:
-    """Names below `source` that the code `text` may import; of core.py, the index, what stands behind the
-    names that are used."""
+    """Files below `source` that the code `text` may import; through core.py, the index, only those of
+    the names that it uses."""
     names = []
     for module, imported in IMPORTED.findall(text):
         if module == "core" and (source / "lab").exists():
@@ -101,7 +101,7 @@ def imported_files(source, text) -> list[str]:
 
 
 def read(folder) -> Facts:
-    """UserError where `folder` is no run."""
+    """Reads the Facts of a run folder. UserError where it is none."""
     folder = Path(folder)
     config = read_config(folder)
     if not isinstance(config, dict) or not {"script", "constants"} <= config.keys():
@@ -111,11 +111,11 @@ def read(folder) -> Facts:
     metrics = [row for row in rows if isinstance(row.get("step"), int)]
     result, judged = _json(_text(folder / "result.json")), read_judged(folder / "judged.json")
     result = result if isinstance(result, dict) else {}
-    return Facts(folder, config, result, metrics, of_these_answers(folder, judged))
+    return Facts(folder, config, result, metrics, current_grades(folder, judged))
 
 
-def of_these_answers(folder, judged) -> dict:
-    """The grades that belong to responses.json as it is now; others are passed over, with a line."""
+def current_grades(folder, judged) -> dict:
+    """The grades of the present responses.json; grades of other answers are left out, with a warning."""
     path = folder / "responses.json"
     if not judged or not path.exists():
         return judged
@@ -127,14 +127,14 @@ def of_these_answers(folder, judged) -> dict:
 
 
 def read_judged(path) -> dict:
-    """judge -> its summary; empty where there is none, or a damaged one."""
+    """Reads judged.json: judge -> summary. Empty where it is absent or damaged."""
     judged = _json(_text(path))
     judged = judged if isinstance(judged, dict) else {}
     return {name: summary for name, summary in judged.items() if isinstance(summary, dict)}
 
 
 def read_all(folders) -> list[Facts]:
-    """Those that can be read; a damaged one is named and passed over: it must not hide the others."""
+    """Reads all folders that can be read; warns of a damaged one and goes on."""
     found = []
     for folder in folders:
         try:
@@ -156,7 +156,9 @@ def _json(text):
 
 
 def find(names) -> list[Facts]:
-    """The runs that folders stand for: a run, or whatever runs lie in a folder, oldest first; each once."""
+    """Runs of the named folders: a run itself, or all runs in a folder, oldest first; each once.
+    UserError where
+    there is none."""
     single, inside_of = {}, {}
     for name in names:
         path = Path(name)
@@ -178,9 +180,9 @@ LENGTH = {"epochs", "max_steps", "max_minutes", "final_eval"}
 IGNORED_IN_COMPARISON = CALL_CONSTANTS | (MAY_CHANGE - LENGTH) | {"seed", "run_folder", "prompt"}
 
 
-def of_account(facts) -> dict:
-    """The constants that tell a run from another but for the seed: without notes, those of another stage, and
-    the seed in the name of the run it began with."""
+def experiment_constants(facts) -> dict:
+    """Constants that make two runs different experiments: without seed, bookkeeping, those of the other
+    stage, and the seed in the name of the base run."""
     constants = {n: v for n, v in facts.config["constants"].items() if n not in IGNORED_IN_COMPARISON}
     if facts.config["script"] == "run_mathqa":
         constants = {n: v for n, v in constants.items() if not n.startswith("pretrain_")}
@@ -190,26 +192,26 @@ def of_account(facts) -> dict:
 
 
 def differing(all_facts) -> list[str]:
-    """Names of the constants in which runs that have them differ, or that only some runs of one script have,
-    in the scripts' order; seed and notes are none."""
+    """Names of the experiment constants in which runs differ, or that only some runs of a script have, in the
+    order of the scripts."""
     values, scripts = {}, {}
     for facts in all_facts:
-        for name, value in of_account(facts).items():
+        for name, value in experiment_constants(facts).items():
             values.setdefault(name, set()).add(repr(value))
         kind = facts.config.get("kind")  # what eval.py measures of texts and of rows has other constants
         scripts.setdefault((facts.config["script"], kind), []).append(facts)
-    partly = {name for of_script in scripts.values() for name in had_by_some(of_script)}
-    return [name for name, of_runs in values.items() if len(of_runs) > 1 or name in partly]
+    partly = {name for script_runs in scripts.values() for name in had_by_some(script_runs)}
+    return [name for name, different in values.items() if len(different) > 1 or name in partly]
 
 
 def had_by_some(all_facts) -> list[str]:
-    """Names of the constants that some of these runs have and others lack, in the scripts' order."""
-    counts = collections.Counter(name for facts in all_facts for name in of_account(facts))
+    """Names of the experiment constants that some of these runs have and others lack."""
+    counts = collections.Counter(name for facts in all_facts for name in experiment_constants(facts))
     return [name for name, count in counts.items() if count < len(all_facts)]
 
 
 def differing_bookkeeping(all_facts) -> list[str]:
-    """Names of the constants of no account, seed first, in which these runs differ."""
+    """Names of the bookkeeping constants, seed first, in which these runs differ."""
     names = ["seed", *sorted(IGNORED_IN_COMPARISON - CALL_CONSTANTS - {"seed", "note"})]
     return [name for name in names if len({value_of(facts, name) for facts in all_facts}) > 1]
 
@@ -219,17 +221,17 @@ def differing_scripts(all_facts) -> list[str]:
 
 
 def code_versions(all_facts) -> dict[str, list[list[Facts]]]:
-    """File -> the runs that ran each of its versions, for the files of which there are several."""
+    """File -> runs grouped by its version, for the files that have several versions among these runs."""
     versions = {}
     for facts in all_facts:
         for file, digest in facts.code.items():
             versions.setdefault(file, {}).setdefault(digest, []).append(facts)
-    return {file: list(of_file.values()) for file, of_file in sorted(versions.items()) if len(of_file) > 1}
+    return {file: list(runs.values()) for file, runs in sorted(versions.items()) if len(runs) > 1}
 
 
 def how_to_see(versions) -> str:
-    """The command that shows in what the first two versions of a file differ."""
-    return shlex.join(["diff", "-r", *(str(of_version[0].folder / "source") for of_version in versions[:2])])
+    """The diff command that shows how the first two versions differ."""
+    return shlex.join(["diff", "-r", *(str(same_code[0].folder / "source") for same_code in versions[:2])])
 
 
 def not_the_same(files) -> str:
@@ -252,7 +254,7 @@ def resumed(facts) -> dict[int, dict]:
 
 
 def resume_notes(named) -> list[str]:
-    """Lines on the runs that were resumed with other constants or code; `named`: (name to be said, Facts)."""
+    """Lines on runs that were resumed with other constants or code; `named`: (name, Facts)."""
     lines, untold = [], []
     for name, facts in named:
         for step, changes in resumed(facts).items():
@@ -273,12 +275,12 @@ def resume_notes(named) -> list[str]:
 
 
 def _standing(resumes) -> list[dict]:
-    """Those whose steps are part of the run: a later return to an older checkpoint threw the others away."""
+    """The resumes whose steps are part of the run: a later resume from an older checkpoint discards them."""
     return [entry for i, entry in enumerate(resumes) if all(entry["step"] <= e["step"] for e in resumes[i:])]
 
 
 def _that_matter(changes) -> dict:
-    """Without bookkeeping, and without what was changed and changed back."""
+    """The changes without bookkeeping, and without those that were changed back."""
     passed_over = IGNORED_IN_COMPARISON | {"final_eval"}
     return {n: (was, now) for n, (was, now) in changes.items() if n not in passed_over and was != now}
 
@@ -296,5 +298,5 @@ def _word(value) -> str:
 
 
 def value_of(facts, name) -> str:
-    """A constant's value in full: `none` and `absent` are two things."""
+    """A constant's value as text; `none` and `absent` are different."""
     return _word(facts.constant(name)) if facts.has(name) else ABSENT

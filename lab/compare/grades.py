@@ -9,16 +9,17 @@ from lab.measure.statistics import bootstrap, plus_minus
 
 
 def summary(rows, grades) -> dict:
-    """`grades`: of each row one a repeat, None where a reply held none."""
-    read = [[grade for grade in of_row if grade is not None] for of_row in grades]
-    counted = [i for i, of_row in enumerate(read) if of_row]
+    """Summary of a judge's grades. `grades`: for each row a list, one per repeat, None
+    where a reply had none."""
+    read = [[grade for grade in row_grades if grade is not None] for row_grades in grades]
+    counted = [i for i, row_grades in enumerate(read) if row_grades]
     means = np.array([np.mean(read[i]) for i in counted])
     groups = [group_of(row) for row in rows]
     figures = {"rows": len(rows), "graded": len(counted)} | mean_and_interval(means, groups, counted)
     figures["empty"] = sum(not row["model_response"].strip() for row in rows)
-    figures["unreadable"] = sum(grade is None for of_row in grades for grade in of_row)
-    asked = [of_row for row, of_row in zip(rows, read, strict=True) if row["model_response"].strip()]
-    spread = [np.var(of_row, ddof=1) for of_row in asked if len(of_row) > 1]
+    figures["unreadable"] = sum(grade is None for row_grades in grades for grade in row_grades)
+    asked = [row_grades for row, row_grades in zip(rows, read, strict=True) if row["model_response"].strip()]
+    spread = [np.var(row_grades, ddof=1) for row_grades in asked if len(row_grades) > 1]
     figures["noise"] = float(np.sqrt(np.mean(spread))) if spread else None  # s.d. of one grade of one answer
     by_category = defaultdict(list)
     for place, i in enumerate(counted):
@@ -29,7 +30,9 @@ def summary(rows, grades) -> dict:
         | mean_and_interval(means[[place for place, _ in some]], groups, [i for _, i in some])
         for name, some in sorted(by_category.items())
     }
-    figures["grades"] = [{"group": g, "grades": of_row} for g, of_row in zip(groups, grades, strict=True)]
+    figures["grades"] = [
+        {"group": g, "grades": row_grades} for g, row_grades in zip(groups, grades, strict=True)
+    ]
     return figures
 
 
@@ -40,26 +43,32 @@ def mean_and_interval(means, groups, counted) -> dict:
     return {"score": float(means.mean()), "score_interval": (100 * shares[0]).tolist()}
 
 
-def lines_of_score(name, s) -> list[str]:
-    """What the terminal shows of `score`."""
-    if s["score"] is None:
-        return [f"{name}  no grade could be read in {s['unreadable']} replies of {s['judge']}"]
-    said = plus_minus(s["score"], s["score_interval"], 2)
-    lines = [f"{name}  {s['judge']}  {said} of 100  {s['graded']} of {s['rows']} answers, {s['empty']} empty"]
-    if s["unreadable"]:
-        lowest = np.mean([np.mean([grade or 0 for grade in of_row["grades"]]) for of_row in s["grades"]])
-        lines.append(
-            f"  {s['unreadable']} replies hold no grade; counted as 0 the mean would be {lowest:.2f}"
+def lines_of_score(name, scored) -> list[str]:
+    """Lines for the terminal on what judge.score returns."""
+    if scored["score"] is None:
+        return [f"{name}  no grade could be read in {scored['unreadable']} replies of {scored['judge']}"]
+    score = plus_minus(scored["score"], scored["score_interval"], 2)
+    counts = f"{scored['graded']} of {scored['rows']} answers, {scored['empty']} empty"
+    lines = [f"{name}  {scored['judge']}  {score} of 100  {counts}"]
+    if scored["unreadable"]:
+        lowest = np.mean(
+            [np.mean([grade or 0 for grade in row_grades["grades"]]) for row_grades in scored["grades"]]
         )
-    if s["noise"] is not None:
-        lines.append(f"  the judge's own noise: {s['noise']:.1f} between {s['repeats']} grades of one answer")
-    for category, part in s["by_category"].items():
+        lines.append(
+            f"  {scored['unreadable']} replies hold no grade; counted as 0 the mean would be {lowest:.2f}"
+        )
+    if scored["noise"] is not None:
+        lines.append(
+            f"  the judge's own noise: {scored['noise']:.1f} between {scored['repeats']} grades of one answer"
+        )
+    for category, part in scored["by_category"].items():
         figure = plus_minus(part["score"], part["score_interval"], 2)
         lines.append(f"  {category}: {figure}, {part['rows']} answers")
     return lines
 
 
 def duel_figures(pairs, where, verdicts) -> dict:
+    """Rates of a duel with intervals. `where`: (pair, place of the first run) of each verdict."""
     wins, places, firsts, longers = defaultdict(list), defaultdict(set), [], []
     for (i, place), verdict in zip(where, verdicts, strict=True):
         if verdict is None:
@@ -71,11 +80,11 @@ def duel_figures(pairs, where, verdicts) -> dict:
             a, b = (len(row["model_response"].strip()) for row in pairs[i])
             if a != b:
                 longers.append((i, (verdict == place) == (a > b)))
-    both = {i: of_row for i, of_row in wins.items() if len(places[i]) == 2}
+    both = {i: row_grades for i, row_grades in wins.items() if len(places[i]) == 2}
     groups = [group_of(a) for a, _ in pairs]
     equal = [i for i in range(len(pairs)) if i not in {i for i, _ in where}]
-    outcome = [(i, settled(of_row)) for i, of_row in both.items()] + [(i, 0.5) for i in equal]
-    consistent = [(i, len(set(of_row)) == 1) for i, of_row in both.items()]
+    outcome = [(i, settled(row_grades)) for i, row_grades in both.items()] + [(i, 0.5) for i in equal]
+    consistent = [(i, len(set(row_grades)) == 1) for i, row_grades in both.items()]
     figures = {"prompts": len(pairs), "equal": len(equal), "unreadable": verdicts.count(None)}
     for name, values in {"wins": outcome, "same_in_both_orders": consistent, "first_place": firsts,
                          "longer": longers}.items():  # fmt: skip
@@ -88,12 +97,15 @@ def duel_figures(pairs, where, verdicts) -> dict:
 
 
 def settled(wins) -> float:
-    """1, 0 or a half: a judge that follows the order has not decided."""
+    """Outcome of a prompt, 1, 0 or 0.5: a judge that contradicts itself in the other
+    order has not decided."""
     mean = float(np.mean(wins))
     return 1.0 if mean > 0.5 and min(wins) >= 0.5 else 0.0 if mean < 0.5 and max(wins) <= 0.5 else 0.5
 
 
 def lines_of_duel(first, second, d) -> list[str]:
+    """Lines for the terminal on what judge.duel returns."""
+
     def figure(name):
         return "none" if d[name] is None else plus_minus(d[name], d[f"{name}_interval"])
 
@@ -102,8 +114,8 @@ def lines_of_duel(first, second, d) -> list[str]:
     ]
     if d["wins"] is not None:
         low, high = d["wins_interval"]
-        told = "they cannot be told apart" if low <= 0.5 <= high else "they can be told apart"
-        lines.append(f"  {told} by {d['judge']}; {d['equal']} pairs of answers are equal")
+        verdict = "they cannot be told apart" if low <= 0.5 <= high else "they can be told apart"
+        lines.append(f"  {verdict} by {d['judge']}; {d['equal']} pairs of answers are equal")
     lines.append(f"  same verdict in both orders {figure('same_in_both_orders')}")
     lines.append(f"  the one shown first wins {figure('first_place')}, the longer one {figure('longer')}")
     lines += [f"  {d['unreadable']} replies hold no verdict"] if d["unreadable"] else []

@@ -1,7 +1,7 @@
 """A language model grades answers: any endpoint that speaks OpenAI's chat completions.
 
-Every reply is kept the moment it comes, in <TOKEN_CACHE>/judge_<hash of judge>.jsonl: what was asked once is
-never asked again, and a killed run goes on. Protocols: SCORE (0 to 100, journal 001) and PAIR (both orders).
+Every reply is written at once to <TOKEN_CACHE>/judge_<hash of judge>.jsonl: no question is asked twice, and a
+killed run continues. Protocols: SCORE (0 to 100, journal 001) and PAIR (both orders).
 """
 
 import hashlib
@@ -63,7 +63,7 @@ Which response is better? Reply with one word alone: A, B, or tie."""
 
 
 def request_of(row) -> str:
-    """What the model was asked, in Alpaca's template whatever its own was: one judge, one form."""
+    """The prompt of a row in Alpaca's template, whatever the model's own: the judge sees one form."""
     return prompt_text(row["instruction"], row.get("input") or "", "alpaca").strip()
 
 
@@ -78,14 +78,14 @@ def pair_question(row, first, second) -> str:
 
 
 def parse_score(reply) -> int | None:
-    """The one whole number from 0 to 100 in a reply (`85`, `Score: 85/100`); None if it is not to be had."""
+    """The only whole number from 0 to 100 in a reply (`85`, `Score: 85/100`), or None."""
     numbers = re.findall(r"-?\d+(?:[.,]\d+)?", re.sub(r"(/|out of) *100\b", "", without_thoughts(reply)))
     fits = len(numbers) == 1 and re.fullmatch(r"\d+(\.0+)?", numbers[0]) and float(numbers[0]) <= 100
     return int(float(numbers[0])) if fits else None
 
 
 def parse_verdict(reply) -> str | None:
-    """A, B or tie, if that is all a reply says (`**B**`, `Response B.`)."""
+    """A, B or tie if that is all a reply says (`**B**`, `Response B.`), else None."""
     words = re.findall(r"[a-z]+", without_thoughts(reply).lower())
     words = [word for word in words if word not in ("response", "answer", "the", "is", "better")]
     return {"a": "A", "b": "B", "tie": "tie"}.get(words[0]) if len(words) == 1 else None
@@ -97,12 +97,12 @@ def without_thoughts(reply) -> str:
 
 BACK_OFF = 1.0  # seconds before the second attempt; doubled before each further one, up to a minute
 LOCAL = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
-LATER = {408, 409, 425, 429}  # and all from 500 on: worth another attempt
+TRIED_AGAIN = {408, 409, 425, 429}  # and all from 500 on: worth another attempt
 NEVER = {401, 403, 404}  # not worth another question
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Whoever is sent elsewhere would take the key along."""
+    """Refuses redirects: one would send the API key to another host."""
 
     def redirect_request(self, *args):
         return None
@@ -112,12 +112,12 @@ OPENER = urllib.request.build_opener(NoRedirect)
 
 
 class Refused(Exception):
-    """The judge will not answer this however often it is asked."""
+    """The judge refuses a question; another attempt would not help."""
 
 
 @dataclass
 class Judge:
-    """An endpoint and a model behind it. `ask` is safe to kill at any moment."""
+    """A model behind an endpoint. `ask` may be killed at any moment."""
 
     url: str  # up to and with /v1
     model: str
@@ -140,7 +140,8 @@ class Judge:
                 continue  # half a line of a killed process: that reply is asked for again
 
     def ask(self, questions) -> list[str]:
-        """The reply to each (text, repeat number). What fails for good is a UserError; all replies stay."""
+        """Replies to questions (text, repeat number). UserError for a lasting failure;
+        replies so far are kept."""
         keys = [hashlib.sha256(json.dumps(question).encode()).hexdigest() for question in questions]
         new = {key: text for key, (text, _) in zip(keys, questions, strict=True) if key not in self.replies}
         if new:
@@ -148,7 +149,7 @@ class Judge:
         return [self.replies[key] for key in keys]
 
     def _fetch(self, new):
-        """Asks for each of (key, text): the first alone, since most faults show there."""
+        """Asks each (key, text) over HTTP: the first alone, since most faults show there."""
         self._open_cache()
         self.gave_up, waiting, done = threading.Event(), queue.SimpleQueue(), queue.SimpleQueue()
         for question in new[1:]:
@@ -171,7 +172,7 @@ class Judge:
             self.gave_up.set()  # who waits to try again gives up, too
 
     def _work(self, waiting, done):
-        """A thread: answers what waits; None or the fault of each to `done`."""
+        """Body of a thread: answers waiting questions and puts None or the error of each into `done`."""
         while not self.gave_up.is_set():
             try:
                 done.put(self._answer(*waiting.get_nowait()))
@@ -196,7 +197,7 @@ class Judge:
             self.replies[key], self.asked = reply, self.asked + 1
 
     def _open_cache(self):
-        """Behind half a line that a killed process left, a new one begins."""
+        """Opens the cache to append; ends a half line that a killed process left."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a+b") as file:
@@ -208,7 +209,7 @@ class Judge:
             raise UserError(f"{where}: set TOKEN_CACHE to a folder with room") from None
 
     def _patiently(self, text) -> str:
-        """One request, tried again with growing pauses as long as that may help."""
+        """Sends a request, again with growing pauses as long as that may help."""
         for attempt in range(self.attempts):
             if self.gave_up.is_set():
                 raise Refused("given up")
@@ -216,7 +217,7 @@ class Judge:
                 return self._request(text)
             except urllib.error.HTTPError as error:
                 reason, pause = self._told(error), retry_after(error)
-                if error.code < 500 and error.code not in LATER:
+                if error.code < 500 and error.code not in TRIED_AGAIN:
                     if self.asked and error.code not in NEVER:
                         return f"({reason})"  # of this one question: too long, say; no grade can be read
                     raise Refused(f"{reason} (see --judge_url, --judge_model, --judge_key)") from None
@@ -233,14 +234,14 @@ class Judge:
         raise Refused(f"{reason}, {self.attempts} times; the same command goes on when it answers")
 
     def _note(self, reason):
-        """Each kind of trouble is told once: whoever watches should know why nothing moves."""
+        """Prints each kind of trouble once, so that the user knows why nothing moves."""
         with self.lock:
             if reason not in self.troubles:
                 self.troubles.add(reason)
                 tqdm.write(f"the judge is asked again: {reason}", file=sys.stderr)
 
     def _request(self, text) -> str:
-        """The content of a reply. ValueError for what is no chat completion."""
+        """Sends one request and returns the content of the reply. ValueError if it is no chat completion."""
         body = {"model": self.model, "temperature": self.temperature}
         body["messages"] = [{"role": "user", "content": text}]
         headers = {"Content-Type": "application/json", "User-Agent": "eval.py"}
@@ -257,7 +258,7 @@ class Judge:
         return self._hidden(content)
 
     def _read(self, response, most=1 << 24) -> bytes:
-        """The body, in the time that a request has: the time-out of a connection is one of silence only."""
+        """Reads the body within the time of a request: a connection's own time-out limits silence only."""
         deadline, read = time.monotonic() + self.seconds, b""
         while len(read) < most and (chunk := response.read1()):
             read += chunk
@@ -266,12 +267,12 @@ class Judge:
         return read
 
     def _told(self, error) -> str:
-        """What an HTTP error says of itself, without the key."""
+        """Text of an HTTP error, without the key."""
         try:
-            said = self._read(error.fp, most=2000).decode("utf-8", "replace")
+            reply = self._read(error.fp, most=2000).decode("utf-8", "replace")
         except (OSError, http.client.HTTPException, AttributeError):
-            said = ""
-        return self._one_line(f"HTTP {error.code} {error.reason}: {said}")
+            reply = ""
+        return self._one_line(f"HTTP {error.code} {error.reason}: {reply}")
 
     def _one_line(self, text) -> str:
         return self._hidden(" ".join(text.split()))[:160]
@@ -281,7 +282,7 @@ class Judge:
 
 
 def retry_after(error) -> float:
-    """Seconds that a server asks to wait, two minutes at most."""
+    """Seconds that a server asks to wait (Retry-After), at most two minutes."""
     try:
         return min(120.0, float(error.headers.get("Retry-After", 0)))
     except (TypeError, ValueError):  # a date
@@ -296,7 +297,7 @@ def fault(error) -> str:
 
 
 def make_judge(cfg) -> Judge:
-    """The judge that the constants name; its key is in the environment or nowhere."""
+    """The judge that the constants name. Its key comes from the environment only."""
     try:
         parts = urllib.parse.urlsplit(cfg.judge_url)
         usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port)
@@ -313,7 +314,7 @@ def make_judge(cfg) -> Judge:
 
 
 def score(judge, rows, repeats=1) -> dict:
-    """Grades of rows of responses.json: mean and interval by prompt, what could not be read, the noise."""
+    """Grades rows of responses.json: mean with interval by prompt, unreadable replies, the judge's noise."""
     empty = [not row["model_response"].strip() for row in rows]
     asked = [(i, repeat) for i in range(len(rows)) if not empty[i] for repeat in range(repeats)]
     replies = judge.ask([(score_question(rows[i]), repeat) for i, repeat in asked])
@@ -324,7 +325,7 @@ def score(judge, rows, repeats=1) -> dict:
 
 
 def duel(judge, ours, theirs, repeats=1) -> dict:
-    """Two runs' answers to the same prompts, shown in both orders; one win and one loss are a tie.
+    """Has two runs' answers to the same prompts compared, in both orders; a win and a loss are a tie.
 
     Rates with intervals by prompt: of the first run's wins (ties half), of first places, of longer answers.
     """

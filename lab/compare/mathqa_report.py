@@ -1,4 +1,4 @@
-"""What a study of ways to fine-tune found, as tables and plain sentences."""
+"""The report of run_mathqa.py's study of ways to fine-tune: tables and sentences."""
 
 import json
 from pathlib import Path
@@ -19,27 +19,27 @@ def read(folder, name):
 
 
 def length(folder) -> dict:
-    """Steps and seconds of training of a run: what other arms get, too."""
+    """Steps and seconds of training of a run, which set those of the other arms."""
     result = read(folder, "result.json")
     return {"steps": result["steps"], "seconds": result["train_seconds"]}
 
 
 def shared(folders) -> list[Rows]:
-    """Loss and answers of several runs on the rows that they share."""
+    """Loss and answers of several runs on their common rows."""
     rows = shared_rows([facts.read(folder) for folder in folders])
     return [one for one in rows if one.name in ("loss", "answers")]
 
 
 def shuffled_rows(folders) -> Rows:
-    """Whether each problem was answered rightly behind another one's: the control."""
-    found = [read_lines(facts.read(folder), "answers.jsonl") for folder in folders]
-    right = np.array([[float(line["right_shuffled"]) for line in of_run] for of_run in found])
-    return Rows("shuffled", right, np.ones(right.shape[1]), np.array([x["group"] for x in found[0]]))
+    """Whether each row was answered rightly after another row's problem: the control."""
+    lines = [read_lines(facts.read(folder), "answers.jsonl") for folder in folders]
+    right = np.array([[float(line["right_shuffled"]) for line in run_lines] for run_lines in lines])
+    return Rows("shuffled", right, np.ones(right.shape[1]), np.array([x["group"] for x in lines[0]]))
 
 
-def heading(found) -> str:
+def heading(folders_by_arm) -> str:
     """What was studied, and what the columns mean."""
-    folder = next(iter(next(iter(found.values())).values()))[0]
+    folder = next(iter(next(iter(folders_by_arm.values())).values()))[0]
     config, result = read(folder, "config.json"), read(folder, "result.json")
     part = "test" if "test/loss" in result else "val"
     c, usual = config["constants"], result[f"{part}/letter"]
@@ -48,10 +48,10 @@ def heading(found) -> str:
         f"{rows}; a model of {result['parameters']:,} parameters, begun with {c['init_from']}",
         f"answers: the likeliest of five options is right; by chance 0.200, always {usual} "
         f"{result[f'{part}/letter_accuracy']:.3f}",
-        "per token: the same by likelihood per token; shuffled: behind another row's problem",
+        "per token: the same by likelihood per token; shuffled: after another row's problem",
         "forgotten: nats per token more on held-out text of the pretraining",
     ]
-    alarms = [name for arms in found.values() for name, of in arms.items() if any(
+    alarms = [name for arms in folders_by_arm.values() for name, of in arms.items() if any(
         read(folder, "result.json").get("alarm") for folder in of)]  # fmt: skip
     if alarms:
         lines.append(
@@ -60,16 +60,19 @@ def heading(found) -> str:
     return "\n".join(lines)
 
 
-def report(found, small, cfg) -> tuple[str, dict]:
-    """Markdown and figures. found: budget -> arm -> run folders, one a seed; small: arm -> quantise_run's."""
-    parts, figures = [heading(found)], {}
+def report(runs, small, cfg) -> tuple[str, dict]:
+    """Markdown and figures. runs: budget -> arm -> run folders, one per seed; small: arm ->
+    results of quantise_run."""
+    parts, figures = [heading(runs)], {}
     seeds = f"{cfg.seeds} seeds" if cfg.seeds > 1 else "one seed"
-    for budget, arms in found.items():
+    for budget, arms in runs.items():
         title = f"equal {budget}" if budget in ("steps", "time") else budget
-        said = "95 % over problems and seeds" if cfg.seeds > 1 else "95 % over problems, one seed"
-        parts.append(f"**{title}** ({said}; s: of training; MB: gradients and optimizer)\n\n{table(arms)}")
-        told, figures[budget] = verdicts(arms)
-        parts.append("\n".join(told))
+        interval = "95 % over problems and seeds" if cfg.seeds > 1 else "95 % over problems, one seed"
+        parts.append(
+            f"**{title}** ({interval}; s: of training; MB: gradients and optimizer)\n\n{table(arms)}"
+        )
+        sentences, figures[budget] = verdicts(arms)
+        parts.append("\n".join(sentences))
     if (count := sum(map(len, figures.values()))) > 2:
         parts.append(f"{count} comparisons: of 20 between equals one looks like a difference.\n{RATES}")
     if small:
@@ -79,63 +82,63 @@ def report(found, small, cfg) -> tuple[str, dict]:
 
 
 def table(arms) -> str:
-    """One line an arm: what it learnt, what it forgot, what it cost."""
+    """Markdown table: what each arm learnt, forgot and cost."""
     cells = {}
     for arm, folders in arms.items():
-        of_arm = [read(folder, "result.json") for folder in folders]
-        every, part = list(range(len(folders))), "test" if "test/loss" in of_arm[0] else "val"
+        arm_results = [read(folder, "result.json") for folder in folders]
+        every, part = list(range(len(folders))), "test" if "test/loss" in arm_results[0] else "val"
         row = {"arm": arm}
         for rows, digits in zip(shared(folders), (4, 3), strict=True):
-            one = mean(rows, every)
-            row[rows.name] = plus_minus(one["mean"], one["interval"], digits)
-        row["per token"] = f"{over(of_arm, f'{part}/answer_accuracy_per_token'):.3f}"
-        one = mean(shuffled_rows(folders), every)
-        row["shuffled"] = plus_minus(one["mean"], one["interval"])
-        forgotten = over(of_arm, "plain/forgotten")
+            average = mean(rows, every)
+            row[rows.name] = plus_minus(average["mean"], average["interval"], digits)
+        row["per token"] = f"{over(arm_results, f'{part}/answer_accuracy_per_token'):.3f}"
+        average = mean(shuffled_rows(folders), every)
+        row["shuffled"] = plus_minus(average["mean"], average["interval"])
+        forgotten = over(arm_results, "plain/forgotten")
         row["forgotten"] = "" if forgotten is None else f"{forgotten:+.4f}"
-        row["trained"] = f"{of_arm[0]['trainable_parameters']:,}"
-        row["steps"] = f"{over(of_arm, 'steps'):.0f}"
-        row["s"] = f"{over(of_arm, 'train_seconds'):.1f}"
-        rate = over(of_arm, "tokens_per_second")
+        row["trained"] = f"{arm_results[0]['trainable_parameters']:,}"
+        row["steps"] = f"{over(arm_results, 'steps'):.0f}"
+        row["s"] = f"{over(arm_results, 'train_seconds'):.1f}"
+        rate = over(arm_results, "tokens_per_second")
         row["tokens/s"] = "" if rate is None else f"{rate:.0f}"
-        row["MB"] = f"{over(of_arm, 'state_mb'):.2f}"
+        row["MB"] = f"{over(arm_results, 'state_mb'):.2f}"
         # on a CPU that of the process: all runs so far
         on_cpu = read(folders[0], "config.json")["device"].startswith("cpu")
-        row["peak MB"] = "" if on_cpu else f"{over(of_arm, 'peak_memory_mb'):.0f}"
+        row["peak MB"] = "" if on_cpu else f"{over(arm_results, 'peak_memory_mb'):.0f}"
         for name, cell in row.items():
             cells.setdefault(name, []).append(cell)
     return markdown({name: column for name, column in cells.items() if any(column)})
 
 
-def over(of_arm, name) -> float | None:
-    """The mean of a figure over runs; None where one lacks it."""
-    values = [result.get(name) for result in of_arm]
+def over(arm_results, name) -> float | None:
+    """Mean of a figure over runs; None if one lacks it."""
+    values = [result.get(name) for result in arm_results]
     return None if None in values else float(np.mean(values))
 
 
 def verdicts(arms) -> tuple[list[str], list[dict]]:
-    """Each arm against the first, in loss and in answers: told apart, or noise?"""
-    told, found = [], []
+    """Compares each arm with the first, in loss and in answers: sentences and figures."""
+    sentences, figures = [], []
     first, *others = arms
     for arm in others:
         folders = [*arms[arm], *arms[first]]
         n = len(arms[arm])
         for rows in shared(folders):
-            one = difference(rows, list(range(n)), list(range(n, len(folders))))
-            found.append({"arm": arm, "against": first, "figure": rows.name, **one})
-            told.append(f"{arm} - {first}  {verdict(one, rows.name, (arm, first))}")
-    return told, found
+            figure = difference(rows, list(range(n)), list(range(n, len(folders))))
+            figures.append({"arm": arm, "against": first, "figure": rows.name, **figure})
+            sentences.append(f"{arm} - {first}  {verdict(figure, rows.name, (arm, first))}")
+    return sentences, figures
 
 
 def quantised_table(small) -> str:
-    """A line for the float weights and the int4 ones of each arm's runs."""
+    """Markdown table: float and int4 weights of each arm."""
     cells = {}
-    for arm, of_arm in small.items():
+    for arm, arm_results in small.items():
         for kind in ("float", "int4"):
-            how = f"int4 by {of_arm[0]['group']}" + (
-                ", trained for it" if of_arm[0]["trained_for_it"] else ""
+            how = f"int4 by {arm_results[0]['group']}" + (
+                ", trained for it" if arm_results[0]["trained_for_it"] else ""
             )
-            figures = [one[kind] for one in of_arm]
+            figures = [result[kind] for result in arm_results]
             part = "test" if "test/loss" in figures[0] else "val"
             row = {"run": arm, "weights": how if kind == "int4" else "float"}
             row["loss"] = f"{over(figures, f'{part}/loss'):.4f}"
@@ -149,23 +152,27 @@ def quantised_table(small) -> str:
 
 
 def paired_rows(whole, small) -> dict:
-    """What two measures of the same rows said, for small_verdicts; each is [lines of losses, of answers]."""
-    found = {"group": [line["group"] for line in whole[0]], "targets": [line["targets"] for line in whole[0]]}
-    found["loss"] = [[line["nats"] for line in losses] for losses, _ in (whole, small)]
-    found["answers"] = [[float(line["right"]) for line in answers] for _, answers in (whole, small)]
-    return found
+    """Two measurements of the same rows, paired for small_verdicts; each is [lines of losses, of answers]."""
+    rows = {"group": [line["group"] for line in whole[0]], "targets": [line["targets"] for line in whole[0]]}
+    rows["loss"] = [[line["nats"] for line in losses] for losses, _ in (whole, small)]
+    rows["answers"] = [[float(line["right"]) for line in answers] for _, answers in (whole, small)]
+    return rows
 
 
 def small_verdicts(small) -> list[str]:
-    """For each arm: does int4 differ from float? Over all of its runs."""
-    told = []
-    for arm, of_arm in small.items():
-        group, seeds = np.array(of_arm[0]["rows"]["group"]), range(len(of_arm))
+    """Sentences: does int4 differ from float, for each arm over all its runs?"""
+    sentences = []
+    for arm, arm_results in small.items():
+        group, seeds = np.array(arm_results[0]["rows"]["group"]), range(len(arm_results))
         for name in ("loss", "answers"):
-            sums = np.array([run["rows"][name][i] for i in (0, 1) for run in of_arm])
+            sums = np.array([run["rows"][name][i] for i in (0, 1) for run in arm_results])
             if not sums.size:
                 continue  # a text has no answers
-            weights = np.array(of_arm[0]["rows"]["targets"], float) if name == "loss" else np.ones(len(group))
-            one = difference(Rows(name, sums, weights, group), [len(of_arm) + i for i in seeds], list(seeds))
-            told.append(f"{arm}, int4 - float  {verdict(one, name, ('int4', 'float'))}")
-    return told
+            weights = (
+                np.array(arm_results[0]["rows"]["targets"], float) if name == "loss" else np.ones(len(group))
+            )
+            figure = difference(
+                Rows(name, sums, weights, group), [len(arm_results) + i for i in seeds], list(seeds)
+            )
+            sentences.append(f"{arm}, int4 - float  {verdict(figure, name, ('int4', 'float'))}")
+    return sentences

@@ -12,9 +12,10 @@ LABELLED = 14  # as many curves can be told apart by colour and line style
 
 
 def draw(all_facts, path, by=()):
-    """Training and validation loss of runs against steps, in one PNG.
+    """Plots training and validation loss of runs over steps into one PNG.
 
-    `by` colours by constants. Without it each run has its own line, or, of many, its final loss's colour.
+    by: constants that choose the colour. Without it each run has its own colour; many
+    are coloured by final loss.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -56,13 +57,13 @@ def draw(all_facts, path, by=()):
 
 
 def short_names(all_facts) -> list[str]:
-    """Tags where they tell runs apart, otherwise the folders' names."""
+    """Tags if they differ, otherwise folder names."""
     tags = [facts.tag for facts in all_facts]
     return tags if all(tags) and len(set(tags)) == len(tags) else [facts.name for facts in all_facts]
 
 
 def smoothed(points):
-    """A running mean over a share of the points: single batches hide the course."""
+    """Running mean over a twentieth of the points."""
     width, out = max(1, len(points) // SMOOTHED), []
     for i, (step, _) in enumerate(points):
         near = [value for _, value in points[max(0, i + 1 - width) : i + 1]]
@@ -71,7 +72,7 @@ def smoothed(points):
 
 
 def window(values) -> tuple[float, float] | tuple[None, None]:
-    """Limits of an axis on which a few runaway losses do not flatten all others."""
+    """Axis limits that a few runaway losses do not stretch."""
     if not values:
         return None, None
     values = sorted(values)
@@ -81,7 +82,7 @@ def window(values) -> tuple[float, float] | tuple[None, None]:
 
 
 def write_hparams(all_facts) -> int:
-    """<run>/hparams/ of each finished run, for TensorBoard's page of that name; says how many.
+    """Writes <run>/hparams/ of each finished run for TensorBoard's HPARAMS page; returns how many.
 
     The constants in which these runs differ, seed and tag; their final figures.
     """

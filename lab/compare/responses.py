@@ -9,7 +9,8 @@ from lab.errors import UserError
 
 
 def read_responses(path) -> list[dict]:
-    """Rows of responses.json: instruction, input, output and model_response. UserError names what is odd."""
+    """Reads responses.json: instruction, input, output, model_response. UserError for
+    a row that is not text."""
     if not Path(path).exists():
         raise UserError(f"{path} is not there: answer first, by eval.py --mode generate")
     rows = read_rows(str(path))
@@ -24,12 +25,12 @@ def read_responses(path) -> list[dict]:
 
 
 def numbered(lines) -> dict:
-    """(prompt, its how-manieth occurrence) -> line with this `group`: the same in every file."""
-    seen, found = {}, {}
+    """(prompt, occurrence number) -> line with this `group`: a key that is the same in every file."""
+    seen, by_key = {}, {}
     for line in lines:
         count = seen[line["group"]] = seen.get(line["group"], 0) + 1
-        found[line["group"], count] = line
-    return found
+        by_key[line["group"], count] = line
+    return by_key
 
 
 def by_prompt(rows) -> dict:

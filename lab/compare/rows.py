@@ -1,5 +1,5 @@
-"""The held-out rows that runs share, from losses.jsonl, predictions.jsonl, judged.json, and a loss, verdict
-or grade of each run on each row."""
+"""The held-out rows that runs have in common, with the loss, verdict or grade of each run on each row; from
+losses.jsonl, predictions.jsonl, answers.jsonl, judged.json."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from lab.errors import UserError
 
 @dataclass
 class Rows:
-    """What several runs said of the same rows: sums (runs, rows) of a figure whose mean is by `weights`."""
+    """A figure of several runs on the same rows: sums (runs, rows), whose mean is weighted by `weights`."""
 
     name: str  # of the figure
     sums: np.ndarray  # (runs, rows)
@@ -35,17 +35,17 @@ def shared_rows(all_facts) -> list[Rows]:
 
 
 def answer_rows(all_facts) -> list[Rows]:
-    """Whether each multiple-choice problem was answered rightly, where all runs say it."""
+    """Whether each multiple-choice problem was answered rightly; empty unless all runs say it."""
     if not all((facts.folder / "answers.jsonl").exists() for facts in all_facts):
         return []
     by_key = [numbered(read_lines(facts, "answers.jsonl")) for facts in all_facts]
     keys, note = _in_common(by_key)
-    right = np.array([[float(of_run[key]["right"]) for key in keys] for of_run in by_key])
+    right = np.array([[float(run_lines[key]["right"]) for key in keys] for run_lines in by_key])
     return [Rows("answers", right, np.ones(len(keys)), np.array([group for group, _ in keys]), note)]
 
 
 def kind_of(facts) -> str:
-    """preference, text or rows; of a folder that eval.py made it is noted there."""
+    """Kind of a run's rows: preference, text or rows (instructions)."""
     kinds = {"run_preference": "preference", "gpt_scratch": "text", "run_pretrain_diversity": "text"}
     if facts.config["script"] == "run_mathqa" and facts.constant("mode") == "pretrain":
         return "text"
@@ -60,7 +60,7 @@ NEEDED = {
 
 
 def read_lines(facts, name) -> list[dict]:
-    """Of a .jsonl file in a run folder; UserError says how to get it."""
+    """Reads a .jsonl file of a run folder. UserError says how to make it."""
     path = facts.folder / name
     if not path.exists():
         raise UserError(f"{path} is missing: python eval.py --run {facts.folder} measures the run again")
@@ -75,9 +75,9 @@ def read_lines(facts, name) -> list[dict]:
 
 
 def read_losses(all_facts) -> list[list[dict]]:
-    """losses.jsonl of each run; UserError where one holds test rows and another validation rows."""
+    """Reads losses.jsonl of each run. UserError if one holds test rows and another validation rows."""
     lines = [read_lines(facts, "losses.jsonl") for facts in all_facts]
-    if len(parts := {line["part"] for of_run in lines for line in of_run}) > 1:
+    if len(parts := {line["part"] for run_lines in lines for line in run_lines}) > 1:
         raise UserError(
             f"the runs were measured on different parts ({', '.join(sorted(parts))}): final_eval?"
         )
@@ -85,7 +85,7 @@ def read_losses(all_facts) -> list[list[dict]]:
 
 
 def _in_common(by_key) -> tuple[list, str]:
-    """Keys that all runs have, and a note on how many some run lacks."""
+    """Keys that all runs have, and a note on how many are missing in some run."""
     common = set(by_key[0]).intersection(*by_key[1:])
     if not common:
         raise UserError("no held-out row in common: compare runs of one data set and split")
@@ -97,7 +97,7 @@ def _in_common(by_key) -> tuple[list, str]:
 
 
 def _verdicts(all_facts) -> list[Rows]:
-    """Of predictions.jsonl: log loss and accuracy, by prompt."""
+    """Log loss and accuracy by prompt, from predictions.jsonl."""
     by_key = []
     for facts in all_facts:
         lines = read_lines(facts, "predictions.jsonl")
@@ -106,31 +106,35 @@ def _verdicts(all_facts) -> list[Rows]:
                        for line in lines if line["split"] == part})  # fmt: skip
     keys, note = _in_common(by_key)
     names = ("A", "B", "tie")
-    loss = [[-math.log(max(of_run[k][of_run[k]["label"]], 1e-15)) for k in keys] for of_run in by_key]
-    right = [[max(names, key=of_run[k].get) == of_run[k]["label"] for k in keys] for of_run in by_key]
+    loss = [
+        [-math.log(max(run_lines[k][run_lines[k]["label"]], 1e-15)) for k in keys] for run_lines in by_key
+    ]
+    right = [
+        [max(names, key=run_lines[k].get) == run_lines[k]["label"] for k in keys] for run_lines in by_key
+    ]
     groups, ones = np.array([key[2] for key in keys]), np.ones(len(keys))
     figures = {"log loss": loss, "accuracy": right}
     return [Rows(name, np.array(sums, dtype=float), ones, groups, note) for name, sums in figures.items()]
 
 
 def _losses(all_facts) -> list[Rows]:
-    """Of losses.jsonl, rows of instructions: by target token, or by byte where tokens differ."""
-    by_key = [numbered(of_run) for of_run in read_losses(all_facts)]
+    """Loss of instruction rows from losses.jsonl: per target token, or per byte where tokenizers differ."""
+    by_key = [numbered(run_lines) for run_lines in read_losses(all_facts)]
     keys, note = _in_common(by_key)
-    same = [key for key in keys if len({of_run[key]["bytes"] for of_run in by_key}) == 1]
+    same = [key for key in keys if len({run_lines[key]["bytes"] for run_lines in by_key}) == 1]
     if not same:
         raise UserError("the losses count other targets in each run (loss_on_prompt?): measure by --data")
     if len(same) < len(keys):
         cut = f"{len(keys) - len(same)} rows that are cut differently are left out"
         note = "; ".join(filter(None, [note, cut]))
     groups = np.array([group for group, _ in same])
-    return _per_target([[of_run[key] for key in same] for of_run in by_key], groups, note)
+    return _per_target([[run_lines[key] for key in same] for run_lines in by_key], groups, note)
 
 
 def _per_target(lines, groups, note) -> list[Rows]:
-    """`lines`: for each run those of the same rows."""
+    """Loss and accuracy per target. `lines`: for each run its lines of the same rows."""
     nats, hits, targets, sizes = (
-        np.array([[line[name] for line in of_run] for of_run in lines], dtype=float)
+        np.array([[line[name] for line in run_lines] for run_lines in lines], dtype=float)
         for name in ("nats", "hits", "targets", "bytes")
     )
     if (targets == targets[0]).all():
@@ -143,13 +147,18 @@ def _per_target(lines, groups, note) -> list[Rows]:
 
 
 SAME_TEXT = (
-    *("max_documents", "text_documents", "text_tokens", "text_column", "val_share", "test_share"),
+    "max_documents",
+    "text_documents",
+    "text_tokens",
+    "text_column",
+    "val_share",
+    "test_share",
     "split_seed",
 )
 
 
 def _text_rows(all_facts) -> list[Rows]:
-    """Of losses.jsonl, blocks of a text: block by block, or by stretches of bytes where blocks differ."""
+    """Loss of blocks of a text from losses.jsonl: by block, or by stretches of bytes where blocks differ."""
     texts = {
         json.dumps([facts.config["facts"]["fingerprint"]["data"], *(facts.constant(n) for n in SAME_TEXT
                     if (facts.config["script"], n) != ("run_mathqa", "max_documents"))])  # there of problems
@@ -158,21 +167,21 @@ def _text_rows(all_facts) -> list[Rows]:
     if len(texts) > 1:
         raise UserError("these runs were tested on different text: compare runs of one data set and split")
     lines = read_losses(all_facts)
-    shapes = {tuple((line["targets"], line["bytes"]) for line in of_run) for of_run in lines}
+    shapes = {tuple((line["targets"], line["bytes"]) for line in run_lines) for run_lines in lines}
     if len(shapes) == 1:
         return _per_target(lines, np.array([line["group"] for line in lines[0]]), "")
-    sizes = [sum(line["bytes"] for line in of_run) for of_run in lines]
+    sizes = [sum(line["bytes"] for line in run_lines) for run_lines in lines]
     if max(sizes) - min(sizes) > 0.01 * max(sizes):
         raise UserError(f"the tokens spell {min(sizes)} and {max(sizes)} bytes of the text: not comparable")
     edges = np.linspace(0, 1, 1 + min(100, *map(len, lines)))
-    cuts = [_cut(of_run, edges) * max(sizes) / size for of_run, size in zip(lines, sizes, strict=True)]
+    cuts = [_cut(run_lines, edges) * max(sizes) / size for run_lines, size in zip(lines, sizes, strict=True)]
     weights, groups = np.diff(edges) * max(sizes), np.arange(len(edges) - 1)
     note = f"tokenizers or blocks differ: bits per byte in {len(groups)} stretches of the text"
     return [Rows("bits per byte", np.array(cuts) / math.log(2), weights, groups, note)]
 
 
 def _cut(lines, edges) -> np.ndarray:
-    """Nats of each stretch of the text, blocks that lie across an edge in proportion to their bytes."""
+    """Nats of each stretch of the text; a block across an edge is divided in proportion to bytes."""
     ends = np.cumsum([0, *(line["bytes"] for line in lines)])
     nats = np.cumsum([0, *(line["nats"] for line in lines)])
     return np.diff(np.interp(edges * ends[-1], ends, nats))
@@ -183,20 +192,23 @@ def has_losses(facts) -> bool:
 
 
 def judged_rows(all_facts) -> list[Rows]:
-    """Grades by each judge that graded all of the runs, prompt by prompt."""
-    found = []
+    """Grades by prompt, for each judge that graded all of the runs."""
+    all_rows = []
     for name in sorted(set(all_facts[0].judged).intersection(*(facts.judged for facts in all_facts[1:]))):
         by_key = [mean_grades(facts.judged[name].get("grades", [])) for facts in all_facts]
         if not set(by_key[0]).intersection(*by_key[1:]):
             continue  # answers to other prompts: no reason to compare nothing at all
         keys, note = _in_common(by_key)
-        sums, groups = np.array([[of_run[k] for k in keys] for of_run in by_key]), [key[0] for key in keys]
-        found.append(Rows(f"grade by {name}", sums, np.ones(len(keys)), np.array(groups), note))
-    return found
+        sums, groups = (
+            np.array([[run_lines[k] for k in keys] for run_lines in by_key]),
+            [key[0] for key in keys],
+        )
+        all_rows.append(Rows(f"grade by {name}", sums, np.ones(len(keys)), np.array(groups), note))
+    return all_rows
 
 
 def mean_grades(entries) -> dict:
-    """(prompt, its how-manieth occurrence) -> mean grade; answers without one are left out."""
+    """(prompt, occurrence number) -> mean grade; answers without a grade are left out."""
     means = {}
     for key, entry in numbered(entries).items():
         if grades := [grade for grade in entry["grades"] if grade is not None]:

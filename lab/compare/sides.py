@@ -14,10 +14,10 @@ from lab.compare.facts import (
     differing,
     differing_bookkeeping,
     differing_scripts,
+    experiment_constants,
     had_by_some,
     how_to_see,
     not_the_same,
-    of_account,
     read,
     read_all,
     resume_notes,
@@ -39,17 +39,16 @@ class Side:
 
 
 def sides(names, root) -> list[Side]:
-    """Run folders, or presets and tags whose finished runs are looked up below `root`, as sides.
+    """Sides of a comparison, from run folders, or presets and tags of finished runs below `root`.
 
-    Runs that differ in seed and bookkeeping only are one side, unless that leaves a single one: then
-    each is its own.
+    Runs that differ only in seed and bookkeeping are one side; if that leaves a single side, each run is one.
     """
     chosen = [facts for name in names for facts in named(name, root)]
     once = {facts.folder.resolve(): facts for facts in chosen}  # a run named twice is no second seed
     chosen = list(once.values()) if len(once) > 1 else chosen
     groups = {}
     for facts in chosen:
-        constants = of_account(facts)
+        constants = experiment_constants(facts)
         data = facts.config["facts"].get("fingerprint", {}).get("data")
         key = json.dumps([facts.config["script"], constants, data], sort_keys=True)
         groups.setdefault(key, []).append(facts)
@@ -66,12 +65,12 @@ def sides(names, root) -> list[Side]:
 
 
 def named(name, root) -> list[Facts]:
-    """One run folder, or the finished runs with this tag or preset."""
+    """The run of a folder, or the finished runs with this tag or preset. UserError without any."""
     if (Path(name) / "config.json").exists():
         return [read(name)]
-    found = read_all(path.parent for path in sorted(Path(root).glob("*/*/config.json")))
-    found = [facts for facts in found if name in (facts.tag, facts.config.get("preset"))]
-    if finished := [facts for facts in found if facts.finished]:
+    runs = read_all(path.parent for path in sorted(Path(root).glob("*/*/config.json")))
+    runs = [facts for facts in runs if name in (facts.tag, facts.config.get("preset"))]
+    if finished := [facts for facts in runs if facts.finished]:
         return finished
     raise UserError(
         f"--compare {name}: no run folder, and no finished run in {root} has such a tag or preset "
@@ -80,7 +79,7 @@ def named(name, root) -> list[Facts]:
 
 
 def side_name(group) -> str:
-    """A run's tag, or its folder's name; of several runs what their tags have in common."""
+    """A run's tag or folder name; of several runs the common part of their tags."""
     tags = [facts.tag for facts in group]
     if len(group) == 1:
         return tags[0] or group[0].name
@@ -93,13 +92,13 @@ def runs_of(all_sides) -> list[Facts]:
 
 
 def folder_name(all_sides) -> str:
-    """Of the folder that a comparison goes to: names of the first sides, and a hash of all runs."""
+    """Folder name of a comparison: names of the first sides, and a hash of all runs."""
     every = [str(facts.folder.resolve()) for facts in runs_of(all_sides)]
     return "-".join([*(slug(side.name) for side in all_sides[:2]), short_hash(every, 6)])
 
 
 def seed_notes(all_sides) -> list[str]:
-    """A line for each side whose runs do not all have a seed of their own."""
+    """A line for each side in which a seed occurs twice."""
     notes = []
     for side in all_sides:
         seeds = [facts.constant("seed") for facts in side.all_facts]
@@ -114,10 +113,7 @@ def _common_start(texts) -> str:
 
 
 def constants_table(all_sides) -> str:
-    """The constants in which sides differ, as Markdown: what is being compared, first.
-
-    If they differ in seed or bookkeeping only, these are listed.
-    """
+    """Markdown table of the constants in which sides differ; if only seed or bookkeeping differ, of these."""
     firsts = [side.all_facts[0] for side in all_sides]
     trained = [facts for facts in firsts if facts.trained]
     names = [*differing_scripts(firsts), *differing(firsts), *had_by_some(trained)]
@@ -133,7 +129,7 @@ def constants_table(all_sides) -> str:
 
 
 def agreement(all_facts) -> str:
-    """How far runs without a differing constant are the same."""
+    """A sentence on how far runs with equal constants are the same."""
     if code_versions(all_facts):
         return "no constant differs, but the code does"
     if resume_notes([(facts.name, facts) for facts in all_facts]):
@@ -142,7 +138,7 @@ def agreement(all_facts) -> str:
 
 
 def notes(all_sides) -> list[str]:
-    """Lines on what the table of constants does not show: seeds that repeat, other code, other schedules."""
+    """Lines on what the table of constants does not show: repeated seeds, other code, resumes."""
     named = [
         (side.name if len(side.all_facts) == 1 else facts.name, facts)
         for side in all_sides
@@ -153,10 +149,10 @@ def notes(all_sides) -> list[str]:
 
 
 def code_notes(all_sides) -> list[str]:
-    """Which files of the code that ran are not the same in all sides, or within one, and how to see it."""
+    """Lines on files of code that differ between sides or within one, and how to see it."""
     lines, alike, all_facts = [], {}, runs_of(all_sides)
     for file, versions in code_versions(all_facts).items():
-        who = ", another in ".join(_names_of(all_sides, of_version) for of_version in versions)
+        who = ", another in ".join(_names_of(all_sides, same_code) for same_code in versions)
         alike.setdefault(who, {})[file] = versions
     for who, files in alike.items():
         lines.append(f"NOTE {not_the_same(files)}: one version in {who}")
@@ -168,7 +164,7 @@ def code_notes(all_sides) -> list[str]:
 
 
 def _names_of(all_sides, all_facts) -> str:
-    """Sides of which all runs are among these, by the side's name; other runs by their own."""
+    """Names of these runs: of the side if all its runs are among them, otherwise their own."""
     names = []
     for side in all_sides:
         among = [facts.name for facts in side.all_facts if any(facts is one for one in all_facts)]
@@ -177,7 +173,7 @@ def _names_of(all_sides, all_facts) -> str:
 
 
 def report(all_sides) -> tuple[list[str], dict]:
-    """Lines for terminal and compare.md, and the figures: each side against the first."""
+    """Compares each side with the first: lines for terminal and compare.md, and figures."""
     all_facts = runs_of(all_sides)
     for facts in all_facts:
         if not facts.finished:
@@ -201,10 +197,10 @@ def report(all_sides) -> tuple[list[str], dict]:
             "runs": [" ".join(f"{mean:.4f}" for mean in means[at]) for at in where],
         }), ""]  # fmt: skip
         for side, at in zip(all_sides[1:], where[1:], strict=True):
-            found = difference(rows, where[0], at)
+            figure = difference(rows, where[0], at)
             names = all_sides[0].name, side.name
-            lines.append(f"{names[0]} - {names[1]}  {verdict(found, rows.name, names)}")
-            figures.setdefault(rows.name, []).append(found | {"sides": names})
+            lines.append(f"{names[0]} - {names[1]}  {verdict(figure, rows.name, names)}")
+            figures.setdefault(rows.name, []).append(figure | {"sides": names})
         lines.append("")
     weights = [facts.result.get("weights_sha256") for facts in all_facts]
     if same := [f.name for f, w in zip(all_facts[1:], weights[1:], strict=True) if w and w == weights[0]]:
@@ -215,16 +211,16 @@ def report(all_sides) -> tuple[list[str], dict]:
 
 
 def side_by_side(all_sides, most) -> str | None:
-    """Markdown: each prompt, its reference, the answer of each side's first run with its grades.
+    """Markdown of prompts, references, and the answers of each side's first run with grades.
 
-    `most`: so many prompts, spread evenly. None where a side has no answers, or none to the same prompts.
+    most: how many prompts, spread evenly; none: all. Returns None if a side has no answers to common prompts.
     """
     firsts = [side.all_facts[0] for side in all_sides]
     if not all((facts.folder / "responses.json").exists() for facts in firsts):
         return None
     answers = [read_responses(facts.folder / "responses.json") for facts in firsts]
     by_key = [by_prompt(rows) for rows in answers]
-    keys = [key for key in by_key[0] if all(key in of_run for of_run in by_key)]
+    keys = [key for key in by_key[0] if all(key in run_answers for run_answers in by_key)]
     if not keys:
         return None
     grades = [
@@ -237,12 +233,17 @@ def side_by_side(all_sides, most) -> str | None:
         lines += ["", f"## {number}", "", quoted(row["instruction"])]
         lines += ["", quoted(row["input"])] if row.get("input") else []
         lines += ["", "**reference**", "", quoted(row.get("output") or "")]
-        for side, of_run, graded in zip(all_sides, by_key, grades, strict=True):
+        for side, run_answers, graded in zip(all_sides, by_key, grades, strict=True):
             given = "  ".join(f"{name} {means[key]:g}" for name, means in graded.items() if key in means)
-            lines += ["", f"**{side.name}**  {given}".rstrip(), "", quoted(of_run[key]["model_response"])]
+            lines += [
+                "",
+                f"**{side.name}**  {given}".rstrip(),
+                "",
+                quoted(run_answers[key]["model_response"]),
+            ]
     return "\n".join(lines) + "\n"
 
 
 def quoted(text) -> str:
-    """A block quote: whatever the text holds, it stays inside."""
+    """A Markdown block quote of any text."""
     return "\n".join(f"> {line}".rstrip() for line in text.strip().splitlines() or ["(empty)"])

@@ -1,4 +1,4 @@
-"""Tables of runs: one row a run, or one a group of seeds."""
+"""Tables of runs: a row for each run, or for each group of seeds."""
 
 import math
 import re
@@ -25,7 +25,7 @@ def _number(value) -> str:
 
 
 def _constant(name, all_facts):
-    """A cell; `absent` where another run has the constant."""
+    """Makes the cell of a constant: `absent` where only other runs have it."""
     known = any(facts.has(name) for facts in all_facts)
 
     def text(facts):
@@ -39,19 +39,19 @@ def _figure(*names, digits=3):
         value, interval = facts.figure(*names)
         if value is None:
             return ""
-        said = plus_minus(value, interval, digits) if interval else f"{value:.{digits}f}"
-        return said if facts.part == "test" else f"val {said}"
+        cell = plus_minus(value, interval, digits) if interval else f"{value:.{digits}f}"
+        return cell if facts.part == "test" else f"val {cell}"
 
     return text
 
 
 def _model(facts) -> str:
-    """The last two parts of a path: a Hub id as it is."""
+    """The last two parts of a path; a Hub id stays as it is."""
     return "/".join(str(facts.constant("model") or "").rstrip("/").split("/")[-2:])
 
 
 def _result(name, text):
-    """A cell made of one figure of result.json."""
+    """Makes a cell of one figure of result.json."""
     return lambda facts: "" if facts.result.get(name) is None else text(facts.result[name])
 
 
@@ -68,13 +68,13 @@ def _dollars(facts) -> str:
 
 
 def _status(facts) -> str:
-    """Empty for a finished run; else how far it came, and its last validation loss."""
+    """Empty for a finished run; otherwise its step and last validation loss."""
     if facts.finished:
         return ""
     steps = [row["step"] for row in facts.metrics]
     val = facts.curve("val/loss")
-    said = f"{facts.result.get('status', 'running or killed')} at step {max(steps, default=0)}"
-    return said + (f", val {val[-1][1]:.4f}" if val else "")
+    line = f"{facts.result.get('status', 'running or killed')} at step {max(steps, default=0)}"
+    return line + (f", val {val[-1][1]:.4f}" if val else "")
 
 
 def _judges(all_facts) -> dict:
@@ -95,7 +95,7 @@ def _judges(all_facts) -> dict:
 
 
 def _code(all_facts):
-    """A cell: runs of one number ran the same code. Empty everywhere where all did."""
+    """Makes a cell: runs with the same number ran the same code. Empty if all did."""
     files = code_versions(all_facts)
 
     def version(facts):
@@ -114,7 +114,7 @@ def _code(all_facts):
 
 
 def columns(all_facts) -> dict:
-    """Header -> what makes a run's cell."""
+    """Header -> function that makes a run's cell."""
 
     def constant(name):
         return _constant(name, all_facts)
@@ -142,7 +142,7 @@ def columns(all_facts) -> dict:
 
 
 def notes_below(all_facts) -> list[str]:
-    """What constants do not show: runs of other code, runs resumed with another schedule."""
+    """Lines on what constants do not show: other code, resumes with another schedule."""
     lines, versions = [], code_versions(all_facts)
     if versions:
         lines.append(f"NOTE {not_the_same(versions)} in all of these runs:")
@@ -155,16 +155,16 @@ SAME = ("script", "data", "device", "seed")  # said once above the table where a
 
 
 def table(all_facts, order=None) -> str:
-    """Markdown, one line a run, by name, or by the constant or figure `order` (smallest first)."""
+    """Markdown table with a line for each run, sorted by name or by the constant or figure `order`."""
     all_facts = sorted(all_facts, key=lambda facts: facts.name)
     if order:
         all_facts = sorted(
             all_facts, key=lambda facts: sorted_facts(facts, order)
         )  # stable: ties stay by name
     cells = {header: [cell(facts) for facts in all_facts] for header, cell in columns(all_facts).items()}
-    said = [f"{name} {cells[name][0]}" for name in SAME if len(set(cells[name])) == 1 and cells[name][0]]
+    shared = [f"{name} {cells[name][0]}" for name in SAME if len(set(cells[name])) == 1 and cells[name][0]]
     kept = {h: c for h, c in cells.items() if any(c) and not (h in SAME and len(set(c)) == 1)}
-    lines = [f"{len(all_facts)} runs  {'  '.join(said)}", "", markdown(kept), *notes_below(all_facts)]
+    lines = [f"{len(all_facts)} runs  {'  '.join(shared)}", "", markdown(kept), *notes_below(all_facts)]
     return "\n".join(lines)
 
 
@@ -177,7 +177,7 @@ def sorted_facts(facts, name):
 
 
 def check_names(all_facts, group_by, sort):
-    """UserError unless runs have the constants to be grouped by, the constant or figure to be sorted by."""
+    """Raises UserError if no run has the constants of --group_by, or the constant or figure of --sort."""
     known = dict.fromkeys(
         name for facts in all_facts for name in (*facts.config["constants"], "preset", "script")
     )
@@ -190,12 +190,12 @@ def check_names(all_facts, group_by, sort):
 
 
 def slug(text) -> str:
-    """Fit for a part of a file's name."""
+    """`text` as part of a file name."""
     return re.sub(r"[^\w.]+", "_", text)[:60]
 
 
 def markdown(cells) -> str:
-    """{header: cells} as a table whose columns line up in a terminal, too."""
+    """{header: cells} as a Markdown table with aligned columns."""
     rows = [list(cells), *zip(*cells.values(), strict=True)]
     rows = [[" ".join(str(cell).replace("|", "/").split()) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(cells))]
@@ -213,7 +213,7 @@ GROUPED = {
 
 
 def grouped(all_facts, names, order=None) -> str:
-    """Markdown, one line for each combination of the constants `names`: mean ± standard deviation over runs.
+    """Markdown table with a line for each combination of the constants `names`: mean ± s.d. over runs.
 
     Sorted by these constants, or by the mean of `order`.
     """
@@ -234,9 +234,9 @@ def grouped(all_facts, names, order=None) -> str:
         cells[header] = [_spread([f.figure(*of)[0] for f in group], 4) for group in groups.values()]
     for judge in _judges(all_facts):
         scores = [[f.judged.get(judge, {}).get("score") for f in group] for group in groups.values()]
-        cells[f"judge {judge}"] = [_spread(of_group, 2) for of_group in scores]
+        cells[f"judge {judge}"] = [_spread(values, 2) for values in scores]
     times = [[f.result["seconds"] / 60 for f in group if "seconds" in f.result] for group in groups.values()]
-    cells["min"] = [_spread(of_group, 1) for of_group in times]
+    cells["min"] = [_spread(values, 1) for values in times]
     cells["also differ in"] = [_also_differing(group, names) for group in groups.values()]
     lines = ["means ± standard deviation over runs", ""]
     lines.append(markdown({header: column for header, column in cells.items() if any(column)}))
@@ -251,9 +251,9 @@ def values_of(facts, names) -> tuple[str, ...]:
 
 
 def _also_differing(group, names) -> str:
-    """Constants beside `names`, and files of code, in which runs of one group differ."""
-    found = [*differing_scripts(group), *differing(group)]
-    return ", ".join([*(name for name in found if name not in names), *code_versions(group)])
+    """Constants other than `names`, and files of code, in which runs of one group differ."""
+    names_of = [*differing_scripts(group), *differing(group)]
+    return ", ".join([*(name for name in names_of if name not in names), *code_versions(group)])
 
 
 def _mean_order(group, order):

@@ -9,7 +9,8 @@ from lab.train.loss import IGNORE_INDEX
 
 
 class Blocks:
-    """A stream in blocks that do not overlap: block i predicts the block_size tokens behind i block_size."""
+    """A stream of tokens cut into blocks: block i reads block_size tokens from i * block_size and
+    predicts the token after each."""
 
     def __init__(self, tokens, block_size):
         self.tokens, self.block_size = tokens, block_size
@@ -18,7 +19,7 @@ class Blocks:
         return math.ceil((len(self.tokens) - 1) / self.block_size)
 
     def targets(self, rows) -> np.ndarray:
-        """How many tokens each block predicts: block_size, less in the last one."""
+        """Number of tokens that each block predicts: block_size, fewer in the last one."""
         return np.minimum(
             self.block_size, len(self.tokens) - 1 - np.asarray(rows, dtype=int) * self.block_size
         )
@@ -28,7 +29,7 @@ class Blocks:
         return self.targets(range(len(self)))
 
     def batch(self, rows, device) -> tuple[torch.Tensor, torch.Tensor]:
-        """(input_ids, labels), both (B, block_size); what a short block lacks is no target."""
+        """(input_ids, labels), both (B, block_size); a short last block is padded and masked."""
         ids = np.zeros((len(rows), self.block_size + 1), dtype=np.int64)
         for i, (row, n) in enumerate(zip(rows, self.targets(rows), strict=True)):
             ids[i, : n + 1] = self.tokens[row * self.block_size : row * self.block_size + n + 1]
@@ -38,9 +39,9 @@ class Blocks:
 
 
 class Windows:
-    """Documents in windows of `context` tokens, each `stride` behind the last: a token counts once, in the
-    first window that holds it, where (but in the first) it has seen more than context - stride tokens.
-    """
+    """Documents in windows of `context` tokens, each `stride` behind the last. A token is a target
+    once, in the first window that holds it; in all but the first window it has over context -
+    stride tokens before it."""
 
     def __init__(self, documents, context, stride):
         self.documents, self.windows = documents, []  # (document, first input, end of inputs, first target)
@@ -56,7 +57,7 @@ class Windows:
         return len(self.windows)
 
     def wanted(self) -> list[np.ndarray]:
-        """The targets of each."""
+        """The target ids of each window."""
         return [self.documents[number][first : end + 1] for number, _, end, first in self.windows]
 
     def batch(self, chosen, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,5 +73,5 @@ class Windows:
 
 
 def stretches(n) -> np.ndarray:
-    """Number of the stretch, of 100 equal ones, that each of n neighbouring rows lies in."""
+    """Cuts n neighbouring rows into 100 equal stretches; returns the stretch of each row."""
     return np.arange(n) * min(100, n) // n

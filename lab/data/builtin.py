@@ -49,7 +49,7 @@ def _numpy_files() -> list[Path]:
 
 
 def _docstrings(source):
-    """Those of modules, classes and functions with at least three words."""
+    """Docstrings of at least three words, of modules, classes and functions."""
     with contextlib.suppress(SyntaxError):
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
@@ -63,9 +63,32 @@ def is_built_in(name) -> bool:
 
 
 MODULES = (
-    *("math", "os.path", "random", "statistics", "string", "textwrap", "shutil", "itertools", "functools"),
-    *("operator", "bisect", "heapq", "glob", "fnmatch", "json", "base64", "calendar", "copy", "os", "shlex"),
-    *("tempfile", "time", "warnings", "inspect", "html", "difflib"),
+    "math",
+    "os.path",
+    "random",
+    "statistics",
+    "string",
+    "textwrap",
+    "shutil",
+    "itertools",
+    "functools",
+    "operator",
+    "bisect",
+    "heapq",
+    "glob",
+    "fnmatch",
+    "json",
+    "base64",
+    "calendar",
+    "copy",
+    "os",
+    "shlex",
+    "tempfile",
+    "time",
+    "warnings",
+    "inspect",
+    "html",
+    "difflib",
 )
 WORDINGS = (  # instruction, input
     ("What does {} do?", ""), ("Explain {} in a sentence.", ""), ("Describe the function {}.", ""),
@@ -74,10 +97,11 @@ WORDINGS = (  # instruction, input
 
 
 def python_instructions(seed=0) -> list[dict]:
-    """Built-in rows: what does a function of the standard library do? The first sentence of its docstring.
+    """Built-in instruction rows: what does a function of the standard library do? The answer is the first
+    sentence of its docstring.
 
-    At most four answers begin with the same word, and each function is asked about in six wordings: who
-    has learnt from the training rows which function does what begins the answers to the others rightly.
+    At most four answers begin with the same word, and each function is asked about in six wordings: a model
+    that has learnt what a function does gets the first word right in the held-out wordings.
     """
     answers, taken = {}, Counter()
     for name in MODULES:
@@ -110,10 +134,10 @@ def topic_words(topic) -> list[str]:
 
 
 def python_pairs(n=1500, seed=0) -> list[dict]:
-    """Built-in rows: which answer names things of the module that the prompt asks for?
+    """Built-in preference rows: which answer names things of the module that the prompt asks for?
 
-    A and B come from different modules, drawn whatever the label: the answers alone say nothing. A tie is a
-    prompt about a third module (both wrong) or about both (both right).
+    A and B come from different modules, drawn independently of the label, so that the answers alone say
+    nothing. A tie is a prompt about a third module (both wrong) or about both modules (both right).
     """
     rng = np.random.default_rng(seed)
     words = {topic: topic_words(topic) for topic in TOPICS}
@@ -135,8 +159,19 @@ def python_pairs(n=1500, seed=0) -> list[dict]:
 
 
 PEOPLE = (
-    *("ann", "ben", "cora", "dan", "emma", "finn", "ida"),
-    *("jan", "kate", "leo", "mona", "ned", "pat"),
+    "ann",
+    "ben",
+    "cora",
+    "dan",
+    "emma",
+    "finn",
+    "ida",
+    "jan",
+    "kate",
+    "leo",
+    "mona",
+    "ned",
+    "pat",
 )
 THINGS = ("apples", "books", "coins", "pens", "cards", "roses", "stamps", "balls", "keys", "eggs", "cups")
 TEMPLATES = (  # problem, rationale, the two formulas, answer; numbers from 2 to 9
@@ -152,8 +187,8 @@ TEMPLATES = (  # problem, rationale, the two formulas, answer; numbers from 2 to
 def template_problems(count=4000, seed=0) -> list[dict]:
     """Built-in rows in MathQA's columns: small sums in words.
 
-    The five options answer five problems of the template that differ in nothing but their numbers, drawn
-    together: without the problem none is likelier than another.
+    The five options answer five problems of one template with other numbers, drawn together: without the
+    problem no option is likelier than another.
     """
     rng, rows = np.random.default_rng(seed), []
     while len(rows) < count:
@@ -178,5 +213,5 @@ def template_problems(count=4000, seed=0) -> list[dict]:
 
 @functools.cache
 def built_in() -> list[dict]:
-    """The rows of BUILT_IN, made once: a study opens them for every run."""
+    """The rows of BUILT_IN, made once per process: a study opens them for every run."""
     return template_problems()

@@ -1,4 +1,4 @@
-"""The Hub: asked once, quickly, and plainly told where it does not answer."""
+"""The Hugging Face Hub: asked once, quickly; a failure is one line."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from lab.errors import UserError
 
 
 def from_hub(what, name, load, instead):
-    """`load()`, with the Hub's many ways to fail turned into one line, within seconds."""
+    """Calls `load()`; any failure of the Hub becomes a UserError of one line, within seconds."""
     online = _hub_answers()
     try:
         return _quietly(load)
@@ -26,7 +26,7 @@ def first_line(error) -> str:
 
 
 def _quietly(load):
-    """Other libraries' bars belong on a terminal, not as carriage returns in a file."""
+    """Calls `load()` without other libraries' progress bars where stderr is no terminal."""
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
@@ -35,7 +35,7 @@ def _quietly(load):
 
 
 def _hub_answers(seconds=5) -> bool:
-    """Probes the Hub once; without an answer the libraries are told to look into their cache only."""
+    """Asks the Hub once whether it is there; if not, libraries are told to look into their cache only."""
     answers = []
 
     def probe():  # in a thread: looking a name up has no time-out of its own
@@ -57,7 +57,7 @@ def _hub_answers(seconds=5) -> bool:
 
 
 def local_or_hub(what, name, load, built_in):
-    """`load()` of a folder or Hub id, with every failure in one line."""
+    """Calls `load()` for a folder or Hub id; every failure is a UserError of one line."""
     if not Path(name).is_dir():
         if name[:1] in ("", ".", "/", "~"):
             raise UserError(f"no such folder: {name or repr(name)}")

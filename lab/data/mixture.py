@@ -27,15 +27,15 @@ from lab.train.processes import on_main
 
 
 def named_sources(pairs) -> dict[str, str]:
-    """("pubmed=owner/set:config", ...) -> name: where the text is. UserError for what has no name."""
-    found = {}
+    """("pubmed=owner/set:config", ...) -> {name: where the text is}. UserError for one without a name."""
+    sources = {}
     for pair in pairs:
         name, equals, where = pair.partition("=")
         if not equals or not where or not re.fullmatch(r"[\w.-]+", name):
             raise UserError(f"--sources {pair}: write name=where, e.g. pubmed=abstracts.jsonl")
-        if found.setdefault(name, where) != where:
-            raise UserError(f"--sources: {name} is both {found[name]} and {where}: use two names")
-    return found
+        if sources.setdefault(name, where) != where:
+            raise UserError(f"--sources: {name} is both {sources[name]} and {where}: use two names")
+    return sources
 
 
 def shares_of(arm) -> dict[str, float]:
@@ -54,8 +54,8 @@ def shares_of(arm) -> dict[str, float]:
     except ValueError:
         raise UserError(f"arm {arm}: a weight is no number: write 0.7*a+0.3*b") from None
     if not all(w > 0 for w in weights) or not abs(sum(weights) - 1) <= TOLERANCE * len(names):
-        said = f"the weights of arm {arm} add up to {sum(weights):g}"
-        raise UserError(f"{said}: make it 1, with every weight above 0")
+        line = f"the weights of arm {arm} add up to {sum(weights):g}"
+        raise UserError(f"{line}: make it 1, with every weight above 0")
     return {name: weight / sum(weights) for name, weight in zip(names, weights, strict=True)}
 
 
@@ -63,7 +63,7 @@ TOLERANCE = 0.0034  # of each weight: .33 three times is meant as a third each
 
 
 def label(name) -> str:
-    """How a source that is a path or a Hub id is called in files and tables."""
+    """Short name of a source in files and tables, where it is a path or a Hub id."""
     if "/" not in name and not Path(name).is_file():
         return name
     last = name.partition("@")[0].rstrip("/").rpartition("/")[2]
@@ -79,29 +79,29 @@ class Text:
 
     @functools.cached_property
     def sizes(self) -> np.ndarray:
-        """(V,): bytes that each id spells."""
+        """(V,): bytes of text that each id spells."""
         return token_bytes(self.tokenizer)
 
     def fingerprint(self, neutral, sources) -> dict:
-        """Of the tokenizer, the neutral text (as `data`: runs are compared on it) and some sources."""
-        found = {name: tokens.fingerprint["data"] for name, tokens in self.tokens.items()}
+        """Hashes of the tokenizer, the neutral text (as `data`: runs are compared on it) and some sources."""
+        hashes = {name: tokens.fingerprint["data"] for name, tokens in self.tokens.items()}
         tokenizer = tokenizer_fingerprint(self.tokenizer)
-        sources = {name: found[name] for name in sources}
-        return {"tokenizer": tokenizer, "data": found[neutral], "sources": sources}
+        sources = {name: hashes[name] for name in sources}
+        return {"tokenizer": tokenizer, "data": hashes[neutral], "sources": sources}
 
     def frequencies(self, shares) -> np.ndarray:
-        """(V,): how often each id would occur in a hundred million tokens of a mixture."""
+        """(V,): expected count of each id in a hundred million tokens of a mixture."""
         counts = {name: self.tokens[name].unigram for name in shares}
         return sum(share * counts[name] / counts[name].sum() for name, share in shares.items()) * 1e8
 
 
 def open_text(corpora, tokenizer, learns_from, world) -> Text:
-    """The tokens of every Corpus (by label), cached by rank 0. A tokenizer that is learnt from text learns
-    from equally much of every Corpus of `learns_from`."""
+    """Opens the tokens of every Corpus (by label), cached by rank 0. A tokenizer that is trained (bpe, chars)
+    reads equally much of every Corpus in `learns_from`."""
     if is_learnt(tokenizer):
-        tokenizer = on_main(world, lambda: str(shared_tokenizer(tokenizer, learns_from)))
-    corpora = {name: replace(one, tokenizer=tokenizer) for name, one in corpora.items()}
-    opened = {name: open_corpus(one, world) for name, one in corpora.items()}
+        tokenizer = on_main(world, shared_tokenizer, tokenizer, learns_from)
+    corpora = {name: replace(corpus, tokenizer=tokenizer) for name, corpus in corpora.items()}
+    opened = {name: open_corpus(corpus, world) for name, corpus in corpora.items()}
     return Text(opened, next(iter(opened.values())).tokenizer)
 
 
@@ -112,15 +112,15 @@ def is_learnt(tokenizer) -> bool:
 LEARNT_FROM = 5_000_000  # characters of each source
 
 
-def shared_tokenizer(kind, corpora) -> Path:
+def shared_tokenizer(kind, corpora) -> str:
     """A folder in the token cache with the tokenizer (bpe:<size>, chars ...) that all arms share."""
-    sources = {name: [text_fingerprint(one), repr(one)] for name, one in corpora.items()}
+    sources = {name: [text_fingerprint(corpus), repr(corpus)] for name, corpus in corpora.items()}
     folder = cache_root() / f"tokenizer_{short_hash([kind, sources])}"
 
     def texts():
-        for one in corpora.values():
+        for corpus in corpora.values():
             room = LEARNT_FROM
-            for part, text, _ in split_pieces(one, BadRows()):
+            for part, text, _ in split_pieces(corpus, BadRows()):
                 if part == "train" and room > 0:
                     yield text[:room]
                     room -= len(text)
@@ -130,12 +130,12 @@ def shared_tokenizer(kind, corpora) -> Path:
     if not folder.exists():
         with whole_folder(folder) as aside:
             make_tokenizer(kind, texts).save_pretrained(aside)
-    return folder
+    return str(folder)
 
 
 def windows_of(tokens, part, context) -> tuple[Windows, np.ndarray]:
-    """Documents of val or test in windows of `context` tokens, each read from its own beginning; and the
-    group of each window that intervals redraw: its document."""
+    """Documents of val or test in windows of `context` tokens, each from its own beginning. Also the group of
+    each window, for intervals: its document."""
     stream = tokens.parts[part]
     ends = np.flatnonzero(stream == tokens.tokenizer.eos_token_id)
     documents = [stream[start : end + 1] for start, end in itertools.pairwise(ends)]
@@ -149,7 +149,7 @@ FEWEST = 10  # documents that an interval can redraw; of fewer (a book), stretch
 
 
 class MixedBlocks:
-    """Whole blocks of several sources: row 0 is the first block of the first source, and so on."""
+    """Blocks of several sources, numbered in one row: first those of the first source, and so on."""
 
     def __init__(self, streams, block_size):
         """streams: name -> tokens (N,); a last block that is not full is left out."""
@@ -162,7 +162,7 @@ class MixedBlocks:
         return int(self.starts[-1])
 
     def source(self, rows) -> np.ndarray:
-        """Number of the source of each row."""
+        """Index of the source of each row."""
         return np.searchsorted(self.starts, np.asarray(rows, dtype=int), side="right") - 1
 
     def batch(self, rows, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,11 +179,12 @@ class MixedBlocks:
 
 
 class Batches:
-    """Rows of every global batch, a pure function of (seed, step); a rank takes every size-th.
+    """Rows of every global batch, a pure function of (seed, step); rank r takes every size-th row.
 
-    Place p of the run (step x batch + slot) has one source; each source hands out its blocks in an order of
-    its own; its first pass is the same in all arms. `passes`: the run reads that often a pool
-    of as many times fewer distinct blocks, shuffled anew. repeat: a source with too few is read more often.
+    Slots are shared out evenly: batch 4 of 0.75 a + 0.25 b is a a b a. Each source has its own order of
+    blocks, whose first pass is the same in all arms.
+    passes: the run reads a pool of 1 / passes of the blocks so many times, reshuffled each time.
+    repeat: a source that has too few blocks is read more often; otherwise UserError.
     """
 
     def __init__(self, blocks, shares, batch, steps, world, seed, passes=1, repeat=False):
@@ -211,24 +212,28 @@ class Batches:
         return self.rows[step * self.batch : (step + 1) * self.batch]
 
     def rank_batch(self, step) -> list[int]:
-        """This rank's share, uneven or empty."""
+        """This rank's share of global batch `step`; it may be empty."""
         return self.global_batch(step)[self.world.rank :: self.world.size].tolist()
 
     def seen(self, step) -> dict[str, int]:
-        """Blocks of each source in global batch `step`."""
+        """Number of blocks of each source in global batch `step`."""
         counts = np.bincount(self.blocks.source(self.global_batch(step)), minlength=len(self.blocks.names))
         return dict(zip(self.blocks.names, counts.tolist(), strict=True))
 
     def ledger(self) -> dict:
-        """What the run will read: the same for all arms of a study, but for `sources`."""
+        """What the run will read, as figures; the same for all arms of a study, except `sources`."""
         size, sources = self.blocks.block_size, {}
         for source, name in enumerate(self.blocks.names):
             rows = self.rows[self.blocks.source(self.rows) == source] - self.blocks.starts[source]
             n, pool = self.wanted[source], self.pools[source]
             sources[name] = {
-                **{"share": n / max(1, len(self.rows)), "blocks": n, "tokens": n * size},
-                **{"distinct_blocks": pool, "epochs": n / max(1, pool)},
-                **{"first_block": int(rows[0]) if n else None, "last_block": int(rows[-1]) if n else None},
+                "share": n / max(1, len(self.rows)),
+                "blocks": n,
+                "tokens": n * size,
+                "distinct_blocks": pool,
+                "epochs": n / max(1, pool),
+                "first_block": int(rows[0]) if n else None,
+                "last_block": int(rows[-1]) if n else None,
                 "order_sha256": hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest(),
             }
         total = {"steps": self.steps, "batch": self.batch, "block_size": size}
@@ -236,7 +241,7 @@ class Batches:
 
 
 def apportion(shares, n) -> list[int]:
-    """Whole numbers that add up to n, in proportion to `shares`: largest remainders get what is left."""
+    """Splits n into whole numbers in proportion to `shares`; largest remainders get the rest."""
     exact = np.asarray(shares) * n
     counts = np.floor(exact + 1e-9).astype(int)
     for i in np.argsort(counts - exact, kind="stable")[: n - counts.sum()]:
@@ -245,13 +250,13 @@ def apportion(shares, n) -> list[int]:
 
 
 def interleave(counts) -> np.ndarray:
-    """(sum of counts,): number i counts[i] times, all numbers spread evenly."""
+    """(sum of counts,): each i counts[i] times, spread evenly."""
     when = np.concatenate([(np.arange(n) + 0.5) / max(1, n) for n in counts])
     return np.repeat(np.arange(len(counts)), counts)[np.argsort(when, kind="stable")]
 
 
 def source_order(seed, name, blocks, n, pool) -> np.ndarray:
-    """(n,): a pool of a source's blocks, drawn by the seed; then the same ones, shuffled for each pass."""
+    """(n,): a pool of a source's blocks drawn by the seed, reshuffled for each pass over it."""
 
     def shuffled(number, among) -> np.ndarray:
         digest = hashlib.sha256(f"{seed}/{name}/{number}".encode()).digest()
@@ -263,5 +268,5 @@ def source_order(seed, name, blocks, n, pool) -> np.ndarray:
 
 
 def differences(first, second) -> list[str]:
-    """In which a ledger's figures two arms differ though they should not: all but what each source gave."""
+    """Names of ledger figures that should be equal in two arms (all except `sources`) and are not."""
     return [name for name in first if name != "sources" and first[name] != second[name]]

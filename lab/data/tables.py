@@ -19,24 +19,25 @@ TABLES = (".csv", ".json", ".jsonl", ".parquet")
 
 
 def read_rows(name, max_documents=None, prefer="train") -> list[dict]:
-    """Rows of a table: a file (CSV, JSON, JSONL, Parquet, or in a zip), a folder of them, or a Hub id.
+    """Reads the rows of a table: a file (CSV, JSON, JSONL, Parquet, or in a zip), a
+    folder of them, or a Hub id.
 
-    Of several files in a zip or folder those whose name starts with `prefer` are read. A Hub id may be
-    written `owner/name:config@revision`; its `prefer` split is read. UserError for what is not there.
+    Of several files in a zip or folder, those whose name starts with `prefer` are read; of a Hub set, its
+    `prefer` split. A Hub id may be written `owner/name:config@revision`. UserError for what is not there.
     """
     return list(itertools.islice(stream_rows(name, prefer), max_documents))
 
 
 def stream_rows(name, prefer="train", streaming=False, shuffled=None):
-    """read_rows one by one, in flat memory but for one JSON list; `streaming` fetches what it reads only;
-    a Hub set that is not streamed can come in an order drawn by the seed `shuffled`."""
+    """read_rows as a generator, in constant memory except for a JSON list. streaming: fetches only what is
+    read. shuffled: a seed for the order of a Hub set that is not streamed."""
     return itertools.chain.from_iterable(_tables(name, prefer, streaming, shuffled))
 
 
 def data_fingerprint(name, prefer="train", streaming=False) -> str:
-    """SHA-256 over the files that read_rows would read: it names caches and shows a resume changed data.
+    """SHA-256 over the files that read_rows would read: names caches, and shows a resume that data changed.
 
-    Of a Hub set that is streamed it is the commit, and the set's name there.
+    Of a Hub set that is streamed: its name and commit.
     """
     if Path(name).is_dir():
         files = _table_files(Path(name), prefer)
@@ -85,13 +86,13 @@ def _preferred(names, prefer, where) -> list[str]:
     tables = [name for name in names if Path(name).suffix in TABLES]
     chosen = [name for name in tables if Path(name).name.startswith(prefer)]
     if not chosen and len(tables) != 1:
-        found = ", ".join(tables) or f"none of {', '.join(TABLES)}"
-        raise UserError(f"{where} holds {found}: name one file, or call one {prefer}.csv")
+        there = ", ".join(tables) or f"none of {', '.join(TABLES)}"
+        raise UserError(f"{where} holds {there}: name one file, or call one {prefer}.csv")
     return chosen or tables
 
 
 def _read_table(stream, suffix, where):
-    """Yields one table's rows; a mistake of the file comes as one line."""
+    """Yields the rows of one table. UserError of one line for a mistake in the file."""
     csv.field_size_limit(1 << 30)  # a long conversation is one field; the default is 131,072 characters
     try:
         with stream:
@@ -124,7 +125,7 @@ def _read_table(stream, suffix, where):
 
 
 def _hub_form(name) -> re.Match:
-    """The parts of a Hub id; UserError for what can only be a path."""
+    """Parts of a Hub id `owner/name:config@revision`. UserError for what can only be a path."""
     form = re.fullmatch(
         r"(?P<repo>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w .-]+))?(@(?P<revision>[\w./-]+))?", name
     )
@@ -153,14 +154,14 @@ def _hub_commit(repo, revision) -> str:
 
 
 def require_columns(rows, columns, where):
-    """Refuses an empty table and one that lacks a column, listing the columns there are."""
+    """Raises UserError for a table without rows or without one of the columns; lists those it has."""
     if not rows:
         raise UserError(f"{where} has no rows: use a file with the columns {', '.join(columns)}")
     some = [row for row in rows[:100] if isinstance(row, dict)]  # the first may lack what others have
     keys = (key for row in some for key in row if key is not None)  # None: more cells than columns
-    found = list(dict.fromkeys(keys)) or [type(rows[0]).__name__]
-    if missing := [column for column in columns if column not in found]:
-        hint = " (is it separated by ';'?)" if len(found) == 1 and ";" in str(found[0]) else ""
+    present = list(dict.fromkeys(keys)) or [type(rows[0]).__name__]
+    if missing := [column for column in columns if column not in present]:
+        hint = " (is it separated by ';'?)" if len(present) == 1 and ";" in str(present[0]) else ""
         raise UserError(
-            f"{where} lacks column(s) {', '.join(missing)}; found: {', '.join(map(str, found))}{hint}"
+            f"{where} lacks column(s) {', '.join(missing)}; found: {', '.join(map(str, present))}{hint}"
         )

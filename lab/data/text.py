@@ -35,7 +35,7 @@ from lab.train.processes import on_main, progress
 
 CACHE_VERSION = 1  # of the layout: change both together
 # of fields that Corpus has grown: older caches keep their names
-LATER = {"max_tokens": None, "held_out_tokens": 0, "streaming": None, "first_trains": True}
+ADDED_FIELDS = {"max_tokens": None, "held_out_tokens": 0, "streaming": None, "first_trains": True}
 PARTS = ("train", "val", "test")
 PIECE = 1 << 16  # characters of a document that are read and encoded at once
 TEXT_FILES = (".txt", ".text", ".md", ".rst", ".py")
@@ -44,7 +44,7 @@ SUFFIXES = (*TEXT_FILES, *TABLES, ".zip")  # of what can be read as text
 
 @dataclass(frozen=True)
 class Corpus:
-    """Which text, how split, how tokenised: everything that decides what a token cache holds."""
+    """Which text, how it is split and tokenised: all that decides what a token cache holds."""
 
     data: str  # file or folder of text, a table with a column of text, a Hub id, python-docs, python-code
     tokenizer: str
@@ -67,7 +67,7 @@ class Corpus:
 
 @dataclass
 class Tokens:
-    """An opened token cache."""
+    """An opened token cache: a memory-mapped stream of ids for each part, and its tokenizer."""
 
     parts: dict[str, np.ndarray]
     tokenizer: object
@@ -78,16 +78,20 @@ class Tokens:
 
 
 def open_corpus(corpus, world) -> Tokens:
-    """The tokens of a Corpus, from the cache or built into it by rank 0."""
-    return open_cache(Path(on_main(world, lambda: str(token_cache(corpus)))))
+    """Opens the tokens of a Corpus; rank 0 builds the cache if need be."""
+
+    def build() -> str:
+        return str(token_cache(corpus))
+
+    return open_cache(Path(on_main(world, build)))
 
 
 def token_cache(corpus) -> Path:
-    """The folder with the tokens of `corpus`; built under a lock if it is not there. One process calls it."""
+    """Returns the cache folder of `corpus`, built under a lock if it is not there. Rank 0 only."""
     source = text_fingerprint(corpus)
-    name = corpus.tokenizer  # a Hub id or folder may hold another one tomorrow
+    name = corpus.tokenizer  # what a Hub id or folder holds may change
     words = None if is_built_in(name) else tokenizer_fingerprint(named_tokenizer(name))
-    fields = {name: value for name, value in asdict(corpus).items() if value != LATER.get(name, "")}
+    fields = {name: value for name, value in asdict(corpus).items() if value != ADDED_FIELDS.get(name, "")}
     folder = cache_root() / f"tokens_{short_hash([CACHE_VERSION, source, words, fields])}"
     if not (folder / "meta.json").exists():
         aside = folder.with_name(f".{folder.name}.partial")  # kept when killed
@@ -106,7 +110,7 @@ def token_cache(corpus) -> Path:
 
 
 def open_cache(folder) -> Tokens:
-    """Maps the streams. UserError if a file is not what the cache was built with."""
+    """Maps the streams of a cache folder into memory. UserError for a file that has changed."""
     meta = json.loads((folder / "meta.json").read_text())
     path, kind = folder / "tokenizer" / "tokenizer.json", np.dtype(meta["kind"])
     files = {part: folder / f"{part}.bin" for part in PARTS}
@@ -122,7 +126,7 @@ def open_cache(folder) -> Tokens:
 
 
 def text_fingerprint(corpus) -> str:
-    """Of the text itself: it names the cache, and shows a resume that the data changed."""
+    """Hash of the text: names the cache, and shows a resume that data changed."""
     if corpus.data in BUILT_IN:
         python = f"Python {platform.python_version()}"
         return f"{corpus.data} of {f'numpy {np.__version__}' if corpus.data == 'numpy-docs' else python}"
@@ -135,11 +139,11 @@ def text_fingerprint(corpus) -> str:
 
 
 def text_files(name) -> list[Path]:
-    """The text files that a name stands for; none where it is a table or on the Hub."""
+    """Text files of a file or folder name; empty for a table or a Hub id."""
     path = Path(name)
     if path.is_dir():
-        found = (file.relative_to(path) for file in path.rglob("*"))
-        files = [path / f for f in found if (path / f).is_file() and not any(p[0] == "." for p in f.parts)]
+        inside = (file.relative_to(path) for file in path.rglob("*"))
+        files = [path / f for f in inside if (path / f).is_file() and not any(p[0] == "." for p in f.parts)]
         texts = sorted(file for file in files if file.suffix in TEXT_FILES)
         if not any(file.suffix in (*TEXT_FILES, *TABLES, ".zip") for file in files):
             raise UserError(f"folder {name} holds no text: use {', '.join((*TEXT_FILES, *TABLES))}")
@@ -182,8 +186,8 @@ def documents(corpus, bad):
 
 
 def pieces(stream):
-    """A document in pieces of some PIECE characters, cut where GPT-2's rules cut anyway: behind a line,
-    else before white space."""
+    """Yields a document in pieces of about PIECE characters, cut where GPT-2's pre-tokenizer cuts anyway:
+    after a line, else before white space."""
     rest = ""
     try:
         while chunk := stream.read(PIECE):
@@ -202,16 +206,17 @@ def pieces(stream):
 
 
 def split_pieces(corpus, bad):
-    """Yields (part, text, whether a document begins). Equal documents share a part; a single one is cut."""
-    found = documents(corpus, bad)
-    first, second = next(found, None), next(found, None)
+    """Yields (part, text, whether a document begins). Equal documents are in one
+    part; a single one is cut."""
+    opened = documents(corpus, bad)
+    first, second = next(opened, None), next(opened, None)
     if first is None:
         raise UserError(f"{corpus.data} holds no text: use text files, a table with a column, or python-docs")
     if second is None:
         yield from cut_document(first, corpus)
         return
     trained = None  # the first document and its copies, so that there is something to train on
-    for opens in itertools.chain([first, second], found):
+    for opens in itertools.chain([first, second], opened):
         with opens() as stream:
             for i, text in enumerate(pieces(stream)):
                 if i == 0:
@@ -224,13 +229,13 @@ def split_pieces(corpus, bad):
 
 
 def part_of(share, corpus) -> str:
-    """0 ... 1 -> train, val, test, in this order."""
+    """Maps a number from 0 to 1 to train, val or test, in this order."""
     train = 1 - corpus.val_share - corpus.test_share
     return "train" if share < train else "val" if share < train + corpus.val_share else "test"
 
 
 def cut_document(opens, corpus):
-    """A single document: its last parts are held out, to the character."""
+    """Splits a single document at exact characters: its end is val, then test."""
     with opens() as stream:
         length = sum(len(text) for text in pieces(stream))
     ends = [
@@ -248,7 +253,7 @@ def cut_document(opens, corpus):
 
 
 def build_cache(corpus, source, folder):
-    """Tokenizer, streams, counts, meta.json (last) into `folder`, going on from what a killed build left."""
+    """Writes tokenizer, streams, counts and (last) meta.json; continues what a killed build left."""
     bad, path = BadRows(), folder / "tokenizer"
     if not (path / "done").exists():
 
@@ -274,7 +279,8 @@ def build_cache(corpus, source, folder):
 
 
 def write_tokens(folder, corpus, tokenizer, kind, bad) -> dict:
-    """Appends to the streams piece by piece; progress.json says every few seconds how much of them counts."""
+    """Appends to the streams piece by piece. progress.json notes every few seconds how
+    far they are complete."""
     encode, end = encoder(corpus.tokenizer, tokenizer), np.array([tokenizer.eos_token_id], kind)
     path, none = folder / "progress.json", dict.fromkeys(PARTS, 0)
     state = {"pieces": 0, "bytes": dict(none), "documents": dict(none)}
@@ -282,7 +288,7 @@ def write_tokens(folder, corpus, tokenizer, kind, bad) -> dict:
     files = {part: open(folder / f"{part}.bin", "ab") for part in PARTS}
     for part, file in files.items():
         file.truncate(state["bytes"][part])
-    found, saved = itertools.islice(split_pieces(corpus, bad), state["pieces"], None), time.monotonic()
+    unread, saved = itertools.islice(split_pieces(corpus, bad), state["pieces"], None), time.monotonic()
     size = sum(file.stat().st_size for file in text_files(corpus.data))
     written = {part: size // kind.itemsize for part, size in state["bytes"].items()}
     most = math.inf if corpus.max_tokens is None else corpus.max_tokens
@@ -292,9 +298,9 @@ def write_tokens(folder, corpus, tokenizer, kind, bad) -> dict:
         return written["train"] >= most and held_out >= corpus.held_out_tokens
 
     with progress(size or None, "tokenising", unit="B") as bar, ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(up_to, found, 1 << 20)  # read while the cores are encoding
+        ahead = reader.submit(up_to, unread, 1 << 20)  # read while the cores are encoding
         while not enough() and (group := ahead.result()):
-            ahead = reader.submit(up_to, found, 1 << 20)
+            ahead = reader.submit(up_to, unread, 1 << 20)
             wanted = [piece for piece in group if piece[0] != "train" or written["train"] < most]
             for (part, _, begins), ids in zip(wanted, encode([text for _, text, _ in wanted]), strict=True):
                 if enough():  # to the piece: a killed build stops at the same one
@@ -316,16 +322,16 @@ def write_tokens(folder, corpus, tokenizer, kind, bad) -> dict:
 
 
 def flushed(file) -> int:
-    """Its bytes, all of them on the disk."""
+    """Flushes a file to the disk and returns its size in bytes."""
     file.flush()
     os.fsync(file.fileno())
     return os.fstat(file.fileno()).st_size  # tell() lags behind a truncation
 
 
-def up_to(found, characters) -> list:
-    """The next pieces that together have about so many characters: a batch for all cores, flat in memory."""
+def up_to(unread, characters) -> list:
+    """The next pieces of about so many characters together: a batch that all cores tokenise."""
     group = []
-    for piece in found:
+    for piece in unread:
         group.append(piece)
         characters -= len(piece[1])
         if characters <= 0:
@@ -334,7 +340,8 @@ def up_to(found, characters) -> list:
 
 
 def encoder(name, tokenizer):
-    """texts -> a list of ids each. Rust, on all cores; characters by a table; bpe_scratch by its own code."""
+    """Returns texts -> a list of ids each: in Rust on all cores, characters by a table,
+    bpe_scratch in Python."""
     rust = tokenizer.backend_tokenizer
     rust.encode_special_tokens = True  # a text that spells the end token out does not end
     rust.no_truncation()  # some files of the Hub hold one

@@ -16,7 +16,7 @@ from lab.train.processes import progress
 
 
 def pretrained_tokenizer(name, built_in):
-    """The fast tokenizer of a Hub id or folder; `built_in` is what an error recommends instead."""
+    """The fast tokenizer of a Hub id or folder. UserError otherwise; it recommends `built_in` instead."""
 
     def load():
         from transformers import AutoTokenizer
@@ -37,9 +37,10 @@ END = "<|endoftext|>"  # stands between documents; GPT-2's own name for it
 
 
 def make_tokenizer(name, texts):
-    """The transformers tokenizer of a name; `texts()` yields the training text that chars and bpe learn from.
+    """Makes a transformers tokenizer: chars, ascii, bytes, bpe:<size>,
+    bpe_scratch:<size>, a Hub id or folder.
 
-    chars | ascii | bytes | bpe:<size> | bpe_scratch:<size> | Hub id or folder. eos_token_id ends a document.
+    `texts()` yields the training text for chars and bpe. eos_token_id ends a document.
     """
     kind, _, size = name.partition(":")
     if kind in ("bpe", "bpe_scratch") and not (size.isdigit() and int(size) > 256):
@@ -62,7 +63,8 @@ def make_tokenizer(name, texts):
 
 
 def named_tokenizer(name, built_in="chars, ascii, bytes or bpe:2048 (built in)"):
-    """That of a Hub id or folder, if it can end a document; `built_in` is what an error recommends."""
+    """The tokenizer of a Hub id or folder. UserError if it has no end-of-text token; `built_in` is
+    what the error recommends."""
     tokenizer = pretrained_tokenizer(name, built_in)
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer of {name} has no end-of-text token: use one of a language model")
@@ -70,8 +72,8 @@ def named_tokenizer(name, built_in="chars, ascii, bytes or bpe:2048 (built in)")
 
 
 def characters(symbols, plain=False):
-    """One id per character. plain: accents and case go, and what is not ASCII then becomes `?` (journal 003
-    also lower-cased ASCII); otherwise a character the training text lacks is <unk>."""
+    """A tokenizer with one id per character. plain: accents and case are dropped, then what is not ASCII
+    becomes `?` (as in journal 003); otherwise a character that the training text lacks is <unk>."""
     import tokenizers
     from tokenizers import normalizers
 
@@ -128,7 +130,8 @@ def fast(tokenizer, **special):
 
 
 def byte_symbols() -> dict[int, str]:
-    """GPT-2's printable stand-ins: a byte that prints stands for itself, the others for 256 and on."""
+    """Byte -> printable symbol, as in GPT-2: printing bytes are themselves, the others
+    characters from 256 on."""
     printing = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = (byte for byte in range(256) if byte not in printing)
     return {byte: chr(byte) for byte in printing} | {byte: chr(256 + i) for i, byte in enumerate(others)}
@@ -138,7 +141,7 @@ BYTES = byte_symbols()
 
 
 def token_bytes(tokenizer) -> np.ndarray:
-    """(V,): UTF-8 bytes of text that each id spells: special tokens none, an unknown character one."""
+    """(V,): UTF-8 bytes of text that each id spells; 0 for special tokens, 1 for the unknown token."""
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
     sizes = np.array([spelt_bytes(token, byte_level) for token in tokens])
@@ -151,7 +154,7 @@ def token_bytes(tokenizer) -> np.ndarray:
 
 
 def spelt_bytes(token, byte_level) -> int:
-    """Of a token as vocabularies write it: one symbol a byte, or (sentencepiece) ▁ for a space, <0x0A>."""
+    """Bytes of a token as a vocabulary writes it: one symbol a byte, or sentencepiece's ▁ and <0x0A>."""
     if byte_level:
         return len(token)
     return 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
@@ -163,7 +166,7 @@ WORDS = (
 
 
 class ScratchBPE:
-    """Byte-level byte-pair encoding by hand (Sennrich et al. 2016): the merges that `tokenizers` finds.
+    """Byte-level byte-pair encoding by hand (Sennrich et al. 2016); finds the same merges as `tokenizers`.
 
     Training keeps, for every pair of neighbours, its count and the words it stands in, so that a merge only
     touches those words; the heap's counts may be stale and are corrected when they come up.
@@ -205,12 +208,12 @@ class ScratchBPE:
 
     def _count(self, place, sign) -> set:
         symbols, n = self.words[place]
-        found = set(itertools.pairwise(symbols))
+        kinds = set(itertools.pairwise(symbols))
         for pair in itertools.pairwise(symbols):
             self.pairs[pair] += sign * n
-        for pair in found:
+        for pair in kinds:
             self.places[pair].add(place)
-        return found
+        return kinds
 
     def _merge(self, pair) -> set:
         """Learns the pair and applies it to every word; returns the pairs that are new or more frequent."""
@@ -235,7 +238,7 @@ class ScratchBPE:
 
 
 def joined(symbols, pair) -> list[str]:
-    """`symbols` with every occurrence of the pair, from the left, as one."""
+    """`symbols` with every occurrence of the pair merged, from the left."""
     result, i = [], 0
     while i < len(symbols):
         both = tuple(symbols[i : i + 2]) == pair

@@ -1,4 +1,4 @@
-"""Answers of a tuned model: to the prompts it was never trained on, to a test file, to a person."""
+"""Answers of a tuned model: to fixed prompts, to the test rows, to a person."""
 
 import functools
 import re
@@ -32,11 +32,11 @@ PROMPTS = (  # answered at every evaluation; the first three and the last are jo
 
 
 def answers(model, tokenizer, prompts, max_new_tokens, batch, world, poll=lambda active: 0) -> list[str]:
-    """Greedy answers to prompts (lists of ids), in batches over all ranks; every rank gets all of them.
+    """Answers prompts (lists of ids) greedily, in batches over all ranks. Every rank gets all texts.
 
-    `poll(active)` is called by all ranks in step: a rank that is done goes on until the sum is 0.
+    All ranks call `poll(active)` equally often: one that is done calls poll(0) until the sum is 0.
     """
-    found = torch.zeros(
+    written = torch.zeros(
         len(prompts), max_new_tokens, dtype=torch.int64
     )  # id + 1; a sum over ranks is a gather
     batches = ShardedBatches([len(ids) for ids in prompts], batch, world)
@@ -48,16 +48,17 @@ def answers(model, tokenizer, prompts, max_new_tokens, batch, world, poll=lambda
                 chosen = [prompts[i] for i in mine]
                 rows = write(chosen, max_new_tokens, **how, poll=lambda: poll(1))
                 for i, ids in zip(mine, rows, strict=True):
-                    found[i, : len(ids)] = torch.tensor(ids, dtype=torch.int64) + 1
+                    written[i, : len(ids)] = torch.tensor(ids, dtype=torch.int64) + 1
             while poll(0):
                 pass
             bar.update()
-    found = all_reduce_sum(world, found)
-    return [tokenizer.decode(ids[ids > 0] - 1).strip() for ids in found]
+    written = all_reduce_sum(world, written)
+    return [tokenizer.decode(ids[ids > 0] - 1).strip() for ids in written]
 
 
 def sample(run, cfg, step, model, tokenizer, poll):
-    """The fixed prompts' answers to samples.jsonl and TensorBoard, one of them to the terminal, in turn."""
+    """Answers the fixed prompts: all to samples.jsonl and TensorBoard, one of them
+    in turn to the terminal."""
     if cfg.sample_tokens:
         prompts = [
             tokenizer(prompt_text(text, "", cfg.template), add_special_tokens=False).input_ids
@@ -69,9 +70,10 @@ def sample(run, cfg, step, model, tokenizer, poll):
         run.say(f"  | {PROMPTS[turn]} -> {shortened(one_line(texts[turn]), 90 - len(PROMPTS[turn]))}")
 
 
-def write_responses(run, cfg, s, model) -> dict:
-    """responses.json in the journal's form: each test row and its model_response; how many begin rightly."""
-    data, test = s.data, s.parts["test"].some(cfg.answer_rows)
+def write_responses(run, cfg, setup, model) -> dict:
+    """Writes responses.json, in the journal's form: each test row with its
+    model_response. Returns figures."""
+    data, test = setup.data, setup.parts["test"].some(cfg.answer_rows)
     prompts, most = [data.prompt(row) for row in test.rows], cfg.max_new_tokens
     batch = cfg.eval_batch * run.world.size
     texts = answers(model, data.tokenizer, prompts, most, batch, run.world, run.poll)
@@ -84,33 +86,36 @@ def write_responses(run, cfg, s, model) -> dict:
     )
     run.say(f"answers  {len(rows)} in responses.json, {empty} empty")
     if long:
-        run.say(f"answers  {long} prompts leave no room for {most} tokens: their beginning is forgotten")
-    return first_words(run, s, test.rows, texts) | {"test/empty_responses": empty}
+        run.say(f"answers  {long} prompts and {most} tokens do not fit the model: their beginning drops out")
+    return first_words(run, setup, test.rows, texts) | {"test/empty_responses": empty}
 
 
-def first_words(run, s, rows, texts) -> dict:
-    """Share of answers whose first word is the wanted one, beside that of always saying the usual one."""
-    usual = Counter(first_word(s.data.texts[row][2]) for row in s.parts["train"].rows).most_common(1)[0][0]
-    wanted = [first_word(s.data.texts[row][2]) for row in rows]
+def first_words(run, setup, rows, texts) -> dict:
+    """Share of answers whose first word is right, beside that of always saying the
+    most frequent first word."""
+    usual = Counter(first_word(setup.data.texts[row][2]) for row in setup.parts["train"].rows).most_common(1)[
+        0
+    ][0]
+    wanted = [first_word(setup.data.texts[row][2]) for row in rows]
     counted = [i for i, word in enumerate(wanted) if word]  # some answers are signs only
     if not counted:
         return {}
     right = np.array([[first_word(texts[i]) == wanted[i], usual == wanted[i]] for i in counted])
-    interval = bootstrap(right, s.data.groups[rows][counted]).tolist()[0]
+    interval = bootstrap(right, setup.data.groups[rows][counted]).tolist()[0]
     share, guess = right.mean(0).tolist()
-    said = plus_minus(share, interval)
-    run.say(f"answers  the first word is right in {said}, would be by always '{usual}' in {guess:.3f}")
+    figure = plus_minus(share, interval)
+    run.say(f"answers  first word right in {figure}; always '{usual}' would be right in {guess:.3f}")
     names = {"first_word": share, "first_word_interval": interval, "first_word_guess": guess}
     return {f"test/{name}": value for name, value in names.items()}
 
 
 def first_word(text) -> str:
-    """In small letters, without signs; empty if there is none."""
+    """The first word in lower case, without signs; empty if there is none."""
     return next(iter(re.findall(r"\w+", text.lower())), "")
 
 
 def ask(model, tokenizer, cfg):
-    """Mode ask: answers --prompt, or each line typed, as the tuned model was taught to read it."""
+    """Mode ask: answers --prompt, or each typed line, in the template of the tuning."""
     interactive = cfg.prompt is None and sys.stdin.isatty()
     for text in [cfg.prompt] if cfg.prompt is not None else prompt_loop(interactive):
         if text.strip():

@@ -1,4 +1,4 @@
-"""Which option does the model choose? Multiple choice by likelihood, beside what options alone tell."""
+"""Which option does the model choose? Multiple choice by likelihood, beside controls without the problem."""
 
 import functools
 from collections import Counter
@@ -19,10 +19,10 @@ JOURNAL_LENGTH = 1024  # journal 004 padded each row to a multiple of it
 
 
 class Choices(Examples):
-    """Every option of every row behind its problem, 5 i + o, as gpt_scratch.evaluate reads them.
+    """Every option of every row after its problem, for `evaluate`: example 5 i + o is option o of row i.
 
-    Targets are the option's tokens and the end token: without it `3` could only be likelier than `38`.
-    `asked` (rows,): whose problem stands before the options of each row; none: its own.
+    Targets are the option's tokens and the end token, without which `3` could never be less likely than `38`.
+    `asked` (rows,): the row whose problem stands before the options of each row; none: its own.
     """
 
     def __init__(self, data, rows, asked=None):
@@ -45,7 +45,7 @@ class Choices(Examples):
 
 @dataclass
 class Scores:
-    """What a model thinks of every option: (rows, 5) log-likelihoods, and the same for each target token."""
+    """A model's log-likelihood of every option (rows, 5), and the same per target token."""
 
     plain: np.ndarray
     per_token: np.ndarray
@@ -59,11 +59,11 @@ class Scores:
         return cls(plain, plain / targets)
 
     def right(self, data, rows) -> np.ndarray:
-        """(rows, 2): whether the likeliest option says what the right one says, plain and per token."""
-        said = np.array([data.options[row] for row in rows])
-        answer, every = said[np.arange(len(rows)), data.right[rows]], np.arange(len(rows))
+        """(rows, 2): whether the likeliest option, plain and per token, has the text of the right one."""
+        texts = np.array([data.options[row] for row in rows])
+        answer, every = texts[np.arange(len(rows)), data.right[rows]], np.arange(len(rows))
         chosen = (scores.argmax(1) for scores in (self.plain, self.per_token))
-        return np.stack([said[every, of] == answer for of in chosen], axis=1).astype(float)
+        return np.stack([texts[every, of] == answer for of in chosen], axis=1).astype(float)
 
 
 def some(rows, n) -> np.ndarray:
@@ -72,8 +72,9 @@ def some(rows, n) -> np.ndarray:
     return rows[np.linspace(0, len(rows) - 1, n).round().astype(int)]
 
 
-def strangers(data, rows, most=10**9) -> np.ndarray:
-    """For each row another row, with another problem where there is one: the control's problems."""
+def shuffled_problems(data, rows, most=10**9) -> np.ndarray:
+    """For each row the row whose problem replaces its own in the control: a different problem where there is
+    one, of a length that fits."""
     order = np.random.default_rng(0).permutation(len(rows))
     asked = np.empty_like(rows)
     asked[order] = rows[np.roll(order, 1)]
@@ -85,22 +86,24 @@ def strangers(data, rows, most=10**9) -> np.ndarray:
 
 
 def answer_figures(model, data, rows, train, cfg, world, poll) -> tuple[dict, list[dict]]:
-    """How often the likeliest option is right, plain and per token, with intervals by problem; always the
-    training rows' most frequent letter; the control, in which problems are shuffled among rows.
+    """Accuracy of the likeliest option, plain and per token; of always the most frequent letter of training;
+    of the control, with problems shuffled among rows. Intervals are by problem.
 
-    Also a line for each row: its number, group, the scores, and whether each way was right.
+    Also returns a line for each row: number, group, scores, and which choices were right.
     """
     own = Scores.of(model, Choices(data, rows), cfg, world, poll)
-    control = Scores.of(model, Choices(data, rows, strangers(data, rows, cfg.max_length)), cfg, world, poll)
+    control = Scores.of(
+        model, Choices(data, rows, shuffled_problems(data, rows, cfg.max_length)), cfg, world, poll
+    )
     usual = Counter(data.right[train].tolist()).most_common(1)[0][0]
     right, shuffled = own.right(data, rows), control.right(data, rows)
     values = np.c_[right, shuffled, data.right[rows] == usual, right - shuffled]
     names = ("answer_accuracy", "answer_accuracy_per_token", "shuffled_accuracy")
     names = (*names, "shuffled_accuracy_per_token", "letter_accuracy")
     names = (*names, "above_shuffled", "above_shuffled_per_token")
-    found, intervals = {}, bootstrap(values, data.groups[rows]).tolist()
+    figures, intervals = {}, bootstrap(values, data.groups[rows]).tolist()
     for name, value, interval in zip(names, values.mean(0).tolist(), intervals, strict=True):
-        found |= {name: value, f"{name}_interval": interval}
+        figures |= {name: value, f"{name}_interval": interval}
     lines = [
         {"row": number, "group": group, "right": bool(r[0]), "right_per_token": bool(r[1]),
          "right_shuffled": bool(c), "scores": scores, "answer": LETTERS[answer]}
@@ -108,20 +111,20 @@ def answer_figures(model, data, rows, train, cfg, world, poll) -> tuple[dict, li
             data.numbers[rows].tolist(), data.groups[rows].tolist(), right, shuffled[:, 0],
             own.plain.round(5).tolist(), data.right[rows].tolist(), strict=True)
     ]  # fmt: skip
-    return found | {"letter": LETTERS[usual]}, lines
+    return figures | {"letter": LETTERS[usual]}, lines
 
 
 def answer_lines(part, m) -> list[str]:
-    """What of answer_figures belongs on the terminal; `m` has the names with their part."""
+    """Lines for the terminal. `m`: the figures of answer_figures, named <part>/<name>."""
 
-    def said(name):
+    def figure(name):
         return plus_minus(m[f"{part}/{name}"], m[f"{part}/{name}_interval"])
 
     lines = [
-        f"{part:5} answers {said('answer_accuracy')}  per token {said('answer_accuracy_per_token')}  "
+        f"{part:5} answers {figure('answer_accuracy')}  per token {figure('answer_accuracy_per_token')}  "
         f"of five: {CHANCE:.3f}  always {m[f'{part}/letter']}: {m[f'{part}/letter_accuracy']:.3f}",
-        f"{part:5} control, problems shuffled: {said('shuffled_accuracy')}  "
-        f"per token {said('shuffled_accuracy_per_token')}",
+        f"{part:5} control, problems shuffled: {figure('shuffled_accuracy')}  "
+        f"per token {figure('shuffled_accuracy_per_token')}",
     ]
     if not above_guessing(part, m):
         lines.append(f"{part:5} answers cannot be told from guessing")
@@ -148,7 +151,7 @@ def over_padding(sums, examples) -> float:
 
 
 def examples_of(data, cfg) -> tuple[dict[str, Examples], list[str]]:
-    """The parts of `split` as a model reads them, and what to say of their rows."""
+    """The parts of `split` as Examples, and lines on their rows."""
     rows, lines = split(data, cfg)
     # inputs of max_length tokens: the last token is only a target
     most = cfg.max_length + 1
@@ -156,35 +159,34 @@ def examples_of(data, cfg) -> tuple[dict[str, Examples], list[str]]:
 
 
 def measure(model, part, parts, data, cfg, world, poll, answers=True) -> tuple[dict, list[dict], list[dict]]:
-    """Of a whole part: figures by name, lines of losses.jsonl, lines of answers.jsonl.
+    """Measures a whole part: (figures by name, lines of losses.jsonl, lines of answers.jsonl).
 
-    Without `answers`, which take ten forwards of each row, none of those.
+    Answers take ten forwards of each row; without `answers` there are none.
     """
     examples = parts[part]
     sums = evaluate(model, examples, cfg, world, poll)
     spelt = spelt_bytes(examples)
     unigram = unigram_losses(examples, parts["train"])
-    found = language_metrics(sums, data.groups[examples.rows], unigram, spelt)
-    found["accuracy_over_padding"] = over_padding(sums, examples)
+    metrics = language_metrics(sums, data.groups[examples.rows], unigram, spelt)
+    metrics["accuracy_over_padding"] = over_padding(sums, examples)
     answered, lines = {}, []
     if answers:
         answered, lines = answer_figures(model, data, examples.rows, parts["train"].rows, cfg, world, poll)
     numbers, groups = data.numbers[examples.rows], data.groups[examples.rows]
     losses = loss_lines(part, numbers, groups, sums, spelt)
-    return {f"{part}/{name}": value for name, value in (found | answered).items()}, losses, lines
+    return {f"{part}/{name}": value for name, value in (metrics | answered).items()}, losses, lines
 
 
 def unigram_losses(examples, train) -> np.ndarray:
-    """Summed loss of each row's targets by how often each token is a target in training."""
+    """(rows,): summed loss of each row's targets under the token frequencies of the training targets."""
     logs = log_shares(train)
     return np.array([-logs[ids].sum() for ids in examples.wanted()])
 
 
 @functools.lru_cache(maxsize=1)
 def log_shares(train) -> np.ndarray:
-    """(V,): how often each token is a target (Witten-Bell: as many unseen ones as there are kinds). One more
-    of each of 50,000 tokens, as sft.py counts, would drown five letters.
-    """
+    """(V,): log share of each token among the training targets, with Witten-Bell smoothing: adding one to
+    each of 50,000 tokens, as lab/measure/tuning.py does, would drown five letters."""
     counts = np.bincount(np.concatenate(train.wanted()), minlength=len(train.data.tokenizer)).astype(float)
     kinds = np.count_nonzero(counts)
     counts[counts == 0] = kinds / max(1, len(counts) - kinds)
@@ -192,6 +194,6 @@ def log_shares(train) -> np.ndarray:
 
 
 def spelt_bytes(examples) -> np.ndarray:
-    """Bytes that each row's targets spell."""
+    """(rows,): bytes that each row's targets spell."""
     sizes = token_bytes(examples.data.tokenizer)
     return np.array([sizes[ids].sum() for ids in examples.wanted()], dtype=np.int64)

@@ -1,7 +1,7 @@
-"""The diversity coefficient of a study's arms: which sequences are drawn, who embeds them, what comes out.
+"""The diversity coefficient of a study's arms: draws batches, embeds them over all ranks, compares.
 
-An embedding is kept under a hash of all that it depends on, the sequences themselves included: none is made
-twice, a killed job goes on, and a stale one cannot be used."""
+An embedding is kept under a hash of all that it depends on, the sequences included: none is made twice, a
+killed job continues, and a stale one is never used."""
 
 import hashlib
 import math
@@ -35,7 +35,7 @@ FLOOR_BATCHES = 3  # of each arm are embedded floor_repeats times
 
 
 def sequences_of(cfg, text, names) -> dict[str, Sequences]:
-    """Of each source's training tokens: what batches can be drawn from."""
+    """The sequences of each source's training tokens, from which batches are drawn."""
     how = {"end": text.tokenizer.eos_token_id, "length": cfg.diversity_length, "kind": cfg.sequences}
     return {name: Sequences(text.tokens[name].parts["train"], **how) for name in names}
 
@@ -80,11 +80,10 @@ class Draws:
 
 
 def measure(cfg, draws, probe, folder, world, say, poll) -> dict:
-    """Embeds what is not embedded yet, spread over the ranks; then the figures of all arms."""
-    weights = on_main(world, lambda: weights_sha256(probe))
-    jobs = on_main(world, lambda: plan(cfg, draws, weights, probe.wte.weight.dtype))
-    on_main(world, lambda: folder.mkdir(parents=True, exist_ok=True))
-    missing = on_main(world, lambda: [job for job in jobs if not (folder / job[2]).exists()])
+    """Makes the missing embeddings, spread over the ranks, and returns the figures of all arms."""
+    weights = on_main(world, weights_sha256, probe)
+    jobs = on_main(world, plan, cfg, draws, weights, probe.wte.weight.dtype)
+    missing = on_main(world, not_embedded, jobs, folder)
     if missing:
         say(f"diversity  {len(missing)} of {len(jobs)} embeddings to make, procedure {cfg.procedure}")
 
@@ -99,11 +98,18 @@ def measure(cfg, draws, probe, folder, world, say, poll) -> dict:
             np.save(out, vector)
 
     share_out(missing, embed, world, say, poll)
-    return on_main(world, lambda: figures(cfg, draws, jobs, folder))
+    return on_main(world, figures, cfg, draws, jobs, folder)
+
+
+def not_embedded(jobs, folder) -> list:
+    """The jobs without a file in `folder`. Makes the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [job for job in jobs if not (folder / job[2]).exists()]
 
 
 def plan(cfg, draws, weights, dtype) -> list[tuple[str, int, str, str]]:
-    """(arm or bound, batch, file, seed of its targets) of every embedding, a batch's repeats side by side."""
+    """Lists all embeddings: (arm or bound, batch, file, seed of its targets); repeats of
+    a batch are neighbours."""
     places = [(name, i) for name in draws.names for i in range(draws.count(name))]
     jobs = []
     for name, i in sorted(places, key=lambda place: place[1]):  # round by round: an early look sees all arms
@@ -117,7 +123,7 @@ def plan(cfg, draws, weights, dtype) -> list[tuple[str, int, str, str]]:
 
 
 def share_out(jobs, work, world, say, poll):
-    """`work(job)` for each, spread over the ranks, with polls between; a line at every tenth."""
+    """Calls work(job) for each job, spread over the ranks, and polls in between; a line at every tenth."""
     began, told, size = time.monotonic(), 0, world.size
     with progress(len(jobs), "embedding", world) as bar:
         for start in range(0, len(jobs), size):
@@ -133,23 +139,23 @@ def share_out(jobs, work, world, say, poll):
 
 
 def figures(cfg, draws, jobs, folder) -> dict:
-    """Coefficients with interval and noise floor of arms and bounds; distances between arms. Rank 0."""
-    found, vectors = {"arms": {}, "bounds": {}, "cross": {}}, {}
+    """Rank 0: coefficients of arms and bounds with interval and noise floor; distances between arms."""
+    result, vectors = {"arms": {}, "bounds": {}, "cross": {}}, {}
     for name in draws.names:
         files = [[file for n, i, file, _ in jobs if (n, i) == (name, at)] for at in range(draws.count(name))]
-        opened = [[kept(folder / file) for file in of_batch] for of_batch in files]
-        vectors[name] = [of_batch[0] for of_batch in opened]
+        opened = [[kept(folder / file) for file in batch_files] for batch_files in files]
+        vectors[name] = [repeats[0] for repeats in opened]
         table = pairwise(vectors[name])
-        one = {"coefficient": coefficient(table), "interval": coefficient_interval(table)}
-        one |= {"batches": len(files), "length": len(vectors[name][0])}
+        arm_figures = {"coefficient": coefficient(table), "interval": coefficient_interval(table)}
+        arm_figures |= {"batches": len(files), "length": len(vectors[name][0])}
         if name in draws.arms:
             floors = [coefficient(pairwise(again)) for again in opened[:FLOOR_BATCHES]]
-            one |= {"noise_floor": sum(floors) / len(floors), "noise_floors": floors}
-        found["bounds" if name in BOUNDS else "arms"][name] = one
+            arm_figures |= {"noise_floor": sum(floors) / len(floors), "noise_floors": floors}
+        result["bounds" if name in BOUNDS else "arms"][name] = arm_figures
     arms = list(draws.arms)
     for a, b in [(a, b) for i, a in enumerate(arms) for b in arms[i + 1 :]]:
-        found["cross"][f"{a} x {b}"] = pair(vectors[a], vectors[b], found["arms"][a], found["arms"][b])
-    return found | {"procedure": cfg.procedure, "probe": str(cfg.probe)}
+        result["cross"][f"{a} x {b}"] = pair(vectors[a], vectors[b], result["arms"][a], result["arms"][b])
+    return result | {"procedure": cfg.procedure, "probe": str(cfg.probe)}
 
 
 def kept(path) -> np.ndarray:
@@ -160,11 +166,14 @@ def kept(path) -> np.ndarray:
 
 
 def pair(first, second, a, b) -> dict:
-    """Mean distance between the batches of two arms; by how much their coefficients differ, with interval."""
+    """Mean distance between the batches of two arms, and the difference of their
+    coefficients, with intervals."""
     table = distances(first, second)
-    halves = [(one["interval"][1] - one["interval"][0]) / 2 for one in (a, b)]
+    halves = [(arm["interval"][1] - arm["interval"][0]) / 2 for arm in (a, b)]
     difference, half = a["coefficient"] - b["coefficient"], math.hypot(*halves)
     return {
-        **{"coefficient": float(table.mean()), "interval": cross_interval(table)},
-        **{"difference": difference, "difference_interval": [difference - half, difference + half]},
+        "coefficient": float(table.mean()),
+        "interval": cross_interval(table),
+        "difference": difference,
+        "difference_interval": [difference - half, difference + half],
     }

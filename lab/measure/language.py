@@ -12,8 +12,8 @@ from lab.train.processes import all_reduce_sum, progress
 
 
 def loss_lines(part, numbers, groups, sums, spelt) -> list[dict]:
-    """Lines of losses.jsonl, by which eval.py --compare pairs runs: part (test, val), row and group of each
-    held-out row, its loss in nats, hits, targets, and their bytes."""
+    """Lines of losses.jsonl, by which eval.py --compare pairs runs: of each held-out row its part (test,
+    val), row, group, loss in nats, hits, targets, and their bytes."""
     columns = (np.asarray(column).tolist() for column in (numbers, groups, sums.round(6), spelt))
     return [
         {
@@ -31,9 +31,9 @@ def loss_lines(part, numbers, groups, sums, spelt) -> list[dict]:
 
 @torch.no_grad()
 def evaluate(model, blocks, cfg, world, poll=lambda: None) -> np.ndarray:
-    """(blocks, 3) on every rank: summed loss, hits of the likeliest token, targets. `model` is unwrapped.
+    """(blocks, 3) on every rank: summed loss in nats, hits of the likeliest token, targets of each block.
 
-    `blocks`: corpus.Blocks, or another with lengths, targets and batch.
+    `model` is unwrapped. `blocks`: Blocks, Windows, Examples: whatever has `lengths` and `batch`.
     """
     was_training = model.training
     model.eval()
@@ -59,10 +59,10 @@ def evaluate(model, blocks, cfg, world, poll=lambda: None) -> np.ndarray:
 
 
 def measure(sums, blocks, unigram, sizes=None) -> dict:
-    """Loss per token, perplexity, accuracy with 95 % intervals, beside the loss of the training frequencies.
+    """Loss per token, perplexity and accuracy with 95 % intervals, beside the loss of token frequencies.
 
-    Neighbouring blocks resemble each other: the intervals redraw 100 stretches of the text. `sizes` (V,) are
-    the bytes that each id spells, for bits per byte.
+    sums (blocks, 3): of `evaluate`. unigram (V,): counts in training. sizes (V,): bytes of each id, for bits
+    per byte. Neighbouring blocks resemble each other, so intervals redraw 100 stretches of the text.
     """
     log_share = np.log((unigram + 1) / (unigram.sum() + len(unigram)))
     plain = -block_sums(log_share, blocks)
@@ -77,7 +77,7 @@ def block_sums(values, blocks) -> np.ndarray:
     return np.add.reduceat(values[blocks.tokens[1:]], np.arange(0, len(blocks.tokens) - 1, blocks.block_size))
 
 
-def losses(part, sums, blocks, sizes) -> list[dict]:
-    """Lines of losses.jsonl."""
+def loss_rows(part, sums, blocks, sizes) -> list[dict]:
+    """loss_lines of a stream in blocks."""
     spelt = block_sums(sizes, blocks)
     return loss_lines(part, np.arange(len(sums)), stretches(len(sums)), sums, spelt)

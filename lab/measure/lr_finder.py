@@ -11,11 +11,11 @@ DIVERGED = 4  # times the lowest smoothed loss so far, as in fastai and Lightnin
 
 
 def sweep(take, lrs, smoothing, model, optimizer, precision) -> dict:
-    """`take(step, lr)` makes a step and returns its loss before the update, for each of `lrs` in turn.
+    """Calls `take(step, lr)` for each rate; it makes a step and returns the loss before the update.
 
-    The loss of a rate is the one its update leads to: that of the next step. Smoothed by a running mean
-    divided by 1 - smoothing^n (n losses seen, from 1), without which a constant loss would be drawn as a
-    rise (the journal's plot). Ends early on divergence. Weights, optimizer and scaler are put back.
+    A rate's loss is that of the next step, after its update. Smoothed by a running mean divided by
+    1 - smoothing^n after n losses; without that a constant loss looks like a rise (as in the journal's plot).
+    Ends early on divergence. Restores weights, optimizer and scaler.
     """
     kept = copy.deepcopy((model.state_dict(), optimizer.state_dict(), precision.scaler.state_dict()))
     losses, smoothed, mean = [], [], 0.0
@@ -44,7 +44,7 @@ def sweep(take, lrs, smoothing, model, optimizer, precision) -> dict:
 
 
 def suggest(lrs, smoothed) -> dict[str, float | None]:
-    """Three rules side by side; None where the curve never falls by a thousandth.
+    """Suggests a rate by three rules; None where the curve never falls by a thousandth.
 
     steepest: where the loss falls fastest per factor of the rate; valley: the middle of the longest fall;
     minimum/10: a tenth of where it is lowest (Gugger: up to the minimum itself with one_cycle).
@@ -60,7 +60,7 @@ def suggest(lrs, smoothed) -> dict[str, float | None]:
 
 
 def longest_fall(y) -> tuple[int, int]:
-    """First and last index of the longest decreasing subsequence: noise between does not end a fall."""
+    """First and last index of the longest decreasing subsequence, so that noise does not end a fall."""
     length, before = np.ones(len(y), dtype=int), np.arange(len(y))
     for i in range(1, len(y)):
         higher = np.flatnonzero(y[:i] > y[i])
@@ -74,7 +74,7 @@ def longest_fall(y) -> tuple[int, int]:
 
 
 def show_curve(run, curve, suggestions):
-    """lr_finder.json, lr_finder.png, and the same plot in the terminal."""
+    """Writes lr_finder.json and lr_finder.png, and draws the curve in the terminal."""
     write_json(run.folder / "lr_finder.json", curve | {"suggestions": suggestions})
     if len(curve["lr"]) < 3:
         return run.say(
@@ -111,7 +111,7 @@ def plot_curve(curve, suggestions, path):
 
 
 def text_plot(lrs, values, marks, width=80, height=12) -> str:
-    """values over log lrs in `height` lines; a letter on the axis for each mark."""
+    """Draws values over log lrs as text of `height` lines, with a letter on the axis for each mark."""
     x = np.log10(lrs)
     columns = np.round((x - x[0]) / max(x[-1] - x[0], 1e-9) * (width - 1)).astype(int)
     low, high = min(values), max(values[0], min(values) + 1e-9)

@@ -1,5 +1,6 @@
-"""What a reader wants to know of A / B / tie verdicts: better than lengths alone? sure of itself for good
-reasons? the same when A and B change places? Every figure with a 95 % interval by prompt."""
+"""The report card of A / B / tie verdicts: better than lengths alone? calibrated? the same when A and B
+change
+places? Every figure with a 95 % interval by prompt."""
 
 import dataclasses
 import math
@@ -19,7 +20,7 @@ CLEARLY = 1.5  # a response is called longer than the other from half as much ag
 
 @dataclass
 class Verdicts:
-    """What a model said of N rows, and what they are. Classes in the order A, B, tie."""
+    """A model's log-probabilities for N rows, with their labels, groups and lengths. Classes: A, B, tie."""
 
     log_probs: np.ndarray  # (N, 2, 3): the row as it stands; A and B swapped, classes put back
     symmetric: bool  # the two are averaged
@@ -40,25 +41,25 @@ class Verdicts:
         return np.where(a > b, 0, np.where(b > a, 1, 2))
 
     def some(self, rows) -> "Verdicts":
-        """Those of a mask of rows."""
+        """The verdicts of a mask of rows."""
         arrays = {n: x[rows] for n, x in vars(self).items() if isinstance(x, np.ndarray)}
         return dataclasses.replace(self, **arrays)
 
 
 def combine(log_probs, symmetric) -> np.ndarray:
-    """(N, 2, 3) -> (N, 3): the first order alone, or the softmax of both orders' averaged logits."""
+    """(N, 2, 3) -> (N, 3): log-probabilities of the first order, or of both orders' averaged logits."""
     if not symmetric:
         return log_probs[:, 0]
     return F.log_softmax(torch.from_numpy(log_probs).mean(1), dim=-1).numpy()
 
 
 def confidence_bin(confidence) -> np.ndarray:
-    """Number of each row's bin; bins are open on the left."""
+    """Index of each row's confidence bin; bins are open on the left."""
     return np.ceil(confidence * BINS).astype(int).clip(1, BINS) - 1
 
 
 def calibration_gaps(log_probs, labels) -> np.ndarray:
-    """(N, BINS): in a row's bin of confidence its confidence - whether it is right, elsewhere 0.
+    """(N, BINS): confidence minus correctness in the row's bin of confidence, 0 elsewhere.
 
     The expected calibration error is the sum over bins of |column mean| (Guo et al. 2017).
     """
@@ -69,10 +70,10 @@ def calibration_gaps(log_probs, labels) -> np.ndarray:
 
 
 def calibration_error(log_probs, labels, groups) -> tuple[float, list[float]]:
-    """(expected calibration error, its interval).
+    """(expected calibration error, its 95 % interval).
 
-    Redrawing adds as much noise again to every |gap|: the interval is reflected (basic bootstrap), otherwise
-    it would lie above the figure.
+    Redrawing adds noise to every |gap|, which would put the interval above the figure: it is reflected
+    (basic bootstrap).
     """
     gaps = calibration_gaps(log_probs, labels)
     error = float(np.abs(gaps.mean(0)).sum())
@@ -81,7 +82,7 @@ def calibration_error(log_probs, labels, groups) -> tuple[float, list[float]]:
 
 
 def calibration_noise(log_probs, samples=200, seed=0) -> float:
-    """The mean error that a perfectly calibrated judge of this confidence would show: of few rows not 0."""
+    """Mean calibration error that a perfectly calibrated model would show on so few rows, by simulation."""
     confidence, rng = np.exp(log_probs).max(1), np.random.default_rng(seed)
     chosen, errors = log_probs.argmax(1), []
     for _ in range(samples):
@@ -108,7 +109,7 @@ def tempered(log_probs, temperature) -> np.ndarray:
 def length_only(lengths, labels, train, wanted) -> np.ndarray:
     """(wanted, 3) log-probabilities of a softmax regression on the responses' lengths, fitted on `train`.
 
-    It sees log(A / B), its size, and the total: what a model must beat to have read anything.
+    It sees log(A / B), its absolute value and the total length: a model that reads must beat it.
     """
     log_lengths = np.log1p(lengths)
     difference = log_lengths[:, 0] - log_lengths[:, 1]
@@ -138,9 +139,9 @@ def macro_f1(chosen, labels, classes=3) -> float:
 
 
 def make_card(v, names) -> dict:
-    """Every figure of result.json; `..._interval` is the 95 % interval of the figure before it.
+    """All figures of result.json; `<name>_interval` is the 95 % interval of <name>.
 
-    by_truncation and by_length hold the same figures of some of the rows each.
+    by_truncation and by_length hold the same figures for subsets of the rows.
     """
     card = figures(v, names)
     a, b = 1 + v.lengths.T
@@ -163,9 +164,9 @@ def figures(v, names) -> dict:
     for label, name in enumerate(names):
         rows = v.labels == label
         card |= _means({f"recall_{name}": chosen[rows] == label}, v.groups[rows])
-    for name, said in (("prefers_longer", chosen), ("truth_prefers_longer", v.labels)):
-        decided = (said < 2) & (longer < 2)
-        card |= _means({name: said[decided] == longer[decided]}, v.groups[decided])
+    for name, classes in (("prefers_longer", chosen), ("truth_prefers_longer", v.labels)):
+        decided = (classes < 2) & (longer < 2)
+        card |= _means({name: classes[decided] == longer[decided]}, v.groups[decided])
     error, interval = calibration_error(log_probs, v.labels, v.groups)
     card |= {"calibration_error": error, "calibration_error_interval": interval}
     card["calibration_error_of_noise"] = calibration_noise(log_probs)
@@ -176,7 +177,8 @@ def figures(v, names) -> dict:
 
 
 def _columns(v, log_probs) -> dict[str, np.ndarray]:
-    """Row by row: what one order, both averaged, lengths alone and the fitted temperature would have got."""
+    """Loss and accuracy of each row by one order, by both averaged, by lengths alone, by
+    the fitted temperature."""
     every = np.arange(len(v.labels))
     guesses = {"one_order": v.log_probs[:, 0], "averaged": combine(v.log_probs, True)}
     guesses["length_only"] = v.by_length
@@ -209,7 +211,7 @@ def _confusion(labels, chosen, classes) -> np.ndarray:
 
 
 def card_lines(card, where, names) -> list[str]:
-    """The card on one screen, each line beginning with `where`."""
+    """The card as lines for one screen, each beginning with `where`."""
 
     def figure(name, digits=3):
         value = card[name]
@@ -231,9 +233,10 @@ def card_lines(card, where, names) -> list[str]:
         f"{card['rows']} rows, {card['prompts']} prompts, {orders}; 95 % intervals by prompt",
         f"log loss     {figure('log_loss', 4)}   uniform {card['uniform_log_loss']:.4f}",
         f"accuracy     {figure('accuracy')}   most frequent class {card['prior_accuracy']:.3f}",
-        f"class shares log loss {card['prior_log_loss']:.4f}   ours - theirs {figure('above_prior', 4)}",
+        f"class shares log loss {card['prior_log_loss']:.4f}   "
+        f"model - class shares {figure('above_prior', 4)}",
         f"lengths only log loss {figure('length_only_log_loss', 4)}   "
-        f"ours - theirs {figure('above_length_only', 4)}",
+        f"model - lengths only {figure('above_length_only', 4)}",
         f"             accuracy {figure('length_only_accuracy')}",
         f"one order    log loss {figure('one_order_log_loss', 4)}   accuracy {figure('one_order_accuracy')}",
         f"averaged     log loss {figure('averaged_log_loss', 4)}   accuracy {figure('averaged_accuracy')}",
@@ -248,7 +251,7 @@ def card_lines(card, where, names) -> list[str]:
 
 
 def lengths_alarm(card) -> str | None:
-    """A sentence when the verdicts could as well have been made without reading."""
+    """A sentence if the model is not better than lengths alone."""
     low, high = card["above_length_only_interval"]
     ours, theirs = card["log_loss"], card["length_only_log_loss"]
     if high < 0:
@@ -259,7 +262,7 @@ def lengths_alarm(card) -> str | None:
 
 
 def draw(v, names, title, path):
-    """report.png: reliability diagram, confusion matrix, histogram of probabilities."""
+    """Draws report.png: reliability diagram, confusion matrix, histogram of probabilities."""
     from matplotlib.figure import Figure
 
     log_probs = v.final()
@@ -285,7 +288,7 @@ def draw(v, names, title, path):
 
 
 def _draw_reliability(axes, confidence, right):
-    """Accuracy against confidence in bins, one standard error; bars show how many rows there are."""
+    """Draws accuracy against confidence in bins, with one standard error; bars show the share of rows."""
     inside = confidence_bin(confidence)
     rows = np.bincount(inside, minlength=BINS)
     full = np.flatnonzero(rows)
@@ -312,44 +315,48 @@ NAMES = list(LABELS)  # A, B, tie: the order of classes everywhere
 
 
 def verdicts(cfg, data, splits, outcomes, part) -> tuple[np.ndarray, Verdicts]:
-    """Rows of a part (with folds: every row once, by the model that had not seen it) and what was said."""
+    """(rows, Verdicts) of a part; with folds every row once, judged by the model that had not seen it."""
     lengths, every = data.response_lengths(), []
     for split, outcome in zip(splits, outcomes, strict=True):
         rows, train_rows = split[part], split["train"]
-        said = {name: np.array(log_probs) for name, log_probs in outcome["log_probs"].items()}
-        on_val = combine(said["val"], cfg.symmetric)
+        log_probs_of = {name: np.array(log_probs) for name, log_probs in outcome["log_probs"].items()}
+        on_val = combine(log_probs_of["val"], cfg.symmetric)
         temperature = fit_temperature(on_val, data.labels[split["val"]])
         prior = class_shares(data.labels[train_rows], len(NAMES))
         by_length = length_only(lengths, data.labels, train_rows, rows)
-        facts = {"log_probs": said[part], "prior": np.tile(prior, (len(rows), 1)), "by_length": by_length}
+        facts = {
+            "log_probs": log_probs_of[part],
+            "prior": np.tile(prior, (len(rows), 1)),
+            "by_length": by_length,
+        }
         every.append(facts | {"temperatures": np.full(len(rows), temperature)})
     rows = np.concatenate([split[part] for split in splits])
-    facts = {name: np.concatenate([one[name] for one in every]) for name in every[0]}
+    facts = {name: np.concatenate([facts_of[name] for facts_of in every]) for name in every[0]}
     facts |= {"labels": data.labels[rows], "groups": data.groups[rows], "lengths": lengths[rows]}
     facts |= {} if part == "test" else {"temperatures": None}
     return rows, Verdicts(symmetric=cfg.symmetric, cut=data.cut[rows].any(1), **facts)
 
 
 def make_cards(cfg, data, splits, outcomes) -> tuple[dict, dict, dict]:
-    """(figures of result.json, verdicts of each part, report card of each part)"""
-    said = {part: verdicts(cfg, data, splits, outcomes, part) for part in outcomes[0]["log_probs"]}
-    cards = {part: make_card(v, NAMES) for part, (_, v) in said.items()}
+    """Returns (figures of result.json, {part: (rows, Verdicts)}, {part: report card})."""
+    verdicts_of = {part: verdicts(cfg, data, splits, outcomes, part) for part in outcomes[0]["log_probs"]}
+    cards = {part: make_card(v, NAMES) for part, (_, v) in verdicts_of.items()}
     named = {f"{part}/{name}": value for part, card in cards.items() for name, value in card.items()}
-    return named, said, cards
+    return named, verdicts_of, cards
 
 
-def all_predictions(cfg, data, splits, said):
-    """Lines of predictions.jsonl: every held-out row, by the model that had not seen it."""
-    for part, (rows, v) in said.items():
+def all_predictions(cfg, data, splits, verdicts_of):
+    """Yields lines of predictions.jsonl: every held-out row, judged by the model that had not seen it."""
+    for part, (rows, v) in verdicts_of.items():
         folds = np.repeat(np.arange(len(splits)), [len(split[part]) for split in splits])
         yield from predictions(data, rows, v, part, folds if cfg.folds else None)
 
 
 def predictions(data, rows, v, part, folds):
-    """Lines of predictions.jsonl: what two runs on the same rows can be compared by."""
+    """Yields lines of predictions.jsonl, by which runs on the same rows are compared."""
     final = np.exp(v.final())
-    for i, (row, said, orders) in enumerate(zip(rows, final, np.exp(v.log_probs), strict=True)):
+    for i, (row, shares, orders) in enumerate(zip(rows, final, np.exp(v.log_probs), strict=True)):
         line = {"id": data.ids[row], "row": int(row), "group": data.groups[row], "split": part}
         line |= {} if folds is None else {"fold": int(folds[i]) + 1}
-        line |= {"label": NAMES[data.labels[row]], **dict(zip(NAMES, said.tolist(), strict=True))}
+        line |= {"label": NAMES[data.labels[row]], **dict(zip(NAMES, shares.tolist(), strict=True))}
         yield line | {"as_is": orders[0].tolist(), "swapped_back": orders[1].tolist()}

@@ -6,13 +6,12 @@ import numpy as np
 
 
 def bootstrap(values, groups, *, weights=None, samples=2000, seed=0, of=None) -> np.ndarray:
-    """95 % percentile intervals (columns, 2) of the column means of `values` (rows, columns).
+    """95 % bootstrap intervals (columns, 2) of the column means of `values` (rows, columns).
 
-    With `of`, intervals of what it makes of means: (samples, columns) -> (samples, figures), as they are.
-
-    `weights` (rows,) count a row that often: the targets of which its values are means. Whole groups
-    (prompts, documents) are redrawn, since rows of one group are not independent. A column of nothing but
-    zeros or ones would get width 0: it gets the rule of three, 3 / number of groups.
+    Redraws whole groups (prompts, documents), since rows of one group are not independent. `weights` (rows,):
+    how much a row counts, e.g. its number of targets. `of`: a function of means, (samples, columns) ->
+    (samples, figures), whose intervals are returned instead. A column of only zeros or only ones gets the
+    rule of three, a width of 3 / number of groups.
     """
     values = np.asarray(values, dtype=np.float64)
     weights = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -31,9 +30,9 @@ def bootstrap(values, groups, *, weights=None, samples=2000, seed=0, of=None) ->
 
 
 def tails(n) -> list[float]:
-    """Percentiles that bound a 95 % interval over n redrawn groups: 2.5 and 97.5 where they are many.
+    """Percentiles that bound a 95 % interval over n redrawn groups: 2.5 and 97.5 for many.
 
-    Few: Hesterberg's expanded percentiles (2015), with Student's t to first order in 1 / (n - 1).
+    For few, Hesterberg's expanded percentiles (2015), with Student's t to first order in 1 / (n - 1).
     """
     t = 1.96 + (1.96**3 + 1.96) / (4 * max(n - 1, 1))
     tail = 50 * (1 - math.erf(t * math.sqrt(n / max(n - 1, 1) / 2)))
@@ -50,9 +49,9 @@ def student(freedom) -> float:
 def language_metrics(sums, groups, unigram=None, byte_counts=None) -> dict:
     """Loss per target token, perplexity, accuracy of the likeliest token, with 95 % intervals by group.
 
-    sums (rows, 3): summed loss in nats, hits, targets. `unigram` (rows,): summed losses by token frequencies
-    alone, which are to be beaten. `byte_counts` (rows,): UTF-8 bytes that the targets spell, for bits per
-    byte, which compares tokenizers (an end token's loss counts, it spells nothing).
+    sums (rows, 3): summed loss in nats, hits, targets. unigram (rows,): summed loss under token frequencies,
+    a baseline. byte_counts (rows,): UTF-8 bytes that the targets spell, for bits per byte, which compares
+    tokenizers (the loss of an end token counts, though it spells nothing).
     """
     targets, given = sums[:, 2], [] if unigram is None else [unigram, sums[:, 0] - unigram]
     values = np.column_stack([sums[:, 0], sums[:, 1], *given]) / targets[:, None]
@@ -72,7 +71,7 @@ def language_metrics(sums, groups, unigram=None, byte_counts=None) -> dict:
 
 
 def classification_metrics(log_probs, labels, groups, prior, names) -> dict:
-    """Log loss and accuracy with 95 % intervals by group, beside the uniform and the class-prior guess.
+    """Log loss and accuracy with 95 % intervals by group, beside the uniform guess and the class shares.
 
     log_probs (N, classes); prior: class shares of the training rows, (classes,) or (N, classes). `alarm` is a
     sentence when nothing was learnt: always the same class, or a log loss not below the prior's.
@@ -99,7 +98,7 @@ def classification_metrics(log_probs, labels, groups, prior, names) -> dict:
 
 
 def class_shares(labels, classes) -> list[float]:
-    """How often each class occurs."""
+    """(classes,): share of each class."""
     return (np.bincount(labels, minlength=classes) / len(labels)).tolist()
 
 
@@ -114,7 +113,7 @@ def _alarm(metrics) -> str | None:
 
 
 def plus_minus(value, interval, digits=3) -> str:
-    """`0.473 ± 0.013`: half the interval's width; `0.000 (0 to 0.03)` where it lies on one side."""
+    """Formats `0.473 ± 0.013`, half the interval's width; `0.000 (0 to 0.03)` where it is one-sided."""
     low, high = interval
     if value in (low, high) and low != high:
         return f"{value:.{digits}f} ({low:.3g} to {high:.3g})"

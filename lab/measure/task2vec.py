@@ -47,9 +47,9 @@ class Batch:
 
 
 def embed(probe, batch, end, procedure="clean", epochs=10, samples=1) -> np.ndarray:
-    """(rows,): the embedding of a batch; `probe` (gpt_scratch.GPT) is left as it was, in evaluation mode.
+    """(rows,): the embedding of a batch. `probe`, a GPT in evaluation mode, is not changed.
 
-    samples: Fisher passes, whose squares are averaged; end: id of the end token. Draws from torch's state.
+    samples: Fisher passes that are averaged; end: id of the end token. Draws from torch's global generator.
     """
     probe.eval()
     if procedure == "published":
@@ -62,22 +62,22 @@ def embed(probe, batch, end, procedure="clean", epochs=10, samples=1) -> np.ndar
 
 
 def weights(probe) -> list[tuple[torch.Tensor, int | None]]:
-    """(weight, axis that is averaged) of every module but the output matrix, in order; biases have no part.
+    """(weight, axis to average over) of every module except the output matrix, in order; no biases.
 
     GPT-2 keeps its linear layers transposed, (in, out): its rows are our columns.
     """
-    found = []
+    pairs = []
     for name, module in probe.named_modules():
         if getattr(module, "weight", None) is not None and name != "lm_head":
             axis = None if module.weight.dim() == 1 else 0 if isinstance(module, torch.nn.Linear) else 1
-            found.append((module.weight, axis))
-    return found
+            pairs.append((module.weight, axis))
+    return pairs
 
 
 def fisher_rows(weights, passes) -> np.ndarray:
     """Mean over `passes` of the squared gradient, averaged over an axis of each weight, as one vector.
 
-    passes: (loss, None), or (what the output matrix reads, the loss's gradient by it).
+    passes yields (loss, None), or (hidden states, the gradient of the loss by them).
     """
     total, n = 0, 0
     for output, slope in passes:
@@ -96,7 +96,7 @@ def output_matrix(probe) -> torch.Tensor:
 
 
 def tune_head(probe, batch, epochs) -> torch.Tensor:
-    """A copy of the output matrix, tuned to the batch. What the frozen body says is computed once."""
+    """A copy of the output matrix, tuned to the batch; hidden states of the frozen body are computed once."""
     device = probe.wte.weight.device
     head = output_matrix(probe).detach().clone().requires_grad_(True)
     optimizer = torch.optim.AdamW([head], fused=True, **HEAD)
@@ -113,8 +113,8 @@ def tune_head(probe, batch, epochs) -> torch.Tensor:
 
 
 def clean_pass(probe, batch, head):
-    """For fisher_rows: mean loss of each mini-batch on targets that the probe draws, at every place before a
-    token of text. Its gradient by the hidden states is (softmax - one-hot) @ head."""
+    """Passes for fisher_rows: mean loss of each mini-batch on targets drawn from the probe, at every position
+    before a token of text. The gradient by the hidden states is (softmax - one-hot) @ head."""
     for ids, real in batch.mini_batches(probe.wte.weight.device):
         hidden = probe.hidden(ids)[:, :-1][real]
         with torch.no_grad():
@@ -149,8 +149,8 @@ def with_dropout(probe):
 
 
 def published_pass(probe, batch, end):
-    """For fisher_rows: every place draws a target, pads too; that of t + 1 is then held against the logits of
-    t, and an end token that was drawn does not count."""
+    """Passes for fisher_rows: every position draws a target, pads too; the target of t + 1 is compared with
+    the logits of t, and drawn end tokens do not count."""
     head = output_matrix(probe)
     for ids, _ in batch.mini_batches(head.device):
         hidden = probe.hidden(ids)
@@ -162,40 +162,41 @@ def published_pass(probe, batch, end):
 
 
 def draw(probs) -> torch.Tensor:
-    """(N,): a target for each row of probabilities (N, V)."""
+    """(N,): a target drawn from each row of probabilities (N, V)."""
     return torch.multinomial(probs, 1)[:, 0]
 
 
 def distances(first, second) -> np.ndarray:
     """(n, m): cosine distance of a / (a + b) and b / (a + b), for a in first (n, D), b in second (m, D)."""
-    found = np.zeros((len(first), len(second)))
+    table = np.zeros((len(first), len(second)))
     for start in range(0, len(second), 16):  # flat memory
         b = torch.from_numpy(np.stack(second[start : start + 16])).double()
         for i in range(len(first)):
             a = torch.from_numpy(np.array(first[i])).double()
             total = a + b + EPSILON
             nearness = torch.cosine_similarity(a / total, b / total, dim=1)
-            found[i, start : start + 16] = (1 - nearness).clamp(min=0).numpy()
-    return found
+            table[i, start : start + 16] = (1 - nearness).clamp(min=0).numpy()
+    return table
 
 
 def pairwise(embeddings) -> np.ndarray:
-    """(n, n), symmetric, 0 on the diagonal; each pair once."""
-    found = np.zeros((len(embeddings), len(embeddings)))
+    """(n, n): distances of all pairs, symmetric, 0 on the diagonal."""
+    table = np.zeros((len(embeddings), len(embeddings)))
     for i in range(len(embeddings) - 1):
-        found[i, i + 1 :] = distances(embeddings[i : i + 1], embeddings[i + 1 :])[0]
-    return found + found.T
+        table[i, i + 1 :] = distances(embeddings[i : i + 1], embeddings[i + 1 :])[0]
+    return table + table.T
 
 
 def coefficient(table) -> float:
-    """Mean over distinct pairs, by their place: batches that are equal count with their distance of 0."""
+    """Mean distance over pairs of different batches; equal batches count with a distance of 0."""
     n = len(table)
     return float(table[np.triu_indices(n, 1)].mean()) if n > 1 else math.nan
 
 
 def coefficient_interval(table) -> list[float]:
-    """95 %, by leaving out a batch at a time (jackknife, Student's t): pairs share batches, and a bootstrap
-    of few batches covers too little (52 % with 3, 92 % with 6, simulated). NaN for fewer than 3."""
+    """95 % interval of the coefficient by jackknife over batches, with Student's t: pairs share
+    batches, and a
+    bootstrap of few batches covers too little (52 % with 3, 92 % with 6, simulated). NaN for fewer than 3."""
     n, sums = len(table), table.sum(1)
     if n < 3:
         return [math.nan, math.nan]
@@ -204,17 +205,18 @@ def coefficient_interval(table) -> list[float]:
 
 
 def cross_interval(table) -> list[float]:
-    """The same of the mean of distances (n, m) between two sets of batches, batches of either left out."""
+    """The same for the mean of distances (n, m) between two sets of batches; either
+    set loses one at a time."""
     n, m = table.shape
     if min(n, m) < 3:
         return [math.nan, math.nan]
-    of_rows = _jackknife((table.sum() - table.sum(1)) / ((n - 1) * m))
-    of_columns = _jackknife((table.sum() - table.sum(0)) / ((m - 1) * n))
-    return around(float(table.mean()), of_rows + of_columns, min(n, m) - 1)
+    by_rows = _jackknife((table.sum() - table.sum(1)) / ((n - 1) * m))
+    by_columns = _jackknife((table.sum() - table.sum(0)) / ((m - 1) * n))
+    return around(float(table.mean()), by_rows + by_columns, min(n, m) - 1)
 
 
 def _jackknife(without) -> float:
-    """Variance of a figure, from its values without each of n batches."""
+    """Jackknife variance of a figure, from its values without each of n batches."""
     return float((len(without) - 1) / len(without) * ((without - without.mean()) ** 2).sum())
 
 
@@ -224,8 +226,8 @@ def around(value, variance, freedom) -> list[float]:
 
 
 class Sequences:
-    """Sequences of `length` tokens of a stream: the beginning of each of the `documents`, or all whole
-    `pieces` of them; a document's end token belongs to it."""
+    """Sequences of `length` tokens of a stream: the first of each document (`documents`), or all whole ones
+    (`pieces`). A document's end token belongs to it."""
 
     def __init__(self, tokens, end, length, kind):
         ends = np.concatenate(
@@ -263,9 +265,9 @@ def joined(batches) -> Batch:
 
 
 def synthetic(shape, vocab_size, end, rng, token=None) -> Batch:
-    """The paper's bounds: sequences (N, T) of tokens at random (upper), or of one `token` only (lower).
+    """The paper's bounds: sequences (N, T) of random tokens (upper), or of one `token` (lower).
 
-    Either ends where the end token comes up (1 in V), and is padded from there.
+    A sequence ends where the end token is drawn (1 in V), and is padded from there.
     """
     ids = rng.integers(vocab_size, size=shape)
     ids[:, 0] = rng.choice(np.delete(np.arange(vocab_size), end), shape[0])

@@ -1,5 +1,5 @@
-"""What instruction tuning by all weights and by LoRA share beside the loop: the set-up, what is announced,
-the validation line, final figures, what was forgotten of plain text."""
+"""What run_instruct.py and run_lora.py share beside the loop: set-up, announcement, validation line, final
+figures, and the loss on plain text before and after."""
 
 import hashlib
 from dataclasses import dataclass
@@ -24,14 +24,14 @@ from lab.train.processes import World, main_first, on_main
 
 
 def plain_blocks(name, tokenizer, block_size, most) -> Blocks:
-    """Plain held-out text: the first blocks of the test documents of a corpus."""
+    """Held-out plain text: the first `most` blocks of a corpus' test documents. UserError if it has none."""
     ids, plain = [], Corpus(name, "")
     for part, text, _ in split_pieces(plain, BadRows()):
         if part == "test":
-            found = tokenizer(
+            tokens = tokenizer(
                 text, add_special_tokens=False, split_special_tokens=True, verbose=False
             ).input_ids
-            ids += [tokenizer.eos_token_id, *found]
+            ids += [tokenizer.eos_token_id, *tokens]
         if len(ids) > most * block_size:
             break
     if len(ids) < 2:
@@ -40,8 +40,8 @@ def plain_blocks(name, tokenizer, block_size, most) -> Blocks:
 
 
 @dataclass
-class Study:
-    """What is trained on and measured with."""
+class TuningSetup:
+    """The data of a tuning run: parts, batches, validation rows, plain text."""
 
     data: Instructions
     parts: dict[str, Examples]  # train, test, val
@@ -53,8 +53,8 @@ class Study:
     lines: list[str]  # what to say of rows that are cut or left out
 
 
-def set_up(run, cfg, world) -> Study:
-    """Reads and splits the data and the plain text; a resume that finds others is refused."""
+def set_up(run, cfg, world) -> TuningSetup:
+    """Reads and splits data and plain text. A resume that finds other data is refused."""
     data = load_instructions(cfg, world)
     run.pin("fingerprint", data.fingerprint)
     parts, lines = examples_of(data, cfg)
@@ -64,41 +64,46 @@ def set_up(run, cfg, world) -> Study:
     if cfg.plain_blocks:
         sizes = cfg.max_length, cfg.plain_blocks
         try:
-            plain = main_first(world, lambda: plain_blocks(cfg.plain, data.tokenizer, *sizes))
+            plain = main_first(world, plain_blocks, cfg.plain, data.tokenizer, *sizes)
         except UserError as error:
             raise UserError(f"--plain: {error}") from None
         run.pin("plain", hashlib.sha256(plain.tokens.tobytes()).hexdigest())
     block = 50 if cfg.group_lengths else 1
     batches = ShardedBatches(units.lengths, cfg.batch, world, seed=cfg.seed, block=block)
     total_steps = min(n for n in (cfg.epochs * len(batches), cfg.max_steps) if n is not None)
-    return Study(data, parts, units, batches, total_steps, parts["val"].some(cfg.eval_rows), plain, lines)
+    return TuningSetup(
+        data, parts, units, batches, total_steps, parts["val"].some(cfg.eval_rows), plain, lines
+    )
 
 
-def announce(run, cfg, s, model):
-    """The journal's table (parameters, MB, trainable), and what of the data is used how."""
-    (total, trainable), examples = count_parameters(model), s.parts["train"]
-    counts = "  ".join(f"{name} {len(part)}" for name, part in s.parts.items())
+def announce(run, cfg, setup, model):
+    """Says how large the model is (the journal's table: parameters, MB, trainable)
+    and how the data is used."""
+    (total, trainable), examples = count_parameters(model), setup.parts["train"]
+    counts = "  ".join(f"{name} {len(part)}" for name, part in setup.parts.items())
     run.say(f"model {cfg.model}  {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M trainable   {counts}")
     run.begin()  # all input is good
     run.say(f"parameters {total:,}  {4 * total / 2**20:.2f} MB in fp32  trainable {trainable:,}")
-    run.say(f"data {cfg.data}  {len(s.data)} rows, {len(set(s.data.groups))} prompts  split {cfg.split}")
-    for line in [*s.data.lines, *s.lines]:
+    run.say(
+        f"data {cfg.data}  {len(setup.data)} rows, {len(set(setup.data.groups))} prompts  split {cfg.split}"
+    )
+    for line in [*setup.data.lines, *setup.lines]:
         run.say(line)
     tokens, targets = examples.lengths.mean(), examples.targets(range(len(examples))).mean()
     longest = int(examples.lengths.max())
     run.say(f"train rows have {tokens:.0f} tokens (longest {longest}), {targets:.0f} of them targets")
     if cfg.pack:
-        most, packs = int(s.units.lengths.max()), len(s.units)
-        rows, fill = len(examples) / packs, s.units.lengths.mean() / most
+        most, packs = int(setup.units.lengths.max()), len(setup.units)
+        rows, fill = len(examples) / packs, setup.units.lengths.mean() / most
         run.say(f"{packs} packs of at most {most} tokens hold {rows:.1f} rows each and are {fill:.0%} full")
         run.say(f"a batch of {cfg.batch} packs is one of some {cfg.batch * rows:.0f} rows")
-    if left := len(s.units) % cfg.batch:
-        what = f"{left} of {len(s.units)} {'packs' if cfg.pack else 'rows'}"
+    if left := len(setup.units) % cfg.batch:
+        what = f"{left} of {len(setup.units)} {'packs' if cfg.pack else 'rows'}"
         run.say(f"each epoch leaves out {what}, others each time: they fill no batch of {cfg.batch}")
 
 
 def describe_example(examples, example=0) -> str:
-    """What the loss masks and what it counts, decoded from the ids."""
+    """Lines that show what the loss masks and counts in one example, decoded from its ids."""
     ids, labels = examples.pair(example)
     masked = int(examples.masked([example])[0])
     decode, one_line = examples.data.tokenizer.decode, terminal.one_line
@@ -111,7 +116,8 @@ def describe_example(examples, example=0) -> str:
 
 
 def step_facts(units, chosen) -> dict:
-    """Of a global batch: targets, the share that padding to its longest row would add, the longest row."""
+    """Figures of a global batch: targets, share of padding if padded to its longest
+    row, length of that row."""
     lengths = units.lengths[chosen]
     return {
         "targets": int(units.targets(chosen).sum()),
@@ -120,28 +126,28 @@ def step_facts(units, chosen) -> dict:
     }
 
 
-def autopsy(run, cfg, s, model, chosen, rates) -> dict:
-    """What an odd step saw, for spikes.jsonl (rank 0); `chosen` are the units of its global batch.
+def spike_facts(run, cfg, setup, model, chosen, rates) -> dict:
+    """Rank 0: what a spiking step read, for spikes.jsonl; `chosen` are the units of its global batch.
 
-    Each row's loss is measured again, without dropout: the worst one's text stands beside the first one's.
+    Measures each row's loss again without dropout, and adds the texts of the first and the worst row.
     """
-    members = s.units.members(chosen)
-    seen = Examples(s.data, s.parts["train"].rows[members], cfg.max_length, cfg.loss_on_prompt)
+    members = setup.units.members(chosen)
+    seen = Examples(setup.data, setup.parts["train"].rows[members], cfg.max_length, cfg.loss_on_prompt)
     sums = evaluate(model, seen, cfg, World(device=run.world.device))
     losses = sums[:, 0] / sums[:, 2]
-    texts = [s.data.tokenizer.decode(seen.pair(i)[0]) for i in (0, int(losses.argmax()))]
-    facts = {"rows": s.data.numbers[seen.rows].tolist(), "lengths": seen.lengths.tolist()}
+    texts = [setup.data.tokenizer.decode(seen.pair(i)[0]) for i in (0, int(losses.argmax()))]
+    facts = {"rows": setup.data.numbers[seen.rows].tolist(), "lengths": seen.lengths.tolist()}
     facts |= {"row_losses": losses.round(4).tolist(), "first_row": texts[0], "worst_row": texts[1]}
-    return rates | facts | step_facts(s.units, chosen)
+    return rates | facts | step_facts(setup.units, chosen)
 
 
-def held_out(cfg) -> tuple[str, ...]:
+def final_parts(cfg) -> tuple[str, ...]:
     """The parts whose figures a run ends with, the most important one last."""
     return ("val", "test") if cfg.final_eval else ("val",)
 
 
 def measure(part, sums, examples, train) -> tuple[dict, list[dict]]:
-    """Of gpt_scratch.evaluate's sums: figures of examples, and the lines of losses.jsonl."""
+    """Makes figures and lines of losses.jsonl from the sums of `evaluate`."""
     spelt = spelt_bytes(examples)
     groups, numbers = (facts[examples.rows] for facts in (examples.data.groups, examples.data.numbers))
     metrics = language_metrics(sums, groups, unigram_losses(examples, train), spelt)
@@ -149,7 +155,8 @@ def measure(part, sums, examples, train) -> tuple[dict, list[dict]]:
 
 
 def spelt_bytes(examples) -> np.ndarray:
-    """Bytes of each row's targets: of a whole answer those of its text, whatever a tokenizer adds."""
+    """(rows,): bytes of each row's targets; of a whole answer those of its text,
+    whatever a tokenizer adds."""
     data, sizes = examples.data, token_bytes(examples.data.tokenizer)
     spelt = np.array([sizes[ids].sum() for ids in examples.wanted()], dtype=np.int64)
     answers = np.array([len(data.texts[row][2].encode()) for row in examples.rows], dtype=np.int64)
@@ -158,7 +165,8 @@ def spelt_bytes(examples) -> np.ndarray:
 
 
 def own_data(cfg, world, tokenizer, facts) -> Instructions:
-    """The rows that a run was trained on; UserError if cfg.data changed. `facts`: of config.json."""
+    """Loads the rows that a run was trained on. UserError if cfg.data has changed.
+    `facts`: of config.json."""
     data = load_instructions(cfg, world, tokenizer)
     same_data(facts["fingerprint"], data.fingerprint, cfg.data)
     return data
@@ -167,7 +175,7 @@ def own_data(cfg, world, tokenizer, facts) -> Instructions:
 def remeasure(model, tokenizer, cfg, facts, world, poll) -> tuple[dict, tuple[str, list]]:
     """The figures of a run's own val and test rows, measured again; losses.jsonl: its name and lines."""
     parts, result = examples_of(own_data(cfg, world, tokenizer, facts), cfg)[0], {}
-    for part in held_out(cfg):
+    for part in final_parts(cfg):
         sums = evaluate(model, parts[part], cfg, world, poll)
         metrics, losses = measure(part, sums, parts[part], parts["train"])
         result |= {f"{part}/{name}": value for name, value in metrics.items()}
@@ -175,24 +183,25 @@ def remeasure(model, tokenizer, cfg, facts, world, poll) -> tuple[dict, tuple[st
 
 
 def unigram_losses(examples, train) -> np.ndarray:
-    """Summed loss of each example's targets by how often each token is a target in training."""
+    """(examples,): summed loss of each example's targets under the token frequencies
+    of the training targets."""
     return np.array([-train.log_frequencies[labels].sum() for labels in examples.wanted()])
 
 
-def check(run, cfg, s, model, step, where, keep_best, poll):
-    """An evaluation during training: validation, its best weights (keep_best(loss) says whether), the fixed
-    prompts; at step 0 the plain text too, see forgetting. Noted in run.state: no resume repeats it."""
-    if step == 0 and s.plain:
-        run.state["plain"] = plain_losses(run, cfg, s.plain, model, poll).tolist()
-    sums = evaluate(model, s.val, cfg, run.world, poll)
-    val = language_metrics(sums, s.data.groups[s.val.rows])
-    report_validation(run, step, val, where, keep_best(val["loss"]), len(s.batches))
-    sample(run, cfg, step, model, s.data.tokenizer, poll)
+def check(run, cfg, setup, model, step, where, keep_best, poll):
+    """Evaluates during training: validation, best weights (keep_best(loss) saves them), fixed prompts; at
+    step 0 also the plain text, see forgetting. run.state notes the step, so that no resume repeats it."""
+    if step == 0 and setup.plain:
+        run.state["plain"] = plain_losses(run, cfg, setup.plain, model, poll).tolist()
+    sums = evaluate(model, setup.val, cfg, run.world, poll)
+    val = language_metrics(sums, setup.data.groups[setup.val.rows])
+    report_validation(run, step, val, where, keep_best(val["loss"]), len(setup.batches))
+    sample(run, cfg, step, model, setup.data.tokenizer, poll)
     run.state["evaluated"] = step
 
 
 def report_validation(run, step, val, where, is_best, steps_per_epoch):
-    """The line of an evaluation, and a warning when validation has not fallen for half an epoch."""
+    """Says and logs validation figures; warns if the loss has not fallen for half an epoch."""
     lowest = run.state.setdefault("lowest", [val["loss"], step])
     run.state.setdefault("before", val["loss"])
     if val["loss"] < lowest[0]:
@@ -213,14 +222,16 @@ def plain_losses(run, cfg, plain, model, poll) -> np.ndarray:
 
 
 def forgetting(run, cfg, plain, model) -> dict:
-    """Loss on plain text after training minus before; the interval redraws blocks, both sides at once."""
+    """Loss on plain text after training minus before, with an interval over blocks (paired)."""
     before, after = np.array(run.state["plain"]), plain_losses(run, cfg, plain, model, run.poll)
     targets = after[:, 1]
     values = np.c_[before[:, 0], after[:, 0], after[:, 0] - before[:, 0]] / targets[:, None]
     old, new, more = np.average(values, axis=0, weights=targets).tolist()
     interval = bootstrap(values, np.arange(len(values)), weights=targets).tolist()[2]
-    change = plus_minus(more, interval, 4)
-    run.say(f"plain text of {cfg.plain}  loss {old:.4f} before, {new:.4f} after: forgotten {change}")
+    word, change = "forgotten", plus_minus(more, interval, 4)
+    if more < 0:
+        word, change = "gained", plus_minus(-more, [-interval[1], -interval[0]], 4)
+    run.say(f"plain text of {cfg.plain}  loss {old:.4f} before, {new:.4f} after: {word} {change}")
     return {
         "plain/before": old,
         "plain/after": new,
@@ -230,7 +241,7 @@ def forgetting(run, cfg, plain, model) -> dict:
 
 
 def alarm(run, step, part, figures) -> str | None:
-    """A sentence where `step` steps have taught nothing."""
+    """A sentence if training has taught nothing in `step` steps."""
     lowest, before = run.state["lowest"], run.state["before"]
     if step and not lowest[0] < before:
         return f"NOT LEARNING: validation never fell below the {before:.4f} before training"
@@ -242,27 +253,27 @@ def alarm(run, step, part, figures) -> str | None:
     return None
 
 
-def final_figures(run, cfg, s, model, answering, step) -> dict:
-    """Loss, perplexity, accuracy on val and test; forgetting; answers to the test rows by `answering()`, the
-    same model as it generates fastest; an alarm if validation is no better than before training."""
+def final_figures(run, cfg, setup, model, answering, step) -> dict:
+    """Final figures: loss, perplexity, accuracy on val and test; forgetting; answers to the test rows; an
+    alarm if nothing was learnt. `answering()` returns the model in the form that generates fastest."""
     result, done = {}, ""
-    for part in held_out(cfg):
-        sums = evaluate(model, s.parts[part], cfg, run.world, run.poll)
-        m, losses = measure(part, sums, s.parts[part], s.parts["train"])
+    for part in final_parts(cfg):
+        sums = evaluate(model, setup.parts[part], cfg, run.world, run.poll)
+        m, losses = measure(part, sums, setup.parts[part], setup.parts["train"])
         result |= {f"{part}/{name}": value for name, value in m.items()}
         loss, accuracy = (plus_minus(m[k], m[f"{k}_interval"], n) for k, n in (("loss", 4), ("accuracy", 3)))
         perplexity = f"perplexity {m['perplexity']:.2f}"
         guess = f"token frequencies {m['unigram_loss']:.4f}"
         run.say(f"{part:5} loss {loss}  {perplexity}  accuracy {accuracy}  {guess}")
         done = f"done  {part} loss {m['loss']:.4f}  {perplexity}"
-    on_main(run.world, lambda: write_lines(run.folder / "losses.jsonl", losses))
-    if said := alarm(run, step, part, result):
-        run.say(said)
-        result["alarm"] = said
-    if s.plain:
-        result |= forgetting(run, cfg, s.plain, model)
+    on_main(run.world, write_lines, run.folder / "losses.jsonl", losses)
+    if sentence := alarm(run, step, part, result):
+        run.say(sentence)
+        result["alarm"] = sentence
+    if setup.plain:
+        result |= forgetting(run, cfg, setup.plain, model)
     if cfg.final_eval and cfg.answer_rows != 0:
-        result |= write_responses(run, cfg, s, answering())
+        result |= write_responses(run, cfg, setup, answering())
     if spikes := run.state.get("spikes", 0):
         run.say(f"spikes  {spikes} of {step} steps, {run.state['left_out']} left out (spikes.jsonl)")
     run.say(f"{done}  {run.seconds / 60:.1f} min")

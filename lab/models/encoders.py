@@ -16,7 +16,10 @@ from lab.errors import UserError
 from lab.train.batches import OVERHEAD, length_groups
 
 TINY = {  # 0.1: a vector of 64 numbers then starts as large as one of 768 does with the usual 0.02
-    **{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
     "initializer_range": 0.1,
 }
 TINY_FAMILIES = {  # what each family needs beside TINY
@@ -28,19 +31,24 @@ TINY_FAMILIES = {  # what each family needs beside TINY
     "albert": {"embedding_size": 64},
 }
 DROPOUTS = (  # what families call those of hidden states and attention
-    *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"),
-    *("embedding_dropout", "mlp_dropout"),
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "dropout",
+    "attention_dropout",
+    "embedding_dropout",
+    "mlp_dropout",
 )
 
 
 def tiny(name) -> str:
-    """The small stand-in of the same family: `microsoft/deberta-base` -> `tiny:deberta`."""
+    """Name of the tiny model of the same family: `microsoft/deberta-base` -> `tiny:deberta`."""
     longest_first = sorted(TINY_FAMILIES, key=len, reverse=True)  # distilbert before bert
     return f"tiny:{next((family for family in longest_first if family in name.lower()), 'bert')}"
 
 
 def load_tokenizer(name, texts=()):
-    """A fast tokenizer with cls and sep tokens: Hub id, folder, or (tiny:*) the words of `texts`."""
+    """A fast tokenizer with cls and sep tokens, of a Hub id or folder; of tiny:* the words of `texts`.
+    UserError without these tokens."""
     if name.startswith("tiny:"):
         return _word_tokenizer(texts)
     tokenizer = pretrained_tokenizer(name, "tiny:bert (built in)")
@@ -66,10 +74,10 @@ def _word_tokenizer(texts, size=4096):
 
 
 def load_encoder(name, tokenizer, dropout=None) -> nn.Module:
-    """An AutoModel in fp32, never with a pooler: Hub id, folder, or tiny:<family> (random weights).
+    """Loads an AutoModel in fp32 without pooler: Hub id, folder, or tiny:<family> (random weights).
 
-    `dropout` replaces the pretrained dropout of hidden states and attention. Weights that a checkpoint lacks
-    are an error: transformers would fill them at random.
+    `dropout` replaces the pretrained dropout of hidden states and attention. UserError where a checkpoint
+    lacks weights, which transformers would fill at random.
     """
     from transformers import AutoConfig, AutoModel
 
@@ -114,27 +122,27 @@ def _without_pooler(model):
 
 
 def position_limit(encoder) -> int:
-    """Tokens that the position table holds; that of RoBERTa's kin starts behind the padding index."""
+    """Longest sequence that the position table holds; RoBERTa's starts after the padding index."""
     tables = [m for name, m in encoder.named_modules() if name.endswith("position_embeddings")]
     skipped = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
     return encoder.config.max_position_embeddings - max(skipped, default=0)
 
 
-def anatomy(encoder) -> tuple[list[nn.Module], nn.ModuleList]:
-    """(embeddings and their kin, wherever they stand; the blocks). ALBERT has one block, used again."""
+def embeddings_and_blocks(encoder) -> tuple[list[nn.Module], nn.ModuleList]:
+    """(embedding modules, including DeBERTa's relative positions; the blocks). ALBERT repeats one block."""
     blocks = next(module for module in encoder.modules() if isinstance(module, nn.ModuleList))
     inside = set(blocks.modules())
     embeddings = [m for name, m in encoder.named_modules() if "embed" in name and m not in inside]
-    return embeddings, blocks  # of DeBERTa with the relative positions, which stand behind its blocks
+    return embeddings, blocks
 
 
 def freeze(encoder, which) -> list[nn.Module]:
-    """Stops gradients of all, bottom (embeddings and the lower half of the blocks), blocks, or none.
+    """Freezes all, bottom (embeddings and the lower half of the blocks), blocks, or none.
 
-    Returns the frozen modules: they must stay in eval mode, since dropout would be noise that nothing learns
-    to live with.
+    Returns the frozen modules: they must stay in eval mode, since dropout would be noise that
+    nothing learns to live with.
     """
-    embeddings, blocks = anatomy(encoder)
+    embeddings, blocks = embeddings_and_blocks(encoder)
     if which == "bottom" and len(blocks) < 2:
         raise UserError(
             "--freeze bottom: this encoder repeats one block, it has no lower half: use all or none"
@@ -147,11 +155,11 @@ def freeze(encoder, which) -> list[nn.Module]:
 
 
 def lr_scales(scorer, layer_decay, head) -> dict[str, float]:
-    """Parameter name -> its share of the lr: layer_decay ** (blocks above it), and `head` for the head.
+    """Parameter name -> factor of the lr: layer_decay ** (number of blocks above it); `head` for the head.
 
     The top block learns at the full rate, embeddings at layer_decay ** number of blocks (Sun et al. 2019).
     """
-    embeddings, blocks = anatomy(scorer.encoder)
+    embeddings, blocks = embeddings_and_blocks(scorer.encoder)
     above = {p: len(blocks) for module in embeddings for p in module.parameters()}
     above |= {p: len(blocks) - 1 - i for i, block in enumerate(blocks) for p in block.parameters()}
     scales = {name: layer_decay ** above.get(p, 0) for name, p in scorer.named_parameters()}
@@ -185,9 +193,9 @@ class PairScorer(nn.Module):
 
     @torch.no_grad()
     def start_at(self, shares):
-        """The untrained head says about the class shares: the first steps need not learn those.
+        """Sets the head's bias to the log class shares, so that the first steps need not learn them.
 
-        Only the bias: with zero weights, too, both orders of A and B would look alike for hundreds of steps.
+        Weights stay random: were they zero, both orders of A and B would look alike for hundreds of steps.
         """
         self.head[-1].bias.copy_(torch.tensor(shares).clamp_min(1e-3).log())
 
@@ -198,7 +206,8 @@ class PairScorer(nn.Module):
         return self
 
     def forward(self, input_ids=None, lengths=None, vectors=None, *, size, orders=2):
-        """Either input_ids (sequences, T), padded, with a list of their lengths, or vectors (sequences, h).
+        """Logits (orders, B, 3) from input_ids (sequences, T), padded, with their lengths, or from vectors
+        (sequences, h).
 
         Sequence 1 of all `size` rows comes before sequence 2 of all (joint in one order needs no second).
         """
@@ -212,10 +221,9 @@ class PairScorer(nn.Module):
         return torch.stack([logits[0], *(one[:, SWAP] for one in logits[1:])])
 
     def encode(self, input_ids, lengths):
-        """Pooled vectors (N, h) in the order given: first token, or mean over tokens.
+        """Pooled vectors (N, h) in the order given: of the first token, or the mean over tokens.
 
-        Sequences are encoded in groups of similar length: padding costs as much as text. The grouping changes
-        nothing but rounding.
+        Encodes groups of similar length, because padding costs as much as text; only rounding depends on it.
         """
         device = input_ids.device
         overhead = OVERHEAD * (1 if device.type == "cpu" else 16)  # launches: an estimate, not measured

@@ -12,14 +12,14 @@ from lab.train.cpu import ONEDNN
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far; the first padding[i] (B,) positions of row i are none."""
+    """Keys and values of the tokens seen so far. The first padding[i] positions of row i are padding."""
 
     def __init__(self, n_layer, capacity, padding=None):
         self.keys, self.values = [None] * n_layer, [None] * n_layer
         self.capacity, self.padding, self.length = capacity, padding, 0
 
     def append(self, layer, k, v):
-        """Those of new tokens (B, H, T, D) -> those of all tokens (B, H, S, D)."""
+        """Adds k and v of new tokens (B, H, T, D); returns those of all tokens (B, H, S, D)."""
         if self.keys[layer] is None:
             shape = (*k.shape[:2], self.capacity, k.shape[3])
             self.keys[layer], self.values[layer] = k.new_empty(shape), v.new_empty(shape)
@@ -28,7 +28,8 @@ class KVCache:
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def mask(self, T, device):
-        """Which keys each of T new tokens sees: (1 or B, 1, T, S) bool, or None where a rule says it."""
+        """Which keys each of T new tokens sees: (1 or B, 1, T, S) bool. None where that is all of them, or
+        the plain causal mask."""
         if self.padding is None and (T == 1 or self.length == 0):
             return None
         keys = torch.arange(self.length + T, device=device)
@@ -42,10 +43,10 @@ class KVCache:
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, stop=(), seed=0,
              vocab_size=None, use_cache=True, poll=lambda: None):  # fmt: skip
-    """Continuations (lists of ids, without the first id in `stop`) of prompts, lists of ids of any length.
+    """Continues prompts (lists of ids, any lengths). Returns lists of ids, cut before the first id in `stop`.
 
-    temperature 0 is greedy. Ids from `vocab_size` on (a padded vocabulary) are never chosen. Row i draws from
-    a generator of (seed, i). When block_size is full, the window slides: its later half is read anew.
+    temperature 0 is greedy. Ids from `vocab_size` on (a padded vocabulary) are never chosen. Row i has its
+    own generator, seeded by (seed, i). A full context slides: its later half is read again.
     """
     size, device, rows = model.config.block_size, model.wte.weight.device, [list(p) for p in prompts]
     if not all(rows):
@@ -82,13 +83,13 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top
 
 @contextmanager
 def generating(model, rows):
-    """Evaluation mode; on a CPU the matrices also in oneDNN's own layout, in which a product with a few rows
-    takes a third to a half of the time (torch.compile's freezing does the same). Costs their memory again.
+    """Context of generation: evaluation mode, and on a CPU a copy of the matrices in oneDNN's own layout, in
+    which products with few rows take a third to a half of the time (as torch.compile's freezing has it).
     """
     holders = [(module, module.weight) for module in model.modules() if isinstance(module, Linear)]
     holders += [(model, model.wte.matrix())] if model.config.tie_head else []
     fits = all(weight.device.type == "cpu" and weight.dtype == torch.float32 for _, weight in holders)
-    # compiled blocks would be compiled anew for every length; set_stance imports the compiler (1.5 s)
+    # compiled blocks would be compiled again for every length; set_stance imports the compiler (1.5 s)
     compiled = "torch._dynamo" in sys.modules
     eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     was_training = model.training
@@ -106,7 +107,7 @@ def generating(model, rows):
 
 
 def left_padded(rows) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Ids (B, T) that end together, and how many positions of each row are padding; None if there is none."""
+    """(ids (B, T) padded on the left, padding of each row (B,), or None without any)"""
     longest = max(map(len, rows))
     padding = torch.tensor([longest - len(row) for row in rows])
     input_ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
@@ -130,7 +131,8 @@ def choose(logits, generators, temperature, top_k, top_p) -> torch.Tensor:
 
 
 def continuations(model, tokenizer, cfg, prompts, max_new_tokens, seed, poll=lambda: None) -> list[str]:
-    """Text behind each prompt; an empty prompt is an end-of-text token: a new document begins."""
+    """Generates the text after each prompt. An empty prompt is an end-of-text token:
+    a new document begins."""
     ids = [tokenizer(prompt).input_ids or [tokenizer.eos_token_id] for prompt in prompts]
     choice = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
     choice |= {"stop": stop_ids(tokenizer, cfg.stop), "seed": seed, "poll": poll}
@@ -139,7 +141,8 @@ def continuations(model, tokenizer, cfg, prompts, max_new_tokens, seed, poll=lam
 
 
 def stop_ids(tokenizer, stop) -> set[int]:
-    """End-of-text, and the one token of `stop` (in which \\n and \\t stand for themselves)."""
+    """Ids that end a continuation: end-of-text, and the one token of `stop`, in which \\n and \\t are a
+    newline and a tab. UserError where `stop` is not one token."""
     if stop is None:
         return {tokenizer.eos_token_id}
     text = stop.replace("\\n", "\n").replace("\\t", "\t")
@@ -150,7 +153,7 @@ def stop_ids(tokenizer, stop) -> set[int]:
 
 
 def prompt_notes(model, tokenizer, prompt) -> list[str]:
-    """What of a prompt the model does not get to see."""
+    """Lines on what of a prompt the model does not see."""
     ids, size, notes = tokenizer(prompt).input_ids, model.config.block_size, []
     if tokenizer.unk_token_id is not None and (unknown := ids.count(tokenizer.unk_token_id)):
         notes.append(f"({unknown} of {len(ids)} tokens of the prompt are unknown to this tokenizer)")
@@ -162,7 +165,7 @@ def prompt_notes(model, tokenizer, prompt) -> list[str]:
 
 
 def prompt_loop(interactive):
-    """Lines until end of file; Ctrl-C or Ctrl-D leave, and so does a reader of the answers that is gone."""
+    """Yields typed lines until Ctrl-D, Ctrl-C, or until nobody reads the answers."""
     while not getattr(sys.stdout, "is_dead", False):
         try:
             yield input("prompt> " if interactive else "")

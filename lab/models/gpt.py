@@ -18,7 +18,7 @@ from lab.train.loss import linear_cross_entropy, targets_only
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """GPT-2's choices are the defaults; journal 003 and 004 differ in the ones named there."""
+    """Shape and choices of a GPT. The defaults are GPT-2's."""
 
     vocab_size: int
     block_size: int = 1024  # most tokens of context
@@ -61,12 +61,12 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias, self)
 
     def terms(self, x):
-        """forward(x) as core.linear_cross_entropy wants it: ([(x, weight)], bias)."""
+        """forward(x) unmultiplied, for linear_cross_entropy: ([(x, weight)], bias)."""
         return [(x, self.weight)], self.bias
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding whose matrix a tied head reads, too."""
+    """nn.Embedding whose matrix a tied head can share."""
 
     def matrix(self) -> torch.Tensor:
         """(V, C)"""
@@ -74,7 +74,7 @@ class Embedding(nn.Embedding):
 
 
 def linear(x, weight, bias, module):
-    """core.linear; `generating` lays some weights out a second time, and then it uses that one."""
+    """`linear` of lab/train/cpu.py, with the second layout of a weight that `generating` has made, if any."""
     if torch.compiler.is_compiling() or x.numel() // x.shape[-1] > FEW_ROWS:
         return cpu.linear(x, weight, bias)
     packed = SECOND_LAYOUT.get(module)
@@ -82,7 +82,7 @@ def linear(x, weight, bias, module):
 
 
 FEW_ROWS = 64  # from here on the usual layout is as fast
-SECOND_LAYOUT = {}  # module -> weight; as an attribute of the module it would have blocks compiled anew
+SECOND_LAYOUT = {}  # module -> weight; as an attribute of the module it would have blocks recompiled
 
 
 class Attention(nn.Module):
@@ -172,7 +172,8 @@ class GPT(nn.Module):
     def forward(self, input_ids, labels=None, segments=None):
         """input_ids (B, T) -> logits (B, T, V); with labels (B, T) the summed loss, a scalar.
 
-        Several rows packed into one: `segments` (B, T) numbers them; none sees another, positions restart.
+        For several rows packed into one, `segments` (B, T) numbers them: none sees
+        another, positions restart.
         """
         hidden = self.hidden(input_ids, segments=segments)
         if labels is None:
@@ -181,7 +182,7 @@ class GPT(nn.Module):
         return linear_cross_entropy(*self.head(hidden), labels)
 
     def head(self, hidden):
-        """Of what the logits of hidden (N, C) are the sum: ([(x, weight (V, ...)), ...], bias or None)."""
+        """The logits of hidden (N, C), unmultiplied: ([(x, weight (V, ...)), ...], bias or None)."""
         return ([(hidden, self.wte.matrix())], None) if self.config.tie_head else self.lm_head.terms(hidden)
 
     def logits(self, hidden):
@@ -191,7 +192,8 @@ class GPT(nn.Module):
         return self.lm_head(hidden)
 
     def hidden(self, input_ids, cache=None, segments=None):
-        """(B, T) -> what the head reads, (B, T, C). With a KVCache the ids follow those it has seen."""
+        """input_ids (B, T) -> (B, T, C), which the head reads. With a KVCache the ids
+        follow those it has seen."""
         T, past = input_ids.shape[1], cache.length if cache else 0
         if past + T > self.config.block_size:
             raise ValueError(f"{past + T} tokens exceed block_size {self.config.block_size}")

@@ -10,9 +10,15 @@ from lab.errors import UserError
 from lab.models.gpt import GPT, GPTConfig, rotary_angles
 
 LLAMA = {  # our module -> transformers' in Llama; rotary positions are half-split in both
-    **{"wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_head"},
-    **{"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_proj": "self_attn.o_proj"},
-    **{"mlp.c_gate": "mlp.gate_proj", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"},
+    "wte": "model.embed_tokens",
+    "ln_f": "model.norm",
+    "lm_head": "lm_head",
+    "ln_1": "input_layernorm",
+    "ln_2": "post_attention_layernorm",
+    "attn.c_proj": "self_attn.o_proj",
+    "mlp.c_gate": "mlp.gate_proj",
+    "mlp.c_fc": "mlp.up_proj",
+    "mlp.c_proj": "mlp.down_proj",
 }
 FORMATS = {  # what a transformers model can express
     "gpt2": {"positions": ["learned"], "norm": ["layernorm"], "activation": ["gelu", "relu"], "bias": [True],
@@ -23,7 +29,7 @@ FORMATS = {  # what a transformers model can express
 
 
 def to_gpt2(weights) -> dict:
-    """Our state dict under transformers' names: GPT-2 keeps the matrices of its blocks transposed."""
+    """Renames our state dict to transformers' GPT-2, which keeps the matrices of its blocks transposed."""
     named = {}
     for name, value in weights.items():
         matrix = name.startswith("h.") and value.dim() == 2
@@ -47,7 +53,7 @@ def to_llama(weights) -> dict:
 
 
 def from_theirs(theirs, config, kind) -> dict:
-    """The way back: the same table read from right to left, on a model without memory. Empties `theirs`."""
+    """Renames transformers' weights to ours. Empties `theirs`, to save memory."""
     with torch.device("meta"):
         ours = GPT(config).state_dict()
     if kind == "gpt2":
@@ -62,13 +68,13 @@ def from_theirs(theirs, config, kind) -> dict:
 
 
 def misfit(config, table) -> list[str]:
-    """The choices of `config` that a table of FORMATS does not list."""
+    """Choices of `config` that a format of FORMATS cannot express."""
     values = {name: getattr(config, name) for name in table}
     return [f"{name} {value}" for name, value in values.items() if value not in table[name]]
 
 
 def save_pretrained(model, tokenizer, folder):
-    """A folder that transformers loads as GPT-2 or Llama. UserError names what neither can express."""
+    """Writes a folder that transformers loads as GPT-2 or Llama. UserError for what neither can express."""
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     c = model.config
@@ -106,7 +112,8 @@ class OtherKind(UserError):
 
 
 def load_pretrained(name, dropout=0.0, checkpointing=False) -> GPT:
-    """transformers' GPT-2 or Llama (folder or Hub id), in fp32. UserError names what we cannot express."""
+    """Loads transformers' GPT-2 or Llama (folder or Hub id) as a GPT, in fp32. UserError for
+    what it cannot express."""
 
     def load():
         from transformers import AutoModelForCausalLM
@@ -126,7 +133,7 @@ def load_pretrained(name, dropout=0.0, checkpointing=False) -> GPT:
 
 
 def with_weights(config, weights) -> GPT:
-    """A GPT of these tensors: they are neither initialised nor copied."""
+    """A GPT made of these tensors, without initialising or copying any."""
     with torch.device("meta"):
         model = GPT(config)
     model.load_state_dict(weights, strict=True, assign=True)
@@ -136,7 +143,7 @@ def with_weights(config, weights) -> GPT:
 
 
 def untied(model) -> GPT:
-    """With an output matrix of its own, a copy of the embedding: journal 001's models, and its counts."""
+    """The model with an output matrix of its own, a copy of the embedding, as journal 001 had it."""
     if not model.config.tie_head:
         return model
     weights = model.state_dict() | {"lm_head.weight": model.wte.weight.detach().clone()}

@@ -39,7 +39,7 @@ def int8_rows(weight) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def int8_tokens(x) -> torch.Tensor:
-    """x (..., C) as 256 levels between a token's lowest and highest number (0 included) give it again."""
+    """x (..., C) rounded to 256 levels between each token's lowest and highest number (0 included)."""
     dtype, x = (
         x.dtype,
         x.to(torch.promote_types(x.dtype, torch.float32)),
@@ -72,7 +72,7 @@ def fake_int8_rows(weight) -> torch.Tensor:
 
 
 class QATLinear(Linear):
-    """gpt_scratch.Linear that computes, while `on`, with what int4 weights and int8 inputs would be."""
+    """A Linear that, while `on`, computes with weights rounded to int4 and inputs rounded to int8."""
 
     on, group = False, 0
 
@@ -100,7 +100,7 @@ class QATEmbedding(Embedding):
 
 
 def insert_fake_quant(model, group):
-    """Puts QAT layers in the place of a GPT's linear layers and embedding, with the same parameters; off."""
+    """Replaces a GPT's linear layers and embedding by QAT layers with the same parameters, switched off."""
     for name, layer in linear_layers(model, group):
         with torch.device("meta"):
             new = QATLinear(layer.in_features, layer.out_features, layer.bias is not None)
@@ -112,26 +112,28 @@ def insert_fake_quant(model, group):
 
 
 def linear_layers(model, group) -> list[tuple[str, Linear]]:
-    """(name, layer) of all of them. UserError where groups of this size do not fit one."""
-    found = [(n, layer) for n, layer in model.named_modules() if isinstance(layer, Linear)]
-    common = math.gcd(*(layer.in_features for _, layer in found))
+    """(name, layer) of all linear layers. UserError where groups of this size do not
+    divide the inputs of one."""
+    layers = [(n, layer) for n, layer in model.named_modules() if isinstance(layer, Linear)]
+    common = math.gcd(*(layer.in_features for _, layer in layers))
     fits = ", ".join(str(n) for n in (16, 32, 64, 128, 256) if common % n == 0) or "another width"
-    for name, layer in found:
+    for name, layer in layers:
         if layer.in_features % group or group % 2:
             why = "is odd, like no group of" if group % 2 else "does not divide"
             raise UserError(f"--qat_group {group} {why} the {layer.in_features} inputs of {name}: use {fits}")
-    return found
+    return layers
 
 
 def switch(model, on):
-    """Turns the quantisation of a prepared model on or off."""
+    """Turns the fake quantisation of a model on or off."""
     for layer in model.modules():
         if isinstance(layer, QATLinear | QATEmbedding):
             layer.on = on
 
 
 class Int4Linear(nn.Module):
-    """Two weights a byte, the lower half first: packed (out, in / 2), scales (out, in / group)."""
+    """A linear layer of int4 weights: packed (out, in / 2), two a byte, the lower half first; scales
+    (out, in / group)."""
 
     def __init__(self, inputs, outputs, bias, group):
         super().__init__()
@@ -152,7 +154,7 @@ class Int4Linear(nn.Module):
 
 
 class Int8Embedding(nn.Module):
-    """levels (V, C), scales (V, 1)."""
+    """An embedding of int8: levels (V, C), scales (V, 1)."""
 
     def __init__(self, rows, width):
         super().__init__()
@@ -164,7 +166,7 @@ class Int8Embedding(nn.Module):
 
     @property
     def weight(self):
-        """What gpt_scratch asks for device and shape."""
+        """The levels: callers ask `weight` for device and shape."""
         return self.scales
 
     def forward(self, ids):
@@ -175,7 +177,7 @@ class Int8Embedding(nn.Module):
 def convert(model, group) -> GPT:
     """A GPT whose matrices are int4 and int8; norms and biases stay as they are. `model` is not changed.
 
-    The same logits as a model trained with `prepare` and switched on.
+    Gives the same logits as a model trained with insert_fake_quant and switched on.
     """
     state, linear = {}, {name for name, _ in linear_layers(model, group)}
     for name, value in model.state_dict().items():
@@ -194,7 +196,7 @@ def convert(model, group) -> GPT:
 
 
 def with_state(config, group, state) -> GPT:
-    """A quantised GPT of these tensors. Errors as load_state_dict's."""
+    """A quantised GPT made of these tensors. Raises what load_state_dict raises."""
     with torch.device("meta"):
         model = GPT(config)
         for name, layer in list(model.named_modules()):
@@ -209,7 +211,7 @@ def with_state(config, group, state) -> GPT:
 
 
 def save(model, group, tokenizer, folder):
-    """model.safetensors, quantised.json and tokenizer/: all that `load` needs; replaces an older one."""
+    """Writes model.safetensors, quantised.json and tokenizer/, all that `load` needs; replaces older ones."""
     import safetensors.torch
 
     shutil.rmtree(folder, ignore_errors=True)
@@ -221,12 +223,12 @@ def save(model, group, tokenizer, folder):
 
 
 def is_quantised(name) -> bool:
-    """Whether `save` has written there."""
+    """Whether `name` is a folder that `save` wrote."""
     return (Path(name) / "quantised.json").exists()
 
 
 def load(folder) -> tuple[GPT, object]:
-    """(model, tokenizer) of what `save` wrote, on the CPU. Executes nothing."""
+    """Loads (model, tokenizer) that `save` wrote, on the CPU. Executes no code."""
     import safetensors.torch
 
     folder = Path(folder)

@@ -42,7 +42,7 @@ def _hadamard(multiplier, W1a, W1b, W2a, W2b):
 
 
 class _LoHa(torch.autograd.Function):
-    """One product with W + delta instead of two; what is as large as W is made anew in the backward.
+    """One product with W + delta instead of two; recomputes what is as large as W in the backward.
 
     With G the slope by the whole weight: to W1a (G * M2) W1b^T, to W1b W1a^T (G * M2), M2 = W2a W2b, and the
     same with 1 and 2 swapped. W itself gets no gradient.
@@ -118,7 +118,7 @@ def near_factors(n) -> tuple[int, int]:
 
 @torch.no_grad()
 def uniform(*matrices):
-    """Within 1 / sqrt(columns), as nn.Linear, peft and lora.LoRALinear begin."""
+    """A parameter drawn within 1 / sqrt(columns), as nn.Linear, peft and LoRALinear do."""
     for matrix in matrices:
         nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
 
@@ -126,7 +126,7 @@ def uniform(*matrices):
 def add_adapters(model, method, rank, alpha, dropout=0.0) -> list[str]:
     """Freezes a GPT and puts lora, loha or lokr on every linear layer of its blocks; returns their names.
 
-    One adapter on a fused layer, too. `dropout` is of what LoRA reads; LoHa and LoKr have none, as in peft.
+    A fused layer gets one adapter. `dropout` applies to what LoRA reads; LoHa and LoKr have none, as in peft.
     """
     if method == "lora":
         return add_lora(model, rank, alpha, dropout=dropout, parts=1)

@@ -1,4 +1,4 @@
-"""Low-rank adaptation of a GPT by hand (Hu et al. 2021): adapters on linear layers, the base stands still.
+"""Low-rank adaptation of a GPT by hand (Hu et al. 2021): adapters on linear layers of a frozen base.
 
 A layer W x becomes W x + s B A x, with A (rank, in) drawn and B (out, rank) zero at the start, so that
 training begins at the base. s is the multiplier: alpha / rank today, alpha in the ancestor of journal 001.
@@ -27,7 +27,7 @@ FUSED = {"attn.c_attn": 3}  # query, key and value: one matrix in GPT-2, an adap
 
 
 class Adapter(nn.Module):
-    """A linear layer `base`, not trained, with what is: it adds `delta()` to the layer's weight."""
+    """A frozen linear layer `base` with trained tensors that add `delta()` to its weight."""
 
     def __init__(self, base, multiplier):
         super().__init__()
@@ -38,7 +38,7 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """What it trains, by name."""
+        """The trained tensors, by name."""
         return {name: p for name, p in self.named_parameters() if not name.startswith("base.")}
 
 
@@ -59,7 +59,7 @@ class LoRALinear(Adapter):
         return self.base(x) + linear(self.low(x), self.wide_B())
 
     def terms(self, x):
-        """forward(x) as core.linear_cross_entropy wants it: nothing of the size of base.weight is made."""
+        """forward(x) unmultiplied, for linear_cross_entropy: makes nothing of the size of base.weight."""
         terms, bias = self.base.terms(x)
         return [*terms, (self.low(x), self.wide_B())], bias
 
@@ -96,10 +96,10 @@ def add_lora(
     init="fan_in",
     parts=None,
 ):
-    """Freezes the model, then puts adapters on layers of its blocks, in place; returns the layers' names.
+    """Freezes the model and puts adapters on layers of its blocks, in place; returns the layers' names.
 
     targets: all | attention | mlp; head: the output matrix too; last_layers: only so many blocks at the top;
-    parts: adapters of a fused layer, none: one for each of its matrices (FUSED).
+    parts: adapters per fused layer; none: one for each of its matrices (FUSED).
     """
     model.requires_grad_(False)  # first: the adapters are to train
     names = layer_names(model, targets, head, last_layers)
@@ -110,7 +110,7 @@ def add_lora(
 
 
 def layer_names(model, targets="all", head=False, last_layers=None) -> list[str]:
-    """The linear layers that get an adapter."""
+    """Names of the linear layers that get an adapter."""
     if head and model.config.tie_head:
         raise UserError("the output matrix is the embedding: use --no-tie_head, or --no-lora_head")
     if last_layers is not None and last_layers > len(model.h):
@@ -140,7 +140,7 @@ def adapted(model) -> dict[str, Adapter]:
 
 
 class Adapters:
-    """The adapters of a model as if they were one: what a checkpoint of runs.Run saves and loads."""
+    """The adapters of a model as one module: what a checkpoint of a run saves and loads."""
 
     def __init__(self, model):
         self.model = model
@@ -166,7 +166,7 @@ class Adapters:
 
 
 def base_weights(model) -> dict[str, torch.Tensor]:
-    """What is not an adapter, under the names of the model without adapters."""
+    """State dict of the base: all but the adapters, under the names of the model without adapters."""
     own = {name for name, _ in Adapters(model).named_parameters()}
     weights = {name: w for name, w in model.state_dict().items() if name not in own}
     return {re.sub(r"\.base\.(weight|bias)$", r".\1", name): w for name, w in weights.items()}
@@ -174,8 +174,8 @@ def base_weights(model) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def merge_lora(model) -> GPT:
-    """A model without adapters that gives the same logits; new matrices where there were adapters, the others
-    are shared, `model` stays as it is."""
+    """A model without adapters that gives the same logits. Merged matrices are new, the others shared;
+    `model` does not change."""
     weights = base_weights(model)
     for name, layer in adapted(model).items():
         weights[f"{name}.weight"] = layer.base.weight + layer.delta()
@@ -187,7 +187,7 @@ PREFIX = "base_model.model."
 
 
 def save_peft(model, folder, base):
-    """The adapters as a folder that peft loads onto `base` (a folder or Hub id of GPT-2).
+    """Writes the adapters as a folder that peft loads onto `base` (a folder or Hub id of GPT-2).
 
     Three adapters of rank r on the fused c_attn are one of rank 3r there: A stacked, B on a diagonal.
     """
@@ -202,11 +202,19 @@ def save_peft(model, folder, base):
     ranks = {name: len(layer.A) for name, layer in layers.items()}
     alphas = {name: layer.multiplier * len(layer.A) for name, layer in layers.items()}
     config = {
-        **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base},
-        **{"r": min(ranks.values()), "lora_alpha": min(alphas.values()), "use_rslora": False, "bias": "none"},
-        **{"rank_pattern": _patterns(ranks), "alpha_pattern": _patterns(alphas)},
-        **{"target_modules": [_theirs(name) for name in layers], "fan_in_fan_out": True},
-        **{"lora_dropout": next(iter(layers.values())).dropout.p, "inference_mode": True},
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": min(ranks.values()),
+        "lora_alpha": min(alphas.values()),
+        "use_rslora": False,
+        "bias": "none",
+        "rank_pattern": _patterns(ranks),
+        "alpha_pattern": _patterns(alphas),
+        "target_modules": [_theirs(name) for name in layers],
+        "fan_in_fan_out": True,
+        "lora_dropout": next(iter(layers.values())).dropout.p,
+        "inference_mode": True,
     }
     with whole_folder(Path(folder)) as aside:
         safetensors.torch.save_file(tensors, aside / "adapter_model.safetensors", {"format": "pt"})
@@ -222,7 +230,7 @@ def _patterns(values) -> dict:
 
 
 def load_peft(model, folder, dropout=0.0) -> list[str]:
-    """add_lora with the adapters of a peft folder; their rank, alpha and layers are kept. Returns the names.
+    """Adds the adapters of a peft folder, with their rank, alpha and layers. Returns the layers' names.
 
     One adapter of a fused c_attn becomes three: A copied, B sliced. UserError for what is not plain LoRA.
     """
@@ -249,9 +257,18 @@ def load_peft(model, folder, dropout=0.0) -> list[str]:
 
 
 NOT_PLAIN = (  # settings of peft that change what an adapter means
-    *("use_dora", "modules_to_save", "lora_bias", "target_parameters", "alora_invocation_tokens"),
-    *("layer_replication", "trainable_token_indices", "use_qalora", "use_bdlora", "arrow_config"),
-    *("kasa_config", "monteclora_config"),
+    "use_dora",
+    "modules_to_save",
+    "lora_bias",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "trainable_token_indices",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
 )
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # kinds of init_lora_weights
 
@@ -274,8 +291,8 @@ def _read_peft(folder) -> tuple[dict, dict]:
     odd += [f"init_lora_weights {init}"] if init.startswith(MOVES_BASE) else []
     odd += [key for key in tensors if not re.fullmatch(r"base_model\.model\..+\.lora_[AB]\.weight", key)]
     if odd or config.get("peft_type") != "LORA":
-        found = ", ".join(odd[:2]) or config.get("peft_type")
-        raise UserError(f"{folder} holds more than plain LoRA ({found}): merge it with peft first")
+        what = ", ".join(odd[:2]) or config.get("peft_type")
+        raise UserError(f"{folder} holds more than plain LoRA ({what}): merge it with peft first")
     prefix = re.compile(rf"^{re.escape(PREFIX)}(transformer\.)?")
     return config, {prefix.sub("", key): tensor for key, tensor in tensors.items()}
 
@@ -296,5 +313,5 @@ def _in_parts(A, B, parts) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _pattern_value(patterns, name, default):
     """peft's rule: the first pattern that fits the end of the module's name."""
-    found = (v for p, v in (patterns or {}).items() if re.match(rf"(.*\.)?({p})$", _theirs(name)))
-    return next(found, default)
+    values = (v for p, v in (patterns or {}).items() if re.match(rf"(.*\.)?({p})$", _theirs(name)))
+    return next(values, default)

@@ -1,5 +1,5 @@
-"""Any language model by its name: a run, a folder, a Hub id, tiny:<family>; and those of transformers that
-gpt.py has no architecture for, seen as it sees its own: enough to be measured and to answer."""
+"""Any language model by name: a run, a folder, a Hub id, tiny:gpt2. Models that
+gpt.py cannot build are wrapped, so that they can be measured and asked."""
 
 import json
 from dataclasses import replace
@@ -25,7 +25,8 @@ TINY = {"block_size": 256, "n_layer": 2, "n_head": 4, "n_embd": 64}
 
 
 def build_model(cfg, tokenizer, world) -> GPT:
-    """GPT-2 of a Hub id or folder, a run of gpt_scratch.py, or tiny:gpt2 with random weights."""
+    """The GPT to tune: a Hub id or folder of GPT-2, a run of gpt_scratch.py, or
+    tiny:gpt2 with random weights."""
     if cfg.model.startswith("tiny:"):
         if cfg.model != "tiny:gpt2":
             raise UserError(f"--model {cfg.model}: the only tiny one here is tiny:gpt2")
@@ -37,7 +38,7 @@ def build_model(cfg, tokenizer, world) -> GPT:
                 weight.mul_(TINY_SCALE) if weight.dim() == 2 else None
     else:
         dropout, checkpointing = cfg.dropout, cfg.checkpointing
-        model = main_first(world, lambda: open_model(cfg.model, dropout, checkpointing)[0])
+        model, _ = main_first(world, open_model, cfg.model, dropout, checkpointing)
         if cfg.tie_head and not model.config.tie_head:
             raise UserError(f"{cfg.model} has an output matrix of its own: use --no-tie_head")
         model = model if cfg.tie_head else untied(model)
@@ -50,9 +51,9 @@ def build_model(cfg, tokenizer, world) -> GPT:
 
 
 def open_any(name):
-    """(model, tokenizer) of a transformers folder or Hub id, fp32, on the CPU: ours where there is one.
+    """Opens (model, tokenizer) of a transformers folder or Hub id, in fp32 on the CPU: as a GPT where it can.
 
-    A folder that run_mathqa.py --mode quantise wrote is one, too.
+    Takes folders of run_mathqa.py --mode quantise, too.
     """
     if is_quantised(name):
         return load(name)
@@ -63,7 +64,8 @@ def open_any(name):
 
 
 def load_other(name):
-    """UserError for what is no causal model, lacks weights, or does more to its logits than a matrix."""
+    """Loads a causal model as OtherModel. UserError for one that is no causal model, lacks weights, or does
+    more for its logits than multiply by a matrix."""
 
     def fetch():
         from transformers import AutoModelForCausalLM
@@ -84,7 +86,8 @@ def load_other(name):
 
 
 class OtherModel(nn.Module):
-    """hidden and head as gpt_scratch.GPT has them; continuations in the place of gpt_scratch.generate."""
+    """A transformers model with `hidden` and `head` like a GPT, and `continuations`
+    in place of `generate`."""
 
     def __init__(self, model):
         super().__init__()
@@ -101,7 +104,8 @@ class OtherModel(nn.Module):
 
     @torch.no_grad()
     def continuations(self, prompts, max_new_tokens, *, stop, poll, **greedy) -> list[list[int]]:
-        """Greedy ones, without the first id in `stop`; none of the settings that a model brings along."""
+        """Greedy continuations, cut before the first id in `stop`; ignores the model's
+        own generation settings."""
         from transformers import GenerationConfig, StoppingCriteriaList
 
         def polled(input_ids, scores, **_):
@@ -127,7 +131,7 @@ class OtherModel(nn.Module):
 
 
 def tokenizer_of(model) -> str:
-    """Name of the tokenizer that a run folder, a folder or a Hub id brings."""
+    """Name of the tokenizer of a run folder, a folder or a Hub id."""
     return str(Path(model) / "tokenizer") if is_run(model) else model
 
 
@@ -136,8 +140,8 @@ def is_run(name) -> bool:
 
 
 def open_model(name, dropout=0.0, checkpointing=False):
-    """(model, tokenizer) of a run folder (as it was trained, fp32 or fp64), a GPT-2 or Llama folder, or a Hub
-    id; on the CPU."""
+    """Opens (model, tokenizer) of a run folder (in its fp32 or fp64), a GPT-2 or Llama folder,
+    or a Hub id, on the CPU."""
     import safetensors.torch
 
     if not is_run(name):

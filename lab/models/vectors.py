@@ -18,19 +18,19 @@ from lab.train.processes import on_main
 
 
 def cache_vectors(model, data, cfg, world, poll, say):
-    """Sets data.vectors: what a frozen encoder makes of every sequence, memory-mapped from the cache.
+    """Sets data.vectors, the frozen encoder's vector of every sequence, memory-mapped from the cache.
 
-    Whole or not at all: a stop in between begins anew.
+    The cache is written at the end: after a stop before that, encoding starts again.
     """
     if cfg.freeze != "all" or not cfg.encode_once:
         return
     data.vectors, began = None, time.time()
-    folder = on_main(world, lambda: str(vector_folder(model, data, cfg)))
-    if not on_main(world, lambda: Path(folder).exists()):
+    folder = Path(on_main(world, vector_folder, model, data, cfg))
+    if not on_main(world, folder.exists):
         n, width = len(data.labels), model.encoder.config.hidden_size
         out = torch.zeros(n, 2, width, dtype=next(model.parameters()).dtype)
         megabytes = out.numel() * out.element_size() / 1e6
-        on_main(world, lambda: require_room(data.folder, megabytes))
+        on_main(world, require_room, data.folder, megabytes)
         say(f"the frozen encoder reads {n} rows once: {megabytes:.0f} MB of vectors in {data.folder.parent}")
 
         def vectors(some):
@@ -42,17 +42,18 @@ def cache_vectors(model, data, cfg, world, poll, say):
         model.train()
         if not out.isfinite().all():
             raise FloatingPointError(f"the frozen encoder gives inf or nan in {cfg.dtype}: use --dtype fp32")
-        on_main(world, lambda: write_vectors(Path(folder), out))
+        on_main(world, write_vectors, folder, out)
         say(f"encoded in {time.time() - began:.1f} s")
-    data.vectors = np.load(Path(folder) / "vectors.npy", mmap_mode="r")
+    data.vectors = np.load(folder / "vectors.npy", mmap_mode="r")
 
 
-def vector_folder(model, data, cfg) -> Path:
-    """Named after all that vectors depend on, the code that lays rows out included."""
+def vector_folder(model, data, cfg) -> str:
+    """Cache folder, named by a hash of all that vectors depend on: weights,
+    settings, and the code of rows."""
     code = [sha256_file(module.__file__) for module in (pairs, encoders)]
     known = [state_sha256(model.encoder.state_dict()), model.encoder.config.to_json_string(), *code]
     known += [cfg.inputs, cfg.max_length, cfg.pooling, cfg.dtype]
-    return data.folder / f"vectors_{short_hash(known)}"
+    return str(data.folder / f"vectors_{short_hash(known)}")
 
 
 def require_room(folder, megabytes):

@@ -13,6 +13,7 @@ from lab.run.stored import read_config, read_result
 
 
 def step_name(step) -> str:
+    """Folder name of a checkpoint: step_00001234."""
     return f"step_{step:08d}"
 
 
@@ -43,7 +44,7 @@ def read_manifest(folder) -> dict | None:
 
 
 def broken(folder) -> str | None:
-    """Why a checkpoint cannot be used, or None when every file is there and hashes as written."""
+    """Returns why a checkpoint cannot be used, or None where every file is there with its noted hash."""
     manifest = read_manifest(folder)
     for name, digest in manifest["files"].items() if manifest else ():
         if not (folder / name).exists():
@@ -54,29 +55,32 @@ def broken(folder) -> str | None:
 
 
 def load_weights(folder, model):
-    """model.safetensors of a checkpoint into `model`, every name matched. Executes nothing."""
+    """Loads model.safetensors of a checkpoint into `model`; every name must match. Executes no code."""
     import safetensors.torch
 
     model.load_state_dict(safetensors.torch.load_file(Path(folder) / "model.safetensors"), strict=True)
 
 
 def remove_checkpoint(path):
+    """Deletes a checkpoint, its manifest first."""
     (path / "manifest.json").unlink(missing_ok=True)  # first: what a kill leaves is plainly incomplete
     shutil.rmtree(path)
 
 
 def tensor_bytes(tree) -> int:
+    """Bytes of all tensors in nested dicts."""
     if isinstance(tree, torch.Tensor):
         return tree.numel() * tree.element_size()
     return sum(map(tensor_bytes, tree.values())) if isinstance(tree, dict) else 0
 
 
 def weights_sha256(model) -> str:
-    """SHA-256 over the weights in name order: two runs ended in the same place or they did not."""
+    """SHA-256 over a model's weights in name order: equal for two runs that end with the same weights."""
     return state_sha256(model.state_dict())
 
 
 def state_sha256(state) -> str:
+    """SHA-256 over the names and values of a state dict, in name order."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(name.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -84,7 +88,7 @@ def state_sha256(state) -> str:
 
 
 def choose_checkpoint(checkpoints, step=None) -> tuple[str | None, list[str]]:
-    """The newest whole checkpoint (or that of `step`), and a line for each broken one passed over."""
+    """Returns the newest whole checkpoint (or that of `step`), and a line for each broken one before it."""
     names, lines = sorted(path.name for path in checkpoints.glob("step_*")), []
     if step is not None:
         if step_name(step) not in names:
@@ -101,7 +105,7 @@ def choose_checkpoint(checkpoints, step=None) -> tuple[str | None, list[str]]:
 
 
 def chosen_checkpoint(folder) -> str:
-    """Name of the weights that a run was tested with; of an unfinished run, the newest whole checkpoint."""
+    """Name of the checkpoint that a run was tested with; of an unfinished run, the newest whole one."""
     folder = Path(folder)
     for name in read_result(folder).get("test_checkpoints", [])[:1]:
         if broken(folder / "checkpoints" / name) is None:
@@ -113,7 +117,8 @@ def chosen_checkpoint(folder) -> str:
 
 
 def tested_checkpoints(folder) -> list[str]:
-    """Names of the weights that a finished run was tested with, one a fold; UserError if one is damaged."""
+    """Names of the checkpoints that a finished run was tested with, one per fold.
+    UserError if one is damaged."""
     folder = Path(folder)
     read_config(folder)  # is it a run at all?
     names = read_result(folder).get("test_checkpoints")
@@ -126,9 +131,9 @@ def tested_checkpoints(folder) -> list[str]:
 
 
 def save_checkpoint(run, name, model, tensors, position, must=False) -> bool:
-    """Rank 0: checkpoints/<name> with weights, `tensors` and position, whole or not at all; older ones go.
+    """Rank 0: writes checkpoints/<name> (weights, `tensors`, position) atomically and removes older ones.
 
-    Too little disk: False and a warning, or UserError where it `must` succeed.
+    Returns False with a warning where the disk is too full, or raises UserError if it `must` succeed.
     """
     import safetensors.torch
 
@@ -155,7 +160,7 @@ def save_checkpoint(run, name, model, tensors, position, must=False) -> bool:
 
 
 def prune(checkpoints, keep, position):
-    """Keeps the last `keep` checkpoints, and every kept weights that one of them or `position` names."""
+    """Removes all but the last `keep` checkpoints and the best weights that these or `position` refer to."""
     steps = sorted(checkpoints.glob("step_*"))
     for path in steps[:-keep]:
         remove_checkpoint(path)

@@ -12,8 +12,10 @@ from lab.run.files import whole_file
 
 
 class Curves:
-    """What a run folder shows over its steps. Opening it leaves the first `metrics_bytes` of metrics.jsonl,
-    and the samples of steps below `before`: what came later will come again."""
+    """Writes metrics.jsonl, samples.jsonl and TensorBoard of a run.
+
+    Opening cuts metrics.jsonl to its first `metrics_bytes`, and samples to steps below `before`: a resumed
+    run writes the rest again."""
 
     def __init__(self, folder, metrics_bytes=0, before=0):
         from torch.utils.tensorboard import SummaryWriter
@@ -22,7 +24,7 @@ class Curves:
         path.touch()
         os.truncate(path, min(path.stat().st_size, metrics_bytes))
         self._metrics = open(path, "a", encoding="utf-8")
-        # metrics.jsonl is the truth: TensorBoard's file is written anew from it, so no resume forks a curve;
+        # metrics.jsonl is the truth: TensorBoard's file is rewritten from it, so no resume forks a curve;
         # purge_step=0 tells a TensorBoard that is watching to forget the old file
         shutil.rmtree(folder / "tb", ignore_errors=True)
         self._tensorboard = SummaryWriter(folder / "tb", purge_step=0)
@@ -33,7 +35,7 @@ class Curves:
         self._tensorboard.flush()
 
     def metrics(self, step, values):
-        """A line of metrics.jsonl, and the same numbers in TensorBoard."""
+        """Appends a line to metrics.jsonl, and the same numbers to TensorBoard."""
         record = {"step": step, "time": time.time()}
         record |= {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON knows no inf
         self._metrics.write(json.dumps(record) + "\n")
@@ -42,7 +44,7 @@ class Curves:
         self._tensorboard.flush()
 
     def samples(self, step, texts):
-        """Lines of samples.jsonl, and the same texts in TensorBoard."""
+        """Appends texts to samples.jsonl and TensorBoard."""
         with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
             for number, text in enumerate(texts):
                 row = {"step": step, "number": number, "text": text}
@@ -50,7 +52,7 @@ class Curves:
                 self._show_sample(**row)
 
     def flushed_bytes(self) -> int:
-        """How much of metrics.jsonl counts for a checkpoint that is written now; it is on the disk."""
+        """Flushes metrics.jsonl to the disk and returns its size, which a checkpoint notes."""
         os.fsync(self._metrics.fileno())
         return self._metrics.tell()
 
@@ -69,7 +71,7 @@ class Curves:
 
 
 def keep_rows(path, before) -> list[dict]:
-    """Leaves the rows of a .jsonl file with a step below `before`, and returns them."""
+    """Cuts a .jsonl file back to its rows with a step below `before`, and returns these."""
     if not path.exists():
         return []
     rows = []

@@ -14,7 +14,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 @contextmanager
 def whole_file(path, mode="w"):
-    """A file that appears under its name only when complete and on the disk; `wb` for bytes."""
+    """Writes a file atomically: aside, flushed, renamed. Mode `wb` for bytes."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(exist_ok=True)
     try:
@@ -27,7 +27,7 @@ def whole_file(path, mode="w"):
 
 
 def write_lines(path, lines):
-    """A .jsonl file: each of `lines` as JSON."""
+    """Writes a .jsonl file atomically: each of `lines` as JSON."""
     with whole_file(path) as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 
@@ -39,7 +39,7 @@ def write_json(path, content):
 
 @contextmanager
 def whole_folder(folder):
-    """A folder that appears under its name only when whole and on the disk; yesterday's leftovers go."""
+    """Writes a folder atomically: built aside, flushed, renamed. Removes leftovers older than a day."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for leftover in folder.parent.glob(f".{folder.name}.*"):  # a younger one may be another run's work
         if time.time() - leftover.stat().st_mtime > 86_400:
@@ -77,5 +77,5 @@ def short_hash(content, length=16) -> str:
 
 
 def joint_hash(hashes) -> str:
-    """One hash for several; a single one keeps its own."""
+    """One hash of several; of a single one that hash itself."""
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

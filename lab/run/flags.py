@@ -55,7 +55,7 @@ ALIASES = {"run_folder": "run"}  # flags that torchrun would take for its own (-
 
 @dataclass(frozen=True)
 class Typed:
-    """What stood on the command line beside the values: it decides what a resume may change."""
+    """What was typed on the command line, beside the values: it decides what a resume may change."""
 
     preset: str | None = None
     smoke: bool = False
@@ -65,9 +65,10 @@ class Typed:
 
 
 def parse_config(config_class, presets, smoke, doc, argv=None):
-    """The script's constants: defaults < preset < `smoke` < flags; a callable maps the value so far.
+    """Reads the constants of a script: defaults < preset < `smoke` < flags. A callable
+    in `smoke` maps the value.
 
-    Anything wrong is one line on stderr and exit code 2. `typed(cfg)` tells what stood on the command line.
+    A mistake prints one line to stderr and exits with 2. `typed(cfg)` tells what was on the command line.
     """
     outlive_terminal()
     try:
@@ -79,7 +80,7 @@ def parse_config(config_class, presets, smoke, doc, argv=None):
 
 
 def parsed_config(config_class, presets, smoke, doc, argv=None):
-    """parse_config for who has words of their own for a UserError."""
+    """parse_config that raises UserError instead of exiting."""
     hints = typing.get_type_hints(config_class)
     defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
     named = {f"preset {name}": values for name, values in presets.items()}
@@ -104,7 +105,7 @@ def typed(cfg) -> Typed:
 
 
 def with_flags(cfg, like, flags):
-    """`cfg` as if `flags` had been typed; preset and the rest as in `like`."""
+    """A copy of `cfg` that counts `flags` as typed; preset and the rest come from `like`."""
     object.__setattr__(cfg, "typed", dataclasses.replace(like, flags=frozenset(flags)))
     return cfg
 
@@ -135,7 +136,7 @@ def _parser(config_class, defaults, presets, hints, doc) -> argparse.ArgumentPar
 
 
 def _flag(hint) -> dict:
-    """What argparse needs to know of an annotation that _check_type lets pass."""
+    """The arguments of add_argument for a constant with this annotation."""
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(hint) is Literal:

@@ -112,7 +112,7 @@ class Run:
     # -- what the terminal, the log and the curves show ----------------------------------------------------
 
     def say(self, text):
-        """Lines to the terminal and log.txt, rank 0 only."""
+        """Prints lines to the terminal and log.txt. Rank 0 only."""
         if not self.world.is_main:
             return
         log = Terminal(self._log)  # a full disk must not end a run
@@ -122,36 +122,37 @@ class Run:
         sys.stdout.flush()
 
     def metrics(self, step, values):
-        """Numbers of a step to metrics.jsonl and TensorBoard, rank 0 only."""
+        """Writes numbers of a step to metrics.jsonl and TensorBoard. Rank 0 only."""
         if self.world.is_main:
             self.curves.metrics(self.first_step + step, values)
 
     def samples(self, step, texts):
-        """Generated texts to samples.jsonl and TensorBoard, rank 0 only."""
+        """Writes generated texts to samples.jsonl and TensorBoard. Rank 0 only."""
         if self.world.is_main:
             self.curves.samples(step, texts)
 
     def log_training(self, where, step, total_steps, values):
-        """The line every script prints each log_every steps; the same numbers go to metrics."""
+        """Prints the line of every log_every steps, and writes its numbers to the metrics."""
         loss, rate, step_seconds = self.meter.read()
         values = {"train/loss": loss, **values, f"{self.unit}_per_second": rate}
         if self.unit == "tokens":
             values["train/perplexity"] = math.exp(min(loss, 700))
-        eta = clock((total_steps - step) * step_seconds)
+        eta, unit = clock((total_steps - step) * step_seconds), self.unit.replace("examples", "rows")
         self.say(
             f"{where}  step {step:{len(str(total_steps))}}/{total_steps}  loss {loss:.4f}  "
-            f"lr {values['lr']:.1e}  grad {values['grad_norm']:.2f}  {rate:.0f}/s  eta {eta}"
+            f"lr {values['lr']:.1e}  grad {values['grad_norm']:.2f}  {rate:.0f} {unit}/s  eta {eta}"
         )
         self.metrics(step, values)
 
     def watch(self, step, loss_sum, targets, model, describe):
-        """What optimizer_step takes as `skip`; see spikes.watch. All ranks, each step."""
+        """Returns the function that optimizer_step takes as `skip`; see
+        spikes.watch. All ranks, each step."""
         return spikes.watch(self, step, loss_sum, targets, model, describe)
 
     # -- what all ranks decide together --------------------------------------------------------------------
 
     def agree(self, targets=0) -> int:
-        """The step's one small reduction: returns the global count of targets and settles stop and clock.
+        """Sums `targets` over the ranks, in the step's one small reduction, and agrees on stop and clock.
 
         Afterwards `stopping` says why all ranks must save and stop now (or None); `clock_share` is the spent
         share of max_minutes: rank 0's, the same on all ranks.
@@ -168,7 +169,8 @@ class Run:
         return int(targets)
 
     def poll(self, active=0) -> int:
-        """For evaluation and other long work behind a checkpoint: raises core.Stop on all ranks at once.
+        """Raises Stop on all ranks at once after a signal. For evaluation and other
+        long work after a checkpoint.
 
         Returns the sum of `active` over the ranks.
         """
@@ -178,7 +180,7 @@ class Run:
         return total
 
     def leave_if_signalled(self):
-        """For rank 0's work inside on_main, behind a checkpoint: raises core.Stop, which reaches all."""
+        """Raises Stop after a signal. For rank 0's work inside on_main, which passes it on to all ranks."""
         if self._signal:
             raise Stop(self._signal)
 
@@ -199,7 +201,8 @@ class Run:
     # -- checkpoints ---------------------------------------------------------------------------------------
 
     def begin(self):
-        """All input is good: from now on signals wait for an agreement, and a resumed folder is changed."""
+        """Starts the run once all input is checked: from here on a resumed folder is changed, and signals are
+        answered where all ranks agree."""
         if not self._deferring:
             self._deferring = True
             on_main(self.world, self._open)
@@ -208,7 +211,8 @@ class Run:
             self.poll()
 
     def load(self, model, optimizer, precision, fold=0) -> int:
-        """Starts a fold: returns 0, or the step to resume at, state restored. All ranks, before DDP."""
+        """Restores the state of a resumed run and returns its step, 0 for a new one.
+        All ranks, before DDP."""
         self.fold = fold
         if not self.position or self.position["fold"] != fold:
             self.first_step, self.meter, self.state = self._last_step, Meter(self.world), {}
@@ -224,9 +228,9 @@ class Run:
         return self._last_step - self.first_step
 
     def save(self, step, model, optimizer, precision, must=False):
-        """checkpoints/step_…: weights, optimizer, position; whole or not at all; once a step. All ranks.
+        """Writes checkpoints/step_… (weights, optimizer, position) atomically, once a step. All ranks.
 
-        Too little disk is a warning that is repeated at every save, an error where it `must` succeed.
+        Where the disk is too full it warns at every save, or raises UserError if it `must` succeed.
         """
         self._last_step = self.first_step + step
         name, sums = step_name(self._last_step), self.meter.sums()
@@ -240,7 +244,7 @@ class Run:
             self.checkpoint = name
 
     def save_best(self, step, loss, model) -> bool:
-        """Weights only, when `loss` is the fold's lowest so far. Returns whether it is."""
+        """Saves the weights if `loss` is the fold's lowest so far. Returns whether it is."""
         if not math.isfinite(loss):
             raise FloatingPointError(f"validation loss is {loss}: try a lower lr, clipping, or dtype fp32")
         best = self.kept.get(f"best {self.fold}")
@@ -250,7 +254,8 @@ class Run:
         return True
 
     def keep_weights(self, step, model, kind, loss=None) -> str:
-        """<kind>_step_…: the fold's weights of this kind, in the place of earlier ones. Returns the name."""
+        """Saves the weights as <kind>_step_…, replacing the fold's earlier ones of this
+        kind. Returns the name."""
         step = self.first_step + step
         entry = {"name": f"{kind}_{step_name(step)}", "step": step, "loss": loss}
         kept = self.kept | {f"{kind} {self.fold}": entry}
@@ -260,22 +265,24 @@ class Run:
         return entry["name"]
 
     def load_best(self, model) -> str:
-        """The fold's best weights, or as they are if none could be kept. Returns their checkpoint's name."""
+        """Loads the fold's best weights; leaves the last ones if none were saved. Returns the
+        checkpoint's name."""
         name = self.kept.get(f"best {self.fold}", {}).get("name")
-        reason = on_main(
-            self.world, lambda: broken(self.folder / "checkpoints" / name) if name else "never saved"
-        )
+        reason = on_main(self.world, self._why_unusable, name)
         if reason:
             self.say(f"WARNING the best weights are {name} ({reason}): the last ones are used")
             return self.checkpoint
         load_weights(self.folder / "checkpoints" / name, model)
         return name
 
+    def _why_unusable(self, name) -> str | None:
+        return broken(self.folder / "checkpoints" / name) if name else "never saved"
+
     # -- time, memory, money -------------------------------------------------------------------------------
 
     @property
     def seconds(self) -> float:
-        """Of this run so far, over all its processes."""
+        """Wall-clock seconds of this run so far, over all resumes."""
         return self.seconds_before + time.time() - self.started
 
     def step_done(self, loss_sum, targets, examples):
@@ -285,7 +292,7 @@ class Run:
         self.meter.add(loss_sum, targets, examples, seconds)
 
     def schedule_length(self, step, total_steps) -> float:
-        """Steps the schedule should span: `total_steps`, or fewer where the clock ends the run earlier.
+        """How many steps the schedule spans: `total_steps`, or fewer where max_minutes ends the run earlier.
 
         By the rate so far: step / length is the spent share of the clock, so the end is always reached.
         """
@@ -294,7 +301,8 @@ class Run:
         return min(total_steps, max(step + 1, step / self.clock_share))
 
     def forecast(self, model, optimizer, steps, seconds, typical):
-        """One line of what the run will need; see forecast.forecast. All ranks, before the first step."""
+        """Says in one line what the run will need; see forecast.forecast. All ranks,
+        before the first step."""
         self._steps_in_budget = forecast.forecast(self, model, optimizer, steps, seconds, typical)
 
     # -- opening and closing -------------------------------------------------------------------------------
@@ -320,7 +328,7 @@ class Run:
         keep_rows(self.folder / "spikes.jsonl", at + 1)
 
     def pin(self, name, value):
-        """Notes a fact (a fingerprint) in config.json; a resume that finds another value is refused."""
+        """Notes a fact (a fingerprint, say) in config.json. A resume that finds another value is refused."""
 
         def note():
             config = read_config(self.folder)

@@ -16,7 +16,7 @@ from lab.train.processes import on_main
 
 
 def forecast(run, model, optimizer, steps, seconds, typical) -> int | None:
-    """One line from the worst-case step's seconds; `typical` is an average step's share of its length.
+    """Says what a run will need, from the seconds of a worst-case step; `typical` is an average step's share.
 
     Returns how many steps fit into max_minutes. UserError where memory or a new run's disk is too small.
     """
@@ -30,7 +30,7 @@ def forecast(run, model, optimizer, steps, seconds, typical) -> int | None:
     fit, minutes = None, run.cfg.max_minutes
     if minutes is not None:
         fit = round(60 * minutes / max(seconds * typical, 1e-9))
-        fit = max(1, on_main(run.world, lambda: fit))
+        fit = max(1, on_main(run.world, int, fit))
         steps = min(steps, fit)
     hours, price = steps * seconds * typical / 3600, run.cfg.price_per_hour
     if minutes is not None:
@@ -48,11 +48,15 @@ def forecast(run, model, optimizer, steps, seconds, typical) -> int | None:
     return fit
 
 
+def _free_mb(folder) -> float:
+    return shutil.disk_usage(folder).free / 1e6
+
+
 def _require_disk(run, checkpoint_mb, weights_mb) -> float:
-    """MB that the run's checkpoints will take at most."""
+    """Returns the MB that the run's checkpoints will take at most. UserError where a new run has no room."""
     kept = (getattr(run.cfg, "folds", None) or 1) + 1  # while one is being written
     disk_mb = (run.cfg.keep + 1) * checkpoint_mb + kept * weights_mb
-    free_mb = on_main(run.world, lambda: shutil.disk_usage(run.folder).free / 1e6)
+    free_mb = on_main(run.world, _free_mb, run.folder)
     if not run.resumed and free_mb < disk_mb:
         room = f"checkpoints need {disk_mb:.0f} MB, {run.folder} has {free_mb:.0f} MB free"
         raise UserError(f"{room}: free some, or use another --out")
@@ -60,7 +64,7 @@ def _require_disk(run, checkpoint_mb, weights_mb) -> float:
 
 
 def _require_memory(world, to_come_mb) -> float:
-    """GB: the peak so far, and what the optimizer will add to it."""
+    """Returns the GB of the peak so far plus what the optimizer will add."""
     memory_gb = (peak_memory_mb(world) + to_come_mb) / 1e3
     if memory_gb > (room_gb := device_memory_gb(world)):
         room = f"training needs {memory_gb:.1f} GB, the device has {room_gb:.1f}"
@@ -69,7 +73,7 @@ def _require_memory(world, to_come_mb) -> float:
 
 
 def peak_memory_mb(world) -> float:
-    """Peak so far: allocated on the accelerator, or resident on the CPU."""
+    """Peak memory in MB: allocated on the accelerator, or resident on the CPU."""
     if world.device.type != "cpu":
         return getattr(torch, world.device.type).max_memory_allocated() / 1e6
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
@@ -77,7 +81,7 @@ def peak_memory_mb(world) -> float:
 
 
 def device_memory_gb(world) -> float:
-    """Of the accelerator; a CPU's is not known to be free."""
+    """Memory of the accelerator in GB; infinity for a CPU, whose free memory is not known."""
     if world.device.type == "cpu":
         return math.inf
     return getattr(torch, world.device.type).get_device_properties(world.device).total_memory / 1e9

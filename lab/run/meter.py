@@ -8,7 +8,8 @@ from lab.train.processes import all_reduce_sum
 
 
 class Meter:
-    """Loss, targets and time since the last log line; the sums travel in checkpoints: no curve forks."""
+    """Loss, targets and time since the last log line. Checkpoints hold the sums, so a
+    resumed curve is the same."""
 
     def __init__(self, world, sums=(0.0, 0)):
         self.world, self.all_examples, self.all_seconds = world, 0, 0.0
@@ -20,13 +21,13 @@ class Meter:
         self.loss, self.targets, self.steps, self.examples, self.seconds = loss, targets, 0, 0, 0.0
 
     def add(self, loss_sum, targets, examples, seconds):
-        """This rank's summed loss; global targets and examples."""
+        """Adds a step: this rank's summed loss, global targets and examples, seconds."""
         self.loss, self.targets, self.steps = self.loss + loss_sum, self.targets + targets, self.steps + 1
         self.examples, self.seconds = self.examples + examples, self.seconds + seconds
         self.all_examples, self.all_seconds = self.all_examples + examples, self.all_seconds + seconds
 
     def sums(self) -> list:
-        """[global loss sum, targets]; every rank calls it."""
+        """Returns [global loss sum, targets]. All ranks."""
         return [
             all_reduce_sum(self.world, torch.tensor(self.loss, dtype=torch.float64)).item(),
             self.targets,
@@ -40,7 +41,7 @@ class Meter:
         return loss / max(targets, 1), *rates
 
     def rate(self) -> float | None:
-        """Examples per second of this process so far."""
+        """Examples per second since this process started."""
         return self.all_examples / self.all_seconds if self.all_seconds else None
 
 

@@ -17,7 +17,8 @@ from lab.run.stored import PACKED, SCRIPTS, locked, prepared, read_config, read_
 
 
 def pack(cfg, say):
-    """--pack: <run>.tar.gz in the current folder: the small files, and the weights a run was tested with."""
+    """--pack: writes <run>.tar.gz to the current folder: small files, and the weights
+    a run was tested with."""
     for name in cfg.pack:
         folder = Path(name).resolve()
         config = read_config(folder)
@@ -47,7 +48,7 @@ def pack(cfg, say):
 
 
 def packed_checkpoints(folder) -> list[str]:
-    """Those that the run was tested with, or the newest whole one; none where there is none."""
+    """The checkpoints that the run was tested with, or the newest whole one; empty where there is none."""
     tested = read_result(folder).get("test_checkpoints", [])
     whole = [name for name in tested if broken(folder / "checkpoints" / name) is None]
     if whole and len(whole) == len(tested):
@@ -58,7 +59,7 @@ def packed_checkpoints(folder) -> list[str]:
 
 
 def write_archive(target, folder, small, kept):
-    """Under its name only when whole. Each manifest is made anew for what is in the archive."""
+    """Writes the archive atomically, with manifests that list what is in it."""
     inside = Path("runs") / folder.parent.name / folder.name
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     try:

@@ -18,14 +18,14 @@ from lab.run.resume import changed_constants, launcher
 from lab.run.stored import read_config
 
 
-def same_data(stored, found, name, what=("data",)):
-    """UserError unless the data (and tokenizer, say) that a run was trained on is what is there now."""
-    if any(stored[key] != found[key] for key in what):
+def same_data(stored, now, name, what=("data",)):
+    """Raises UserError where data (or tokenizer, say) are not those that the run was trained on."""
+    if any(stored[key] != now[key] for key in what):
         raise UserError(f"data {name} is not what the run was trained on: restore it, or use --data")
 
 
 def write_provenance(run):
-    """config.json and source/ of a new run; a resume is noted in config.json."""
+    """Writes config.json and source/ of a new run; notes a resume in config.json."""
     now = {"started": datetime.datetime.now().isoformat(timespec="seconds"), "command": " ".join(sys.argv)}
     now |= {
         "world_size": run.world.size,
@@ -75,8 +75,8 @@ def _versions() -> dict[str, str | None]:
     from importlib.metadata import distributions
 
     names = ("torch", "transformers", "datasets", "tokenizers", "numpy")
-    found = {name: next((one.version for one in distributions(name=name)), None) for name in names}
-    return {"python": platform.python_version(), **found}  # built-in data need no `datasets`
+    versions = {name: next((package.version for package in distributions(name=name)), None) for name in names}
+    return {"python": platform.python_version(), **versions}  # built-in data need no `datasets`
 
 
 def device_name(world) -> str:
@@ -88,7 +88,7 @@ def device_name(world) -> str:
 
 
 def refuse_dirty():
-    """UserError unless the project is a git checkout without any change, staged and untracked files too."""
+    """Raises UserError unless the project is a git checkout without changes or untracked files."""
     state = git_state()
     if not state["commit"]:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Which folder a command goes on with, from which checkpoint, and with whose constants."""
+"""Which folder a command resumes, from which checkpoint, and with which constants."""
 
 import contextlib
 import dataclasses
@@ -14,17 +14,30 @@ from lab.run.checkpoints import choose_checkpoint, read_manifest
 from lab.run.flags import typed
 from lab.run.stored import PACKED, locked, out_folder, read_config, status_of
 
-MAY_CHANGE = {  # what a flag may tell a resumed run anew: length, cadence, bookkeeping, how it is computed
-    *("epochs", "max_steps", "max_minutes", "eval_batch", "eval_every", "final_eval", "save_every", "keep"),
-    *("log_every", "price_per_hour", "note", "micro_batch", "micro_tokens", "compile", "answer_rows"),
+MAY_CHANGE = {  # what a flag may change in a resumed run: length, cadence, bookkeeping, how it is computed
+    "epochs",
+    "max_steps",
+    "max_minutes",
+    "eval_batch",
+    "eval_every",
+    "final_eval",
+    "save_every",
+    "keep",
+    "log_every",
+    "price_per_hour",
+    "note",
+    "micro_batch",
+    "micro_tokens",
+    "compile",
+    "answer_rows",
 }
 # of the call, not of the run: what was stored of these never counts
 CALL_CONSTANTS = {"out", "tag", "resume_timestamp", "resume_step", "backend"}
 
 
 def plan_run(cfg, script) -> tuple[dict, object]:
-    """Rank 0's decision, as JSON: a new folder, or one to resume; checkpoint, position, constants. And the
-    folder's lock, where there is something to do."""
+    """Rank 0 decides, as JSON: a new folder or one to resume, its checkpoint, position and constants.
+    Locks the folder unless the run is finished already."""
     out = out_folder(cfg, script)
     folder, constants, lines = resume_folder(cfg, script, out), dataclasses.asdict(cfg), override_lines(cfg)
     plan = {"resumed": True, "finished": False, "checkpoint": None, "position": {}}
@@ -55,7 +68,8 @@ def plan_run(cfg, script) -> tuple[dict, object]:
 
 
 def merge_constants(stored, constants, flags) -> list[str]:
-    """`constants` become those of the run, but for what a flag may change; a line for each difference."""
+    """The constants of a resumed run: the stored ones, except what a flag may change. And a
+    line for each difference."""
     lines = []
     for name, old in stored.items():
         if name in CALL_CONSTANTS or name not in constants or old == constants[name]:
@@ -69,7 +83,7 @@ def merge_constants(stored, constants, flags) -> list[str]:
 
 
 def override_lines(cfg) -> list[str]:
-    """What preset and smoke changed, in lines of at most 100 columns."""
+    """Lines (at most 100 columns) of what preset and --smoke changed."""
     t = typed(cfg)
     lines = [" and ".join(filter(None, [t.preset and f"preset {t.preset}", t.smoke and "smoke"])) + " set:"]
     for name, value in t.overrides.items():
@@ -96,7 +110,8 @@ def new_folder(out, tag) -> Path:
 
 
 def resume_folder(cfg, script, out) -> Path | None:
-    """The run to resume, None for a new one. core.UserError if a resume was asked for and there is none."""
+    """Finds the run to resume; None starts a new one. UserError if a resume was asked
+    for and there is none."""
     wanted, tag = cfg.resume_timestamp, f"-{cfg.tag}" if cfg.tag else ""
     runs = sorted(path.parent for path in out.glob("*/config.json") if _readable(path.parent))
     if wanted is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:  # torchrun --max-restarts
@@ -121,17 +136,17 @@ def resume_folder(cfg, script, out) -> Path | None:
         raise UserError(
             f"--resume_timestamp latest: no unfinished run{tag and f' with tag {cfg.tag}'} in {out}"
         )
-    found = [run for run in runs if run.name == wanted + tag] or [
+    named = [run for run in runs if run.name == wanted + tag] or [
         run for run in runs if run.name[:15] == wanted[:15]
     ]
-    if len(found) != 1:
-        near = ", ".join(run.name for run in (found or runs)[-3:]) or "none"
-        raise UserError(f"--resume_timestamp {wanted}: {len(found)} such runs in {out}; there: {near}")
-    return found[0]
+    if len(named) != 1:
+        near = ", ".join(run.name for run in (named or runs)[-3:]) or "none"
+        raise UserError(f"--resume_timestamp {wanted}: {len(named)} such runs in {out}; there: {near}")
+    return named[0]
 
 
 def passed_over(cfg, script, out) -> list[str]:
-    """A line if `auto` starts a new run beside an unfinished one that what was typed contradicts."""
+    """A line if `auto` starts a new run although one with the same tag is unfinished: typed flags differ."""
     runs = sorted((path.parent for path in out.glob("*/config.json")), reverse=True)
     for run in runs if cfg.resume_timestamp == "auto" else ():
         with contextlib.suppress(UserError):  # unreadable ones have been named
@@ -157,14 +172,14 @@ def contradictions(cfg, stored) -> list[str]:
 
 
 def finished_run(cfg, script) -> Path | None:
-    """The run that `--resume_timestamp auto` would find finished."""
+    """The finished run that `--resume_timestamp auto` would find, or None."""
     folder = resume_folder(cfg, Path(script), out_folder(cfg, script))
     return folder if folder and status_of(folder) == "finished" else None
 
 
 def changed_constants(stored, now) -> dict[str, dict]:
-    """Name -> {was, is} of the constants that a resume changes; one that the script has gained or lost since
-    has only one of the two."""
+    """Maps each constant that a resume changes to {was, is}; a constant that the script has gained or lost
+    since has only one of the two."""
     changed = {}
     for name in (*stored, *(name for name in now if name not in stored)):
         if name in CALL_CONSTANTS or (name in stored and name in now and stored[name] == now[name]):
@@ -175,5 +190,5 @@ def changed_constants(stored, now) -> dict[str, dict]:
 
 
 def launcher() -> str | None:
-    """The torchrun that started this process: it lives on while it restarts its workers."""
+    """Identifies the torchrun that started this process; it stays the same when it restarts its workers."""
     return f"{socket.gethostname()}/{os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else None

@@ -12,7 +12,8 @@ from lab.train.processes import all_reduce_sum, die_of, heard_signals, may_leave
 
 
 def forces_exit(first, first_time, name, now, world) -> bool:
-    """Whether signal `name` after a `first` one is from a person who will not wait for the save.
+    """Whether a second signal, `name` after `first`, ends the process at once: a
+    person does not want to wait.
 
     Not a HUP: nobody presses keys at a terminal that is gone, but the kernel and the shell send one each, and
     tmux or sshd may add theirs. Not another signal within a second: a session that ends sends TERM and HUP.
@@ -26,7 +27,8 @@ def forces_exit(first, first_time, name, now, world) -> bool:
 
 
 def leave_at_once(number, world):
-    """After a second signal. Plain python dies of it, which ends a shell's loop, too."""
+    """Ends this process after a second signal. Plain python dies of the signal, so a
+    shell's loop ends too."""
     if not under_torchrun(world):
         die_of(number)
     os._exit(1)
@@ -34,9 +36,9 @@ def leave_at_once(number, world):
 
 @contextlib.contextmanager
 def listening(world):
-    """Yields poll(active) -> its sum over ranks; it raises core.Stop on all ranks after a signal to one.
+    """Yields poll(active), which sums `active` over the ranks and raises Stop on all of them after a signal.
 
-    Alone a signal stops at once; a second one always does, but for those of a terminal that closes.
+    A single process stops at once. A second signal always does, except those of a terminal that closes.
     """
     heard, before = [], {}
     heard_signals.clear()

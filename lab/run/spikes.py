@@ -13,7 +13,8 @@ LEAST = {"loss": 1.5, "grad_norm": 1.5, "smoothed_loss": 1.25}  # times the medi
 
 
 def spike_limit(values, least) -> float:
-    """The highest usual value: median x exp(6 x 1.4826 x median deviation of the logs), or `least` medians.
+    """Upper end of the usual band: median x exp(6 x 1.4826 x median deviation of logs), at least
+    `least` medians.
 
     Like 6 standard deviations of a log-normal, but a few spikes among the values hardly move it.
     """
@@ -26,11 +27,11 @@ def spike_limit(values, least) -> float:
 
 
 def watch(run, step, loss_sum, targets, model, describe):
-    """What optimizer_step takes as `skip`: called with the gradient norm, it notes whether this step's loss
-    or norm left its band, and says whether to leave the update out (skip_spikes). All ranks, each step.
+    """Returns the function that optimizer_step takes as `skip`. Called with the gradient norm, it tells
+    whether to leave the update out: skip_spikes is on and loss or norm left its band. All ranks, each step.
 
-    An odd step goes to spikes.jsonl with the parameter of the largest gradient and with what `describe()`
-    tells of its rows (rank 0 calls it). The bands live in run.state, so that a resume goes on with them.
+    A spike is noted in spikes.jsonl with the parameter of the largest gradient and what `describe()` (called
+    on rank 0) tells of its rows. The bands are in run.state, so that a resume continues them.
     """
     loss = all_reduce_sum(run.world, torch.tensor(loss_sum, dtype=torch.float64)).item() / targets
 
@@ -56,7 +57,7 @@ def watch(run, step, loss_sum, targets, model, describe):
 
 
 def _note(run, record, values, limits, model, facts):
-    """A line of spikes.jsonl, and one on the screen."""
+    """Writes a line to spikes.jsonl and one to the screen."""
     norms = {n: float(p.grad.norm()) for n, p in model.named_parameters() if p.grad is not None}
     largest = max(norms, key=norms.get)
     record |= values | {f"{name}_limit": limit for name, limit in limits.items()}

@@ -23,7 +23,7 @@ PACKED = "packed.txt"  # says of a folder that it came out of eval.py --pack
 
 
 def prepared(folder) -> Path:
-    """A folder that can be written to; it is looked at before work begins."""
+    """Makes a folder and checks that it can be written to. UserError where it cannot."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -34,8 +34,14 @@ def prepared(folder) -> Path:
     return folder
 
 
+def prepare_folder(folder):
+    """As `prepared`, for on_main: what that returns must be JSON, and a Path is not."""
+    prepared(folder)
+
+
 def locked(folder):
-    """An open file that says who writes here; UserError if another process does. It ends with this one."""
+    """Locks a run folder for this process (returns the open file). UserError if
+    another process writes there."""
     try:
         lock = open(folder / ".lock", "a+")
         for _ in range(50):  # a killed process lets go a moment later
@@ -53,7 +59,7 @@ def locked(folder):
 
 
 def out_folder(cfg, script) -> Path:
-    """Where the runs of a script lie."""
+    """The folder of a script's runs: cfg.out, or runs/<script>."""
     return Path(cfg.out or f"runs/{'smoke/' if typed(cfg).smoke else ''}{Path(script).stem}")
 
 
@@ -68,7 +74,8 @@ def newest_run(cfg, script, finished=False) -> Path:
 
 
 def read_config(folder) -> dict:
-    """config.json of a run folder: constants, provenance, facts, resumes."""
+    """Reads config.json of a run folder: constants, provenance, facts, resumes.
+    UserError where it is no run."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text())
     except (OSError, ValueError):
@@ -79,12 +86,12 @@ def read_config(folder) -> dict:
 
 
 def stored_constants(values) -> dict:
-    """Constants as Config has them: JSON makes lists of tuples."""
+    """Stored constants with tuples again, where JSON has lists."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def read_result(folder) -> dict:
-    """result.json of a run folder; empty where it is absent, or half of it on a full disk."""
+    """Reads result.json of a run folder; empty where it is absent or incomplete."""
     try:
         result = json.loads((Path(folder) / "result.json").read_text())
     except (OSError, ValueError):
@@ -93,5 +100,5 @@ def read_result(folder) -> dict:
 
 
 def status_of(folder) -> str:
-    """finished, stopped, failed; or that there is no result.json."""
+    """finished, stopped or failed; or that there is no result.json."""
     return read_result(folder).get("status", "running or killed")

@@ -9,8 +9,8 @@ LOST = (errno.EIO, errno.EPIPE)  # a terminal or a pipe that nobody will ever re
 
 
 class Terminal:
-    """A stream whose writes never raise: it outlives its terminal (SSH lost, tmux killed), the reader of its
-    pipe, a full disk, and a locale without ± in it. All else is the stream's own."""
+    """Wraps a stream so that writes never raise: not when the terminal is gone (SSH lost, tmux killed), the
+    pipe closed, the disk full, or the locale without ±. Everything else is the stream's own."""
 
     def __init__(self, stream):
         self.stream, self.is_dead = stream, False
@@ -56,7 +56,7 @@ def silence(descriptor):
 
 
 def outlive_terminal():
-    """From now on no print, bar, warning or traceback of this process raises because nobody can read it."""
+    """Wraps stdout and stderr in Terminal: no print, bar, warning or traceback of this process raises."""
     for descriptor in (0, 1, 2):  # one that the shell closed would become the next file that is opened
         try:
             os.fstat(descriptor)
@@ -69,7 +69,8 @@ def outlive_terminal():
 
 
 def write_in_handler(text, log=None):
-    """To stderr, and an open log, from a signal handler: past Python's streams, which may be amid a write.
+    """Writes to stderr and an open log from a signal handler, past Python's streams,
+    which may be amid a write.
 
     Never raises.
     """

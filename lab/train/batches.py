@@ -18,9 +18,10 @@ OVERHEAD = 128  # tokens that could be computed while a forward and backward is 
 
 
 def micro_batches(model, rows, size=None, lengths=None, most=math.inf):
-    """Parts of `rows`, `size` each (none: all at once); ranks exchange gradients in the last backward only.
+    """Yields parts of `rows`, `size` each (none: all at once). Ranks exchange gradients in the last
+    backward only.
 
-    With the `lengths` of the rows, rows of similar length meet, and none means length_groups(lengths, most).
+    With `lengths`, rows of similar length share a part, and none means length_groups(lengths, most).
     """
     if lengths is not None:
         order = np.argsort(-np.asarray(lengths), kind="stable")  # longest first: memory fails early
@@ -38,10 +39,10 @@ def _equal(n, size) -> list[int]:
 
 
 def length_groups(lengths, most, overhead=OVERHEAD) -> list[int]:
-    """Sizes of the groups that `lengths` (falling) are best computed in, each padded to its longest row.
+    """Splits rows of falling `lengths` into groups, each padded to its longest row; returns the group sizes.
 
-    Best: the fewest padded tokens, where starting a group costs as much as `overhead` tokens, and no group of
-    several rows has over `most` of them. Exact, by dynamic programming over where the last group begins.
+    Minimises padded tokens plus `overhead` tokens per group; a group of several rows has at most `most`
+    tokens. Exact, by dynamic programming over where the last group begins.
     """
     best = [(0, 0)]  # of the first n rows: (cost, size of their last group)
     for n in range(1, len(lengths) + 1):
@@ -55,17 +56,19 @@ def length_groups(lengths, most, overhead=OVERHEAD) -> list[int]:
 
 
 def reseed(*key):
-    """Seeds torch from (seed, step, rank, ...): randomness is a function of the position, none is stored."""
+    """Seeds torch from (seed, step, rank, ...): randomness depends on the position
+    only, no state is stored."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 class ShardedBatches:
-    """Row numbers of every global batch, a pure function of (seed, epoch, step); a rank takes every size-th.
+    """Row numbers of every global batch, a pure function of (seed, epoch, step); rank
+    r takes every size-th row.
 
-    With a seed (training): reshuffled each epoch, the rows of an incomplete last batch left out; rows of
-    similar length meet inside blocks of `block` batches, whose batches are then shuffled. Without
-    (evaluation): every row exactly once, longest first.
+    With a seed (training): reshuffled each epoch, the incomplete last batch left out; rows are sorted by
+    length within blocks of `block` batches, and these batches are shuffled. Without a seed (evaluation):
+    every row exactly once, longest first.
     """
 
     def __init__(self, lengths, batch, world, *, seed=None, block=50):
@@ -88,18 +91,18 @@ class ShardedBatches:
         return self.steps_per_epoch
 
     def global_batch(self, step) -> np.ndarray:
-        """Rows of optimizer step `step`, counted from 0 over all epochs."""
+        """Rows of optimizer step `step`, which counts from 0 over all epochs."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._shuffle(epoch)
         return self._order[position * self.batch : (position + 1) * self.batch]
 
     def rank_batch(self, step) -> list[int]:
-        """This rank's share, uneven or empty; the shares of all ranks are the global batch."""
+        """This rank's share of global batch `step`; shares may differ by one row, and be empty."""
         return self.global_batch(step)[self.world.rank :: self.world.size].tolist()
 
     def longest(self) -> np.ndarray:
-        """All rows, longest first: the worst case comes first."""
+        """All rows, longest first."""
         return np.argsort(-self.lengths, kind="stable")
 
     def _shuffle(self, epoch) -> np.ndarray:
@@ -115,10 +118,11 @@ class ShardedBatches:
 
 
 def worst_case(world, model, step, optimizer, rows) -> float:
-    """Two discarded steps, `step()` being forward and backward of the `rows` longest rows; seconds of one.
+    """Makes two discarded steps of the longest rows, `rows` at once; `step()` is forward and backward.
+    Returns the seconds of one.
 
-    The first exchanges nothing, so that running out of memory on one rank can be agreed on; the second makes
-    DDP settle its buckets, without which a resumed run on 3 and more ranks would add up in another order.
+    The first exchanges no gradients, so that all ranks can agree if one runs out of memory; the second makes
+    DDP settle its buckets: otherwise a resumed run on 3 or more ranks would sum in another order.
     """
     failed = torch.zeros(1)
     try:
@@ -142,7 +146,7 @@ def worst_case(world, model, step, optimizer, rows) -> float:
 
 
 def each_once(compute, out, data, rows, cfg, world, poll, what):
-    """out[i] = compute(rows[i]), each row on one rank and once; the whole `out` on every rank."""
+    """Sets out[i] = compute(rows[i]), each row once, on one rank; every rank gets the whole `out`."""
     precision = Precision(cfg.dtype, world)
     batches = ShardedBatches(data.lengths[rows].sum(1), cfg.eval_batch, world)
     with progress(len(batches), what, world) as bar, torch.no_grad():

@@ -1,4 +1,4 @@
-"""What is done for a CPU only: oneDNN's products and memory that is kept."""
+"""Tricks for a CPU only: oneDNN's matrix products, and memory that is kept."""
 
 import contextlib
 import ctypes
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 
 def keep_freed_memory():
-    """On a CPU: reuse large blocks instead of returning them to the kernel and faulting them in at each step.
+    """Keeps freed blocks of memory instead of returning them to the kernel and faulting them in at each step.
 
     PandaLM's longest batches took 29 s with glibc's defaults and 11 s so (2 cores, MiniLM); see JOURNAL.md.
     """
@@ -30,7 +30,7 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 
 def onednn(x, weight, bias=None):
-    """x @ weight.T + bias without gradient; what torch.compile's freezing calls."""
+    """x @ weight.T + bias without gradient, by oneDNN (as torch.compile's freezing calls it)."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

@@ -13,13 +13,13 @@ IGNORE_INDEX = -100  # a label that no loss and no accuracy looks at (torch's ow
 
 
 def sum_cross_entropy(logits, labels) -> torch.Tensor:
-    """Summed, not averaged: the caller divides by the global count. Without a target 0, never NaN."""
+    """Cross-entropy summed over the targets: the caller divides by the global count. 0 without targets."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def targets_only(hidden, labels) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden (..., C), labels (...) -> (N, C), (N,) of the positions with a target: others cost nothing."""
+    """hidden (..., C), labels (...) -> (N, C), (N,): only the positions that have a target."""
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if not (counted := labels != IGNORE_INDEX).all():
         hidden, labels = hidden[counted], labels[counted]
@@ -27,11 +27,11 @@ def targets_only(hidden, labels) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def linear_cross_entropy(terms, bias, labels) -> torch.Tensor:
-    """Summed cross-entropy of logits = sum of x @ weight.T over `terms`, + bias; never holds all of them.
+    """Summed cross-entropy of logits = sum of x @ weight.T over `terms`, + bias, a chunk of logits at a time.
 
     terms: [(x (N, C), weight (V, C)), ...], one, or two with an adapter of low rank; bias (V,) or None;
-    labels (N,), all of them targets. Gradients are made with each chunk of logits, for what needs one only;
-    backward scales them (one backward, no second).
+    labels (N,), all of them targets. Gradients are computed with each chunk, and scaled in the backward, of
+    which there is one only.
     """
     if torch.is_grad_enabled():
         return _LinearCrossEntropy.apply(labels, bias, *itertools.chain(*terms))
@@ -40,7 +40,7 @@ def linear_cross_entropy(terms, bias, labels) -> torch.Tensor:
 
 @torch.no_grad()
 def token_log_probs(terms, bias, labels) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of every target in `labels` (N,): its log-probability in fp64, and whether it was the likeliest.
+    """Log-probability in fp64 of every target in `labels` (N,), and whether it was the likeliest.
 
     Logits have the weights' dtype, whatever the autocast: near -100, where GPT-2's lie, bf16 has steps of a
     half, and many ids would be the likeliest together; fp16 would overflow.
@@ -59,8 +59,8 @@ def token_log_probs(terms, bias, labels) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _chunks(hidden, weight) -> list[slice]:
-    """Equal slices of rows whose logits are 64 MB in fp32 on a CPU (smaller is slower), and on a card 2^26 to
-    2^28 numbers by its memory: a function of the card alone, since the order of additions follows from it."""
+    """Equal slices of rows: 64 MB of fp32 logits on a CPU, on a card 2^26 to 2^28 logits by its memory.
+    Depends on the card alone, because the order of additions follows from it."""
     if hidden.device.type == "cpu":
         most = 1 << 24
     else:
@@ -222,7 +222,7 @@ def _rows(tensors, chunk) -> list:
 
 
 def _add_chunk(xs, ws, bias, y, to_x, to_w, to_b, dtype) -> torch.Tensor:
-    """The summed loss of some rows; writes their to_x, adds their share of to_w and to_b."""
+    """Returns the summed loss of some rows; writes their to_x, adds their share of to_w and to_b."""
     logits = linear(xs[0], ws[0]).to(dtype)
     for x, w in zip(xs[1:], ws[1:], strict=True):
         logits += linear(x, w)
@@ -247,9 +247,10 @@ def _add_chunk(xs, ws, bias, y, to_x, to_w, to_b, dtype) -> torch.Tensor:
 
 
 def scaled_backward(loss_sum, world, targets, precision):
-    """Backward of a micro-batch's summed loss: the exchanged gradient is that of sum / global targets.
+    """Backward of a micro-batch's summed loss; summed over ranks and micro-batches the gradient is that of
+    the mean loss per global target.
 
-    DDP averages over ranks, hence the world size; no targets at all give zero gradients.
+    DDP averages over ranks, hence the factor of world size. Without targets gradients are zero.
     """
     with precision.products():
         precision.scaler.scale(loss_sum * (world.size / max(targets, 1))).backward()

@@ -7,13 +7,13 @@ from torch import nn
 
 
 def count_parameters(model) -> tuple[int, int]:
-    """(all, trainable)"""
+    """Number of parameters: (all, trainable)."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
 
 
 def lr_at(cfg, step, total_steps) -> float:
-    """Rate of step `step` (from 0): linear warm-up to cfg.lr, then cfg.schedule down to cfg.min_lr.
+    """Learning rate of step `step` (from 0): linear warm-up to cfg.lr, then cfg.schedule down to cfg.min_lr.
 
     cfg.warmup is a fraction of `total_steps`; 0 and 1 are legal. The first step has lr / warm-up steps.
     one_cycle: by cosine from lr / 25 up during the warm-up, then down to lr / 250,000 (Smith 2018; torch's
@@ -35,7 +35,8 @@ def lr_at(cfg, step, total_steps) -> float:
 
 
 def beta1_at(cfg, step, total_steps) -> float:
-    """Adam's first beta of a step: one_cycle moves it against the rate, 0.95 -> 0.85 -> 0.95, if it may."""
+    """Adam's beta1 of a step: with cfg.cycle_beta1, one_cycle moves it 0.95 -> 0.85 ->
+    0.95, against the rate."""
     if cfg.schedule == "one_cycle" and cfg.cycle_beta1:
         return _one_cycle(0.95, 0.85, 0.95, step, cfg.warmup * total_steps, total_steps)
     return cfg.beta1
@@ -51,25 +52,25 @@ def _one_cycle(start, peak, end, step, rising, total_steps) -> float:
 
 
 def parameter_groups(model, weight_decay, scales=None, undecayed=()) -> list[dict]:
-    """Matrices decay, except those named in `undecayed`.
+    """Parameter groups of an optimizer: matrices decay, except those named in `undecayed`.
 
-    `scales` maps parameter names to the share of the lr at which they learn (otherwise 1).
+    `scales` maps parameter names to a factor of the lr (default 1).
     """
-    found = {}  # (scale, decays) -> parameters
+    groups = {}  # (scale, decays) -> parameters
     for name, p in model.named_parameters():
         if p.requires_grad:
             decays = p.dim() >= 2 and name not in undecayed
-            found.setdefault(((scales or {}).get(name, 1.0), decays), []).append(p)
+            groups.setdefault(((scales or {}).get(name, 1.0), decays), []).append(p)
     return [
         {"params": params, "weight_decay": weight_decay if decays else 0.0, "scale": scale}
-        for (scale, decays), params in sorted(found.items(), key=lambda item: item[0], reverse=True)
+        for (scale, decays), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
 
 
 def make_optimizer(
     model, optimizer, weight_decay, betas=(0.9, 0.999), eps=1e-8, scales=None, undecayed=()
 ) -> torch.optim.Optimizer:
-    """adamw (fused) or sgd (momentum 0.9) over parameter_groups. optimizer_step sets the lr."""
+    """Makes adamw (fused) or sgd (momentum 0.9) over parameter_groups. optimizer_step sets the lr."""
     groups = parameter_groups(model, weight_decay, scales, undecayed)
     if optimizer == "adamw":
         return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
@@ -77,11 +78,12 @@ def make_optimizer(
 
 
 def optimizer_step(optimizer, precision, clip, lr, beta1=None, skip=None) -> float:
-    """Unscale, clip to the global norm `clip` (none: do not), step at `lr`, zero; returns the whole norm.
+    """Unscales, clips to the global norm `clip` (none: not), steps at `lr`, zeroes. Returns the
+    unclipped norm.
 
-    The norm is the exchanged gradients': all ranks see the same. An fp16 overflow skips the step and gives
-    inf; otherwise, or 51 times in a row, it raises FloatingPointError, and no weight is touched. `skip(norm)`
-    may look at the gradients before they are clipped, and leave this step's update out.
+    All ranks see the same norm, that of the exchanged gradients. An fp16 overflow skips the update and
+    returns inf; a norm that is not finite otherwise, or 51 overflows in a row, raise FloatingPointError
+    before any weight changes. `skip(norm)` is called before clipping; if true, the update is left out.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("scale", 1.0)

@@ -20,9 +20,9 @@ def native_dtype(device) -> str:
 
 
 def with_dtype(cfg, world):
-    """`cfg` with the dtype that this device will compute in; config.json then holds what it became.
+    """`cfg` with the dtype that this device will compute in, as config.json then has it.
 
-    auto: native_dtype. On a card fp32 becomes tf32, unless it stands on the command line.
+    auto becomes native_dtype. On a card fp32 becomes tf32, unless --dtype fp32 was typed.
     """
     given, dtype = typed(cfg), native_dtype(world.device) if cfg.dtype == "auto" else cfg.dtype
     has_tf32 = world.device.type == "cuda"
@@ -51,18 +51,19 @@ class Precision:
         self.skipped, self.skipped_in_a_row = 0, 0  # steps that overflowed in fp16
 
     def prepare(self, model):
+        """Moves a model to the device, in fp32 or fp64."""
         return model.to(self.world.device, torch.float64 if self.dtype == "fp64" else torch.float32)
 
     @contextmanager
     def autocast(self):
-        """Wrap the forward pass; scaled_backward wraps its own."""
+        """Context of a forward pass; scaled_backward has its own."""
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.dtype)
         with self.products(), torch.autocast(self.world.device.type, half) if half else nullcontext():
             yield
 
     @contextmanager
     def products(self):
-        """On a card: what remains in fp32 is multiplied in TF32, but for dtype fp32. Put back afterwards."""
+        """Context in which a card multiplies fp32 in TF32, unless dtype is fp32 or fp64."""
         if self.world.device.type != "cuda":
             yield
             return
@@ -74,6 +75,7 @@ class Precision:
             torch.set_float32_matmul_precision(before)
 
     def warning(self) -> str | None:
+        """A line if the device has no fast arithmetic of this dtype."""
         if self.dtype not in ("bf16", "fp16") or self.dtype == native_dtype(self.world.device):
             return None
         if self.world.device.type == "cuda" and self.dtype == "bf16":

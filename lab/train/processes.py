@@ -42,7 +42,7 @@ class World:
 
 @contextmanager
 def distributed(backend="auto", timeout_minutes=30):
-    """Joins the processes that torchrun started (or none) and leaves them whatever happens. Yields the World.
+    """Joins the processes of torchrun, if any, and leaves them at the end. Yields the World.
 
     auto: nccl on CUDA, xccl on XPU, gloo on CPU; CPU tensors (counts, stop flags) always travel over gloo.
     A UserError is printed once, without traceback, and exits with 2. After a stop signal plain python dies of
@@ -69,7 +69,9 @@ def distributed(backend="auto", timeout_minutes=30):
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             dist.init_process_group(
                 "gloo" if backend == "gloo" else f"cpu:gloo,{device.type}:{backend}",
-                **{"store": store, "rank": rank, "world_size": size},
+                store=store,
+                rank=rank,
+                world_size=size,
                 timeout=datetime.timedelta(minutes=timeout_minutes),
             )
             world = World(rank, env["LOCAL_RANK"], size, device, backend, dist.PrefixStore("core", store))
@@ -103,15 +105,16 @@ def distributed(backend="auto", timeout_minutes=30):
         os._exit(0)
 
 
-heard_signals = []  # numbers of the stop signals that this process has noted (runs.py listens)
+heard_signals = []  # numbers of the stop signals that this process has noted (by handlers in lab/run/)
 
 
 def under_torchrun(world) -> bool:
+    """Whether torchrun started this process."""
     return world.size > 1 or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def die_of(number):
-    """Ends this process by a signal as if nobody had listened. For handlers, too: it flushes nothing."""
+    """Ends this process by a signal, as if it had no handler. Flushes nothing, so handlers may call it."""
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
     os._exit(128 + number)  # process 1 of a container cannot be killed so
@@ -135,7 +138,7 @@ def _pick_device(local_rank, local_size) -> torch.device:
 
 
 def all_reduce_sum(world, values: torch.Tensor) -> torch.Tensor:
-    """Sums a CPU tensor over the ranks, in place; LostRanks names the rank that is missing."""
+    """Sums a CPU tensor over the ranks, in place. Raises LostRanks, which names the rank that is missing."""
     if world.size > 1:
         call = next(_reductions)
         world.store.set(f"reduction/{world.rank}", str(call))
@@ -159,11 +162,13 @@ def _who_is_missing(world, call) -> str:
 
 
 def barrier(world):
+    """Waits until all ranks are here."""
     all_reduce_sum(world, torch.zeros(1))
 
 
 def on_main(world, function, *args):
-    """Runs function(*args) on rank 0 while the others wait, however long; every rank gets its JSON result.
+    """Runs function(*args) on rank 0 while the others wait, however long. Every rank
+    gets its result, as JSON.
 
     Its error is raised on every rank. Waiting goes through the store, with a heartbeat: a collective would
     time out during an hour of tokenising, and a rank 0 that is silent for a minute is reported.
@@ -194,7 +199,7 @@ _alone = threading.Event()
 
 
 def may_leave(world) -> bool:
-    """Whether this rank can raise Stop on its own: alone, or in on_main, which tells the others."""
+    """Whether this rank may raise Stop by itself: it is alone, or in on_main, which tells the others."""
     return world.size == 1 or _alone.is_set()
 
 
@@ -233,15 +238,21 @@ def _wait_for_main(store, key) -> bytes:
     return store.get(key)
 
 
-def main_first(world, function):
-    """`function` on rank 0, then on the others: one download, then cache hits. Returns this rank's result."""
-    result = []
-    on_main(world, lambda: result.append(function()))
-    return result[0] if result else function()
+def main_first(world, function, *args):
+    """Runs function(*args) on rank 0, then on the others: one download, then cache hits. Returns this rank's
+    own result, which need not be JSON."""
+    results = []
+
+    def call():
+        results.append(function(*args))
+
+    on_main(world, call)
+    return results[0] if results else function(*args)
 
 
 def wrap_ddp(model, world):
-    """DistributedDataParallel where there are several ranks. Evaluate and save the model, not the wrapper."""
+    """Wraps in DistributedDataParallel if there are several ranks. Evaluate and save the
+    model, not the wrapper."""
     if world.size == 1:
         return model
     # no rank's buffers ever differ; the argument was renamed in torch 2.13
@@ -251,7 +262,8 @@ def wrap_ddp(model, world):
 
 
 def progress(total, what, world=World(), unit="it"):
-    """A bar for work that logs no lines: rank 0, interactive terminals only. total none: only counts."""
+    """A tqdm bar for work without log lines, on rank 0 and interactive terminals
+    only. total none: a count."""
     hide, scaled = None if world.is_main else True, unit != "it"
     return tqdm(
         total=total, desc=what, leave=False, disable=hide, file=sys.stderr, unit=unit, unit_scale=scaled
