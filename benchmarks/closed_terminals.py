@@ -19,7 +19,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 import conftest  # noqa: E402, F401 (offline, cards hidden)
 import ranks  # noqa: E402
-from test_laws import AUTO, SHORT  # noqa: E402
+from laws.test_laws import AUTO, SHORT  # noqa: E402
 
 ALSO = [[], [signal.SIGHUP], [signal.SIGTERM], [signal.SIGTERM, signal.SIGHUP]]
 

@@ -1,80 +1,35 @@
-"""eval.py on runs of every script: measured = trained, other text, answers, packing, mistakes."""
+"""eval.py on runs of every script: measured = trained, answers, mistakes."""
 
-import csv
 import json
 import math
 import shutil
 import signal
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ranks
-import torch
-import transformers
-from ranks import everywhere
-from test_laws import SHORT
+from toys.eval import (
+    MADE,
+    evaluate,
+    lines,
+    refused,
+    result,
+    trained,  # noqa: F401 (a fixture)
+)
 
 import core
 import eval as script
-import gpt_scratch
 from core import UserError, World
-from lab.compare import other_data
 from lab.compare.facts import find
-from lab.data import builtin, instructions
+from lab.data import instructions
 from lab.measure import answers
-from lab.train import loss
-
-FOLDS = ["--smoke", "--max_documents", 90, "--batch", 6, "--epochs", 1, "--folds", 3, "--eval_batch", 17]
-MADE = {name: (name, SHORT[name]) for name in ranks.SCRIPTS} | {"folds": ("run_preference", FOLDS)}
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """kind -> folder of a short run, made once; a test that changes it takes a copy."""
-    known = {}
-
-    def folder(kind):
-        if kind not in known:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.chdir(tmp_path_factory.mktemp(f"trained_{kind}"))
-                ranks.run(MADE[kind][0], *MADE[kind][1])
-                known[kind] = ranks.newest().absolute()
-        return known[kind]
-
-    return folder
 
 
 @pytest.fixture
 def copy(trained, tmp_path):
     """A run that a test may change."""
     return lambda kind: Path(shutil.copytree(trained(kind), tmp_path / "copies" / trained(kind).name))
-
-
-def evaluate(*argv, size=1, codes=None, **options) -> str:
-    """What `eval.py argv` says on `size` processes."""
-    got = ranks.launch("eval", *argv, size=size, **options)
-    assert got == (codes or [0] * size), Path("out.txt").read_text()
-    return Path("out.txt").read_text()
-
-
-def refused(*argv) -> str:
-    """The one line that it says instead."""
-    said = evaluate(*argv, codes=[2]).strip().splitlines()
-    assert len(said) == 1 and said[0].startswith("eval.py: error: "), said
-    return said[0]
-
-
-def result(folder) -> dict:
-    return json.loads((folder / "result.json").read_text())
-
-
-def lines(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-# measured = trained
 
 
 def assert_same_figures(found, stored):
@@ -174,167 +129,6 @@ def test_a_set_that_cannot_be_measured_does_not_end_the_others(trained, copy):
     assert [line.split("|")[2].strip() for line in table[2:]] == ["text.txt", "own"]
 
 
-# other data
-
-
-@pytest.mark.parametrize(("context", "stride"), [(8, 4), (8, 1), (8, 8), (5, 3), (16, 8)])
-def test_windows_count_every_token_once_where_it_has_seen_most(context, stride):
-    rng = np.random.default_rng(0)
-    documents = [rng.integers(50, size=n) for n in (1, 2, 3, context, context + 1, context + 2, 40, 41)]
-    windows = core.Windows(documents, context, stride)
-    counted = [np.zeros(len(ids), dtype=int) for ids in documents]
-    for n, (number, start, end, first) in enumerate(windows.windows):
-        input_ids, labels = windows.batch([n], "cpu")
-        assert input_ids.shape[1] == windows.lengths[n] <= context
-        kept = labels[0] != core.IGNORE_INDEX
-        assert (
-            labels[0][kept].tolist()
-            == documents[number][first : end + 1].tolist()
-            == windows.wanted()[n].tolist()
-        )
-        assert [*input_ids[0].tolist(), int(labels[0, -1])] == documents[number][start : end + 1].tolist()
-        counted[number][first : end + 1] += 1
-        assert start == 0 or first - start > context - stride  # tokens that the first target has seen
-    assert all(count[0] == 0 and (count[1:] == 1).all() for count in counted)
-
-
-def test_a_window_on_a_whole_document_gives_its_cross_entropy(trained):
-    """And a short window a higher one than a long one would."""
-    model, tokenizer = core.open_model(trained("gpt_scratch"))
-    ids = np.array([tokenizer.eos_token_id, *tokenizer("Return the sum of a list of numbers.").input_ids])[
-        :32
-    ]
-    cfg = gpt_scratch.Config(eval_batch=4)
-    sums = core.evaluate(model, core.Windows([ids], 32, 16), cfg, World())
-    with torch.no_grad():
-        logits = model.logits(model.hidden(torch.tensor(ids[None, :-1])))[0].double()
-    losses = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
-    assert sums.shape == (1, 3) and sums[0, 2] == len(ids) - 1
-    assert sums[0, 0] == pytest.approx(losses.sum().item(), rel=1e-5)
-    assert sums[0, 1] == (logits.argmax(-1) == torch.tensor(ids[1:])).sum()
-    slid = core.evaluate(model, core.Windows([ids], 6, 3), cfg, World())
-    windows, expected = core.Windows([ids], 6, 3), 0.0
-    for number, (_, start, end, first) in enumerate(windows.windows):
-        with torch.no_grad():
-            logits = model.logits(model.hidden(torch.tensor(ids[None, start:end])))[0].double()
-        each = torch.nn.functional.cross_entropy(
-            logits, torch.tensor(ids[start + 1 : end + 1]), reduction="none"
-        )
-        expected += each[first - 1 - start :].sum().item()
-        assert slid[number, 2] == end + 1 - first
-    assert slid[:, 0].sum() == pytest.approx(expected, rel=1e-5)
-
-
-TEXT = "Plain words, naïve café, 東京 and 🙂 signs.\n\n\tdef f(x):  return x ** 2\n" * 5
-
-
-def tokenizers():
-    yield "bytes", core.make_tokenizer("bytes", lambda: [])
-    yield "bpe", core.make_tokenizer("bpe:300", lambda: [TEXT])
-    yield "chars", core.make_tokenizer("chars", lambda: [TEXT])
-    yield "scratch", core.make_tokenizer("bpe_scratch:280", lambda: [TEXT])
-
-
-@pytest.mark.parametrize(("name", "tokenizer"), tokenizers())
-def test_the_bytes_of_tokens_are_those_of_the_text(name, tokenizer):
-    sizes = core.token_bytes(tokenizer)
-    assert len(sizes) == len(tokenizer) and sizes[tokenizer.eos_token_id] == 0
-    assert sizes[tokenizer(TEXT, add_special_tokens=False).input_ids].sum() == len(TEXT.encode())
-
-
-def test_the_bytes_of_sentencepiece_tokens_are_those_of_the_text():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    vocabulary = {token: i for i, token in enumerate(["<unk>", "</s>", "▁", "▁a", "b", "é", "<0x0A>", "▁▁"])}
-    inner = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    special = {"unk_token": "<unk>", "eos_token": "</s>"}
-    sizes = core.token_bytes(transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special))
-    assert sizes.tolist() == [1, 0, 1, 2, 1, 2, 1, 2]
-
-
-def test_a_model_that_is_uniform_over_bytes_has_8_bits_per_byte_under_every_tokenizer(monkeypatch):
-    """Its tokens' probability is 256 to the minus their bytes; figures by token differ."""
-    Path("text.txt").write_text(TEXT)
-    perplexities = []
-    for _, tokenizer in tokenizers():
-        sizes = torch.from_numpy(core.token_bytes(tokenizer)).double()
-
-        def uniform(terms, bias, labels, sizes=sizes):
-            return -sizes[labels] * math.log(256), torch.zeros(len(labels), dtype=torch.bool)
-
-        everywhere(monkeypatch.setattr, loss, "token_log_probs", uniform)
-        model = core.GPT(core.GPTConfig(len(tokenizer), 16, 1, 2, 8))
-        stored = gpt_scratch.Config(eval_batch=8)
-        asked = script.Config(context=12)
-        found = other_data.measure_text("text.txt", stored, model, tokenizer, asked, World(), int)
-        metrics, notes, written = found.metrics, found.lines, found.file
-        assert metrics["bits_per_byte"] == pytest.approx(8, rel=1e-12)
-        assert metrics["bits_per_byte_interval"] == pytest.approx([8, 8], rel=1e-12)
-        assert metrics["bytes"] == len(TEXT.encode()) and len(notes) == 1
-        assert sum(line["bytes"] for line in written[1]) == len(TEXT.encode())
-        perplexities.append(metrics["perplexity"])
-    assert max(perplexities) > 1.5 * min(perplexities)
-
-
-def test_a_transformers_model_has_the_loss_that_transformers_gives_it():
-    torch.manual_seed(0)
-    tokenizer = core.make_tokenizer("bpe:300", lambda: [TEXT])
-    shape = {"n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": len(tokenizer)}
-    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "initializer_range": 0.5}
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **ends)).eval()
-    theirs.save_pretrained("model")
-    tokenizer.save_pretrained("model")
-    Path("text.txt").write_text("A short text.")
-    said = evaluate("--run", "model", "--data", "text.txt")
-    ids = torch.tensor(
-        [[tokenizer.eos_token_id, *tokenizer("A short text.").input_ids, tokenizer.eos_token_id]]
-    )
-    with torch.no_grad():
-        wanted = theirs(ids, labels=ids).loss.item()
-    [folder] = Path("runs/eval").iterdir()
-    assert result(folder)["test/loss"] == pytest.approx(wanted, rel=1e-5)
-    assert result(folder)["test/targets"] == ids.shape[1] - 1 and f"loss {wanted:.3f}" in said
-    assert "model is a model, no run with rows of its own: name some by --data" in refused("--run", "model")
-
-
-def test_instruction_rows_of_a_file_get_the_loss_that_the_run_gives_them(trained):
-    folder = trained("run_instruct")
-    cfg, _, tokenizer = script.subject(str(folder)).load(script.Config(), World())
-    data = core.load_instructions(cfg, World(), tokenizer)
-    rows = instructions.examples_of(data, cfg)[0]["test"].rows
-    Path("rows.json").write_text(json.dumps([data.columns(row) for row in rows]))
-    evaluate("--run", folder, "--data", "rows.json")
-    [other] = Path("runs/eval").iterdir()
-    for name in ("loss", "accuracy", "targets", "bits_per_byte"):
-        assert result(other)[f"test/{name}"] == pytest.approx(result(folder)[f"test/{name}"], rel=1e-6)
-    own = {line["group"]: line["nats"] for line in lines(folder / "losses.jsonl")}
-    assert {line["group"]: line["nats"] for line in lines(other / "losses.jsonl")} == pytest.approx(
-        own, rel=1e-5
-    )
-
-
-@pytest.mark.parametrize("kind", ["run_preference", "folds"])
-def test_preference_rows_of_a_file_get_the_log_loss_that_the_run_gives_them(kind, trained):
-    """Of folds the three models are averaged, so there only the rows and the card are looked at."""
-    folder = trained(kind)
-    chosen = {line["row"] for line in lines(folder / "predictions.jsonl") if line["split"] == "test"}
-    rows = [row for number, row in enumerate(builtin.python_pairs()) if number in chosen]
-    with open("rows.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
-    said = evaluate("--run", folder, "--data", "rows.csv")
-    [other] = Path("runs/eval").iterdir()
-    assert result(other)["test/rows"] == len(rows) == len(lines(other / "predictions.jsonl"))
-    assert "rows  log loss" in said and "lengths only" in said
-    if kind != "folds":
-        assert result(other)["test/log_loss"] == pytest.approx(result(folder)["test/log_loss"], rel=1e-5)
-
-
-# answers
-
-
 def test_a_run_answers_its_own_test_rows_as_it_did(copy):
     folder = copy("run_lora")
     asked = json.loads((folder / "responses.json").read_text())  # 7 of them, see SHORT
@@ -384,44 +178,6 @@ def test_categories_of_the_rows_reach_the_answers():
     given = json.loads((ranks.newest() / "responses.json").read_text())
     assert given and all(row.get("category") == wanted[row["instruction"]] for row in given)
     assert any("category" in row for row in given)
-
-
-# packing
-
-
-@pytest.mark.parametrize("kind", ["run_lora", "folds"])
-def test_an_archive_holds_what_measuring_needs_and_no_optimizer(kind, trained):
-    folder = trained(kind)
-    said = evaluate("--pack", folder, "--out", "away")
-    archive = Path("away") / f"{folder.name}.tar.gz"
-    assert str(archive) in said and [path.name for path in Path("away").iterdir()] == [archive.name]
-    with tarfile.open(archive) as tar:
-        names = tar.getnames()
-        tar.extractall("home", filter="data")
-    assert not any("state.pt" in name or ".lock" in name for name in names)
-    unpacked = Path("home/runs") / folder.parent.name / folder.name
-    small = {"config.json", "result.json", "log.txt", "metrics.jsonl", "source/core.py"}
-    assert all((unpacked / name).read_bytes() == (folder / name).read_bytes() for name in small)
-    checkpoints = {path.name for path in (unpacked / "checkpoints").iterdir()}
-    assert checkpoints == set(result(folder)["test_checkpoints"])
-    assert "as result.json has it" in evaluate("--run", unpacked)
-    script_name, argv = MADE[kind]
-    code = ranks.launch(
-        script_name, *argv, "--out", unpacked.parent, "--resume_timestamp", folder.name, "--epochs", 9
-    )
-    assert code == [2] and "packed without optimizer state" in Path("out.txt").read_text()
-    assert (unpacked / "result.json").read_bytes() == (folder / "result.json").read_bytes()
-
-
-def test_a_killed_packing_leaves_no_archive_under_its_name(trained, monkeypatch):
-    monkeypatch.setattr(tarfile.TarFile, "addfile", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    cfg = core.parse_config(script.Config, {}, {}, "", ["--pack", str(trained("run_lora")), "--out", "away"])
-    with pytest.raises(OSError, match="disk full"):
-        script.main(cfg, World())
-    assert list(Path("away").iterdir()) == []
-
-
-# what can be wrong
 
 
 def test_a_broken_checkpoint_is_named_and_another_used(copy):

@@ -1,8 +1,5 @@
-"""run_mathqa.py: two stages, adapters, int4 under the house laws; modes both, study, split, quantise, export.
-test_laws.py has mode finetune with all weights, other files the parts.
-"""
+"""run_mathqa.py under the house laws: two stages, bases, export, quantise, bad input."""
 
-import itertools
 import json
 import shutil
 import signal
@@ -10,12 +7,34 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import ranks
 import torch
 from ranks import everywhere, launch
 from safetensors.torch import load_file, save_file
+from toys.run_mathqa import (
+    DATA,
+    FIRST,
+    NAME,
+    SECOND,
+    SPLIT,
+    STUDY,
+    arms,
+    budgets,
+    constants_of,
+    copied,  # noqa: F401 (a fixture)
+    go,  # noqa: F401 (a fixture)
+    here,  # noqa: F401 (a fixture)
+    result_of,
+    rows_of,
+    run_folders,
+    same_outcome,
+    shared_cache,
+    slow,
+    studied,  # noqa: F401 (a fixture)
+    study_of,
+    tables_of,
+)
 
 import core
 import lab.run.folder
@@ -24,15 +43,7 @@ from core import World
 from lab.models import int4
 from lab.run import checkpoints, resume
 
-NAME = "run_mathqa"
 PROJECT = Path(script.__file__).parent
-DATA = [
-    *("--smoke", "--max_documents", 200, "--text_documents", 30, "--tokenizer", "bpe:300", "--n_embd", 32),
-    *("--eval_rows", 20, "--answer_rows", 7, "--plain_blocks", 3, "--log_every", 4),
-]
-FIRST = ["--pretrain_batch", 10, "--pretrain_max_steps", 10, "--pretrain_eval_every", 4]
-FIRST = [*FIRST, "--pretrain_save_every", 3]
-SECOND = ["--batch", 10, "--max_steps", 12, "--eval_every", 5, "--save_every", 4]
 PRETRAIN = [*DATA, "--mode", "pretrain", *FIRST]
 FINETUNE = [*DATA, "--mode", "finetune", *SECOND]
 BOTH = [*DATA, "--mode", "both", *FIRST, *SECOND]
@@ -50,38 +61,6 @@ KINDS = {
     "letter": [*NEW, "--answer_format", "letter", "--max_length", 128, "--block_size", 128],
     "prompt": [*NEW, "--loss_on_prompt"],
 }
-slow = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def here(tmp_path_factory, cache):
-    """Makes the current folder a new one that lasts as long as the module, for the length of a `with`."""
-
-    def enter(name):
-        patch = pytest.MonkeyPatch()
-        patch.chdir(tmp_path_factory.mktemp(name))
-        return patch
-
-    return enter
-
-
-def shared_cache(cache) -> dict:
-    return {"TOKEN_CACHE": str(cache)}
-
-
-@pytest.fixture
-def go(cache):
-    """The script, expected to end well; returns what it printed."""
-
-    def run(*argv, size=1, out="out", name=NAME, ends=None, **options) -> str:
-        codes = launch(
-            name, *(["--out", out] if out else []), *argv, size=size, env=shared_cache(cache), **options
-        )
-        said = Path("out.txt").read_text()
-        assert codes == (ends or [0] * size), said
-        return said
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -102,20 +81,8 @@ def made(here, cache):
     return folder
 
 
-def result_of(folder) -> dict:
-    return json.loads((Path(folder) / "result.json").read_text())
-
-
-def constants_of(folder) -> dict:
-    return json.loads((Path(folder) / "config.json").read_text())["constants"]
-
-
 def weights_at(folder, name) -> dict[str, torch.Tensor]:
     return load_file(Path(folder) / "checkpoints" / name / "model.safetensors")
-
-
-def run_folders(out="out") -> list[Path]:
-    return sorted(path.parent for path in Path(out).glob("*/config.json"))
 
 
 def same_weights(got, want, tolerance=0.0, note=""):
@@ -123,10 +90,6 @@ def same_weights(got, want, tolerance=0.0, note=""):
     for name, value in got.items():
         torch.testing.assert_close(value, want[name], rtol=0, atol=tolerance, msg=f"{note} {name}")
 
-
-# ----------------------------------------------------------------------------------------------------------
-# laws 1 to 3
-# ----------------------------------------------------------------------------------------------------------
 
 FEW, MANY = [(1, "none"), (2, 3)], [(1, "none"), (1, 3), (2, 1), (3, "none")]
 
@@ -173,12 +136,6 @@ def straight(here, cache):
         return known[kind, size]
 
     return reference
-
-
-def same_outcome(got, want):
-    names = [name for name in want if name.startswith(("test/", "weights", "test_check", "alarm", "plain"))]
-    assert got["status"] == "finished" and len(names) > 10
-    assert {name: got.get(name) for name in names} == {name: want[name] for name in names}
 
 
 @pytest.mark.parametrize(
@@ -261,11 +218,6 @@ def test_figures_do_not_depend_on_the_number_of_ranks(kind, made, go):
     for size, batch in ((2, 3), (3, 64)):
         said = go("--run_folder", folder, "--eval_batch", batch, size=size, out=None, name="eval")
         assert "  as result.json has it" in said, said
-
-
-# ----------------------------------------------------------------------------------------------------------
-# mode both
-# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -364,256 +316,6 @@ def test_a_signal_in_mode_both_stops_and_the_same_command_goes_on(nth, whole, go
     same_stages(whole(1))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# mode study
-# ----------------------------------------------------------------------------------------------------------
-
-ARMS = ("full", "lora,lr=3e-3", "full,qat=int4")
-STUDY = [*DATA, "--mode", "study", *FIRST, *SECOND, "--pretrain_max_steps", 4, "--answer_rows", 0]
-STUDY = [*STUDY, "--arms", *ARMS, "--budgets", "steps", "time", "--seeds", 2]
-
-
-def arms(*names, of=STUDY) -> list:
-    """STUDY with other arms: words of a flag given twice would add up."""
-    start = of.index("--arms") + 1
-    return [*of[:start], *names, *of[start + len(ARMS) :]]
-
-
-def budgets(*names, of=STUDY) -> list:
-    start = of.index("--budgets") + 1
-    return [*of[:start], *names, *of[start + 2 :]]
-
-
-@pytest.fixture(scope="module")
-def studied(here, cache):
-    """A folder in which a study has run to its end: not to be written to."""
-    patch = here("studied")
-    assert launch(NAME, "--out", "out", *STUDY, env=shared_cache(cache)) == [0], Path("out.txt").read_text()
-    folder = Path.cwd()
-    patch.undo()
-    return folder
-
-
-@pytest.fixture
-def copied(studied, monkeypatch):
-    """The current folder is a copy of `studied`."""
-    shutil.copytree(studied, "copied")
-    monkeypatch.chdir("copied")
-
-
-def study_of(folder=".", mode="study") -> dict:
-    """study.json of the newest study there."""
-    path = max(Path(folder).glob(f"out/{mode}-*/study.json"), key=lambda path: path.stat().st_mtime_ns)
-    return json.loads(path.read_text())
-
-
-def tables_of(text) -> list[list[dict]]:
-    """The rows of each Markdown table in `text`."""
-    found = []
-    for is_table, lines in itertools.groupby(text.splitlines(), lambda line: line.startswith("|")):
-        if is_table:
-            head, _, *rows = ([c.strip() for c in line.rstrip()[1:-1].split("|")] for line in lines)
-            found.append([dict(zip(head, row, strict=True)) for row in rows])
-    return found
-
-
-def rows_of(text) -> list[dict]:
-    """The rows of the first one."""
-    return tables_of(text)[0]
-
-
-def test_every_arm_stands_in_both_tables_with_the_figures_of_its_runs(studied):
-    (path,) = studied.glob("out/study-*/study.md")
-    sections = path.read_text().split("**equal ")[1:]
-    sections[-1], last = sections[-1].split("**int4**")
-    found = study_of(studied)["runs"]
-    assert list(found) == ["steps", "time"]
-    for section, budget in zip(sections, found, strict=True):
-        assert section.startswith(budget)
-        rows = {row["arm"]: row for row in rows_of(section)}
-        assert tuple(rows) == tuple(found[budget]) == ARMS
-        for arm, row in rows.items():
-            results = [result_of(studied / folder) for folder in found[budget][arm]]
-            for name, figure, digits in (
-                ("loss", "test/loss", 4),
-                ("answers", "test/answer_accuracy", 3),
-                ("per token", "test/answer_accuracy_per_token", 3),
-                ("shuffled", "test/shuffled_accuracy", 3),
-                ("forgotten", "plain/forgotten", 4),
-                ("steps", "steps", 0),
-                ("s", "train_seconds", 1),
-                ("MB", "state_mb", 2),
-            ):
-                mean = np.mean([result[figure] for result in results])
-                assert float(row[name].split()[0]) == pytest.approx(mean, abs=0.501 * 10.0**-digits), (
-                    arm,
-                    name,
-                )
-            assert row["trained"] == f"{results[0]['trainable_parameters']:,}"
-    assert {row["run"] for row in rows_of(last)} == {"full", "full,qat=int4"}
-
-
-def test_a_difference_of_the_study_is_that_of_its_runs(studied):
-    study = study_of(studied)
-    for budget, figures in study["figures"].items():
-        assert {(one["arm"], one["figure"]) for one in figures} == {
-            (arm, figure) for arm in ARMS[1:] for figure in ("loss", "answers")
-        }
-        for one in figures:
-            name = {"loss": "test/loss", "answers": "test/answer_accuracy"}[one["figure"]]
-            means = [
-                np.mean([result_of(studied / folder)[name] for folder in study["runs"][budget][arm]])
-                for arm in (one["arm"], "full")
-            ]
-            assert one["difference"] == pytest.approx(means[0] - means[1], abs=1e-6)
-
-
-def test_arms_differ_in_what_they_name_alone(studied):
-    study, aside = study_of(studied), core.CALL_CONSTANTS | {"max_steps", "max_minutes"}
-    for arms in study["runs"].values():
-        for seed in (0, 1):
-            first, lora, int4 = (constants_of(studied / arms[arm][seed]) for arm in ARMS)
-            assert first["seed"] == seed and f"pretrain-4steps-s{seed}" in first["init_from"]
-            differ = [{n for n in first if n not in aside and first[n] != one[n]} for one in (lora, int4)]
-            assert differ == [{"method", "lr"}, {"qat"}]
-            assert lora["lr"] == 3e-3 and lora["method"] == "lora" and int4["qat"] == "int4"
-
-
-def test_equal_steps_are_equal_and_equal_time_is_to_a_step(studied):
-    found = study_of(studied)["runs"]
-    assert found["steps"]["full"] == found["time"]["full"]
-    for seed in (0, 1):
-        first = result_of(studied / found["steps"]["full"][seed])
-        for arm in ARMS[1:]:
-            assert result_of(studied / found["steps"][arm][seed])["steps"] == first["steps"] == 12
-            folder = studied / found["time"][arm][seed]
-            lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-            shares = [line["clock/share"] for line in lines if "clock/share" in line]  # before each step
-            assert len(shares) == result_of(folder)["steps"] and shares[-1] < 1
-            assert result_of(folder)["train_seconds"] >= first["train_seconds"] - 1e-6
-
-
-def test_the_quantised_figures_of_the_study_are_those_of_its_folders(studied):
-    study = study_of(studied)
-    assert list(study["quantised"]) == ["full", "full,qat=int4"]
-    for arm, of_arm in study["quantised"].items():
-        for folder, one in zip(study["runs"]["steps"][arm], of_arm, strict=True):
-            stored = json.loads((studied / folder / "quantised_32" / "result.json").read_text())
-            rows = stored.pop("rows")  # each row's, by which int4 and float are compared
-            assert one == stored and np.shape(rows["loss"]) == (2, len(rows["targets"]))
-            means = np.sum(rows["loss"], axis=1) / sum(rows["targets"])
-            assert means.tolist() == pytest.approx([one[kind]["test/loss"] for kind in ("float", "int4")])
-            assert one["trained_for_it"] == ("qat" in arm)
-            own = result_of(studied / folder)["test/loss"]
-            assert one["int4" if "qat" in arm else "float"]["test/loss"] == pytest.approx(own, abs=1e-4)
-            assert one["int4"]["mb"] < one["float"]["mb"] / 2
-
-
-def test_a_finished_study_typed_again_makes_nothing_and_says_the_same(copied, go):
-    folders, (path,) = run_folders(), Path("out").glob("study-*/study.md")
-    before = study_of(), path.read_text()
-    said = go(*STUDY)
-    assert said.count("finished already") == len(folders) == 12 and "forecast" not in said
-    assert (
-        run_folders() == folders
-        and (study_of(), next(Path("out").glob("study-*/study.md")).read_text()) == before
-    )
-
-
-def test_another_rate_of_an_arm_makes_that_arm_anew(copied, go):
-    folders, was = run_folders(), study_of()["runs"]
-    go(*arms("full", "lora,lr=1e-3", "full,qat=int4"), "--seeds", 1)
-    new = [constants_of(folder) for folder in run_folders() if folder not in folders]
-    assert [(one["method"], one["lr"]) for one in new] == [("lora", 1e-3)] * 2
-    assert study_of()["runs"]["steps"]["full"] == was["steps"]["full"][:1]
-
-
-def test_other_lengths_and_rates_of_tuning_repeat_no_pretraining(copied, go):
-    folders = run_folders()
-    go(*arms("full", of=budgets("steps")), "--seeds", 1, "--max_steps", 5, "--lr", 1e-3, "--loss_on_prompt")
-    (new,) = (constants_of(folder) for folder in run_folders() if folder not in folders)
-    assert new["mode"] == "finetune" and new["max_steps"] == 5 and new["lr"] == 1e-3
-    assert "pretrain-4steps-s0" in new["init_from"] and study_of()["runs"]["steps"].keys() == {"full"}
-
-
-@slow
-def test_another_length_makes_every_arm_anew_and_no_pretraining(copied, go):
-    folders = run_folders()
-    go(*STUDY, "--seeds", 1, "--max_steps", 6)
-    new = [constants_of(folder) for folder in run_folders() if folder not in folders]
-    assert [one["mode"] for one in new] == ["finetune"] * 5
-
-
-def test_equal_time_is_that_of_the_first_arm_there_is_now(copied, go):
-    """The arms of another first arm had another time."""
-    go(*arms("lora,lr=3e-3", "full", "full,qat=int4"), "--seeds", 1)
-    found = study_of()["runs"]["time"]
-    first = result_of(found["lora,lr=3e-3"][0])["train_seconds"]
-    for arm in ("full", "full,qat=int4"):
-        assert constants_of(found[arm][0])["max_minutes"] == pytest.approx(first / 60), arm
-
-
-def test_arms_of_many_words_are_trained_for_both_budgets(copied, go):
-    long = "lora,lr=3e-3,beta1=0.9,beta2=0.95,weight_decay=0.1,warmup=0.1,clip=1.0"
-    go(*arms("full", long), "--seeds", 1)
-    found = study_of()["runs"]
-    assert found["steps"][long] != found["time"][long]
-    assert constants_of(found["time"][long][0])["max_minutes"]
-
-
-@slow
-@pytest.mark.parametrize(("place", "nth"), [("step", 2), ("save", 4), ("step", 20)])
-def test_a_study_killed_anywhere_and_typed_again_has_the_same_figures(place, nth, studied, go):
-    """At equal steps: what follows the clock is not repeated to the bit."""
-    argv = [*budgets("steps"), "--seeds", 1]
-    assert -9 in launch(NAME, "--out", "out", *argv, kill=(place, nth, 0)), Path("out.txt").read_text()
-    go(*argv)
-    for arm, (folder,) in study_of()["runs"]["steps"].items():
-        same_outcome(result_of(folder), result_of(studied / study_of(studied)["runs"]["steps"][arm][0]))
-
-
-# ----------------------------------------------------------------------------------------------------------
-# mode split
-# ----------------------------------------------------------------------------------------------------------
-
-SPLIT = [*DATA, "--mode", "split", *FIRST, *SECOND, "--answer_rows", 0, "--plain_blocks", 0]
-
-
-@pytest.mark.parametrize(
-    "total", [pytest.param((8, 12), id="even", marks=slow), pytest.param((9, 12), id="odd")]
-)
-def test_the_steps_of_each_share_add_up_to_the_total(total, go):
-    shares = ("0.5", "0.9")
-    go(*SPLIT, "--pretrain_max_steps", total[0], "--max_steps", total[1], "--shares", *shares)
-    (arms,) = study_of(mode="split")["runs"].values()
-    assert list(arms) == ["0.5 pretraining", "0.9 pretraining"]
-    for share, (folder,) in zip(shares, arms.values(), strict=True):
-        steps = [result_of(each)["steps"] for each in (constants_of(folder)["init_from"], folder)]
-        assert steps[0] == pytest.approx(float(share) * sum(total), abs=0.5)
-        assert sum(steps) == sum(total), (share, steps)
-
-
-def test_the_minutes_of_each_share_add_up_to_the_total(go):
-    minutes = ["--pretrain_max_steps", "none", "--max_steps", "none", "--max_minutes", 0.003]
-    go(*SPLIT, *minutes, "--pretrain_max_minutes", 0.003, "--shares", 0.25, 0.5)
-    (arms,) = study_of(mode="split")["runs"].values()
-    assert list(arms) == ["0.25 pretraining", "0.5 pretraining"]
-    for share, (folder,) in zip((0.25, 0.5), arms.values(), strict=True):
-        for each, part in ((constants_of(folder)["init_from"], share), (folder, 1 - share)):
-            assert constants_of(each)["max_minutes"] == pytest.approx(part * 0.006)
-            assert result_of(each)["train_seconds"] >= part * 0.36
-
-
-def test_shares_that_are_near_each_other_are_not_seeds_of_one(go):
-    go(*SPLIT, "--pretrain_max_steps", 8, "--max_steps", 12, "--shares", 0.5, 0.504)
-    (arms,) = study_of(mode="split")["runs"].values()
-    assert [len(folders) for folders in arms.values()] == [1, 1], arms
-
-
-# ----------------------------------------------------------------------------------------------------------
-# what is tuned
-# ----------------------------------------------------------------------------------------------------------
-
 BLANK = [*FINETUNE, "--max_steps", 0, "--answer_rows", 0, "--plain_blocks", 0]  # the weights stay the base's
 
 
@@ -690,11 +392,6 @@ def test_a_base_that_has_changed_is_not_gone_on_with(made, go):
     assert "base_sha256 is not what" in refused(*argv)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# eval.py, export, quantise
-# ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("kind", "dtype"), [*((kind, "fp32") for kind in ("pretrain", "full", *ADAPTERS, "qat")), ("qat", "fp64")]
 )
@@ -756,11 +453,6 @@ def test_mode_quantise_measures_what_it_writes_and_reads_it_the_second_time(made
     before = Path("run/quantised_32/model.safetensors").stat().st_mtime_ns
     assert rows_of(go(*argv, out=None)) == rows_of(said)
     assert Path("run/quantised_32/model.safetensors").stat().st_mtime_ns == before
-
-
-# ----------------------------------------------------------------------------------------------------------
-# mistakes
-# ----------------------------------------------------------------------------------------------------------
 
 
 def refused(*argv) -> str:
@@ -835,11 +527,6 @@ def test_a_run_of_another_script_is_not_quantised(go):
 def gpt_few() -> list:
     small = ["--smoke", "--max_documents", 20, "--val_share", 0.2, "--test_share", 0.2, "--n_embd", 32]
     return [*small, "--max_steps", 0, "--sample_tokens", 0]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# as a user types it
-# ----------------------------------------------------------------------------------------------------------
 
 
 @slow

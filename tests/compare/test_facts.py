@@ -1,0 +1,90 @@
+"""What the small files say of a run: its code, its resumes, folders that stand for runs."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+from conftest import PROJECT
+from toys.results import make_run, refused, resumes, source
+
+import core
+from lab.compare import facts, tables
+from lab.run import provenance
+
+
+def resume_notes(name, *entries, other_code=(), **constants):
+    config = resumes(*entries)
+    for entry in config["resumes"] if other_code else ():
+        entry["other_code"] = list(other_code)
+    folder = make_run(
+        name, config=config, files=source(), **{"schedule": "cosine", "warmup": 0.1} | constants
+    )
+    return facts.resume_notes([(name, facts.read(folder))])
+
+
+def test_a_resume_with_another_length_is_told_and_one_that_goes_on_as_before_is_not():
+    end = ": its learning rate followed another schedule until then"
+    longer = {"epochs": (3, 6), "max_steps": (10, None), "micro_batch": (1, 2), "final_eval": (True, False)}
+    text = "NOTE a was resumed at step 40 with epochs 6 (before: 3), max_steps none (before: 10)"
+    assert resume_notes("a", (10, {}), (40, longer)) == [text + end]
+    assert resume_notes("b", (40, longer), schedule="constant", warmup=0) == [text.replace("a", "b", 1)]
+    assert resume_notes("c", (40, {}), (60, {"keep": (2, 3)}), (0, longer)) == []
+    assert resume_notes("d", (40, {"epochs": (3, 6)}), (40, {"epochs": (6, 3)})) == []  # and back again
+    back = [(40, {"epochs": (3, 6)}), (60, {"epochs": (6, 8)}), (20, {})]  # of an older checkpoint
+    assert resume_notes("e", *back) == [f"NOTE e was resumed at step 20 with epochs 8 (before: 3){end}"]
+    untold = "NOTE resumed, perhaps with another length (not recorded): f at step 7, f at step 9"
+    assert resume_notes("f", 0, 7, 9) == [untold]
+    code = "NOTE g was resumed at step 5 with another core.py than its source/ has"
+    assert resume_notes("g", (5, {}), other_code=["judge.py", "core.py"]) == [code]
+    text = tables.table(facts.find(["runs/run_lora"]))
+    assert "|\n\nNOTE a was resumed at step 40 " in text and text.endswith(f"{code}\n{untold}")
+
+
+@dataclasses.dataclass
+class Resumed:
+    """Constants of a script at a resume."""
+
+    epochs: int = 6
+    lr: float = 0.1
+    tag: str | None = None
+    arms: tuple = ("a",)
+    label_smoothing: float = 0.0
+
+
+def test_a_resume_records_which_constants_and_files_are_not_those_it_began_with():
+    stored = {"epochs": 3, "lr": 0.1, "lost": 1, "tag": "x", "arms": ["a"]}
+    Path("run_other.py").write_text("x = 2\n")
+    began = {"source/run_other.py": "x = 1\n", "source/core.py": (PROJECT / "core.py").read_text()}
+    folder = Path(make_run("a", config={"constants": stored, "resumes": []}, files=began))
+    run = SimpleNamespace(folder=folder, resumed=True, position={"step": 7}, script=Path("run_other.py"))
+    run.world, run.cfg, run.say = core.World(), Resumed(), print
+    provenance.write_provenance(run)
+    (entry,) = core.read_config(folder)["resumes"]
+    wanted = {"epochs": {"was": 3, "is": 6}, "lost": {"was": 1}, "label_smoothing": {"is": 0.0}}
+    assert (entry["step"], entry["changed"], entry["other_code"]) == (7, wanted, ["run_other.py"])
+
+
+def test_folders_stand_for_their_runs_each_once():
+    a, b, c = make_run("a"), make_run("b"), make_run("c", script="run_preference")
+    assert [f.name for f in facts.find([b, "runs/run_lora", f"runs/../{a}/", c])] == ["b", "a", "c"]
+    refused("runs holds no run: use runs/run_lora runs/run_preference", facts.find, ["runs"])
+    refused("no such folder: nowhere", facts.find, ["nowhere"])
+    for text in ('{"model_type": "gpt2"}', '{"script": "run_lora", "const', "[1, 2]", ""):
+        Path(a, "config.json").write_text(text)
+        refused(f"{a} is no run folder", facts.find, [a])
+
+
+def test_a_runs_source_is_what_it_imported(tmp_path):
+    """Asked of the process: neither a list of names to forget, nor what other scripts need."""
+    flags = ["--smoke", "--max_documents", "90", "--max_steps", "2", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "run_preference.py", *flags]  # in the project's folder, as its user does
+    subprocess.run(command, check=True, timeout=300, cwd=PROJECT)
+    (folder,) = Path("out").iterdir()
+    names = {str(path.relative_to(folder / "source")) for path in (folder / "source").rglob("*.py")}
+    assert {"run_preference.py", "core.py", "lab/run/folder.py", "lab/measure/preference.py"} <= names
+    assert not {"lab/compare/judge.py", "gpt_scratch.py", "tests/conftest.py", "eval.py"} & names
+    code = facts.read(folder).code  # of what the index names, only what the script says counts
+    assert {"run_preference.py", "lab/run/folder.py", "lab/data/pairs.py", "lab/errors.py"} <= set(code)
+    assert not {"core.py", "lab/models/gpt.py", "lab/data/mixture.py", "lab/models/lora.py"} & set(code)

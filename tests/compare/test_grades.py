@@ -1,0 +1,91 @@
+"""Duels in both orders, ties and unreadable verdicts."""
+
+import json
+import re
+from collections import Counter
+
+import pytest
+from toys.judge import (
+    in_process,
+    judge_of,
+    row,
+    serve,  # noqa: F401 (a fixture)
+    write,
+)
+
+import core
+from lab.compare import judge, responses
+from lab.compare.grades import lines_of_duel
+
+
+def shown(text):
+    """The answers of a question for the better one, as a judge sees them."""
+    return re.search(r"Response A:\n\n(.*)\n\nResponse B:\n\n(.*)\n\nWhich", text, re.S).groups()
+
+
+def sides(n=8):
+    ours = [row(i, model_response=f"good {i}", input=f"given {i}") for i in range(n)]
+    return ours, [{**one, "model_response": f"much longer {i}"} for i, one in enumerate(ours)][::-1]
+
+
+JUDGES = {  # what it says -> rates of: wins, the same in both orders, the first place, the longer answer
+    "always A": (lambda a, b: "A", [0.5, 0, 1, 0.5]),
+    "the longer": (lambda a, b: "A" if len(a) > len(b) else "B", [0, 1, 0.5, 1]),
+    "knows": (lambda a, b: "Response A." if "good" in a else "**B**", [1, 1, 0.5, 0]),
+    "ties": (lambda a, b: "tie", [0.5, 1, None, None]),
+    "ties or ours": (lambda a, b: "A" if "good" in a else "tie", [1, 0, 1, 0]),
+}
+
+
+@pytest.mark.parametrize("case", JUDGES)
+def test_a_duel_shows_both_orders_and_tells_a_judges_leanings(serve, case):
+    says, wanted = JUDGES[case]
+    server = serve(lambda text: says(*shown(text)))
+    (ours, theirs), names = sides(), ("wins", "same_in_both_orders", "first_place", "longer")
+    found = judge.duel(judge_of(server), ours, theirs)
+    assert [found[name] for name in names] == wanted
+    answers = [{one["model_response"] for one in pair} for pair in zip(ours, theirs[::-1], strict=True)]
+    seen = Counter(frozenset(shown(text)) for text in server.asked)
+    assert seen == dict.fromkeys(map(frozenset, answers), 2) and set(server.asked.values()) == {1}
+    for text in server.asked:  # prompt, input and reference of the two answers
+        i = re.search(r"(good|longer) (\d+)", text)[2]
+        assert all(part in text for part in (f"Name thing {i}.", f"given {i}", f"reference {i}"))
+    assert (found["prompts"], found["equal"], found["unreadable"]) == (8, 0, 0)
+    assert [outcome["win"] for outcome in found["outcomes"]] == [wanted[0]] * 8
+    told = "\n".join(lines_of_duel("ours", "theirs", found))
+    assert ("cannot be told apart" in told) == (wanted[0] == 0.5)
+
+
+def test_equal_answers_are_ties_unasked_and_unreadable_verdicts_are_counted(serve):
+    server = serve(lambda text: "hm" if " 1" in shown(text)[0] else "A" if "good" in shown(text)[0] else "B")
+    ours, theirs = sides(4)
+    theirs[0] = {**theirs[0], "model_response": " good 3\n"}
+    found = judge.duel(judge_of(server), ours, [*theirs, row(70)])
+    assert server.asked.total() == 6 and not any(" 3" in text for text in server.asked)
+    assert (found["prompts"], found["equal"], found["unreadable"]) == (4, 1, 2)
+    wins = {outcome["group"]: outcome["win"] for outcome in found["outcomes"]}
+    assert wins == {responses.group_of(ours[i]): win for i, win in {0: 1, 2: 1, 3: 0.5}.items()}
+    assert found["wins"] == pytest.approx(2.5 / 3)
+    with pytest.raises(core.UserError, match="no prompt in common"):
+        judge.duel(judge_of(server), ours, [row(70)])
+
+
+def test_several_verdicts_in_one_order_are_not_both_orders(serve):
+    server = serve(lambda text: "A" if "good" in shown(text)[0] else "I cannot say")
+    found = judge.duel(judge_of(server), *sides(3), repeats=2)
+    assert found["unreadable"] == 6 and set(server.asked.values()) == {2}
+    assert found["wins"] is None and found["outcomes"] == []
+
+
+def test_a_duel_of_two_files_is_written_and_one_file_is_no_duel(serve, tmp_path, capfd):
+    server = serve(lambda text: "A" if "good" in shown(text)[0] else "B")
+    for name, some in zip(("one", "two"), sides(), strict=True):
+        (tmp_path / name).mkdir()
+        write(some, tmp_path / name / "responses.json")
+    run = ["--judge_url", server.url, "--pairwise", "--out", "results", "--run"]
+    assert in_process(*run, "one", "two") == 0
+    assert "one against two: wins 1.000" in capfd.readouterr().out
+    [written] = (tmp_path / "results").glob("duel_*_one_two.json")  # the judge's name between
+    found = json.loads(written.read_text())
+    assert found["sides"] == ["one", "two"] and found["wins"] == 1
+    assert in_process(*run, "one") == 2 and "--pairwise" in capfd.readouterr().err

@@ -1,0 +1,385 @@
+"""The judge against a server on this machine that counts what it is asked, and fails as real ones do."""
+
+import contextlib
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import scipy.stats
+from conftest import PROJECT
+from toys.judge import (
+    Handler,
+    grade,
+    in_process,
+    judge_of,
+    row,
+    serve,  # noqa: F401 (a fixture)
+    write,
+)
+
+import core
+from lab.compare import judge
+from lab.compare.grades import lines_of_score
+
+KEY = "sk-Zq7Vb2Xw9"  # no part of it is to be found anywhere
+
+
+def rows(n):
+    return [row(number) for number in range(n)]
+
+
+def recorded(tmp_path):
+    return [json.loads(line) for path in tmp_path.glob("cache/*") for line in path.read_text().splitlines()]
+
+
+def gives_up(some, asked):
+    with pytest.raises(core.UserError) as error:
+        judge.score(asked, some)
+    for thread in threading.enumerate():  # what was in flight is kept, too
+        if thread.name.startswith("ThreadPoolExecutor"):
+            thread.join(10)
+    assert "\n" not in str(error.value) and "\r" not in str(error.value)
+    return str(error.value)
+
+
+def process(server, *argv):
+    argv = ["--mode", "judge", "--run", "responses.json", "--judge_url", server.url, *map(str, argv)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, str(PROJECT / "eval.py"), *argv], **pipes)
+
+
+def test_each_answer_is_asked_once_and_mean_interval_and_counts_are_those_of_hand(serve):
+    server, nothing = serve(), {"model_response": " \n"}
+    some = [row(i, input=f"given {i}") for i in range(40)] * 2 + [row(77, **nothing), row(77, **nothing)]
+    found = judge.score(judge_of(server), some)
+    assert len(server.replied) == 40 and set(server.asked.values()) == {1}
+    body, text = server.bodies[7], server.bodies[7]["messages"][0]["content"]
+    i = grade(text)
+    assert body == {"model": "m", "temperature": 0, "messages": [{"role": "user", "content": text}]}
+    for part in (f"Instruction:\nName thing {i}.", f"Input:\ngiven {i}", f"reference {i}", f"answer {i}"):
+        assert text.count(part) == 1
+    per_prompt = [*range(40), 0]
+    half = scipy.stats.t.ppf(0.975, 40) * np.std(per_prompt, ddof=1) / np.sqrt(41)
+    interval = [np.mean(per_prompt) - half, np.mean(per_prompt) + half]  # of 82 rows: 1.4 times narrower
+    assert found["score"] == pytest.approx(np.mean(per_prompt))
+    assert found["score_interval"] == pytest.approx(interval, rel=0.03)
+    counts = {name: found[name] for name in ("rows", "graded", "empty", "unreadable", "repeats", "noise")}
+    assert counts == {"rows": 82, "graded": 82, "empty": 2, "unreadable": 0, "repeats": 1, "noise": None}
+    assert [entry["grades"] for entry in found["grades"]] == [[i] for i in [*range(40)] * 2 + [0, 0]]
+
+
+def test_grades_that_are_all_alike_have_an_interval_on_their_own_scale(serve):
+    found = judge.score(judge_of(serve(lambda text: "100")), rows(12))
+    assert found["score_interval"] == pytest.approx([75, 100])  # the rule of three: 3 of 12 prompts
+    found = judge.score(judge_of(serve()), [row(i, model_response="") for i in range(12)])
+    assert found["score_interval"] == pytest.approx([0, 25])
+
+
+@pytest.mark.parametrize("requests", [4, 1])
+def test_a_slow_judge_has_as_many_requests_at_once_as_allowed(serve, requests):
+    server = serve(delay=0.1)
+    assert judge.score(judge_of(server, requests=requests), rows(9))["score"] == 4
+    assert server.most == requests
+
+
+REPLIES = {
+    "85": 85, " 85\n": 85, "85.": 85, "Score: 85": 85, "85/100": 85, "85 / 100": 85, "**85**": 85,
+    "85 out of 100": 85, "<think>maybe 20 or 30</think>70": 70, "100": 100, "100/100": 100, "0": 0,
+    "85.0": 85, "": None, "good": None, "101": None, "-5": None, "85.5": None, "85,5": None,
+    "between 70 and 80": None, "eighty": None, "85/10": None, "70-80": None, "/100": None, "9" * 400: None,
+    "<think>It has 2 faults": None,  # cut off in its thoughts
+}  # fmt: skip
+VERDICTS = {
+    "A": "A", "b": "B", "**B**": "B", "Response A.": "A", "Tie": "tie", "A is better": "A", " B\n": "B",
+    "The better response is B": "B", "<think>B?</think>A": "A",
+    "": None, "A or B": None, "neither": None, "both are fine": None, "Response": None, "<think>A": None,
+}  # fmt: skip
+
+
+def test_a_grade_is_the_one_whole_number_and_a_verdict_all_that_a_reply_says():
+    assert {reply: judge.parse_score(reply) for reply in REPLIES} == REPLIES
+    assert {reply: judge.parse_verdict(reply) for reply in VERDICTS} == VERDICTS
+
+
+def test_unreadable_replies_are_counted_kept_and_not_part_of_the_mean(serve):
+    server = serve(lambda text: {"1": "no idea", "2": None}.get(grade(text), grade(text)))
+    for _ in range(2):  # the second time all is known
+        found = judge.score(judge_of(server), rows(5))
+        assert found["score"] == pytest.approx((0 + 3 + 4) / 3)
+        assert (found["graded"], found["unreadable"]) == (3, 2)
+        lines = "\n".join(lines_of_score("run", found))
+        assert "2 replies hold no grade; counted as 0 the mean would be 1.40" in lines
+    assert server.asked.total() == 5
+    found = judge.score(judge_of(server), [row(1)])
+    assert found["score"] is None and "no grade could be read" in lines_of_score("run", found)[0]
+
+
+def test_noise_is_the_root_of_the_mean_variance_within_answers(serve):
+    grades = {"0": [10, 20, 60], "1": [50, 50, 50], "2": [0, 90, 30]}
+    left = {number: list(of_answer) for number, of_answer in grades.items()}
+    server = serve(lambda text: str(left[grade(text)].pop()))
+    judge.score(judge_of(server), rows(3))
+    some = [*rows(3), row(9, model_response="")]  # not asked: it says nothing of the judge's noise
+    found = judge.score(judge_of(server), some, repeats=3)
+    assert set(server.asked.values()) == {3} and len(server.asked) == 3  # the first of three was known
+    got = [sorted(entry["grades"]) for entry in found["grades"]]
+    assert got == [*map(sorted, grades.values()), [0, 0, 0]]
+    assert found["noise"] == pytest.approx(np.sqrt((700 + 0 + 2100) / 3))  # deviations by hand
+    assert found["score"] == pytest.approx((30 + 50 + 40 + 0) / 4)
+
+
+def test_means_are_given_per_category_where_rows_have_one(serve):
+    some = [row(i, category="qa" if i % 2 else "math") for i in range(6)] + [row(50)]
+    found = judge.score(judge_of(serve()), some)["by_category"]
+    means = {name: (part["score"], part["rows"]) for name, part in found.items()}
+    assert means == {"math": (2, 3), "qa": (3, 3)}
+    low, high = found["math"]["score_interval"]
+    assert low < 2 < high and judge.score(judge_of(serve()), rows(3))["by_category"] == {}
+
+
+@pytest.mark.parametrize("what", ["model", "url", "model_response", "instruction", "input", "output"])
+def test_what_was_asked_once_is_free_and_what_differs_is_not(serve, what):
+    server, changes = serve(), {} if what in ("model", "url") else {what: "another answer 1"}
+    for _ in range(2):
+        assert judge.score(judge_of(server), [row(1)])["score"] == 1
+    assert server.asked.total() == 1
+    other = serve() if what == "url" else server
+    judge.score(judge_of(other, model="another" if what == "model" else "m"), [row(1, **changes)])
+    assert len(server.bodies) + (other is not server) * len(other.bodies) == 2
+
+
+CUT = b"HTTP/1.1 %s\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nbusy"
+PASSING = {
+    "429": lambda h: h.send(429, "slow down", Retry_After="0.5"),
+    "429 with a date": lambda h: h.send(429, "slow down", Retry_After="Wed, 21 Oct 2065 07:28:00 GMT"),
+    "500": lambda h: h.send(500, "{}"),
+    "503": lambda h: h.send(503, "loading the model"),
+    "reset": Handler.reset,
+    "closed": lambda h: h.raw(b""),
+    "half a body": lambda h: h.send(200, '{"choices": [{"mess', size=500),
+    "chunk cut": lambda h: h.raw(CUT % b"200 OK"),
+    "503, chunk cut": lambda h: h.raw(CUT % b"503 Busy"),
+    "no HTTP": lambda h: h.raw(b"SSH-2.0-OpenSSH_9.2\r\n"),
+    "no JSON": lambda h: h.send(200, "<html>busy</html>"),
+    "no choices": lambda h: h.send(200, '{"error": "busy"}'),
+    "choices empty": lambda h: h.send(200, '{"choices": []}'),
+    "content is no text": lambda h: h.send(200, '{"choices": [{"message": {"content": [{"text": "85"}]}}]}'),
+    "nothing": lambda h: h.send(200, ""),
+}
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_a_fault_is_tried_again_until_each_answer_is_judged_once(serve, fault, capfd, tmp_path):
+    server = serve(fault=lambda number, handler: handler.nth < 3 and PASSING[fault](handler))
+    assert judge.score(judge_of(server), rows(5))["score"] == 2
+    assert set(server.asked.values()) == {3} and set(server.replied.values()) == {1}
+    assert len(recorded(tmp_path)) == len(server.replied) == 5
+    assert capfd.readouterr().err.strip().count("\n") == 0  # told once
+    if fault == "429":  # the first question was asked alone: its three requests came first
+        assert min(np.diff(server.times[:3])) >= 0.5
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_a_fault_that_stays_ends_it_in_one_line_and_what_is_missing_is_asked_later(serve, fault, tmp_path):
+    server = serve(fault=lambda number, handler: grade(handler.text) == "2" and PASSING[fault](handler))
+    said = gives_up(rows(6), judge_of(server, model="llama3", attempts=2, requests=1))
+    assert all(part in said for part in (server.url, "judge llama3", "2 times"))
+    kept = int(re.search(r"(\d) of 6 questions are answered and kept", said)[1])
+    # a few come in while the others are called off
+    assert 2 <= kept <= len(recorded(tmp_path)) == len(server.replied) <= 5
+    server.fault = lambda number, handler: False
+    assert judge.score(judge_of(server, model="llama3"), rows(6))["score"] == 2.5
+    assert set(server.replied.values()) == {1} and sorted(server.asked.values()) == [1] * 5 + [3]
+
+
+@pytest.mark.parametrize("status, reason", [(400, "wrong"), (401, "wrong"), (404, f"no {KEY}")])
+def test_a_refusal_ends_it_at_once_without_the_key(serve, status, reason, tmp_path, capfd):
+    said = f"bad key {f'{KEY} ' * 30}"  # wherever it is cut, it is cut in a key
+    server = serve(fault=lambda number, handler: handler.send(status, said, reason))
+    error = gives_up(rows(6), judge_of(server, KEY))
+    assert len(server.bodies) == 1 and f"HTTP {status}" in error and "bad key" in error
+    told = error + "".join(capfd.readouterr()) + repr(recorded(tmp_path))
+    assert not [part for part in (KEY[:4], KEY[4:8], KEY[8:]) if part in told]
+
+
+def test_a_key_with_a_line_break_works_and_is_told_nowhere(serve, monkeypatch, tmp_path, capfd):
+    monkeypatch.setenv("JUDGE_API_KEY", f"{KEY}\r\n")  # read from a file with Windows' line ends
+    server, run = serve(), ["--run", write([row(1)]), "--judge_attempts", 1]
+    code = in_process(*run, "--judge_url", server.url)
+    assert KEY not in "".join(capfd.readouterr())
+    assert code == 0 and server.headers[0]["Authorization"] == f"Bearer {KEY}"
+
+
+def test_a_reply_that_holds_the_key_is_kept_without(serve, tmp_path):
+    server = serve(lambda text: f"7, said {KEY}")
+    assert judge.score(judge_of(server, KEY), rows(1))["rows"] == 1
+    assert len(recorded(tmp_path)) == 1 and KEY not in repr(recorded(tmp_path))
+
+
+OK, ERROR = b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 503 Busy\r\nContent-Length: 200\r\n\r\n"
+SLOW = {  # a reply takes half a minute, byte by byte
+    "silent": Handler.hang,
+    "dripping": lambda h: h.raw(OK + b"Content-Length: 200\r\n\r\n" + b" " * 200, 0.15),
+    "a dripping error": lambda h: h.raw(ERROR + b"x" * 200, 0.15),
+}
+
+
+@pytest.mark.parametrize("fault", SLOW)
+def test_a_server_that_hangs_costs_the_time_out_and_no_more(serve, fault):
+    server = serve(fault=lambda number, handler: SLOW[fault](handler))
+    began = time.monotonic()
+    said = gives_up(rows(2), judge_of(server, attempts=2, seconds=0.3))
+    assert 0.6 <= time.monotonic() - began < 20 and len(server.bodies) == 2
+    assert "no answer in time" in said or fault == "a dripping error"
+
+
+def test_a_server_that_dies_is_an_error_and_another_in_its_place_is_asked_for_the_missing(serve):
+    def die(number, handler):
+        if number == 8:
+            handler.server.stop()
+        return number >= 8 and handler.reset()
+
+    server = serve(fault=die)
+    said = gives_up(rows(20), judge_of(server, attempts=3))
+    done = set(server.replied)
+    kept = int(re.search(r"refused, 3 times.* (\d+) of 20", said)[1])
+    assert 3 <= kept <= len(done) <= 7
+    again = serve(port=server.server_port)
+    assert judge.score(judge_of(again), rows(20))["score"] == 9.5
+    assert len(again.asked) == 20 - len(done) and not done & set(again.asked)
+    assert set(again.asked.values()) == {1}
+
+
+def test_half_a_line_of_a_killed_process_is_asked_again_and_begins_no_other_line(serve, tmp_path):
+    server = serve()
+    judge.score(judge_of(server), rows(3))
+    (path,) = tmp_path.glob("cache/judge_*.jsonl")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) - 30])
+    judge.score(judge_of(server), rows(4))
+    assert sorted(server.asked.values()) == [1, 1, 1, 2]
+    assert path.read_bytes().startswith(whole[:-30] + b"\n{")
+    judge.score(judge_of(server), rows(4))
+    assert server.asked.total() == 5
+
+
+def test_killed_half_way_the_same_command_goes_on(serve, tmp_path):
+    n, at_once = 24, 3
+
+    def kill(number, handler):
+        if number == 10:
+            started.kill()
+
+    server = serve(fault=kill, delay=0.02)
+    write(rows(n))
+    started = process(server, "--judge_requests", at_once)
+    assert started.wait(60) == -signal.SIGKILL
+    kept = {entry["question"] for entry in recorded(tmp_path)}
+    assert 5 <= len(kept) < len(server.asked) < n
+    started = process(server, "--judge_requests", at_once)
+    out, _ = started.communicate(timeout=60)
+    assert started.returncode == 0 and f"{n} of {n} answers" in out
+    assert Counter(entry["question"] for entry in recorded(tmp_path)) == dict.fromkeys(server.asked, 1)
+    # asked twice: what was in flight when it died, at most as many as are asked at once
+    twice = {text for text, count in server.asked.items() if count > 1}
+    assert len(server.asked) == n and max(server.asked.values()) == 2
+    assert not twice & kept and len(twice) <= at_once
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_ctrl_c_ends_it_says_what_is_kept_and_the_same_command_goes_on(serve, tmp_path, hangs):
+    def interrupt(number, handler):
+        if number == 10:
+            started.send_signal(signal.SIGINT)
+        return hangs and number >= 10 and handler.hang()
+
+    server = serve(fault=interrupt, delay=0.05)
+    write(rows(24))
+    started = process(server)
+    with contextlib.ExitStack() as stack:
+        stack.callback(started.kill)
+        _, err = started.communicate(timeout=40)  # not the minute that a request may take
+    kept = int(re.search(r"SIGINT: (\d+) of 24 questions are answered and kept", err)[1])
+    assert started.returncode == -signal.SIGINT and err.count("\n") == 1
+    assert 6 <= kept <= len(recorded(tmp_path)) <= kept + 4  # those in flight come a little later
+    before = {entry["question"] for entry in recorded(tmp_path)}
+    server.fault = lambda number, handler: False
+    assert in_process("--run", "responses.json", "--judge_url", server.url) == 0
+    assert len(server.replied) == 24 and {server.asked[text] for text in before} == {1}
+
+
+def test_nobody_there_is_one_line_and_quick(serve):
+    server = serve()
+    server.stop()
+    write(rows(3))
+    began = time.monotonic()
+    started = process(server)
+    out, err = started.communicate(timeout=60)
+    assert started.returncode == 2 and out == "" and err.count("\n") == 1
+    assert server.url in err and "ollama serve" in err and "0 of 3" in err
+    assert time.monotonic() - began < 30  # six attempts: 31 seconds and the start
+
+
+def test_a_key_comes_from_the_environment_or_not_at_all(serve, monkeypatch, capfd):
+    server = serve()
+    run = ["--run", write([row(1)]), "--judge_url", server.url]
+    assert in_process(*run) == 0 and "Authorization" not in server.headers[-1]
+    monkeypatch.setenv("MY_KEY", KEY)
+    assert in_process(*run, "--judge_model", "b", "--judge_key", "MY_KEY") == 0
+    assert server.headers[-1]["Authorization"] == f"Bearer {KEY}"
+    monkeypatch.setenv("JUDGE_API_KEY", KEY)
+    assert in_process(*run, "--judge_model", "c", "--judge_key", "none") == 0
+    assert "Authorization" not in server.headers[-1] and len(server.headers) == 3
+    monkeypatch.delenv("JUDGE_API_KEY")
+    capfd.readouterr()
+    assert in_process(*run[:2], "--judge_url", "https://judge.invalid/v1") == 2
+    err = capfd.readouterr().err
+    assert "JUDGE_API_KEY" in err and err.count("\n") == 1
+
+
+def test_summaries_of_several_judges_stand_beside_the_answers(serve, tmp_path, capfd):
+    server, folder = serve(), tmp_path / "run"
+    folder.mkdir()
+    write(rows(3), folder / "responses.json")
+    write(rows(4), "some.json")
+    run = ["--judge_url", server.url, "--run"]
+    assert in_process(*run, folder, folder, "some.json", "--judge_model", "first") == 0
+    told = re.findall(r"; (\d+) questions were asked", capfd.readouterr().out)
+    assert told == ["3", "0", "1"]
+    server.answer = lambda text: "50"
+    assert in_process(*run, folder, "--judge_model", "second") == 0
+    found = json.loads((folder / "judged.json").read_text())
+    assert {name: one["score"] for name, one in found.items()} == {"first": 1, "second": 50}
+    assert json.loads((tmp_path / "judged_some.json").read_text())["first"]["rows"] == 4
+    (folder / "judged.json").write_text('{"first": ')
+    assert in_process(*run, folder, "--judge_model", "second") in (0, 2)  # either, but no traceback
+
+
+ODD = {  # what stands in the file -> what is said of it
+    "missing": (None, "--mode generate"),
+    "not answered": ([{"instruction": "a", "output": "b"}], "lacks column(s) model_response"),
+    "a number": ([row(1), row(2, model_response=3)], "row 2"),
+    "an answer is missing": ([row(1), {"instruction": "a"}], "row 2"),
+    "a row is no object": ([row(1), "text"], "row 2"),
+    "odd Unicode": ([row(1), row(2, instruction="\ud800")], "row 2"),
+    "empty": ([], "no rows"),
+    "damaged": ('[{"instruction": "a", "model_resp', "cannot be read as json"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_a_file_that_cannot_be_judged_is_one_line_and_nothing_is_asked(serve, case, capfd, tmp_path):
+    content, said = ODD[case]
+    if content is not None:
+        (tmp_path / "responses.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    server = serve()
+    assert in_process("--run", tmp_path, "--judge_url", server.url) == 2
+    err = capfd.readouterr().err
+    assert said in err and "responses.json" in err and err.count("\n") == 1 and not server.bodies

@@ -1,0 +1,158 @@
+"""The one cache of tokenised rows: whose folder is whose, and what is believed; bad rows; splits by group."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import core
+from core import UserError, World
+from lab.data.cache import BadRows, cached_rows, write_ids, write_texts
+from lab.data.pairs import load_pairs, load_unlabelled, pairs_key, unlabelled_key
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKEN_CACHE", str(tmp_path / "cache"))
+
+
+def key(texts, builds):
+    return {"fingerprint": {"data": texts}}
+
+
+def build(folder, texts, builds):
+    """Token ids of the letters; notes in the list `builds` that it was called."""
+    builds.append(texts)
+    letters = core.make_tokenizer("ascii", lambda: [])
+    return {"integers": write_texts(folder, texts, letters), "texts": texts}
+
+
+def dying(folder, texts, builds):
+    build(folder, texts, builds)
+    raise KeyError("in the middle")
+
+
+def folders() -> list[str]:
+    return sorted(path.name for path in Path("cache").iterdir() if path.name[0] != ".")
+
+
+def test_rows_are_built_once_and_read_as_they_were_built():
+    builds = []
+    first = cached_rows(World(), "toy", key, build, ["ab", "", "abc"], builds)
+    second = cached_rows(World(), "toy", key, build, ["ab", "", "abc"], builds)
+    assert len(builds) == 1 and first.folder == second.folder and isinstance(second.tokens, np.memmap)
+    assert second.offsets.tolist() == [0, 2, 2, 5] and second.tokens.dtype == np.uint16
+    assert second.tokens[0:2].tolist() == second.tokens[2:4].tolist() == first.tokens[0:2].tolist()
+    assert second.columns["texts"] == ["ab", "", "abc"] and second.fingerprint == {"data": ["ab", "", "abc"]}
+
+
+def test_kinds_never_share_a_folder_and_a_changed_key_makes_another():
+    builds = []
+    one = cached_rows(World(), "toy", key, build, ["ab"], builds).folder
+    other = cached_rows(World(), "other", key, build, ["ab"], builds).folder
+    assert one.name.split("_")[1] != other.name.split("_")[1]
+    cached_rows(World(), "toy", key, build, ["abc"], builds)
+    assert len(builds) == len(folders()) == 3
+
+
+def test_pairs_to_learn_from_and_the_same_file_to_be_judged_are_cached_apart():
+    row = {"id": 1, "prompt": '["p"]', "response_a": '["a"]', "response_b": '["b"]'}
+    winners = {"winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0}
+    Path("test.jsonl").write_text(json.dumps(row | winners) + "\n")
+    cfg = SimpleNamespace(data="test.jsonl", model="tiny:", max_documents=None)
+    learnt = load_pairs(cfg, World())
+    judged = load_unlabelled("test.jsonl", None, World())
+    assert pairs_key(cfg, None)["fingerprint"] == unlabelled_key("test.jsonl", None)["fingerprint"]
+    assert learnt.labels.tolist() == [0] and judged.labels.tolist() == [-1] and len(folders()) == 2
+
+
+def test_a_builder_that_fails_leaves_nothing():
+    builds = []
+    with pytest.raises(KeyError):
+        cached_rows(World(), "toy", key, dying, ["ab"], builds)
+    assert list(Path("cache").iterdir()) == []
+    assert cached_rows(World(), "toy", key, build, ["ab"], builds).columns["texts"] == ["ab"]
+
+
+KILLED = """
+import os, signal
+from core import UserError, World
+from lab.data.cache import BadRows, cached_rows
+from test_cache import build, key
+
+def killed(folder, texts, builds):
+    build(folder, texts, builds)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+cached_rows(World(), "toy", key, killed, ["ab"], [])
+"""
+
+
+def test_what_a_killed_builder_leaves_is_not_believed():
+    assert subprocess.run([sys.executable, "-c", KILLED], env=os.environ).returncode == -9
+    (half,) = Path("cache").iterdir()
+    assert (half / "tokens.bin").exists() and folders() == []
+    builds = []
+    cached_rows(World(), "toy", key, build, ["ab"], builds)
+    assert len(builds) == 1 and len(folders()) == 1
+
+
+def test_two_builders_of_the_same_rows_do_not_hurt_each_other():
+    builds = []
+
+    def overtaken(folder, texts, builds):
+        cached_rows(World(), "toy", key, build, texts, builds)  # as another process, meanwhile
+        return build(folder, texts, builds)
+
+    rows = cached_rows(World(), "toy", key, overtaken, ["ab"], builds)
+    assert len(builds) == 2 and rows.offsets.tolist() == [0, 2]
+    assert [path.name for path in Path("cache").iterdir()] == [rows.folder.name]
+
+
+def test_no_token_at_all_can_be_read():
+    def empty(folder):
+        write_ids(folder, [[], []], "uint32")
+        return {"integers": "uint32"}
+
+    rows = cached_rows(World(), "toy", empty_key, empty)
+    assert rows.offsets.tolist() == [0, 0, 0] and rows.tokens.dtype == np.uint32 and not len(rows.tokens)
+
+
+def empty_key():
+    return {"fingerprint": {}}
+
+
+def test_bad_rows_are_named_and_too_many_are_an_error():
+    bad = BadRows()
+    bad.add(7, "no winner")
+    bad.add(9, "no winner")
+    assert bad.report(1000, "x.csv") == ["left out 2 row(s), no winner: 7, 9"]
+    bad.add(12, "prompt is empty")
+    with pytest.raises(
+        UserError,
+        match=r"x.csv: 3 of 100 rows are unusable, more than 1%.*row 7: no winner.*row 12: prompt is empty",
+    ):
+        bad.report(100, "x.csv")
+
+
+def test_splits_keep_groups_whole_and_labels_even():
+    rng = np.random.default_rng(0)
+    groups = rng.zipf(1.6, 3000) % 700  # a few prompts with many rows, many with one
+    labels = rng.integers(0, 3, 3000)
+    part = core.split_by_group(groups, labels, [8, 1, 1], seed=42)
+    assert all(len(set(part[groups == group])) == 1 for group in set(groups))
+    np.testing.assert_allclose(np.bincount(part) / 3000, [0.8, 0.1, 0.1], atol=0.01)
+    for label in range(3):
+        np.testing.assert_allclose(
+            np.bincount(part[labels == label]) / (labels == label).sum(), [0.8, 0.1, 0.1], atol=0.03
+        )
+    order = rng.permutation(3000)  # the file's order does not matter
+    assert (core.split_by_group(groups[order], labels[order], [8, 1, 1], 42) == part[order]).all()
+    assert (core.split_by_group(groups, labels, [8, 1, 1], 43) != part).any()
+    with pytest.raises(UserError, match="2 prompts cannot be split into 3 parts"):
+        core.split_by_group([1, 2], [0, 1], [8, 1, 1], 0)

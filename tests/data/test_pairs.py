@@ -1,0 +1,197 @@
+"""Preference pairs: parsing, truncation that keeps prompt and responses in sight, both orders."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROJECT
+from ranks import launch
+from toys.preference import row, write_csv
+
+import core
+import run_preference as script
+from core import World
+from lab.data import pairs
+from lab.data.cache import is_clean
+
+SHARED = PROJECT.parent / "shared" / "data" / "preference" / "pandalm_part1.csv"
+
+
+def test_a_row_is_turns_and_a_class_in_the_order_of_LABELS():
+    assert pairs.parse(row()) == ([["hello there", "general", "who?"], ["", "no", "yes"]], 0)
+    assert pairs.parse(row(winner="winner_model_b"))[1] == 1
+    assert pairs.parse(row(winner="winner_tie"))[1] == 2
+    assert pairs.parse({**row(), "prompt": ["as", "lists"]})[0][0][0] == "as"  # Parquet holds lists
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"prompt": '["half'}, "prompt is no JSON"),
+        ({"response_a": ""}, "response_a is empty"),
+        ({"response_b": "[]"}, "response_b is no list of strings"),
+        ({"response_b": '["x", 3]'}, "response_b is no list of strings"),
+        ({"response_a": '["\\ud83d", "x"]'}, "response_a has odd Unicode"),
+        ({"response_a": '["only one turn"]'}, "differ in their number of turns"),
+        ({"winner_model_a": 0}, "no winner"),
+        ({"winner_tie": 1}, "several winners"),
+        ({"id": None}, "no id"),
+    ],
+)
+def test_unusable_rows_are_told_apart(changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        pairs.parse({**row(), **changes})
+
+
+@pytest.mark.parametrize("odd", [{"id": 3}, ["a"], 7, None])
+def test_a_row_of_another_shape_is_unusable_not_a_crash(odd):
+    with pytest.raises(ValueError):
+        pairs.parse(odd)
+
+
+def test_bad_rows_are_counted_and_named_and_many_are_an_error():
+    rows = [row(n, prompt=json.dumps([f"prompt {n}", ""])) for n in range(250)]
+    rows[7]["prompt"] = "broken"
+    rows[99]["winner_model_a"] = 0
+    assert launch("run_preference", "--smoke", "--data", write_csv(rows), "--epochs", 0) == [0]
+    said = Path("out.txt").read_text()
+    assert (
+        'left out 1 row(s), prompt is no JSON (a text is written ["text"]): 8' in said
+        and "left out 1 row(s), no winner: 100" in said
+    )
+    for number in (3, 4, 5):
+        rows[number]["response_a"] = ""
+    assert launch("run_preference", "--smoke", "--data", write_csv(rows), "--epochs", 0) == [2]
+    error = "5 of 250 rows are unusable, more than 1%: mend or remove them, e.g. row 4: response_a is empty"
+    assert error in Path("out.txt").read_text()
+
+
+def data_of(lengths_by_row):
+    """Preferences whose piece p of a row holds tokens 1000 * p, 1000 * p + 1, ..."""
+    sizes = [n for lengths in lengths_by_row for n in lengths]
+    tokens = [1000 * (p % len(lengths_by_row[0])) + i for p, n in enumerate(sizes) for i in range(n)]
+    return pairs.Preferences(
+        ids=[],
+        groups=np.zeros(0),
+        labels=np.zeros(len(lengths_by_row), dtype=np.int64),
+        first=np.concatenate([[0], np.cumsum([len(lengths) for lengths in lengths_by_row])]),
+        tokens=np.array(tokens),
+        offsets=np.concatenate([[0], np.cumsum(sizes)]),
+        tokenizer=SimpleNamespace(cls_token_id=-1, sep_token_id=-2, pad_token_id=-3),
+        folder=Path(),
+        fingerprint={},
+        lines=[],
+    )
+
+
+def test_room_is_shared_so_that_prompt_and_response_stay_visible():
+    assert pairs.allot([3, 4], 10) == [3, 4]
+    assert pairs.allot([3, 400], 10) == [3, 7]
+    assert pairs.allot([300, 400], 10) == [5, 5]
+    assert pairs.allot([1, 100, 3, 100], 21) == [1, 8, 3, 9]
+    data = data_of([[2000, 30, 600]])  # the journal's case: a prompt longer than max_length
+    a = pairs.sequence_ids(data, 0, 1, "prompt+responses", 512)
+    b = pairs.sequence_ids(data, 0, 2, "prompt+responses", 512)
+    assert len(a) == len(b) == 512
+    assert a[-31:] == [*range(1000, 1030), -2] and a[:2] == [
+        -1,
+        0,
+    ]  # the whole answer, the prompt's beginning
+    assert b.count(-2) == 2 and a != b
+    pairs.measure_sequences(data, "prompt+responses", 512)
+    assert data.truncated() == {"prompt": 1.0, "response_a": 0.0, "response_b": 1.0}
+    assert data.lengths.tolist() == [[512, 512]]
+
+
+def test_a_cut_piece_keeps_its_beginning_and_its_end():
+    data = data_of([[4, 100, 5]])
+    ids = pairs.sequence_ids(data, 0, 1, "responses", 12)
+    assert ids == [-1, 1000, 1001, 1002, 1003, 1004, 1095, 1096, 1097, 1098, 1099, -2]
+    assert pairs.sequence_ids(data, 0, 2, "responses", 12) == [-1, 2000, 2001, 2002, 2003, 2004, -2]
+
+
+def test_with_more_turns_than_fit_the_last_ones_are_kept():
+    data = data_of([[20] * 90])
+    ids = pairs.sequence_ids(data, 0, 1, "prompt+responses", 128)
+    assert len(ids) <= 128 and ids.count(-2) == 6  # three turns, 16 tokens or more of each piece
+    assert max(ids) // 1000 == 88  # the last answer of A
+    pairs.measure_sequences(data, "prompt+responses", 128)
+    assert data.truncated()["prompt"] == 1.0
+
+
+def test_in_one_sequence_prompt_and_answers_get_20_40_40_percent_and_what_others_leave():
+    assert pairs.allot_by_role([900, 900, 900], 100) == [20, 40, 40]
+    assert pairs.allot_by_role([5, 900, 900], 100) == [5, 47, 47]  # alike, though one token stays unused
+    assert pairs.allot_by_role([900, 10, 900], 100) == [30, 10, 60]
+    assert pairs.allot_by_role([900, 10, 20], 100) == [70, 10, 20]
+    assert pairs.allot_by_role([3, 4, 5], 100) == [3, 4, 5]
+    data = data_of([[900, 700, 600]])
+    ids = pairs.sequence_ids(data, 0, 1, "joint", 104)
+    assert len(ids) == 104 and [sum(i // 1000 == role for i in ids if i >= 0) for role in range(3)] == [
+        20,
+        40,
+        40,
+    ]
+    other = pairs.sequence_ids(data, 0, 2, "joint", 104)
+    assert [i // 1000 for i in ids if i >= 0 and i % 1000 == 0] == [0, 1, 2]
+    assert [i // 1000 for i in other if i >= 0 and i % 1000 == 0] == [0, 2, 1] and sorted(other) == sorted(
+        ids
+    )
+
+
+def test_a_swapped_row_is_the_row_with_A_and_B_swapped():
+    data, turned = data_of([[5, 30, 9], [4, 3, 20]]), data_of([[5, 9, 30], [4, 20, 3]])
+    texts = [0, 5, 35, 44, 48, 51, 71]  # where the pieces of `data` begin
+    turned.tokens = np.concatenate([data.tokens[texts[p] : texts[p + 1]] for p in (0, 2, 1, 3, 5, 4)])
+    for inputs in ("responses", "prompt+responses", "joint"):
+        cfg = SimpleNamespace(inputs=inputs, max_length=24)
+        for orders in (1, 2):
+            got = core.collate(data, [0, 1], cfg, "cpu", orders, [True, True])
+            want = core.collate(turned, [0, 1], cfg, "cpu", orders)
+            assert torch.equal(got.pop("input_ids"), want.pop("input_ids")) and got == want
+            assert len(got["lengths"]) == (2 if inputs == "joint" and orders == 1 else 4)
+
+
+def test_lengths_are_those_of_the_ids():
+    rng = np.random.default_rng(0)
+    rows = [[int(n) for n in rng.integers(0, 90, 6)] for _ in range(60)]
+    for inputs in ("responses", "prompt+responses", "joint"):
+        for most in (32, 64, 512):
+            data = data_of(rows)
+            pairs.measure_sequences(data, inputs, most)
+            got = [
+                [len(pairs.sequence_ids(data, r, side, inputs, most)) for side in (1, 2)] for r in range(60)
+            ]
+            assert data.lengths.tolist() == got and np.max(got) <= most
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="small real data is not here")
+def test_real_rows_split_by_prompt(cache):
+    cfg = script.Config(data=str(SHARED), model="tiny:bert")
+    data = core.load_pairs(cfg, World())
+    assert len(data.labels) == 499 and np.bincount(data.labels).tolist() == [211, 223, 65]
+    split = pairs.split_rows(data, cfg.folds, 0, cfg.split_seed)
+    assert sum(map(len, split.values())) == 499
+    prompts = [set(data.groups[rows]) for rows in split.values()]
+    assert len(set.union(*prompts)) == sum(map(len, prompts)) == 82
+
+
+ODD = {  # cells of rows that must be judged all the same -> what is read
+    "an empty cell": ({"response_a": ""}, [["hello there", "", "who?"], ["", "", "yes"]]),
+    "no JSON": ({"prompt": "plain [text"}, [["plain [text", "general", "who?"], ["", "no", "yes"]]),
+    "one turn less": ({"response_b": '["x"]'}, [["hello there", "general", "x"], ["", "no", ""]]),
+    "nothing": ({"prompt": None}, [["", "general", "who?"], ["", "no", "yes"]]),
+    "half a character": ({"response_a": '["\\ud83d", "x"]'}, None),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_a_row_to_be_judged_is_never_dropped(case):
+    changes, wanted = ODD[case]
+    texts, odd = pairs.parse_anyway({**row(), **changes})
+    assert odd and (wanted is None or texts == wanted)
+    assert all(is_clean(text) for turn in texts for text in turn)
+    assert pairs.parse_anyway(row()) == (pairs.parse(row())[0], None)

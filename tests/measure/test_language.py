@@ -1,0 +1,73 @@
+"""Held-out loss, intervals and the NOT LEARNING alarm of a language model."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from toys.gpt import ids, random_gpt
+
+import core
+import gpt_scratch as script
+from core import World
+
+
+def measured(model, blocks, unigram=None, eval_batch=3):
+    cfg = script.Config(dtype="fp64", eval_batch=eval_batch)
+    sums = core.evaluate(model, blocks, cfg, World())
+    return sums, core.measure(sums, blocks, np.ones(23) if unigram is None else unigram)
+
+
+@pytest.mark.parametrize("eval_batch", [1, 3, 64])
+@pytest.mark.parametrize("length", [16 * 5 + 1, 16 * 5 + 2, 16 * 6, 9])
+def test_the_measured_loss_is_the_mean_cross_entropy_of_the_whole_stream(eval_batch, length):
+    model, stream = random_gpt(positions="rotary", std=0.15, dropout=0.5), ids(length, vocab_size=23)
+    losses, hits = [], []
+    with torch.no_grad():
+        for start in range(0, length - 1, 16):
+            x, y = stream[start : start + 16], stream[start + 1 : start + 17]
+            logits = model(x[None, : len(y)])[0]
+            losses += F.cross_entropy(logits, y, reduction="none").tolist()
+            hits += (logits.argmax(-1) == y).tolist()
+    blocks = core.Blocks(stream.numpy().astype(np.uint16), 16)
+    sums, m = measured(model, blocks, eval_batch=eval_batch)
+    assert len(losses) == length - 1 == m["targets"] and sums.shape == (len(blocks), 3)
+    assert m["loss"] == pytest.approx(np.mean(losses), rel=1e-12)
+    assert m["accuracy"] == pytest.approx(np.mean(hits), rel=1e-12)
+    assert m["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-12)
+    first = [losses[:16], losses[-((length - 2) % 16 + 1) :]]
+    assert [sums[0, 0], sums[-1, 0]] == pytest.approx([sum(first[0]), sum(first[1])], rel=1e-12)
+
+
+def test_the_unigram_loss_is_that_of_the_training_frequencies_plus_one():
+    stream, unigram = ids(16 * 5 + 4).numpy(), np.random.default_rng(0).integers(0, 50, 23)
+    m = measured(random_gpt(), core.Blocks(stream, 16), unigram)[1]
+    share = (unigram + 1) / (unigram.sum() + 23)
+    assert m["unigram_loss"] == pytest.approx(-np.log(share[stream[1:]]).mean(), rel=1e-12)
+
+
+def test_a_model_that_guesses_uniformly_raises_the_alarm_and_one_that_knows_does_not():
+    stream = np.random.default_rng(0).geometric(0.3, 16 * 60).clip(1, 22)  # frequencies tell a lot
+    unigram, blocks = np.bincount(stream, minlength=23), core.Blocks(stream, 16)
+    model = random_gpt()
+    with torch.no_grad():
+        model.wte.weight.zero_()  # tied: all logits are 0
+    sums, m = measured(model, blocks, unigram)
+    assert m["loss"] == pytest.approx(math.log(23), rel=1e-12)
+    assert m["alarm"].startswith(f"NOT LEARNING: loss {math.log(23):.4f}")
+    assert f"{m['unigram_loss']:.4f}" in m["alarm"] and "token frequencies" in m["alarm"]
+    sums[:, 0] = (m["unigram_loss"] - 0.8) * sums[:, 2]
+    knows = core.measure(sums, blocks, unigram)
+    assert knows["alarm"] is None and knows["loss"] == pytest.approx(m["unigram_loss"] - 0.8)
+    low, high = knows["above_unigram_interval"]
+    assert low < -0.8 < high < 0
+
+
+def test_the_interval_counts_a_block_as_often_as_it_has_targets():
+    blocks = core.Blocks(ids(16 * 30 + 2).numpy(), 16)  # 30 of 16 targets, one of 1
+    targets = blocks.targets(range(31))
+    sums = np.c_[np.where(targets == 1, 1000.0, 16.0), np.zeros(31), targets]
+    m = core.measure(sums, blocks, np.ones(23))
+    assert m["loss"] == pytest.approx(1480 / 481) and m["loss_interval"][0] == pytest.approx(1)
+    assert m["loss_interval"][1] < 12  # the last one drawn 3 times: 7; were all blocks equal: over 90

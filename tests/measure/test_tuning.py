@@ -1,0 +1,127 @@
+"""What a tuned run announces, shows of its loss, and forgets of plain text."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from ranks import everywhere
+from toys.sft import (
+    END,
+    by_hand,
+    config,
+    every,
+    go,
+    initial_model,
+    loss_of,
+    random_rows,
+    tuned,  # noqa: F401 (a fixture)
+)
+
+import core
+import lab.data.text
+import lab.measure.answers
+import lab.train.batches
+import lab.train.loss
+import run_instruct
+from core import UserError, World
+from lab.measure import tuning
+
+
+@pytest.mark.parametrize("name", [pytest.param("run_instruct", marks=pytest.mark.slow), "run_lora"])
+def test_an_untrained_run_knows_and_forgets_nothing(name):
+    result, _ = go(name, "--max_steps", 0, "--sample_tokens", 0, "--plain_blocks", 4, "--answer_rows", 30)
+    assert result["step"] == 0 and "alarm" not in result
+    assert result["test/first_word"] < 0.1 and result["test/accuracy"] < 0.05
+    assert result["plain/forgotten"] == 0 and result["plain/after"] == result["plain/before"]
+    cfg = config(name, "--smoke", "--plain_blocks", 4)
+    tokenizer = core.load_instructions(cfg, World()).tokenizer
+    blocks = tuning.plain_blocks("python-docs", tokenizer, 128, 4)
+    assert blocks.lengths.tolist() == [128] * 4
+    model = initial_model(name, cfg, tokenizer)
+    # np.average multiplies by the targets what was divided by them
+    assert result["plain/before"] == pytest.approx(loss_of(model, blocks, cfg), rel=1e-12)
+
+
+def test_what_is_forgotten_is_the_difference_to_the_initial_model(tuned):
+    result, folder = tuned
+    cfg, model, tokenizer = run_instruct.load_model(folder, World())
+    blocks = tuning.plain_blocks(cfg.plain, tokenizer, cfg.max_length, cfg.plain_blocks)
+    losses = [loss_of(m, blocks, cfg) for m in (initial_model("run_instruct", cfg, tokenizer), model)]
+    assert [result["plain/before"], result["plain/after"]] == pytest.approx(losses, rel=1e-12)
+    low, high = result["plain/forgotten_interval"]
+    assert low < result["plain/forgotten"] < high and losses[0] != losses[1]
+
+
+def test_a_plain_corpus_without_held_out_text_is_an_error(monkeypatch):
+    everywhere(
+        monkeypatch.setattr,
+        lab.data.text,
+        "split_pieces",
+        lambda *a: [("train", "text", True), ("val", "more", True)],
+    )
+    tokenizer = core.make_tokenizer("bytes", lambda: [])
+    with pytest.raises(UserError, match=r"^one.txt has no held-out document"):
+        tuning.plain_blocks("one.txt", tokenizer, 16, 2)
+
+
+def test_plain_text_is_the_held_out_documents_each_behind_an_end_token(monkeypatch):
+    pieces = [("test", "abc", True), ("train", "zzz", True), ("test", "<|endoftext|>", True)]
+    everywhere(monkeypatch.setattr, lab.data.text, "split_pieces", lambda *a: pieces)
+    tokenizer = core.make_tokenizer("bytes", lambda: [])
+    blocks, end = tuning.plain_blocks("text", tokenizer, 6, 9), tokenizer.eos_token_id
+    ids = blocks.tokens.tolist()
+    assert tokenizer.decode(ids) == "<|endoftext|>abc<|endoftext|><|endoftext|>"
+    assert [i for i, token in enumerate(ids) if token == end] == [0, 4] and len(ids) == 18  # letters follow
+    assert blocks.lengths.tolist() == [6, 6, 5]
+
+
+def reports(losses, every_steps=10, steps_per_epoch=40) -> list[list[str]]:
+    """The lines of each evaluation."""
+    said, run = [], SimpleNamespace(state={}, metrics=lambda *a: None)
+    for number, loss in enumerate(losses):
+        lines = []
+        run.say = lines.append
+        val = {"loss": loss, "perplexity": math.exp(loss), "accuracy": 0.5}
+        val |= {"loss_interval": [loss - 0.1, loss + 0.1], "accuracy_interval": [0.4, 0.6]}
+        tuning.report_validation(run, number * every_steps, val, "epoch", False, steps_per_epoch)
+        said.append(lines)
+    return said
+
+
+def test_overfitting_is_called_half_an_epoch_behind_the_lowest_loss_and_not_before():
+    said = reports([3.0, 2.0, 2.5, 2.6, 2.0, 1.9, 1.95, 1.91])
+    called = [number for number, lines in enumerate(said) if any("OVERFITTING" in line for line in lines)]
+    assert called == [3, 4, 7]  # at steps 30 and 40 after step 10, at step 70 after step 50
+    assert (
+        said[3][1]
+        == "epoch  val  no fall for 0.5 epochs (lowest 2.0000 at step 10): OVERFITTING if train falls"
+    )
+    assert said[0] == ["epoch  val  loss 3.0000 ± 0.1000  perplexity 20.09  accuracy 0.500 ± 0.100"]
+    falling = reports(np.linspace(3, 1, 20).tolist(), steps_per_epoch=2)  # each is lower: never
+    assert [len(lines) for lines in falling] == [1] * 20
+
+
+def test_the_run_begins_with_the_journals_table():
+    with torch.device("meta"):
+        shape = {"n_layer": 24, "n_head": 16, "n_embd": 1024, "tie_head": False}
+        model = core.GPT(core.GPTConfig(50257, **shape))
+    said = []
+    run = SimpleNamespace(say=said.append, begin=lambda: said.append("begins"))
+    data, cfg = random_rows(23), config("run_instruct", "--preset", "run_1", "--batch", 4)
+    parts = {"train": every(data, 64), "test": range(5), "val": range(3)}
+    s = SimpleNamespace(data=data, parts=parts, units=parts["train"], lines=["a line"])
+    tuning.announce(run, cfg, s, model)
+    assert said[0] == "model gpt2-medium  406.3M parameters, 406.3M trainable   train 23  test 5  val 3"
+    assert said[1:3] == ["begins", "parameters 406,286,336  1549.86 MB in fp32  trainable 406,286,336"]
+    assert "a line" in said and said[-1].startswith("each epoch leaves out 3 of 23 rows")
+
+
+def test_the_loss_is_shown_as_it_masks():
+    shown = tuning.describe_example(every(by_hand(([1, 2, 3], [4, 5]))))
+    assert shown.splitlines() == [
+        "the loss sees row 1: 3 targets, 3 tokens masked; padding is masked",
+        "  masked:  1 2 3",
+        f"  counted: 4 5 {END}",
+    ]

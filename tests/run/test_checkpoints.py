@@ -1,0 +1,60 @@
+"""Damaged checkpoints, damaged best weights and full disks cost no more than they must."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from ranks import launch, newest, result
+
+import core
+import run_preference as script
+from core import World
+from lab.run import checkpoints
+
+
+def test_after_a_broken_checkpoint_two_whole_ones_are_kept():
+    flags = ["--smoke", "--max_documents", 200, "--epochs", 3, "--save_every", 2, "--out", "out"]
+    launch("run_preference", *flags, kill=("step", 9, 0))
+    first, second = sorted((newest() / "checkpoints").glob("step_*"))
+    (second / "state.pt").write_bytes(b"")
+    launch("run_preference", *flags, "--resume_timestamp", "auto", kill=("step", 3, 0))
+    assert [checkpoints.broken(path) for path in (newest() / "checkpoints").glob("step_*")] == [None, None]
+    assert first.exists()
+
+
+def test_damaged_best_weights_are_named_and_the_last_ones_tested():
+    flags = [
+        "--smoke",
+        "--max_documents",
+        200,
+        "--epochs",
+        2,
+        "--lr",
+        0,
+        "--out",
+        "out",
+    ]  # step 6 stays the best
+    assert launch("run_preference", *flags) == [0]
+    best = newest() / "checkpoints" / result()["test_checkpoints"][0]
+    (best / "model.safetensors").write_bytes(b"damaged")
+    assert launch("run_preference", *flags, "--resume_timestamp", newest().name) == [0]
+    assert (
+        f"WARNING the best weights are {best.name} (model.safetensors is not" in Path("out.txt").read_text()
+    )
+    assert result()["test_checkpoints"] == ["step_00000012"]
+
+
+def test_too_little_disk_is_refused_at_the_start_and_survived_later(monkeypatch):
+    import shutil as system
+
+    free = iter([10**12] * 2 + [1000] * 3 + [10**12] * 99)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: system._ntuple_diskusage(1, 1, next(free)))
+    monkeypatch.setattr(sys, "argv", ["run_preference.py"])
+    flags = ["--smoke", "--max_documents", "200", "--epochs", "2", "--save_every", "2", "--out", "out"]
+    cfg = core.parse_config(script.Config, script.PRESETS, script.SMOKE, "", flags)
+    outcome = script.main(cfg, World())
+    assert outcome["status"] == "finished" and "WARNING not saved" in (newest() / "log.txt").read_text()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: system._ntuple_diskusage(1, 1, 1000))
+    with pytest.raises(core.UserError, match=r"checkpoints need \d+ MB"):
+        script.main(cfg, World())

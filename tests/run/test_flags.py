@@ -1,0 +1,102 @@
+"""Constants, presets, --smoke and flags: which wins, what is refused, what --help says."""
+
+import dataclasses
+import importlib
+import inspect
+import re
+from typing import Literal
+
+import pytest
+from ranks import SCRIPTS
+
+import core
+from lab.models import encoders
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: str = "big-bert"  # 100 % of it
+    batch: int = 32
+    lr: float = 1e-3
+    clip: float | None = 1.0
+    compile: bool = False
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    tag: str | None = None
+
+
+PRESETS = {"fast": {"lr": 1, "model": "roberta-base"}}
+SMOKE = {"batch": 4, "model": encoders.tiny}
+
+
+def parse(*argv, presets=PRESETS, smoke=SMOKE, config=Config):
+    return core.parse_config(config, presets, smoke, "doc", list(argv))
+
+
+def test_defaults_preset_smoke_and_flags_win_in_that_order():
+    assert parse() == Config()
+    assert parse("--preset", "fast") == Config(lr=1, model="roberta-base", tag="fast")
+    assert parse("--preset", "fast", "--smoke").model == "tiny:roberta"  # sizes, not families
+    cfg = parse("--preset", "fast", "--smoke", "--batch", "7", "--clip", "none", "--compile", "--tag", "x")
+    assert cfg == Config(batch=7, lr=1, model="tiny:roberta", clip=None, compile=True, tag="x")
+    assert core.typed(cfg).flags == {"batch", "clip", "compile", "tag"}
+    assert core.typed(cfg).overrides == {"lr": 1, "model": "tiny:roberta"}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cfg.batch = 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--bacth", "3"], ["unknown flag --bacth", "--batch"]),
+        (["--bat", "3"], ["unknown flag --bat"]),
+        (["--batch", "2.5"], ["--batch", "2.5", "int"]),
+        (["--batch", "0"], ["--batch 0", "use 1 or more"]),
+        (["--lr", "nan"], ["--lr", "nan"]),
+        (["--dtype", "fp8"], ["fp8", "bf16"]),
+        (["--preset", "slow"], ["slow", "fast"]),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_exit_code_2(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(*argv)
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.count("\n") == 1 and all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    ("presets", "smoke", "words"),
+    [
+        ({}, {"bacth": 3}, ["SMOKE names no constant: bacth", "batch"]),
+        ({"p": {"epochs": 3}}, {}, ["preset p names no constant: epochs"]),
+        ({"p": {"batch": "3"}}, {}, ["preset p", "batch = '3'", "int"]),
+        ({}, {"compile": 1}, ["SMOKE", "compile = 1", "bool"]),
+        ({}, {"dtype": "fp8"}, ["SMOKE", "fp8"]),
+    ],
+)
+def test_a_wrong_constant_in_smoke_or_a_preset_is_refused_before_anything_runs(presets, smoke, words, capsys):
+    with pytest.raises(SystemExit):
+        parse(presets=presets, smoke=smoke)
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and all(word in line for word in words), line
+
+
+def test_only_rank_0_says_what_is_wrong(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        parse("--nonsense")
+    assert capsys.readouterr().err == ""
+
+
+def test_help_shows_each_comment_and_default(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert "100 % of it [big-bert]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "eval"])
+def test_help_says_of_every_constant_what_it_is(script):
+    """In one comment on the constant's own line: one that goes on below would be cut off in --help."""
+    config = importlib.import_module(script).Config
+    comments = dict(re.findall(r"^ +(\w+): .*?# (.*)$", inspect.getsource(config), re.M))
+    assert {field.name for field in dataclasses.fields(config)} == comments.keys()
+    assert [name for name, text in comments.items() if text.rstrip().endswith(",") or len(text) < 4] == []

@@ -1,0 +1,105 @@
+"""A run's life: what a mistake, a fault and an end leave behind. laws/ tries the laws on whole scripts."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import core
+from core import UserError, World
+
+
+@dataclass(frozen=True)
+class Config:
+    batch: int = 8  # rows
+    lr: float = 0.1  # rate
+    keep: int = 2  # checkpoints
+    max_minutes: float | None = None  # of training
+    price_per_hour: float | None = None  # dollars
+    dtype: str = "fp32"  # of the products
+    skip_spikes: bool = False  # or not
+    out: str | None = "out"  # folder of runs
+    tag: str | None = None  # end of the name
+    resume_timestamp: str | None = None  # which run
+    resume_step: int | None = None  # which checkpoint
+
+
+def start(*argv) -> core.Run:
+    return core.Run(core.parse_config(Config, {}, {}, "", list(argv)), World(), "script.py")
+
+
+def one_step(run):
+    """A model, an optimizer and a precision behind one step, saved as step 1."""
+    model = nn.Linear(2, 2)
+    optimizer, precision = torch.optim.SGD(model.parameters(), 0.1), core.Precision("fp32", World())
+    run.begin()
+    run.load(model, optimizer, precision)
+    run.agree(4)
+    run.step_done(2.0, 4, 4)
+    run.save(1, model, optimizer, precision)
+    return model, optimizer, precision
+
+
+def result():
+    (path,) = Path("out").glob("*/result.json")
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(autouse=True)
+def script(monkeypatch):
+    Path("script.py").write_text("x = 1\n")
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+
+
+def test_a_mistake_leaves_no_folder_and_a_fault_says_what_it_was():
+    with pytest.raises(UserError), start():
+        raise UserError("a mistake")
+    assert list(Path("out").iterdir()) == []
+    with pytest.raises(ZeroDivisionError), start() as run:
+        one_step(run)
+        1 / 0  # noqa: B018
+    assert result()["status"] == "failed" and result()["why"] == "ZeroDivisionError: division by zero"
+    assert result()["checkpoint"] == "step_00000001"
+
+
+def test_two_runs_of_one_second_have_two_folders_and_one_name_the_same_files():
+    with start() as first, start() as second:
+        first.begin(), second.begin()
+    assert first.folder != second.folder
+    for run in (first, second):
+        names = {path.name for path in run.folder.iterdir()}
+        assert {"config.json", "source", "log.txt", "metrics.jsonl", "tb", "result.json"} <= names
+        assert (run.folder / "source" / "script.py").read_text() == "x = 1\n"
+
+
+def test_a_fact_that_is_pinned_may_not_change_over_a_resume():
+    with start() as run:
+        run.pin("fingerprint", {"data": "abc"})
+        one_step(run)
+    with start("--resume_timestamp", run.folder.name) as again:
+        again.pin("fingerprint", {"data": "abc"})
+        with pytest.raises(UserError, match=r"fingerprint is not what .* began with: start a new run"):
+            again.pin("fingerprint", {"data": "xyz"})
+
+
+def test_a_checkpoint_brings_back_weights_optimizer_and_meter():
+    with start() as run:
+        model, *_ = one_step(run)
+    with start("--resume_timestamp", run.folder.name, "--lr", "0.1") as again:
+        other = nn.Linear(2, 2)
+        optimizer, precision = torch.optim.SGD(other.parameters(), 0.1), core.Precision("fp32", World())
+        again.begin()
+        assert again.load(other, optimizer, precision) == 1
+        assert core.weights_sha256(other) == core.weights_sha256(model) and again.meter.sums() == [2.0, 4]
+    assert result()["status"] == "finished"
+
+
+def test_a_batch_of_fewer_rows_than_ranks_is_refused_in_one_line():
+    with pytest.raises(
+        UserError, match="batch 8 is smaller than 9 ranks: use --nproc_per_node=8 or --batch 9"
+    ):
+        core.Run(core.parse_config(Config, {}, {}, "", []), World(size=9), "script.py")

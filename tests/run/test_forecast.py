@@ -1,0 +1,68 @@
+"""What a run will need: refused where there is no room, and how many steps fit into the clock."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from ranks import everywhere
+from torch import nn
+
+from core import UserError, World
+from lab.run import forecast
+
+
+def make_run(**changes):
+    cfg = {"keep": 2, "folds": None, "max_minutes": None, "price_per_hour": None}
+    run = SimpleNamespace(world=World(), folder=Path(), resumed=False, train_seconds=0.0, lines=[])
+    run.cfg, run.say = SimpleNamespace(**cfg | changes), run.lines.append
+    return run
+
+
+def look_ahead(run, steps=100, seconds=0.5, typical=0.8):
+    model = nn.Linear(1000, 1000, bias=False)
+    return forecast.forecast(run, model, torch.optim.AdamW(model.parameters()), steps, seconds, typical)
+
+
+def test_the_line_is_steps_times_a_typical_step_and_the_disk_of_all_that_is_kept():
+    run = make_run(price_per_hour=90.0)
+    assert look_ahead(run) is None
+    (line,) = run.lines
+    assert line.startswith("forecast  100 steps  training 0:00:40  peak memory ")
+    # 4 MB of weights: with two moments 12 MB a checkpoint, 3 of them; best weights of one fold, twice
+    assert line.endswith("disk 44 MB  $1.00")
+
+
+def test_minutes_bound_the_steps_and_what_was_trained_before_counts():
+    run = make_run(max_minutes=1.0)
+    assert look_ahead(run, steps=1000) == 150  # of 0.4 s each
+    assert "forecast  150 steps  training 0:01:00" in run.lines[0]
+    run.train_seconds = 45.0
+    look_ahead(run, steps=1000)
+    assert "training 0:00:15" in run.lines[1]
+
+
+def test_too_little_disk_is_refused_for_a_new_run_only(monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=43e6))
+    with pytest.raises(
+        UserError, match=r"checkpoints need 44 MB, [.] has 43 MB free: free some, or use another"
+    ):
+        look_ahead(make_run())
+    run = make_run()
+    run.resumed = True
+    look_ahead(run)
+    assert len(run.lines) == 1
+
+
+def test_too_little_memory_is_refused(monkeypatch):
+    everywhere(monkeypatch.setattr, forecast, "device_memory_gb", lambda world: 0.001)
+    with pytest.raises(
+        UserError, match=r"training needs [\d.]+ GB, the device has 0.0: use a smaller --micro"
+    ):
+        look_ahead(make_run())
+
+
+def test_a_run_that_is_further_already_is_told_what_to_type():
+    with pytest.raises(UserError, match="is 5 steps further already: use a larger --max_steps or --epochs"):
+        look_ahead(make_run(), steps=-5)

@@ -1,0 +1,49 @@
+"""eval.py --pack: an archive that can be measured at home."""
+
+import tarfile
+from pathlib import Path
+
+import pytest
+import ranks
+from toys.eval import (
+    MADE,
+    evaluate,
+    result,
+    trained,  # noqa: F401 (a fixture)
+)
+
+import core
+import eval as script
+from core import World
+
+
+@pytest.mark.parametrize("kind", ["run_lora", "folds"])
+def test_an_archive_holds_what_measuring_needs_and_no_optimizer(kind, trained):
+    folder = trained(kind)
+    said = evaluate("--pack", folder, "--out", "away")
+    archive = Path("away") / f"{folder.name}.tar.gz"
+    assert str(archive) in said and [path.name for path in Path("away").iterdir()] == [archive.name]
+    with tarfile.open(archive) as tar:
+        names = tar.getnames()
+        tar.extractall("home", filter="data")
+    assert not any("state.pt" in name or ".lock" in name for name in names)
+    unpacked = Path("home/runs") / folder.parent.name / folder.name
+    small = {"config.json", "result.json", "log.txt", "metrics.jsonl", "source/core.py"}
+    assert all((unpacked / name).read_bytes() == (folder / name).read_bytes() for name in small)
+    checkpoints = {path.name for path in (unpacked / "checkpoints").iterdir()}
+    assert checkpoints == set(result(folder)["test_checkpoints"])
+    assert "as result.json has it" in evaluate("--run", unpacked)
+    script_name, argv = MADE[kind]
+    code = ranks.launch(
+        script_name, *argv, "--out", unpacked.parent, "--resume_timestamp", folder.name, "--epochs", 9
+    )
+    assert code == [2] and "packed without optimizer state" in Path("out.txt").read_text()
+    assert (unpacked / "result.json").read_bytes() == (folder / "result.json").read_bytes()
+
+
+def test_a_killed_packing_leaves_no_archive_under_its_name(trained, monkeypatch):
+    monkeypatch.setattr(tarfile.TarFile, "addfile", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    cfg = core.parse_config(script.Config, {}, {}, "", ["--pack", str(trained("run_lora")), "--out", "away"])
+    with pytest.raises(OSError, match="disk full"):
+        script.main(cfg, World())
+    assert list(Path("away").iterdir()) == []

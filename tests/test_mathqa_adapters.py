@@ -1,0 +1,97 @@
+"""run_mathqa.py with adapters: trains, loads and merges them; what it refuses."""
+
+import json
+
+import pytest
+import ranks
+import safetensors.torch
+import torch
+from toys.adapters import (
+    METHODS,
+    NOAM,
+    OPTIMIZERS,
+    a_step,
+    assert_near,
+    assert_same,
+    config,
+    moved,
+    numbers,
+    random_gpt,
+)
+
+import core
+import run_mathqa as script
+from core import UserError, World
+from lab.models import loha_lokr
+
+SMALL = [
+    *["--smoke", "--mode", "finetune", "--init_from", "new", "--text_documents", 60, "--max_documents", 120],
+    *["--n_layer", 1, "--n_embd", 32, "--batch", 8, "--plain_blocks", 0, "--answer_rows", 0, "--out", "out"],
+    *["--eval_rows", 8, "--max_steps", 2, "--warmup", 0, "--weight_decay", 0, "--test_weights", "last"],
+    *["--no-final_eval", "--lora_rank", 4, "--lr", 1e-2],
+]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_moves_every_adapter_keeps_the_base_and_is_loaded_as_it_ended(method, optimizer):
+    cfg = config(*SMALL, "--method", method, "--optimizer", optimizer)
+    result = script.main(cfg, World())
+    folder = ranks.newest()
+    assert result["steps"] == 2
+    start, trained = script.tuned(cfg, script.open_base(cfg, World())[0], World())
+    known, model, _ = script.load_model(folder, World())
+    assert (known.method, known.lora_rank, known.optimizer, model.training) == (method, 4, optimizer, False)
+    after = numbers(core.Adapters(model))
+    assert moved(numbers(trained), after) == set(after)
+    assert_same(core.base_weights(model), core.base_weights(start))
+    stored = safetensors.torch.load_file(folder / "checkpoints" / "step_00000002" / "model.safetensors")
+    assert_same(stored, after)
+    assert result["trainable_parameters"] == sum(t.numel() for t in stored.values())
+    x = torch.randint(model.config.vocab_size, (2, 16))
+    with torch.no_grad():
+        assert_near(script.merged(model)(x), model(x), 1e-5)
+
+
+def test_a_run_is_not_loaded_onto_another_base():
+    script.main(config(*SMALL, "--method", "lokr"), World())
+    path = ranks.newest() / "config.json"
+    stored = json.loads(path.read_text())
+    stored["constants"]["seed"] += 1  # draws another base: init_from is `new`
+    path.write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=r"is not the model that .* was trained on"):
+        script.load_model(path.parent, World())
+
+
+@pytest.mark.parametrize("arm", script.Config().arms)
+def test_every_arm_of_the_study_trains_with_the_scripts_constants(arm):
+    cfg = script.arm_config(script.Config(weight_decay=0.0, qat_group=16), arm)
+    model, trained = script.tuned(cfg, random_gpt(**NOAM).train(), World())
+    of, before = script.make_optimizer(cfg, model), numbers(trained)
+    for _ in range(2):
+        a_step(model, of)
+    assert moved(before, numbers(trained)) == set(before)
+
+
+@pytest.mark.parametrize("method", ["loha", "lokr"])
+def test_dropout_of_a_method_without_one_is_refused_in_one_line(method, capsys):
+    with pytest.raises(SystemExit) as stop:
+        config("--mode", "finetune", "--method", method, "--lora_dropout", "0.1")
+    said = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(said) == 1
+    assert f"--lora_dropout 0.1: {method} has none, use 0" in said[0]
+    with pytest.raises(UserError, match=r"--lora_dropout 0\.1"):
+        script.arm_config(script.Config(lora_dropout=0.1), method)
+    model = random_gpt()
+    before = list(model.named_parameters())
+    with pytest.raises(UserError, match=rf"--lora_dropout 0\.1: {method}") as error:
+        loha_lokr.add_adapters(model, method, 4, 7, dropout=0.1)
+    assert "\n" not in str(error.value)
+    assert [name for name, _ in before] == [name for name, _ in model.named_parameters()]
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_quantised_training_of_adapters_is_refused(method):
+    with pytest.raises(UserError, match=f"--method full, not {method}"):
+        script.Config(method=method, qat="int4")

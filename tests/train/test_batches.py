@@ -1,0 +1,121 @@
+"""Batches and micro-batches: every row once, a pure function of seed and step, fewest padded tokens."""
+
+import itertools
+import math
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import core
+from core import UserError, World
+
+
+def test_micro_batches_cover_the_rows():
+    model = torch.nn.Linear(1, 1)
+    assert list(core.micro_batches(model, [1, 2, 3, 4, 5], 2)) == [[1, 2], [3, 4], [5]]
+    assert list(core.micro_batches(model, [1, 2, 3])) == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("n", [23, 24, 25])
+def test_every_row_is_met_once_whatever_the_ranks(size, n):
+    lengths = np.random.default_rng(n).integers(1, 50, n)
+    worlds = [World(rank=rank, size=size) for rank in range(size)]
+    training = [core.ShardedBatches(lengths, 4, world, seed=1, block=2) for world in worlds]
+    evaluation = [core.ShardedBatches(lengths, 4, world) for world in worlds]
+    for epoch in (0, 3):
+        steps = range(epoch * (n // 4), (epoch + 1) * (n // 4))
+        met = [row for step in steps for batches in training for row in batches.rank_batch(step)]
+        assert len(met) == len(set(met)) == n // 4 * 4
+    met = [
+        row
+        for step in range(len(evaluation[0]))
+        for batches in evaluation
+        for row in batches.rank_batch(step)
+    ]
+    assert sorted(met) == list(range(n))
+
+
+def test_a_batch_depends_on_seed_and_step_only_and_holds_similar_lengths():
+    lengths = np.random.default_rng(0).integers(1, 500, 640)
+    first, again = (core.ShardedBatches(lengths, 8, World(), seed=3) for _ in range(2))
+    assert first.global_batch(93).tolist() == again.global_batch(93).tolist()
+    assert sorted(first.global_batch(5)) != sorted(first.global_batch(5 + 80))  # another epoch
+    spread = np.mean([np.ptp(lengths[first.global_batch(step)]) for step in range(80)])
+    assert spread < 0.1 * np.ptp(lengths)
+    other = core.ShardedBatches(lengths, 8, World(), seed=4)
+    assert first.global_batch(0).tolist() != other.global_batch(0).tolist()
+
+
+def test_running_out_of_memory_names_the_micro_batch_to_try():
+    model = torch.nn.Linear(1, 1)
+
+    def step():
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(UserError, match="with 32 of the longest rows at once: use --micro_batch 16"):
+        core.worst_case(World(), model, step, torch.optim.SGD(model.parameters()), 32)
+
+
+def set_partitions(items):
+    if not items:
+        yield []
+        return
+    first, rest = items[0], items[1:]
+    for partition in set_partitions(rest):
+        yield [[first], *partition]
+        for i, part in enumerate(partition):
+            yield [*partition[:i], [first, *part], *partition[i + 1 :]]
+
+
+def test_length_groups_are_the_cheapest_of_all_partitions_that_hold_few_enough_tokens():
+    rng = np.random.default_rng(0)
+    seen = Counter()
+    for case in range(80):
+        n, overhead = 1 + case % 7 + (case == 7), int(rng.choice([0, 1, 5, 20, 100]))
+        lengths = sorted(rng.integers(1, 60, n).tolist(), reverse=True)
+        most = int(rng.integers(30, 120)) if case % 2 else math.inf  # a row alone may be longer
+        sizes = core.length_groups(lengths, most, overhead)
+        ends = list(itertools.accumulate(sizes))
+        assert ends[-1] == n and min(sizes) >= 1
+        tokens = [size * lengths[end - size] for size, end in zip(sizes, ends, strict=True)]
+        assert all(size == 1 or held <= most for size, held in zip(sizes, tokens, strict=True))
+        legal = [
+            [len(part) * max(part) for part in parts]
+            for parts in set_partitions(lengths)
+            if all(len(part) == 1 or len(part) * max(part) <= most for part in parts)
+        ]
+        assert sum(tokens) + len(sizes) * overhead == min(sum(p) + len(p) * overhead for p in legal), case
+        seen[len(sizes)] += 1
+        seen["bound"] += sizes != core.length_groups(lengths, math.inf, overhead)
+    assert {1, 2, 3} <= set(seen) and seen["bound"] >= 5
+    assert core.length_groups([], 100) == []
+
+
+@pytest.mark.parametrize("size", [None, 3, 20])
+def test_micro_batches_cover_every_row_once_longest_first(size):
+    model = SimpleNamespace()  # no no_sync: nothing is exchanged
+    rows = list(range(100, 113))
+    lengths = dict(zip(rows, np.random.default_rng(1).permutation(13) * 40 + 5, strict=True))
+    parts = list(core.micro_batches(model, rows, size, [lengths[row] for row in rows]))
+    order = list(itertools.chain(*parts))
+    assert sorted(order) == rows and [lengths[r] for r in order] == sorted(lengths.values(), reverse=True)
+    falling = sorted(map(int, lengths.values()), reverse=True)
+    expected = core.length_groups(falling, math.inf) if size is None else {3: [3, 3, 3, 3, 1], 20: [13]}[size]
+    assert [len(part) for part in parts] == expected and (size or len(parts) > 1)
+    assert list(core.micro_batches(model, rows, 5)) == [rows[:5], rows[5:10], rows[10:]]
+    assert list(core.micro_batches(model, [], None, [])) == []
+
+
+def test_micro_batches_hold_no_more_tokens_than_they_may_unless_a_size_is_given():
+    lengths, model = [40] * 6 + [10] * 6, SimpleNamespace()
+    tokens = [[lengths[row] for row in part] for part in core.micro_batches(model, range(12), None, lengths)]
+    assert tokens == [[40] * 6, [10] * 6]  # padding six rows to 40 tokens costs more than a group
+    tokens = [
+        [lengths[row] for row in part] for part in core.micro_batches(model, range(12), None, lengths, 120)
+    ]
+    assert tokens == [[40] * 3, [40] * 3, [10] * 6]
+    assert [len(part) for part in core.micro_batches(model, range(12), 12, lengths, 120)] == [12]
