@@ -83,7 +83,7 @@ KILLED = """
 import os, signal
 from core import UserError, World
 from lab.data.cache import BadRows, cached_rows
-from test_cache import build, key
+from data.test_cache import build, key
 
 def killed(folder, texts, builds):
     build(folder, texts, builds)
