@@ -166,7 +166,7 @@ def test_a_run_can_be_profiled_exported_and_talked_to():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", script.PRESETS)
-def test_every_preset_learns_in_its_smoke_run(preset):
+@pytest.mark.parametrize("preset", [*script.PRESETS][::3])
+def test_a_preset_learns_in_its_smoke_run(preset):
     got = ranks.run("gpt_scratch", "--preset", preset, "--smoke")
     assert got["test/above_unigram_interval"][1] < 0 and got["test/alarm"] is None

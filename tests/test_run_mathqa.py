@@ -143,18 +143,13 @@ def straight(here, cache):
     [
         ("pretrain", "step", 6, 0, 1),
         pytest.param("pretrain", "save", 3, "all", 2, marks=slow),
-        pytest.param("pretrain", "step", 8, 2, 3, marks=slow),
         ("loha", "step", 7, 0, 1),
         pytest.param("loha", "evaluation", 6, 1, 2, marks=slow),
-        pytest.param("loha", "step", 10, 2, 3, marks=slow),
         pytest.param("lokr", "evaluation", 5, 0, 1, marks=slow),
-        pytest.param("lokr", "step", 9, "all", 2, marks=slow),
         pytest.param("lokr", "save", 3, 0, 3, marks=slow),
         ("qat", "step", 5, 0, 1),  # from the checkpoint after step 4, before int4 begins
         ("qat", "step", 10, 0, 1),  # after it
         pytest.param("qat", "step", 10, 1, 2, marks=slow),
-        pytest.param("qat", "step", 5, 1, 2, marks=slow),
-        pytest.param("qat", "step", 11, 2, 3, marks=slow),
     ],
 )
 def test_killed_and_resumed_ends_in_the_same_weights(kind, place, nth, who, size, straight, go):

@@ -90,12 +90,12 @@ RATE = dict.fromkeys(SCRIPTS, "tokens_per_second") | {"run_preference": "example
 AUTO = ("--resume_timestamp", "auto")
 
 
-def on_every_script(*cases):
-    """Parameters (script, *case). Of three and more cases a script gets every other one: each case runs on
-    three scripts. CI runs them all, the default set each case on one script, in turn."""
-    first, params = next(_uses), []
+def on_every_script(*cases, scripts=SCRIPTS):
+    """Parameters (script, *case). Of three and more cases a script gets every third one: each case runs on
+    two scripts. CI runs them all, the default set each case on one script, in turn."""
+    first, params, every = next(_uses), [], scripts
     for n, case in enumerate(cases):
-        scripts = SCRIPTS if len(cases) < 3 else SCRIPTS[n % 2 :: 2]
+        scripts = every if len(cases) < 3 else every[n % 3 :: 3]
         default = scripts[(first + n) % len(scripts)]
         params += [
             pytest.param(script, *case, marks=[] if script == default else [pytest.mark.slow])
@@ -105,6 +105,8 @@ def on_every_script(*cases):
 
 
 _uses = itertools.count()
+# what lab/run does for a script without its help is tried on two that share nothing else
+TWO = ["run_preference", "gpt_scratch"]
 
 
 _known = {}
@@ -238,7 +240,7 @@ def test_a_frozen_encoder_and_folds_do_not_depend_on_ranks_or_accumulation():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "size"), [(script, 1 + i % 3) for i, script in enumerate(SCRIPTS)])
+@pytest.mark.parametrize(("script", "size"), [(script, 1 + i % 3) for i, script in enumerate(SCRIPTS)][::2])
 def test_killed_again_and_again_at_random_moments(script, size, straight):
     """Ten strikes each; the named moments are test_killed_and_resumed_ends_in_the_same_weights's."""
     want, want_curves = straight(script, size)
@@ -337,13 +339,13 @@ def test_a_signal_before_the_first_step_leaves_on_all_ranks(script, place, size,
     same_outcome(run(script, *SHORT[script], *AUTO, size=size), straight(script, size)[0])
 
 
-@pytest.mark.parametrize("script", on_every_script(()))
+@pytest.mark.parametrize("script", on_every_script((), scripts=TWO))
 def test_a_crashed_rank_is_a_failure_not_a_stop(script):
     launch(script, "--out", "out", *SHORT[script], size=2, crash=("step", 6, 1))
     assert not (newest() / "result.json").exists() or result()["status"] == "failed"
 
 
-@pytest.mark.parametrize("script", on_every_script(()))
+@pytest.mark.parametrize("script", on_every_script((), scripts=TWO))
 def test_a_run_that_is_being_written_is_not_resumed_by_another_process(script, straight):
     launch(script, "--out", "out", *SHORT[script], kill=("step", 7, 0))
     with open(newest() / ".lock", "a") as lock:
@@ -376,7 +378,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(script, damage,
     assert f"checkpoint {newest_one.name} is broken" in log and f"from {older.name}" in log
 
 
-@pytest.mark.parametrize("script", on_every_script(()))
+@pytest.mark.parametrize("script", on_every_script((), scripts=TWO))
 def test_no_whole_checkpoint_is_an_error_not_a_restart(script):
     launch(script, "--out", "out", *SHORT[script], size=1, kill=("step", 18, 0))
     for manifest in newest().glob("checkpoints/*/manifest.json"):
@@ -472,7 +474,7 @@ def test_no_constant_looks_like_one_of_torchruns_options(script):
         assert get_args_parser().parse_args(argv).training_script_args == argv[2:]
 
 
-@pytest.mark.parametrize("script", on_every_script(()))
+@pytest.mark.parametrize("script", on_every_script((), scripts=TWO))
 @pytest.mark.slow
 def test_a_torchrun_that_restarts_its_workers_goes_on_with_its_own_run(script, straight):
     """--max-restarts 1: rank 1 is killed in its ninth step; nobody passes --resume_timestamp."""
