@@ -128,18 +128,14 @@ def test_there_are_the_journals_presets_and_no_others():
 
 
 DAILY = ("run_18",)
+TRIED = [(name, preset) for name, preset, _ in TABLE if preset in DAILY]
+TRIED += [(name, preset) for name, preset, _ in TABLE[::3] if preset not in DAILY]
+TRIED += [("run_instruct", "recommended"), ("run_lora", "recommended")]
 
 
 @pytest.mark.parametrize(
     ("name", "preset"),
-    [
-        pytest.param(name, preset, marks=[] if preset in DAILY else pytest.mark.slow)
-        for name, preset, _ in [
-            *TABLE[::3],
-            ("run_instruct", "recommended", {}),
-            ("run_lora", "recommended", {}),
-        ]
-    ],
+    [pytest.param(*tried, marks=[] if tried[1] in DAILY else pytest.mark.slow) for tried in TRIED],
 )
 def test_a_preset_has_a_smoke_run(name, preset):
     argv = ["--max_documents", 240, "--epochs", 1, "--plain_blocks", 0, "--answer_rows", 4]
