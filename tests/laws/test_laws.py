@@ -325,7 +325,7 @@ def test_packing_does_not_depend_on_ranks_or_accumulation():
 def test_a_signal_to_one_rank_stops_all(script, straight):
     codes = launch(script, "--out", "out", *SHORT[script], *AUTO, size=3, sent=("step", 6, signal.SIGTERM, 2))
     assert codes == [0, 0, 0], Path("out.txt").read_text()
-    assert result()["checkpoint"] in ("step_00000006", "step_00000007")  # rank 2 may be a step ahead
+    assert result()["status"] == "stopped" and "step_00000006" <= result()["checkpoint"] < "step_00000013"
     same_outcome(run(script, *SHORT[script], *AUTO, size=3), straight(script, 3)[0])
 
 
