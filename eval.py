@@ -26,11 +26,11 @@ from typing import Literal
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import core
-from lab.compare import facts, grades, judge, other_data, plots, responses, sides, tables
+from lab.compare import facts, grades, judge, plots, responses, sides, tables
 from lab.compare.facts import find, read_all
 from lab.data import cache, columns, instructions
 from lab.data.text import text_files
-from lab.measure import answers, preference, tuning
+from lab.measure import answers, other_data, preference, tuning
 from lab.models import int4, pretrained
 from lab.run import checkpoints, pack
 
@@ -214,10 +214,11 @@ def weights_note(folder) -> str | None:
     tested = result.get("test_checkpoints", [])
     if not tested:
         status = result.get("status", "not finished")
-        return f"{folder} is {status}: its newest whole checkpoint, {core.chosen_checkpoint(folder)}, is used"
+        name = core.tested_or_newest_checkpoint(folder)
+        return f"{folder} is {status}: its newest whole checkpoint, {name}, is used"
     reason = checkpoints.broken(Path(folder) / "checkpoints" / tested[0])
     if reason and len(tested) == 1:
-        used = core.chosen_checkpoint(folder)
+        used = core.tested_or_newest_checkpoint(folder)
         return f"WARNING checkpoint {tested[0]} is broken ({reason}): {used} is used, figures may differ"
     return None
 
@@ -380,7 +381,7 @@ def about(subject, kind, constants, world) -> dict:
     """config.json of a folder below runs/eval/."""
     config = {"script": "eval", "kind": kind, "constants": constants, "facts": {}, "preset": None}
     config |= {"command": " ".join(sys.argv), "device": core.device_name(world), "git": core.git_state()}
-    return config | ({"checkpoint": core.chosen_checkpoint(subject.name)} if subject.script else {})
+    return config | ({"checkpoint": core.tested_or_newest_checkpoint(subject.name)} if subject.script else {})
 
 
 def write_folder(folder, config, result, file):

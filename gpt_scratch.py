@@ -350,7 +350,7 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
     tokens, result = core.open_corpus(corpus_of(cfg), world), {}
     stored = core.read_config(folder)["facts"]["fingerprint"]
-    core.same_data(stored, tokens.fingerprint, cfg.data, ("data", "tokenizer"))
+    core.refuse_other_data(stored, tokens.fingerprint, cfg.data, ("data", "tokenizer"))
     sizes = core.token_bytes(tokens.tokenizer)
     for part in final_parts(cfg):
         blocks = core.Blocks(tokens.parts[part], cfg.block_size)

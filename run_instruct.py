@@ -166,9 +166,6 @@ def load_model(folder, world):
     return cfg, core.Precision(cfg.dtype, world).prepare(model).eval(), tokenizer
 
 
-evaluate = core.evaluate  # (examples, 3): summed loss, hits, targets of each
-
-
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
     """Measures a run's own val and test rows again. Returns figures, and name and lines of losses.jsonl."""
     cfg, model, tokenizer = load_model(folder, world)

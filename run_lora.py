@@ -22,9 +22,8 @@ from typing import Literal
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import core
-from lab.data import tokenizers
 from lab.measure import tuning
-from lab.models import lora
+from lab.models import lora_peft
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ def build_model(cfg, tokenizer, world, folder):
         raise core.UserError(f"--adapter brings its own {', '.join(own)}: drop these flags")
     model, kept = core.build_model(cfg, tokenizer, world), Path(folder) / "adapter"
     if cfg.adapter:
-        lora.load_peft(model, kept if kept.exists() else cfg.adapter, cfg.lora_dropout)
+        lora_peft.load_peft(model, kept if kept.exists() else cfg.adapter, cfg.lora_dropout)
     else:
         core.add_lora(
             model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_scaling, cfg.lora_dropout,
@@ -198,12 +197,14 @@ def stored_config(folder) -> Config:
 def load_model(folder, world):
     """(Config, model, tokenizer) of a run: the adapters that it was tested with, on its base. UserError
     if the base has changed."""
-    cfg, tokenizer = stored_config(folder), tokenizers.named_tokenizer(str(Path(folder) / "tokenizer"))
+    cfg, tokenizer = stored_config(folder), core.named_tokenizer(str(Path(folder) / "tokenizer"))
     core.reseed(cfg.seed, "init")  # tiny:gpt2 is its seed
     model = core.Precision(cfg.dtype, world).prepare(build_model(cfg, tokenizer, world, folder))
     if core.state_sha256(core.base_weights(model)) != core.read_config(folder)["facts"].get("base_sha256"):
         raise core.UserError(f"model {cfg.model} is not the one that {folder} was trained on")
-    core.load_weights(Path(folder) / "checkpoints" / core.chosen_checkpoint(folder), core.Adapters(model))
+    core.load_weights(
+        Path(folder) / "checkpoints" / core.tested_or_newest_checkpoint(folder), core.Adapters(model)
+    )
     return cfg, model.eval(), tokenizer
 
 
@@ -223,9 +224,6 @@ def announce_lora(run, cfg, model):
     run.say(f"adapters {count:,} parameters on {len(layers)} layers  rank {ranks}  {kind}")
     effective = "/".join(f"{strength:g}" for strength in strengths)
     run.say(f"multiplier {effective}  largest multiplier x lr {strengths[-1] * cfg.lr:.2g}")
-
-
-evaluate = core.evaluate  # (examples, 3): summed loss, hits, targets of each
 
 
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
@@ -349,7 +347,7 @@ def one_process(cfg, world):
         base = str((folder / "base").resolve())
         plain = core.with_weights(model.config, core.base_weights(model))
         core.save_pretrained(plain, tokenizer, base)
-    lora.save_peft(model, folder / "peft", base)
+    lora_peft.save_peft(model, folder / "peft", base)
     print(f"written: {folder}/peft, adapters for\n  {base}")
 
 

@@ -34,7 +34,6 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import core
 import gpt_scratch
 from lab.compare import mathqa_report, tables
-from lab.data import blocks
 from lab.measure import answers, choices, tuning
 from lab.models import int4, loha_lokr
 from lab.run import checkpoints, stored
@@ -283,7 +282,7 @@ def make_optimizer(cfg, model):
     """The optimizer of the trained parameters, after adapters and fake quantisation are in place."""
     decay, betas, undecayed = cfg.weight_decay, (cfg.beta1, cfg.beta2), ("wte.weight",)
     if cfg.optimizer == "lion":
-        return optim.Lion(optim.parameter_groups(model, decay, undecayed=undecayed), betas)
+        return core.Lion(optim.parameter_groups(model, decay, undecayed=undecayed), betas)
     return core.make_optimizer(model, cfg.optimizer, decay, betas, undecayed=undecayed)
 
 
@@ -550,7 +549,7 @@ def pretrain(run, cfg, world) -> dict:
 
     def check(step, where, keep_best, poll):
         sums = core.evaluate(model, val, cfg, world, poll)
-        metrics = core.language_metrics(sums, blocks.stretches(len(sums)))
+        metrics = core.language_metrics(sums, core.stretches(len(sums)))
         if step == 0:
             run.say(f"initial loss {metrics['loss']:.4f}  ln V {math.log(model.config.vocab_size):.4f}")
         tuning.report_validation(run, step, metrics, where, keep_best(metrics["loss"]), len(batches))
@@ -682,7 +681,7 @@ def plain_text(cfg, tokenizer, block_size, world) -> tuple[str, core.Blocks | No
         tokens = open_text(then, world)
         if then is not cfg:
             known = core.read_config(cfg.init_from)["facts"]["fingerprint"]
-            core.same_data(known, tokens.fingerprint, then.text, ("data", "tokenizer"))
+            core.refuse_other_data(known, tokens.fingerprint, then.text, ("data", "tokenizer"))
         return then.text, blocks_of(replace(then, block_size=block_size), tokens, "test", cfg.plain_blocks)
     name, most = cfg.plain or "python-docs", (min(block_size, cfg.max_length), cfg.plain_blocks)
     try:
@@ -837,11 +836,8 @@ def load_model(folder, world):
     model, trained = tuned(cfg, base, world)
     if core.state_sha256(core.base_weights(model)) != core.read_config(folder)["facts"].get("base_sha256"):
         raise core.UserError(f"--init_from {cfg.init_from} is not the model that {folder} was trained on")
-    core.load_weights(Path(folder) / "checkpoints" / core.chosen_checkpoint(folder), trained)
+    core.load_weights(Path(folder) / "checkpoints" / core.tested_or_newest_checkpoint(folder), trained)
     return cfg, model.eval(), tokenizer
-
-
-evaluate = core.evaluate  # (blocks or rows, 3): summed loss, hits, targets of each
 
 
 def own_measure(folder, cfg, tokenizer, world):
@@ -850,11 +846,11 @@ def own_measure(folder, cfg, tokenizer, world):
     stored = core.read_config(folder)["facts"]["fingerprint"]
     if cfg.mode == "pretrain":
         tokens = open_text(cfg, world)
-        core.same_data(stored, tokens.fingerprint, cfg.text, ("data", "tokenizer"))
+        core.refuse_other_data(stored, tokens.fingerprint, cfg.text, ("data", "tokenizer"))
         units = blocks_of(cfg, tokens, final_parts(cfg)[-1])
         return (lambda model, poll: measure_text(model, tokens, cfg, world, poll)), units
     data = core.load_problems(cfg, world, tokenizer)
-    core.same_data(stored, data.fingerprint, cfg.data)
+    core.refuse_other_data(stored, data.fingerprint, cfg.data)
     parts, _ = choices.examples_of(data, cfg)
     return (lambda model, poll: measure_rows(model, data, parts, cfg, world, poll)), parts[
         final_parts(cfg)[-1]

@@ -29,7 +29,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import core
-from lab.data import columns, pairs
+from lab.data import columns, pairs, tokenizers
 from lab.measure import preference
 from lab.models import encoders
 
@@ -207,14 +207,14 @@ def rebuild(folder, world, **changes):
     except OSError:
         raise core.UserError(f"{folder}/encoder is missing: the run stopped before its first step") from None
     model = core.Precision(cfg.dtype, world).prepare(scorer(cfg, encoder))
-    return cfg, model, encoders.load_tokenizer(str(Path(folder) / "encoder"))
+    return cfg, model, tokenizers.encoder_tokenizer(str(Path(folder) / "encoder"))
 
 
 def load_model(folder, world):
     """(Config, model, tokenizer) of a run, from its folder alone, with the weights
     that it was tested with."""
     cfg, model, tokenizer = rebuild(folder, world)
-    core.load_weights(Path(folder) / "checkpoints" / core.chosen_checkpoint(folder), model)
+    core.load_weights(Path(folder) / "checkpoints" / core.tested_or_newest_checkpoint(folder), model)
     return cfg, model.eval(), tokenizer
 
 
@@ -440,7 +440,7 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
     """
     cfg, model, tokenizer = rebuild(folder, world, **({"eval_batch": eval_batch} if eval_batch else {}))
     data = core.load_pairs(cfg, world, tokenizer)
-    core.same_data(core.read_config(folder)["facts"]["fingerprint"], data.fingerprint, cfg.data)
+    core.refuse_other_data(core.read_config(folder)["facts"]["fingerprint"], data.fingerprint, cfg.data)
     pairs.measure_sequences(data, cfg.inputs, cfg.max_length)
     splits, outcomes = [], []
     for fold, name in enumerate(core.on_main(world, measured_checkpoints, folder, cfg)):
@@ -458,7 +458,7 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
 def measured_checkpoints(folder, cfg) -> list[str]:
     """Checkpoints that the run was tested with, one per fold; of an unfinished run
     without folds the newest."""
-    return core.tested_checkpoints(folder) if cfg.folds else [core.chosen_checkpoint(folder)]
+    return core.tested_checkpoints(folder) if cfg.folds else [core.tested_or_newest_checkpoint(folder)]
 
 
 def measure_other(folder, name, world, max_documents=None, eval_batch=None, poll=lambda: None):

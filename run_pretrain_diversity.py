@@ -309,9 +309,6 @@ def load_model(folder, world):
     return cfg, core.Precision(cfg.dtype, world).prepare(model).eval(), tokenizer
 
 
-evaluate = core.evaluate  # (windows, 3): summed loss, hits, targets of each
-
-
 @dataclass
 class MeasuredText:
     """A model's sums (windows, 3) on one held-out text, and the baseline that they are compared with."""
@@ -333,8 +330,10 @@ def measure(model, cfg, text, name, part, world, poll) -> MeasuredText:
     windows, groups = held_out_windows(cfg, text, name, part)
     frequencies = text.frequencies(shares_of(cfg.data))
     log_share = np.log((frequencies + 1) / (frequencies.sum() + len(frequencies)))
-    plain, spelt = (np.array([of[ids].sum() for ids in windows.wanted()]) for of in (-log_share, text.sizes))
-    return MeasuredText(evaluate(model, windows, cfg, world, poll), groups, plain, spelt)
+    plain, spelt = (
+        np.array([of[ids].sum() for ids in windows.target_ids()]) for of in (-log_share, text.sizes)
+    )
+    return MeasuredText(core.evaluate(model, windows, cfg, world, poll), groups, plain, spelt)
 
 
 def pooled(parts) -> MeasuredText:
@@ -354,8 +353,7 @@ BRIEF = ("loss", "loss_interval", "perplexity", "accuracy", "bits_per_byte")  # 
 
 def figures(model, cfg, text, part, world, poll) -> tuple[dict, MeasuredText]:
     """Figures of one part: on the neutral text (loss, accuracy ...), on the arm's sources together
-    (own/..., with
-    an alarm), and on each source. Also the neutral text as measured."""
+    (own/..., with an alarm), and on each source. Also the neutral text as measured."""
     neutral = measure(model, cfg, text, neutral_of(cfg), part, world, poll)
     sources = {name: measure(model, cfg, text, name, part, world, poll) for name in shares_of(cfg.data)}
     own = pooled(list(sources.values())).figures()
@@ -381,7 +379,7 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
     text, result = open_text(cfg, world), {}
     stored = core.read_config(folder)["facts"]["fingerprint"]
     fingerprint = text.fingerprint(neutral_of(cfg), shares_of(cfg.data))
-    core.same_data(stored, fingerprint, cfg.data, ("data", "tokenizer", "sources"))
+    core.refuse_other_data(stored, fingerprint, cfg.data, ("data", "tokenizer", "sources"))
     for part in final_parts(cfg):
         part_figures, neutral = figures(model, cfg, text, part, world, poll)
         result |= part_figures

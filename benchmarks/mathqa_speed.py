@@ -21,6 +21,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import core
 import run_mathqa
+from lab.data.tokenizers import pretrained_tokenizer
 from lab.models import gpt, int4, loha_lokr
 from lab.train import cpu
 
@@ -130,7 +131,7 @@ def whole_steps(rounds, layers):
 
 def epoch(data, folder, rounds):
     """All rows once, 128 a batch: as run_mathqa.py groups them, and padded to a random batch's longest."""
-    tokenizer = core.pretrained_tokenizer(folder, "")
+    tokenizer = pretrained_tokenizer(folder, "")
     cfg = run_mathqa.Config(data=data)
     rows = core.load_problems(cfg, core.World(), tokenizer)
     units = core.Examples(rows, np.arange(len(rows)), cfg.max_length + 1, cfg.loss_on_prompt)

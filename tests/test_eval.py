@@ -186,7 +186,7 @@ def test_a_broken_checkpoint_is_named_and_another_used(copy):
     weights = folder / "checkpoints" / name / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8] + b"\0" * 8)
     said = evaluate("--run", folder)
-    other = core.chosen_checkpoint(folder)
+    other = core.tested_or_newest_checkpoint(folder)
     assert (
         f"WARNING checkpoint {name} is broken (model.safetensors is not what was written): {other} is used"
         in said

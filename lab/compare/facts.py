@@ -157,8 +157,7 @@ def _json(text):
 
 def find(names) -> list[Facts]:
     """Runs of the named folders: a run itself, or all runs in a folder, oldest first; each once.
-    UserError where
-    there is none."""
+    UserError where there is none."""
     single, inside_of = {}, {}
     for name in names:
         path = Path(name)

@@ -56,7 +56,7 @@ class Windows:
     def __len__(self):
         return len(self.windows)
 
-    def wanted(self) -> list[np.ndarray]:
+    def target_ids(self) -> list[np.ndarray]:
         """The target ids of each window."""
         return [self.documents[number][first : end + 1] for number, _, end, first in self.windows]
 

@@ -1,4 +1,4 @@
-"""The five built-in data sets, for a machine without a network: real text and code of Python itself,
+"""The six built-in data sets, for a machine without a network: real text and code of Python itself,
 instructions and preference pairs made of it, small problems from templates. Deterministic."""
 
 import ast
@@ -56,10 +56,6 @@ def _docstrings(source):
                 text = ast.get_docstring(node) or ""
                 if len(text.split()) > 2:
                     yield text
-
-
-def is_built_in(name) -> bool:
-    return name.partition(":")[0] in ("chars", "ascii", "bytes", "bpe", "bpe_scratch")
 
 
 MODULES = (
@@ -212,6 +208,6 @@ def template_problems(count=4000, seed=0) -> list[dict]:
 
 
 @functools.cache
-def built_in() -> list[dict]:
-    """The rows of BUILT_IN, made once per process: a study opens them for every run."""
+def built_in_problems() -> list[dict]:
+    """template_problems(), made once per process: a study opens them for every run."""
     return template_problems()

@@ -14,7 +14,7 @@ from lab.errors import UserError
 from lab.run.files import PROJECT, short_hash, whole_folder, write_json
 from lab.train.processes import on_main, progress
 
-CACHE_VERSION = 4  # of what the builders of all kinds of rows write: a change there is a change here
+ROWS_CACHE_VERSION = 4  # of what the builders of all kinds of rows write: a change there is a change here
 AS_TEXT = {  # a text that spells a special token out means the letters
     "add_special_tokens": False,
     "split_special_tokens": True,
@@ -108,7 +108,7 @@ def cached_rows(world, kind, key, build, *args) -> CachedRows:
 def built_folder(kind, key, build, *args) -> str:
     """The folder <kind>_<hash of the key>, built if it is not there: all of it or nothing."""
     depends_on = key(*args)
-    folder = cache_root() / f"{kind}_{short_hash([CACHE_VERSION, kind, depends_on])}"
+    folder = cache_root() / f"{kind}_{short_hash([ROWS_CACHE_VERSION, kind, depends_on])}"
     if not (folder / "rows.json").exists():
         with whole_folder(folder) as aside:
             columns = build(aside, *args)

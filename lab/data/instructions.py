@@ -14,14 +14,14 @@ from lab.data.builtin import python_instructions
 from lab.data.cache import BadRows, cached_rows, is_clean, split_by_group, write_texts
 from lab.data.columns import INSTRUCTION_COLUMNS
 from lab.data.tables import data_fingerprint, read_rows, require_columns
-from lab.data.tokenizers import make_tokenizer, named_tokenizer, tokenizer_fingerprint
+from lab.data.tokenizers import make_tokenizer, named_tokenizer, tokenizer_fingerprint, tokenizer_of
 from lab.errors import UserError
-from lab.models.pretrained import tokenizer_of
 from lab.train.loss import IGNORE_INDEX
 from lab.train.processes import main_first
 
 SHARES = {"train": 0.85, "test": 0.10, "val": 0.05}  # journal 001's, in the order in which it took them
 
+TINY_VOCABULARY = 1024  # tokens of the vocabulary that tiny:gpt2 learns from the rows
 KINDS = "a run of gpt_scratch.py, or tiny:gpt2 (built in)"  # what an error recommends instead of a name
 
 PREAMBLE = "Below is an instruction that describes a task"
@@ -237,15 +237,15 @@ class Examples:
             input_ids[row, : len(ids)], labels[row, : len(ids)] = torch.tensor(ids), torch.tensor(wanted)
         return input_ids.to(device), labels.to(device)
 
-    def wanted(self) -> list[np.ndarray]:
-        """The targets of each."""
+    def target_ids(self) -> list[np.ndarray]:
+        """The target ids of each example."""
         masked = self.masked(range(len(self)))
         return [np.array(self.pair(i)[1][n:]) for i, n in enumerate(masked.tolist())]
 
     @functools.cached_property
     def log_frequencies(self) -> np.ndarray:
         """(V,): how often each token is a target here, one more of each, as log shares."""
-        counts = np.bincount(np.concatenate(self.wanted()), minlength=len(self.data.tokenizer)) + 1
+        counts = np.bincount(np.concatenate(self.target_ids()), minlength=len(self.data.tokenizer)) + 1
         return np.log(counts / counts.sum())
 
     def some(self, n):
@@ -307,6 +307,3 @@ def examples_of(data, cfg) -> tuple[dict[str, Examples], list[str]]:
     return {
         name: Examples(data, some, cfg.max_length, cfg.loss_on_prompt) for name, some in rows.items()
     }, lines
-
-
-TINY_VOCABULARY = 1024

@@ -17,10 +17,9 @@ import torch
 
 from lab.data import blocks
 from lab.data.blocks import Windows, stretches
-from lab.data.builtin import is_built_in
 from lab.data.cache import BadRows, cache_root
 from lab.data.text import SUFFIXES, Tokens, open_corpus, split_pieces, text_fingerprint
-from lab.data.tokenizers import make_tokenizer, token_bytes, tokenizer_fingerprint
+from lab.data.tokenizers import is_built_in, make_tokenizer, token_bytes, tokenizer_fingerprint
 from lab.errors import UserError
 from lab.run.files import short_hash, whole_folder
 from lab.train.processes import on_main

@@ -14,9 +14,8 @@ from lab.data.builtin import python_pairs
 from lab.data.cache import BadRows, cached_rows, is_clean, split_by_group, write_texts
 from lab.data.columns import LABELS, PAIR_COLUMNS, TEXTS
 from lab.data.tables import data_fingerprint, read_rows, require_columns
-from lab.data.tokenizers import tokenizer_fingerprint
+from lab.data.tokenizers import encoder_tokenizer, tokenizer_fingerprint
 from lab.errors import UserError
-from lab.models.encoders import load_tokenizer
 from lab.train.processes import main_first
 
 UNKNOWN = -1  # label of a row that is to be judged
@@ -95,7 +94,7 @@ class Preferences:
     lines: list[str]  # what to tell the user about odd rows
     lengths: np.ndarray | None = None  # (N, 2) tokens of sequences 1 and 2; set by measure_sequences, like
     cut: np.ndarray | None = None  # (N, 3) whether prompt, A, B lost tokens
-    vectors: np.ndarray | None = None  # (N, 2, h) of a frozen encoder; run_preference.cache_vectors sets it
+    vectors: np.ndarray | None = None  # (N, 2, h) of a frozen encoder; set by cache_vectors
 
     def truncated(self) -> dict[str, float]:
         """Share of rows in which prompt, A or B lost tokens."""
@@ -114,7 +113,7 @@ def load_pairs(cfg, world, tokenizer=None) -> Preferences:
     """
     # a tiny model's tokenizer is made of the rows' words
     if not tokenizer and not cfg.model.startswith("tiny:"):
-        tokenizer = main_first(world, lambda: load_tokenizer(cfg.model))
+        tokenizer = main_first(world, lambda: encoder_tokenizer(cfg.model))
     rows = cached_rows(world, "preference", pairs_key, write_pairs, cfg, tokenizer)
     return as_preferences(rows, tokenizer)
 
@@ -126,7 +125,7 @@ def load_unlabelled(name, tokenizer, world) -> Preferences:
 
 
 def as_preferences(rows, tokenizer) -> Preferences:
-    """Of what cached_rows gives; without a tokenizer the cached one is read."""
+    """Makes Preferences of cached rows; without a tokenizer, the one cached beside them is read."""
     return Preferences(
         ids=rows.columns["ids"],
         groups=np.array(rows.columns["groups"]),
@@ -134,7 +133,7 @@ def as_preferences(rows, tokenizer) -> Preferences:
         first=np.concatenate([[0], np.cumsum(rows.columns["pieces"])]).astype(np.int64),
         tokens=rows.tokens,
         offsets=rows.offsets,
-        tokenizer=tokenizer or load_tokenizer(str(rows.folder / "tokenizer")),
+        tokenizer=tokenizer or encoder_tokenizer(str(rows.folder / "tokenizer")),
         folder=rows.folder,
         fingerprint=rows.fingerprint,
         lines=rows.columns["lines"],
@@ -164,7 +163,7 @@ def write_pairs(folder, cfg, tokenizer) -> dict:
 
 
 def write_unlabelled(folder, name, tokenizer) -> dict:
-    """The same for every row of a file to be judged."""
+    """As JSON, all that the rows of a file to be judged depend on."""
     rows = read_rows(name, prefer="test")
     require_columns(rows, ("id", *TEXTS), name)
     usable, lines = rows_to_judge(rows, name)
@@ -174,7 +173,7 @@ def write_unlabelled(folder, name, tokenizer) -> dict:
 def write_usable(folder, usable, lines, tokenizer) -> dict:
     """[(id, turns, class number)] -> token ids and tokenizer in `folder`; gives the columns to keep."""
     texts = [text for _, row_turns, _ in usable for turn in row_turns for text in turn]
-    tokenizer = tokenizer or load_tokenizer("tiny:", texts)
+    tokenizer = tokenizer or encoder_tokenizer("tiny:", texts)
     integers = write_texts(folder, texts, tokenizer)
     tokenizer.save_pretrained(folder / "tokenizer")
     return {
@@ -200,7 +199,7 @@ def usable_rows(rows, name) -> tuple[list, list[str]]:
 
 
 def rows_to_judge(rows, name) -> tuple[list, list[str]]:
-    """The same for rows to be judged: every row counts; one without an id cannot be answered."""
+    """Keeps every row of a file to be judged; UserError for one without an id: it cannot be answered."""
     usable, odd = [], Counter()
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or row.get("id") in (None, ""):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lab.data.builtin import built_in
+from lab.data.builtin import built_in_problems
 from lab.data.cache import BadRows, cached_rows, is_clean, split_by_group, write_texts
 from lab.data.columns import LETTERS, PROBLEM_COLUMNS
 from lab.data.instructions import Instructions, prompt_hash
@@ -152,7 +152,7 @@ class Problems(Instructions):
         return self.ended(row, row, self.right[row])
 
     def ended(self, asked, row, option) -> list[int]:
-        """Problem `asked`, then all that belongs to an option of `row`, then the end token."""
+        """Ids of problem `asked`, of option `option` of `row` behind it, and the end token."""
         end = self.tokenizer.eos_token_id
         return [*self.piece(asked, 0), *self.piece(row, 1), *self.piece(row, FIRST + option), end]
 
@@ -187,7 +187,7 @@ def load_problems(cfg, world, tokenizer) -> Problems:
 def problems_key(cfg, tokenizer) -> dict:
     """All that the cached rows depend on."""
     if cfg.data == BUILT_IN:
-        source = hashlib.sha256(json.dumps(built_in()).encode()).hexdigest()
+        source = hashlib.sha256(json.dumps(built_in_problems()).encode()).hexdigest()
     else:
         parts = official_parts(cfg.data)
         source = joint_hash([data_fingerprint(cfg.data, begin) for begin in (parts or SINGLE).values()])
@@ -203,7 +203,7 @@ def problems_key(cfg, tokenizer) -> dict:
 def read_parts(cfg) -> list[tuple[str | None, dict]]:
     """(part, row) of every row; max_documents counts in each part."""
     if cfg.data == BUILT_IN:
-        return [(None, row) for row in built_in()[: cfg.max_documents]]
+        return [(None, row) for row in built_in_problems()[: cfg.max_documents]]
     found = []
     for part, begin in (official_parts(cfg.data) or SINGLE).items():
         rows = read_rows(cfg.data, cfg.max_documents, begin)

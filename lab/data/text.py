@@ -19,11 +19,12 @@ from pathlib import Path
 import numpy as np
 
 from lab.data import tables
-from lab.data.builtin import BUILT_IN, built_in_texts, is_built_in
+from lab.data.builtin import BUILT_IN, built_in_texts
 from lab.data.cache import BadRows, cache_root, is_clean
 from lab.data.tables import TABLES, require_columns, stream_rows
 from lab.data.tokenizers import (
     ScratchBPE,
+    is_built_in,
     make_tokenizer,
     named_tokenizer,
     pretrained_tokenizer,
@@ -33,7 +34,7 @@ from lab.errors import UserError
 from lab.run.files import joint_hash, sha256_file, short_hash, write_json
 from lab.train.processes import on_main, progress
 
-CACHE_VERSION = 1  # of the layout: change both together
+TEXT_CACHE_VERSION = 1  # of the layout: change both together
 # of fields that Corpus has grown: older caches keep their names
 ADDED_FIELDS = {"max_tokens": None, "held_out_tokens": 0, "streaming": None, "first_trains": True}
 PARTS = ("train", "val", "test")
@@ -92,7 +93,7 @@ def token_cache(corpus) -> Path:
     name = corpus.tokenizer  # what a Hub id or folder holds may change
     words = None if is_built_in(name) else tokenizer_fingerprint(named_tokenizer(name))
     fields = {name: value for name, value in asdict(corpus).items() if value != ADDED_FIELDS.get(name, "")}
-    folder = cache_root() / f"tokens_{short_hash([CACHE_VERSION, source, words, fields])}"
+    folder = cache_root() / f"tokens_{short_hash([TEXT_CACHE_VERSION, source, words, fields])}"
     if not (folder / "meta.json").exists():
         aside = folder.with_name(f".{folder.name}.partial")  # kept when killed
         try:

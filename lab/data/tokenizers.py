@@ -7,11 +7,13 @@ import itertools
 import re
 import string
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import numpy as np
 
 from lab.data.hub import local_or_hub
 from lab.errors import UserError
+from lab.run.stored import is_run
 from lab.train.processes import progress
 
 
@@ -245,3 +247,40 @@ def joined(symbols, pair) -> list[str]:
         result.append("".join(pair) if both else symbols[i])
         i += 1 + both
     return result
+
+
+def is_built_in(name) -> bool:
+    """Whether a tokenizer is made here, of text: no folder and no Hub id."""
+    return name.partition(":")[0] in ("chars", "ascii", "bytes", "bpe", "bpe_scratch")
+
+
+def encoder_tokenizer(name, texts=()):
+    """A fast tokenizer with cls and sep tokens, of a Hub id or folder; of tiny:* the words of `texts`.
+    UserError without these tokens."""
+    if name.startswith("tiny:"):
+        return _word_tokenizer(texts)
+    tokenizer = pretrained_tokenizer(name, "tiny:bert (built in)")
+    if None in (tokenizer.cls_token_id, tokenizer.sep_token_id):
+        raise UserError(f"tokenizer of {name} has no cls and sep token: use an encoder of the BERT family")
+    return tokenizer
+
+
+def _word_tokenizer(texts, size=4096):
+    """Lower-cased words by frequency, ties by spelling: a pure function of the texts."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    counts = Counter(word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text.lower()))
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    words = sorted(counts, key=lambda word: (-counts[word], word))[: size - len(special)]
+    vocabulary = {word: i for i, word in enumerate([*special, *words])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()  # the regular expression above
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), special, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def tokenizer_of(model) -> str:
+    """Name of the tokenizer of a run folder, a folder or a Hub id."""
+    return str(Path(model) / "tokenizer") if is_run(model) else model

@@ -180,14 +180,16 @@ def measure(model, part, parts, data, cfg, world, poll, answers=True) -> tuple[d
 def unigram_losses(examples, train) -> np.ndarray:
     """(rows,): summed loss of each row's targets under the token frequencies of the training targets."""
     logs = log_shares(train)
-    return np.array([-logs[ids].sum() for ids in examples.wanted()])
+    return np.array([-logs[ids].sum() for ids in examples.target_ids()])
 
 
 @functools.lru_cache(maxsize=1)
 def log_shares(train) -> np.ndarray:
     """(V,): log share of each token among the training targets, with Witten-Bell smoothing: adding one to
-    each of 50,000 tokens, as lab/measure/tuning.py does, would drown five letters."""
-    counts = np.bincount(np.concatenate(train.wanted()), minlength=len(train.data.tokenizer)).astype(float)
+    each of 50,000 tokens, as Examples.log_frequencies does, would drown five letters."""
+    counts = np.bincount(np.concatenate(train.target_ids()), minlength=len(train.data.tokenizer)).astype(
+        float
+    )
     kinds = np.count_nonzero(counts)
     counts[counts == 0] = kinds / max(1, len(counts) - kinds)
     return np.log(counts / counts.sum())
@@ -196,4 +198,4 @@ def log_shares(train) -> np.ndarray:
 def spelt_bytes(examples) -> np.ndarray:
     """(rows,): bytes that each row's targets spell."""
     sizes = token_bytes(examples.data.tokenizer)
-    return np.array([sizes[ids].sum() for ids in examples.wanted()], dtype=np.int64)
+    return np.array([sizes[ids].sum() for ids in examples.target_ids()], dtype=np.int64)

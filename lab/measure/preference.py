@@ -1,6 +1,5 @@
 """The report card of A / B / tie verdicts: better than lengths alone? calibrated? the same when A and B
-change
-places? Every figure with a 95 % interval by prompt."""
+change places? Every figure with a 95 % interval by prompt."""
 
 import dataclasses
 import math
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from lab.data.columns import LABELS
 from lab.measure.statistics import bootstrap, class_shares, classification_metrics, plus_minus
 
+NAMES = list(LABELS)  # A, B, tie: the order of classes everywhere
 BINS = 15  # of confidence, as Guo et al. (2017)
 HOTTEST = 10.0  # a temperature is sought from a tenth of 1 to this
 CLEARLY = 1.5  # a response is called longer than the other from half as much again
@@ -309,9 +309,6 @@ def _draw_reliability(axes, confidence, right):
         title="reliability", xlabel="confidence of the verdict", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1)
     )
     axes.legend(loc="upper left")
-
-
-NAMES = list(LABELS)  # A, B, tie: the order of classes everywhere
 
 
 def verdicts(cfg, data, splits, outcomes, part) -> tuple[np.ndarray, Verdicts]:

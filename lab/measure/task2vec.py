@@ -195,8 +195,8 @@ def coefficient(table) -> float:
 
 def coefficient_interval(table) -> list[float]:
     """95 % interval of the coefficient by jackknife over batches, with Student's t: pairs share
-    batches, and a
-    bootstrap of few batches covers too little (52 % with 3, 92 % with 6, simulated). NaN for fewer than 3."""
+    batches, and a bootstrap of few batches covers too little (52 % with 3, 92 % with 6, simulated). NaN for
+    fewer than 3."""
     n, sums = len(table), table.sum(1)
     if n < 3:
         return [math.nan, math.nan]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lab.data.blocks import Blocks
-from lab.data.cache import BadRows
+from lab.data.cache import AS_TEXT, BadRows
 from lab.data.instructions import Examples, Instructions, Packs, examples_of, load_instructions
 from lab.data.text import Corpus, split_pieces
 from lab.data.tokenizers import token_bytes
@@ -17,7 +17,7 @@ from lab.measure.language import evaluate, loss_lines
 from lab.measure.statistics import bootstrap, language_metrics, plus_minus
 from lab.run import terminal
 from lab.run.files import write_lines
-from lab.run.provenance import same_data
+from lab.run.provenance import refuse_other_data
 from lab.train.batches import ShardedBatches
 from lab.train.optim import count_parameters
 from lab.train.processes import World, main_first, on_main
@@ -28,10 +28,7 @@ def plain_blocks(name, tokenizer, block_size, most) -> Blocks:
     ids, plain = [], Corpus(name, "")
     for part, text, _ in split_pieces(plain, BadRows()):
         if part == "test":
-            tokens = tokenizer(
-                text, add_special_tokens=False, split_special_tokens=True, verbose=False
-            ).input_ids
-            ids += [tokenizer.eos_token_id, *tokens]
+            ids += [tokenizer.eos_token_id, *tokenizer(text, **AS_TEXT).input_ids]
         if len(ids) > most * block_size:
             break
     if len(ids) < 2:
@@ -158,7 +155,7 @@ def spelt_bytes(examples) -> np.ndarray:
     """(rows,): bytes of each row's targets; of a whole answer those of its text,
     whatever a tokenizer adds."""
     data, sizes = examples.data, token_bytes(examples.data.tokenizer)
-    spelt = np.array([sizes[ids].sum() for ids in examples.wanted()], dtype=np.int64)
+    spelt = np.array([sizes[ids].sum() for ids in examples.target_ids()], dtype=np.int64)
     answers = np.array([len(data.texts[row][2].encode()) for row in examples.rows], dtype=np.int64)
     whole = data.prompt_lengths[examples.rows] + data.answer_lengths[examples.rows] == examples.lengths
     return spelt if examples.loss_on_prompt else np.where(whole, answers, spelt)
@@ -168,7 +165,7 @@ def own_data(cfg, world, tokenizer, facts) -> Instructions:
     """Loads the rows that a run was trained on. UserError if cfg.data has changed.
     `facts`: of config.json."""
     data = load_instructions(cfg, world, tokenizer)
-    same_data(facts["fingerprint"], data.fingerprint, cfg.data)
+    refuse_other_data(facts["fingerprint"], data.fingerprint, cfg.data)
     return data
 
 
@@ -185,7 +182,7 @@ def remeasure(model, tokenizer, cfg, facts, world, poll) -> tuple[dict, tuple[st
 def unigram_losses(examples, train) -> np.ndarray:
     """(examples,): summed loss of each example's targets under the token frequencies
     of the training targets."""
-    return np.array([-train.log_frequencies[labels].sum() for labels in examples.wanted()])
+    return np.array([-train.log_frequencies[labels].sum() for labels in examples.target_ids()])
 
 
 def check(run, cfg, setup, model, step, where, keep_best, poll):

@@ -4,14 +4,11 @@ Every family of transformers that ends in one vector per token fits; tiny:<famil
 random weights and a word tokenizer, for a machine without a network."""
 
 import math
-import re
-from collections import Counter
 
 import torch
 from torch import nn
 
 from lab.data.hub import local_or_hub
-from lab.data.tokenizers import pretrained_tokenizer
 from lab.errors import UserError
 from lab.train.batches import OVERHEAD, length_groups
 
@@ -44,33 +41,6 @@ def tiny(name) -> str:
     """Name of the tiny model of the same family: `microsoft/deberta-base` -> `tiny:deberta`."""
     longest_first = sorted(TINY_FAMILIES, key=len, reverse=True)  # distilbert before bert
     return f"tiny:{next((family for family in longest_first if family in name.lower()), 'bert')}"
-
-
-def load_tokenizer(name, texts=()):
-    """A fast tokenizer with cls and sep tokens, of a Hub id or folder; of tiny:* the words of `texts`.
-    UserError without these tokens."""
-    if name.startswith("tiny:"):
-        return _word_tokenizer(texts)
-    tokenizer = pretrained_tokenizer(name, "tiny:bert (built in)")
-    if None in (tokenizer.cls_token_id, tokenizer.sep_token_id):
-        raise UserError(f"tokenizer of {name} has no cls and sep token: use an encoder of the BERT family")
-    return tokenizer
-
-
-def _word_tokenizer(texts, size=4096):
-    """Lower-cased words by frequency, ties by spelling: a pure function of the texts."""
-    import tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    counts = Counter(word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text.lower()))
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    words = sorted(counts, key=lambda word: (-counts[word], word))[: size - len(special)]
-    vocabulary = {word: i for i, word in enumerate([*special, *words])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = tokenizers.normalizers.Lowercase()
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()  # the regular expression above
-    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), special, strict=True))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
 def load_encoder(name, tokenizer, dropout=None) -> nn.Module:

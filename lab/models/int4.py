@@ -40,10 +40,8 @@ def int8_rows(weight) -> tuple[torch.Tensor, torch.Tensor]:
 
 def int8_tokens(x) -> torch.Tensor:
     """x (..., C) rounded to 256 levels between each token's lowest and highest number (0 included)."""
-    dtype, x = (
-        x.dtype,
-        x.to(torch.promote_types(x.dtype, torch.float32)),
-    )  # half a number is too coarse a scale
+    # half a number is too coarse a scale
+    dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     scale = _positive((high - low) / 255)
     zero = torch.round(-128 - low / scale).clamp(-128, 127)
@@ -166,7 +164,7 @@ class Int8Embedding(nn.Module):
 
     @property
     def weight(self):
-        """The levels: callers ask `weight` for device and shape."""
+        """The scales: callers ask a `weight` for its device and dtype only."""
         return self.scales
 
     def forward(self, ids):

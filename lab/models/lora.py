@@ -4,18 +4,15 @@ A layer W x becomes W x + s B A x, with A (rank, in) drawn and B (out, rank) zer
 training begins at the base. s is the multiplier: alpha / rank today, alpha in the ancestor of journal 001.
 """
 
-import json
 import math
 import re
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from lab.errors import UserError
 from lab.models.gpt import GPT
-from lab.models.gpt_formats import FORMATS, misfit, with_weights
-from lab.run.files import whole_folder, write_json
+from lab.models.gpt_formats import with_weights
 from lab.train.cpu import linear
 
 SCALINGS = {  # alpha, rank -> multiplier
@@ -104,7 +101,7 @@ def add_lora(
     model.requires_grad_(False)  # first: the adapters are to train
     names = layer_names(model, targets, head, last_layers)
     for name in names:
-        layer = _wrap(model, name, rank, SCALINGS[scaling](alpha, rank), dropout, parts)
+        layer = wrap_layer(model, name, rank, SCALINGS[scaling](alpha, rank), dropout, parts)
         layer.initialise(init)
     return names
 
@@ -124,13 +121,13 @@ def layer_names(model, targets="all", head=False, last_layers=None) -> list[str]
     return [*names, *(["lm_head"] if head else [])]
 
 
-def _wrap(model, name, rank, multiplier, dropout=0.0, parts=None) -> LoRALinear:
-    layer = LoRALinear(model.get_submodule(name), rank, multiplier, dropout, parts or _parts(name))
+def wrap_layer(model, name, rank, multiplier, dropout=0.0, parts=None) -> LoRALinear:
+    layer = LoRALinear(model.get_submodule(name), rank, multiplier, dropout, parts or fused_parts(name))
     model.set_submodule(name, layer)
     return layer
 
 
-def _parts(name) -> int:
+def fused_parts(name) -> int:
     return FUSED.get(name.split(".", 2)[-1], 1)
 
 
@@ -181,137 +178,3 @@ def merge_lora(model) -> GPT:
         weights[f"{name}.weight"] = layer.base.weight + layer.delta()
     merged = with_weights(model.config, weights)
     return merged.requires_grad_(False).train(model.training)
-
-
-PREFIX = "base_model.model."
-
-
-def save_peft(model, folder, base):
-    """Writes the adapters as a folder that peft loads onto `base` (a folder or Hub id of GPT-2).
-
-    Three adapters of rank r on the fused c_attn are one of rank 3r there: A stacked, B on a diagonal.
-    """
-    import safetensors.torch
-
-    if misfit(model.config, FORMATS["gpt2"]):
-        raise UserError("peft's format is written for GPT-2's shape only: use the merged model instead")
-    layers, tensors = adapted(model), {}
-    for name, layer in layers.items():
-        for letter, value in (("A", layer.A), ("B", layer.wide_B())):
-            tensors[f"{PREFIX}{_theirs(name)}.lora_{letter}.weight"] = value.detach().cpu().contiguous()
-    ranks = {name: len(layer.A) for name, layer in layers.items()}
-    alphas = {name: layer.multiplier * len(layer.A) for name, layer in layers.items()}
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": min(ranks.values()),
-        "lora_alpha": min(alphas.values()),
-        "use_rslora": False,
-        "bias": "none",
-        "rank_pattern": _patterns(ranks),
-        "alpha_pattern": _patterns(alphas),
-        "target_modules": [_theirs(name) for name in layers],
-        "fan_in_fan_out": True,
-        "lora_dropout": next(iter(layers.values())).dropout.p,
-        "inference_mode": True,
-    }
-    with whole_folder(Path(folder)) as aside:
-        safetensors.torch.save_file(tensors, aside / "adapter_model.safetensors", {"format": "pt"})
-        write_json(aside / "adapter_config.json", config)
-
-
-def _theirs(name) -> str:
-    return name if name == "lm_head" else f"transformer.{name}"
-
-
-def _patterns(values) -> dict:
-    return {re.escape(_theirs(name)): value for name, value in values.items()}
-
-
-def load_peft(model, folder, dropout=0.0) -> list[str]:
-    """Adds the adapters of a peft folder, with their rank, alpha and layers. Returns the layers' names.
-
-    One adapter of a fused c_attn becomes three: A copied, B sliced. UserError for what is not plain LoRA.
-    """
-    config, tensors = _read_peft(Path(folder))
-    layers, names = dict(model.named_modules()), sorted({key.rpartition(".lora_")[0] for key in tensors})
-    for name in names:
-        A, B = (tensors.get(f"{name}.lora_{letter}.weight", torch.empty(0)) for letter in "AB")
-        if not isinstance(layers.get(name), nn.Linear):
-            raise UserError(f"{folder} adapts {name}: the model lacks it (a head needs --no-tie_head)")
-        if A.shape[1:] != (layers[name].in_features,) or B.shape != (layers[name].out_features, len(A)):
-            raise UserError(f"{folder} adapts a {name} of another shape: it belongs to another model")
-    model.requires_grad_(False)
-    for name in names:
-        A, B = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
-        alpha = _pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"])
-        multiplier = alpha / (math.sqrt(len(A)) if config.get("use_rslora") else len(A))
-        parts = _parts(name)
-        A, B = _in_parts(A, B, parts)
-        layer = _wrap(model, name, len(A) // parts, multiplier, dropout)
-        with torch.no_grad():
-            layer.A.copy_(A)
-            layer.B.copy_(B)
-    return names
-
-
-NOT_PLAIN = (  # settings of peft that change what an adapter means
-    "use_dora",
-    "modules_to_save",
-    "lora_bias",
-    "target_parameters",
-    "alora_invocation_tokens",
-    "layer_replication",
-    "trainable_token_indices",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-)
-MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # kinds of init_lora_weights
-
-
-def _read_peft(folder) -> tuple[dict, dict]:
-    """(adapter_config.json, tensors under our names)"""
-    import safetensors.torch
-
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        hint = "a run's adapters are in its peft/ after run_lora.py --mode export"
-        raise UserError(f"{folder} is no whole adapter of peft ({error}): {hint}") from None
-    if not isinstance(config, dict) or not tensors:
-        raise UserError(f"{folder} is no whole adapter of peft: it holds no settings or no tensors")
-    odd = [key for key in NOT_PLAIN if config.get(key)]
-    odd += [f"bias {kind}" for kind in [config.get("bias", "none")] if kind != "none"]
-    init = str(config.get("init_lora_weights")).lower()
-    odd += [f"init_lora_weights {init}"] if init.startswith(MOVES_BASE) else []
-    odd += [key for key in tensors if not re.fullmatch(r"base_model\.model\..+\.lora_[AB]\.weight", key)]
-    if odd or config.get("peft_type") != "LORA":
-        what = ", ".join(odd[:2]) or config.get("peft_type")
-        raise UserError(f"{folder} holds more than plain LoRA ({what}): merge it with peft first")
-    prefix = re.compile(rf"^{re.escape(PREFIX)}(transformer\.)?")
-    return config, {prefix.sub("", key): tensor for key, tensor in tensors.items()}
-
-
-def _in_parts(A, B, parts) -> tuple[torch.Tensor, torch.Tensor]:
-    """peft's A (r, in), B (out, r) of a layer as LoRALinear keeps them; what save_peft wrote as it was."""
-    blocks = [b.chunk(parts, dim=1) for b in B.chunk(parts)]
-    diagonal = [row[i] for i, row in enumerate(blocks) if len(row) == parts]
-    if (
-        B.any()
-        and len(A) % parts == 0
-        and len(diagonal) == parts
-        and torch.equal(B, torch.block_diag(*diagonal))
-    ):
-        return A, torch.cat(diagonal)
-    return A.repeat(parts, 1), B
-
-
-def _pattern_value(patterns, name, default):
-    """peft's rule: the first pattern that fits the end of the module's name."""
-    values = (v for p, v in (patterns or {}).items() if re.match(rf"(.*\.)?({p})$", _theirs(name)))
-    return next(values, default)

@@ -16,7 +16,8 @@ from lab.models.generate import left_padded
 from lab.models.gpt import GPT, GPTConfig
 from lab.models.gpt_formats import OtherKind, load_pretrained, untied, with_weights
 from lab.models.int4 import is_quantised, load
-from lab.run.checkpoints import chosen_checkpoint
+from lab.run.checkpoints import tested_or_newest_checkpoint
+from lab.run.stored import is_run
 from lab.train.cpu import linear
 from lab.train.processes import main_first
 
@@ -130,15 +131,6 @@ class OtherModel(nn.Module):
         return [row[: next((i for i, token in enumerate(row) if token in stop), len(row))] for row in rows]
 
 
-def tokenizer_of(model) -> str:
-    """Name of the tokenizer of a run folder, a folder or a Hub id."""
-    return str(Path(model) / "tokenizer") if is_run(model) else model
-
-
-def is_run(name) -> bool:
-    return (Path(name) / "gpt.json").exists()
-
-
 def open_model(name, dropout=0.0, checkpointing=False):
     """Opens (model, tokenizer) of a run folder (in its fp32 or fp64), a GPT-2 or Llama folder,
     or a Hub id, on the CPU."""
@@ -149,6 +141,6 @@ def open_model(name, dropout=0.0, checkpointing=False):
     folder = Path(name)
     config = GPTConfig(**json.loads((folder / "gpt.json").read_text()))
     config = replace(config, dropout=dropout, checkpointing=checkpointing)
-    weights = folder / "checkpoints" / chosen_checkpoint(folder) / "model.safetensors"
+    weights = folder / "checkpoints" / tested_or_newest_checkpoint(folder) / "model.safetensors"
     model = with_weights(config, safetensors.torch.load_file(weights))
     return model, pretrained_tokenizer(str(folder / "tokenizer"), "")

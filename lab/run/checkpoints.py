@@ -87,7 +87,7 @@ def state_sha256(state) -> str:
     return digest.hexdigest()
 
 
-def choose_checkpoint(checkpoints, step=None) -> tuple[str | None, list[str]]:
+def newest_whole_checkpoint(checkpoints, step=None) -> tuple[str | None, list[str]]:
     """Returns the newest whole checkpoint (or that of `step`), and a line for each broken one before it."""
     names, lines = sorted(path.name for path in checkpoints.glob("step_*")), []
     if step is not None:
@@ -104,13 +104,13 @@ def choose_checkpoint(checkpoints, step=None) -> tuple[str | None, list[str]]:
     return None, lines
 
 
-def chosen_checkpoint(folder) -> str:
+def tested_or_newest_checkpoint(folder) -> str:
     """Name of the checkpoint that a run was tested with; of an unfinished run, the newest whole one."""
     folder = Path(folder)
     for name in read_result(folder).get("test_checkpoints", [])[:1]:
         if broken(folder / "checkpoints" / name) is None:
             return name
-    name, _ = choose_checkpoint(folder / "checkpoints")
+    name, _ = newest_whole_checkpoint(folder / "checkpoints")
     if name is None:
         raise UserError(f"{folder} has no checkpoint")
     return name

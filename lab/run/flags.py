@@ -50,7 +50,7 @@ LIMITS = {  # constants: lowest and highest legal value, in whichever script the
     "diversity_batches head_epochs": (0, math.inf),
     "diversity_batch diversity_length floor_repeats": (2, math.inf),
 }
-ALIASES = {"run_folder": "run"}  # flags that torchrun would take for its own (--run_path), python does not
+ALIASES = {"run_folder": "run"}  # torchrun takes --run for its own --run_path: --run_folder works under both
 
 
 @dataclass(frozen=True)
@@ -188,3 +188,15 @@ def _check_limits(cfg):
             if value is not None and not low <= value <= high:
                 legal = f"{low} or more" if high == math.inf else f"{low} to {high}"
                 raise UserError(f"--{name} {value} is out of range: use {legal}")
+
+
+def override_lines(cfg) -> list[str]:
+    """Lines (at most 100 columns) of what preset and --smoke changed."""
+    t = typed(cfg)
+    lines = [" and ".join(filter(None, [t.preset and f"preset {t.preset}", t.smoke and "smoke"])) + " set:"]
+    for name, value in t.overrides.items():
+        word = f" {name} {value},"
+        if len(lines[-1] + word) > 100:
+            lines.append(" ")
+        lines[-1] += word
+    return [*lines[:-1], lines[-1].rstrip(",")] if t.overrides else []

@@ -13,9 +13,8 @@ class Meter:
 
     def __init__(self, world, sums=(0.0, 0)):
         self.world, self.all_examples, self.all_seconds = world, 0, 0.0
-        self._restart(
-            sums[0] if world.is_main else 0.0, sums[1]
-        )  # the stored sum is global: one rank carries it
+        # the stored sum is global: one rank carries it
+        self._restart(sums[0] if world.is_main else 0.0, sums[1])
 
     def _restart(self, loss=0.0, targets=0):
         self.loss, self.targets, self.steps, self.examples, self.seconds = loss, targets, 0, 0, 0.0

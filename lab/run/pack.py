@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lab.errors import UserError
 from lab.run import checkpoints
-from lab.run.checkpoints import broken, chosen_checkpoint, read_manifest
+from lab.run.checkpoints import broken, read_manifest, tested_or_newest_checkpoint
 from lab.run.files import flush
 from lab.run.stored import PACKED, SCRIPTS, locked, prepared, read_config, read_result
 
@@ -54,7 +54,7 @@ def packed_checkpoints(folder) -> list[str]:
     if whole and len(whole) == len(tested):
         return list(dict.fromkeys(whole))
     with contextlib.suppress(UserError):
-        return [chosen_checkpoint(folder)]
+        return [tested_or_newest_checkpoint(folder)]
     return []
 
 

@@ -18,7 +18,7 @@ from lab.run.resume import changed_constants, launcher
 from lab.run.stored import read_config
 
 
-def same_data(stored, now, name, what=("data",)):
+def refuse_other_data(stored, now, name, what=("data",)):
     """Raises UserError where data (or tokenizer, say) are not those that the run was trained on."""
     if any(stored[key] != now[key] for key in what):
         raise UserError(f"data {name} is not what the run was trained on: restore it, or use --data")

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 from lab.errors import UserError
-from lab.run.checkpoints import choose_checkpoint, read_manifest
-from lab.run.flags import typed
+from lab.run.checkpoints import newest_whole_checkpoint, read_manifest
+from lab.run.flags import override_lines, typed
 from lab.run.stored import PACKED, locked, out_folder, read_config, status_of
 
 MAY_CHANGE = {  # what a flag may change in a resumed run: length, cadence, bookkeeping, how it is computed
@@ -61,7 +61,7 @@ def plan_run(cfg, script) -> tuple[dict, object]:
     # while this one waited for the lock
     if cfg.resume_timestamp == "auto" and status_of(folder) == "finished":
         return plan | {"finished": True}, lock
-    name, notes = choose_checkpoint(folder / "checkpoints", cfg.resume_step)
+    name, notes = newest_whole_checkpoint(folder / "checkpoints", cfg.resume_step)
     notes.append(f"resumes {folder.name} from {name or 'step 0: there is no checkpoint yet'}")
     position = read_manifest(folder / "checkpoints" / name) if name else {}
     return plan | {"checkpoint": name, "position": position, "lines": notes + lines}, lock
@@ -80,18 +80,6 @@ def merge_constants(stored, constants, flags) -> list[str]:
             lines.append(f"resumed: {name} stays {old} (the script now says {constants[name]})")
             constants[name] = old
     return lines
-
-
-def override_lines(cfg) -> list[str]:
-    """Lines (at most 100 columns) of what preset and --smoke changed."""
-    t = typed(cfg)
-    lines = [" and ".join(filter(None, [t.preset and f"preset {t.preset}", t.smoke and "smoke"])) + " set:"]
-    for name, value in t.overrides.items():
-        word = f" {name} {value},"
-        if len(lines[-1] + word) > 100:
-            lines.append(" ")
-        lines[-1] += word
-    return [*lines[:-1], lines[-1].rstrip(",")] if t.overrides else []
 
 
 def new_folder(out, tag) -> Path:

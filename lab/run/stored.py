@@ -102,3 +102,8 @@ def read_result(folder) -> dict:
 def status_of(folder) -> str:
     """finished, stopped or failed; or that there is no result.json."""
     return read_result(folder).get("status", "running or killed")
+
+
+def is_run(name) -> bool:
+    """Whether a folder is a run that brings a GPT of its own."""
+    return (Path(name) / "gpt.json").exists()

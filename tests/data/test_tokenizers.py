@@ -25,7 +25,6 @@ import lab.run.files
 from core import UserError
 from lab.data import tokenizers
 from lab.data.tokenizers import END
-from lab.models import encoders
 
 ODD = [  # each comes back to the character
     "plain words, isn't it ? a . b ; they 're n't , 've \"quoted\" !",
@@ -120,7 +119,7 @@ def test_a_bpe_without_a_sensible_size_is_refused(name):
 def test_a_tokenizer_that_is_not_there_or_has_no_end_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no such folder: \./nowhere"):
         core.make_tokenizer("./nowhere", lambda: ["text"])
-    encoders.load_tokenizer("tiny:bert", ["some words"]).save_pretrained(tmp_path / "bert")
+    tokenizers.encoder_tokenizer("tiny:bert", ["some words"]).save_pretrained(tmp_path / "bert")
     with pytest.raises(UserError, match="has no end-of-text token"):
         core.make_tokenizer(str(tmp_path / "bert"), lambda: ["text"])
 

@@ -287,6 +287,7 @@ early = sys.stderr
 import core
 from lab.data import tokenizers
 from lab.run import terminal
+from lab.train import processes
 from tqdm import tqdm
 terminal.outlive_terminal()
 
@@ -305,7 +306,7 @@ for _ in range(3):
     tqdm.write("words")
     for _ in tqdm(range(3), mininterval=0):
         pass
-    with core.progress(3, "words") as bar:
+    with processes.progress(3, "words") as bar:
         bar.update()
     sys.stdout.writelines(["words", "words"])
     if sys.argv[1] != "disk":  # a full disk may have room again: those who go past Terminal do fail

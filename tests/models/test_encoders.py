@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import core
 from core import UserError
+from lab.data import tokenizers
 from lab.models import encoders
 
 WORDS = ["one two three four five six"]
@@ -15,7 +16,7 @@ WORDS = ["one two three four five six"]
 
 def scorer(family="bert", which="none", **changes):
     """A tiny scorer in fp64 without dropout."""
-    tokenizer = encoders.load_tokenizer("tiny:", WORDS)
+    tokenizer = tokenizers.encoder_tokenizer("tiny:", WORDS)
     encoder = core.load_encoder(f"tiny:{family}", tokenizer, dropout=0.0)
     frozen = encoders.freeze(encoder, which)
     options = {"joint": False, "pooling": "first", "head": "mlp", "dropout": 0.0, "frozen": frozen} | changes
@@ -159,7 +160,7 @@ def test_rates_fall_from_the_top_block_down_and_the_head_has_its_own():
 
 
 def test_missing_weights_are_an_error_and_poolers_are_not_missed(tmp_path):
-    tokenizer = encoders.load_tokenizer("tiny:", ["a b"])
+    tokenizer = tokenizers.encoder_tokenizer("tiny:", ["a b"])
     encoder = core.load_encoder("tiny:bert", tokenizer)
     encoder.save_pretrained(tmp_path)
     loaded = core.load_encoder(str(tmp_path), tokenizer)
@@ -172,7 +173,7 @@ def test_missing_weights_are_an_error_and_poolers_are_not_missed(tmp_path):
 
 
 def test_a_half_precision_checkpoint_is_trained_in_fp32(tmp_path):
-    tokenizer = encoders.load_tokenizer("tiny:", ["a b"])
+    tokenizer = tokenizers.encoder_tokenizer("tiny:", ["a b"])
     core.load_encoder("tiny:bert", tokenizer).half().save_pretrained(tmp_path)
     model = core.load_encoder(str(tmp_path), tokenizer)
     assert {p.dtype for p in model.parameters()} == {torch.float32} and model.training

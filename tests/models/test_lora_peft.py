@@ -23,7 +23,7 @@ from transformers import GPT2LMHeadModel
 
 import core
 from core import UserError
-from lab.models import gpt_formats, lora
+from lab.models import gpt_formats, lora_peft
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_peft_computes_our_logits_and_our_adapters_come_back(tmp_path, how, conf
     with theirs.disable_adapter():
         assert_far(logits(model), logits(theirs))
     again = random_gpt(**config)
-    names = lora.load_peft(again, tmp_path / "adapter", dropout=0.25)
+    names = lora_peft.load_peft(again, tmp_path / "adapter", dropout=0.25)
     assert sorted(names) == sorted(core.adapted(again)) == sorted(core.adapted(model))
     assert_same(numbers(again), numbers(model))
     assert core.count_parameters(again) == core.count_parameters(model)
@@ -58,7 +58,7 @@ def test_peft_computes_our_logits_and_our_adapters_come_back(tmp_path, how, conf
 
 
 def test_an_export_says_its_dropout_and_its_base(tmp_path):
-    lora.save_peft(adapted_gpt(dropout=0.125), tmp_path / "adapter", "openai-community/gpt2")
+    lora_peft.save_peft(adapted_gpt(dropout=0.125), tmp_path / "adapter", "openai-community/gpt2")
     config = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
     assert isinstance(config, peft.LoraConfig) and config.inference_mode
     assert (config.base_model_name_or_path, config.lora_dropout) == ("openai-community/gpt2", 0.125)
@@ -67,7 +67,7 @@ def test_an_export_says_its_dropout_and_its_base(tmp_path):
 @pytest.mark.parametrize("config", [LLAMA, {"bias": False}, {"tie_head": False, "head_bias": True}])
 def test_shapes_that_are_not_gpt2s_are_not_exported(tmp_path, config):
     with pytest.raises(UserError, match="GPT-2's shape only: use the merged model instead"):
-        lora.save_peft(adapted_gpt(config=config), tmp_path / "adapter", "base")
+        lora_peft.save_peft(adapted_gpt(config=config), tmp_path / "adapter", "base")
     assert not any(tmp_path.iterdir())
 
 
@@ -121,7 +121,7 @@ def test_we_compute_the_logits_of_what_peft_trained(tmp_path, changes):
     model = gpt_formats.load_pretrained(str(base)).eval()
     before = numbers(model)
     plain = logits(model)
-    names = lora.load_peft(model, tmp_path / "adapter")
+    names = lora_peft.load_peft(model, tmp_path / "adapter")
     adapted = [re.sub(r"^base_model.model.(transformer.)?|.lora_A$", "", name)
                for name, module in theirs.named_modules() if name.endswith(".lora_A")]  # fmt: skip
     assert sorted(names) == sorted(adapted) == sorted(core.adapted(model))
@@ -138,8 +138,8 @@ def test_what_peft_trained_goes_out_again(tmp_path):
     patterns = {"rank_pattern": {"c_attn": 3}, "alpha_pattern": {"mlp.c_proj": 11}}
     theirs = peft_writes(tmp_path / "theirs", base, lora_config(**patterns))
     model = gpt_formats.load_pretrained(str(base)).eval()
-    lora.load_peft(model, tmp_path / "theirs")
-    lora.save_peft(model, tmp_path / "ours", str(base))
+    lora_peft.load_peft(model, tmp_path / "theirs")
+    lora_peft.save_peft(model, tmp_path / "ours", str(base))
     again = peft.PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(base), tmp_path / "ours").eval()
     assert_close_logits(logits(again), logits(theirs))
 
@@ -179,7 +179,7 @@ def cut(tensors, rank):
 def refusal(model, folder) -> str:
     """What load_peft says, in one line that names the folder."""
     with pytest.raises(UserError) as error:
-        lora.load_peft(model, folder)
+        lora_peft.load_peft(model, folder)
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
     return str(error.value)
 
@@ -192,7 +192,7 @@ def test_a_folder_that_is_none_is_refused(tmp_path):
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_adapter_is_refused(tmp_path, damage):
-    lora.save_peft(adapted_gpt(), tmp_path / "adapter", "base")
+    lora_peft.save_peft(adapted_gpt(), tmp_path / "adapter", "base")
     change, word = DAMAGES[damage]
     change(tmp_path / "adapter")
     message = refusal(random_gpt(), tmp_path / "adapter")
@@ -201,7 +201,7 @@ def test_a_damaged_adapter_is_refused(tmp_path, damage):
 
 @pytest.mark.parametrize("nonsense", NONSENSE)
 def test_whole_files_that_do_not_make_an_adapter_are_refused(tmp_path, nonsense):
-    lora.save_peft(adapted_gpt(), tmp_path / "adapter", "base")
+    lora_peft.save_peft(adapted_gpt(), tmp_path / "adapter", "base")
     change, word = NONSENSE[nonsense]
     change(tmp_path / "adapter")
     assert word in refusal(random_gpt(), tmp_path / "adapter")
@@ -233,14 +233,14 @@ def test_what_is_more_than_plain_lora_is_refused_by_name(tmp_path, config, words
 
 @pytest.mark.parametrize("kind", ["LOHA", "PREFIX_TUNING", None])
 def test_another_kind_of_adapter_is_refused_by_the_name_of_its_kind(tmp_path, kind):
-    lora.save_peft(adapted_gpt(), tmp_path / "adapter", "base")
+    lora_peft.save_peft(adapted_gpt(), tmp_path / "adapter", "base")
     edit_config(tmp_path / "adapter", peft_type=kind)
     assert f"({kind})" in refusal(random_gpt(), tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("changes", [{"target_parameters": ["c_fc.weight"]}, {"use_dora": True}])
 def test_a_config_that_says_more_than_its_tensors_is_refused(tmp_path, changes):
-    lora.save_peft(adapted_gpt(), tmp_path / "adapter", "base")
+    lora_peft.save_peft(adapted_gpt(), tmp_path / "adapter", "base")
     edit_config(tmp_path / "adapter", **changes)
     assert f"({next(iter(changes))})" in refusal(random_gpt(), tmp_path / "adapter")
 
@@ -259,7 +259,7 @@ def test_an_adapter_to_a_base_that_peft_changed_gives_pefts_logits_or_is_refused
     assert_close_logits(logits(again.eval()), logits(theirs.eval()))
     model = gpt_formats.load_pretrained(str(base)).eval()
     try:
-        lora.load_peft(model, tmp_path / "adapter")
+        lora_peft.load_peft(model, tmp_path / "adapter")
     except UserError as error:
         assert init in str(error)
     else:
@@ -267,19 +267,19 @@ def test_an_adapter_to_a_base_that_peft_changed_gives_pefts_logits_or_is_refused
 
 
 def test_adapters_of_another_model_are_refused(tmp_path):
-    lora.save_peft(adapted_gpt(config={"n_embd": 64}), tmp_path / "wider", "base")
+    lora_peft.save_peft(adapted_gpt(config={"n_embd": 64}), tmp_path / "wider", "base")
     message = refusal(random_gpt(), tmp_path / "wider")
     assert "another shape" in message and "h.0.attn.c_attn" in message
-    lora.save_peft(adapted_gpt(last_layers=1, config={"n_layer": 3}), tmp_path / "deeper", "base")
+    lora_peft.save_peft(adapted_gpt(last_layers=1, config={"n_layer": 3}), tmp_path / "deeper", "base")
     message = refusal(random_gpt(), tmp_path / "deeper")
     assert "adapts h.2." in message and "the model lacks" in message
     fitting = adapted_gpt(targets="mlp", config={"n_inner": 48})
-    lora.save_peft(fitting, tmp_path / "slimmer", "base")
+    lora_peft.save_peft(fitting, tmp_path / "slimmer", "base")
     assert "h.0.mlp.c_fc" in refusal(random_gpt(), tmp_path / "slimmer")
 
 
 def test_an_adapter_of_the_head_needs_a_head(tmp_path):
     model = adapted_gpt(head=True, last_layers=0, config={"tie_head": False})
-    lora.save_peft(model, tmp_path / "adapter", "base")
+    lora_peft.save_peft(model, tmp_path / "adapter", "base")
     message = refusal(random_gpt(), tmp_path / "adapter")
     assert "adapts lm_head: the model lacks it" in message and "--no-tie_head" in message

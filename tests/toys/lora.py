@@ -7,7 +7,7 @@ from transformers import GPT2LMHeadModel
 
 import core
 from core import GPT, GPTConfig
-from lab.models import lora
+from lab.models import lora_peft
 
 LLAMA = {
     **{"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu"},
@@ -74,7 +74,7 @@ def beside_peft(folder, rank=4, alpha=7, scaling="alpha/r", config=None, **how):
     model = random_gpt(**(config or {}))
     core.save_pretrained(model, None, folder / "base")
     core.add_lora(model, rank, alpha, scaling, **how)
-    lora.save_peft(randomise(model), folder / "adapter", str(folder / "base"))
+    lora_peft.save_peft(randomise(model), folder / "adapter", str(folder / "base"))
     base = GPT2LMHeadModel.from_pretrained(folder / "base")
     theirs = peft.PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
     return model, theirs.eval()

@@ -23,7 +23,7 @@ from lab.measure.tuning import spelt_bytes
 class Measured:
     """What a set of data gave."""
 
-    metrics: dict  # of core.language_metrics, or a report card
+    metrics: dict  # of language_metrics, or a report card
     lines: list[str]  # what to tell the user
     file: tuple[str, list[dict]]  # name and lines of the .jsonl by which --compare pairs rows
     fingerprint: str  # of the data
@@ -92,7 +92,7 @@ def measure_text(data, stored, model, tokenizer, cfg, world, poll) -> Measured:
     documents = [rows.tokens[start:end] for start, end in itertools.pairwise(rows.offsets)]
     windows, sizes = Windows(documents, context, stride), token_bytes(tokenizer)
     sums = evaluate(model, windows, stored, world, poll)
-    spelt = np.array([sizes[ids].sum() for ids in windows.wanted()])
+    spelt = np.array([sizes[ids].sum() for ids in windows.target_ids()])
     groups = stretches(len(windows))
     if len(documents) >= 100:
         groups = np.array([number for number, *_ in windows.windows])

@@ -22,8 +22,8 @@ import core
 import eval as script
 import gpt_scratch
 from core import World
-from lab.compare import other_data
 from lab.data import builtin, instructions
+from lab.measure import other_data
 from lab.train import loss
 
 
@@ -40,7 +40,7 @@ def test_windows_count_every_token_once_where_it_has_seen_most(context, stride):
         assert (
             labels[0][kept].tolist()
             == documents[number][first : end + 1].tolist()
-            == windows.wanted()[n].tolist()
+            == windows.target_ids()[n].tolist()
         )
         assert [*input_ids[0].tolist(), int(labels[0, -1])] == documents[number][start : end + 1].tolist()
         counted[number][first : end + 1] += 1
