@@ -16,6 +16,7 @@ from torch import nn
 from toys.sft import (
     END,
     SCRIPTS,
+    adapted,  # noqa: F401 (a fixture)
     by_hand,
     config,
     every,
