@@ -17,12 +17,9 @@ import contextlib
 import functools
 import gc
 import hashlib
-import json
 import math
 import re
 import shutil
-import statistics
-import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -34,7 +31,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import core
 import gpt_scratch
 from lab.compare import mathqa_report, tables
-from lab.measure import answers, choices, tuning
+from lab.measure import answers, choices, quantised, tuning
 from lab.models import int4, loha_lokr
 from lab.run import checkpoints, stored
 from lab.train import optim
@@ -890,9 +887,9 @@ def quantise_run(folder, cfg, world, say, poll) -> dict:
     group = own.qat_group if own.qat != "off" else cfg.qat_group  # the one it was trained for
     model, target = merged(model).eval(), Path(folder) / f"quantised_{group}"
     weights = core.weights_sha256(model)
-    if known := core.on_main(world, known_figures, target, weights):
+    if known := core.on_main(world, quantised.known_figures, target, weights):
         return known
-    core.on_main(world, write_int4, model, group, tokenizer, target)
+    core.on_main(world, quantised.write_int4, model, group, tokenizer, target)
     small, _ = core.main_first(world, int4.load, target)
     measure, units = own_measure(folder, replace(own, eval_batch=cfg.eval_batch), tokenizer, world)
     result = {"weights_sha256": weights, "group": group, "trained_for_it": own.qat != "off"}
@@ -901,45 +898,13 @@ def quantise_run(folder, cfg, world, say, poll) -> dict:
     lines = {}
     for kind, of in (("float", model), ("int4", small.to(world.device))):
         figures, *lines[kind] = measure(of, poll)
-        rate = tokens_per_second(of, units, own, world, poll)
+        rate = quantised.tokens_per_second(of, units, own, world, poll)
         result[kind] = figures | {"mb": bytes_of[kind] / 1e6, "tokens_per_second": rate}
         loss = figures[f"{final_parts(own)[-1]}/loss"]
         say(f"{kind:5} {final_parts(own)[-1]} loss {loss:.4f}  {rate:.0f} tokens/s  of {Path(folder).name}")
     result["rows"] = mathqa_report.paired_rows(lines["float"], lines["int4"])
     core.on_main(world, core.write_json, target / "result.json", result)
     return result
-
-
-def write_int4(model, group, tokenizer, folder):
-    """Writes the model in int4."""
-    int4.save(int4.convert(model, group), group, tokenizer, folder)
-
-
-def known_figures(target, weights) -> dict | None:
-    """Earlier figures of quantise_run for these weights; removes a folder of other
-    weights or without figures."""
-    try:
-        known = json.loads((target / "result.json").read_text())
-    except (OSError, ValueError):
-        known = {}
-    if known.get("weights_sha256") == weights:
-        return known
-    shutil.rmtree(target, ignore_errors=True)
-    return None
-
-
-def tokens_per_second(model, units, cfg, world, poll) -> float:
-    """Tokens per second of evaluation, over at most 200 rows: median of three passes after a first one."""
-    if isinstance(units, core.Blocks):
-        some = core.Blocks(units.tokens[: 200 * units.block_size + 1], units.block_size)
-    else:
-        some = units.some(200)
-    seconds = []
-    for _ in range(4):
-        began = time.perf_counter()
-        core.evaluate(model, some, cfg, world, poll)
-        seconds.append(time.perf_counter() - began)
-    return int(np.asarray(some.lengths).sum()) / statistics.median(seconds[1:])
 
 
 def quantise_or_export(cfg, world, say, poll):

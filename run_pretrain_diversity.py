@@ -20,14 +20,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import core
 import gpt_scratch
 from lab.compare import diversity_report, tables
 from lab.data import builtin, mixture
-from lab.measure import diversity, language
+from lab.measure import diversity, held_out
 from lab.run import checkpoints
 
 
@@ -283,20 +282,6 @@ def run_facts(cfg, text, batches) -> dict:
     return {"fingerprint": fingerprint, "ledger": batches.ledger()}
 
 
-def held_out_windows(cfg, text, name, part):
-    """(held-out windows, document of each); of val at most eval_rows, spread evenly.
-    UserError without any."""
-    windows, groups = mixture.windows_of(text.tokens[name], part, cfg.block_size)
-    if not len(windows):
-        raise core.UserError(f"{name} leaves no {part} text: use more documents, or a larger --{part}_share")
-    most = cfg.eval_rows if part == "val" else None
-    if most and most < len(windows):
-        chosen = np.linspace(0, len(windows) - 1, most).round().astype(int)
-        windows.windows, groups = [windows.windows[i] for i in chosen], groups[chosen]
-        windows.lengths = windows.lengths[chosen]
-    return windows, groups
-
-
 # -------------------------------------------------------------------------------------------------- measuring
 
 
@@ -309,54 +294,18 @@ def load_model(folder, world):
     return cfg, core.Precision(cfg.dtype, world).prepare(model).eval(), tokenizer
 
 
-@dataclass
-class MeasuredText:
-    """A model's sums (windows, 3) on one held-out text, and the baseline that they are compared with."""
-
-    sums: np.ndarray
-    groups: np.ndarray  # document of each window
-    plain: np.ndarray  # (windows,): summed loss by the training text's token frequencies
-    spelt: np.ndarray  # (windows,): bytes of the targets
-
-    def figures(self) -> dict:
-        return core.language_metrics(self.sums, self.groups, self.plain, self.spelt)
-
-    def lines(self, part) -> list[dict]:
-        return language.loss_lines(part, np.arange(len(self.sums)), self.groups, self.sums, self.spelt)
-
-
-def measure(model, cfg, text, name, part, world, poll) -> MeasuredText:
-    """Measures a model on one held-out text."""
-    windows, groups = held_out_windows(cfg, text, name, part)
-    frequencies = text.frequencies(shares_of(cfg.data))
-    log_share = np.log((frequencies + 1) / (frequencies.sum() + len(frequencies)))
-    plain, spelt = (
-        np.array([of[ids].sum() for ids in windows.target_ids()]) for of in (-log_share, text.sizes)
-    )
-    return MeasuredText(core.evaluate(model, windows, cfg, world, poll), groups, plain, spelt)
-
-
-def pooled(parts) -> MeasuredText:
-    """Several texts as one; documents stay apart."""
-    groups, offset = [], 0
-    for part in parts:
-        groups.append(part.groups + offset)
-        offset += part.groups.max() + 1
-    sums, plain, spelt = (
-        np.concatenate([getattr(p, name) for p in parts]) for name in ("sums", "plain", "spelt")
-    )
-    return MeasuredText(sums, np.concatenate(groups), plain, spelt)
-
-
 BRIEF = ("loss", "loss_interval", "perplexity", "accuracy", "bits_per_byte")  # kept of a single source
 
 
-def figures(model, cfg, text, part, world, poll) -> tuple[dict, MeasuredText]:
+def figures(model, cfg, text, part, world, poll) -> tuple[dict, held_out.MeasuredText]:
     """Figures of one part: on the neutral text (loss, accuracy ...), on the arm's sources together
     (own/..., with an alarm), and on each source. Also the neutral text as measured."""
-    neutral = measure(model, cfg, text, neutral_of(cfg), part, world, poll)
-    sources = {name: measure(model, cfg, text, name, part, world, poll) for name in shares_of(cfg.data)}
-    own = pooled(list(sources.values())).figures()
+    shares = shares_of(cfg.data)
+    neutral = held_out.measure_text(model, cfg, text, shares, neutral_of(cfg), part, world, poll)
+    sources = {
+        name: held_out.measure_text(model, cfg, text, shares, name, part, world, poll) for name in shares
+    }
+    own = held_out.pooled(list(sources.values())).figures()
     alarm = f"NOT LEARNING: own loss {own['loss']:.4f}, token frequencies alone {own['unigram_loss']:.4f}"
     result = {f"{part}/{name}": value for name, value in neutral.figures().items()}
     result |= {f"{part}/own/{name}": value for name, value in own.items()}
@@ -407,7 +356,7 @@ def train(run, cfg, world, text=None) -> dict:
         run.pin(name, value)  # another length would be another order: start a new run
     for name in (*shares_of(cfg.data), neutral):
         for part in final_parts(cfg):
-            held_out_windows(cfg, text, name, part)
+            held_out.held_out_windows(cfg, text, name, part)
     core.reseed(cfg.seed, "init")
     precision = core.Precision(cfg.dtype, world)
     model = precision.prepare(build_model(cfg, len(text.tokenizer)))
@@ -631,7 +580,7 @@ def open_study(cfg, world, say, poll) -> DiversityStudy:
             batches_of(cfg, arm, study.text, world)
         for name in study.text.tokens:
             for part in final_parts(cfg):
-                held_out_windows(cfg, study.text, name, part)
+                held_out.held_out_windows(cfg, study.text, name, part)
     if cfg.diversity_batches and cfg.probe == "study":
         check_length(cfg, cfg.block_size)
         draws_of(study, study.text.tokenizer)
@@ -763,7 +712,9 @@ def cross_evaluate(study, runs_by_arm) -> dict:
                 cfg, model, _ = load_model(folder, study.world)
                 cfg = replace(cfg, eval_batch=study.cfg.eval_batch)
             for name in missing:
-                lines = measure(model, cfg, study.text, name, "test", study.world, study.poll).lines("test")
+                lines = held_out.measure_text(
+                    model, cfg, study.text, shares_of(cfg.data), name, "test", study.world, study.poll
+                ).lines("test")
                 core.on_main(study.world, core.write_lines, Path(paths[name]), lines)
             for name, path in paths.items():
                 losses[arm][name].append(path)

@@ -1,0 +1,49 @@
+"""Figures of an int4 model: of these weights or measured anew, and a speed that is a median."""
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from ranks import everywhere
+
+import core
+from lab.measure import quantised
+
+
+def write(figures):
+    Path("quantised_32").mkdir()
+    Path("quantised_32/result.json").write_text(json.dumps(figures))
+
+
+def test_figures_of_the_same_weights_are_known_and_others_go():
+    write({"weights_sha256": "abc", "float": {}})
+    assert quantised.known_figures(Path("quantised_32"), "abc") == {"weights_sha256": "abc", "float": {}}
+    assert quantised.known_figures(Path("quantised_32"), "xyz") is None
+    assert not Path("quantised_32").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "", None])
+def test_a_folder_that_was_not_finished_is_measured_anew(text):
+    Path("quantised_32").mkdir()
+    if text is not None:
+        Path("quantised_32/result.json").write_text(text)
+    assert quantised.known_figures(Path("quantised_32"), "abc") is None
+    assert not Path("quantised_32").exists()
+
+
+def test_the_rate_is_the_median_of_three_passes_over_200_rows(monkeypatch):
+    now, passes = [0.0], iter([9.0, 2.0, 1.0, 4.0])  # the first one warms up
+    seen = []
+
+    def evaluate(model, some, cfg, world, poll):
+        seen.append(len(some))
+        now[0] += next(passes)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    everywhere(monkeypatch.setattr, quantised, "evaluate", evaluate)
+    blocks = core.Blocks(np.arange(300 * 8 + 1), 8)
+    rate = quantised.tokens_per_second(None, blocks, SimpleNamespace(), core.World(), lambda: None)
+    assert rate == 200 * 8 / 2.0 and seen == [200] * 4
