@@ -306,7 +306,7 @@ def test_a_run_can_be_opened_and_measures_as_it_did(fixture, request):
     cfg, model, tokenizer = SCRIPTS[name].load_model(folder, World())
     data, parts = parts_of(cfg)
     assert tokenizer.get_vocab() == data.tokenizer.get_vocab() and not model.training
-    sums = SCRIPTS[name].evaluate(model, parts["test"], cfg, World())
+    sums = core.evaluate(model, parts["test"], cfg, World())
     m, _ = tuning.measure("test", sums, parts["test"], parts["train"])
     assert {f"test/{k}": v for k, v in m.items()} == {k: result[k] for k in (f"test/{k}" for k in m)}
 

@@ -210,6 +210,7 @@ def test_a_constant_added_to_a_script_as_a_user_adds_it():
     """run_lora.py as it is; edited, with the new constant; the first run resumed longer. Then --compare."""
     for path in PROJECT.glob("*.py"):
         shutil.copy(path, ".")
+    shutil.copytree(PROJECT / "lab", "lab", ignore=shutil.ignore_patterns("__pycache__"))
     script = Path("run_lora.py")
 
     def trained(*flags):
