@@ -240,7 +240,7 @@ def test_a_frozen_encoder_and_folds_do_not_depend_on_ranks_or_accumulation():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "size"), [(script, 1 + i % 3) for i, script in enumerate(SCRIPTS)][::2])
+@pytest.mark.parametrize(("script", "size"), [("run_preference", 1), ("gpt_scratch", 2), ("run_mathqa", 3)])
 def test_killed_again_and_again_at_random_moments(script, size, straight):
     """Ten strikes each; the named moments are test_killed_and_resumed_ends_in_the_same_weights's."""
     want, want_curves = straight(script, size)
@@ -392,7 +392,7 @@ def test_weights_do_not_depend_on_ranks_or_accumulation(script):
     """Law 1, proved in fp64: 1, 2, 3 ranks x micro-batches of all, 1 and 3 rows, to 1e-9."""
     flags = [*SHORT[script], *EXACT[script], "--dtype", "fp64", "--max_steps", 12, "--test_weights", "last"]
     reference = None
-    for size, micro_batch in [(1, "none"), (1, 1), (1, 3), (2, "none"), (2, 3), (3, "none"), (3, 1)]:
+    for size, micro_batch in [(1, "none"), (1, 3), (2, "none"), (3, 1)]:
         got = run(script, *flags, "--micro_batch", micro_batch, size=size)
         weights = load_file(newest() / "checkpoints" / got["checkpoint"] / "model.safetensors")
         reference = reference or (weights, got)
@@ -407,11 +407,10 @@ def test_weights_do_not_depend_on_ranks_or_accumulation(script):
 @pytest.mark.parametrize("script", on_every_script(()))
 def test_losses_agree_in_fp32_on_another_number_of_ranks(script):
     losses = []
-    for size in (1, 2, 3):
+    for size in (1, 3):
         run(script, *SHORT[script], *EXACT[script], "--max_steps", 16, size=size)
         losses.append([loss for _, loss in curves(newest())["train/loss"]])
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
-    np.testing.assert_allclose(losses[2], losses[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("script", on_every_script(()))
@@ -420,10 +419,9 @@ def test_evaluation_counts_every_row_once(script):
     figures = []
     count = run(script, *FEW[script])[COUNT[script]]
     rows = math.ceil(count / ROW[script])
-    for size in (1, 2, 3):
-        for batch in (1, (rows - 1) // size, (rows + size) // size * size + 1):
-            got = run(script, *FEW[script], "--eval_batch", max(1, batch), size=size)
-            figures.append((got[COUNT[script]], got["test/accuracy"], got[LOSS[script]]))
+    for size, batch in [(1, rows - 1), (2, 1), (2, rows // 2 * 2 + 3), (3, (rows - 1) // 3)]:
+        got = run(script, *FEW[script], "--eval_batch", max(1, batch), size=size)
+        figures.append((got[COUNT[script]], got["test/accuracy"], got[LOSS[script]]))
     assert all(counted == count for counted, _, _ in figures)
     np.testing.assert_allclose([f[1:] for f in figures], [figures[0][1:]] * len(figures), rtol=1e-5)
 
