@@ -344,12 +344,10 @@ def test_a_short_smoke_run_of_adapters_learns(adapted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "figure", "least"), [("run_instruct", "test/first_word", 0.5),
-                                                       ("run_lora", "test/accuracy", 0.15)])  # fmt: skip
-def test_the_whole_smoke_run_learns(name, figure, least):
-    result, folder = go(name)
+def test_the_whole_smoke_run_learns():
+    result, folder = go("run_instruct")
     losses = training_losses(folder)
-    assert losses[-1] < losses[0] - 1.0 and result[figure] >= least
+    assert losses[-1] < losses[0] - 1.0 and result["test/first_word"] >= 0.5
 
 
 TUNE = [(name, *case) for name in SCRIPTS for case in [

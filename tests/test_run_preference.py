@@ -166,7 +166,7 @@ def test_a_finished_run_is_rebuilt_from_its_folder_alone(smoke, cache):
 
 @pytest.mark.parametrize("torchrun", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_then_the_same_command_with_auto_ends_in_the_same_weights(torchrun):
-    flags = ["--smoke", "--max_documents", 600, "--epochs", 6, "--log_every", 5]
+    flags = ["--smoke", "--max_documents", 300, "--epochs", 6, "--log_every", 5]
     straight = command(*flags, "--out", "straight", torchrun=torchrun)
     said = straight.communicate(timeout=600)[0]
     assert straight.returncode == 0, said

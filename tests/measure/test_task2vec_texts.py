@@ -146,13 +146,13 @@ def sentences(rng, n):
 
 def test_one_token_is_less_diverse_than_a_language_and_that_less_than_random_tokens():
     """By three small probes that know the language (after 60 steps of training 1 of 12 ranked the last two
-    otherwise, after 300 none). The published procedure at this size shows the noise of its draws only."""
+    otherwise, after 150 none). The published procedure at this size shows the noise of its draws only."""
     rng, found = np.random.default_rng(0), []
     for seed in range(1, 4):
         torch.manual_seed(seed)
         probe = GPT(GPTConfig(WORDS, SHORT, 2, 2, 32))
         optimizer, known = torch.optim.AdamW(probe.parameters(), 1e-2), sentences(rng, 2000)
-        for _ in range(300):
+        for _ in range(150):
             ids = known[torch.randint(2000, (32,))]
             loss = F.cross_entropy(probe(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
             optimizer.zero_grad()
@@ -166,6 +166,6 @@ def test_one_token_is_less_diverse_than_a_language_and_that_less_than_random_tok
         ]
         vectors = [np.stack([task2vec.embed(probe, b, end, "clean", 1, 6) for b in one]) for one in texts]
         found.append([task2vec.coefficient(task2vec.pairwise(one)) for one in vectors])
-        assert found[-1][0] < 0.5 * min(found[-1][1:]), found  # at most 0.23 in 12 probes
+        assert found[-1][0] < 0.5 * min(found[-1][1:]), found  # at most 0.25 in 12 probes
     one_token, language, uniform = np.mean(found, 0)
     assert one_token < language < uniform, found
