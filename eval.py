@@ -518,7 +518,8 @@ def duel(cfg, names, paths, rows, asked, say):
     """--pairwise: which of two runs answers better? Writes duel_....json."""
     if len(names) != 2:
         raise core.UserError(f"--pairwise compares two, not {len(names)}: name both by --run")
-    folder = core.prepared(cfg.out or root(cfg) / "compare")
+    folder = Path(cfg.out or root(cfg) / "compare")
+    core.prepare_folder(folder)
     figures = judge.duel(asked, *rows, cfg.judge_repeats)
     for line in grades.lines_of_duel(*names, figures):
         say(line)
@@ -531,7 +532,8 @@ def duel(cfg, names, paths, rows, asked, say):
 def compare_runs(cfg, say):
     """--compare: writes compare.md and compare.json (constants, verdicts) and answers.md (side by side)."""
     all_sides = sides.sides(cfg.compare, root(cfg))
-    folder = core.prepared(Path(cfg.out or root(cfg) / "compare") / sides.folder_name(all_sides))
+    folder = Path(cfg.out or root(cfg) / "compare") / sides.folder_name(all_sides)
+    core.prepare_folder(folder)
     for stale in ("answers.md", "curves.png"):  # of an earlier call
         (folder / stale).unlink(missing_ok=True)
     head = sides.constants_table(all_sides)
@@ -558,7 +560,8 @@ def tabulate(cfg, say):
     all_facts = find(cfg.table)
     tables.check_names(all_facts, cfg.group_by, cfg.sort)
     where = "-".join(dict.fromkeys(facts.folder.resolve().parent.name for facts in all_facts))
-    folder = core.prepared(cfg.out or root(cfg) / "tables" / where)
+    folder = Path(cfg.out or root(cfg) / "tables" / where)
+    core.prepare_folder(folder)
     text = (
         tables.grouped(all_facts, cfg.group_by, cfg.sort)
         if cfg.group_by

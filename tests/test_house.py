@@ -119,6 +119,14 @@ def test_no_test_file_is_long():
     assert {str(path): count for path, count in lines.items() if count > 600} == {}
 
 
+def test_no_test_takes_the_place_of_another_of_the_same_name():
+    """ruff's F811 is off in tests, for fixtures that files import by name."""
+    for path in PROJECT.glob("tests/**/*.py"):
+        body = ast.parse(path.read_text()).body
+        names = [node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        assert len(names) == len(set(names)), path
+
+
 def test_nothing_else_stands_at_the_top():
     listed = subprocess.run(["git", "-C", PROJECT, "ls-files"], capture_output=True, text=True)
     if listed.returncode:  # a copy without git

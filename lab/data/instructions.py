@@ -102,7 +102,7 @@ def load_instructions(cfg, world, tokenizer=None) -> Instructions:
     """
     name = tokenizer_of(cfg.model)
     if not tokenizer and not cfg.model.startswith("tiny:"):
-        tokenizer = main_first(world, lambda: named_tokenizer(name, KINDS))
+        tokenizer = main_first(world, named_tokenizer, name, KINDS)
     rows = cached_rows(world, "instructions", instructions_key, write_instructions, cfg, tokenizer)
     return Instructions(
         texts=rows.columns["texts"],

@@ -113,7 +113,7 @@ def load_pairs(cfg, world, tokenizer=None) -> Preferences:
     """
     # a tiny model's tokenizer is made of the rows' words
     if not tokenizer and not cfg.model.startswith("tiny:"):
-        tokenizer = main_first(world, lambda: encoder_tokenizer(cfg.model))
+        tokenizer = main_first(world, encoder_tokenizer, cfg.model)
     rows = cached_rows(world, "preference", pairs_key, write_pairs, cfg, tokenizer)
     return as_preferences(rows, tokenizer)
 

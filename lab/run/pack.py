@@ -13,7 +13,7 @@ from lab.errors import UserError
 from lab.run import checkpoints
 from lab.run.checkpoints import broken, read_manifest, tested_or_newest_checkpoint
 from lab.run.files import flush
-from lab.run.stored import PACKED, SCRIPTS, locked, prepared, read_config, read_result
+from lab.run.stored import PACKED, SCRIPTS, locked, prepare_folder, read_config, read_result
 
 
 def pack(cfg, say):
@@ -24,7 +24,8 @@ def pack(cfg, say):
         config = read_config(folder)
         if config.get("script") not in SCRIPTS:
             raise UserError(f"{name} is no run: name a run folder")
-        kept, out = packed_checkpoints(folder), prepared(cfg.out or ".")
+        kept, out = packed_checkpoints(folder), Path(cfg.out or ".")
+        prepare_folder(out)
         if missing := set(read_result(folder).get("test_checkpoints", ["none"])) - set(kept):
             say(f"WARNING its tested weights ({', '.join(missing)}) are not whole: they are not inside")
         target = out / f"{folder.name}.tar.gz"

@@ -22,7 +22,7 @@ SCRIPTS = (  # whose runs are known
 PACKED = "packed.txt"  # says of a folder that it came out of eval.py --pack
 
 
-def prepared(folder) -> Path:
+def prepare_folder(folder):
     """Makes a folder and checks that it can be written to. UserError where it cannot."""
     folder = Path(folder)
     try:
@@ -31,12 +31,6 @@ def prepared(folder) -> Path:
         (folder / ".writable").unlink()
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}): use another --out") from None
-    return folder
-
-
-def prepare_folder(folder):
-    """As `prepared`, for on_main: what that returns must be JSON, and a Path is not."""
-    prepared(folder)
 
 
 def locked(folder):

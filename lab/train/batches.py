@@ -72,13 +72,8 @@ class ShardedBatches:
     """
 
     def __init__(self, lengths, batch, world, *, seed=None, block=50):
-        self.lengths, self.batch, self.world, self.seed, self.block = (
-            np.asarray(lengths),
-            batch,
-            world,
-            seed,
-            block,
-        )
+        self.lengths, self.batch = np.asarray(lengths), batch
+        self.world, self.seed, self.block = world, seed, block
         n = len(self.lengths)
         self.steps_per_epoch = math.ceil(n / batch) if seed is None else n // batch
         if seed is not None and n < batch:

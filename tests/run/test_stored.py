@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from core import UserError
-from lab.run.stored import locked, prepared, read_config, read_result, status_of
+from lab.run.stored import locked, prepare_folder, read_config, read_result, status_of
 
 
 def write(name, text):
@@ -47,5 +47,6 @@ def test_a_folder_is_written_by_one_process_at_a_time():
 def test_a_place_that_cannot_be_written_is_refused_before_work_begins():
     Path("file").write_text("")
     with pytest.raises(UserError, match=r"file/out cannot be written .*: use another --out"):
-        prepared("file/out")
-    assert prepared("new/out").is_dir() and list(Path("new/out").iterdir()) == []
+        prepare_folder("file/out")
+    prepare_folder("new/out")
+    assert list(Path("new/out").iterdir()) == []
