@@ -262,7 +262,7 @@ def test_ctrl_c_ends_a_loop_of_the_shell_and_a_closed_terminal_saves():
     ("script", "again"), [("gpt_scratch", None), ("gpt_scratch", 2), ("run_preference", 0)]
 )
 def test_a_closed_terminal_under_torchrun(script, again, straight):
-    """torchrun hands the first HUP on and makes a TERM of a second: the kernel's, the shell's and `again`'s."""
+    """torchrun hands one HUP on, makes a TERM of a second: the kernel's, the shell's and `again`'s."""
     shell = Shell()
     shell.type(typed(script, "--out", "out", *LONG[script], torchrun=True))
     shell.wait("step   8/" if script == "gpt_scratch" else "step  12/")
