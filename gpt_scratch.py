@@ -286,13 +286,8 @@ def set_up(run, cfg, world, steps=None) -> Setup:
         first = core.Blocks(blocks["val"].tokens[: 16 * cfg.block_size + 1], cfg.block_size)
         loss, _, targets = core.evaluate(model, first, cfg, world).sum(0)
         run.say(f"initial loss {loss / targets:.4f}  ln V {math.log(model.config.vocab_size):.4f}")
-    core.reseed(cfg.seed, "worst case")
-    worst = batches.longest()[: math.ceil(cfg.batch / world.size)].tolist()
-    at_once = min(cfg.micro_batch or len(worst), len(worst))
-    targets = cfg.batch * cfg.block_size
-    seconds = core.worst_case(world, ddp, lambda: forward_backward(setup, worst, targets), optimizer, at_once)
-    run.poll()
-    run.forecast(model, optimizer, total_steps - step, seconds, typical=1.0)
+    saved, gradients = (model, optimizer, precision), functools.partial(forward_backward, setup)
+    core.rehearse(run, ddp, saved, gradients, batches, total_steps - step)
     run.say(describe_block(tokens.tokenizer, blocks["train"]))
     return setup
 
@@ -315,17 +310,16 @@ def forward_backward(setup, rows, targets) -> float:
     return sum(loss.item() for loss in losses)
 
 
-def take_step(setup, step, targets, lr, beta1, watch=lambda loss_sum: None) -> tuple[float, float]:
+def take_step(setup, step, targets, lr, beta1) -> tuple[float, float]:
     """Trains on global batch `step`; returns (this rank's summed loss before the update, gradient norm)."""
     core.reseed(setup.cfg.seed, step, setup.world.rank)
     loss_sum = forward_backward(setup, setup.batches.rank_batch(step), targets)
-    skip = watch(loss_sum)
-    return loss_sum, core.optimizer_step(setup.optimizer, setup.precision, setup.cfg.clip, lr, beta1, skip)
+    return loss_sum, core.optimizer_step(setup.optimizer, setup.precision, setup.cfg.clip, lr, beta1)
 
 
-def spike_facts(setup, step, lr) -> dict:
+def spike_facts(setup, rows, lr) -> dict:
     """What a spiking step read, for spikes.jsonl."""
-    rows, stream = setup.batches.global_batch(step).tolist(), setup.blocks["train"]
+    stream = setup.blocks["train"]
     start = rows[0] * setup.cfg.block_size
     text = setup.tokens.tokenizer.decode(stream.tokens[start : start + setup.cfg.block_size + 1].tolist())
     return {"lr": lr, "rows": rows, "first_row": text, "targets": int(stream.targets(rows).sum())}
@@ -366,41 +360,20 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
 def train(run, cfg, world) -> dict:
     """Mode train. Returns the final figures."""
     setup = set_up(run, cfg, world)
-    step, total_steps, model = setup.step, setup.total_steps, setup.model
-    saved = (model, setup.optimizer, setup.precision)
-
-    def where():
-        return f"epoch {step / len(setup.batches):.3g}/{cfg.epochs}"
-
-    while True:
-        ends = step >= total_steps
-        evaluates = ends or (step > 0 and step % (cfg.eval_every or len(setup.batches)) == 0)
-        if evaluates or (step > 0 and cfg.save_every and step % cfg.save_every == 0):
-            run.save(step, *saved, must=ends)
-        if evaluates:
-            sums = core.evaluate(model, setup.blocks["val"], cfg, world, run.poll)
+    model, optimizer, precision = saved = setup.model, setup.optimizer, setup.precision
+    for at in core.steps(run, setup.batches, setup.blocks["train"].targets, saved, setup.total_steps):
+        if at.evaluates:
+            sums = core.evaluate(model, setup.blocks["val"], cfg, world, at.poll)
             val = core.measure(sums, setup.blocks["val"], setup.tokens.unigram)
-            is_best = run.save_best(step, val["loss"], model)
-            report_validation(run, step, val, where(), is_best, late=2 * step >= total_steps)
-            core.on_main(world, sample, run, cfg, step, model, setup.tokens.tokenizer)
-        if ends:
-            break
-        targets = run.agree(count_targets(setup, step))
-        if run.stopping:
-            run.save(step, *saved, must=True)
-            raise core.Stop(run.stopping)
-        if run.clock_share >= 1:  # max_minutes are spent
-            total_steps = step
+            report_validation(run, at, val, is_best=at.keep_if_best(val["loss"]))
+            core.on_main(world, sample, run, cfg, at.step, model, setup.tokens.tokenizer)
             continue
-        length = run.schedule_length(step, total_steps)
-        lr, beta1 = core.lr_at(cfg, step, length), core.beta1_at(cfg, step, length)
-        facts = functools.partial(spike_facts, setup, step, lr)
-        watch = functools.partial(run.watch, step + 1, targets=targets, model=model, describe=facts)
-        loss_sum, grad_norm = take_step(setup, step, targets, lr, beta1, watch)
-        run.step_done(loss_sum, targets, targets)
-        step += 1
-        if step % cfg.log_every == 0 or step == total_steps:
-            run.log_training(where(), step, total_steps, {"lr": lr, "grad_norm": grad_norm})
+        lr, beta1 = (rate(cfg, at.step, at.schedule_length) for rate in (core.lr_at, core.beta1_at))
+        loss_sum = forward_backward(setup, at.rows, at.targets)
+        norm = core.gradient_norm(optimizer, precision)
+        if at.spiked(loss_sum, norm):
+            at.note_spike(model, spike_facts(setup, at.batch, lr))
+        at.update(optimizer, precision, lr, beta1)
     return finish(run, cfg, world, setup)
 
 
@@ -466,18 +439,17 @@ def describe_block(tokenizer, blocks) -> str:
     return f"the loss sees, in {blocks.targets([0])[0]} targets (all but the first token):\n  {text[:96]}"
 
 
-def report_validation(run, step, val, where, is_best, late):
-    """Says and logs validation figures. late: half of the steps are done, so that an
-    alarm is worth a line."""
+def report_validation(run, at, val, is_best):
+    """Says and logs validation figures."""
     run.say(
-        f"{where}  val  loss {core.plus_minus(val['loss'], val['loss_interval'], 4)}  "
+        f"{at.where}  val  loss {core.plus_minus(val['loss'], val['loss_interval'], 4)}  "
         f"perplexity {val['perplexity']:.2f}  "
         f"accuracy {core.plus_minus(val['accuracy'], val['accuracy_interval'])}"
         f"{'  -> best' if is_best else ''}"
     )
-    if val["alarm"] and late:
-        run.say(f"{where}  val  {val['alarm']}")
-    run.metrics(step, {f"val/{name}": val[name] for name in ("loss", "perplexity", "accuracy")})
+    if val["alarm"] and at.late:
+        run.say(f"{at.where}  val  {val['alarm']}")
+    run.metrics(at.step, {f"val/{name}": val[name] for name in ("loss", "perplexity", "accuracy")})
 
 
 def sample(run, cfg, step, model, tokenizer):

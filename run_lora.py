@@ -11,9 +11,7 @@ run_instruct.py. Each run is a folder under runs/run_lora/; mode export writes p
 merged/ (a GPT-2 that transformers and gpt_scratch.py load) into it.
 """
 
-import functools
 import json
-import math
 import shutil
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -247,7 +245,7 @@ def train(run, cfg, world) -> dict:
     saved = adapters, optimizer, precision
     tuning.announce(run, cfg, setup, model)
     announce_lora(run, cfg, model)
-    step = run.load(*saved)
+    run.load(*saved)
     core.on_main(world, keep_for_later, run.folder, cfg, setup.data.tokenizer)
     if cfg.compile:
         for block in model.h:
@@ -264,53 +262,20 @@ def train(run, cfg, world) -> dict:
             core.scaled_backward(losses[-1], world, targets, precision)
         return sum(loss.item() for loss in losses)
 
-    core.reseed(cfg.seed, "worst case")
-    worst = batches.longest()[: math.ceil(cfg.batch / world.size)].tolist()
-    at_once = cfg.micro_batch or core.length_groups(units.lengths[worst].tolist(), cfg.micro_tokens)[0]
-    seconds = core.worst_case(world, ddp, lambda: forward_backward(worst, 1), optimizer, at_once)
-    run.poll()
-    typical = units.lengths.mean() / units.lengths[worst].mean()
-    run.forecast(adapters, optimizer, total_steps - step, seconds, typical)
+    core.rehearse(run, ddp, saved, forward_backward, batches, total_steps - run.step)
     run.say(tuning.describe_example(setup.parts["train"]))
 
-    def where():
-        return f"epoch {step / len(batches):.3g}/{cfg.epochs}"
-
-    def keep_best(loss) -> bool:
-        return cfg.test_weights == "best" and (ends or step > 0) and run.save_best(step, loss, adapters)
-
-    while True:
-        ends = step >= total_steps
-        due = ends or step % (cfg.eval_every or len(batches)) == 0
-        saves = step % cfg.save_every == 0 if cfg.save_every else due
-        if ends or (saves and step > 0):
-            run.save(step, *saved, must=ends)
-        if due and run.state.get("evaluated") != step:
-            # without a checkpoint just made, a signal waits until the evaluation is over, and is then saved
-            poll = run.poll if ends or saves else run.agree
-            tuning.check(run, cfg, setup, model, step, where(), keep_best, poll)
-        if ends:
-            break
-        mine, everyone = batches.rank_batch(step), batches.global_batch(step).tolist()
-        targets = run.agree(int(units.targets(mine).sum()))
-        if run.stopping:
-            run.save(step, *saved, must=True)
-            raise core.Stop(run.stopping)
-        if run.clock_share >= 1:  # max_minutes are spent
-            total_steps = step
+    for at in core.steps(run, batches, units.targets, saved, total_steps, evaluate_first=True):
+        if at.evaluates:
+            tuning.check(run, cfg, setup, model, at)
             continue
-        core.reseed(cfg.seed, step, world.rank)
-        lr = core.lr_at(cfg, step, run.schedule_length(step, total_steps))
-        loss_sum = forward_backward(mine, targets)
-        step += 1
-        rates = {"lr": lr, "multiplier_lr": strength * lr}
-        facts = functools.partial(tuning.spike_facts, run, cfg, setup, model, everyone, rates)
-        odd = run.watch(step, loss_sum, targets, model, facts)
-        grad_norm = core.optimizer_step(optimizer, precision, cfg.clip, lr, skip=odd)
-        run.step_done(loss_sum, targets, examples=int(units.lengths[everyone].sum()))
-        if step % cfg.log_every == 0 or step == total_steps:
-            values = rates | {"grad_norm": grad_norm, **tuning.step_facts(units, everyone)}
-            run.log_training(where(), step, total_steps, values)
+        lr = core.lr_at(cfg, at.step, at.schedule_length)
+        loss_sum = forward_backward(at.rows, at.targets)
+        norm = core.gradient_norm(optimizer, precision)
+        facts = {"multiplier_lr": strength * lr, **tuning.step_facts(units, at.batch)}
+        if at.spiked(loss_sum, norm):
+            at.note_spike(model, tuning.spike_facts(run, cfg, setup, model, at.batch, {"lr": lr, **facts}))
+        at.update(optimizer, precision, lr, **facts)
 
     if core.state_sha256(core.base_weights(model)) != base_sha256:
         raise RuntimeError("the base has moved: only adapters may")
@@ -320,7 +285,7 @@ def train(run, cfg, world) -> dict:
         measured = run.load_best(adapters)
     optimizer.zero_grad(set_to_none=True)  # makes room for answering
     optimizer.state.clear()
-    return tuning.final_figures(run, cfg, setup, model, lambda: core.merge_lora(model), step) | {
+    return tuning.final_figures(run, cfg, setup, model, lambda: core.merge_lora(model), run.step) | {
         "weights_sha256": sha256,
         "base_sha256": base_sha256,
         "test_checkpoints": [measured],

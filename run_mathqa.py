@@ -297,9 +297,9 @@ class Stage:
     trained: object  # what checkpoints hold: the model, or its adapters
     precision: core.Precision
     announce: object  # () -> None: says what is about to run, and begins the run
-    check: object  # (step, where, keep_best, poll) -> None: validation
+    check: object  # (at) -> None: validation
     describe: object  # () -> str: what the loss sees
-    spike_facts: object  # (step, lr) -> dict: what a spiking step read
+    spike_facts: object  # (at, lr) -> dict: what a spiking step read
 
 
 def length_of(cfg, batches) -> int:
@@ -340,73 +340,48 @@ def fit(run, cfg, world, stage) -> dict:
             core.scaled_backward(losses[-1], world, targets, stage.precision)
         return sum(loss.item() for loss in losses)
 
-    core.reseed(cfg.seed, "worst case")
     int4.switch(model, True)
-    worst = batches.longest()[: math.ceil(cfg.batch / world.size)].tolist()
-    at_once = cfg.micro_batch or core.length_groups(lengths[worst].tolist(), cfg.micro_tokens)[0]
-    seconds = core.worst_case(world, ddp, lambda: forward_backward(worst, 1), optimizer, at_once)
-    run.poll()
-    run.forecast(
-        stage.trained, optimizer, total_steps - step, seconds, lengths.mean() / lengths[worst].mean()
-    )
+    core.rehearse(run, ddp, saved, forward_backward, batches, total_steps - step)
     run.say(stage.describe())
     if cfg.max_minutes is not None and total_steps == FOREVER:
         run.say("the clock ends this stage: its number of steps is estimated at each line")
-    quantised = run.state.get("quantised_from") is not None
+    switch_to_int4(run, cfg, model, step, run.schedule_length(step, total_steps))
 
-    def where():
-        return f"epoch {step / len(batches):.3g}" + (f"/{cfg.epochs}" if cfg.epochs else "")
-
-    def keep_best(loss) -> bool:
-        if cfg.test_weights == "last" or (cfg.qat != "off" and not quantised):
-            return False  # a loss without quantisation is no record to beat
-        return (ends or step > 0) and run.save_best(step, loss, stage.trained)
-
-    while True:
-        length = run.schedule_length(step, total_steps)
-        ends = step >= total_steps
-        if cfg.qat != "off" and not quantised and (ends or step >= cfg.qat_start * length):
-            quantised, run.state["quantised_from"] = True, step
-            for name in ("lowest", "evaluated"):  # of the float model
-                run.state.pop(name, None)
-            run.say(f"{where()}  step {step}: int4 weights and int8 activations from here on")
-        int4.switch(model, quantised)
-        due = ends or step % (cfg.eval_every or len(batches)) == 0
-        saves = step % cfg.save_every == 0 if cfg.save_every else due
-        if ends or (saves and step > 0):
-            run.save(step, *saved, must=ends)
-        if due and run.state.get("evaluated") != step:
-            # without a checkpoint just made, a signal waits until the evaluation is over, and is then saved
-            stage.check(step, where(), keep_best, run.poll if ends or saves else run.agree)
-            run.state["evaluated"] = step
-        if ends:
-            break
-        mine = batches.rank_batch(step)
-        targets = run.agree(int(units.targets(mine).sum()))
-        if run.stopping:
-            run.save(step, *saved, must=True)
-            raise core.Stop(run.stopping)
-        if run.clock_share >= 1:  # max_minutes are spent
-            total_steps = step
+    for at in core.steps(run, batches, units.targets, saved, total_steps, evaluate_first=True):
+        if at.evaluates:
+            if at.ends:  # a clock that ends in one long step must not leave the float model
+                switch_to_int4(run, cfg, model, at.step, length=0)
+            stage.check(at)
             continue
-        length = run.schedule_length(step, total_steps)
-        core.reseed(cfg.seed, step, world.rank)
-        lr, beta1 = core.lr_at(cfg, step, length), core.beta1_at(cfg, step, length)
-        loss_sum = forward_backward(mine, targets)
-        odd = run.watch(step + 1, loss_sum, targets, model, functools.partial(stage.spike_facts, step, lr))
-        step += 1
-        grad_norm = core.optimizer_step(optimizer, stage.precision, cfg.clip, lr, beta1, skip=odd)
-        run.step_done(loss_sum, targets, int(lengths[batches.global_batch(step - 1)].sum()))
-        if cfg.max_minutes is not None:  # such a run is not repeated to the bit: its path is kept
-            run.metrics(step, {"clock/lr": lr, "clock/share": run.clock_share})
-        if step % cfg.log_every == 0 or step == total_steps:
-            run.log_training(where(), step, round(length), {"lr": lr, "grad_norm": grad_norm})
+        lr, beta1 = (rate(cfg, at.step, at.schedule_length) for rate in (core.lr_at, core.beta1_at))
+        loss_sum = forward_backward(at.rows, at.targets)
+        norm = core.gradient_norm(optimizer, stage.precision)
+        if at.spiked(loss_sum, norm):
+            at.note_spike(model, stage.spike_facts(at, lr))
+        at.update(optimizer, stage.precision, lr, beta1)
+        switch_to_int4(run, cfg, model, at.step + 1, run.schedule_length(at.step + 1, total_steps))
     trains = [p for p in model.parameters() if p.requires_grad]
     state = [t for of in optimizer.state.values() for t in of.values() if isinstance(t, torch.Tensor)]
-    figures = {"steps": step, "state_mb": sum(t.numel() * t.element_size() for t in (*trains, *state)) / 1e6}
+    megabytes = sum(t.numel() * t.element_size() for t in (*trains, *state)) / 1e6
+    figures = {"steps": run.step, "state_mb": megabytes}
     optimizer.zero_grad(set_to_none=True)  # makes room for measuring
     optimizer.state.clear()
     return figures
+
+
+def switch_to_int4(run, cfg, model, step, length):
+    """Switches fake quantisation on from step qat_start x length on, for good; off before."""
+    if cfg.qat != "off" and "quantised_from" not in run.state and step >= cfg.qat_start * length:
+        run.state["quantised_from"] = step
+        for name in ("lowest", "evaluated"):  # of the float model
+            run.state.pop(name, None)
+        run.say(f"step {step}: int4 weights and int8 activations from here on")
+    int4.switch(model, "quantised_from" in run.state)
+
+
+def keep_if_best(run, cfg, at, loss) -> bool:
+    """With QAT a loss without quantisation is no record to beat."""
+    return (cfg.qat == "off" or "quantised_from" in run.state) and at.keep_if_best(loss)
 
 
 final_parts = tuning.final_parts  # the parts whose figures a run ends with
@@ -544,17 +519,18 @@ def pretrain(run, cfg, world) -> dict:
         run.say(f"{cfg.batch * cfg.block_size:,} tokens a step, {len(batches):,} steps an epoch")
         core.on_main(world, gpt_scratch.describe_model, run.folder, model, tokens.tokenizer)
 
-    def check(step, where, keep_best, poll):
-        sums = core.evaluate(model, val, cfg, world, poll)
+    def check(at):
+        sums = core.evaluate(model, val, cfg, world, at.poll)
         metrics = core.language_metrics(sums, core.stretches(len(sums)))
-        if step == 0:
+        if at.step == 0:
             run.say(f"initial loss {metrics['loss']:.4f}  ln V {math.log(model.config.vocab_size):.4f}")
-        tuning.report_validation(run, step, metrics, where, keep_best(metrics["loss"]), len(batches))
+        is_best = keep_if_best(run, cfg, at, metrics["loss"])
+        tuning.report_validation(run, at.step, metrics, at.where, is_best, len(batches))
 
-    def spike_facts(step, lr) -> dict:
-        rows = batches.global_batch(step).tolist()
-        first = train.tokens[rows[0] * cfg.block_size : (rows[0] + 1) * cfg.block_size + 1]
-        return {"lr": lr, "rows": rows, "first_row": tokens.tokenizer.decode(first.tolist())}
+    def spike_facts(at, lr) -> dict:
+        start = at.batch[0] * cfg.block_size
+        first = train.tokens[start : start + cfg.block_size + 1]
+        return {"lr": lr, "rows": at.batch, "first_row": tokens.tokenizer.decode(first.tolist())}
 
     def describe() -> str:
         text = core.one_line(tokens.tokenizer.decode(train.tokens[: cfg.block_size].tolist()))
@@ -724,24 +700,26 @@ def finetune(run, cfg, world) -> dict:
             run.say(f"NOTE Lion is recommended for batches of 64 and more, not {cfg.batch}")
         core.on_main(world, keep_for_later, run.folder, cfg, model, tokenizer)
 
-    def check(step, where, keep_best, poll):
-        if step == 0 and plain:
-            run.state["plain"] = tuning.plain_losses(run, cfg, plain, model, poll).tolist()
-        sums = core.evaluate(model, val, cfg, world, poll)
+    def check(at):
+        if at.step == 0 and plain:
+            run.state["plain"] = tuning.plain_losses(run, cfg, plain, model, at.poll).tolist()
+        sums = core.evaluate(model, val, cfg, world, at.poll)
         metrics = core.language_metrics(sums, data.groups[val.rows])
-        tuning.report_validation(run, step, metrics, where, keep_best(metrics["loss"]), len(batches))
+        is_best = keep_if_best(run, cfg, at, metrics["loss"])
+        tuning.report_validation(run, at.step, metrics, at.where, is_best, len(batches))
         if len(asked):
-            scores = choices.Scores.of(model, choices.Choices(data, asked), cfg, world, poll)
+            scores = choices.Scores.of(model, choices.Choices(data, asked), cfg, world, at.poll)
             share = scores.right(data, asked).mean(0).tolist()
-            run.say(f"{where}  val  answers {share[0]:.3f}  per token {share[1]:.3f} of {len(asked)}")
-            run.metrics(step, {"val/answer_accuracy": share[0], "val/answer_accuracy_per_token": share[1]})
-            sample(run, cfg, step, model, data, asked[:3], poll)
+            run.say(f"{at.where}  val  answers {share[0]:.3f}  per token {share[1]:.3f} of {len(asked)}")
+            shares = {"val/answer_accuracy": share[0], "val/answer_accuracy_per_token": share[1]}
+            run.metrics(at.step, shares)
+            sample(run, cfg, at.step, model, data, asked[:3], at.poll)
 
     whole = tuning.TuningSetup(data, parts, units, batches, 0, val, plain, lines)
 
-    def spike_facts(step, lr) -> dict:
+    def spike_facts(at, lr) -> dict:
         uncut = replace(cfg, max_length=cfg.max_length + 1)  # the last token is only a target
-        return tuning.spike_facts(run, uncut, whole, model, batches.global_batch(step).tolist(), {"lr": lr})
+        return tuning.spike_facts(run, uncut, whole, model, at.batch, {"lr": lr})
 
     callbacks = announce, check, functools.partial(tuning.describe_example, parts["train"]), spike_facts
     stage = Stage(units, batches, length_of(cfg, batches), model, trained, precision, *callbacks)

@@ -17,9 +17,7 @@ and report.png hold all of it, predictions.jsonl what was said of every row, sub
 
 import csv
 import dataclasses
-import functools
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -261,65 +259,45 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     total_steps = min(n for n in (cfg.epochs * len(batches), cfg.max_steps) if n is not None)
     if fold == run.position.get("fold", 0):
         announce(run, cfg, data, rows, model)
-    step = run.load(model, optimizer, precision, fold=fold)
+    saved = model, optimizer, precision
+    run.load(*saved, fold=fold)
     core.on_main(world, write_encoder, run.folder / "encoder", model.encoder.config, data.tokenizer)
     if cfg.compile:
         model.encoder.compile(dynamic=True)
     core.cache_vectors(model, data, cfg, world, run.poll, run.say)
     ddp = core.wrap_ddp(model, world)
 
-    core.reseed(cfg.seed, "worst case", fold)
-    worst = batches.longest()[: math.ceil(cfg.batch / world.size)]
-    at_once = min(cfg.micro_batch or len(worst), len(worst))
+    def forward_backward(mine, targets, swaps=None) -> float:
+        """Adds the gradients of summed loss / global targets of this rank's rows; returns their summed loss.
 
-    def forward_backward(shown, targets):
+        mine: positions in rows["train"]. swaps: whether A and B of each are swapped.
+        """
+        shown = list(zip(rows["train"][mine], swaps or [False] * len(mine), strict=True))
         return backward_of_sum(ddp, precision, data, shown, targets, cfg, world)
 
-    longest = [(row, False) for row in rows["train"][worst]]
-    seconds = core.worst_case(world, ddp, lambda: forward_backward(longest, cfg.batch), optimizer, at_once)
-    run.poll()
-    if fold == run.position.get("fold", 0):  # later folds look the same
-        steps = ((cfg.folds or 1) - fold) * total_steps - step
-        run.forecast(model, optimizer, steps, seconds, typical=lengths.mean() / lengths[worst].mean())
+    first_here = fold == run.position.get("fold", 0)  # later folds look the same
+    steps_left = ((cfg.folds or 1) - fold) * total_steps - run.step if first_here else None
+    core.rehearse(run, ddp, saved, forward_backward, batches, steps_left)
+    if first_here:
         run.say(describe_row(data, rows["train"][0], cfg))
 
-    def where():
-        return f"{f'fold {fold + 1} ' if cfg.folds else ''}epoch {step / len(batches):.3g}/{cfg.epochs}"
-
-    while True:
-        ends = step >= total_steps
-        evaluates = ends or (step > 0 and step % (cfg.eval_every or len(batches)) == 0)
-        if evaluates or (step > 0 and cfg.save_every and step % cfg.save_every == 0):
-            run.save(step, model, optimizer, precision, must=ends)
-        if evaluates:
-            log_probs = evaluate(model, data, rows["val"], cfg, world, run.poll)
+    for at in core.steps(run, batches, len, saved, total_steps):
+        if at.evaluates:
+            log_probs = evaluate(model, data, rows["val"], cfg, world, at.poll)
             val = measure(log_probs, data, rows["val"], rows["train"], cfg.symmetric)
             val["flips"] = float((log_probs[:, 0].argmax(1) != log_probs[:, 1].argmax(1)).mean())
-            is_best = run.save_best(step, val["log_loss"], model)
-            report_validation(run, step, val, where(), is_best, late=2 * step >= total_steps)
-        if ends:
-            break
-        shown = list(zip(rows["train"][batches.global_batch(step)], swapped(cfg, fold, step), strict=True))
-        mine = shown[world.rank :: world.size]
-        targets = run.agree(len(mine))
-        if run.stopping:
-            run.save(step, model, optimizer, precision, must=True)
-            raise core.Stop(run.stopping)
-        if run.clock_share >= 1:  # max_minutes are spent
-            total_steps = step
+            report_validation(run, at, val, is_best=at.keep_if_best(val["log_loss"]))
             continue
-        core.reseed(cfg.seed, fold, step, world.rank)
-        lr = core.lr_at(cfg, step, run.schedule_length(step, total_steps))
-        loss_sum = forward_backward(mine, targets)
-        facts = functools.partial(spike_facts, data, shown, cfg, lr)
-        odd = run.watch(step + 1, loss_sum, targets, model, facts)
-        grad_norm = core.optimizer_step(optimizer, precision, cfg.clip, lr, skip=odd)
-        run.step_done(loss_sum, targets, examples=cfg.batch)
-        step += 1
-        if step % cfg.log_every == 0 or step == total_steps:
-            run.log_training(where(), step, total_steps, {"lr": lr, "grad_norm": grad_norm})
+        core.reseed(cfg.seed, fold, at.step, world.rank)  # every fold has dropout of its own
+        swaps = swapped(cfg, fold, at.step)
+        lr = core.lr_at(cfg, at.step, at.schedule_length)
+        loss_sum = forward_backward(at.rows, at.targets, swaps[world.rank :: world.size])
+        norm = core.gradient_norm(optimizer, precision)
+        if at.spiked(loss_sum, norm):
+            at.note_spike(model, spike_facts(data, rows["train"][at.batch], swaps, cfg, lr))
+        at.update(optimizer, precision, lr)
 
-    return predict(run, cfg, world, data, rows, model, step)
+    return predict(run, cfg, world, data, rows, model, run.step)
 
 
 def write_encoder(folder, config, tokenizer):
@@ -353,12 +331,11 @@ def backward_of_sum(ddp, precision, data, shown, targets, cfg, world) -> float:
     return sum(loss.item() for loss in losses)
 
 
-def spike_facts(data, shown, cfg, lr) -> dict:
+def spike_facts(data, rows, swaps, cfg, lr) -> dict:
     """What a spiking step read, for spikes.jsonl."""
-    rows = [row for row, _ in shown]
     facts = {"lr": lr, "rows": [data.ids[row] for row in rows], "first_row": describe_row(data, rows[0], cfg)}
     facts |= {"lengths": data.lengths[rows].sum(1).tolist(), "labels": data.labels[rows].tolist()}
-    return facts | {"swapped": [swap for _, swap in shown]}
+    return facts | {"swapped": swaps}
 
 
 def predict(run, cfg, world, data, rows, model, step) -> dict:
@@ -395,18 +372,17 @@ def describe_row(data, row, cfg) -> str:
 VAL_METRICS = {"loss": "log_loss", "accuracy": "accuracy", "flips": "flips"}  # of TensorBoard
 
 
-def report_validation(run, step, val, where, is_best, late):
-    """Says and logs validation figures. late: half of the steps are done, so that an
-    alarm is worth a line."""
+def report_validation(run, at, val, is_best):
+    """Says and logs validation figures."""
     predicted = " ".join(f"{name} {share:.0%}" for name, share in val["predicted"].items())
     run.say(
-        f"{where}  val  loss {core.plus_minus(val['log_loss'], val['log_loss_interval'], 4)}  "
+        f"{at.where}  val  loss {core.plus_minus(val['log_loss'], val['log_loss_interval'], 4)}  "
         f"accuracy {core.plus_minus(val['accuracy'], val['accuracy_interval'])}  "
         f"{predicted}{'  -> best' if is_best else ''}"
     )
-    if val["alarm"] and late:
-        run.say(f"{where}  val  {val['alarm']}")
-    run.metrics(step, {f"val/{key}": val[name] for key, name in VAL_METRICS.items()})
+    if val["alarm"] and at.late:
+        run.say(f"{at.where}  val  {val['alarm']}")
+    run.metrics(at.step, {f"val/{key}": val[name] for key, name in VAL_METRICS.items()})
 
 
 def report(run, cfg, data, splits, outcomes) -> dict:

@@ -12,7 +12,6 @@ of every source and on a neutral text, and sets the arms' diversity coefficients
 continues where it stopped. Runs are in runs/run_pretrain_diversity/, tables and pictures in study-*/ there.
 """
 
-import functools
 import json
 import math
 import time
@@ -381,48 +380,24 @@ def train(run, cfg, world, text=None) -> dict:
             core.scaled_backward(losses[-1], world, targets, precision)
         return sum(loss.item() for loss in losses)
 
-    core.reseed(cfg.seed, "worst case")
-    worst = list(range(min(len(batches.blocks), math.ceil(cfg.batch / world.size))))
-    at_once = min(cfg.micro_batch or len(worst), len(worst))
-    targets = cfg.batch * cfg.block_size
-    seconds = core.worst_case(world, ddp, lambda: forward_backward(worst, targets), optimizer, at_once)
-    run.poll()
-    run.forecast(model, optimizer, total_steps - step, seconds, typical=1.0)
+    core.rehearse(run, ddp, saved, forward_backward, batches, total_steps - step)
     run.say(describe_block(text.tokenizer, batches))
     seen, val = run.state.setdefault("seen", dict.fromkeys(shares_of(cfg.data), 0)), None
 
-    while True:
-        ends = step >= total_steps
-        due = ends or (step > 0 and cfg.eval_every and step % cfg.eval_every == 0)
-        saves = step % cfg.save_every == 0 if cfg.save_every else due
-        if ends or (saves and step > 0):
-            run.save(step, *saved, must=ends)
-        if due and run.state.get("evaluated") != step:
-            # without a checkpoint just made, a signal waits until the evaluation is over, and is then saved
-            val = check(run, cfg, text, model, step, run.poll if ends or saves else run.agree)
-        if ends:
-            break
-        val, rows = None, batches.rank_batch(step)
-        run.agree()
-        if run.stopping:
-            run.save(step, *saved, must=True)
-            raise core.Stop(run.stopping)
-        if run.clock_share >= 1:  # max_minutes are spent
-            total_steps = step
+    every = cfg.eval_every or total_steps  # none: at the end only
+    targets_of = batches.blocks.targets
+    for at in core.steps(run, batches, targets_of, saved, total_steps, every=every, where=tokens_read):
+        if at.evaluates:
+            val = check(run, cfg, text, model, at)
             continue
-        core.reseed(cfg.seed, step, world.rank)
-        lr = core.lr_at(cfg, step, run.schedule_length(step, total_steps))
-        loss_sum = forward_backward(rows, targets)
-        for name, blocks in batches.seen(step).items():
+        val, lr = None, core.lr_at(cfg, at.step, at.schedule_length)
+        loss_sum = forward_backward(at.rows, at.targets)
+        for name, blocks in batches.seen(at.step).items():
             seen[name] += blocks
-        facts = functools.partial(spike_facts, text, batches, step, lr)
-        step += 1
-        odd = run.watch(step, loss_sum, targets, model, facts)
-        grad_norm = core.optimizer_step(optimizer, precision, cfg.clip, lr, skip=odd)
-        run.step_done(loss_sum, targets, examples=targets)
-        if step % cfg.log_every == 0 or step == total_steps:
-            where = f"{step * targets / 1e6:.3g}M tokens"
-            run.log_training(where, step, total_steps, {"lr": lr, "grad_norm": grad_norm})
+        norm = core.gradient_norm(optimizer, precision)
+        if at.spiked(loss_sum, norm):
+            at.note_spike(model, spike_facts(text, batches, at, lr))
+        at.update(optimizer, precision, lr)
     return finish(run, cfg, world, text, model, batches, val if cfg.test_weights == "last" else None)
 
 
@@ -462,24 +437,26 @@ def describe_block(tokenizer, batches) -> str:
     return f"the loss sees, in {len(ids) - 1} targets (all but the first token):\n  {text[:96]}"
 
 
-def spike_facts(text, batches, step, lr) -> dict:
+def tokens_read(run, batches, step) -> str:
+    """How far a run is after `step` steps, for its lines."""
+    return f"{step * run.cfg.batch * run.cfg.block_size / 1e6:.3g}M tokens"
+
+
+def spike_facts(text, batches, at, lr) -> dict:
     """What a spiking step read, for spikes.jsonl."""
-    rows = batches.global_batch(step).tolist()
-    first = text.tokenizer.decode(batches.blocks.tokens(rows[0]).tolist())
-    return {"lr": lr, "rows": rows, "sources": batches.seen(step), "first_row": first}
+    first = text.tokenizer.decode(batches.blocks.tokens(at.batch[0]).tolist())
+    return {"lr": lr, "rows": at.batch, "sources": batches.seen(at.step), "first_row": first}
 
 
-def check(run, cfg, text, model, step, poll) -> tuple:
+def check(run, cfg, text, model, at) -> tuple:
     """Validates: says and logs figures, keeps the best weights. Returns what `figures` returns."""
-    metrics, neutral = figures(model, cfg, text, "val", run.world, poll)
-    best = cfg.test_weights == "best" and run.save_best(step, metrics["val/loss"], model)
-    where = f"step {step}/{cfg.max_steps}"
-    report(run, cfg, metrics, "val", where, "  -> best" if best else "")
-    if metrics["val/own/alarm"] and 2 * step >= cfg.max_steps:
+    metrics, neutral = figures(model, cfg, text, "val", run.world, at.poll)
+    where, is_best = f"step {at.step}/{cfg.max_steps}", at.keep_if_best(metrics["val/loss"])
+    report(run, cfg, metrics, "val", where, "  -> best" if is_best else "")
+    if metrics["val/own/alarm"] and at.late:
         run.say(f"{where}  val  {metrics['val/own/alarm']}")
     names = [name for name in metrics if name.rpartition("/")[2] in ("loss", "perplexity", "accuracy")]
-    run.metrics(step, {name: metrics[name] for name in names})
-    run.state["evaluated"] = step
+    run.metrics(at.step, {name: metrics[name] for name in names})
     return metrics, neutral
 
 

@@ -29,6 +29,9 @@ _context.set_forkserver_preload(
         *SCRIPTS,
         "transformers.models.distilbert.modeling_distilbert",
         "torch.utils.tensorboard",
+        "transformers.convert_slow_tokenizer",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.figure",
     ]
 )
 
@@ -65,14 +68,19 @@ def launch(
     rank 0 sends it to all ranks there. closed: (place, n-th call, signals, seconds): the other end of the
     terminal of every rank is closed there (or "time", seconds), then come the signals, so many seconds later;
     `again`, (place, n-th call, signal) is sent by rank 0 to itself. Output of all ranks goes to out.txt.
+    All tests share one token cache, but for those that strike while it is made or have a folder ./cache.
     """
+    places = [strike[0] for strike in (kill, sent, closed, again, crash) if strike]
+    if {"caching", "encoding"} & {*places} or Path("cache").exists():  # a cache of this test's own
+        env = {"TOKEN_CACHE": str(Path("cache").absolute())} | (env or {})
+    env = {"TOKEN_CACHE": os.environ["TOKEN_CACHE"]} | (env or {})
     port = free_port()
     terminals = [OpenTerminal() for _ in range(size)] if closed else [None] * size
     how = closed and closed[2:]
     ranks = [
         _context.Process(
             target=_rank,
-            args=(script, argv, rank, size, port, kill, sent or closed, crash, os.getcwd(), env or {}),
+            args=(script, argv, rank, size, port, kill, sent or closed, crash, os.getcwd(), env),
             kwargs={"terminal": closed and terminals[rank].name, "again": again},
         )
         for rank in range(size)
@@ -187,7 +195,7 @@ def _rank(script, argv, rank, size, port, kill, sent, crash, folder, env, termin
         out = os.open("out.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.dup2(out, 1)
         os.dup2(out, 2)
-    os.environ |= {"TOKEN_CACHE": env.get("TOKEN_CACHE", str(Path("cache").absolute())), **env}
+    os.environ |= env
     if size > 1:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

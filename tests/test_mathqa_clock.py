@@ -67,7 +67,7 @@ def fake_clock(monkeypatch):
 
 
 def path_of(run, now, total_steps, seconds, forecast):
-    """[(lr, length)] of a stage as run_mathqa.fit goes through it; step n lasts seconds(n)."""
+    """[(lr, length)] of a run as core.steps goes through it; step n lasts seconds(n)."""
     model = nn.Linear(2, 2)
     run.forecast(model, torch.optim.AdamW(model.parameters()), total_steps, forecast, 1.0)
     step, path = 0, []

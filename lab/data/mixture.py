@@ -160,6 +160,10 @@ class MixedBlocks:
     def __len__(self):
         return int(self.starts[-1])
 
+    def targets(self, rows) -> np.ndarray:
+        """Number of tokens that each block predicts: all its tokens."""
+        return np.full(len(rows), self.block_size)
+
     def source(self, rows) -> np.ndarray:
         """Index of the source of each row."""
         return np.searchsorted(self.starts, np.asarray(rows, dtype=int), side="right") - 1
@@ -188,6 +192,7 @@ class Batches:
 
     def __init__(self, blocks, shares, batch, steps, world, seed, passes=1, repeat=False):
         self.blocks, self.batch, self.steps, self.world = blocks, batch, steps, world
+        self.lengths = blocks.targets(range(len(blocks)))
         self.wanted = apportion([shares[name] for name in blocks.names], batch * steps)
         # equally many distinct blocks in every arm, whatever its number of sources
         self.pools = apportion([shares[name] for name in blocks.names], math.ceil(batch * steps / passes))
@@ -213,6 +218,10 @@ class Batches:
     def rank_batch(self, step) -> list[int]:
         """This rank's share of global batch `step`; it may be empty."""
         return self.global_batch(step)[self.world.rank :: self.world.size].tolist()
+
+    def longest(self) -> np.ndarray:
+        """All rows, longest first: they are all equally long."""
+        return np.arange(len(self.blocks))
 
     def seen(self, step) -> dict[str, int]:
         """Number of blocks of each source in global batch `step`."""

@@ -19,7 +19,13 @@ def bootstrap(values, groups, *, weights=None, samples=2000, seed=0, of=None) ->
     sums = np.zeros((index.max() + 1, values.shape[1] + 1))  # per group: of every column, and its weight
     np.add.at(sums, index, np.c_[values * weights[:, None], weights])
     rng, n = np.random.default_rng(seed), len(sums)
-    draws = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) * 1.0 @ sums for _ in range(samples)])
+    draws, most = [], max(1, 2**15 // n)  # samples at once: they stay in the cache
+    for start in range(0, samples, most):
+        chosen = rng.integers(n, size=(min(most, samples - start), n))
+        numbered = chosen + n * np.arange(len(chosen))[:, None]
+        counts = np.bincount(numbered.ravel(), minlength=chosen.size).reshape(chosen.shape) * 1.0
+        draws += [row @ sums for row in counts]
+    draws = np.stack(draws)
     means = draws[:, :-1] / draws[:, -1:]
     intervals = np.percentile(means if of is None else of(means), tails(n), axis=0).T
     if of is not None:

@@ -123,8 +123,8 @@ def step_facts(units, chosen) -> dict:
     }
 
 
-def spike_facts(run, cfg, setup, model, chosen, rates) -> dict:
-    """Rank 0: what a spiking step read, for spikes.jsonl; `chosen` are the units of its global batch.
+def spike_facts(run, cfg, setup, model, chosen, facts) -> dict:
+    """`facts` and what a spiking step read, for spikes.jsonl; `chosen` are the units of its global batch.
 
     Measures each row's loss again without dropout, and adds the texts of the first and the worst row.
     """
@@ -133,9 +133,10 @@ def spike_facts(run, cfg, setup, model, chosen, rates) -> dict:
     sums = evaluate(model, seen, cfg, World(device=run.world.device))
     losses = sums[:, 0] / sums[:, 2]
     texts = [setup.data.tokenizer.decode(seen.pair(i)[0]) for i in (0, int(losses.argmax()))]
-    facts = {"rows": setup.data.numbers[seen.rows].tolist(), "lengths": seen.lengths.tolist()}
-    facts |= {"row_losses": losses.round(4).tolist(), "first_row": texts[0], "worst_row": texts[1]}
-    return rates | facts | step_facts(setup.units, chosen)
+    rows = {"rows": setup.data.numbers[seen.rows].tolist(), "lengths": seen.lengths.tolist()}
+    return (
+        facts | rows | {"row_losses": losses.round(4).tolist(), "first_row": texts[0], "worst_row": texts[1]}
+    )
 
 
 def final_parts(cfg) -> tuple[str, ...]:
@@ -185,16 +186,15 @@ def unigram_losses(examples, train) -> np.ndarray:
     return np.array([-train.log_frequencies[labels].sum() for labels in examples.target_ids()])
 
 
-def check(run, cfg, setup, model, step, where, keep_best, poll):
-    """Evaluates during training: validation, best weights (keep_best(loss) saves them), fixed prompts; at
-    step 0 also the plain text, see forgetting. run.state notes the step, so that no resume repeats it."""
-    if step == 0 and setup.plain:
-        run.state["plain"] = plain_losses(run, cfg, setup.plain, model, poll).tolist()
-    sums = evaluate(model, setup.val, cfg, run.world, poll)
+def check(run, cfg, setup, model, at):
+    """Evaluates during training: validation, best weights, fixed prompts; at step 0 also the plain text, see
+    forgetting."""
+    if at.step == 0 and setup.plain:
+        run.state["plain"] = plain_losses(run, cfg, setup.plain, model, at.poll).tolist()
+    sums = evaluate(model, setup.val, cfg, run.world, at.poll)
     val = language_metrics(sums, setup.data.groups[setup.val.rows])
-    report_validation(run, step, val, where, keep_best(val["loss"]), len(setup.batches))
-    sample(run, cfg, step, model, setup.data.tokenizer, poll)
-    run.state["evaluated"] = step
+    report_validation(run, at.step, val, at.where, at.keep_if_best(val["loss"]), len(setup.batches))
+    sample(run, cfg, at.step, model, setup.data.tokenizer, at.poll)
 
 
 def report_validation(run, step, val, where, is_best, steps_per_epoch):

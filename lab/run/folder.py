@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from lab.errors import Stop, UserError
-from lab.run import forecast, spikes
+from lab.run import forecast
 from lab.run.checkpoints import broken, load_weights, remove_checkpoint, save_checkpoint, step_name
 from lab.run.curves import Curves, keep_rows
 from lab.run.files import write_json
@@ -144,11 +144,6 @@ class Run:
         )
         self.metrics(step, values)
 
-    def watch(self, step, loss_sum, targets, model, describe):
-        """Returns the function that optimizer_step takes as `skip`; see
-        spikes.watch. All ranks, each step."""
-        return spikes.watch(self, step, loss_sum, targets, model, describe)
-
     # -- what all ranks decide together --------------------------------------------------------------------
 
     def agree(self, targets=0) -> int:
@@ -225,6 +220,11 @@ class Run:
         optimizer.load_state_dict(tensors["optimizer"])
         if precision.scaler.is_enabled():
             precision.scaler.load_state_dict(tensors["scaler"])
+        return self.step
+
+    @property
+    def step(self) -> int:
+        """Steps of this fold that the newest checkpoint holds: where the loop begins."""
         return self._last_step - self.first_step
 
     def save(self, step, model, optimizer, precision, must=False):

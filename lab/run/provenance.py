@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import os
 import platform
 import shutil
 import socket
@@ -59,11 +60,9 @@ def write_provenance(run):
 def _sources(script) -> dict[str, Path]:
     """Name below the project -> file, of the script and all that this process has imported of the project."""
     # by __dict__: asking a lazy module for an attribute would import what it stands for
-    names = (
-        vars(module).get("__file__") for module in list(sys.modules.values()) if hasattr(module, "__dict__")
-    )
-    files = {Path(name) for name in names if name and Path(name).is_absolute()}
-    mine = {file for file in files if file.is_relative_to(PROJECT) and file.suffix == ".py"}
+    modules = [vars(module) for module in list(sys.modules.values()) if hasattr(module, "__dict__")]
+    names = {name for module in modules if (name := module.get("__file__"))}
+    mine = {Path(name) for name in names if name.startswith(f"{PROJECT}{os.sep}") and name.endswith(".py")}
     others = {"site-packages", "tests", "benchmarks"}
     mine = {file for file in mine if not others & set(file.relative_to(PROJECT).parts)}
     named = {str(file.relative_to(PROJECT)): file for file in sorted(mine)}

@@ -77,26 +77,30 @@ def make_optimizer(
     return torch.optim.SGD(groups, momentum=0.9)
 
 
-def optimizer_step(optimizer, precision, clip, lr, beta1=None, skip=None) -> float:
-    """Unscales, clips to the global norm `clip` (none: not), steps at `lr`, zeroes. Returns the
-    unclipped norm.
+def gradient_norm(optimizer, precision) -> torch.Tensor:
+    """Global norm of the unscaled gradients, before clipping: the same on all ranks."""
+    precision.scaler.unscale_(optimizer)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
 
-    All ranks see the same norm, that of the exchanged gradients. An fp16 overflow skips the update and
-    returns inf; a norm that is not finite otherwise, or 51 overflows in a row, raise FloatingPointError
-    before any weight changes. `skip(norm)` is called before clipping; if true, the update is left out.
+
+def optimizer_step(optimizer, precision, clip, lr, beta1=None, norm=None, leave_out=False) -> float:
+    """Clips to the global norm `clip` (none: not), steps at `lr`, or leaves the update out; zeroes. Returns
+    the unclipped norm; norm: of gradient_norm, if it is known.
+
+    An fp16 overflow skips the update and returns inf; a norm that is not finite otherwise, or 51 overflows in
+    a row, raise FloatingPointError before any weight changes.
     """
+    norm = gradient_norm(optimizer, precision) if norm is None else norm
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("scale", 1.0)
         if beta1 is not None and "betas" in group:
             group["betas"] = (beta1, group["betas"][1])
-    precision.scaler.unscale_(optimizer)
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    total = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-    norm, halves = float(total), precision.scaler.is_enabled()
-    overflow = not math.isfinite(norm)
-    left_out = bool(skip and not (overflow and halves) and skip(norm))  # fp16 overflows now and then
     if clip is not None:
-        nn.utils.clip_grads_with_norm_(params, clip, total)
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grads_with_norm_(params, clip, norm)
+    norm, halves = float(norm), precision.scaler.is_enabled()
+    overflow = not math.isfinite(norm)
     precision.skipped_in_a_row = precision.skipped_in_a_row + 1 if overflow else 0
     precision.skipped += overflow
     most = 50 if halves else 0  # 65,536 is halved 16 times to 1
@@ -104,7 +108,7 @@ def optimizer_step(optimizer, precision, clip, lr, beta1=None, skip=None) -> flo
         raise FloatingPointError(
             f"gradient norm is {norm}: try a lower lr, more warm-up, clipping, or dtype fp32"
         )
-    if not left_out:
+    if not leave_out:
         precision.scaler.step(optimizer)
     precision.scaler.update()
     optimizer.zero_grad(set_to_none=True)

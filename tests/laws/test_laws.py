@@ -26,19 +26,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 SHORT = {  # some thirty steps with several saves and evaluations, and a short last slice on 2 and 3 ranks
     "run_preference": [
-        *("--smoke", "--max_documents", 200, "--batch", 10, "--epochs", 2),
+        *("--smoke", "--max_documents", 140, "--batch", 7, "--epochs", 2),
         *("--eval_every", 8, "--save_every", 5, "--log_every", 4),
         *("--dropout", 0.1, "--encoder_dropout", 0.1),  # resumed randomness is part of law 3
     ],
     "gpt_scratch": [
         *("--smoke", "--max_documents", 20, "--val_share", 0.2, "--test_share", 0.2, "--n_embd", 32),
-        *("--batch", 10, "--max_steps", 28, "--eval_batch", 24),
+        *("--batch", 7, "--max_steps", 28, "--eval_batch", 24),
         *("--eval_every", 8, "--save_every", 5, "--log_every", 4, "--sample_tokens", 8),
         *("--dropout", 0.1),
     ],
 }
 TUNE = [
-    *("--smoke", "--max_documents", 200, "--batch", 10, "--epochs", 2, "--dropout", 0.1),
+    *("--smoke", "--max_documents", 140, "--batch", 7, "--epochs", 2, "--dropout", 0.1),
     *("--eval_every", 8, "--save_every", 5, "--log_every", 4),
     *("--sample_tokens", 4, "--answer_rows", 7, "--max_new_tokens", 4, "--plain_blocks", 3),
 ]
@@ -47,15 +47,15 @@ DIVERSE = [
     *("--held_out_tokens", 1500, "--n_embd", 32, "--block_size", 32, "--eval_rows", 20, "--eval_batch", 24),
 ]
 SHORT["run_pretrain_diversity"] = [
-    *(*DIVERSE, "--batch", 10, "--max_steps", 28, "--dropout", 0.1),
+    *(*DIVERSE, "--batch", 7, "--max_steps", 28, "--dropout", 0.1),
     *("--eval_every", 8, "--save_every", 5, "--log_every", 4),
 ]
 MATHQA = [
-    *("--smoke", "--mode", "finetune", "--init_from", "new", "--max_documents", 200, "--answer_rows", 7),
+    *("--smoke", "--mode", "finetune", "--init_from", "new", "--max_documents", 140, "--answer_rows", 7),
     *("--text_documents", 30, "--tokenizer", "bpe:300", "--n_embd", 32, "--plain_blocks", 3),
 ]
 SHORT["run_mathqa"] = [
-    *(*MATHQA, "--batch", 10, "--epochs", 2, "--dropout", 0.1),
+    *(*MATHQA, "--batch", 7, "--epochs", 2, "--dropout", 0.1),
     *("--eval_every", 8, "--save_every", 5, "--log_every", 4),
 ]
 SHORT |= {"run_instruct": [*TUNE, "--skip_spikes"], "run_lora": [*TUNE, "--lora_dropout", 0.1]}
@@ -225,6 +225,7 @@ def test_a_frozen_encoder_and_folds_do_not_depend_on_ranks_or_accumulation():
     """Laws 1 and 2 in fp64, to 1e-9; each row is out of fold once."""
     flags = [*FROZEN, *EXACT["run_preference"], "--dtype", "fp64"]
     reference = None
+    Path("cache").mkdir()
     for size, micro_batch in [(1, "none"), (2, 1), (3, "none"), (3, 1)]:
         got = run("run_preference", *flags, "--micro_batch", micro_batch, size=size)
         checkpoints = newest() / "checkpoints"
@@ -237,6 +238,7 @@ def test_a_frozen_encoder_and_folds_do_not_depend_on_ranks_or_accumulation():
         assert got["test/log_loss"] == pytest.approx(reference[1]["test/log_loss"], abs=1e-9)
         shutil.rmtree("out")
         shutil.rmtree("cache")  # the next ones encode, too
+        Path("cache").mkdir()
 
 
 @pytest.mark.slow

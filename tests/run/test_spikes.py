@@ -36,6 +36,7 @@ import lab.train.batches
 import lab.train.loss
 from core import World
 from lab.run.spikes import BAND, spike_limit
+from lab.train import loop
 
 
 def test_too_few_steps_say_nothing_of_what_is_usual():
@@ -71,74 +72,79 @@ def test_a_few_spikes_do_not_hide_the_next():
 
 def test_a_step_that_is_left_out_moves_nothing_and_the_next_one_does():
     model = small_gpt()
-    optimizer = core.make_optimizer(model, "adamw", 0.1)
-    precision, seen = core.Precision("fp32", World()), []
+    optimizer, precision = core.make_optimizer(model, "adamw", 0.1), core.Precision("fp32", World())
     examples = every(random_rows(4), 28)
 
-    def step(skip):
+    def step(leave_out):
         core.scaled_backward(model(*examples.batch(range(4), "cpu")), World(), 20, precision)
-        return core.optimizer_step(optimizer, precision, 0.1, 0.01, skip=skip)
+        norm = core.gradient_norm(optimizer, precision)
+        before_clipping = math.hypot(*(float(p.grad.norm()) for p in model.parameters()))
+        assert core.optimizer_step(optimizer, precision, 0.1, 0.01, norm=norm, leave_out=leave_out) == norm
+        assert all(p.grad is None for p in model.parameters())  # they are gone
+        # norms of norms, in fp32: the gradients are those before clipping to 0.1
+        assert before_clipping == pytest.approx(float(norm), rel=1e-5) and norm > 0.1
 
-    step(None)
+    step(False)
     before, moments = core.weights_sha256(model), core.state_sha256(flat(optimizer))
-
-    def leave_out(norm):
-        seen.append((norm, math.hypot(*(float(p.grad.norm()) for p in model.parameters()))))
-        return True
-
-    norm = step(leave_out)
+    step(True)
     assert core.weights_sha256(model) == before and core.state_sha256(flat(optimizer)) == moments
-    # norms of norms, in fp32: the gradients are those before clipping to 0.1
-    assert seen == [(norm, pytest.approx(norm, rel=1e-5))] and norm > 0.2
-    assert all(p.grad is None for p in model.parameters())  # and are gone
-    step(lambda norm: False)
+    step(False)
     assert core.weights_sha256(model) != before
 
 
-def test_an_overflow_of_fp16_is_no_spike():
+def a_step(run, step=0, targets=7) -> loop.Step:
+    return loop.Step(run, step, [], [], targets, 100, 100, "epoch 1", 1)
+
+
+def a_run(folder, said, **constants) -> SimpleNamespace:
+    cfg = SimpleNamespace(**({"skip_spikes": False, "dtype": "fp32"} | constants))
+    return SimpleNamespace(world=World(), state={}, cfg=cfg, first_step=0, folder=folder, say=said.append)
+
+
+def test_an_overflow_of_fp16_is_no_spike(tmp_path):
     """It scales less from now on: nothing is said, nothing becomes usual."""
-    model, calls = small_gpt(), []
+    model, run = small_gpt(), a_run(tmp_path, [], dtype="fp16", skip_spikes=True)
     optimizer, precision = core.make_optimizer(model, "sgd", 0.0), core.Precision("fp16", World())
     examples = every(random_rows(4), 28)
 
-    def step(overflow, leaves_out):
+    def step(overflow):
         core.scaled_backward(model(*examples.batch(range(4), "cpu")), World(), 20, precision)
         if overflow:
             model.wte.weight.grad[3, 5] = math.inf
-        return core.optimizer_step(
-            optimizer, precision, 1.0, 0.01, skip=lambda norm: calls.append(norm) or leaves_out
-        )
+        norm, at = core.gradient_norm(optimizer, precision), a_step(run)
+        spiked = at.spiked(20.0, norm)
+        core.optimizer_step(optimizer, precision, 1.0, 0.01, norm=norm, leave_out=at.left_out)
+        return spiked, norm
 
     start, scale = core.weights_sha256(model), precision.scaler.get_scale()
-    assert step(True, False) == math.inf and calls == []
+    assert step(overflow=True) == (False, math.inf) and run.state == {}
     assert core.weights_sha256(model) == start and precision.scaler.get_scale() == scale / 2
-    assert calls == [] and step(False, True) == calls[0] < math.inf
-    assert core.weights_sha256(model) == start and precision.scaler.get_scale() == scale / 2
-    assert step(False, False) == calls[1] and core.weights_sha256(model) != start
+    spiked, norm = step(overflow=False)
+    assert not spiked and run.state["bands"]["grad_norm"] == [norm] and core.weights_sha256(model) != start
 
 
-def test_an_overflow_of_fp32_is_a_spike_before_it_is_an_error():
-    model, calls = small_gpt(), []
+def test_an_overflow_of_fp32_is_a_spike_before_it_is_an_error(tmp_path):
+    model, run = small_gpt(), a_run(tmp_path, [])
     optimizer, precision = core.make_optimizer(model, "sgd", 0.0), core.Precision("fp32", World())
+    run.state["bands"] = {"grad_norm": [1.0] * 30}
     for weight in model.parameters():
         weight.grad = torch.full_like(weight, math.inf)
+    norm, at = core.gradient_norm(optimizer, precision), a_step(run)
+    assert at.spiked(7.0, norm) and at.spike["odd"] == ["grad_norm"]
     with pytest.raises(FloatingPointError, match="gradient norm is inf"):
-        core.optimizer_step(optimizer, precision, 1.0, 0.01, skip=calls.append)
-    assert calls == [math.inf]
+        core.optimizer_step(optimizer, precision, 1.0, 0.01, norm=norm)
 
 
 def watched(losses, norms, folder, skip_spikes) -> tuple[list[bool], list[str], SimpleNamespace]:
-    """What Run.watch leaves out of these steps, what it says, the run."""
-    said, model = [], nn.Linear(2, 2)
+    """Which of these steps are left out, what is said, the run."""
+    said, left_out, model = [], [], nn.Linear(2, 2)
     model.weight.grad, model.bias.grad = torch.ones(2, 2), torch.zeros(2)
-    run = SimpleNamespace(world=World(), state={}, cfg=SimpleNamespace(skip_spikes=skip_spikes),
-                          first_step=0, folder=folder, say=said.append)  # fmt: skip
-    run._note_spike = lambda *a: core.Run._note_spike(run, *a)
-    steps = enumerate(zip(losses, norms, strict=True), start=1)
-    left_out = [
-        core.Run.watch(run, step, 7 * loss, 7, model, dict)(norm)  # the sum of 7 targets
-        for step, (loss, norm) in steps
-    ]
+    run = a_run(folder, said, skip_spikes=skip_spikes)
+    for step, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
+        at = a_step(run, step)
+        if at.spiked(7 * loss, norm):  # the sum of 7 targets
+            at.note_spike(model, {})
+        left_out.append(at.left_out)
     return left_out, said, run
 
 

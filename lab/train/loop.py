@@ -1,0 +1,158 @@
+"""The protocol of training, the same for every script: when to save and to evaluate, how all ranks stop on
+one step, when the clock ends a run, what a spike is. What is computed stands in the script:
+
+    for at in core.steps(run, batches, units.targets, saved, total_steps):
+        if at.evaluates:                                    # behind a checkpoint, and at the end
+            at.keep_if_best(validate(model))
+            continue
+        loss_sum = forward_backward(at.rows, at.targets)
+        norm = core.gradient_norm(optimizer, precision)
+        if at.spiked(loss_sum, norm):                       # noted; with skip_spikes its update is left out
+            at.note_spike(model, spike_facts(at))
+        at.update(optimizer, precision, core.lr_at(cfg, at.step, at.schedule_length))
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lab.errors import Stop
+from lab.run import spikes
+from lab.run.folder import Run
+from lab.train.batches import length_groups, reseed, worst_case
+from lab.train.optim import optimizer_step
+
+
+@dataclass
+class Evaluation:
+    """The model is to be evaluated, `step` steps old."""
+
+    run: Run
+    step: int
+    where: str  # for a line: "epoch 1.5/3"
+    late: bool  # half of the steps are done, so that an alarm is worth a line
+    ends: bool  # no step follows
+    poll: Callable[..., int]  # long work calls it: without a checkpoint just made, a signal waits for its end
+    trained: Any  # what a checkpoint holds
+    evaluates = True
+
+    def keep_if_best(self, loss) -> bool:
+        """With test_weights best: saves the weights if their validation loss is the lowest so far."""
+        keeps = self.run.cfg.test_weights == "best" and (self.ends or self.step > 0)
+        return keeps and self.run.save_best(self.step, loss, self.trained)
+
+
+@dataclass
+class Step:
+    """A step that all ranks have agreed to take; update ends it."""
+
+    run: Run
+    step: int  # steps taken before: 0 at the first
+    batch: list[int]  # the global batch: numbers of rows, packs or blocks
+    rows: list[int]  # this rank's share of it; may be empty
+    targets: int  # of the global batch
+    schedule_length: float  # steps that the schedule spans: total_steps, or what the clock leaves
+    total_steps: int
+    where: str  # after this step
+    read: int  # examples or tokens of the global batch, for the rate
+    loss_sum: float = math.nan
+    norm: Any = None
+    left_out: bool = False
+    spike: dict = field(default_factory=dict)
+    updated: bool = False
+    evaluates = False
+
+    def spiked(self, loss_sum, norm) -> bool:
+        """Whether the mean loss or the gradient norm leaves its usual band. loss_sum: of this rank's rows."""
+        self.loss_sum, self.norm = loss_sum, norm
+        if self.run.cfg.dtype == "fp16" and not math.isfinite(norm):  # the scaler's overflows are none
+            return False
+        self.spike = spikes.judge(self.run, self.step + 1, loss_sum, self.targets, float(norm))
+        self.left_out = self.spike["left_out"]
+        return bool(self.spike["odd"])
+
+    def note_spike(self, model, facts):
+        """Writes the spike to spikes.jsonl, with `facts` of what the step read; a rise is one line here."""
+        if self.run.world.is_main:
+            spikes.note(self.run, self.spike, model, facts)
+
+    def update(self, optimizer, precision, lr, beta1=None, **values):
+        """Updates the weights at `lr`, unless a spike is left out; counts the step; logs, with `values`."""
+        run, cfg, step = self.run, self.run.cfg, self.step + 1
+        optimizer_step(optimizer, precision, cfg.clip, lr, beta1, self.norm, self.left_out)
+        run.step_done(self.loss_sum, self.targets, self.read)
+        if cfg.max_minutes is not None:  # such a run is not repeated to the bit: its path is kept
+            run.metrics(step, {"clock/lr": lr, "clock/share": run.clock_share})
+        if step % cfg.log_every == 0 or step == self.total_steps:
+            values = {"lr": lr, "grad_norm": float(self.norm), **values}
+            run.log_training(self.where, step, round(self.schedule_length), values)
+        self.updated = True
+
+
+def epochs(run, batches, step) -> str:
+    """How far a run is after `step` steps, for its lines."""
+    fold = f"fold {run.fold + 1} " if getattr(run.cfg, "folds", None) else ""
+    planned = f"/{run.cfg.epochs}" if run.cfg.epochs else ""
+    return f"{fold}epoch {step / len(batches):.3g}{planned}"
+
+
+def steps(
+    run, batches, targets_of, saved, total_steps, *, evaluate_first=False, every=None, where=epochs
+) -> Iterator[Evaluation | Step]:
+    """Yields what comes next until the run ends: an Evaluation, or a Step to take. Stop after a signal.
+
+    targets_of(rows): number of targets, whole or of each row. saved: (what a checkpoint holds of the model,
+    optimizer, precision), restored by run.load. every: steps between evaluations (none: an epoch).
+    With save_every, checkpoints are written every so many steps instead of before each evaluation.
+    """
+    cfg, world, step = run.cfg, run.world, run.step
+    every = every or cfg.eval_every or len(batches)
+    while True:
+        ends = step >= total_steps
+        due = ends or (step % every == 0 and (step > 0 or evaluate_first))
+        saves = step % cfg.save_every == 0 if cfg.save_every else due
+        if ends or (saves and step > 0):
+            run.save(step, *saved, must=ends)
+        if due and run.state.get("evaluated") != step:
+            poll, late = run.poll if ends or saves else run.agree, 2 * step >= total_steps
+            yield Evaluation(run, step, where(run, batches, step), late, ends, poll, saved[0])
+            run.state["evaluated"] = step  # a resume does not repeat it
+        if ends:
+            return
+        batch = batches.global_batch(step).tolist()
+        rows = batch[world.rank :: world.size]
+        targets = run.agree(int(np.sum(targets_of(rows))))  # the one small reduction of a step
+        if run.stopping:
+            run.save(step, *saved, must=True)
+            raise Stop(run.stopping)
+        if run.clock_share >= 1:  # max_minutes are spent
+            total_steps = step
+            continue
+        reseed(cfg.seed, step, world.rank)  # dropout depends on the position only
+        length, read = run.schedule_length(step, total_steps), len(batch)
+        if run.unit == "tokens":
+            read = int(batches.lengths[batch].sum())
+        at = Step(run, step, batch, rows, targets, length, total_steps, where(run, batches, step + 1), read)
+        yield at
+        if not at.updated:
+            raise RuntimeError(f"step {step} has no at.update(...)")
+        step += 1
+
+
+def rehearse(run, ddp, saved, forward_backward, batches, steps_left):
+    """Makes two steps of the longest rows and discards them: UserError if memory is too small. Then says what
+    the run will need. steps_left: none says nothing (a later fold)."""
+    cfg, world, lengths = run.cfg, run.world, np.asarray(batches.lengths)
+    reseed(cfg.seed, "worst case")
+    worst = batches.longest()[: math.ceil(cfg.batch / world.size)].tolist()
+    at_once = min(cfg.micro_batch or len(worst), len(worst))
+    if not cfg.micro_batch and hasattr(cfg, "micro_tokens"):
+        at_once = length_groups(lengths[worst].tolist(), cfg.micro_tokens)[0]
+    total = int(lengths[worst].sum())
+    seconds = worst_case(world, ddp, lambda: forward_backward(worst, total), saved[1], at_once)
+    run.poll()
+    if steps_left is not None:
+        run.forecast(*saved[:2], steps_left, seconds, lengths.mean() / lengths[worst].mean())
