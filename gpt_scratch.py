@@ -277,10 +277,7 @@ def set_up(run, cfg, world, steps=None) -> Setup:
     step = run.load(model, optimizer, precision)
     core.on_main(world, describe_model, run.folder, model, tokens.tokenizer)
     generate.stop_ids(tokens.tokenizer, cfg.stop)  # a mistake should not wait for the first sample
-    if cfg.compile:
-        for block in model.h:
-            block.compile()
-    ddp = core.wrap_ddp(model, world)
+    ddp = core.wrap_ddp(model, world, model.h if cfg.compile else (), dynamic=None)
     setup = Setup(cfg, world, tokens, blocks, batches, total_steps, model, ddp, optimizer, precision, step)
     if step == 0:
         first = core.Blocks(blocks["val"].tokens[: 16 * cfg.block_size + 1], cfg.block_size)

@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import core
 import gpt_scratch
-from lab.measure import tuning
+from lab.measure import answers, tuning
 
 
 @dataclass(frozen=True)
@@ -171,58 +171,76 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
     return tuning.remeasure(model, tokenizer, cfg, core.read_config(folder)["facts"], world, poll)
 
 
+def validate(run, cfg, model, val, plain, batches, at):
+    """Loss of validation rows, best weights, answers to fixed prompts; plain text at step 0."""
+    if at.step == 0 and plain:
+        run.state["plain"] = tuning.plain_losses(run, cfg, plain, model, at.poll).tolist()
+    sums = core.evaluate(model, val, cfg, run.world, at.poll)
+    figures = core.language_metrics(sums, val.data.groups[val.rows])  # with intervals, prompts redrawn
+    tuning.report_validation(run, at, figures, at.keep_if_best(figures["loss"]), len(batches))
+    answers.sample(run, cfg, at.step, model, val.data.tokenizer, at.poll)
+
+
 def train(run, cfg, world) -> dict:
-    """Trains and measures. Returns the final figures."""
-    setup = tuning.set_up(run, cfg, world)
-    units, batches, total_steps = setup.units, setup.batches, setup.total_steps
+    """Trains all weights and measures them. Returns the final figures."""
+    # data: rows of instruction, input and answer become token ids once (cached); the loss sees answers alone
+    data = core.load_instructions(cfg, world)
+    run.pin("fingerprint", data.fingerprint)  # a resume that finds other rows is refused
+    parts, lines = core.examples_of(data, cfg)  # train, test and val, split by prompt
+    units = core.Packs(parts["train"], cfg.max_length) if cfg.pack else parts["train"]
+    block = 50 if cfg.group_lengths else 1  # so many batches are sorted by length, then shuffled
+    batches = core.ShardedBatches(units.lengths, cfg.batch, world, seed=cfg.seed, block=block)
+    total_steps = min(n for n in (cfg.epochs * len(batches), cfg.max_steps) if n is not None)
+    val, plain = parts["val"].some(cfg.eval_rows), tuning.plain_text(run, cfg, data.tokenizer)
+
+    # model
     core.reseed(cfg.seed, "init")
     precision = core.Precision(cfg.dtype, world)
-    model = precision.prepare(build_model(cfg, setup.data.tokenizer, world))
+    model = precision.prepare(build_model(cfg, data.tokenizer, world))
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay)
+    tuning.announce(run, cfg, parts, units, lines, model)
     saved = model, optimizer, precision
-    tuning.announce(run, cfg, setup, model)
     run.load(*saved)
-    core.on_main(world, gpt_scratch.describe_model, run.folder, model, setup.data.tokenizer)
-    if cfg.compile:
-        for block in model.h:
-            block.compile(dynamic=True)
-    ddp = core.wrap_ddp(model, world)
+    core.on_main(world, gpt_scratch.describe_model, run.folder, model, data.tokenizer)
+    ddp = core.wrap_ddp(model, world, compiled=model.h if cfg.compile else ())
 
-    def forward_backward(mine, targets) -> float:
-        """Adds the gradients of this rank's rows, of summed loss / global targets;
-        returns their summed loss."""
+    def forward_backward(rows, targets) -> float:
+        """Adds the gradients of summed loss / global targets of this rank's rows; returns the summed loss."""
         losses = []
-        for part in core.micro_batches(ddp, mine, cfg.micro_batch, units.lengths[mine], cfg.micro_tokens):
+        for part in core.micro_batches(ddp, rows, cfg.micro_batch, units.lengths[rows], cfg.micro_tokens):
             with precision.autocast():
-                losses.append(ddp(*units.batch(part, world.device)))
+                losses.append(ddp(*units.batch(part, world.device)))  # cross-entropy, summed over targets
             core.scaled_backward(losses[-1], world, targets, precision)
         return sum(loss.item() for loss in losses)
 
     core.rehearse(run, ddp, saved, forward_backward, batches, total_steps - run.step)
-    run.say(tuning.describe_example(setup.parts["train"]))
+    run.say(tuning.describe_example(parts["train"]))
 
     for at in core.steps(run, batches, units.targets, saved, total_steps, evaluate_first=True):
         if at.evaluates:
-            tuning.check(run, cfg, setup, model, at)
+            validate(run, cfg, model, val, plain, batches, at)
             continue
         lr = core.lr_at(cfg, at.step, at.schedule_length)
         loss_sum = forward_backward(at.rows, at.targets)
         norm = core.gradient_norm(optimizer, precision)
-        facts = tuning.step_facts(units, at.batch)
+        figures = tuning.batch_facts(units, at.batch)
         if at.spiked(loss_sum, norm):
-            at.note_spike(model, tuning.spike_facts(run, cfg, setup, model, at.batch, {"lr": lr, **facts}))
-        at.update(optimizer, precision, lr, **facts)
+            rows = tuning.spike_rows(cfg, model, parts["train"], units.members(at.batch), world)
+            at.note_spike(model, {"lr": lr, **figures, **rows})
+        at.update(optimizer, precision, lr, **figures)
 
-    sha256, measured = core.weights_sha256(model), run.checkpoint
+    return finish(run, cfg, parts, plain, model, optimizer)
+
+
+def finish(run, cfg, parts, plain, model, optimizer) -> dict:
+    """Hash of the last weights; then figures of the chosen ones on val and test, forgetting, answers."""
+    facts = {"weights_sha256": core.weights_sha256(model), "test_checkpoints": [run.checkpoint]}
     if cfg.test_weights == "best":
-        measured = run.load_best(model)
+        facts["test_checkpoints"] = [run.load_best(model)]
+    facts["parameters"], facts["trainable_parameters"] = core.count_parameters(model)
     optimizer.zero_grad(set_to_none=True)  # makes room for answering
     optimizer.state.clear()
-    return tuning.final_figures(run, cfg, setup, model, lambda: model, run.step) | {
-        "weights_sha256": sha256,
-        "test_checkpoints": [measured],
-        **dict(zip(("parameters", "trainable_parameters"), core.count_parameters(model), strict=True)),
-    }
+    return facts | tuning.final_figures(run, cfg, parts, plain, model, lambda: model)
 
 
 def one_process(cfg, world):

@@ -325,10 +325,7 @@ def fit(run, cfg, world, stage) -> dict:
     saved = stage.trained, optimizer, stage.precision
     stage.announce()
     step = run.load(*saved)
-    if cfg.compile:
-        for block in model.h:
-            block.compile(dynamic=cfg.mode == "finetune")
-    ddp = core.wrap_ddp(model, world)
+    ddp = core.wrap_ddp(model, world, model.h if cfg.compile else (), dynamic=cfg.mode == "finetune")
 
     def forward_backward(mine, targets) -> float:
         """Adds the gradients of this rank's rows, of summed loss / global targets;
@@ -525,7 +522,7 @@ def pretrain(run, cfg, world) -> dict:
         if at.step == 0:
             run.say(f"initial loss {metrics['loss']:.4f}  ln V {math.log(model.config.vocab_size):.4f}")
         is_best = keep_if_best(run, cfg, at, metrics["loss"])
-        tuning.report_validation(run, at.step, metrics, at.where, is_best, len(batches))
+        tuning.report_validation(run, at, metrics, is_best, len(batches))
 
     def spike_facts(at, lr) -> dict:
         start = at.batch[0] * cfg.block_size
@@ -706,7 +703,7 @@ def finetune(run, cfg, world) -> dict:
         sums = core.evaluate(model, val, cfg, world, at.poll)
         metrics = core.language_metrics(sums, data.groups[val.rows])
         is_best = keep_if_best(run, cfg, at, metrics["loss"])
-        tuning.report_validation(run, at.step, metrics, at.where, is_best, len(batches))
+        tuning.report_validation(run, at, metrics, is_best, len(batches))
         if len(asked):
             scores = choices.Scores.of(model, choices.Choices(data, asked), cfg, world, at.poll)
             share = scores.right(data, asked).mean(0).tolist()
@@ -715,11 +712,9 @@ def finetune(run, cfg, world) -> dict:
             run.metrics(at.step, shares)
             sample(run, cfg, at.step, model, data, asked[:3], at.poll)
 
-    whole = tuning.TuningSetup(data, parts, units, batches, 0, val, plain, lines)
-
     def spike_facts(at, lr) -> dict:
-        uncut = replace(cfg, max_length=cfg.max_length + 1)  # the last token is only a target
-        return tuning.spike_facts(run, uncut, whole, model, at.batch, {"lr": lr})
+        rows = tuning.spike_rows(cfg, model, parts["train"], units.members(at.batch), world)
+        return {"lr": lr, **tuning.batch_facts(units, at.batch), **rows}
 
     callbacks = announce, check, functools.partial(tuning.describe_example, parts["train"]), spike_facts
     stage = Stage(units, batches, length_of(cfg, batches), model, trained, precision, *callbacks)

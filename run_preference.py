@@ -262,10 +262,8 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     saved = model, optimizer, precision
     run.load(*saved, fold=fold)
     core.on_main(world, write_encoder, run.folder / "encoder", model.encoder.config, data.tokenizer)
-    if cfg.compile:
-        model.encoder.compile(dynamic=True)
     core.cache_vectors(model, data, cfg, world, run.poll, run.say)
-    ddp = core.wrap_ddp(model, world)
+    ddp = core.wrap_ddp(model, world, [model.encoder] if cfg.compile else ())
 
     def forward_backward(mine, targets, swaps=None) -> float:
         """Adds the gradients of summed loss / global targets of this rank's rows; returns their summed loss.

@@ -365,10 +365,7 @@ def train(run, cfg, world, text=None) -> dict:
     announce(run, cfg, text, batches, model)
     step, total_steps = run.load(*saved), cfg.max_steps
     core.on_main(world, gpt_scratch.describe_model, run.folder, model, text.tokenizer)
-    if cfg.compile:
-        for block in model.h:
-            block.compile()
-    ddp = core.wrap_ddp(model, world)
+    ddp = core.wrap_ddp(model, world, model.h if cfg.compile else (), dynamic=None)
 
     def forward_backward(rows, targets) -> float:
         """Adds the gradients of this rank's rows, of summed loss / global targets;

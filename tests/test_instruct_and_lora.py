@@ -7,7 +7,6 @@ import os
 import signal
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +26,6 @@ from toys.sft import (
     loss_of,
     parts_of,
     small_gpt,
-    toy_cfg,
     toy_file,
     tuned,  # noqa: F401 (a fixture)
     write_rows,
@@ -48,13 +46,22 @@ from lab.measure import tuning
 from lab.measure.answers import PROMPTS
 
 
-def set_up(*argv) -> tuning.TuningSetup:
-    run = SimpleNamespace(pin=lambda *fact: None)
-    return tuning.set_up(run, toy_cfg("--data", toy_file(400), *QUIET, "--batch", 8, *argv), World())
+def batches_of(monkeypatch, *argv) -> core.ShardedBatches:
+    """Those that run_instruct.train draws."""
+    made, original = [], core.ShardedBatches.__init__
+
+    def kept(self, *args, **kwargs):
+        made.append(self)
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(core.ShardedBatches, "__init__", kept)
+    go("run_instruct", "--data", toy_file(400), *QUIET, "--batch", 8, "--max_steps", 0, *argv)
+    monkeypatch.undo()
+    return next(batches for batches in made if batches.seed is not None)
 
 
-def test_lengths_meet_by_chance_without_group_lengths():
-    grouped, free = set_up().batches, set_up("--no-group_lengths").batches
+def test_lengths_meet_by_chance_without_group_lengths(monkeypatch):
+    grouped, free = batches_of(monkeypatch), batches_of(monkeypatch, "--no-group_lengths")
 
     def spread(batches):
         """Of lengths within a batch, beside that of all rows."""
@@ -215,10 +222,10 @@ def test_an_evaluation_is_repeated_only_if_its_step_was_saved_before_it(
             sent.append(here)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def reported(run, step, *rest, original=tuning.report_validation):
-        seen.append(step)
-        strike(step, "amid")
-        original(run, step, *rest)
+    def reported(run, at, *rest, original=tuning.report_validation):
+        seen.append(at.step)
+        strike(at.step, "amid")
+        original(run, at, *rest)
 
     def sampled(run, cfg, step, *rest, original=lab.measure.answers.sample):
         original(run, cfg, step, *rest)

@@ -70,10 +70,10 @@ def sample(run, cfg, step, model, tokenizer, poll):
         run.say(f"  | {PROMPTS[turn]} -> {shortened(one_line(texts[turn]), 90 - len(PROMPTS[turn]))}")
 
 
-def write_responses(run, cfg, setup, model) -> dict:
-    """Writes responses.json, in the journal's form: each test row with its
-    model_response. Returns figures."""
-    data, test = setup.data, setup.parts["test"].some(cfg.answer_rows)
+def write_responses(run, cfg, parts, model) -> dict:
+    """Writes responses.json as the journal has it: each test row with its model_response. Returns figures."""
+    test = parts["test"].some(cfg.answer_rows)
+    data = test.data
     prompts, most = [data.prompt(row) for row in test.rows], cfg.max_new_tokens
     batch = cfg.eval_batch * run.world.size
     texts = answers(model, data.tokenizer, prompts, most, batch, run.world, run.poll)
@@ -87,21 +87,20 @@ def write_responses(run, cfg, setup, model) -> dict:
     run.say(f"answers  {len(rows)} in responses.json, {empty} empty")
     if long:
         run.say(f"answers  {long} prompts and {most} tokens do not fit the model: their beginning drops out")
-    return first_words(run, setup, test.rows, texts) | {"test/empty_responses": empty}
+    return first_words(run, parts["train"], test.rows, texts) | {"test/empty_responses": empty}
 
 
-def first_words(run, setup, rows, texts) -> dict:
-    """Share of answers whose first word is right, beside that of always saying the
-    most frequent first word."""
-    usual = Counter(first_word(setup.data.texts[row][2]) for row in setup.parts["train"].rows).most_common(1)[
-        0
-    ][0]
-    wanted = [first_word(setup.data.texts[row][2]) for row in rows]
+def first_words(run, train, rows, texts) -> dict:
+    """Share of answers whose first word is right, beside that of always saying the training answers' most
+    frequent first word."""
+    data = train.data
+    usual, _ = Counter(first_word(data.texts[row][2]) for row in train.rows).most_common(1)[0]
+    wanted = [first_word(data.texts[row][2]) for row in rows]
     counted = [i for i, word in enumerate(wanted) if word]  # some answers are signs only
     if not counted:
         return {}
     right = np.array([[first_word(texts[i]) == wanted[i], usual == wanted[i]] for i in counted])
-    interval = bootstrap(right, setup.data.groups[rows][counted]).tolist()[0]
+    interval = bootstrap(right, data.groups[rows][counted]).tolist()[0]
     share, guess = right.mean(0).tolist()
     figure = plus_minus(share, interval)
     run.say(f"answers  first word right in {figure}; always '{usual}' would be right in {guess:.3f}")

@@ -1,24 +1,21 @@
-"""What run_instruct.py and run_lora.py share beside the loop: set-up, announcement, validation line, final
-figures, and the loss on plain text before and after."""
+"""What tuning on instructions says and measures: announcement, validation line, final figures, forgetting."""
 
 import hashlib
-from dataclasses import dataclass
 
 import numpy as np
 
 from lab.data.blocks import Blocks
 from lab.data.cache import AS_TEXT, BadRows
-from lab.data.instructions import Examples, Instructions, Packs, examples_of, load_instructions
+from lab.data.instructions import Examples, Instructions, examples_of, load_instructions
 from lab.data.text import Corpus, split_pieces
 from lab.data.tokenizers import token_bytes
 from lab.errors import UserError
-from lab.measure.answers import sample, shortened, write_responses
+from lab.measure.answers import shortened, write_responses
 from lab.measure.language import evaluate, loss_lines
 from lab.measure.statistics import bootstrap, language_metrics, plus_minus
 from lab.run import terminal
 from lab.run.files import write_lines
 from lab.run.provenance import refuse_other_data
-from lab.train.batches import ShardedBatches
 from lab.train.optim import count_parameters
 from lab.train.processes import World, main_first, on_main
 
@@ -36,66 +33,41 @@ def plain_blocks(name, tokenizer, block_size, most) -> Blocks:
     return Blocks(np.array(ids[: most * block_size + 1]), block_size)
 
 
-@dataclass
-class TuningSetup:
-    """The data of a tuning run: parts, batches, validation rows, plain text."""
-
-    data: Instructions
-    parts: dict[str, Examples]  # train, test, val
-    units: Examples | Packs  # of the training part: what batches are made of, examples or packs of them
-    batches: ShardedBatches
-    total_steps: int
-    val: Examples  # the validation examples looked at during training
-    plain: Blocks | None
-    lines: list[str]  # what to say of rows that are cut or left out
-
-
-def set_up(run, cfg, world) -> TuningSetup:
-    """Reads and splits data and plain text. A resume that finds other data is refused."""
-    data = load_instructions(cfg, world)
-    run.pin("fingerprint", data.fingerprint)
-    parts, lines = examples_of(data, cfg)
-    units, plain = parts["train"], None
-    if cfg.pack:
-        units = Packs(units, cfg.max_length)
-    if cfg.plain_blocks:
-        sizes = cfg.max_length, cfg.plain_blocks
-        try:
-            plain = main_first(world, plain_blocks, cfg.plain, data.tokenizer, *sizes)
-        except UserError as error:
-            raise UserError(f"--plain: {error}") from None
-        run.pin("plain", hashlib.sha256(plain.tokens.tobytes()).hexdigest())
-    block = 50 if cfg.group_lengths else 1
-    batches = ShardedBatches(units.lengths, cfg.batch, world, seed=cfg.seed, block=block)
-    total_steps = min(n for n in (cfg.epochs * len(batches), cfg.max_steps) if n is not None)
-    return TuningSetup(
-        data, parts, units, batches, total_steps, parts["val"].some(cfg.eval_rows), plain, lines
-    )
+def plain_text(run, cfg, tokenizer) -> Blocks | None:
+    """Held-out plain text on which forgetting is measured; none without plain_blocks. A resume that finds
+    another is refused."""
+    if not cfg.plain_blocks:
+        return None
+    sizes = cfg.max_length, cfg.plain_blocks
+    try:
+        plain = main_first(run.world, plain_blocks, cfg.plain, tokenizer, *sizes)
+    except UserError as error:
+        raise UserError(f"--plain: {error}") from None
+    run.pin("plain", hashlib.sha256(plain.tokens.tobytes()).hexdigest())
+    return plain
 
 
-def announce(run, cfg, setup, model):
-    """Says how large the model is (the journal's table: parameters, MB, trainable)
-    and how the data is used."""
-    (total, trainable), examples = count_parameters(model), setup.parts["train"]
-    counts = "  ".join(f"{name} {len(part)}" for name, part in setup.parts.items())
+def announce(run, cfg, parts, units, lines, model):
+    """Says how large the model is (the journal's table: parameters, MB, trainable) and how the data is used.
+    units: of the training part, examples or packs; lines: on rows that are cut or left out."""
+    (total, trainable), examples = count_parameters(model), parts["train"]
+    counts, data = "  ".join(f"{name} {len(part)}" for name, part in parts.items()), examples.data
     run.say(f"model {cfg.model}  {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M trainable   {counts}")
     run.begin()  # all input is good
     run.say(f"parameters {total:,}  {4 * total / 2**20:.2f} MB in fp32  trainable {trainable:,}")
-    run.say(
-        f"data {cfg.data}  {len(setup.data)} rows, {len(set(setup.data.groups))} prompts  split {cfg.split}"
-    )
-    for line in [*setup.data.lines, *setup.lines]:
+    run.say(f"data {cfg.data}  {len(data)} rows, {len(set(data.groups))} prompts  split {cfg.split}")
+    for line in [*data.lines, *lines]:
         run.say(line)
     tokens, targets = examples.lengths.mean(), examples.targets(range(len(examples))).mean()
     longest = int(examples.lengths.max())
     run.say(f"train rows have {tokens:.0f} tokens (longest {longest}), {targets:.0f} of them targets")
     if cfg.pack:
-        most, packs = int(setup.units.lengths.max()), len(setup.units)
-        rows, fill = len(examples) / packs, setup.units.lengths.mean() / most
+        most, packs = int(units.lengths.max()), len(units)
+        rows, fill = len(examples) / packs, units.lengths.mean() / most
         run.say(f"{packs} packs of at most {most} tokens hold {rows:.1f} rows each and are {fill:.0%} full")
         run.say(f"a batch of {cfg.batch} packs is one of some {cfg.batch * rows:.0f} rows")
-    if left := len(setup.units) % cfg.batch:
-        what = f"{left} of {len(setup.units)} {'packs' if cfg.pack else 'rows'}"
+    if left := len(units) % cfg.batch:
+        what = f"{left} of {len(units)} {'packs' if cfg.pack else 'rows'}"
         run.say(f"each epoch leaves out {what}, others each time: they fill no batch of {cfg.batch}")
 
 
@@ -112,7 +84,7 @@ def describe_example(examples, example=0) -> str:
     return "\n".join([*lines, f"  masked:  {shortened(seen)}", f"  counted: {shortened(counted)}"])
 
 
-def step_facts(units, chosen) -> dict:
+def batch_facts(units, chosen) -> dict:
     """Figures of a global batch: targets, share of padding if padded to its longest
     row, length of that row."""
     lengths = units.lengths[chosen]
@@ -123,20 +95,16 @@ def step_facts(units, chosen) -> dict:
     }
 
 
-def spike_facts(run, cfg, setup, model, chosen, facts) -> dict:
-    """`facts` and what a spiking step read, for spikes.jsonl; `chosen` are the units of its global batch.
-
-    Measures each row's loss again without dropout, and adds the texts of the first and the worst row.
-    """
-    members = setup.units.members(chosen)
-    seen = Examples(setup.data, setup.parts["train"].rows[members], cfg.max_length, cfg.loss_on_prompt)
-    sums = evaluate(model, seen, cfg, World(device=run.world.device))
+def spike_rows(cfg, model, examples, chosen, world) -> dict:
+    """What a spiking step read, for spikes.jsonl: numbers, lengths and losses (without dropout) of `chosen`
+    examples, and the texts of the first and the worst."""
+    seen = Examples(examples.data, examples.rows[chosen], examples.max_length, examples.loss_on_prompt)
+    sums = evaluate(model, seen, cfg, World(device=world.device))
     losses = sums[:, 0] / sums[:, 2]
-    texts = [setup.data.tokenizer.decode(seen.pair(i)[0]) for i in (0, int(losses.argmax()))]
-    rows = {"rows": setup.data.numbers[seen.rows].tolist(), "lengths": seen.lengths.tolist()}
-    return (
-        facts | rows | {"row_losses": losses.round(4).tolist(), "first_row": texts[0], "worst_row": texts[1]}
-    )
+    texts = [examples.data.tokenizer.decode(seen.pair(i)[0]) for i in (0, int(losses.argmax()))]
+    rows = {"rows": examples.data.numbers[seen.rows].tolist(), "lengths": seen.lengths.tolist()}
+    rows |= {"row_losses": losses.round(4).tolist(), "first_row": texts[0], "worst_row": texts[1]}
+    return rows
 
 
 def final_parts(cfg) -> tuple[str, ...]:
@@ -186,19 +154,9 @@ def unigram_losses(examples, train) -> np.ndarray:
     return np.array([-train.log_frequencies[labels].sum() for labels in examples.target_ids()])
 
 
-def check(run, cfg, setup, model, at):
-    """Evaluates during training: validation, best weights, fixed prompts; at step 0 also the plain text, see
-    forgetting."""
-    if at.step == 0 and setup.plain:
-        run.state["plain"] = plain_losses(run, cfg, setup.plain, model, at.poll).tolist()
-    sums = evaluate(model, setup.val, cfg, run.world, at.poll)
-    val = language_metrics(sums, setup.data.groups[setup.val.rows])
-    report_validation(run, at.step, val, at.where, at.keep_if_best(val["loss"]), len(setup.batches))
-    sample(run, cfg, at.step, model, setup.data.tokenizer, at.poll)
-
-
-def report_validation(run, step, val, where, is_best, steps_per_epoch):
+def report_validation(run, at, val, is_best, steps_per_epoch):
     """Says and logs validation figures; warns if the loss has not fallen for half an epoch."""
+    step, where = at.step, at.where
     lowest = run.state.setdefault("lowest", [val["loss"], step])
     run.state.setdefault("before", val["loss"])
     if val["loss"] < lowest[0]:
@@ -250,13 +208,13 @@ def alarm(run, step, part, figures) -> str | None:
     return None
 
 
-def final_figures(run, cfg, setup, model, answering, step) -> dict:
+def final_figures(run, cfg, parts, plain, model, answering) -> dict:
     """Final figures: loss, perplexity, accuracy on val and test; forgetting; answers to the test rows; an
     alarm if nothing was learnt. `answering()` returns the model in the form that generates fastest."""
     result, done = {}, ""
     for part in final_parts(cfg):
-        sums = evaluate(model, setup.parts[part], cfg, run.world, run.poll)
-        m, losses = measure(part, sums, setup.parts[part], setup.parts["train"])
+        sums = evaluate(model, parts[part], cfg, run.world, run.poll)
+        m, losses = measure(part, sums, parts[part], parts["train"])
         result |= {f"{part}/{name}": value for name, value in m.items()}
         loss, accuracy = (plus_minus(m[k], m[f"{k}_interval"], n) for k, n in (("loss", 4), ("accuracy", 3)))
         perplexity = f"perplexity {m['perplexity']:.2f}"
@@ -264,15 +222,15 @@ def final_figures(run, cfg, setup, model, answering, step) -> dict:
         run.say(f"{part:5} loss {loss}  {perplexity}  accuracy {accuracy}  {guess}")
         done = f"done  {part} loss {m['loss']:.4f}  {perplexity}"
     on_main(run.world, write_lines, run.folder / "losses.jsonl", losses)
-    if sentence := alarm(run, step, part, result):
+    if sentence := alarm(run, run.step, part, result):
         run.say(sentence)
         result["alarm"] = sentence
-    if setup.plain:
-        result |= forgetting(run, cfg, setup.plain, model)
+    if plain:
+        result |= forgetting(run, cfg, plain, model)
     if cfg.final_eval and cfg.answer_rows != 0:
-        result |= write_responses(run, cfg, setup, answering())
+        result |= write_responses(run, cfg, parts, answering())
     if spikes := run.state.get("spikes", 0):
-        run.say(f"spikes  {spikes} of {step} steps, {run.state['left_out']} left out (spikes.jsonl)")
+        run.say(f"spikes  {spikes} of {run.step} steps, {run.state['left_out']} left out (spikes.jsonl)")
     run.say(f"{done}  {run.seconds / 60:.1f} min")
     run.say(f"all figures: {run.folder}/result.json")
     run.say(f"questions: python {run.script.name} --mode ask --run {run.folder}")

@@ -250,9 +250,13 @@ def main_first(world, function, *args):
     return results[0] if results else function(*args)
 
 
-def wrap_ddp(model, world):
-    """Wraps in DistributedDataParallel if there are several ranks. Evaluate and save the
-    model, not the wrapper."""
+def wrap_ddp(model, world, compiled=(), dynamic=True):
+    """Wraps in DistributedDataParallel if there are several ranks. Evaluate and save the model itself.
+
+    compiled: parts of it to compile; dynamic: one graph for all lengths (none: once a second one comes).
+    """
+    for part in compiled:
+        part.compile(dynamic=dynamic)
     if world.size == 1:
         return model
     # no rank's buffers ever differ; the argument was renamed in torch 2.13

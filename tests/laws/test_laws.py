@@ -27,13 +27,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 SHORT = {  # some thirty steps with several saves and evaluations, and a short last slice on 2 and 3 ranks
     "run_preference": [
         *("--smoke", "--max_documents", 140, "--batch", 7, "--epochs", 2),
-        *("--eval_every", 8, "--save_every", 5, "--log_every", 4),
+        *("--eval_every", 8, "--save_every", 4, "--log_every", 4),
         *("--dropout", 0.1, "--encoder_dropout", 0.1),  # resumed randomness is part of law 3
     ],
     "gpt_scratch": [
         *("--smoke", "--max_documents", 20, "--val_share", 0.2, "--test_share", 0.2, "--n_embd", 32),
         *("--batch", 7, "--max_steps", 28, "--eval_batch", 24),
-        *("--eval_every", 8, "--save_every", 5, "--log_every", 4, "--sample_tokens", 8),
+        *("--eval_every", 8, "--save_every", 4, "--log_every", 4, "--sample_tokens", 8),
         *("--dropout", 0.1),
     ],
 }

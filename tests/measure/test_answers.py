@@ -123,7 +123,7 @@ def test_empty_answers_are_counted_and_an_id_of_0_is_an_answer(tmp_path):
     run = SimpleNamespace(world=World(), folder=tmp_path, say=said.append, poll=lambda active=0: 0)
     cfg = toy_cfg("--max_new_tokens", 3, "--eval_batch", 3)
     parts = {"train": every(data), "test": every(data)}
-    figures = write_responses(run, cfg, SimpleNamespace(data=data, parts=parts), model)
+    figures = write_responses(run, cfg, parts, model)
     answers = [row["model_response"] for row in json.loads((tmp_path / "responses.json").read_text())]
     assert answers == ["", "5 6 7", "0 1", ""]
     assert figures["test/empty_responses"] == 2 and figures["test/first_word"] == 0.5
@@ -133,11 +133,11 @@ def test_empty_answers_are_counted_and_an_id_of_0_is_an_answer(tmp_path):
 def test_rows_whose_answer_has_no_word_do_not_count_among_first_words():
     data = by_hand(*[([i], [7]) for i in range(5)])
     data.texts = [["q", "", text] for text in ("Yes, it is.", "...", "no", "YES!", "")]
-    s = SimpleNamespace(data=data, parts={"train": core.Examples(data, np.array([0, 3, 2]), 9)})
+    train = core.Examples(data, np.array([0, 3, 2]), 9)
     run = SimpleNamespace(say=lambda line: None)
-    figures = first_words(run, s, np.arange(5), ["yes", "...", "yes", "no", ""])
+    figures = first_words(run, train, np.arange(5), ["yes", "...", "yes", "no", ""])
     assert figures["test/first_word"] == 1 / 3 and figures["test/first_word_guess"] == 2 / 3
-    assert first_words(run, s, np.array([1, 4]), ["", "word"]) == {}
+    assert first_words(run, train, np.array([1, 4]), ["", "word"]) == {}
 
 
 @pytest.mark.parametrize("fixture", ["tuned", "adapted"])

@@ -85,7 +85,8 @@ def reports(losses, every_steps=10, steps_per_epoch=40) -> list[list[str]]:
         run.say = lines.append
         val = {"loss": loss, "perplexity": math.exp(loss), "accuracy": 0.5}
         val |= {"loss_interval": [loss - 0.1, loss + 0.1], "accuracy_interval": [0.4, 0.6]}
-        tuning.report_validation(run, number * every_steps, val, "epoch", False, steps_per_epoch)
+        at = SimpleNamespace(step=number * every_steps, where="epoch")
+        tuning.report_validation(run, at, val, False, steps_per_epoch)
         said.append(lines)
     return said
 
@@ -111,8 +112,7 @@ def test_the_run_begins_with_the_journals_table():
     run = SimpleNamespace(say=said.append, begin=lambda: said.append("begins"))
     data, cfg = random_rows(23), config("run_instruct", "--preset", "run_1", "--batch", 4)
     parts = {"train": every(data, 64), "test": range(5), "val": range(3)}
-    s = SimpleNamespace(data=data, parts=parts, units=parts["train"], lines=["a line"])
-    tuning.announce(run, cfg, s, model)
+    tuning.announce(run, cfg, parts, parts["train"], ["a line"], model)
     assert said[0] == "model gpt2-medium  406.3M parameters, 406.3M trainable   train 23  test 5  val 3"
     assert said[1:3] == ["begins", "parameters 406,286,336  1549.86 MB in fp32  trainable 406,286,336"]
     assert "a line" in said and said[-1].startswith("each epoch leaves out 3 of 23 rows")
