@@ -31,8 +31,8 @@ def test_one_run_a_side_is_a_paired_bootstrap_by_group_and_students_quantile_is_
         ((1, 1), 0.0, 120),
         ((3, 3), 0.02, 120),
         ((3, 1), 0.3, 120),
-        pytest.param((3, 3), 0.1, 2000, marks=pytest.mark.slow),
-        pytest.param((3, 1), 0.3, 2000, marks=pytest.mark.slow),
+        pytest.param((3, 3), 0.1, 1000, marks=pytest.mark.slow),
+        pytest.param((3, 1), 0.3, 500, marks=pytest.mark.slow),
     ],
 )
 def test_intervals_hold_the_truth_19_times_in_20(seeds, noise, trials):

@@ -223,11 +223,11 @@ def test_a_reply_that_holds_the_key_is_kept_without(serve, tmp_path):
     assert len(recorded(tmp_path)) == 1 and KEY not in repr(recorded(tmp_path))
 
 
-OK, ERROR = b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 503 Busy\r\nContent-Length: 200\r\n\r\n"
+OK, ERROR = b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 503 Busy\r\nContent-Length: 600\r\n\r\n"
 SLOW = {  # a reply takes half a minute, byte by byte
     "silent": Handler.hang,
-    "dripping": lambda h: h.raw(OK + b"Content-Length: 200\r\n\r\n" + b" " * 200, 0.15),
-    "a dripping error": lambda h: h.raw(ERROR + b"x" * 200, 0.15),
+    "dripping": lambda h: h.raw(OK + b"Content-Length: 600\r\n\r\n" + b" " * 600, 0.05),
+    "a dripping error": lambda h: h.raw(ERROR + b"x" * 600, 0.05),
 }
 
 

@@ -214,7 +214,7 @@ def test_numpy_docs_are_a_text_of_their_own_that_every_installation_has():
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "megabytes"), [("ascii", 10), pytest.param("bytes", 40, marks=pytest.mark.slow)]
+    ("tokenizer", "megabytes"), [("ascii", 10), pytest.param("bytes", 20, marks=pytest.mark.slow)]
 )
 def test_memory_stays_flat_whatever_the_length_of_a_stream(tokenizer, megabytes, monkeypatch):
     """In a child: what it takes at its most must not grow with what it reads."""

@@ -27,7 +27,6 @@ def test_a_frozen_encoder_is_run_once_and_the_head_ends_up_the_same(inputs, dtyp
     flags += ["--encoder_dropout", 0.1, "--test_weights", "last"]  # frozen: in eval mode, no dropout
     flags += ["--dtype", dtype, "--lr", lr]
     weights = []
-    Path("cache").mkdir()
     for once in ("--encode_once", "--no-encode_once"):
         got = run("run_preference", *flags, once)
         weights.append(load_file(newest() / "checkpoints" / got["checkpoint"] / "model.safetensors"))
@@ -46,7 +45,6 @@ def test_a_frozen_encoder_is_run_once_and_the_head_ends_up_the_same(inputs, dtyp
 @pytest.mark.slow
 def test_vectors_of_other_inputs_lengths_pooling_or_weights_are_others():
     flags = ["--smoke", "--max_documents", 120, "--freeze", "all", "--epochs", 0]
-    Path("cache").mkdir()
     others = (["--max_length", 20], ["--pooling", "mean"], ["--inputs", "responses"], ["--seed", 1])
     for more in ([], *others, ["--dtype", "fp64"], []):
         run("run_preference", *flags, *more)
