@@ -54,9 +54,9 @@ def batches_of(monkeypatch, *argv) -> core.ShardedBatches:
         made.append(self)
         original(self, *args, **kwargs)
 
-    monkeypatch.setattr(core.ShardedBatches, "__init__", kept)
-    go("run_instruct", "--data", toy_file(400), *QUIET, "--batch", 8, "--max_steps", 0, *argv)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(core.ShardedBatches, "__init__", kept)
+        go("run_instruct", "--data", toy_file(400), *QUIET, "--batch", 8, "--max_steps", 0, *argv)
     return next(batches for batches in made if batches.seed is not None)
 
 
