@@ -40,28 +40,28 @@ class Config:
     # data
     run_folder: tuple[str, ...] = ()  # runs, transformers folders, Hub ids (short: --run); none = newest
     data: tuple[str, ...] = ("own",)  # own = a run's test rows; text, instruction rows or A/B/tie rows
-    max_documents: int | None = None  # rows or documents read of other data; none = all
+    max_documents: core.Count | None = None  # rows or documents read of other data; none = all
     text_column: str = "text"  # of a table of texts
     template: Literal["alpaca", "journal"] = "alpaca"  # of instruction rows, for models that bring none
     # measuring and answering
-    context: int | None = None  # tokens that a window on text holds; none = all the model can
-    stride: int | None = None  # tokens from one window to the next; none = half of context
-    max_length: int = 512  # tokens of an instruction row, for models that bring none
-    eval_batch: int | None = None  # rows per step over all ranks (answering: on each); none = as in the run
+    context: core.within(int, 2) | None = None  # tokens that a window on text holds; none = all the model can
+    stride: core.Count | None = None  # tokens from one window to the next; none = half of context
+    max_length: core.within(int, 16) = 512  # tokens of an instruction row, for models that bring none
+    eval_batch: core.Count | None = None  # rows a step, over all ranks (answering: on each); none = the run's
     dtype: core.Dtype = "auto"  # of models that are no run (a run has its own): bf16 or fp16 on a card
-    max_new_tokens: int | None = None  # most in an answer; none = as the run has it, or 256
+    max_new_tokens: core.Count | None = None  # most in an answer; none = as the run has it, or 256
     # judge
     judge_url: str = "http://localhost:11434/v1"  # speaks OpenAI's chat completions; this is Ollama's
     judge_model: str = "llama3"  # as the server calls it
     judge_key: str | None = "JUDGE_API_KEY"  # the environment variable that holds the key; none = no key
-    judge_repeats: int = 1  # grades of each answer: their spread is the judge's own noise
-    judge_requests: int = 4  # at once
-    judge_seconds: float = 60.0  # of patience with one request
-    judge_attempts: int = 6  # at one question, with growing pauses
+    judge_repeats: core.Count = 1  # grades of each answer: their spread is the judge's own noise
+    judge_requests: core.Count = 4  # at once
+    judge_seconds: core.within(float, 0.1) = 60.0  # of patience with one request
+    judge_attempts: core.Count = 6  # at one question, with growing pauses
     pairwise: bool = False  # two runs: which answer is better? in both orders
     # comparing and listing
     compare: tuple[str, ...] = ()  # run folders, presets or tags; runs that differ in seed only are one side
-    answer_rows: int | None = 50  # prompts shown side by side, spread evenly; none = all
+    answer_rows: core.Whole | None = 50  # prompts shown side by side, spread evenly; none = all
     table: tuple[str, ...] = ()  # folders of runs, or runs
     group_by: tuple[str, ...] = ()  # constants (or preset): means over the runs that agree in them
     sort: str | None = None  # a constant or figure; none = by name

@@ -34,22 +34,22 @@ from lab.models import generate
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(core.Bookkeeping):
     # data
     data: str = "python-docs"  # text file or folder, table, Hub id, python-docs or python-code (built in)
     text_column: str = "text"  # of a table or Hub set
-    max_documents: int | None = None  # none = all
+    max_documents: core.Count | None = None  # none = all
     tokenizer: str = "chars"  # chars, ascii, bytes, bpe:<size>, bpe_scratch:<size>, Hub id or folder
-    val_share: float = 0.05  # of the documents; of a single document, its end
-    test_share: float = 0.05  # of the text, for the end
-    split_seed: int = 42  # of what is held out
-    block_size: int = 64  # tokens of context
+    val_share: core.within(float, 1e-4, 0.9999) = 0.05  # of the documents; of a single document, its end
+    test_share: core.within(float, 0, 0.9999) = 0.05  # of the text, for the end
+    split_seed: core.Seed = 42  # of what is held out
+    block_size: core.Count = 64  # tokens of context
     # model
     model: str = "new"  # or where to start from: a run folder, a GPT-2 or Llama folder, a Hub id
-    n_layer: int = 4  # blocks
-    n_head: int = 4  # attention heads
-    n_embd: int = 128  # width
-    n_inner: int | None = 344  # none = 4 n_embd; swiglu: 8/3 n_embd, rounded up to a multiple of 256
+    n_layer: core.Count = 4  # blocks
+    n_head: core.Count = 4  # attention heads
+    n_embd: core.Count = 128  # width
+    n_inner: core.Count | None = 344  # none = 4 n_embd; swiglu: 8/3 n_embd, rounded up to a multiple of 256
     positions: Literal["learned", "rotary"] = "rotary"  # rotary as in Llama
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"  # before each half of a block
     activation: Literal["gelu", "relu", "swiglu"] = "swiglu"  # of the MLP
@@ -57,60 +57,48 @@ class Config:
     qkv_bias: bool = False  # of queries, keys and values
     tie_head: bool = True  # the output matrix is the embedding
     head_bias: bool = False  # of an output matrix of its own
-    dropout: float = 0.0  # share of activations set to 0 in training
+    dropout: core.Share = 0.0  # share of activations set to 0 in training
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory
     # optimisation
-    batch: int = 8  # blocks per optimizer step, over all ranks
-    micro_batch: int | None = None  # blocks per forward and rank; none = all of the rank's blocks
-    epochs: int = 10  # passes over the training rows
-    max_steps: int | None = 3600  # optimizer steps; whichever of the two ends first
-    max_minutes: float | None = None  # of training, over resumes
-    lr: float = 3e-3  # peak; GPT-3's sizes and rates lie near 1.95 parameters^-0.437 (journal 003)
-    min_lr: float = 0.0  # at the end of the schedule
-    warmup: float = 0.05  # fraction of all steps; of one_cycle its rise (the usual is 0.3)
+    batch: core.Count = 8  # blocks per optimizer step, over all ranks
+    micro_batch: core.Count | None = None  # blocks per forward and rank; none = all of the rank's blocks
+    epochs: core.Whole = 10  # passes over the training rows
+    max_steps: core.Whole | None = 3600  # optimizer steps; whichever of the two ends first
+    max_minutes: core.Amount | None = None  # of training, over resumes
+    lr: core.Rate = 3e-3  # peak; GPT-3's sizes and rates lie near 1.95 parameters^-0.437 (journal 003)
+    min_lr: core.Rate = 0.0  # at the end of the schedule
+    warmup: core.Share = 0.05  # fraction of all steps; of one_cycle its rise (the usual is 0.3)
     schedule: Literal["linear", "cosine", "constant", "one_cycle", "gpt3"] = "linear"  # of the rate
     cycle_beta1: bool = True  # one_cycle moves beta1 between 0.95 and 0.85, against the rate
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
-    beta1: float = 0.9  # of Adam: how fast the mean forgets
-    beta2: float = 0.99  # of Adam: how fast the squares forget
-    eps: float = 1e-8  # of Adam
-    weight_decay: float = 0.1  # of matrices
-    clip: float | None = 1.0  # global gradient norm; none = off
-    skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
+    beta1: core.within(float, 0, 0.9999) = 0.9  # of Adam: how fast the mean forgets
+    beta2: core.within(float, 0, 0.9999) = 0.99  # of Adam: how fast the squares forget
+    eps: core.within(float, 1e-30) = 1e-8  # of Adam
+    weight_decay: core.Rate = 0.1  # of matrices
+    clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
     dtype: core.Dtype = "auto"  # auto: bf16 on a card (or fp16), else fp32, which untyped is tf32 on a card
-    compile: bool = False  # the blocks, by torch.compile
-    seed: int = 0  # of weights, order and dropout
+    seed: core.Seed = 0  # of weights, order and dropout
     # learning-rate finder
-    find_from: float = 1e-6  # lowest rate of mode find_lr
-    find_to: float = 1.0  # highest
-    find_steps: int = 100  # of mode find_lr
-    find_smoothing: float = 0.8  # weight of the past in the running mean of the loss
+    find_from: core.within(float, 1e-30) = 1e-6  # lowest rate of mode find_lr
+    find_to: core.within(float, 1e-30) = 1.0  # highest
+    find_steps: core.Count = 100  # of mode find_lr
+    find_smoothing: core.within(float, 0, 0.9999) = 0.8  # weight of the past in the running mean of the loss
     # evaluation and logging
-    eval_batch: int = 64  # blocks per evaluation step, over all ranks
-    eval_every: int | None = None  # steps; none = each epoch
-    final_eval: bool = True  # the test part, once, at the end
+    eval_batch: core.Count = 64  # blocks per evaluation step, over all ranks
+    eval_every: core.Count | None = None  # steps; none = each epoch
     test_weights: Literal["best", "last"] = "best"  # lowest validation loss, or the final ones
-    save_every: int | None = None  # steps; none = at each evaluation, before it
-    keep: int = 2  # checkpoints
-    log_every: int = 50  # steps
-    price_per_hour: float | None = None  # dollars for the whole box
-    note: str = ""  # anything; eval.py --table shows it
+    save_every: core.Count | None = None  # steps; none = at each evaluation, before it
     # samples and generation
     prompt: str | None = None  # none = an end-of-text token in training, a prompt loop in mode generate
-    sample_tokens: int = 300  # of each of three samples after an evaluation; 0 = none
-    max_new_tokens: int = 300  # in mode generate
-    temperature: float = 0.8  # 0 = greedy
-    top_k: int | None = None  # sample from so many of the likeliest; none = all
-    top_p: float | None = None  # sample from the likeliest that reach this; none = all
+    sample_tokens: core.Whole = 300  # of each of three samples after an evaluation; 0 = none
+    max_new_tokens: core.Count = 300  # in mode generate
+    temperature: core.Amount = 0.8  # 0 = greedy
+    top_k: core.Count | None = None  # sample from so many of the likeliest; none = all
+    top_p: core.within(float, 1e-6, 1) | None = None  # sample from the likeliest that reach this; none = all
     stop: str | None = None  # a token that ends a continuation, beside end-of-text
     # run
     mode: Literal["train", "find_lr", "generate", "profile", "export"] = "train"  # what to do
     dirty: bool = True  # --no-dirty refuses to start with uncommitted changes
-    out: str | None = None  # none = runs/gpt_scratch below the current folder
-    tag: str | None = None  # none = the preset's name
-    resume_timestamp: str | None = None  # a timestamp, latest, or auto (resume, skip if finished, else start)
-    resume_step: int | None = None  # an older checkpoint than the newest
-    backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"  # auto: nccl, xccl, or gloo on CPUs
 
     def __post_init__(self):
         if self.mode != "train" and self.resume_timestamp:

@@ -25,75 +25,64 @@ from lab.models import lora_peft
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(core.Bookkeeping):
     # data
     data: str = "tatsu-lab/alpaca"  # Hub id, file, folder, or python-instructions (built in)
-    max_documents: int | None = None  # rows read; none = all
+    max_documents: core.Count | None = None  # rows read; none = all
     template: Literal["alpaca", "journal"] = "alpaca"  # the official two preambles, or the journal's one
     split: Literal["seeded", "file_order"] = "seeded"  # 85/10/5 drawn by prompt, or as the file has them
-    split_seed: int = 42  # the same rows for every seed
-    max_length: int = 512  # tokens of a row; what is over is cut, from the end of the answer
+    split_seed: core.Seed = 42  # the same rows for every seed
+    max_length: core.within(int, 16) = 512  # tokens of a row; what is over is cut, from the end of the answer
     loss_on_prompt: bool = False  # prompts are learnt, too
     pack: bool = False  # rows side by side, up to max_length tokens; a pack is then one unit of batch
     # model
     model: str = "gpt2-medium"  # Hub id, folder (GPT-2, or a run of gpt_scratch.py), or tiny:gpt2
     tie_head: bool = True  # the output matrix is the embedding; the journal's was a copy
-    lora_rank: int = 16  # columns of B and rows of A
-    lora_alpha: float = 16.0  # the multiplier is made of it (lora_scaling)
+    lora_rank: core.Count = 16  # columns of B and rows of A
+    lora_alpha: core.within(float, 1e-09) = 16.0  # the multiplier is made of it (lora_scaling)
     lora_scaling: Literal["alpha/r", "alpha", "alpha/sqrt(r)"] = "alpha/r"  # multiplier of B A x
     lora_init: Literal["fan_in", "rank"] = "fan_in"  # A is uniform within 1 / sqrt of this
-    lora_dropout: float = 0.0  # of what an adapter reads
+    lora_dropout: core.Share = 0.0  # of what an adapter reads
     lora_targets: Literal["all", "attention", "mlp"] = "all"  # linear layers of the blocks
     lora_head: bool = False  # the output matrix too; needs --no-tie_head
-    lora_layers: int | None = None  # only the last so many blocks; none = all
+    lora_layers: core.Whole | None = None  # only the last so many blocks; none = all
     adapter: str | None = None  # a peft folder to continue from: rank, alpha, targets are then its own
-    dropout: float = 0.0  # in the model
+    dropout: core.Share = 0.0  # in the model
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory (for gpt2-xl)
     # optimisation
-    batch: int = 128  # rows (or packs) per optimizer step, over all ranks
-    micro_batch: int | None = None  # rows per forward and rank; none = groups that waste least on padding
-    micro_tokens: int = 8192  # most tokens of such a group
+    batch: core.Count = 128  # rows (or packs) per optimizer step, over all ranks
+    micro_batch: core.Count | None = None  # rows per forward and rank; none = groups with the least padding
+    micro_tokens: core.Count = 8192  # most tokens of such a group
     group_lengths: bool = True  # rows of similar length meet in a batch; the journal's met by chance
-    epochs: int = 3  # passes over the training rows
-    max_steps: int | None = None  # optimizer steps
-    max_minutes: float | None = None  # of training, over resumes
-    lr: float = 5e-4  # peak; about ten times that of full tuning
-    min_lr: float = 0.0  # at the end of the schedule
-    warmup: float = 0.05  # fraction of all steps
+    epochs: core.Whole = 3  # passes over the training rows
+    max_steps: core.Whole | None = None  # optimizer steps
+    max_minutes: core.Amount | None = None  # of training, over resumes
+    lr: core.Rate = 5e-4  # peak; about ten times that of full tuning
+    min_lr: core.Rate = 0.0  # at the end of the schedule
+    warmup: core.Share = 0.05  # fraction of all steps
     schedule: Literal["linear", "cosine", "constant"] = "cosine"  # of the rate, after the warm-up
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
-    weight_decay: float = 0.0  # of A and B
-    clip: float | None = 1.0  # global gradient norm; none = off
-    skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
+    weight_decay: core.Rate = 0.0  # of A and B
+    clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
     dtype: core.Dtype = "auto"  # auto: bf16 on a card (or fp16), else fp32, which untyped is tf32 on a card
-    compile: bool = False  # the blocks, by torch.compile
-    seed: int = 0  # of order, dropout and fresh weights
+    seed: core.Seed = 0  # of order, dropout and fresh weights
     # evaluation and logging
-    eval_batch: int = 32  # rows per evaluation step, over all ranks; so many on each rank when answering
-    eval_every: int | None = 100  # steps; none = each epoch
-    eval_rows: int | None = 500  # validation rows looked at during training, spread evenly; none = all
-    final_eval: bool = True  # the test rows, once, at the end
+    eval_batch: core.Count = 32  # rows per evaluation step, over all ranks; on each when answering
+    eval_every: core.Count | None = 100  # steps; none = each epoch
+    eval_rows: core.Count | None = 500  # validation rows looked at during training, spread evenly; none = all
     test_weights: Literal["best", "last"] = "best"  # lowest validation loss, or the final ones
-    save_every: int | None = None  # steps; none = at each evaluation, before it
-    keep: int = 2  # checkpoints
-    log_every: int = 25  # steps
-    price_per_hour: float | None = None  # dollars for the whole box
-    note: str = ""  # kept in config.json
+    save_every: core.Count | None = None  # steps; none = at each evaluation, before it
+    log_every: core.Count = 25  # steps
     # answers and forgetting
-    sample_tokens: int = 50  # most in an answer to a fixed prompt, at every evaluation; 0 = none
-    answer_rows: int | None = None  # test rows answered at the end, spread evenly; none = all, 0 = none
-    max_new_tokens: int = 256  # most in such an answer
+    sample_tokens: core.Whole = 50  # most in an answer to a fixed prompt, at every evaluation; 0 = none
+    answer_rows: core.Whole | None = None  # test rows answered at the end, spread evenly; none = all
+    max_new_tokens: core.Count = 256  # most in such an answer
     plain: str = "python-docs"  # text whose held-out part shows what is forgotten: as gpt_scratch.py's data
-    plain_blocks: int = 50  # of max_length tokens; 0 = none
+    plain_blocks: core.Whole = 50  # of max_length tokens; 0 = none
     prompt: str | None = None  # in mode ask: an instruction; none = a prompt loop
     # run
     mode: Literal["train", "ask", "export"] = "train"  # ask, or export for peft
     run_folder: str | None = None  # the one that is asked, or that export writes into; none = the newest
-    out: str | None = None  # none = runs/run_lora below the current folder
-    tag: str | None = None  # none = the preset's name
-    resume_timestamp: str | None = None  # a timestamp, latest, or auto (resume, skip if finished, else start)
-    resume_step: int | None = None  # an older checkpoint than the newest
-    backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"  # auto: nccl, xccl, or gloo on CPUs
 
 
 # Some 12,000 training rows, multiplier and A as in the code that the journal's came from. Not repeated: there

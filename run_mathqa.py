@@ -47,103 +47,92 @@ ARMS = (  # rates as each kind of tuning wants them; a study of them takes sever
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(core.Bookkeeping):
     # data
     data: str = "kinit/math_qa"  # Hub id, table, folder of train, validation, test, or template-problems
-    max_documents: int | None = None  # rows of each part, or of a single table; none = all
+    max_documents: core.Count | None = None  # rows of each part, or of a single table; none = all
     answer_format: Literal["text", "letter"] = "text"  # problem -> option, or problem and options -> letter
     loss_on_prompt: bool = False  # problems are learnt, too, as in the journal
-    max_length: int = 512  # tokens of a problem and its answer; longer rows are left out
+    max_length: core.within(int, 16) = 512  # tokens of a problem and its answer; longer rows are left out
     pack: bool = False  # rows side by side, up to max_length tokens; a pack is then one unit of batch
     text: str = "DKYoon/SlimPajama-6B"  # what is read first: Hub id, file, folder, python-docs (built in)
     text_column: str = "text"  # of a table or Hub set
-    text_documents: int | None = None  # none = all
-    text_tokens: int | None = None  # of training text, the first ones; none = all
+    text_documents: core.Count | None = None  # none = all
+    text_tokens: core.Count | None = None  # of training text, the first ones; none = all
     tokenizer: str = "gpt2"  # Hub id, folder, chars, bytes, bpe:<size>
-    val_share: float = 0.0005  # of the text's documents
-    test_share: float = 0.0005  # of the text, for the end
-    split_seed: int = 42  # the same rows and documents for every seed
-    block_size: int = 512  # tokens of context
+    val_share: core.within(float, 1e-4, 0.9999) = 0.0005  # of the text's documents
+    test_share: core.within(float, 0, 0.9999) = 0.0005  # of the text, for the end
+    split_seed: core.Seed = 42  # the same rows and documents for every seed
+    block_size: core.Count = 512  # tokens of context
     # model
-    n_layer: int = 10  # blocks
-    n_head: int = 16  # heads of attention
-    n_embd: int = 1024  # width
-    vocab_multiple: int = 64  # the embedding's rows are rounded up to it
-    dropout: float = 0.0  # share of activations set to 0 in training
+    n_layer: core.Count = 10  # blocks
+    n_head: core.Count = 16  # heads of attention
+    n_embd: core.Count = 1024  # width
+    vocab_multiple: core.Count = 64  # the embedding's rows are rounded up to it
+    dropout: core.Share = 0.0  # share of activations set to 0 in training
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory
     init_from: str | None = None  # a run, a GPT-2 or Llama folder, new; none = the newest pretraining run
-    init_step: int | None = None  # a checkpoint of that run; none = the one it was tested with
+    init_step: core.Whole | None = None  # a checkpoint of that run; none = the one it was tested with
     method: Literal["full", "lora", "loha", "lokr"] = "full"  # all weights, or adapters on a base that stands
-    lora_rank: int = 16  # of all three kinds of adapter
-    lora_alpha: float = 32.0  # they are multiplied by alpha / rank
-    lora_dropout: float = 0.0  # of what LoRA reads
+    lora_rank: core.Count = 16  # of all three kinds of adapter
+    lora_alpha: core.within(float, 1e-09) = 32.0  # they are multiplied by alpha / rank
+    lora_dropout: core.Share = 0.0  # of what LoRA reads
     qat: Literal["off", "int4"] = "off"  # train for int4 weights and int8 activations; with method full
-    qat_group: int = 256  # inputs of an output that share a scale; 32 is finer
-    qat_start: float = 0.25  # share of the steps before it
+    qat_group: core.within(int, 2) = 256  # inputs of an output that share a scale; 32 is finer
+    qat_start: core.Share = 0.25  # share of the steps before it
     # first stage
-    pretrain_batch: int = 256  # blocks per optimizer step, over all ranks
-    pretrain_micro_batch: int | None = 64  # blocks per forward and rank
-    pretrain_max_steps: int | None = None  # the shorter of these two ends the stage
-    pretrain_max_minutes: float | None = 180.0  # of training, over resumes
-    pretrain_lr: float = 8e-4  # peak
-    pretrain_min_lr: float = 0.0  # at the end of the schedule
-    pretrain_warmup: float = 0.3  # fraction of all steps; of one_cycle its rise
+    pretrain_batch: core.Count = 256  # blocks per optimizer step, over all ranks
+    pretrain_micro_batch: core.Count | None = 64  # blocks per forward and rank
+    pretrain_max_steps: core.Whole | None = None  # the shorter of these two ends the stage
+    pretrain_max_minutes: core.Amount | None = 180.0  # of training, over resumes
+    pretrain_lr: core.Rate = 8e-4  # peak
+    pretrain_min_lr: core.Rate = 0.0  # at the end of the schedule
+    pretrain_warmup: core.Share = 0.3  # fraction of all steps; of one_cycle its rise
     pretrain_schedule: Literal["linear", "cosine", "constant", "one_cycle"] = "one_cycle"  # of the rate
     pretrain_optimizer: Literal["adamw", "lion", "sgd"] = "adamw"  # sgd: momentum 0.9
-    pretrain_weight_decay: float = 0.1  # of matrices
-    pretrain_eval_every: int | None = 2000  # steps; none = each epoch
-    pretrain_save_every: int | None = 500  # steps; none = at each evaluation, before it
+    pretrain_weight_decay: core.Rate = 0.1  # of matrices
+    pretrain_eval_every: core.Count | None = 2000  # steps; none = each epoch
+    pretrain_save_every: core.Count | None = 500  # steps; none = at each evaluation, before it
     # optimisation; what has no pretrain_... above serves both stages
-    batch: int = 128  # rows (or packs) per optimizer step, over all ranks
-    micro_batch: int | None = None  # per forward and rank; none = groups that waste least on padding
-    micro_tokens: int = 16384  # most tokens of such a group
+    batch: core.Count = 128  # rows (or packs) per optimizer step, over all ranks
+    micro_batch: core.Count | None = None  # per forward and rank; none = groups that waste least on padding
+    micro_tokens: core.Count = 16384  # most tokens of such a group
     group_lengths: bool = True  # rows of similar length meet in a batch
-    epochs: int | None = None  # passes over the training rows
-    max_steps: int | None = None  # the shortest of these three ends it
-    max_minutes: float | None = 60.0  # of training, over resumes
-    lr: float = 5e-5  # peak; adapters want ten times it, Lion a third to a tenth
-    min_lr: float = 0.0  # at the end of the schedule
-    warmup: float = 0.05  # fraction of all steps
+    epochs: core.Whole | None = None  # passes over the training rows
+    max_steps: core.Whole | None = None  # the shortest of these three ends it
+    max_minutes: core.Amount | None = 60.0  # of training, over resumes
+    lr: core.Rate = 5e-5  # peak; adapters want ten times it, Lion a third to a tenth
+    min_lr: core.Rate = 0.0  # at the end of the schedule
+    warmup: core.Share = 0.05  # fraction of all steps
     schedule: Literal["linear", "cosine", "constant", "one_cycle"] = "cosine"  # of the rate
     cycle_beta1: bool = True  # one_cycle moves beta1 between 0.95 and 0.85, against the rate
     optimizer: Literal["adamw", "lion", "sgd"] = "adamw"  # sgd: momentum 0.9
-    beta1: float = 0.9  # of Adam: how fast the mean forgets
-    beta2: float = 0.95  # of Lion 0.99 is usual
-    weight_decay: float = 0.1  # of matrices but the token embedding; Lion wants three to ten times AdamW's
-    clip: float | None = 1.0  # global gradient norm; none = off
-    skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
+    beta1: core.within(float, 0, 0.9999) = 0.9  # of Adam: how fast the mean forgets
+    beta2: core.within(float, 0, 0.9999) = 0.95  # of Lion 0.99 is usual
+    weight_decay: core.Rate = 0.1  # of matrices but the token embedding; Lion wants 3 to 10 times as much
+    clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
     dtype: core.Dtype = "auto"  # auto: bf16 on a card (or fp16), else fp32, which untyped is tf32 on a card
-    compile: bool = False  # the blocks, by torch.compile
-    seed: int = 0  # of weights, order and dropout; the first one of a study
+    seed: core.Seed = 0  # of weights, order and dropout; the first one of a study
     # evaluation and logging
-    eval_batch: int = 64  # blocks or rows per evaluation step, over all ranks
-    eval_every: int | None = 500  # steps; none = each epoch
-    eval_rows: int | None = 500  # validation rows or blocks looked at during training; none = all
-    answer_rows: int = 200  # validation problems answered then; 0 = none
-    sample_tokens: int = 24  # most tokens generated after three of them; 0 = nothing
-    final_eval: bool = True  # the test rows, once, at the end
+    eval_batch: core.Count = 64  # blocks or rows per evaluation step, over all ranks
+    eval_every: core.Count | None = 500  # steps; none = each epoch
+    eval_rows: core.Count | None = 500  # validation rows or blocks looked at during training; none = all
+    answer_rows: core.Whole = 200  # validation problems answered then; 0 = none
+    sample_tokens: core.Whole = 24  # most tokens generated after three of them; 0 = nothing
     test_weights: Literal["best", "last"] = "best"  # lowest validation loss, or the final ones
-    save_every: int | None = None  # steps; none = at each evaluation, before it
-    keep: int = 2  # checkpoints
-    log_every: int = 25  # steps
-    price_per_hour: float | None = None  # dollars for the whole box
-    note: str = ""  # kept in config.json
+    save_every: core.Count | None = None  # steps; none = at each evaluation, before it
+    log_every: core.Count = 25  # steps
     plain: str | None = None  # shows what is forgotten; none = held out of the pretraining text, if known
-    plain_blocks: int = 100  # of it; 0 = none
+    plain_blocks: core.Whole = 100  # of it; 0 = none
     # study
     arms: tuple[str, ...] = ARMS  # method,constant=value,...: the first one sets steps and time of the others
     budgets: tuple[str, ...] = ("steps", "time")  # what the arms have equal
     shares: tuple[str, ...] = ("0.5", "0.75", "0.9")  # of mode split: pretraining's share of both budgets
-    seeds: int = 3  # of each arm: seed, seed + 1, ...
+    seeds: core.Count = 3  # of each arm: seed, seed + 1, ...
     # run
     # one run of each stage, one stage, many tunings of one base, shares of the time, int4, a Llama folder
     mode: Literal["both", "pretrain", "finetune", "study", "split", "quantise", "export"] = "both"  # stages
     run_folder: str | None = None  # the run that is quantised or exported
-    out: str | None = None  # none = runs/run_mathqa below the current folder
-    tag: str | None = None  # none = the preset's name
-    resume_timestamp: str | None = None  # of one stage: a timestamp, latest, or auto
-    resume_step: int | None = None  # an older checkpoint than the newest
-    backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"  # auto: nccl, xccl, or gloo on CPUs
 
     def __post_init__(self):
         if self.qat != "off" and self.method != "full":

@@ -33,14 +33,14 @@ from lab.models import encoders
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(core.Bookkeeping):
     # data
     data: str = "lmsys/lmsys-arena-human-preference-55k"  # Hub id, file, zip, folder, or python-pairs
-    max_documents: int | None = None  # rows read; none = all
-    split_seed: int = 42  # of the 80/10/10 split or the folds: the same rows for every seed
-    folds: int | None = None  # parts by prompt: each is tested once, the next one validates; none = 80/10/10
+    max_documents: core.Count | None = None  # rows read; none = all
+    split_seed: core.Seed = 42  # of the 80/10/10 split or the folds: the same rows for every seed
+    folds: core.within(int, 3) | None = None  # parts by prompt, each tested once; none = 80/10/10
     inputs: Literal["responses", "prompt+responses", "joint"] = "prompt+responses"  # joint: in one sequence
-    max_length: int = 512  # tokens per sequence, special ones included: of a side, or (joint) of all three
+    max_length: core.within(int, 16) = 512  # tokens of a sequence, special ones too: of a side, or joint
     test_csv: str | None = None  # rows to be judged, or Kaggle's zip: submission.csv is written
     # model
     model: str = "distilbert-base-uncased"  # Hub id, folder, or tiny:<family>
@@ -50,46 +50,34 @@ class Config:
     head: Literal["mlp", "linear"] = "mlp"  # mlp: the journal's
     start_at_prior: bool = True  # the untrained head says the training rows' class shares
     symmetric: bool = True  # logits of both orders of A and B averaged, in training and in testing
-    dropout: float = 0.1  # in the head
-    encoder_dropout: float | None = None  # of hidden states and attention; none = as pretrained
+    dropout: core.Share = 0.1  # in the head
+    encoder_dropout: core.Share | None = None  # of hidden states and attention; none = as pretrained
     # optimisation
-    batch: int = 32  # rows per optimizer step, over all ranks
-    micro_batch: int | None = None  # rows per forward and rank; none = all of the rank's rows
-    epochs: int = 3  # passes over the training rows
-    max_steps: int | None = None  # optimizer steps (per fold)
-    max_minutes: float | None = None  # of training (all folds together), over resumes
-    lr: float = 2e-5  # peak
-    head_lr: float | None = 2e-4  # peak of the head's; none, or freeze all: lr
-    layer_decay: float = 1.0  # of the lr, from each block to the one below it
-    min_lr: float = 0.0  # at the end of the schedule
-    warmup: float = 0.1  # fraction of all steps
+    batch: core.Count = 32  # rows per optimizer step, over all ranks
+    micro_batch: core.Count | None = None  # rows per forward and rank; none = all of the rank's rows
+    epochs: core.Whole = 3  # passes over the training rows
+    max_steps: core.Whole | None = None  # optimizer steps (per fold)
+    max_minutes: core.Amount | None = None  # of training (all folds together), over resumes
+    lr: core.Rate = 2e-5  # peak
+    head_lr: core.Rate | None = 2e-4  # peak of the head's; none, or freeze all: lr
+    layer_decay: core.within(float, 0.001, 1) = 1.0  # of the lr, from each block to the one below it
+    min_lr: core.Rate = 0.0  # at the end of the schedule
+    warmup: core.Share = 0.1  # fraction of all steps
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # of the rate, after the warm-up
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
-    weight_decay: float = 0.01  # of matrices
+    weight_decay: core.Rate = 0.01  # of matrices
     swap_augmentation: bool = False  # half of the training rows, redrawn each epoch, with A and B swapped
-    clip: float | None = 1.0  # global gradient norm; none = off
-    skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
+    clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
     dtype: core.Dtype = "auto"  # auto: bf16 on a card (or fp16), else fp32, which untyped is tf32 on a card
-    compile: bool = False  # the blocks, by torch.compile
-    seed: int = 0  # of weights, order and dropout
+    seed: core.Seed = 0  # of weights, order and dropout
     # evaluation and logging
-    eval_batch: int = 64  # rows per evaluation step, over all ranks
-    eval_every: int | None = None  # steps; none = each epoch
-    final_eval: bool = True  # the test rows, once, at the end
+    eval_batch: core.Count = 64  # rows per evaluation step, over all ranks
+    eval_every: core.Count | None = None  # steps; none = each epoch
     test_weights: Literal["best", "last"] = "best"  # lowest validation loss, or the final ones
-    save_every: int | None = None  # steps; none = at each evaluation, before it
-    keep: int = 2  # checkpoints
-    log_every: int = 50  # steps
-    price_per_hour: float | None = None  # dollars for the whole box
-    note: str = ""  # anything; eval.py --table shows it
+    save_every: core.Count | None = None  # steps; none = at each evaluation, before it
     # run
     mode: Literal["train", "submit"] = "train"  # submit: class shares of test_csv by a finished run
     run_folder: str | None = None  # the one that mode submit uses; none = the newest
-    out: str | None = None  # none = runs/run_preference below the current folder
-    tag: str | None = None  # none = the preset's name
-    resume_timestamp: str | None = None  # a timestamp, latest, or auto (resume, skip if finished, else start)
-    resume_step: int | None = None  # an older checkpoint than the newest
-    backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"  # auto: nccl, xccl, or gloo on CPUs
 
     def __post_init__(self):
         if self.symmetric and self.swap_augmentation:

@@ -30,7 +30,7 @@ from lab.run import checkpoints
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(core.Bookkeeping):
     # data
     data: str = "pubmed+uspto"  # what mode train reads: a source, a mixture a+b, or 0.7*a+0.3*b
     arms: tuple[str, ...] = ("pubmed", "uspto", "pubmed+uspto")  # what a study compares
@@ -41,74 +41,62 @@ class Config:
         "c4=allenai/c4:en",
     )
     neutral: str = "c4"  # a third text, that nobody trains on: val/loss and test/loss are on it
-    neutral_share: float | None = None  # of its documents in val and in test; none = val_share and test_share
+    neutral_share: core.within(float, 1e-4, 0.5) | None = None  # of it in val and test each; none = val_share
     text_column: str = "text"  # of tables and Hub sets
-    max_documents: int | None = None  # of each source; none = all that are needed
-    max_tokens: int | None = None  # of each source's training text; none = what the arms need
-    passes: int = 1  # over distinct tokens, max_steps x batch x block_size / passes of them in every arm
+    max_documents: core.Count | None = None  # of each source; none = all that are needed
+    max_tokens: core.Count | None = None  # of each source's training text; none = what the arms need
+    passes: core.Count = 1  # over the training text: in every arm 1 / passes of its tokens are distinct
     repeat: bool = False  # a source that runs out is read again (and counted), otherwise it is an error
     streaming: Literal["True", "CacheStream", "False"] = "True"  # or download Hub sets; False: and shuffle
     tokenizer: str = "gpt2"  # of all arms: bpe:<size>, chars, bytes, Hub id or folder
-    val_share: float = 0.005  # of each text's documents, by a hash of the document
-    test_share: float = 0.005  # of the text, for the end
-    held_out_tokens: int = 500_000  # so many in val and in test at least, where a text has them
-    split_seed: int = 42  # of what is held out
-    block_size: int = 1024  # tokens of context
+    val_share: core.within(float, 1e-4, 0.9999) = 0.005  # of each text's documents, by their hash
+    test_share: core.within(float, 0, 0.9999) = 0.005  # of the text, for the end
+    held_out_tokens: core.Whole = 500_000  # so many in val and in test at least, where a text has them
+    split_seed: core.Seed = 42  # of what is held out
+    block_size: core.Count = 1024  # tokens of context
     # model
     model: Literal["gpt2", "llama"] = "gpt2"  # its shape: GPT-2's, or rotary positions, RMSNorm, SwiGLU
-    n_layer: int = 8  # blocks
-    n_head: int = 8  # attention heads
-    n_embd: int = 512  # width
-    dropout: float = 0.0  # share of activations set to 0 in training
+    n_layer: core.Count = 8  # blocks
+    n_head: core.Count = 8  # attention heads
+    n_embd: core.Count = 512  # width
+    dropout: core.Share = 0.0  # share of activations set to 0 in training
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory
     # optimisation
-    batch: int = 64  # blocks per optimizer step, over all ranks
-    micro_batch: int | None = None  # blocks per forward and rank; none = all of the rank's blocks
-    max_steps: int = 20_000  # with batch and block_size the token pool, the same for every arm
-    max_minutes: float | None = None  # of training; a study has none: its arms would differ
-    lr: float = 6e-4  # peak
-    min_lr: float = 6e-5  # at the end of the schedule
-    warmup: float = 0.02  # fraction of all steps
+    batch: core.Count = 64  # blocks per optimizer step, over all ranks
+    micro_batch: core.Count | None = None  # blocks per forward and rank; none = all of the rank's blocks
+    max_steps: core.Whole = 20_000  # with batch and block_size the token pool, the same for every arm
+    max_minutes: core.Amount | None = None  # of training; a study has none: its arms would differ
+    lr: core.Rate = 6e-4  # peak
+    min_lr: core.Rate = 6e-5  # at the end of the schedule
+    warmup: core.Share = 0.02  # fraction of all steps
     schedule: Literal["linear", "cosine", "constant"] = "cosine"  # of the rate, after the warm-up
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
-    beta1: float = 0.9  # of Adam: how fast the mean forgets
-    beta2: float = 0.95  # of Adam: how fast the squares forget
-    weight_decay: float = 0.1  # of matrices
-    clip: float | None = 1.0  # global gradient norm; none = off
-    skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
+    beta1: core.within(float, 0, 0.9999) = 0.9  # of Adam: how fast the mean forgets
+    beta2: core.within(float, 0, 0.9999) = 0.95  # of Adam: how fast the squares forget
+    weight_decay: core.Rate = 0.1  # of matrices
+    clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
     dtype: core.Dtype = "auto"  # auto: bf16 on a card (or fp16), else fp32, which untyped is tf32 on a card
-    compile: bool = False  # the blocks, by torch.compile
-    seed: int = 0  # of weights, order and dropout; the first one of a study
-    seeds: int = 3  # of each arm in a study: seed, seed + 1, ...
+    seed: core.Seed = 0  # of weights, order and dropout; the first one of a study
+    seeds: core.Count = 3  # of each arm in a study: seed, seed + 1, ...
     # evaluation and logging
-    eval_batch: int = 64  # windows of held-out text per evaluation step, over all ranks
-    eval_every: int | None = 2000  # steps; none = at the end only
-    eval_rows: int | None = 500  # windows of each val part, spread evenly; none = all
-    final_eval: bool = True  # the test parts, once, at the end
+    eval_batch: core.Count = 64  # windows of held-out text per evaluation step, over all ranks
+    eval_every: core.Count | None = 2000  # steps; none = at the end only
+    eval_rows: core.Count | None = 500  # windows of each val part, spread evenly; none = all
     test_weights: Literal["best", "last"] = "last"  # lowest validation loss, or the final ones
-    save_every: int | None = 2000  # steps; none = at each evaluation, before it
-    keep: int = 2  # checkpoints
-    log_every: int = 50  # steps
-    price_per_hour: float | None = None  # dollars for the whole box
-    note: str = ""  # anything; eval.py --table shows it
+    save_every: core.Count | None = 2000  # steps; none = at each evaluation, before it
     # diversity coefficient
     probe: str = "gpt2"  # GPT-2 or Llama folder, Hub id, a run folder, or study: the last arm's first run
     procedure: Literal["clean", "published"] = "clean"  # lab/measure/task2vec.py says how they differ
-    diversity_batches: int = 200  # of each arm; 0 = a study without coefficients
-    diversity_batch: int = 512  # sequences
-    diversity_length: int = 128  # tokens of a sequence
+    diversity_batches: core.Whole = 200  # of each arm; 0 = a study without coefficients
+    diversity_batch: core.within(int, 2) = 512  # sequences
+    diversity_length: core.within(int, 2) = 128  # tokens of a sequence
     sequences: Literal["documents", "pieces"] = "documents"  # a document's first tokens, or all of them
-    head_epochs: int = 10  # over a batch, before its embedding is taken
-    fisher_samples: int = 1  # target draws that an embedding averages
-    floor_repeats: int = 4  # embeddings of one batch: their distance is the noise floor (of 3 batches)
+    head_epochs: core.Whole = 10  # over a batch, before its embedding is taken
+    fisher_samples: core.Count = 1  # target draws that an embedding averages
+    floor_repeats: core.within(int, 2) = 4  # embeddings of one batch: their distance is the noise floor
     # run
     mode: Literal["study", "train", "cache", "diversity"] = "study"  # study: all arms
     dirty: bool = True  # --no-dirty refuses to start with uncommitted changes
-    out: str | None = None  # none = runs/run_pretrain_diversity below the current folder
-    tag: str | None = None  # none = the preset's name
-    resume_timestamp: str | None = None  # of mode train: a timestamp, latest, or auto
-    resume_step: int | None = None  # an older checkpoint than the newest
-    backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"  # auto: nccl, xccl, or gloo on CPUs
 
     def __post_init__(self):
         resumes = self.resume_timestamp not in (None, "auto") or self.resume_step is not None

@@ -1,4 +1,4 @@
-"""Constants become flags: one frozen dataclass, presets, --smoke, limits; what the command line said."""
+"""Constants become flags: one frozen dataclass, presets, --smoke; what the command line said."""
 
 import argparse
 import dataclasses
@@ -15,42 +15,29 @@ from pathlib import Path
 from typing import Literal
 
 from lab.errors import UserError
+from lab.run.limits import Amount, Count, Whole, limits_of, within
 from lab.run.terminal import outlive_terminal
 
-LIMITS = {  # constants: lowest and highest legal value, in whichever script they appear
-    "batch micro_batch micro_tokens eval_batch max_documents log_every save_every eval_every": (1, math.inf),
-    "epochs max_steps max_minutes lr head_lr min_lr weight_decay price_per_hour resume_step": (0, math.inf),
-    "layer_decay": (1e-3, 1),
-    "n_layer n_head n_embd n_inner block_size top_k max_new_tokens find_steps": (1, math.inf),
-    "temperature": (0, math.inf),
-    "find_from find_to eps": (1e-30, math.inf),
-    "top_p": (1e-6, 1),
-    "beta1 beta2 find_smoothing test_share": (0, 0.9999),
-    "val_share": (1e-4, 0.9999),
-    "neutral_share": (1e-4, 0.5),
-    "seed split_seed": (0, 2**31),
-    "clip": (1e-6, math.inf),
-    "max_length": (16, math.inf),
-    "eval_rows lora_rank": (1, math.inf),
-    "answer_rows sample_tokens plain_blocks freeze_blocks lora_layers": (0, math.inf),
-    "lora_alpha": (1e-9, math.inf),
-    "dropout encoder_dropout lora_dropout warmup": (0, 1),
-    "keep": (2, math.inf),  # law 4 falls back to the checkpoint before the newest
-    "folds": (3, math.inf),  # train, val and test
-    "context": (2, math.inf),
-    "stride judge_repeats judge_requests judge_attempts": (1, math.inf),
-    "judge_seconds": (0.1, math.inf),
-    "seeds passes max_tokens fisher_samples": (1, math.inf),
-    "pretrain_batch pretrain_micro_batch pretrain_eval_every pretrain_save_every": (1, math.inf),
-    "pretrain_max_steps pretrain_max_minutes pretrain_lr pretrain_min_lr init_step": (0, math.inf),
-    "pretrain_weight_decay": (0, math.inf),
-    "text_documents text_tokens vocab_multiple": (1, math.inf),
-    "pretrain_warmup qat_start": (0, 1),
-    "qat_group": (2, math.inf),
-    "diversity_batches head_epochs": (0, math.inf),
-    "diversity_batch diversity_length floor_repeats": (2, math.inf),
-}
 ALIASES = {"run_folder": "run"}  # torchrun takes --run for its own --run_path: --run_folder works under both
+
+
+@dataclass(frozen=True)
+class Bookkeeping:
+    """Constants of every training script that are about the run and not about its experiment. A script with
+    another default has the constant in its own Config."""
+
+    skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
+    compile: bool = False  # the blocks, by torch.compile
+    final_eval: bool = True  # the test rows, once, at the end
+    keep: within(int, 2) = 2  # checkpoints: the newest, and one to fall back to
+    log_every: Count = 50  # steps
+    price_per_hour: Amount | None = None  # dollars for the whole box
+    note: str = ""  # anything; eval.py --table shows it
+    out: str | None = None  # none = runs/<script> below the current folder
+    tag: str | None = None  # none = the preset's name
+    resume_timestamp: str | None = None  # a timestamp, latest, or auto (resume, skip if finished, else start)
+    resume_step: Whole | None = None  # an older checkpoint than the newest
+    backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"  # auto: nccl, xccl, or gloo on CPUs
 
 
 @dataclass(frozen=True)
@@ -82,7 +69,7 @@ def parse_config(config_class, presets, smoke, doc, argv=None):
 def parsed_config(config_class, presets, smoke, doc, argv=None):
     """parse_config that raises UserError instead of exiting."""
     hints = typing.get_type_hints(config_class)
-    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+    defaults = {field.name: field.default for field in _own_first(config_class)}
     named = {f"preset {name}": values for name, values in presets.items()}
     for where, values in {"Config": defaults, "SMOKE": smoke, **named}.items():
         for name, value in values.items():
@@ -98,6 +85,13 @@ def parsed_config(config_class, presets, smoke, doc, argv=None):
     overrides = {name: value for name, value in changed.items() if name not in {"tag", *given}}
     object.__setattr__(cfg, "typed", Typed(preset, is_smoke, frozenset(given), overrides))  # no constant
     return cfg
+
+
+def _own_first(config_class) -> list[dataclasses.Field]:
+    """The constants in the order of the script, the inherited ones last."""
+    known = {field.name: field for field in dataclasses.fields(config_class)}
+    own = vars(config_class).get("__annotations__", {})
+    return [known[name] for name in {**own, **known}]
 
 
 def typed(cfg) -> Typed:
@@ -126,7 +120,9 @@ def _parser(config_class, defaults, presets, hints, doc) -> argparse.ArgumentPar
     parser.add_argument("--smoke", action="store_true", help="tiny model, built-in data, seconds")
     if presets:
         parser.add_argument("--preset", choices=list(presets), help="a named set of constants")
-    comments = dict(re.findall(r"^ +(\w+): .*?# (.*)$", inspect.getsource(config_class), re.M))
+    classes = [each for each in reversed(config_class.__mro__) if dataclasses.is_dataclass(each)]
+    source = "".join(map(inspect.getsource, classes))
+    comments = dict(re.findall(r"^ +(\w+): .*?# (.*)$", source, re.M))
     for name, default in defaults.items():
         shown = " ".join(default) or None if isinstance(default, tuple) else default
         text = f"{comments.get(name, '')} [{shown}]".strip().replace("%", "%%")
@@ -182,12 +178,10 @@ def _check_type(where, name, value, hints):
 def _check_limits(cfg):
     if not re.fullmatch(r"[\w.-]*", getattr(cfg, "tag", None) or ""):
         raise UserError(f"--tag {cfg.tag!r} becomes part of a folder's name: use letters, digits, . _ -")
-    for names, (low, high) in LIMITS.items():
-        for name in names.split():
-            value = getattr(cfg, name, None)
-            if value is not None and not low <= value <= high:
-                legal = f"{low} or more" if high == math.inf else f"{low} to {high}"
-                raise UserError(f"--{name} {value} is out of range: use {legal}")
+    for name, hint in typing.get_type_hints(type(cfg), include_extras=True).items():
+        value, limits = getattr(cfg, name), limits_of(hint)
+        if limits and value is not None and not limits.low <= value <= limits.high:
+            raise UserError(f"--{name} {value} is out of range: use {limits}")
 
 
 def override_lines(cfg) -> list[str]:
