@@ -47,11 +47,12 @@ from lab.train.loss import IGNORE_INDEX, scaled_backward, sum_cross_entropy, tok
 from lab.train.optim import Lion, beta1_at, count_parameters, lr_at, make_optimizer
 from lab.train.optim import gradient_norm, optimizer_step  # is it a spike? update
 from lab.train.precision import Precision
-from lab.train.loop import rehearse, steps  # saves, stops together, ends by the clock: what comes next
+from lab.train.loop import FOREVER, count_steps, rehearse, steps  # what comes next, for all ranks
 
 # 7  figures with intervals, and how they are shown
 from lab.measure.answers import ask
 from lab.measure.language import evaluate, loss_rows, measure
+from lab.measure.lr_finder import find_lr
 from lab.measure.statistics import (
     bootstrap,
     class_shares,

@@ -27,7 +27,6 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import core
-from lab.measure import lr_finder
 from lab.models import generate
 
 # ------------------------------------------------------------------------- the experiment and its constants
@@ -78,11 +77,6 @@ class Config(core.Bookkeeping):
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
     dtype: core.Dtype = "auto"  # auto: bf16 on a card (or fp16), else fp32, which untyped is tf32 on a card
     seed: core.Seed = 0  # of weights, order and dropout
-    # learning-rate finder
-    find_from: core.within(float, 1e-30) = 1e-6  # lowest rate of mode find_lr
-    find_to: core.within(float, 1e-30) = 1.0  # highest
-    find_steps: core.Count = 100  # of mode find_lr
-    find_smoothing: core.within(float, 0, 0.9999) = 0.8  # weight of the past in the running mean of the loss
     # evaluation and logging
     eval_batch: core.Count = 64  # blocks per evaluation step, over all ranks
     eval_every: core.Count | None = None  # steps; none = each epoch
@@ -101,6 +95,7 @@ class Config(core.Bookkeeping):
     dirty: bool = True  # --no-dirty refuses to start with uncommitted changes
 
     def __post_init__(self):
+        super().__post_init__()
         if self.mode != "train" and self.resume_timestamp:
             raise core.UserError(f"--resume_timestamp goes with mode train, not with {self.mode}")
         if self.val_share + self.test_share >= 1:
@@ -111,8 +106,6 @@ class Config(core.Bookkeeping):
             raise core.UserError(
                 f"min_lr {self.min_lr}: schedule {self.schedule} has an end of its own, leave it 0"
             )
-        if self.find_from >= self.find_to:
-            raise core.UserError(f"find_from {self.find_from} is not below find_to {self.find_to}")
 
 
 JOURNAL = {  # what journal 003's code trained: articles of Wikipedia, 1 % held out, AdamW as torch has it
@@ -256,7 +249,7 @@ def set_up(run, cfg, world, steps=None) -> Setup:
     batches = core.ShardedBatches(
         np.full(len(blocks["train"]), cfg.block_size), cfg.batch, world, seed=cfg.seed
     )
-    total_steps = min(n for n in (cfg.epochs * len(batches), cfg.max_steps, steps) if n is not None)
+    total_steps = core.count_steps(cfg, batches, steps or core.FOREVER)
     core.reseed(cfg.seed, "init")
     precision = core.Precision(cfg.dtype, world)
     model = precision.prepare(build_model(cfg, tokens, world))
@@ -465,23 +458,11 @@ def words(text) -> list[str]:
 
 
 def find_lr(run, cfg, world) -> dict:
-    """Mode find_lr: loss over a rate that grows at every step, in the conditions of training."""
+    """Mode find_lr: the loss over a rate that grows at every step."""
     setup = set_up(run, cfg, world, cfg.find_steps)
-
-    def take(step, lr):
-        targets = run.agree(count_targets(setup, step))
-        if run.stopping:
-            raise core.Stop(run.stopping)
-        loss_sum, _ = take_step(setup, step, targets, lr, core.beta1_at(cfg, 0, setup.total_steps))
-        return core.all_reduce_sum(world, torch.tensor(loss_sum, dtype=torch.float64)).item() / targets
-
-    lrs = np.geomspace(cfg.find_from, cfg.find_to, cfg.find_steps)
-    curve = lr_finder.sweep(take, lrs, cfg.find_smoothing, setup.model, setup.optimizer, setup.precision)
-    suggestions = lr_finder.suggest(curve["lr"], curve["smoothed"])
-    core.on_main(world, lr_finder.show_curve, run, curve, suggestions)
-    best = suggestions["minimum/10"]
-    run.say(f"next: the same with --mode train --lr {best:.1e}" if best else "the curve does not fall")
-    return {"lr_finder": suggestions, "weights_sha256": core.weights_sha256(setup.model)}
+    saved, targets_of = (setup.model, setup.optimizer, setup.precision), setup.blocks["train"].targets
+    gradients, beta1 = functools.partial(forward_backward, setup), core.beta1_at(cfg, 0, cfg.find_steps)
+    return core.find_lr(run, setup.batches, targets_of, saved, gradients, beta1)
 
 
 # ----------------------------------------------------------------------------- generate, export and profile

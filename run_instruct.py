@@ -70,7 +70,7 @@ class Config(core.Bookkeeping):
     plain_blocks: core.Whole = 50  # of max_length tokens; 0 = none
     prompt: str | None = None  # in mode ask: an instruction; none = a prompt loop
     # run
-    mode: Literal["train", "ask"] = "train"  # ask: a finished run answers
+    mode: Literal["train", "find_lr", "ask"] = "train"  # find_lr: which rate? ask: a run answers
     run_folder: str | None = None  # the one that is asked; none = the newest
 
 
@@ -179,7 +179,7 @@ def train(run, cfg, world) -> dict:
     units = core.Packs(parts["train"], cfg.max_length) if cfg.pack else parts["train"]
     block = 50 if cfg.group_lengths else 1  # so many batches are sorted by length, then shuffled
     batches = core.ShardedBatches(units.lengths, cfg.batch, world, seed=cfg.seed, block=block)
-    total_steps = min(n for n in (cfg.epochs * len(batches), cfg.max_steps) if n is not None)
+    total_steps = core.count_steps(cfg, batches)
     val, plain = parts["val"].some(cfg.eval_rows), tuning.plain_text(run, cfg, data.tokenizer)
 
     # model
@@ -204,6 +204,8 @@ def train(run, cfg, world) -> dict:
 
     core.rehearse(run, ddp, saved, forward_backward, batches, total_steps - run.step)
     run.say(tuning.describe_example(parts["train"]))
+    if cfg.mode == "find_lr":
+        return core.find_lr(run, batches, units.targets, saved, forward_backward)
 
     for at in core.steps(run, batches, units.targets, saved, total_steps, evaluate_first=True):
         if at.evaluates:
@@ -245,7 +247,7 @@ def one_process(cfg, world):
 @record
 def main(cfg, world):
     cfg = core.with_dtype(cfg, world)
-    if cfg.mode != "train":
+    if cfg.mode not in ("train", "find_lr"):
         return one_process(cfg, world)
     with core.Run(cfg, world, __file__, unit="tokens") as run:
         run.result = train(run, run.cfg, world)

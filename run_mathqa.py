@@ -46,6 +46,9 @@ ARMS = (  # rates as each kind of tuning wants them; a study of them takes sever
 )
 
 
+Mode = Literal["both", "pretrain", "finetune", "find_lr", "study", "split", "quantise", "export"]
+
+
 @dataclass(frozen=True)
 class Config(core.Bookkeeping):
     # data
@@ -130,11 +133,11 @@ class Config(core.Bookkeeping):
     shares: tuple[str, ...] = ("0.5", "0.75", "0.9")  # of mode split: pretraining's share of both budgets
     seeds: core.Count = 3  # of each arm: seed, seed + 1, ...
     # run
-    # one run of each stage, one stage, many tunings of one base, shares of the time, int4, a Llama folder
-    mode: Literal["both", "pretrain", "finetune", "study", "split", "quantise", "export"] = "both"  # stages
+    mode: Mode = "both"  # stages, one of them, tunings of one base, shares of the time, int4, a Llama folder
     run_folder: str | None = None  # the run that is quantised or exported
 
     def __post_init__(self):
+        super().__post_init__()
         if self.qat != "off" and self.method != "full":
             raise core.UserError(f"--qat int4 trains all weights: use --method full, not {self.method}")
         if self.lora_dropout and self.method in ("loha", "lokr"):
@@ -261,7 +264,6 @@ SMOKE = {
     "budgets": ("steps",),
     "arms": ("full", "lora,lr=3e-3", "loha,lr=1e-2", "lokr,lr=3e-2", "full,qat=int4"),
 }
-FOREVER = 10**9  # steps, where only the clock ends a stage
 
 
 def make_optimizer(cfg, model):
@@ -291,12 +293,6 @@ class Stage:
     spike_facts: object  # (at, lr) -> dict: what a spiking step read
 
 
-def length_of(cfg, batches) -> int:
-    """Optimizer steps of a stage by max_steps and epochs; FOREVER if only the clock ends it."""
-    epochs = None if cfg.epochs is None else cfg.epochs * len(batches)
-    return min(steps for steps in (epochs, cfg.max_steps, FOREVER) if steps is not None)
-
-
 def check_length(cfg):
     """Raises UserError if nothing would end the stage."""
     if cfg.epochs is cfg.max_steps is cfg.max_minutes is None:
@@ -314,7 +310,7 @@ def fit(run, cfg, world, stage) -> dict:
     saved = stage.trained, optimizer, stage.precision
     stage.announce()
     step = run.load(*saved)
-    ddp = core.wrap_ddp(model, world, model.h if cfg.compile else (), dynamic=cfg.mode == "finetune")
+    ddp = core.wrap_ddp(model, world, model.h if cfg.compile else (), dynamic=cfg.mode != "pretrain")
 
     def forward_backward(mine, targets) -> float:
         """Adds the gradients of this rank's rows, of summed loss / global targets;
@@ -329,7 +325,10 @@ def fit(run, cfg, world, stage) -> dict:
     int4.switch(model, True)
     core.rehearse(run, ddp, saved, forward_backward, batches, total_steps - step)
     run.say(stage.describe())
-    if cfg.max_minutes is not None and total_steps == FOREVER:
+    if cfg.mode == "find_lr":
+        beta1 = core.beta1_at(cfg, 0, cfg.find_steps)
+        return core.find_lr(run, batches, units.targets, saved, forward_backward, beta1, mode="finetune")
+    if cfg.max_minutes is not None and total_steps == core.FOREVER:
         run.say("the clock ends this stage: its number of steps is estimated at each line")
     switch_to_int4(run, cfg, model, step, run.schedule_length(step, total_steps))
 
@@ -523,7 +522,7 @@ def pretrain(run, cfg, world) -> dict:
         return f"the loss sees, in {train.targets([0])[0]} targets (all but the first token):\n  {text[:96]}"
 
     callbacks = announce, check, describe, spike_facts
-    stage = Stage(train, batches, length_of(cfg, batches), model, model, precision, *callbacks)
+    stage = Stage(train, batches, core.count_steps(cfg, batches), model, model, precision, *callbacks)
     result = fit(run, cfg, world, stage)
     result |= weights_of(run, cfg, stage)
     figures, losses, _ = measure_text(model, tokens, cfg, world, run.poll)
@@ -706,8 +705,10 @@ def finetune(run, cfg, world) -> dict:
         return {"lr": lr, **tuning.batch_facts(units, at.batch), **rows}
 
     callbacks = announce, check, functools.partial(tuning.describe_example, parts["train"]), spike_facts
-    stage = Stage(units, batches, length_of(cfg, batches), model, trained, precision, *callbacks)
+    stage = Stage(units, batches, core.count_steps(cfg, batches), model, trained, precision, *callbacks)
     result = fit(run, cfg, world, stage)
+    if cfg.mode == "find_lr":
+        return result
     if cfg.method != "full":
         if core.state_sha256(core.base_weights(model)) != base_sha256:
             raise RuntimeError("the base has moved: only adapters may")
@@ -1039,7 +1040,7 @@ def one_run(study, cfg) -> Path:
     return run.folder
 
 
-STAGES = {"pretrain": pretrain, "finetune": finetune}
+STAGES = {"pretrain": pretrain, "finetune": finetune, "find_lr": finetune}
 
 
 def pretrained(study, cfg) -> Path:
@@ -1247,7 +1248,7 @@ def check_flags(cfg, world):
     if preset_mode != cfg.mode:
         raise core.UserError(f"--preset {typed.preset} is for --mode {preset_mode}, not {cfg.mode}")
     odd = set()
-    if cfg.mode == "finetune":
+    if cfg.mode in ("finetune", "find_lr"):
         odd = {name for name in typed.flags if name.startswith("pretrain_")}
         odd |= typed.flags & STAGE1_ONLY if cfg.init_from != "new" else set()
     if cfg.mode == "pretrain":

@@ -76,10 +76,11 @@ class Config(core.Bookkeeping):
     test_weights: Literal["best", "last"] = "best"  # lowest validation loss, or the final ones
     save_every: core.Count | None = None  # steps; none = at each evaluation, before it
     # run
-    mode: Literal["train", "submit"] = "train"  # submit: class shares of test_csv by a finished run
+    mode: Literal["train", "find_lr", "submit"] = "train"  # submit: judges test_csv by a finished run
     run_folder: str | None = None  # the one that mode submit uses; none = the newest
 
     def __post_init__(self):
+        super().__post_init__()
         if self.symmetric and self.swap_augmentation:
             raise core.UserError(
                 "--swap_augmentation changes nothing with --symmetric, which averages both orders: use one"
@@ -244,7 +245,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay, scales=scales)
     lengths = data.lengths[rows["train"]].sum(1)
     batches = core.ShardedBatches(lengths, cfg.batch, world, seed=cfg.seed)
-    total_steps = min(n for n in (cfg.epochs * len(batches), cfg.max_steps) if n is not None)
+    total_steps = core.count_steps(cfg, batches)
     if fold == run.position.get("fold", 0):
         announce(run, cfg, data, rows, model)
     saved = model, optimizer, precision
@@ -266,6 +267,8 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     core.rehearse(run, ddp, saved, forward_backward, batches, steps_left)
     if first_here:
         run.say(describe_row(data, rows["train"][0], cfg))
+    if cfg.mode == "find_lr":
+        return core.find_lr(run, batches, len, saved, forward_backward)
 
     for at in core.steps(run, batches, len, saved, total_steps):
         if at.evaluates:
@@ -574,6 +577,10 @@ def main(cfg, world):
         data = core.load_pairs(cfg, world)
         run.pin("fingerprint", data.fingerprint)
         pairs.measure_sequences(data, cfg.inputs, cfg.max_length)
+        if cfg.mode == "find_lr":  # on the first fold, if there are folds
+            rows = pairs.split_rows(data, cfg.folds, 0, cfg.split_seed)
+            run.result = train(run, cfg, world, data, rows, fold=0)
+            return run.result
         unlabelled = rows_to_judge(cfg, data.tokenizer, world) if cfg.test_csv else None
         splits, outcomes = cross_validate(run, cfg, world, data)
         checkpoints = [outcome["checkpoint"] for outcome in outcomes]  # one a fold

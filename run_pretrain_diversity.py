@@ -28,6 +28,8 @@ from lab.data import builtin, mixture
 from lab.measure import diversity, held_out
 from lab.run import checkpoints
 
+ONE_ARM = ("train", "find_lr")  # modes that read the text of one arm, `data`
+
 
 @dataclass(frozen=True)
 class Config(core.Bookkeeping):
@@ -95,12 +97,13 @@ class Config(core.Bookkeeping):
     fisher_samples: core.Count = 1  # target draws that an embedding averages
     floor_repeats: core.within(int, 2) = 4  # embeddings of one batch: their distance is the noise floor
     # run
-    mode: Literal["study", "train", "cache", "diversity"] = "study"  # study: all arms
+    mode: Literal["study", "train", "find_lr", "cache", "diversity"] = "study"  # study: all arms
     dirty: bool = True  # --no-dirty refuses to start with uncommitted changes
 
     def __post_init__(self):
+        super().__post_init__()
         resumes = self.resume_timestamp not in (None, "auto") or self.resume_step is not None
-        if self.mode != "train" and resumes:
+        if self.mode not in ONE_ARM and resumes:
             raise core.UserError(
                 f"mode {self.mode} goes on by itself: drop --resume_timestamp, --resume_step"
             )
@@ -198,7 +201,7 @@ def sources_of(cfg) -> dict[str, core.Corpus]:
     # each source holds a whole pool, whatever its share: what an arm reads does not depend on other arms
     pool = math.ceil(cfg.max_steps * cfg.batch / cfg.passes) * cfg.block_size + cfg.block_size
     # a run that belongs to a study shares its tokenizer, which all arms' sources may teach
-    alone = cfg.mode == "train" and (cfg.data not in cfg.arms or not mixture.is_learnt(cfg.tokenizer))
+    alone = cfg.mode in ONE_ARM and (cfg.data not in cfg.arms or not mixture.is_learnt(cfg.tokenizer))
     arms = (cfg.data,) if alone else cfg.arms
     for name in dict.fromkeys(name for arm in arms for name in mixture.shares_of(arm)):
         corpus = corpus_of(cfg, address(named, name, "--arms"), max_tokens=cfg.max_tokens or pool)
@@ -242,7 +245,7 @@ def open_text(cfg, world) -> mixture.Text:
     """Token caches of the sources that cfg reads and, last, of the neutral text; built if need be. UserError
     if two texts are the same."""
     sources, neutral = sources_of(cfg), neutral_of(cfg)
-    names = [*(shares_of(cfg.data) if cfg.mode == "train" else sources)]
+    names = [*(shares_of(cfg.data) if cfg.mode in ONE_ARM else sources)]
     wanted = {name: sources[name] for name in names}
     if cfg.mode != "diversity":
         wanted[neutral] = neutral_corpus(cfg)
@@ -337,6 +340,8 @@ def report(run, cfg, metrics, part, where="", note=""):
 
 def train(run, cfg, world, text=None) -> dict:
     """Trains and measures one arm; returns the final figures. text: what a study has opened already."""
+    if cfg.mode == "find_lr" and cfg.find_steps >= cfg.max_steps:
+        raise core.UserError(f"--find_steps {cfg.find_steps} reads as many batches: use a larger --max_steps")
     text, neutral = text or open_text(cfg, world), neutral_of(cfg)
     batches = batches_of(cfg, cfg.data, text, world)
     for name, value in run_facts(cfg, text, batches).items():
@@ -367,6 +372,8 @@ def train(run, cfg, world, text=None) -> dict:
 
     core.rehearse(run, ddp, saved, forward_backward, batches, total_steps - step)
     run.say(describe_block(text.tokenizer, batches))
+    if cfg.mode == "find_lr":
+        return core.find_lr(run, batches, batches.blocks.targets, saved, forward_backward)
     seen, val = run.state.setdefault("seen", dict.fromkeys(shares_of(cfg.data), 0)), None
 
     every = cfg.eval_every or total_steps  # none: at the end only
@@ -830,7 +837,7 @@ def main(cfg, world):
     cfg = core.with_dtype(cfg, world)
     if not cfg.dirty:
         core.on_main(world, core.refuse_dirty)
-    if cfg.mode == "train":
+    if cfg.mode in ONE_ARM:
         with core.Run(cfg, world, __file__, unit="tokens") as run:
             run.result = train(run, run.cfg, world)
         return run.result

@@ -15,7 +15,6 @@ from torch import nn
 from toys.quantise import TINY, here, metrics, parsed
 
 import core
-import run_mathqa
 from lab.run import folder as folder_module
 from lab.train import optim
 
@@ -87,7 +86,7 @@ def path_of(run, now, total_steps, seconds, forecast):
 @pytest.mark.parametrize("schedule", CLOCKED)
 def test_a_schedule_ends_with_the_clock_whatever_the_speed(schedule, speed, forecast, clocked):
     one, now = clocked(BUDGET / 60, lr=1.0, **CLOCKED[schedule])
-    path = path_of(one, now, run_mathqa.FOREVER, SPEEDS[speed], forecast)
+    path = path_of(one, now, core.FOREVER, SPEEDS[speed], forecast)
     rates = [lr for lr, _ in path]
     spent = np.cumsum([SPEEDS[speed](n) for n in range(len(path))])
     assert spent[-1] >= BUDGET > spent[-2] and one.train_seconds == pytest.approx(spent[-1])

@@ -4,10 +4,46 @@ import copy
 import math
 
 import numpy as np
+import torch
 
+from lab.errors import Stop
+from lab.run.checkpoints import weights_sha256
 from lab.run.files import write_json
+from lab.train.batches import reseed
+from lab.train.optim import optimizer_step
+from lab.train.processes import all_reduce_sum, on_main
 
 DIVERGED = 4  # times the lowest smoothed loss so far, as in fastai and Lightning
+
+
+def find_lr(
+    run, batches, targets_of, saved, forward_backward, beta1=None, multiplier=None, mode="train"
+) -> dict:
+    """Mode find_lr of a script: the loss while the rate grows from find_from to find_to, in the conditions of
+    training; then everything is as before. Returns what result.json holds.
+
+    saved, targets_of and forward_backward as in training; multiplier: LoRA's, whose product with the rate is
+    shown, too; mode: the one that trains. All ranks.
+    """
+    cfg, world, (trained, optimizer, precision) = run.cfg, run.world, saved
+
+    def take(step, lr):
+        rows = batches.rank_batch(step)
+        targets = run.agree(int(np.sum(targets_of(rows))))
+        if run.stopping:
+            raise Stop(run.stopping)
+        reseed(cfg.seed, step, world.rank)
+        loss_sum = forward_backward(rows, targets)
+        optimizer_step(optimizer, precision, cfg.clip, lr, beta1)
+        return all_reduce_sum(world, torch.tensor(loss_sum, dtype=torch.float64)).item() / targets
+
+    lrs = np.geomspace(cfg.find_from, cfg.find_to, cfg.find_steps)
+    curve = sweep(take, lrs, cfg.find_smoothing, trained, optimizer, precision)
+    suggestions = suggest(curve["lr"], curve["smoothed"])
+    on_main(world, show_curve, run, curve, suggestions, multiplier)
+    best = suggestions["minimum/10"]
+    run.say(f"next: the same with --mode {mode} --lr {best:.1e}" if best else "the curve does not fall")
+    return {"lr_finder": suggestions, "weights_sha256": weights_sha256(trained)}
 
 
 def sweep(take, lrs, smoothing, model, optimizer, precision) -> dict:
@@ -73,8 +109,8 @@ def longest_fall(y) -> tuple[int, int]:
     return int(start), end
 
 
-def show_curve(run, curve, suggestions):
-    """Writes lr_finder.json and lr_finder.png, and draws the curve in the terminal."""
+def show_curve(run, curve, suggestions, multiplier=None):
+    """Writes lr_finder.json and lr_finder.png, and draws the curve in the terminal. multiplier: of LoRA."""
     write_json(run.folder / "lr_finder.json", curve | {"suggestions": suggestions})
     if len(curve["lr"]) < 3:
         return run.say(
@@ -85,29 +121,34 @@ def show_curve(run, curve, suggestions):
     ):
         run.metrics(step, {"find/lr": lr, "find/loss": loss, "find/smoothed": smooth})
     run.say(text_plot(curve["lr"], curve["smoothed"], suggestions))
-    run.say("suggested lr  " + "   ".join(f"{name} {lr:.2e}" for name, lr in suggestions.items() if lr))
-    plot_curve(curve, suggestions, run.folder / "lr_finder.png")
+    rates = {name: lr for name, lr in suggestions.items() if lr}
+    run.say("suggested lr  " + "   ".join(f"{name} {lr:.2e}" for name, lr in rates.items()))
+    if multiplier:
+        products = "   ".join(f"{name} {multiplier * lr:.2e}" for name, lr in rates.items())
+        run.say(f"multiplier {multiplier:g} x lr  {products}")
+    unit = "token" if run.unit == "tokens" else "row"
+    plot_curve(curve, suggestions, run.folder / "lr_finder.png", unit, multiplier)
     run.say(f"the curve: {run.folder}/lr_finder.png")
 
 
-def plot_curve(curve, suggestions, path):
-    import matplotlib
+def plot_curve(curve, suggestions, path, unit="token", multiplier=None):
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5))
+    figure = Figure(figsize=(8, 5))
+    axes = figure.subplots()
     axes.plot(curve["lr"], curve["loss"], ".", color="0.7", label="loss after a step at this rate")
     axes.plot(curve["lr"], curve["smoothed"], label="smoothed")
     for (name, lr), color in zip(suggestions.items(), ("C1", "C2", "C3"), strict=True):
         if lr:
             axes.axvline(lr, color=color, linestyle="--", label=f"{name}: {lr:.1e}")
     low, high = min(curve["smoothed"]), curve["smoothed"][0]
-    axes.set(xscale="log", xlabel="learning rate", ylabel="loss per token", title="Learning-rate finder")
+    axes.set(xscale="log", xlabel="learning rate", ylabel=f"loss per {unit}", title="Learning-rate finder")
+    if multiplier:
+        scale = (lambda lr: lr * multiplier), (lambda product: product / multiplier)
+        axes.secondary_xaxis(-0.18, functions=scale).set_xlabel(f"multiplier {multiplier:g} x learning rate")
     axes.set_ylim(low - 0.2 * (high - low + 0.1), high + 0.5 * (high - low + 0.1))
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
 
 
 def text_plot(lrs, values, marks, width=80, height=12) -> str:

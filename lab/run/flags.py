@@ -38,6 +38,16 @@ class Bookkeeping:
     resume_timestamp: str | None = None  # a timestamp, latest, or auto (resume, skip if finished, else start)
     resume_step: Whole | None = None  # an older checkpoint than the newest
     backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"  # auto: nccl, xccl, or gloo on CPUs
+    find_from: within(float, 1e-30) = 1e-6  # lowest rate of mode find_lr
+    find_to: within(float, 1e-30) = 1.0  # highest
+    find_steps: Count = 100  # of mode find_lr
+    find_smoothing: within(float, 0, 0.9999) = 0.8  # weight of the past in the running mean of the loss
+
+    def __post_init__(self):
+        if self.find_from >= self.find_to:
+            raise UserError(f"find_from {self.find_from} is not below find_to {self.find_to}")
+        if getattr(self, "mode", None) == "find_lr" and (self.resume_timestamp or self.resume_step):
+            raise UserError("--resume_timestamp goes with training, not with find_lr, which keeps nothing")
 
 
 @dataclass(frozen=True)

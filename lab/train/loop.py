@@ -92,6 +92,15 @@ class Step:
         self.updated = True
 
 
+FOREVER = 10**9  # steps, where only the clock ends a run
+
+
+def count_steps(cfg, batches, most=FOREVER) -> int:
+    """Steps of a run by epochs, max_steps and `most`: the least of them. FOREVER: only the clock ends it."""
+    epochs = None if cfg.epochs is None else cfg.epochs * len(batches)
+    return min(steps for steps in (epochs, cfg.max_steps, most) if steps is not None)
+
+
 def epochs(run, batches, step) -> str:
     """How far a run is after `step` steps, for its lines."""
     fold = f"fold {run.fold + 1} " if getattr(run.cfg, "folds", None) else ""
@@ -154,5 +163,6 @@ def rehearse(run, ddp, saved, forward_backward, batches, steps_left):
     total = int(lengths[worst].sum())
     seconds = worst_case(world, ddp, lambda: forward_backward(worst, total), saved[1], at_once)
     run.poll()
+    steps_left = cfg.find_steps if cfg.mode == "find_lr" else steps_left
     if steps_left is not None:
         run.forecast(*saved[:2], steps_left, seconds, lengths.mean() / lengths[worst].mean())

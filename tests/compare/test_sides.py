@@ -221,9 +221,8 @@ def test_a_constant_added_to_a_script_as_a_user_adds_it():
 
     trained("--max_steps", "2", "--tag", "old")
     line = "    lora_rank: core.Count = 16  # columns of B and rows of A\n"
-    script.write_text(
-        script.read_text().replace(line, f"{line}    label_smoothing: core.Share = 0.0  # of a target's weight\n")
-    )
+    new = "    label_smoothing: core.Share = 0.0  # of a target's weight\n"
+    script.write_text(script.read_text().replace(line, line + new))
     trained("--max_steps", "3", "--tag", "new", "--label_smoothing", "0.1")
     code, out, err = evaluate("--compare", "old", "new")
     assert code == 0, err

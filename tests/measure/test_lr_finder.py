@@ -2,12 +2,16 @@
 
 import copy
 import itertools
+import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from laws.test_laws import SHORT
+from ranks import SCRIPTS, launch, newest, run
 from torch import nn
 
 import core
@@ -193,3 +197,27 @@ def test_a_sweep_that_ended_at_once_is_shown_not_a_crash(tmp_path, losses):
     curve = {"lr": [1e-6] * len(losses), "loss": losses, "smoothed": losses}
     lr_finder.show_curve(run, curve, lr_finder.suggest(curve["lr"], curve["smoothed"]))
     assert said and (tmp_path / "lr_finder.json").exists()
+
+
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "script", [SCRIPTS[1], *(pytest.param(s, marks=pytest.mark.slow) for s in SCRIPTS if s != SCRIPTS[1])]
+)
+def test_every_script_finds_rates_and_leaves_its_weights_as_they_were(script, size):
+    """On its own batches; a run of no steps has the same weights. Nothing is left that could be resumed."""
+    flags = [*SHORT[script], "--mode", "find_lr", "--find_steps", 12, "--find_from", 1e-5, "--find_to", 1e-3]
+    found = run(script, *flags, size=size)
+    folder = newest()
+    curve = json.loads((folder / "lr_finder.json").read_text())
+    np.testing.assert_allclose(curve["lr"], np.geomspace(1e-5, 1e-3, 12))
+    assert curve["suggestions"] == found["lr_finder"] and len(set(curve["loss"])) == 12
+    assert (folder / "lr_finder.png").stat().st_size > 5000 and not list(folder.glob("checkpoints/*"))
+    lines = (folder / "log.txt").read_text()
+    assert ("multiplier" in lines) == (script == "run_lora") and "forecast  12 steps" in lines
+    untrained = run(script, *SHORT[script], "--max_steps", 0, size=size)["weights_sha256"]
+    own = (
+        core.joint_hash([found["weights_sha256"]]) if script == "run_preference" else found["weights_sha256"]
+    )
+    assert own == untrained
+    assert launch(script, *flags, "--out", "out", "--resume_timestamp", "auto", size=size) == [2] * size
+    assert "--resume_timestamp goes with" in Path("out.txt").read_text()

@@ -15,7 +15,7 @@ from lab.train import loop
 CONSTANTS = {
     "eval_every": 4, "save_every": None, "test_weights": "last", "max_minutes": None, "log_every": 3,
     "epochs": 2, "folds": None, "seed": 5, "clip": None, "dtype": "fp32", "skip_spikes": False,
-    "micro_batch": None, "batch": 2,
+    "micro_batch": None, "batch": 2, "mode": "train",
 }  # fmt: skip
 
 
