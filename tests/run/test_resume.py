@@ -71,7 +71,7 @@ def test_an_older_checkpoint_can_be_resumed():
     assert launch(
         "run_preference", *flags, "--out", "out", "--resume_timestamp", newest().name, "--resume_step", 5
     ) == [2]
-    assert "--resume_step 5: there are step_00000004, step_00000006" in Path("out.txt").read_text()
+    assert "--resume_step 5: there are step_00000004, step_00000008" in Path("out.txt").read_text()
     back = ("--resume_timestamp", newest().name, "--resume_step", 4)
     assert launch("run_preference", *flags, "--out", "out", *back, kill=("step", 1, 0)) == [-9]
     second = run("run_preference", *flags, "--resume_timestamp", "auto")  # not in the abandoned future
