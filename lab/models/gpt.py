@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from lab.errors import UserError
 from lab.train import cpu
 from lab.train.cpu import onednn
-from lab.train.loss import linear_cross_entropy, targets_only
+from lab.train.loss import IGNORE_INDEX, linear_cross_entropy, targets_only
+from lab.train.objective import objective
 
 
 @dataclass(frozen=True)
@@ -169,16 +170,21 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
 
-    def forward(self, input_ids, labels=None, segments=None):
+    def forward(self, input_ids, labels=None, segments=None, weights=None, **options):
         """input_ids (B, T) -> logits (B, T, V); with labels (B, T) the summed loss, a scalar.
 
+        weights (B, T) of the targets and `options` (label_smoothing, z_loss, of_logits): see objective.py.
         For several rows packed into one, `segments` (B, T) numbers them: none sees
         another, positions restart.
         """
         hidden = self.hidden(input_ids, segments=segments)
         if labels is None:
             return self.logits(hidden)
+        if weights is not None:
+            options["weights"] = weights[labels != IGNORE_INDEX]
         hidden, labels = targets_only(hidden, labels)
+        if options:
+            return objective(*self.head(hidden), labels, **options)
         return linear_cross_entropy(*self.head(hidden), labels)
 
     def head(self, hidden):

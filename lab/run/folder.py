@@ -131,15 +131,15 @@ class Run:
         if self.world.is_main:
             self.curves.samples(step, texts)
 
-    def log_training(self, where, step, total_steps, values):
-        """Prints the line of every log_every steps, and writes its numbers to the metrics."""
+    def log_training(self, where, step, total_steps, values, name="loss"):
+        """Prints the line of every log_every steps, writes its numbers to the metrics. name: of the loss."""
         loss, rate, step_seconds = self.meter.read()
-        values = {"train/loss": loss, **values, f"{self.unit}_per_second": rate}
-        if self.unit == "tokens":
+        values = {f"train/{name}": loss, **values, f"{self.unit}_per_second": rate}
+        if self.unit == "tokens" and name == "loss":
             values["train/perplexity"] = math.exp(min(loss, 700))
         eta, unit = clock((total_steps - step) * step_seconds), self.unit.replace("examples", "rows")
         self.say(
-            f"{where}  step {step:{len(str(total_steps))}}/{total_steps}  loss {loss:.4f}  "
+            f"{where}  step {step:{len(str(total_steps))}}/{total_steps}  {name} {loss:.4f}  "
             f"lr {values['lr']:.1e}  grad {values['grad_norm']:.2f}  {rate:.0f} {unit}/s  eta {eta}"
         )
         self.metrics(step, values)

@@ -79,8 +79,11 @@ class Step:
         if self.run.world.is_main:
             spikes.note(self.run, self.spike, model, facts)
 
-    def update(self, optimizer, precision, lr, beta1=None, **values):
-        """Updates the weights at `lr`, unless a spike is left out; counts the step; logs, with `values`."""
+    def update(self, optimizer, precision, lr, beta1=None, more=False, **values):
+        """Updates the weights at `lr`, unless a spike is left out; counts the step; logs, with `values`.
+
+        more: the loss holds more than val/loss does (smoothing, z-loss), and is logged as train/objective.
+        """
         run, cfg, step = self.run, self.run.cfg, self.step + 1
         optimizer_step(optimizer, precision, cfg.clip, lr, beta1, self.norm, self.left_out)
         run.step_done(self.loss_sum, self.targets, self.read)
@@ -88,7 +91,8 @@ class Step:
             run.metrics(step, {"clock/lr": lr, "clock/share": run.clock_share})
         if step % cfg.log_every == 0 or step == self.total_steps:
             values = {"lr": lr, "grad_norm": float(self.norm), **values}
-            run.log_training(self.where, step, round(self.schedule_length), values)
+            name = "objective" if more else "loss"
+            run.log_training(self.where, step, round(self.schedule_length), values, name)
         self.updated = True
 
 
