@@ -1,8 +1,8 @@
-"""Losses that people try beside plain cross-entropy, without the logits of a whole batch: label smoothing (Szegedy et
-al. 2016), z-loss (Chowdhery et al. 2022), weights of rows or tokens; or any function of the logits.
+"""Losses that people try beside plain cross-entropy, without the logits of a whole batch: label smoothing
+(Szegedy et al. 2016), z-loss (Chowdhery et al. 2022), weights of targets; or any function of the logits.
 
-With p = softmax(x), lse = logsumexp(x), target y, smoothing s, z-loss z and weight w, a token's loss is
-w ((1 - s)(lse - x_y) + s (lse - mean x) + z lse^2), and its slope by x is w ((1 + 2 z lse) p - (1 - s) onehot - s / V).
+With p = softmax(x), lse = logsumexp(x), target y, smoothing s, z-loss z and weight w, a target's loss is
+w ((1 - s)(lse - x_y) + s (lse - mean x) + z lse^2), its slope w ((1 + 2 z lse) p - (1 - s) onehot - s / V).
 """
 
 import itertools
@@ -34,29 +34,25 @@ class _Objective(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, labels, weights, smoothing, z, bias, *terms):  # x, w, x, w, ...
-        xs, ws, needs, V = terms[::2], terms[1::2], ctx.needs_input_grad, len(terms[1])
+        xs, ws, needs = terms[::2], terms[1::2], ctx.needs_input_grad
         kind, wide, dtype = xs[0].device.type, ws[0].dtype, _product_dtype(ws[0], xs[0].device.type)
         to_x = [torch.zeros_like(x) if need else None for x, need in zip(xs, needs[5::2], strict=True)]
         to_b = torch.zeros_like(bias) if needs[4] else None
         with torch.autocast(kind, enabled=False):
-            xs, ws = [x.to(dtype) for x in xs], [_whole_rows(w, dtype) for w in ws]
-            to_w = [
-                torch.zeros_like(w, dtype=wide) if n else None for w, n in zip(ws, needs[6::2], strict=True)
-            ]
-            loss = ws[0].new_zeros((), dtype=weights.dtype)
+            on_cpu = _folds(kind, dtype, wide)
+            xs, V = [x.to(dtype) for x in xs], len(ws[0])
+            ws = [w.detach() if on_cpu else _whole_rows(w, dtype) for w in ws]
+            wanted = zip(ws, needs[6::2], strict=True)
+            to_w = [torch.zeros_like(w, dtype=wide) if need else None for w, need in wanted]
+            loss, add = ws[0].new_zeros((), dtype=weights.dtype), _add_folded if on_cpu else _add_slopes
+            sums = [w.sum(0) for w in ws] if on_cpu else None
             for c in _chunks(xs[0], ws[0]):
-                logits = sum(linear(x[c], w) for x, w in zip(xs, ws, strict=True))
-                slope, part = _slope(logits, bias, labels[c], weights[c, None], smoothing, z, V)
-                loss += part
-                if to_b is not None:
-                    to_b += slope.sum(0, dtype=wide)[:V]
-                for x, w, by_x, by_w in zip(xs, ws, _rows(to_x, c), to_w, strict=True):
-                    if by_x is not None:
-                        by_x.copy_(slope @ w)
-                    if by_w is not None:
-                        _add_product(by_w, slope.t(), x[c])
-        to_w = [None if w is None else w[:V] for w in to_w]
-        ctx.slopes = to_b, *itertools.chain(*zip(to_x, to_w, strict=True))
+                how = labels[c], weights[c, None], smoothing, z, V, sums
+                loss += add([x[c] for x in xs], ws, bias, _rows(to_x, c), to_w, to_b, *how)
+        ctx.slopes = (
+            to_b,
+            *itertools.chain(*zip(to_x, [None if w is None else w[:V] for w in to_w], strict=True)),
+        )
         return loss
 
     @staticmethod
@@ -65,16 +61,51 @@ class _Objective(torch.autograd.Function):
         return None, None, None, None, *(None if slope is None else slope.mul_(scale) for slope in slopes)
 
 
-def _slope(logits, bias, y, w, smoothing, z, V):
-    """logits (n, padded V) -> their slope in the same dtype, and the summed loss; w (n, 1)."""
-    x, target = logits.to(w.dtype), y[:, None]
+def _folds(kind, dtype, wide) -> bool:
+    """Whether factors go into the products; bf16 would lose the small difference of a late subtraction."""
+    return kind == "cpu" and dtype == wide
+
+
+def _add_folded(xs, ws, bias, to_x, to_w, to_b, y, weights, s, z, V, sums):
+    """The loss of some rows; adds their slopes. e = exp(logits - top) is the one large array: a row's factor,
+    the targets and the smoothing go into the products, as in loss.py."""
+    logits = linear(xs[0], ws[0])
+    for x, w in zip(xs[1:], ws[1:], strict=True):
+        logits += linear(x, w)
+    mean = sum(x @ w for x, w in zip(xs, sums, strict=True))[:, None] / V  # of the logits
     if bias is not None:
-        x = x + F.pad(bias, (0, x.shape[1] - V))
-    mean = x[:, :V].mean(1, keepdim=True)
-    x[:, V:] = -torch.inf
-    lse, hit = x.logsumexp(1, keepdim=True), x.gather(1, target)
-    loss = (w * (lse - (1 - smoothing) * hit - smoothing * mean + z * lse**2)).sum()
-    slope = (x - lse).exp_().mul_(w * (1 + 2 * z * lse))
-    slope[:, :V] -= w * (smoothing / V)
-    slope.scatter_add_(1, target, (smoothing - 1) * w)
-    return slope.to(logits.dtype), loss
+        logits, mean = logits + bias, mean + bias.mean()
+    hit, top = logits.gather(1, y[:, None]), logits.amax(1, keepdim=True)
+    e = logits.sub_(top).exp_()
+    total = e.sum(1, keepdim=True)
+    lse = top + total.log()
+    factor, targets, even = weights * (1 + 2 * z * lse) / total, (1 - s) * weights, s / V * weights
+    for x, w, by_x, by_w, w_sum in zip(xs, ws, to_x, to_w, sums, strict=True):
+        if by_x is not None:
+            by_x.copy_(linear(e, w.t()).mul_(factor).sub_(targets * w[y]).sub_(even * w_sum))
+        if by_w is not None:
+            by_w.addmm_(e.t(), x * factor).index_add_(0, y, x * targets, alpha=-1).sub_((x * even).sum(0))
+    if to_b is not None:
+        to_b += (e * factor).sum(0).index_add_(0, y, targets[:, 0], alpha=-1).sub_(even.sum())
+    return (weights * (lse + z * lse**2) - targets * hit - s * weights * mean).sum()
+
+
+def _add_slopes(xs, ws, bias, to_x, to_w, to_b, y, weights, s, z, V, _):
+    """The same with the slope by the logits made first, in fp32, and the vocabulary padded as on cards."""
+    logits = sum(linear(x, w) for x, w in zip(xs, ws, strict=True)).to(weights.dtype)
+    if bias is not None:
+        logits = logits + F.pad(bias, (0, logits.shape[1] - V))
+    mean = logits[:, :V].mean(1, keepdim=True)
+    logits[:, V:] = -torch.inf
+    lse, hit = logits.logsumexp(1, keepdim=True), logits.gather(1, y[:, None])
+    slope = (logits - lse).exp_().mul_(weights * (1 + 2 * z * lse))
+    slope[:, :V] -= s / V * weights
+    slope = slope.scatter_add_(1, y[:, None], (s - 1) * weights).to(xs[0].dtype)
+    if to_b is not None:
+        to_b += slope.sum(0, dtype=to_b.dtype)[:V]
+    for x, w, by_x, by_w in zip(xs, ws, to_x, to_w, strict=True):
+        if by_x is not None:
+            by_x.copy_(slope @ w)
+        if by_w is not None:
+            _add_product(by_w, slope.t(), x)
+    return (weights * (lse - (1 - s) * hit - s * mean + z * lse**2)).sum()

@@ -54,7 +54,8 @@ class Recorded:
     def metrics(self, step, values):
         self.events.append(f"metrics {step} {sorted(values)}")
 
-    def log_training(self, where, step, total_steps, values):
+    def log_training(self, where, step, total_steps, values, name):
+        assert name == "loss"
         self.events.append(f"log {where} {step}/{total_steps} {sorted(values)}")
 
     def forecast(self, *needs):
