@@ -344,14 +344,14 @@ def train(run, cfg, world) -> dict:
             sums = core.evaluate(model, setup.blocks["val"], cfg, world, at.poll)
             val = core.measure(sums, setup.blocks["val"], setup.tokens.unigram)
             report_validation(run, at, val, is_best=at.keep_if_best(val["loss"]))
-            core.on_main(world, sample, run, cfg, at.step, model, setup.tokens.tokenizer)
+            core.on_main(world, sample, run, cfg, at, model, setup.tokens.tokenizer)
             continue
         lr, beta1 = (rate(cfg, at.step, at.schedule_length) for rate in (core.lr_at, core.beta1_at))
         loss_sum = forward_backward(setup, at.rows, at.targets)
         norm = core.gradient_norm(optimizer, precision)
-        if at.spiked(loss_sum, norm):
+        if at.spiked(loss_sum, norm) and world.is_main:
             at.note_spike(model, spike_facts(setup, at.batch, lr))
-        at.update(optimizer, precision, lr, beta1)
+        at.update(optimizer, precision, lr, beta1=beta1)
     return finish(run, cfg, world, setup)
 
 
@@ -430,15 +430,15 @@ def report_validation(run, at, val, is_best):
     run.metrics(at.step, {f"val/{name}": val[name] for name in ("loss", "perplexity", "accuracy")})
 
 
-def sample(run, cfg, step, model, tokenizer):
+def sample(run, cfg, at, model, tokenizer):
     """Rank 0: writes continuations of the prompt to samples.jsonl, TensorBoard and
     (the first one) the log."""
     if cfg.sample_tokens:
         prompts = [cfg.prompt or ""] * SAMPLES
         texts = core.continuations(
-            model, tokenizer, cfg, prompts, cfg.sample_tokens, step, run.leave_if_signalled
+            model, tokenizer, cfg, prompts, cfg.sample_tokens, at.step, at.leave_if_signalled
         )
-        run.samples(step, texts)
+        run.samples(at.step, texts)
         for text in texts[:1]:
             run.say("\n".join(f"  | {line}" for line in textwrap.wrap(core.one_line(text), 95)[:4]))
 

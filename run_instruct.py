@@ -64,7 +64,7 @@ class Config(core.Bookkeeping):
     log_every: core.Count = 25  # steps
     # answers and forgetting
     sample_tokens: core.Whole = 50  # most in an answer to a fixed prompt, at every evaluation; 0 = none
-    answer_rows: core.Whole | None = None  # test rows answered at the end, spread evenly; none = all
+    answer_rows: core.Whole | None = None  # test rows answered at the end; none = all, 0 = none
     max_new_tokens: core.Count = 256  # most in such an answer
     plain: str = "python-docs"  # text whose held-out part shows what is forgotten: as gpt_scratch.py's data
     plain_blocks: core.Whole = 50  # of max_length tokens; 0 = none
@@ -215,7 +215,7 @@ def train(run, cfg, world) -> dict:
         loss_sum = forward_backward(at.rows, at.targets)
         norm = core.gradient_norm(optimizer, precision)
         figures = tuning.batch_facts(units, at.batch)
-        if at.spiked(loss_sum, norm):
+        if at.spiked(loss_sum, norm) and world.is_main:
             rows = tuning.spike_rows(cfg, model, parts["train"], units.members(at.batch), world)
             at.note_spike(model, {"lr": lr, **figures, **rows})
         at.update(optimizer, precision, lr, **figures)

@@ -39,7 +39,7 @@ class Config(core.Bookkeeping):
     model: str = "gpt2-medium"  # Hub id, folder (GPT-2, or a run of gpt_scratch.py), or tiny:gpt2
     tie_head: bool = True  # the output matrix is the embedding; the journal's was a copy
     lora_rank: core.Count = 16  # columns of B and rows of A
-    lora_alpha: core.within(float, 1e-09) = 16.0  # the multiplier is made of it (lora_scaling)
+    lora_alpha: core.within(float, 1e-9) = 16.0  # the multiplier is made of it (lora_scaling)
     lora_scaling: Literal["alpha/r", "alpha", "alpha/sqrt(r)"] = "alpha/r"  # multiplier of B A x
     lora_init: Literal["fan_in", "rank"] = "fan_in"  # A is uniform within 1 / sqrt of this
     lora_dropout: core.Share = 0.0  # of what an adapter reads
@@ -75,7 +75,7 @@ class Config(core.Bookkeeping):
     log_every: core.Count = 25  # steps
     # answers and forgetting
     sample_tokens: core.Whole = 50  # most in an answer to a fixed prompt, at every evaluation; 0 = none
-    answer_rows: core.Whole | None = None  # test rows answered at the end, spread evenly; none = all
+    answer_rows: core.Whole | None = None  # test rows answered at the end; none = all, 0 = none
     max_new_tokens: core.Count = 256  # most in such an answer
     plain: str = "python-docs"  # text whose held-out part shows what is forgotten: as gpt_scratch.py's data
     plain_blocks: core.Whole = 50  # of max_length tokens; 0 = none
@@ -279,7 +279,7 @@ def train(run, cfg, world) -> dict:
         loss_sum = forward_backward(at.rows, at.targets)
         norm = core.gradient_norm(optimizer, precision)
         figures = {"multiplier_lr": strength * lr, **tuning.batch_facts(units, at.batch)}
-        if at.spiked(loss_sum, norm):
+        if at.spiked(loss_sum, norm) and world.is_main:
             rows = tuning.spike_rows(cfg, model, parts["train"], units.members(at.batch), world)
             at.note_spike(model, {"lr": lr, **figures, **rows})
         at.update(optimizer, precision, lr, **figures)

@@ -78,7 +78,7 @@ class Config(core.Bookkeeping):
     init_step: core.Whole | None = None  # a checkpoint of that run; none = the one it was tested with
     method: Literal["full", "lora", "loha", "lokr"] = "full"  # all weights, or adapters on a base that stands
     lora_rank: core.Count = 16  # of all three kinds of adapter
-    lora_alpha: core.within(float, 1e-09) = 32.0  # they are multiplied by alpha / rank
+    lora_alpha: core.within(float, 1e-9) = 32.0  # they are multiplied by alpha / rank
     lora_dropout: core.Share = 0.0  # of what LoRA reads
     qat: Literal["off", "int4"] = "off"  # train for int4 weights and int8 activations; with method full
     qat_group: core.within(int, 2) = 256  # inputs of an output that share a scale; 32 is finer
@@ -341,10 +341,11 @@ def fit(run, cfg, world, stage) -> dict:
         lr, beta1 = (rate(cfg, at.step, at.schedule_length) for rate in (core.lr_at, core.beta1_at))
         loss_sum = forward_backward(at.rows, at.targets)
         norm = core.gradient_norm(optimizer, stage.precision)
-        if at.spiked(loss_sum, norm):
+        if at.spiked(loss_sum, norm) and world.is_main:
             at.note_spike(model, stage.spike_facts(at, lr))
-        at.update(optimizer, stage.precision, lr, beta1)
+        at.update(optimizer, stage.precision, lr, beta1=beta1)
         switch_to_int4(run, cfg, model, at.step + 1, run.schedule_length(at.step + 1, total_steps))
+    switch_to_int4(run, cfg, model, run.step, length=0)
     trains = [p for p in model.parameters() if p.requires_grad]
     state = [t for of in optimizer.state.values() for t in of.values() if isinstance(t, torch.Tensor)]
     megabytes = sum(t.numel() * t.element_size() for t in (*trains, *state)) / 1e6
@@ -1245,7 +1246,7 @@ def check_flags(cfg, world):
     """Says which typed flags have no effect in this stage. UserError for a preset of another mode."""
     typed = core.typed(cfg)
     preset_mode = PRESETS.get(typed.preset, {}).get("mode", cfg.mode)
-    if preset_mode != cfg.mode:
+    if preset_mode != cfg.mode and (preset_mode, cfg.mode) != ("finetune", "find_lr"):
         raise core.UserError(f"--preset {typed.preset} is for --mode {preset_mode}, not {cfg.mode}")
     odd = set()
     if cfg.mode in ("finetune", "find_lr"):

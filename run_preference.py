@@ -268,6 +268,8 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     if first_here:
         run.say(describe_row(data, rows["train"][0], cfg))
     if cfg.mode == "find_lr":
+        if own_rate:
+            run.say(f"the head's rate moves along: it is {head:g} x what is shown")
         return core.find_lr(run, batches, len, saved, forward_backward)
 
     for at in core.steps(run, batches, len, saved, total_steps):
@@ -282,7 +284,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
         lr = core.lr_at(cfg, at.step, at.schedule_length)
         loss_sum = forward_backward(at.rows, at.targets, swaps[world.rank :: world.size])
         norm = core.gradient_norm(optimizer, precision)
-        if at.spiked(loss_sum, norm):
+        if at.spiked(loss_sum, norm) and world.is_main:
             at.note_spike(model, spike_facts(data, rows["train"][at.batch], swaps, cfg, lr))
         at.update(optimizer, precision, lr)
 

@@ -43,7 +43,7 @@ class Config(core.Bookkeeping):
         "c4=allenai/c4:en",
     )
     neutral: str = "c4"  # a third text, that nobody trains on: val/loss and test/loss are on it
-    neutral_share: core.within(float, 1e-4, 0.5) | None = None  # of it in val and test each; none = val_share
+    neutral_share: core.within(float, 1e-4, 0.5) | None = None  # of it; none = val_share, test_share
     text_column: str = "text"  # of tables and Hub sets
     max_documents: core.Count | None = None  # of each source; none = all that are needed
     max_tokens: core.Count | None = None  # of each source's training text; none = what the arms need
@@ -387,7 +387,7 @@ def train(run, cfg, world, text=None) -> dict:
         for name, blocks in batches.seen(at.step).items():
             seen[name] += blocks
         norm = core.gradient_norm(optimizer, precision)
-        if at.spiked(loss_sum, norm):
+        if at.spiked(loss_sum, norm) and world.is_main:
             at.note_spike(model, spike_facts(text, batches, at, lr))
         at.update(optimizer, precision, lr)
     return finish(run, cfg, world, text, model, batches, val if cfg.test_weights == "last" else None)

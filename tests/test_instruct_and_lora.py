@@ -350,13 +350,6 @@ def test_a_short_smoke_run_of_adapters_learns(adapted):
     assert result["test/accuracy"] >= 0.08 and "alarm" not in result  # a sixth of the smoke run
 
 
-@pytest.mark.slow
-def test_the_whole_smoke_run_learns():
-    result, folder = go("run_instruct")
-    losses = training_losses(folder)
-    assert losses[-1] < losses[0] - 1.0 and result["test/first_word"] >= 0.5
-
-
 TUNE = [(name, *case) for name in SCRIPTS for case in [
     (["--model", "tiny:foo"], "--model tiny:foo: the only tiny one here is tiny:gpt2"),
     (["--data", "absent.json"], "no such file or folder: absent.json"),

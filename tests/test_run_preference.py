@@ -164,21 +164,19 @@ def test_a_finished_run_is_rebuilt_from_its_folder_alone(smoke, cache):
     assert loss == pytest.approx(got["test/log_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("torchrun", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_ctrl_c_then_the_same_command_with_auto_ends_in_the_same_weights(torchrun):
+def test_ctrl_c_then_the_same_command_with_auto_ends_in_the_same_weights():
     flags = ["--smoke", "--max_documents", 300, "--epochs", 6, "--log_every", 5]
-    straight = command(*flags, "--out", "straight", torchrun=torchrun)
+    straight = command(*flags, "--out", "straight")
     said = straight.communicate(timeout=600)[0]
     assert straight.returncode == 0, said
-    process = command(*flags, "--out", "out", "--resume_timestamp", "auto", torchrun=torchrun)
+    process = command(*flags, "--out", "out", "--resume_timestamp", "auto")
     while "step 20/60" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=300)[0]
     assert result()["status"] == "stopped" and "stopped  Stop: SIGINT" in said
-    if not torchrun:
-        assert process.returncode == -signal.SIGINT
-    again = command(*flags, "--out", "out", "--resume_timestamp", "auto", torchrun=torchrun)
+    assert process.returncode == -signal.SIGINT
+    again = command(*flags, "--out", "out", "--resume_timestamp", "auto")
     said = again.communicate(timeout=600)[0]
     assert again.returncode == 0, said
     assert len(list(Path("out").iterdir())) == 1

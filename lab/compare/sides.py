@@ -70,6 +70,7 @@ def named(name, root) -> list[Facts]:
         return [read(name)]
     runs = read_all(path.parent for path in sorted(Path(root).glob("*/*/config.json")))
     runs = [facts for facts in runs if name in (facts.tag, facts.config.get("preset"))]
+    runs = [facts for facts in runs if facts.config["constants"].get("mode") != "find_lr"]
     if finished := [facts for facts in runs if facts.finished]:
         return finished
     raise UserError(

@@ -23,8 +23,8 @@ ALIASES = {"run_folder": "run"}  # torchrun takes --run for its own --run_path: 
 
 @dataclass(frozen=True)
 class Bookkeeping:
-    """Constants of every training script that are about the run and not about its experiment. A script with
-    another default has the constant in its own Config."""
+    """Constants that every training script has and few experiments are about. A script with another default
+    has the constant in its own Config."""
 
     skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
     compile: bool = False  # the blocks, by torch.compile
@@ -100,7 +100,7 @@ def parsed_config(config_class, presets, smoke, doc, argv=None):
 def _own_first(config_class) -> list[dataclasses.Field]:
     """The constants in the order of the script, the inherited ones last."""
     known = {field.name: field for field in dataclasses.fields(config_class)}
-    own = vars(config_class).get("__annotations__", {})
+    own = inspect.get_annotations(config_class)
     return [known[name] for name in {**own, **known}]
 
 

@@ -224,7 +224,7 @@ class Run:
 
     @property
     def step(self) -> int:
-        """Steps of this fold that the newest checkpoint holds: where the loop begins."""
+        """Steps of this fold at the newest save, or of the resumed checkpoint: where the loop begins."""
         return self._last_step - self.first_step
 
     def save(self, step, model, optimizer, precision, must=False):
@@ -243,10 +243,13 @@ class Run:
         if on_main(self.world, save_checkpoint, self, name, model, tensors, position, must):
             self.checkpoint = name
 
-    def save_best(self, step, loss, model) -> bool:
-        """Saves the weights if `loss` is the fold's lowest so far. Returns whether it is."""
+    def require_finite(self, loss):
         if not math.isfinite(loss):
             raise FloatingPointError(f"validation loss is {loss}: try a lower lr, clipping, or dtype fp32")
+
+    def save_best(self, step, loss, model) -> bool:
+        """Saves the weights if `loss` is the fold's lowest so far. Returns whether it is."""
+        self.require_finite(loss)
         best = self.kept.get(f"best {self.fold}")
         if best and loss >= best["loss"]:
             return False

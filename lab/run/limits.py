@@ -20,10 +20,10 @@ def within(kind, low, high=math.inf):
     return Annotated[kind, Limits(low, high)]
 
 
-Count = within(int, 1)
-Whole = within(int, 0)
-Amount = within(float, 0)  # minutes, dollars
-Rate = within(float, 0)  # of learning, of decay
+Count = within(int, 1)  # 1 or more
+Whole = within(int, 0)  # 0 or more
+Amount = within(float, 0)  # minutes, dollars: 0 or more
+Rate = within(float, 0)  # of learning, of decay: 0 or more
 Share = within(float, 0, 1)
 Seed = within(int, 0, 2**31)
 

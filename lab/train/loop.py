@@ -13,7 +13,7 @@ one step, when the clock ends a run, what a spike is. What is computed stands in
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,19 +28,30 @@ from lab.train.optim import optimizer_step
 
 @dataclass
 class Evaluation:
-    """The model is to be evaluated, `step` steps old."""
+    """The model is to be evaluated, after `step` steps."""
 
     run: Run
     step: int
     where: str  # for a line: "epoch 1.5/3"
     late: bool  # half of the steps are done, so that an alarm is worth a line
     ends: bool  # no step follows
-    poll: Callable[..., int]  # long work calls it: without a checkpoint just made, a signal waits for its end
+    saved: bool  # a checkpoint has just been made: a signal may end the evaluation; else it waits for its end
     trained: Any  # what a checkpoint holds
     evaluates = True
 
+    def poll(self, active=0) -> int:
+        """For long work of all ranks: raises Stop after a signal if this step is saved; sums `active`."""
+        return (self.run.poll if self.saved else self.run.agree)(active)
+
+    def leave_if_signalled(self):
+        """For rank 0's long work: the same, without asking the others."""
+        if self.saved:
+            self.run.leave_if_signalled()
+
     def keep_if_best(self, loss) -> bool:
-        """With test_weights best: saves the weights if their validation loss is the lowest so far."""
+        """With test_weights best: saves the weights if their validation loss is the lowest so far. An error
+        if it is no number."""
+        self.run.require_finite(loss)
         keeps = self.run.cfg.test_weights == "best" and (self.ends or self.step > 0)
         return keeps and self.run.save_best(self.step, loss, self.trained)
 
@@ -79,11 +90,13 @@ class Step:
         if self.run.world.is_main:
             spikes.note(self.run, self.spike, model, facts)
 
-    def update(self, optimizer, precision, lr, beta1=None, more=False, **values):
+    def update(self, optimizer, precision, lr, *, beta1=None, objective=False, **values):
         """Updates the weights at `lr`, unless a spike is left out; counts the step; logs, with `values`.
 
-        more: the loss holds more than val/loss does (smoothing, z-loss), and is logged as train/objective.
+        objective: the loss holds more than val/loss does (smoothing, z-loss): logged as train/objective.
         """
+        if self.norm is None:
+            raise RuntimeError("at.update(...) comes after at.spiked(loss_sum, norm)")
         run, cfg, step = self.run, self.run.cfg, self.step + 1
         optimizer_step(optimizer, precision, cfg.clip, lr, beta1, self.norm, self.left_out)
         run.step_done(self.loss_sum, self.targets, self.read)
@@ -91,7 +104,7 @@ class Step:
             run.metrics(step, {"clock/lr": lr, "clock/share": run.clock_share})
         if step % cfg.log_every == 0 or step == self.total_steps:
             values = {"lr": lr, "grad_norm": float(self.norm), **values}
-            name = "objective" if more else "loss"
+            name = "objective" if objective else "loss"
             run.log_training(self.where, step, round(self.schedule_length), values, name)
         self.updated = True
 
@@ -105,7 +118,7 @@ def count_steps(cfg, batches, most=FOREVER) -> int:
     return min(steps for steps in (epochs, cfg.max_steps, most) if steps is not None)
 
 
-def epochs(run, batches, step) -> str:
+def epoch_line(run, batches, step) -> str:
     """How far a run is after `step` steps, for its lines."""
     fold = f"fold {run.fold + 1} " if getattr(run.cfg, "folds", None) else ""
     planned = f"/{run.cfg.epochs}" if run.cfg.epochs else ""
@@ -113,7 +126,7 @@ def epochs(run, batches, step) -> str:
 
 
 def steps(
-    run, batches, targets_of, saved, total_steps, *, evaluate_first=False, every=None, where=epochs
+    run, batches, targets_of, saved, total_steps, *, evaluate_first=False, every=None, where=epoch_line
 ) -> Iterator[Evaluation | Step]:
     """Yields what comes next until the run ends: an Evaluation, or a Step to take. Stop after a signal.
 
@@ -130,14 +143,14 @@ def steps(
         if ends or (saves and step > 0):
             run.save(step, *saved, must=ends)
         if due and run.state.get("evaluated") != step:
-            poll, late = run.poll if ends or saves else run.agree, 2 * step >= total_steps
-            yield Evaluation(run, step, where(run, batches, step), late, ends, poll, saved[0])
+            late = 2 * step >= total_steps
+            yield Evaluation(run, step, where(run, batches, step), late, ends, ends or saves, saved[0])
             run.state["evaluated"] = step  # a resume does not repeat it
         if ends:
             return
         batch = batches.global_batch(step).tolist()
         rows = batch[world.rank :: world.size]
-        targets = run.agree(int(np.sum(targets_of(rows))))  # the one small reduction of a step
+        targets = run.agree(int(np.sum(targets_of(rows))))  # with the signals, in one small reduction
         if run.stopping:
             run.save(step, *saved, must=True)
             raise Stop(run.stopping)

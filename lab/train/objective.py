@@ -21,8 +21,14 @@ def objective(terms, bias, labels, weights=None, label_smoothing=0.0, z_loss=0.0
     one's own instead: the slow road, which holds all logits.
     """
     if of_logits is not None:
-        logits = sum(F.linear(x, w) for x, w in terms)
-        return of_logits(logits if bias is None else logits + bias, labels)
+        if weights is not None or label_smoothing or z_loss:
+            raise ValueError("of_logits computes the whole loss: leave weights, label_smoothing, z_loss out")
+        kind = terms[0][0].device.type
+        dtype = _product_dtype(terms[0][1], kind)
+        with torch.autocast(kind, enabled=False):
+            logits = sum(F.linear(x.to(dtype), w.to(dtype)) for x, w in terms)
+            logits = logits.to(torch.promote_types(dtype, torch.float32))
+            return of_logits(logits if bias is None else logits + bias, labels)
     if weights is None:
         weights = torch.ones(len(labels), device=labels.device)
     weights = weights.to(torch.promote_types(terms[0][1].dtype, torch.float32))
@@ -39,12 +45,12 @@ class _Objective(torch.autograd.Function):
         to_x = [torch.zeros_like(x) if need else None for x, need in zip(xs, needs[5::2], strict=True)]
         to_b = torch.zeros_like(bias) if needs[4] else None
         with torch.autocast(kind, enabled=False):
-            on_cpu = _folds(kind, dtype, wide)
+            on_cpu = _is_exact_cpu(kind, dtype, wide)
             xs, V = [x.to(dtype) for x in xs], len(ws[0])
             ws = [w.detach() if on_cpu else _whole_rows(w, dtype) for w in ws]
             wanted = zip(ws, needs[6::2], strict=True)
             to_w = [torch.zeros_like(w, dtype=wide) if need else None for w, need in wanted]
-            loss, add = ws[0].new_zeros((), dtype=weights.dtype), _add_folded if on_cpu else _add_slopes
+            loss, add = ws[0].new_zeros((), dtype=weights.dtype), _add_on_cpu if on_cpu else _add_on_card
             sums = [w.sum(0) for w in ws] if on_cpu else None
             for c in _chunks(xs[0], ws[0]):
                 how = labels[c], weights[c, None], smoothing, z, V, sums
@@ -61,12 +67,12 @@ class _Objective(torch.autograd.Function):
         return None, None, None, None, *(None if slope is None else slope.mul_(scale) for slope in slopes)
 
 
-def _folds(kind, dtype, wide) -> bool:
-    """Whether factors go into the products; bf16 would lose the small difference of a late subtraction."""
+def _is_exact_cpu(kind, dtype, wide) -> bool:
+    """Whether factors may go into the products; bf16 would lose the difference of a late subtraction."""
     return kind == "cpu" and dtype == wide
 
 
-def _add_folded(xs, ws, bias, to_x, to_w, to_b, y, weights, s, z, V, sums):
+def _add_on_cpu(xs, ws, bias, to_x, to_w, to_b, y, weights, s, z, V, sums):
     """The loss of some rows; adds their slopes. e = exp(logits - top) is the one large array: a row's factor,
     the targets and the smoothing go into the products, as in loss.py."""
     logits = linear(xs[0], ws[0])
@@ -90,7 +96,7 @@ def _add_folded(xs, ws, bias, to_x, to_w, to_b, y, weights, s, z, V, sums):
     return (weights * (lse + z * lse**2) - targets * hit - s * weights * mean).sum()
 
 
-def _add_slopes(xs, ws, bias, to_x, to_w, to_b, y, weights, s, z, V, _):
+def _add_on_card(xs, ws, bias, to_x, to_w, to_b, y, weights, s, z, V, _):
     """The same with the slope by the logits made first, in fp32, and the vocabulary padded as on cards."""
     logits = sum(linear(x, w) for x, w in zip(xs, ws, strict=True)).to(weights.dtype)
     if bias is not None:

@@ -258,9 +258,7 @@ def test_ctrl_c_ends_a_loop_of_the_shell_and_a_closed_terminal_saves():
 
 
 @slow
-@pytest.mark.parametrize(
-    ("script", "again"), [("gpt_scratch", None), ("gpt_scratch", 2), ("run_preference", 0)]
-)
+@pytest.mark.parametrize(("script", "again"), [("gpt_scratch", 2)])
 def test_a_closed_terminal_under_torchrun(script, again, straight):
     """torchrun hands one HUP on, makes a TERM of a second: the kernel's, the shell's and `again`'s."""
     shell = Shell()

@@ -10,6 +10,7 @@ import pytest
 import ranks
 import torch
 from ranks import launch
+from toys.once import once
 
 import core
 import run_pretrain_diversity as script
@@ -105,6 +106,10 @@ def results_of(out="out") -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A folder in which a study has run to its end, on one rank and undisturbed: not to be written to."""
+    return once(_whole, tmp_path_factory)
+
+
+def _whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -11,10 +11,13 @@ FOLDS = ["--smoke", "--max_documents", 90, "--batch", 6, "--epochs", 1, "--folds
 MADE = {name: (name, SHORT[name]) for name in ranks.SCRIPTS} | {"folds": ("run_preference", FOLDS)}
 
 
+_known = {}
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """kind -> folder of a short run, made once; a test that changes it takes a copy."""
-    known = {}
+    known = _known  # several files import this fixture
 
     def folder(kind):
         if kind not in known:

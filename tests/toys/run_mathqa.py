@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from ranks import launch
+from toys.once import once
 
 NAME = "run_mathqa"
 DATA = [
@@ -87,6 +88,10 @@ def budgets(*names, of=STUDY) -> list:
 @pytest.fixture(scope="module")
 def studied(here, cache):
     """A folder in which a study has run to its end: not to be written to."""
+    return once(_studied, here, cache)
+
+
+def _studied(here, cache):
     patch = here("studied")
     assert launch(NAME, "--out", "out", *STUDY, env=shared_cache(cache)) == [0], Path("out.txt").read_text()
     folder = Path.cwd()

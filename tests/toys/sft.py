@@ -11,6 +11,7 @@ import pytest
 import ranks
 import torch
 from torch import nn
+from toys.once import once
 
 import core
 import run_instruct
@@ -113,20 +114,32 @@ def loss_of(model, examples, cfg) -> float:
 @pytest.fixture(scope="session")
 def tuned(cache, tmp_path_factory):
     """The smoke test's run of all weights, with fewer epochs: (result, folder)."""
-    argv = ["--epochs", 5, "--batch", 16, "--lr", 6e-3, "--eval_every", "none", "--plain_blocks", 4]
-    return go("run_instruct", *argv, "--sample_tokens", 4, out=str(tmp_path_factory.mktemp("tuned")))
+    return once(_tuned, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def adapted(cache, tmp_path_factory):
     """The smoke test's run of adapters, with fewer epochs."""
-    argv = ["--epochs", 2, "--eval_every", 40, "--sample_tokens", 0, "--plain_blocks", 0, "--answer_rows", 10]
-    return go("run_lora", *argv, out=str(tmp_path_factory.mktemp("adapted")))
+    return once(_adapted, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def gpt2_folder(cache, tmp_path_factory):
     """A GPT-2 with a tokenizer, as transformers writes it."""
+    return once(_gpt2_folder, tmp_path_factory)
+
+
+def _tuned(tmp_path_factory):
+    argv = ["--epochs", 5, "--batch", 16, "--lr", 6e-3, "--eval_every", "none", "--plain_blocks", 4]
+    return go("run_instruct", *argv, "--sample_tokens", 4, out=str(tmp_path_factory.mktemp("tuned")))
+
+
+def _adapted(tmp_path_factory):
+    argv = ["--epochs", 2, "--eval_every", 40, "--sample_tokens", 0, "--plain_blocks", 0, "--answer_rows", 10]
+    return go("run_lora", *argv, out=str(tmp_path_factory.mktemp("adapted")))
+
+
+def _gpt2_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpt2") / "base"
     texts = [
         instructions.prompt_text(r["instruction"], r["input"], "alpaca") + r["output"] for r in toy_rows()

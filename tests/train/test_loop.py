@@ -44,6 +44,10 @@ class Recorded:
 
     def poll(self, active=0):
         self.events.append("poll")
+        return active
+
+    def require_finite(self, loss):
+        assert loss == 0.5
 
     def schedule_length(self, step, total_steps):
         return total_steps
@@ -96,10 +100,31 @@ def test_save_every_saves_instead_of_at_evaluations():
 
 
 def test_without_a_checkpoint_just_made_a_signal_waits_for_the_end_of_an_evaluation():
-    polls = {}
-    run = Recorded(save_every=4, eval_every=3)
-    through(run, 8, evaluate=lambda at: polls.update({at.step: at.poll}))
-    assert polls == {3: run.agree, 6: run.agree, 8: run.poll}
+    saved, run = {}, Recorded(save_every=4, eval_every=3)
+    run.leave_if_signalled = lambda: run.events.append("leave")
+
+    def evaluate(at):
+        saved[at.step] = at.saved
+        at.poll()
+        at.leave_if_signalled()
+
+    events = through(run, 8, evaluate=evaluate)
+    assert saved == {3: False, 6: False, 8: True} and events.count("poll") == 1
+    assert run.events.count("leave") == 1
+
+
+def test_an_update_before_the_question_of_spikes_is_an_error_at_once():
+    batches = core.ShardedBatches([3] * 4, 2, World(), seed=1)
+    at = next(loop.steps(Recorded(), batches, len, (None, None, None), 2))
+    with pytest.raises(RuntimeError, match=r"comes after at.spiked"):
+        at.update(None, None, 0.1)
+
+
+def test_a_validation_loss_that_is_no_number_is_an_error_whatever_weights_are_tested():
+    run = Recorded(test_weights="last")
+    run.require_finite = lambda loss: core.Run.require_finite(run, loss)
+    with pytest.raises(FloatingPointError, match="validation loss is nan"):
+        through(run, 8, evaluate=lambda at: at.keep_if_best(float("nan")))
 
 
 def test_the_untrained_model_is_evaluated_where_that_is_asked_for_and_never_kept():
@@ -177,8 +202,8 @@ def test_rates_count_tokens_or_examples():
 
 def test_folds_and_the_clock_alone_are_told_in_the_lines():
     batches = range(5)
-    assert loop.epochs(Recorded(folds=3), batches, 5) == "fold 1 epoch 1/2"
-    assert loop.epochs(Recorded(epochs=None), batches, 2) == "epoch 0.4"
+    assert loop.epoch_line(Recorded(folds=3), batches, 5) == "fold 1 epoch 1/2"
+    assert loop.epoch_line(Recorded(epochs=None), batches, 2) == "epoch 0.4"
 
 
 def test_a_step_that_is_not_ended_is_an_error():

@@ -37,7 +37,7 @@ def by_autograd(terms, bias, labels, weights, label_smoothing=0.0, z_loss=0.0):
 def test_loss_and_slopes_are_those_of_autograd(V, folds, bias, adapter, chunk, options, monkeypatch):
     """As a CPU computes them, and as a card does."""
     torch.manual_seed(0)
-    monkeypatch.setattr(lab.train.objective, "_folds", lambda *kind: folds)
+    monkeypatch.setattr(lab.train.objective, "_is_exact_cpu", lambda *kind: folds)
     slices = lambda x, w: [slice(start, start + chunk) for start in range(0, len(x), chunk)]  # noqa: E731
     everywhere(monkeypatch.setattr, lab.train.loss, "_chunks", slices)
     like, options = {"dtype": torch.float64, "requires_grad": True}, dict(options)
@@ -73,6 +73,12 @@ def test_a_model_weighs_rows_and_tokens_and_leaves_out_what_has_no_target():
     torch.testing.assert_close(model(x, y, weights=rows[:, None].expand(4, 12)), weighed, rtol=1e-10, atol=0)
 
 
+def test_a_loss_of_ones_own_takes_no_other_option():
+    model = random_gpt(vocab_size=40)
+    with pytest.raises(ValueError, match="of_logits computes the whole loss"):
+        model(ids(2, 5, vocab_size=40), ids(2, 5, vocab_size=40), of_logits=print, z_loss=0.1)
+
+
 def test_a_loss_of_ones_own_sees_all_logits_and_is_the_slow_road():
     model = random_gpt(vocab_size=40).double()
     x, y = ids(4, 12, vocab_size=40), ids(4, 12, vocab_size=40)
@@ -94,7 +100,7 @@ def test_the_recipe_of_the_docs_trains_and_is_logged_under_a_name_of_its_own(pac
     assert text.count(line) == 1 and text.count("at.update(optimizer, precision, lr, ") == 1
     text = text.replace(line, "losses.append(ddp(*units.batch(part, world.device), label_smoothing=0.1))")
     update = "at.update(optimizer, precision, lr, "
-    text = text.replace(update, f"{update}more=True, ")
+    text = text.replace(update, f"{update}objective=True, ")
     edited = {"__name__": "edited", "__file__": run_lora.__file__}
     exec(compile(text, run_lora.__file__, "exec"), edited)
     monkeypatch.setattr(run_lora, "train", edited["train"])
