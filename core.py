@@ -5,7 +5,7 @@ of lab/ to read. Scripts import core, and lab only for a subject of their own (m
 # 1  constants become flags (typed: what the command line said); what ends a run on purpose
 from lab.errors import Stop, UserError
 from lab.run.limits import Amount, Count, Rate, Seed, Share, Whole, within
-from lab.run.flags import Bookkeeping, override_lines, parse_config, parsed_config, typed, with_flags
+from lab.run.flags import Bookkeeping, Studied, override_lines, parse_config, parsed_config, typed, with_flags
 from lab.train.precision import Dtype, with_dtype
 
 # 2  processes: with one of them every verb does the obvious thing
@@ -63,7 +63,10 @@ from lab.measure.statistics import (
 from lab.run.meter import clock
 from lab.run.terminal import one_line
 
-# 8  a run's folder: log, metrics, checkpoints; which run a command goes on with; where it came from
+# 8  several runs: arms x seeds, and which is better
+from lab.compare.study import study
+
+# 9  a run's folder: log, metrics, checkpoints; which run a command goes on with; where it came from
 from lab.run.folder import Run
 from lab.run.checkpoints import load_weights, tested_checkpoints, tested_or_newest_checkpoint
 from lab.run.checkpoints import state_sha256, weights_sha256
@@ -71,7 +74,7 @@ from lab.run.resume import CALL_CONSTANTS, MAY_CHANGE, finished_run
 from lab.run.stored import SCRIPTS, is_run, newest_run, out_folder, prepare_folder, read_config
 from lab.run.provenance import device_name, git_state, refuse_dirty, refuse_other_data
 
-# 9  files that are whole or not there
+# 10  files that are whole or not there
 from lab.run.files import (
     joint_hash,
     sha256_file,

@@ -33,7 +33,7 @@ from lab.models import generate
 
 
 @dataclass(frozen=True)
-class Config(core.Bookkeeping):
+class Config(core.Studied):
     # data
     data: str = "python-docs"  # text file or folder, table, Hub id, python-docs or python-code (built in)
     text_column: str = "text"  # of a table or Hub set
@@ -91,7 +91,7 @@ class Config(core.Bookkeeping):
     top_p: core.within(float, 1e-6, 1) | None = None  # sample from the likeliest that reach this; none = all
     stop: str | None = None  # a token that ends a continuation, beside end-of-text
     # run
-    mode: Literal["train", "find_lr", "generate", "profile", "export"] = "train"  # what to do
+    mode: Literal["train", "find_lr", "study", "generate", "profile", "export"] = "train"  # what to do
     dirty: bool = True  # --no-dirty refuses to start with uncommitted changes
 
     def __post_init__(self):
@@ -528,6 +528,8 @@ def profile(run, cfg, world) -> dict:
 
 @record
 def main(cfg, world):
+    if cfg.mode == "study":
+        return core.study(cfg, world, __file__, Config, PRESETS, SMOKE, main)
     cfg = core.with_dtype(cfg, world)
     if not cfg.dirty:
         core.on_main(world, core.refuse_dirty)

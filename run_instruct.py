@@ -22,7 +22,7 @@ from lab.measure import answers, tuning
 
 
 @dataclass(frozen=True)
-class Config(core.Bookkeeping):
+class Config(core.Studied):
     # data
     data: str = "tatsu-lab/alpaca"  # Hub id, file, folder, or python-instructions (built in)
     max_documents: core.Count | None = None  # rows read; none = all
@@ -70,7 +70,7 @@ class Config(core.Bookkeeping):
     plain_blocks: core.Whole = 50  # of max_length tokens; 0 = none
     prompt: str | None = None  # in mode ask: an instruction; none = a prompt loop
     # run
-    mode: Literal["train", "find_lr", "ask"] = "train"  # find_lr: which rate? ask: a run answers
+    mode: Literal["train", "find_lr", "study", "ask"] = "train"  # ask: a finished run answers
     run_folder: str | None = None  # the one that is asked; none = the newest
 
 
@@ -246,6 +246,8 @@ def one_process(cfg, world):
 
 @record
 def main(cfg, world):
+    if cfg.mode == "study":
+        return core.study(cfg, world, __file__, Config, PRESETS, SMOKE, main)
     cfg = core.with_dtype(cfg, world)
     if cfg.mode not in ("train", "find_lr"):
         return one_process(cfg, world)

@@ -25,7 +25,7 @@ from lab.models import lora_peft
 
 
 @dataclass(frozen=True)
-class Config(core.Bookkeeping):
+class Config(core.Studied):
     # data
     data: str = "tatsu-lab/alpaca"  # Hub id, file, folder, or python-instructions (built in)
     max_documents: core.Count | None = None  # rows read; none = all
@@ -81,7 +81,7 @@ class Config(core.Bookkeeping):
     plain_blocks: core.Whole = 50  # of max_length tokens; 0 = none
     prompt: str | None = None  # in mode ask: an instruction; none = a prompt loop
     # run
-    mode: Literal["train", "find_lr", "ask", "export"] = "train"  # find_lr: which rate? export: for peft
+    mode: Literal["train", "find_lr", "study", "ask", "export"] = "train"  # export: for peft
     run_folder: str | None = None  # the one that is asked, or that export writes into; none = the newest
 
 
@@ -326,6 +326,8 @@ def one_process(cfg, world):
 
 @record
 def main(cfg, world):
+    if cfg.mode == "study":
+        return core.study(cfg, world, __file__, Config, PRESETS, SMOKE, main)
     cfg = core.with_dtype(cfg, world)
     if cfg.mode not in ("train", "find_lr"):
         return one_process(cfg, world)

@@ -33,7 +33,7 @@ from lab.models import encoders
 
 
 @dataclass(frozen=True)
-class Config(core.Bookkeeping):
+class Config(core.Studied):
     # data
     data: str = "lmsys/lmsys-arena-human-preference-55k"  # Hub id, file, zip, folder, or python-pairs
     max_documents: core.Count | None = None  # rows read; none = all
@@ -76,7 +76,7 @@ class Config(core.Bookkeeping):
     test_weights: Literal["best", "last"] = "best"  # lowest validation loss, or the final ones
     save_every: core.Count | None = None  # steps; none = at each evaluation, before it
     # run
-    mode: Literal["train", "find_lr", "submit"] = "train"  # submit: judges test_csv by a finished run
+    mode: Literal["train", "find_lr", "study", "submit"] = "train"  # submit: test_csv, by a run
     run_folder: str | None = None  # the one that mode submit uses; none = the newest
 
     def __post_init__(self):
@@ -569,6 +569,8 @@ def cross_validate(run, cfg, world, data) -> tuple[list, list]:
 
 @record
 def main(cfg, world):
+    if cfg.mode == "study":
+        return core.study(cfg, world, __file__, Config, PRESETS, SMOKE, main)
     cfg = core.with_dtype(cfg, world)
     if cfg.mode == "submit":
         return submit_of_a_run(cfg, world)

@@ -51,6 +51,19 @@ class Bookkeeping:
 
 
 @dataclass(frozen=True)
+class Studied(Bookkeeping):
+    """Constants of a script whose runs can be the arms of a study (lab/compare/study.py)."""
+
+    arms: tuple[str, ...] = ()  # of mode study: lr=1e-4 lora_rank=64,lora_alpha=64, or presets
+    grid: tuple[str, ...] = ()  # of mode study: lr=1e-5,3e-5 lora_rank=8,64, every product an arm
+    seeds: Count = 1  # of each arm in a study: seed, seed + 1, ...
+    max_hours: Amount | None = None  # ends a study between two steps; the same command continues
+
+
+STUDY_CONSTANTS = {"arms", "grid", "seeds", "max_hours"}
+
+
+@dataclass(frozen=True)
 class Typed:
     """What was typed on the command line, beside the values: it decides what a resume may change."""
 
@@ -92,6 +105,8 @@ def parsed_config(config_class, presets, smoke, doc, argv=None):
         changed[name] = value(changed.get(name, defaults[name])) if callable(value) else value
     cfg = config_class(**{**changed, **given})
     _check_limits(cfg)
+    if issubclass(config_class, Bookkeeping):
+        _check_mode(cfg, given)
     overrides = {name: value for name, value in changed.items() if name not in {"tag", *given}}
     object.__setattr__(cfg, "typed", Typed(preset, is_smoke, frozenset(given), overrides))  # no constant
     return cfg
@@ -192,6 +207,16 @@ def _check_limits(cfg):
         value, limits = getattr(cfg, name), limits_of(hint)
         if limits and value is not None and not limits.low <= value <= limits.high:
             raise UserError(f"--{name} {value} is out of range: use {limits}")
+
+
+def _check_mode(cfg, given):
+    """UserError for a typed flag that the chosen mode does not read."""
+    only = {"find_lr": {"find_from", "find_to", "find_steps", "find_smoothing"}}
+    if isinstance(cfg, Studied):
+        only["study"] = STUDY_CONSTANTS
+    for mode, names in only.items():
+        if cfg.mode != mode and (odd := sorted(names & set(given))):
+            raise UserError(f"--{odd[0]} is read by --mode {mode}, not by {cfg.mode}")
 
 
 def override_lines(cfg) -> list[str]:
