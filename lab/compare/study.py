@@ -221,20 +221,39 @@ def report(plan, arms, runs, folder):
     facts = [read(path) for arm in arms for path in runs[arm.name]]
     size = plan.cfg.seeds
     at = {arm.name: list(range(n * size, (n + 1) * size)) for n, arm in enumerate(arms)}
-    every_row = shared_rows(facts)
-    means = {rows.name: {arm.name: mean(rows, at[arm.name]) for arm in arms} for rows in every_row}
     validation = {arm.name: validation_loss(facts, at[arm.name]) for arm in arms}
+    means, told = figures_of(arms, facts, at, validation)
     lines = ["# Study", "", f"`python {Path(plan.script).name} {' '.join(words_of(plan))}`", ""]
     lines += [table(plan, arms, facts, at, validation, means), ""]
-    lines += [*verdicts(arms, at, validation, every_row[0]), "", *warnings(plan, arms, validation)]
+    notes = [] if told[:1] and told[0].startswith(NO_VERDICT) else warnings(plan, arms, validation)
+    lines += [*told, "", *notes]
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n".join(lines).rstrip() + "\n"
     (folder / "study.md").write_text(text)
     found = {name: [str(path) for path in paths] for name, paths in runs.items()}
     write_json(folder / "study.json", {"runs": found, "val/loss": validation, "means": means})
-    draw(arms, every_row[0].name, means[every_row[0].name], folder / "study.png")
+    name = next(iter(means))
+    draw(arms, name, means[name], folder / "study.png")
     plan.say(f"{text}done  {folder}/study.md  picture: study.png there")
     plan.say(f"next: python eval.py --table {out_folder(plan.cfg, plan.script)}")
+
+
+NO_VERDICT = "NOTE no verdict, and no arm is chosen: they were validated and tested on different rows"
+
+
+def figures_of(arms, facts, at, validation) -> tuple[dict, list[str]]:
+    """figure -> arm -> mean and interval; verdicts. Arms tested on other rows have figures, no verdict."""
+    try:
+        every = shared_rows(facts)
+        lines = verdicts(arms, at, validation, every[0])
+        return {rows.name: {arm.name: mean(rows, at[arm.name]) for arm in arms} for rows in every}, lines
+    except UserError as error:
+        lines = [f"{NO_VERDICT}: {error}"]
+    means = {}
+    for arm in arms:
+        for rows in shared_rows([facts[i] for i in at[arm.name]]):
+            means.setdefault(rows.name, {})[arm.name] = mean(rows, list(range(len(rows.sums))))
+    return means, lines
 
 
 def words_of(plan) -> list[str]:

@@ -59,6 +59,11 @@ class Studied(Bookkeeping):
     seeds: Count = 1  # of each arm in a study: seed, seed + 1, ...
     max_hours: Amount | None = None  # ends a study between two steps; the same command continues
 
+    def __post_init__(self):
+        super().__post_init__()
+        if getattr(self, "mode", None) == "study" and (self.resume_timestamp or self.resume_step is not None):
+            raise UserError("mode study continues by itself: drop --resume_timestamp, --resume_step")
+
 
 STUDY_CONSTANTS = {"arms", "grid", "seeds", "max_hours"}
 

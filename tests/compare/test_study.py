@@ -85,6 +85,11 @@ def test_flags_of_another_mode_are_refused_by_name(script):
         assert said in Path("out.txt").read_text()
 
 
+def test_a_study_is_not_resumed_by_hand():
+    with pytest.raises(core.UserError, match="mode study continues by itself"):
+        plan_of(gpt_scratch, "--arms", "lr=1", "--resume_timestamp", "auto")
+
+
 def study_of(out="out") -> dict:
     (path,) = Path(out).glob("study-*/study.json")
     return json.loads(path.read_text())
@@ -130,6 +135,16 @@ def test_max_hours_end_a_study_between_two_steps_and_the_same_command_continues(
     assert "next: the same command continues the study" in said and not list(Path("out").glob("study-*"))
     assert launch("gpt_scratch", "--out", "out", *flags, "--max_hours", 1) == [0]
     assert study_of()["means"] == study_of("whole")["means"]
+
+
+def test_arms_that_were_tested_on_other_rows_have_figures_and_no_verdict():
+    small = [*SHORT["run_lora"], "--max_steps", 2, "--answer_rows", 0, "--plain_blocks", 0]
+    flags = [*small, "--mode", "study", "--arms", "lr=1e-3", "lr=1e-3,split=file_order"]
+    assert launch("run_lora", "--out", "out", *flags) == [0], Path("out.txt").read_text()
+    said = Path("out.txt").read_text()
+    assert "NOTE no verdict, and no arm is chosen: they were validated and tested on different rows" in said
+    assert set(study_of()["means"]["loss"]) == {"lr=1e-3", "lr=1e-3,split=file_order"}
+    assert "chosen by" not in said
 
 
 def arm(name, **values) -> studies.Arm:
