@@ -9,6 +9,7 @@ import pytest
 import ranks
 from laws.test_laws import SHORT
 from ranks import launch
+from toys.sft import toy_file
 
 import core
 import gpt_scratch
@@ -139,11 +140,11 @@ def test_max_hours_end_a_study_between_two_steps_and_the_same_command_continues(
 
 def test_arms_that_were_tested_on_other_rows_have_figures_and_no_verdict():
     small = [*SHORT["run_lora"], "--max_steps", 2, "--answer_rows", 0, "--plain_blocks", 0]
-    flags = [*small, "--mode", "study", "--arms", "lr=1e-3", "lr=1e-3,split=file_order"]
+    flags = [*small, "--mode", "study", "--arms", "lr=1e-3", f"data={toy_file(140)}"]
     assert launch("run_lora", "--out", "out", *flags) == [0], Path("out.txt").read_text()
     said = Path("out.txt").read_text()
     assert "NOTE no verdict, and no arm is chosen: they were validated and tested on different rows" in said
-    assert set(study_of()["means"]["loss"]) == {"lr=1e-3", "lr=1e-3,split=file_order"}
+    assert set(study_of()["means"]["loss"]) == {"lr=1e-3", "data=rows.json"}
     assert "chosen by" not in said
 
 
