@@ -50,6 +50,9 @@ class Bookkeeping:
             raise UserError("--resume_timestamp goes with training, not with find_lr, which keeps nothing")
 
 
+FIND_CONSTANTS = {"find_from", "find_to", "find_steps", "find_smoothing"}
+
+
 @dataclass(frozen=True)
 class Typed:
     """What was typed on the command line, beside the values: it decides what a resume may change."""
