@@ -16,6 +16,7 @@ from toys.quantise import TINY, assert_same, here, metrics, parsed
 
 import core
 import run_mathqa
+from lab.run.flags import FIND_CONSTANTS
 from lab.train import optim
 
 READ = [
@@ -84,6 +85,7 @@ DEFAULTS = {
     ),
     **{"mode": "both", "run_folder": None, "out": None, "tag": "recommended", "resume_timestamp": None},
     **{"resume_step": None, "backend": "auto"},
+    **{"find_from": 1e-6, "find_to": 1.0, "find_steps": 100, "find_smoothing": 0.8},
 }
 NOAM = DEFAULTS | {
     **{"mode": "pretrain", "test_weights": "last", "eval_rows": 1536, "compile": True},
@@ -183,7 +185,7 @@ BOTH_STAGES = {
     *("test_weights", "log_every", "price_per_hour", "note"),
     # several runs, and the call
     *("arms", "budgets", "shares", "seeds", "mode", "run_folder", "out", "tag", "resume_timestamp"),
-    *("resume_step", "backend"),
+    *("resume_step", "backend", *FIND_CONSTANTS),
 }
 
 

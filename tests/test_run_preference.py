@@ -165,12 +165,12 @@ def test_a_finished_run_is_rebuilt_from_its_folder_alone(smoke, cache):
 
 
 def test_ctrl_c_then_the_same_command_with_auto_ends_in_the_same_weights():
-    flags = ["--smoke", "--max_documents", 300, "--epochs", 6, "--log_every", 5]
+    flags = ["--smoke", "--max_documents", 150, "--epochs", 6, "--log_every", 5]
     straight = command(*flags, "--out", "straight")
     said = straight.communicate(timeout=600)[0]
     assert straight.returncode == 0, said
     process = command(*flags, "--out", "out", "--resume_timestamp", "auto")
-    while "step 20/60" not in process.stdout.readline():
+    while "step 20/30" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=300)[0]

@@ -50,6 +50,9 @@ class Bookkeeping:
             raise UserError("--resume_timestamp goes with training, not with find_lr, which keeps nothing")
 
 
+FIND_CONSTANTS = {"find_from", "find_to", "find_steps", "find_smoothing"}
+
+
 @dataclass(frozen=True)
 class Studied(Bookkeeping):
     """Constants of a script whose runs can be the arms of a study (lab/compare/study.py)."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lab.errors import UserError
 from lab.run.checkpoints import newest_whole_checkpoint, read_manifest
-from lab.run.flags import override_lines, typed
+from lab.run.flags import FIND_CONSTANTS, override_lines, typed
 from lab.run.stored import PACKED, locked, out_folder, read_config, status_of
 
 MAY_CHANGE = {  # what a flag may change in a resumed run: length, cadence, bookkeeping, how it is computed
@@ -30,6 +30,7 @@ MAY_CHANGE = {  # what a flag may change in a resumed run: length, cadence, book
     "micro_tokens",
     "compile",
     "answer_rows",
+    *FIND_CONSTANTS,  # no run that is resumed reads them
 }
 # of the call, not of the run: what was stored of these never counts
 CALL_CONSTANTS = {"out", "tag", "resume_timestamp", "resume_step", "backend"}
