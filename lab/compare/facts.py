@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lab.errors import UserError
 from lab.run.files import sha256_file
+from lab.run.flags import STUDY_CONSTANTS
 from lab.run.resume import CALL_CONSTANTS, MAY_CHANGE
 from lab.run.stored import read_config
 
@@ -176,7 +177,8 @@ def find(names) -> list[Facts]:
 
 
 LENGTH = {"epochs", "max_steps", "max_minutes", "final_eval"}
-IGNORED_IN_COMPARISON = CALL_CONSTANTS | (MAY_CHANGE - LENGTH) | {"seed", "run_folder", "prompt"}
+IGNORED_IN_COMPARISON = CALL_CONSTANTS | STUDY_CONSTANTS | (MAY_CHANGE - LENGTH)
+IGNORED_IN_COMPARISON |= {"seed", "run_folder", "prompt"}
 
 
 def experiment_constants(facts) -> dict:

@@ -219,7 +219,7 @@ def _check_limits(cfg):
 
 def _check_mode(cfg, given):
     """UserError for a typed flag that the chosen mode does not read."""
-    only = {"find_lr": {"find_from", "find_to", "find_steps", "find_smoothing"}}
+    only = {"find_lr": FIND_CONSTANTS}
     if isinstance(cfg, Studied):
         only["study"] = STUDY_CONSTANTS
     for mode, names in only.items():
