@@ -79,9 +79,7 @@ def test_a_closed_terminal_saves_and_the_same_command_goes_on(script, place, nth
         assert f"stopped  Stop: {first_heard(how).name}; " in log and log.endswith("next: the same command\n")
     if place == "step":
         assert result()["checkpoint"] == f"step_{nth:08d}"
-    if (
-        place != "result" or size == 1
-    ):  # rank 1 writes no result: it may be past its last line, and die of a HUP
+    if place != "result" or size == 1:  # behind its last line rank 1 may die of the HUP
         assert codes == ranks.stopped(size, HUP if place == "result" else first_heard(how))
     same_outcome(run(script, *SHORT[script], *AUTO, size=size), straight(script, size)[0])
     assert len(list(Path("out").iterdir())) == 1
