@@ -96,13 +96,15 @@ def study_of(out="out") -> dict:
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "script", [pytest.param(name, marks=[pytest.mark.slow] * (name != "gpt_scratch")) for name in STUDIED]
+    ("script", "size"),
+    [
+        ("gpt_scratch", 1),
+        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in STUDIED[1:]),
+        *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("gpt_scratch", "run_preference")),
+    ],
 )
 def test_a_study_killed_again_and_again_has_the_same_table_and_no_run_twice(script, size):
-    if size == 2 and script not in ("gpt_scratch", "run_preference"):
-        pytest.skip("two ranks are tried on two scripts")
     flags = [*SHORT[script], *ARMS]
     assert launch(script, "--out", "whole", *flags, size=size) == [0] * size, Path("out.txt").read_text()
     kills, rng = 0, random.Random(size)
