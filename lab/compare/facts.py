@@ -65,13 +65,14 @@ class Facts:
     def code(self) -> dict[str, str]:
         """File -> SHA-256 of the script and of the project's modules that it imports, as they ran.
 
-        Empty without source/. Files in source/ that the script does not import do not count.
+        Empty without source/. Files in source/ that the script does not import do not count, nor do those of
+        lab/compare/, from which no figure of a run comes.
         """
         source = self.folder / "source"
         hashes, waiting = {}, [f"{self.config['script']}.py"]
         while waiting:
             name = waiting.pop()
-            if name not in hashes and (source / name).exists():
+            if name not in hashes and not name.startswith("lab/compare/") and (source / name).exists():
                 hashes[name] = sha256_file(source / name)
                 waiting += imported_files(source, _text(source / name))
         return dict(sorted(hashes.items()))
