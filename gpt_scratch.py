@@ -288,24 +288,12 @@ def forward_backward(setup, rows, targets) -> float:
     return sum(loss.item() for loss in losses)
 
 
-def take_step(setup, step, targets, lr, beta1) -> tuple[float, float]:
-    """Trains on global batch `step`; returns (this rank's summed loss before the update, gradient norm)."""
-    core.reseed(setup.cfg.seed, step, setup.world.rank)
-    loss_sum = forward_backward(setup, setup.batches.rank_batch(step), targets)
-    return loss_sum, core.optimizer_step(setup.optimizer, setup.precision, setup.cfg.clip, lr, beta1)
-
-
 def spike_facts(setup, rows, lr) -> dict:
     """What a spiking step read, for spikes.jsonl."""
     stream = setup.blocks["train"]
     start = rows[0] * setup.cfg.block_size
     text = setup.tokens.tokenizer.decode(stream.tokens[start : start + setup.cfg.block_size + 1].tolist())
     return {"lr": lr, "rows": rows, "first_row": text, "targets": int(stream.targets(rows).sum())}
-
-
-def count_targets(setup, step) -> int:
-    """Number of targets in this rank's share of global batch `step`."""
-    return int(setup.blocks["train"].targets(setup.batches.rank_batch(step)).sum())
 
 
 def final_parts(cfg) -> tuple[str, ...]:
@@ -505,11 +493,14 @@ def profile(run, cfg, world) -> dict:
     setup = set_up(run, cfg, world, 10)
     with profiler() as seen:
         for step in range(10):
-            targets = run.agree(count_targets(setup, step))
+            rows = setup.batches.rank_batch(step)
+            targets = run.agree(int(setup.blocks["train"].targets(rows).sum()))
             if run.stopping:
                 raise core.Stop(run.stopping)
             lr, beta1 = core.lr_at(cfg, step, setup.total_steps), core.beta1_at(cfg, step, setup.total_steps)
-            take_step(setup, step, targets, lr, beta1)
+            core.reseed(cfg.seed, step, world.rank)
+            forward_backward(setup, rows, targets)
+            core.optimizer_step(setup.optimizer, setup.precision, cfg.clip, lr, beta1)
     kind = "self_device_time_total" if world.device.type != "cpu" else "self_cpu_time_total"
     rows = sorted(seen.key_averages(), key=lambda row: -getattr(row, kind))
     total = sum(getattr(row, kind) for row in rows)

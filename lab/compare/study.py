@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lab.compare.difference import difference, mean, verdict
-from lab.compare.facts import read
+from lab.compare.facts import LENGTH, read
 from lab.compare.rows import shared_rows
 from lab.compare.tables import markdown, slug
 from lab.errors import Stop, UserError
@@ -31,7 +31,6 @@ from lab.run.signals import listening
 from lab.run.stored import out_folder
 from lab.train.processes import barrier, on_main
 
-LENGTH = {"epochs", "max_steps", "max_minutes"}  # may change in a resumed run, but make another experiment
 NOT_AN_ARMS = CALL_CONSTANTS | STUDY_CONSTANTS | {"mode", "seed", "note", "price_per_hour"}
 
 
