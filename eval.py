@@ -102,11 +102,11 @@ TAKES = {  # what each job looks at; other flags would change nothing
 
 
 def job_of(cfg) -> str:
-    """The job: measure, generate, judge, compare, table or pack. UserError for a
-    flag that it does not use."""
+    """measure, generate, judge, compare, table or pack. UserError for a flag that this job does not read."""
     job = next((name for name in ("compare", "table", "pack") if getattr(cfg, name)), cfg.mode)
-    if idle := sorted(core.typed(cfg).flags - TAKES[job] - {"mode", "out", "backend"}):
-        raise core.UserError(f"{job} does not look at --{', --'.join(idle)}: drop it")
+    for name in sorted(core.typed(cfg).flags - TAKES[job] - {"mode", "out", "backend"}):
+        readers = [each for each, names in TAKES.items() if name in names]
+        raise core.UserError(f"--{name} is read by {' or '.join(readers)}, not by {job}")
     return job
 
 

@@ -83,7 +83,7 @@ class Config(core.Studied):
     test_weights: Literal["best", "last"] = "best"  # lowest validation loss, or the final ones
     save_every: core.Count | None = None  # steps; none = at each evaluation, before it
     # samples and generation
-    prompt: str | None = None  # none = an end-of-text token in training, a prompt loop in mode generate
+    prompt: str | None = None  # in mode generate; none = a prompt loop
     sample_tokens: core.Whole = 300  # of each of three samples after an evaluation; 0 = none
     max_new_tokens: core.Count = 300  # in mode generate
     temperature: core.Amount = 0.8  # 0 = greedy
@@ -93,6 +93,19 @@ class Config(core.Studied):
     # run
     mode: Literal["train", "find_lr", "study", "generate", "profile", "export"] = "train"  # what to do
     dirty: bool = True  # --no-dirty refuses to start with uncommitted changes
+
+    NO_TRAINING = ("generate", "export")
+    READ_BY = core.Studied.READ_BY | {
+        "generate": {"prompt", "max_new_tokens"},
+        "train find_lr study profile generate": {
+            "temperature",
+            "top_k",
+            "top_p",
+            "stop",
+            "seed",
+        },  # of samples
+        "train find_lr study profile generate export": {"model", "dirty"},
+    }
 
     def __post_init__(self):
         super().__post_init__()
@@ -422,7 +435,7 @@ def sample(run, cfg, at, model, tokenizer):
     """Rank 0: writes continuations of the prompt to samples.jsonl, TensorBoard and
     (the first one) the log."""
     if cfg.sample_tokens:
-        prompts = [cfg.prompt or ""] * SAMPLES
+        prompts = [""] * SAMPLES
         texts = core.continuations(
             model, tokenizer, cfg, prompts, cfg.sample_tokens, at.step, at.leave_if_signalled
         )

@@ -73,6 +73,12 @@ class Config(core.Studied):
     mode: Literal["train", "find_lr", "study", "ask"] = "train"  # ask: a finished run answers
     run_folder: str | None = None  # the one that is asked; none = the newest
 
+    NO_TRAINING = ("ask",)
+    READ_BY = core.Studied.READ_BY | {
+        "ask": {"prompt", "run_folder"},
+        "train find_lr study ask": {"max_new_tokens"},
+    }
+
 
 # Some 12,000 training rows: the journal's runs ended at step 5975 with a batch of 2. Not repeated of the code
 # that it came from: gradients were clipped only after the warm-up; biases and norms decayed, too.

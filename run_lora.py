@@ -84,6 +84,13 @@ class Config(core.Studied):
     mode: Literal["train", "find_lr", "study", "ask", "export"] = "train"  # export: for peft
     run_folder: str | None = None  # the one that is asked, or that export writes into; none = the newest
 
+    NO_TRAINING = ("ask", "export")
+    READ_BY = core.Studied.READ_BY | {
+        "ask": {"prompt"},
+        "ask export": {"run_folder"},
+        "train find_lr study ask": {"max_new_tokens"},
+    }
+
 
 # Some 12,000 training rows, multiplier and A as in the code that the journal's came from. Not repeated: there
 # gradients were clipped only after the warm-up.

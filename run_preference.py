@@ -79,6 +79,12 @@ class Config(core.Studied):
     mode: Literal["train", "find_lr", "study", "submit"] = "train"  # submit: test_csv, by a run
     run_folder: str | None = None  # the one that mode submit uses; none = the newest
 
+    NO_TRAINING = ("submit",)
+    READ_BY = core.Studied.READ_BY | {
+        "submit": {"run_folder"},
+        "train find_lr study submit": {"test_csv", "eval_batch", "encode_once", "dtype"},
+    }
+
     def __post_init__(self):
         super().__post_init__()
         if self.symmetric and self.swap_augmentation:
@@ -495,9 +501,6 @@ def write_submission(path, ids, probs):
             table.writerow([row_id, *p])
 
 
-SUBMIT_FLAGS = {"mode", "run_folder", "test_csv", "eval_batch", "dtype", "out", "backend", "encode_once"}
-
-
 def run_to_submit(cfg) -> str:
     """cfg.run_folder, or the newest finished run."""
     return cfg.run_folder or str(core.newest_run(cfg, __file__, finished=True))
@@ -505,12 +508,11 @@ def run_to_submit(cfg) -> str:
 
 def submit_of_a_run(cfg, world):
     """Mode submit: a finished run (all its folds) judges the rows of --test_csv."""
-    flags = core.typed(cfg).flags
-    if useless := sorted(flags - SUBMIT_FLAGS):
-        raise core.UserError(f"--mode submit takes these from the run: drop --{', --'.join(useless)}")
     folder = Path(core.on_main(world, run_to_submit, cfg))
     checkpoints = core.on_main(world, core.tested_checkpoints, folder)
-    changes = {name: getattr(cfg, name) for name in flags & {"eval_batch", "dtype", "encode_once"}}
+    changes = {
+        name: getattr(cfg, name) for name in core.typed(cfg).flags & {"eval_batch", "dtype", "encode_once"}
+    }
     stored, model, tokenizer = rebuild(folder, world, test_csv=cfg.test_csv, **changes)
     data = rows_to_judge(stored, tokenizer, world)
     say = print if world.is_main else lambda line: None

@@ -29,6 +29,8 @@ from lab.measure import diversity, held_out
 from lab.run import checkpoints
 
 ONE_ARM = ("train", "find_lr")  # modes that read the text of one arm, `data`
+DIVERSITY_CONSTANTS = {"probe", "procedure", "sequences", "head_epochs", "fisher_samples", "floor_repeats"}
+DIVERSITY_CONSTANTS |= {"diversity_batches", "diversity_batch", "diversity_length"}
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,11 @@ class Config(core.Bookkeeping):
     # run
     mode: Literal["study", "train", "find_lr", "cache", "diversity"] = "study"  # study: all arms
     dirty: bool = True  # --no-dirty refuses to start with uncommitted changes
+
+    READ_BY = core.Bookkeeping.READ_BY | {
+        " ".join(ONE_ARM): {"data"},
+        "study cache diversity": {"seeds", *DIVERSITY_CONSTANTS},  # the study's command, a part of its work
+    }
 
     def __post_init__(self):
         super().__post_init__()
@@ -502,10 +509,6 @@ class DiversityStudy:
     folder: Path
     say: object
     poll: object
-
-
-DIVERSITY_CONSTANTS = {"probe", "procedure", "sequences", "head_epochs", "fisher_samples", "floor_repeats"}
-DIVERSITY_CONSTANTS |= {"diversity_batches", "diversity_batch", "diversity_length"}
 
 
 def matters(cfg) -> frozenset[str]:

@@ -235,7 +235,7 @@ def broken_inputs():
     (["--run", "{run}", "--data", "absent.txt"], "no such file or folder: absent.txt"),
     (["--run", "{run}", "--data", "python-docs", "--context", "99"], "--context 99 is over the 32 positions"),
     (["--run", "{run}", "--data", "python-docs", "--stride", "40"], "--stride 40 is over the 32 tokens"),
-    (["--run", "{run}", "--sort", "loss"], "measure does not look at --sort"),
+    (["--run", "{run}", "--sort", "loss"], "--sort is read by table, not by measure"),
     (["--pairwise", "--run", "{run}"], "--pairwise belongs to --mode judge"),
     (["--run", "runs/run_lora/2026"], "no such folder: runs/run_lora/2026"),
     (["--mode", "generate", "--run", "{run}"], "has no instruction rows of its own"),

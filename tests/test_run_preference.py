@@ -415,7 +415,10 @@ def test_a_submission_is_refused_where_it_would_be_another_models():
         for text in (before, (newest() / "submission.csv").read_text())
     ), rtol=0, atol=1e-6)  # fmt: skip
     assert launch("run_preference", *submitting, "--run_folder", newest(), "--max_length", 20) == [2]
-    assert "--mode submit takes these from the run: drop --max_length" in Path("out.txt").read_text()
+    assert (
+        "--max_length is read by --mode train or find_lr or study, not by submit"
+        in Path("out.txt").read_text()
+    )
     damaged = newest() / "checkpoints" / result()["test_checkpoints"][1] / "model.safetensors"
     damaged.write_bytes(b"")
     assert launch("run_preference", *submitting, "--run_folder", newest()) == [2]

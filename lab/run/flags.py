@@ -12,13 +12,18 @@ import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lab.errors import UserError
 from lab.run.limits import Amount, Count, Whole, limits_of, within
 from lab.run.terminal import outlive_terminal
 
 ALIASES = {"run_folder": "run"}  # torchrun takes --run for its own --run_path: --run_folder works under both
+
+
+FIND_CONSTANTS = {"find_from", "find_to", "find_steps", "find_smoothing"}
+STUDY_CONSTANTS = {"arms", "grid", "seeds", "max_hours"}
+EVERY_MODE = {"mode", "out", "backend"}
 
 
 @dataclass(frozen=True)
@@ -43,14 +48,17 @@ class Bookkeeping:
     find_steps: Count = 100  # of mode find_lr
     find_smoothing: within(float, 0, 0.9999) = 0.8  # weight of the past in the running mean of the loss
 
+    # No constants: which modes read a constant that is not simply one of training (readers_of).
+    NO_TRAINING = ()  # modes that train nothing and read only what READ_BY and EVERY_MODE name
+    READ_BY: ClassVar = {
+        "find_lr": FIND_CONSTANTS
+    }  # modes -> the constants that these modes read, and no other
+
     def __post_init__(self):
         if self.find_from >= self.find_to:
             raise UserError(f"find_from {self.find_from} is not below find_to {self.find_to}")
         if getattr(self, "mode", None) == "find_lr" and (self.resume_timestamp or self.resume_step):
             raise UserError("--resume_timestamp goes with training, not with find_lr, which keeps nothing")
-
-
-FIND_CONSTANTS = {"find_from", "find_to", "find_steps", "find_smoothing"}
 
 
 @dataclass(frozen=True)
@@ -62,13 +70,12 @@ class Studied(Bookkeeping):
     seeds: Count = 1  # of each arm in a study: seed, seed + 1, ...
     max_hours: Amount | None = None  # ends a study between two steps; the same command continues
 
+    READ_BY: ClassVar = {"find_lr": FIND_CONSTANTS, "study": STUDY_CONSTANTS}
+
     def __post_init__(self):
         super().__post_init__()
         if getattr(self, "mode", None) == "study" and (self.resume_timestamp or self.resume_step is not None):
             raise UserError("mode study continues by itself: drop --resume_timestamp, --resume_step")
-
-
-STUDY_CONSTANTS = {"arms", "grid", "seeds", "max_hours"}
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,7 @@ def with_flags(cfg, like, flags):
 
 
 def _parser(config_class, defaults, presets, hints, doc) -> argparse.ArgumentParser:
-    flags = ["preset", "smoke", *hints, *(f"no-{name}" for name in hints if hints[name] is bool)]
+    flags = ["preset", "smoke", *defaults, *(f"no-{name}" for name in hints if hints[name] is bool)]
 
     class OneLineParser(argparse.ArgumentParser):
         def error(self, message):
@@ -217,14 +224,22 @@ def _check_limits(cfg):
             raise UserError(f"--{name} {value} is out of range: use {limits}")
 
 
+def readers_of(config_class, name) -> list[str]:
+    """The modes that read a constant. A mode that trains accepts all of training's: its command is the
+    training's with --mode added."""
+    modes = typing.get_args(typing.get_type_hints(config_class)["mode"])
+    if name in EVERY_MODE:
+        return list(modes)
+    named = {mode for words, names in config_class.READ_BY.items() if name in names for mode in words.split()}
+    return [mode for mode in modes if (mode in named if named else mode not in config_class.NO_TRAINING)]
+
+
 def _check_mode(cfg, given):
     """UserError for a typed flag that the chosen mode does not read."""
-    only = {"find_lr": FIND_CONSTANTS}
-    if isinstance(cfg, Studied):
-        only["study"] = STUDY_CONSTANTS
-    for mode, names in only.items():
-        if cfg.mode != mode and (odd := sorted(names & set(given))):
-            raise UserError(f"--{odd[0]} is read by --mode {mode}, not by {cfg.mode}")
+    for name in sorted(given):
+        readers = readers_of(type(cfg), name)
+        if cfg.mode not in readers:
+            raise UserError(f"--{name} is read by --mode {' or '.join(readers)}, not by {cfg.mode}")
 
 
 def override_lines(cfg) -> list[str]:

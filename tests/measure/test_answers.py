@@ -162,7 +162,7 @@ def test_a_run_answers_what_it_is_asked(fixture, request, monkeypatch, capfd):
     ("name", "mode"), [("run_instruct", "ask"), ("run_lora", "ask"), ("run_lora", "export")]
 )
 def test_a_question_takes_one_process(name, mode):
-    cfg = config(name, "--mode", mode, "--run_folder", "nowhere", "--prompt", "Why?")
+    cfg = config(name, "--mode", mode, "--run_folder", "nowhere")
     for rank in (0, 1):
         with pytest.raises(UserError, match=f"--mode {mode} runs in one process: start it with python$"):
             SCRIPTS[name].main(cfg, World(rank=rank, size=2))

@@ -4,13 +4,17 @@ import dataclasses
 import importlib
 import inspect
 import re
+import typing
 from typing import Literal
 
 import pytest
+from conftest import PROJECT
 from ranks import SCRIPTS
 
 import core
+from lab.compare import study as studies
 from lab.models import encoders
+from lab.run import flags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,3 +106,61 @@ def test_help_says_of_every_constant_what_it_is(script):
     comments = dict(re.findall(r"^ +(\w+): .*?# (.*)$", sources, re.M))
     assert {field.name for field in dataclasses.fields(config)} == comments.keys()
     assert [name for name, text in comments.items() if text.rstrip().endswith(",") or len(text) < 4] == []
+
+
+def flag(config, name) -> list[str]:
+    """A constant as it could be typed."""
+    hint, default = typing.get_type_hints(config)[name], getattr(config, name)
+    if default is None:
+        default = {str: "x"}.get(typing.get_args(hint)[0], 1)
+    return studies.as_flags(name, default or ("x",) if isinstance(default, tuple) else default)
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "run_mathqa"])
+def test_a_mode_refuses_each_flag_that_only_other_modes_read(script):
+    module = importlib.import_module(script)
+    modes = typing.get_args(typing.get_type_hints(module.Config)["mode"])
+    names = {field.name for field in dataclasses.fields(module.Config)}
+    for name in sorted(names):
+        readers = flags.readers_of(module.Config, name)
+        assert readers, f"{name} is read by no mode"
+        for mode in set(modes) - set(readers):
+            argv = ["--smoke", "--mode", mode, *flag(module.Config, name)]
+            with pytest.raises(core.UserError, match=f"--{name} |--resume_|--test_csv|--max_minutes"):
+                core.parsed_config(module.Config, module.PRESETS, module.SMOKE, "", argv)
+    listed = set().union(*module.Config.READ_BY.values())
+    assert listed <= names and set(" ".join(module.Config.READ_BY).split()) <= set(modes)
+    assert set(module.Config.NO_TRAINING) <= set(modes)
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "said"),
+    [
+        ("gpt_scratch", ["--prompt", "x"], "--prompt is read by --mode generate, not by train"),
+        ("gpt_scratch", ["--mode", "generate", "--lr", "1"], "--lr is read by --mode train or find_lr"),
+        (
+            "run_pretrain_diversity",
+            ["--data", "x"],
+            "--data is read by --mode train or find_lr, not by study",
+        ),
+        ("run_lora", ["--run_folder", "x"], "--run_folder is read by --mode ask or export, not by train"),
+        ("run_preference", ["--find_from", "1e-9"], "--find_from is read by --mode find_lr, not by train"),
+    ],
+)
+def test_what_a_mode_does_not_read_is_named_with_the_mode_that_does(script, argv, said):
+    module = importlib.import_module(script)
+    with pytest.raises(core.UserError) as error:
+        core.parsed_config(module.Config, module.PRESETS, module.SMOKE, "", argv)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("script", [*(name for name in SCRIPTS if name != "run_mathqa"), "eval"])
+def test_every_constant_is_read_somewhere(script):
+    """As cfg.name, or by its name, in the script or what it calls."""
+    module = importlib.import_module(script)
+    files = [PROJECT / f"{script}.py", PROJECT / "gpt_scratch.py", *PROJECT.glob("lab/**/*.py")]
+    source = "".join(path.read_text() for path in files)
+    names = [field.name for field in dataclasses.fields(module.Config)]
+    assert [
+        name for name in names if not re.search(rf"""[.]{name}\b|getattr\(\w+, "{name}\"""", source)
+    ] == []
