@@ -67,7 +67,7 @@ from lab.run.terminal import one_line
 from lab.compare.study import study
 
 # 9  a run's folder: log, metrics, checkpoints; which run a command goes on with; where it came from
-from lab.run.folder import Run
+from lab.run.folder import Run, open_run  # open_run: none where it is finished
 from lab.run.checkpoints import load_weights, tested_checkpoints, tested_or_newest_checkpoint
 from lab.run.checkpoints import state_sha256, weights_sha256
 from lab.run.resume import CALL_CONSTANTS, MAY_CHANGE, finished_run

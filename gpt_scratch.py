@@ -97,13 +97,7 @@ class Config(core.Studied):
     NO_TRAINING = ("generate", "export")
     READ_BY = core.Studied.READ_BY | {
         "generate": {"prompt", "max_new_tokens"},
-        "train find_lr study profile generate": {
-            "temperature",
-            "top_k",
-            "top_p",
-            "stop",
-            "seed",
-        },  # of samples
+        "train find_lr study profile generate": {"temperature", "top_k", "top_p", "stop", "seed"},
         "train find_lr study profile generate export": {"model", "dirty"},
     }
 
@@ -541,7 +535,9 @@ def main(cfg, world):
         if world.size > 1:
             raise core.UserError(f"--mode {cfg.mode} runs in one process: start it with python")
         return (generate_mode if cfg.mode == "generate" else export)(cfg, world)
-    with core.Run(cfg, world, __file__, unit="tokens") as run:
+    if not (run := core.open_run(cfg, world, __file__, unit="tokens")):
+        return None
+    with run:
         run.result = {"train": train, "find_lr": find_lr, "profile": profile}[cfg.mode](run, run.cfg, world)
     return run.result
 

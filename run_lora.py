@@ -338,7 +338,9 @@ def main(cfg, world):
     cfg = core.with_dtype(cfg, world)
     if cfg.mode not in ("train", "find_lr"):
         return one_process(cfg, world)
-    with core.Run(cfg, world, __file__, unit="tokens") as run:
+    if not (run := core.open_run(cfg, world, __file__, unit="tokens")):
+        return None
+    with run:
         run.result = train(run, run.cfg, world)
     return run.result
 

@@ -510,9 +510,8 @@ def submit_of_a_run(cfg, world):
     """Mode submit: a finished run (all its folds) judges the rows of --test_csv."""
     folder = Path(core.on_main(world, run_to_submit, cfg))
     checkpoints = core.on_main(world, core.tested_checkpoints, folder)
-    changes = {
-        name: getattr(cfg, name) for name in core.typed(cfg).flags & {"eval_batch", "dtype", "encode_once"}
-    }
+    typed = core.typed(cfg).flags & {"eval_batch", "dtype", "encode_once"}
+    changes = {name: getattr(cfg, name) for name in typed}  # all else is as the run has it
     stored, model, tokenizer = rebuild(folder, world, test_csv=cfg.test_csv, **changes)
     data = rows_to_judge(stored, tokenizer, world)
     say = print if world.is_main else lambda line: None
@@ -578,7 +577,9 @@ def main(cfg, world):
         return submit_of_a_run(cfg, world)
     if cfg.freeze == "all" and "head_lr" in core.typed(cfg).flags:
         raise core.UserError("--freeze all trains the head alone, at --lr: drop --head_lr")
-    with core.Run(cfg, world, __file__) as run:
+    if not (run := core.open_run(cfg, world, __file__)):
+        return None
+    with run:
         cfg = run.cfg
         data = core.load_pairs(cfg, world)
         run.pin("fingerprint", data.fingerprint)

@@ -601,7 +601,9 @@ def train_one(cfg, study) -> Path:
         import torch
 
         torch.compiler.reset()
-    with core.Run(cfg, study.world, __file__, unit="tokens") as run:
+    if not (run := core.open_run(cfg, study.world, __file__, unit="tokens")):  # by another process meanwhile
+        return Path(core.on_main(study.world, finished_run, cfg))
+    with run:
         run.result = train(run, run.cfg, study.world, study.text)
         ended = True
     if not ended:
@@ -841,7 +843,9 @@ def main(cfg, world):
     if not cfg.dirty:
         core.on_main(world, core.refuse_dirty)
     if cfg.mode in ONE_ARM:
-        with core.Run(cfg, world, __file__, unit="tokens") as run:
+        if not (run := core.open_run(cfg, world, __file__, unit="tokens")):
+            return None
+        with run:
             run.result = train(run, run.cfg, world)
         return run.result
 

@@ -19,8 +19,6 @@ from lab.run.limits import Amount, Count, Whole, limits_of, within
 from lab.run.terminal import outlive_terminal
 
 ALIASES = {"run_folder": "run"}  # torchrun takes --run for its own --run_path: --run_folder works under both
-
-
 FIND_CONSTANTS = {"find_from", "find_to", "find_steps", "find_smoothing"}
 STUDY_CONSTANTS = {"arms", "grid", "seeds", "max_hours"}
 EVERY_MODE = {"mode", "out", "backend"}
@@ -48,11 +46,9 @@ class Bookkeeping:
     find_steps: Count = 100  # of mode find_lr
     find_smoothing: within(float, 0, 0.9999) = 0.8  # weight of the past in the running mean of the loss
 
-    # No constants: which modes read a constant that is not simply one of training (readers_of).
-    NO_TRAINING = ()  # modes that train nothing and read only what READ_BY and EVERY_MODE name
-    READ_BY: ClassVar = {
-        "find_lr": FIND_CONSTANTS
-    }  # modes -> the constants that these modes read, and no other
+    # Modes of NO_TRAINING read only what READ_BY names for them: modes -> constants of these modes alone.
+    NO_TRAINING = ()
+    READ_BY: ClassVar = {"find_lr": FIND_CONSTANTS}
 
     def __post_init__(self):
         if self.find_from >= self.find_to:

@@ -40,6 +40,13 @@ from lab.train.precision import Precision
 from lab.train.processes import all_reduce_sum, heard_signals, may_leave, on_main
 
 
+def open_run(cfg, world, script, unit="examples"):
+    """The Run of these constants: a new folder or one to resume. None, and a line, where --resume_timestamp
+    auto finds it finished. unit: what rates count, examples or tokens."""
+    run = Run(cfg, world, script, unit)
+    return None if run.finished else run
+
+
 class Run:
     """One run folder. A context manager: Stop ends its body quietly as `stopped`, an error as `failed`.
 
@@ -59,12 +66,15 @@ class Run:
         self._lock = self._log = self.curves = self.checkpoint = None
         plan = on_main(world, self._plan, cfg)
         self.folder, self.resumed, self.checkpoint = Path(plan["folder"]), plan["resumed"], plan["checkpoint"]
-        if plan["finished"]:
+        self.finished = plan["finished"]
+        if self.finished:
             if world.is_main:
-                print("\n".join([*plan["lines"], f"{self.folder} is finished: nothing to do"]))
+                print("\n".join([*plan["lines"], f"{self.folder} is finished: nothing to do"]), flush=True)
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
-            sys.exit(0)
+            if self._lock:
+                self._lock.close()
+            return
         self.cfg = dataclasses.replace(cfg, **stored_constants(plan["constants"]))
         object.__setattr__(self.cfg, "typed", typed(cfg))
         self.position = plan["position"]  # of the checkpoint: step, fold, first_step, best, sums, seconds ...
