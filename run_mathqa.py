@@ -1027,10 +1027,8 @@ def one_run(study, cfg) -> Path:
     if cfg.compile or study.world.device.type != "cpu":  # each run compiles for itself, as it would alone
         torch.compiler.reset()
     ended = False
-    try:
-        opened = core.Run(cfg, study.world, __file__, unit="tokens")
-    except SystemExit:  # another process has finished it while this one waited
-        return one_run(study, cfg)
+    if not (opened := core.open_run(cfg, study.world, __file__, unit="tokens")):
+        return one_run(study, cfg)  # another process has finished it while this one waited
     with flags_of_stage(cfg), opened as run:
         run.result = STAGES[cfg.mode](run, run.cfg, study.world)
         ended = True
@@ -1271,8 +1269,11 @@ def main(cfg, world):
             base = cfg.init_from if resumes else newest_base(cfg, world)
             typed = core.typed(cfg)  # not counted as typed: a resume keeps its base, whatever is newest then
             cfg = core.with_flags(replace(cfg, init_from=base), typed, typed.flags - {"init_from"})
-        with flags_of_stage(cfg), core.Run(cfg, world, __file__, unit="tokens") as run:
-            run.result = STAGES[cfg.mode](run, run.cfg, world)
+        with flags_of_stage(cfg):
+            if not (run := core.open_run(cfg, world, __file__, unit="tokens")):
+                return None
+            with run:
+                run.result = STAGES[cfg.mode](run, run.cfg, world)
         return run.result
 
     def say(text):

@@ -553,14 +553,11 @@ def test_the_smoke_run_learns_to_answer_with_all_weights_and_with_int4(size):
 
 
 def test_a_run_that_another_process_finished_meanwhile_is_taken_as_it_is(monkeypatch):
-    """runs.Run leaves by SystemExit when it finds the run finished behind the lock: a study goes on."""
+    """open_run returns none when it finds the run finished behind the lock: a study goes on."""
     found = iter([None, Path("out/theirs")])
 
-    def finished_meanwhile(*args, **options):
-        raise SystemExit(0)
-
     everywhere(monkeypatch.setattr, resume, "finished_run", lambda cfg, script: next(found))
-    everywhere(monkeypatch.setattr, lab.run.folder, "Run", finished_meanwhile)
+    everywhere(monkeypatch.setattr, lab.run.folder, "open_run", lambda *args, **options: None)
     said = []
     study = script.MathQAStudy(
         script.Config(mode="study"), core.World(), Path("out"), said.append, lambda: None
