@@ -5,7 +5,8 @@ of lab/ to read. Scripts import core, and lab only for a subject of their own (m
 # 1  constants become flags (typed: what the command line said); what ends a run on purpose
 from lab.errors import Stop, UserError
 from lab.run.limits import Amount, Count, Rate, Seed, Share, Whole, within
-from lab.run.flags import Bookkeeping, Studied, override_lines, parse_config, parsed_config, typed, with_flags
+from lab.run.flags import Bookkeeping, Studied, override_lines, parse_config, parsed_config
+from lab.run.flags import first_of, typed, with_flags
 from lab.train.precision import Dtype, with_dtype
 
 # 2  processes: with one of them every verb does the obvious thing

@@ -570,15 +570,16 @@ def compare_arms(study):
     cfg, began, trained, runs_by_arm = study.cfg, time.monotonic(), 0, {arm: [] for arm in study.cfg.arms}
     planned = [(cfg.seed + number, arm) for number in range(cfg.seeds) for arm in cfg.arms]
     core.on_main(study.world, check_text, study, planned)
+    there = [core.on_main(study.world, finished_run, run_config(cfg, arm, seed)) for seed, arm in planned]
     for number, (seed, arm) in enumerate(planned):
         left = (time.monotonic() - began) / trained * (len(planned) - number) if trained else None
         eta = f"  eta of all {core.clock(left)}" if left else ""
         study.say(f"study  run {number + 1} of {len(planned)}  arm {arm}  seed {seed}{eta}")
         run_cfg = run_config(cfg, arm, seed)
-        folder = core.on_main(study.world, finished_run, run_cfg)
-        if folder:
+        if folder := there[number]:
             study.say(f"finished already: {folder}")
         else:
+            run_cfg = run_cfg if trained else core.first_of(run_cfg, there.count(""))
             folder, trained = train_one(run_cfg, study), trained + 1
         runs_by_arm[arm].append(Path(folder))
         study.poll()

@@ -24,7 +24,8 @@ from lab.compare.rows import shared_rows
 from lab.compare.tables import markdown, slug
 from lab.errors import Stop, UserError
 from lab.run.files import short_hash, write_json
-from lab.run.flags import STUDY_CONSTANTS, parsed_config, typed, with_flags
+from lab.run.flags import STUDY_CONSTANTS, first_of, parsed_config, typed, with_flags
+from lab.run.forecast import runs_line
 from lab.run.meter import clock
 from lab.run.resume import CALL_CONSTANTS, MAY_CHANGE, finished_run
 from lab.run.signals import listening
@@ -168,14 +169,15 @@ def make_runs(plan, arms, planned, poll) -> dict[str, list[Path]]:
            f"{sum(map(bool, there))} of them finished")  # fmt: skip
     for number, (arm, seed) in enumerate(planned):
         plan.say(f"study  run {number + 1} of {len(planned)}  {arm.name}  seed {seed}")
-        folder = there[number] or one_run(plan, configs[number])
+        made = [folder for folder in there[:number] if not folder]
+        cfg = configs[number] if made else first_of(configs[number], there.count(""))
+        folder = there[number] or one_run(plan, cfg)
         runs[arm.name].append(Path(folder))
         seconds.append(on_main(plan.world, seconds_of, folder))
         left = there[number + 1 :].count("")
         if left and not there[number]:
             hours = left * sum(seconds) / len(seconds) / 3600
-            price = f", {hours * plan.cfg.price_per_hour:.2f} dollars" if plan.cfg.price_per_hour else ""
-            plan.say(f"study  {left} runs are left: about {clock(3600 * hours)}{price}")
+            plan.say(runs_line(left, hours, plan.cfg.price_per_hour))
         poll()
     return runs
 

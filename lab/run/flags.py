@@ -83,6 +83,7 @@ class Typed:
     flags: frozenset = frozenset()
     overrides: dict = dataclasses.field(default_factory=dict)  # what preset and SMOKE changed
     chosen: str | None = None  # a line: what the device decided
+    runs: int = 1  # to be made by the study that makes this one first: its forecast is theirs
 
 
 def parse_config(config_class, presets, smoke, doc, argv=None):
@@ -138,6 +139,11 @@ def with_flags(cfg, like, flags):
     """A copy of `cfg` that counts `flags` as typed; preset and the rest come from `like`."""
     object.__setattr__(cfg, "typed", dataclasses.replace(like, flags=frozenset(flags)))
     return cfg
+
+
+def first_of(cfg, runs):
+    """A copy of `cfg` for the first of `runs` runs that a study makes: it forecasts them all."""
+    return with_flags(dataclasses.replace(cfg), dataclasses.replace(typed(cfg), runs=runs), typed(cfg).flags)
 
 
 def _parser(config_class, defaults, presets, hints, doc) -> argparse.ArgumentParser:

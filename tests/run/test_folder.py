@@ -1,6 +1,7 @@
 """A run's life: what a mistake, a fault and an end leave behind. laws/ tries the laws on whole scripts."""
 
 import json
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,3 +104,18 @@ def test_a_batch_of_fewer_rows_than_ranks_is_refused_in_one_line():
         UserError, match="batch 8 is smaller than 9 ranks: use --nproc_per_node=8 or --batch 9"
     ):
         core.Run(core.parse_config(Config, {}, {}, "", []), World(size=9), "script.py")
+
+
+def test_a_run_that_auto_finds_finished_is_none_and_its_folder_as_it_was(capfd):
+    with start() as run:
+        one_step(run)
+    before = sorted((path, path.stat().st_mtime_ns) for path in run.folder.rglob("*") if path.is_file())
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    capfd.readouterr()
+    cfg = core.parse_config(Config, {}, {}, "", ["--resume_timestamp", "auto"])
+    assert core.open_run(cfg, World(), "script.py") is None
+    assert f"{run.folder} is finished: nothing to do" in capfd.readouterr().out
+    assert before == sorted(
+        (path, path.stat().st_mtime_ns) for path in run.folder.rglob("*") if path.is_file()
+    )
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]

@@ -10,7 +10,7 @@ from ranks import everywhere
 from torch import nn
 
 from core import UserError, World
-from lab.run import forecast
+from lab.run import flags, forecast
 
 
 def make_run(**changes):
@@ -41,6 +41,16 @@ def test_minutes_bound_the_steps_and_what_was_trained_before_counts():
     run.train_seconds = 45.0
     look_ahead(run, steps=1000)
     assert "training 0:00:15" in run.lines[1]
+
+
+def test_the_first_run_of_a_study_forecasts_all_that_are_to_be_made():
+    run = make_run(price_per_hour=90.0)
+    run.cfg.typed = flags.Typed(runs=3)
+    look_ahead(run)  # 40 s each
+    assert run.lines[1:] == ["study  3 runs are left: about 0:02:00, 3.00 dollars"]
+    run.train_seconds = 45.0  # resumed: the others begin at step 0
+    look_ahead(run)
+    assert run.lines[3:] == ["study  3 runs are left: about 0:03:30, 5.25 dollars"]
 
 
 def test_too_little_disk_is_refused_for_a_new_run_only(monkeypatch):
