@@ -24,7 +24,7 @@ WORDS = {
     "c": ["gene", "cell", "protein", "claim", "device", "web", "page", "click", "here", "and", "the"],
 }
 SOURCES = ["--sources", "a=a.jsonl", "b=b.jsonl", "c=c.jsonl"]
-ARMS = ["--arms", "a", "b", "a+b", "--data", "a+b", "--neutral", "c"]
+ARMS = ["--arms", "a", "b", "a+b", "--neutral", "c"]
 TINY = [
     *("--smoke", *SOURCES, *ARMS, "--max_documents", "none", "--tokenizer", "bytes"),
     *("--val_share", 0.2, "--test_share", 0.2, "--held_out_tokens", 1500),
