@@ -18,7 +18,6 @@ from toys.diversity import (
     TINY,
     copied,  # noqa: F401 (a fixture)
     fails,
-    go,
     in_process,
     kept_in,
     parsed,
@@ -300,9 +299,8 @@ def test_a_run_by_itself_is_the_run_of_the_study(copied):
     """With the tokenizer and the pools of the study, which --arms says: bit for bit."""
     want = results_of()["a_b-s0"]
     flags = TINY[: TINY.index("--diversity_batches")]
-    assert ranks.launch(
-        NAME, *flags, "--mode", "train", "--data", "a+b", "--tag", "alone", "--out", "alone"
-    ) == [0]
+    flags += ["--mode", "train", "--data", "a+b", "--tag", "alone", "--out", "alone"]
+    assert ranks.launch("run_pretrain_diversity", *flags) == [0]
     got = ranks.result("alone")
     assert got["weights_sha256"] == want["weights_sha256"]
     names = [name for name in want if name.startswith(("val/", "test/"))]
