@@ -5,6 +5,7 @@ An arm is a list of constants, a preset, or both: `lr=1e-4`, `lora_rank=64,lora_
 It is what its command would be: the words of the study's, and the arm's after them.
 """
 
+import contextlib
 import dataclasses
 import gc
 import itertools
@@ -54,6 +55,7 @@ class Plan:
     presets: dict
     smoke: dict
     main: object
+    may_differ: frozenset | None = None  # constants that an arm may name; none = all but bookkeeping
 
     def say(self, text):
         if self.world.is_main:
@@ -66,15 +68,22 @@ def study(cfg, world, script, config, presets, smoke, main):
     arms = arms_of(plan)
     folder = out_folder(cfg, script) / f"study-{short_hash([arm.cfg.tag for arm in arms], 6)}"
     planned = [(arm, cfg.seed + number) for number in range(cfg.seeds) for arm in arms]
+    with continued(plan) as poll:
+        runs = make_runs(plan, arms, planned, poll)
+        on_main(world, report, plan, arms, runs, folder)
+
+
+@contextlib.contextmanager
+def continued(plan):
+    """Yields poll(), which raises Stop on all ranks after a signal or max_hours; says how a study goes on."""
     timer = None
-    if cfg.max_hours and world.is_main:  # a signal like any other: saved between two steps, and agreed on
-        timer = threading.Timer(3600 * cfg.max_hours, os.kill, (os.getpid(), signal.SIGTERM))
+    if plan.cfg.max_hours and plan.world.is_main:  # a signal: saved between two steps, and agreed on
+        timer = threading.Timer(3600 * plan.cfg.max_hours, os.kill, (os.getpid(), signal.SIGTERM))
         timer.daemon = True
         timer.start()
     try:
-        with listening(world) as poll:
-            runs = make_runs(plan, arms, planned, poll)
-            on_main(world, report, plan, arms, runs, folder)
+        with listening(plan.world) as poll:
+            yield poll
     except Stop:
         plan.say("next: the same command continues the study")
         raise
@@ -109,25 +118,28 @@ def products(grid) -> list[str]:
     return [",".join(chosen) for chosen in itertools.product(*columns)] if columns else []
 
 
-def arm_of(plan, word) -> Arm:
-    """An arm, as its own command would have it."""
+def arm_of(plan, word, flag="--arms") -> Arm:
+    """An arm, as its own command would have it. flag: where its words stood."""
+    constants = {field.name for field in dataclasses.fields(plan.config)} - NOT_AN_ARMS
+    constants &= constants if plan.may_differ is None else plan.may_differ
     preset, flags, names = None, [], []
     for part in word.split(","):
         name, equals, value = part.strip().partition("=")
         if not equals and name in plan.presets and preset is None and not names:
             preset = name
-        elif equals and name in {field.name for field in dataclasses.fields(plan.config)} - NOT_AN_ARMS:
+        elif equals and name in constants:
             names.append(name)
             flags += as_flags(name, {"true": True, "false": False}.get(value, value))
         else:
             known = f"a preset ({', '.join(plan.presets)}) or " if plan.presets else ""
-            raise UserError(f"--arms {word}: {part.strip()!r} is not {known}constant=value")
+            which = "" if plan.may_differ is None else f" of {', '.join(sorted(constants))}"
+            raise UserError(f"{flag} {word}: {part.strip()!r} is not {known}constant=value{which}")
     try:
         cfg = parsed_config(
             plan.config, plan.presets, plan.smoke, "", [*command_of(plan.cfg, preset), *flags]
         )
     except UserError as error:
-        raise UserError(f"--arms {word}: {error}") from None
+        raise UserError(f"{flag} {word}: {error}") from None
     cfg = with_flags(replace(cfg, mode="train", seed=plan.cfg.seed), typed(cfg), typed(cfg).flags)
     like = typed(cfg)
     ignored = CALL_CONSTANTS | STUDY_CONSTANTS | (MAY_CHANGE - LENGTH) | {"seed"}
@@ -168,7 +180,7 @@ def make_runs(plan, arms, planned, poll) -> dict[str, list[Path]]:
            f"{sum(map(bool, there))} of them finished")  # fmt: skip
     for number, (arm, seed) in enumerate(planned):
         plan.say(f"study  run {number + 1} of {len(planned)}  {arm.name}  seed {seed}")
-        folder = there[number] or one_run(plan, configs[number])
+        folder = one_run(plan, configs[number])
         runs[arm.name].append(Path(folder))
         seconds.append(on_main(plan.world, seconds_of, folder))
         left = there[number + 1 :].count("")
@@ -180,12 +192,13 @@ def make_runs(plan, arms, planned, poll) -> dict[str, list[Path]]:
     return runs
 
 
-def run_config(arm, seed):
-    """The constants of an arm's run, which is found again by its tag."""
-    like = typed(arm.cfg)
-    tag = f"{arm.cfg.tag}-s{seed}"
-    cfg = replace(arm.cfg, seed=seed, tag=tag, resume_timestamp="auto")
-    return with_flags(cfg, like, like.flags | {"seed"})
+def run_config(arm, seed, changes=None):
+    """The constants of an arm's run, which is found again by its tag. changes: name -> value, constants that
+    the study itself gives to its arms (a base, a length)."""
+    like, given = typed(arm.cfg), changes or {}
+    tag = "-".join([arm.cfg.tag, *([short_hash(given, 6)] if given else []), f"s{seed}"])
+    cfg = replace(arm.cfg, seed=seed, tag=tag, resume_timestamp="auto", **given)
+    return with_flags(cfg, like, like.flags | {"seed", *given})
 
 
 def finished_folder(cfg, script) -> str:
@@ -197,7 +210,10 @@ def seconds_of(folder) -> float:
 
 
 def one_run(plan, cfg) -> str:
-    """Trains a run, or resumes it. Returns its folder; Stop if it was stopped."""
+    """Trains a run, or resumes it, unless it is finished. Returns its folder; Stop if it was stopped."""
+    if folder := on_main(plan.world, finished_folder, cfg, plan.script):
+        plan.say(f"finished already: {folder}")
+        return folder
     if cfg.compile or plan.world.device.type != "cpu":  # each run compiles for itself, as it would alone
         torch.compiler.reset()
     if plan.world.device.type != "cpu":  # what the last run left is not this one's
