@@ -260,10 +260,15 @@ def build_model(cfg, tokens, world) -> core.GPT:
     return model
 
 
+def stored_config(folder) -> Config:
+    """The constants of a run; those that this script no longer has are left out."""
+    stored, known = core.read_config(folder)["constants"], {field.name for field in fields(Config)}
+    return Config(**{name: value for name, value in stored.items() if name in known})
+
+
 def load_model(folder, world):
     """(Config, model, tokenizer) of a run, from its folder alone; the weights it was tested with."""
-    stored, known = core.read_config(folder)["constants"], {field.name for field in fields(Config)}
-    cfg = Config(**{name: value for name, value in stored.items() if name in known})
+    cfg = stored_config(folder)
     model, tokenizer = core.open_model(folder)
     return cfg, core.Precision(cfg.dtype, world).prepare(model).eval(), tokenizer
 

@@ -56,6 +56,7 @@ class Plan:
     smoke: dict
     main: object
     may_differ: frozenset | None = None  # constants that an arm may name; none = all but bookkeeping
+    own: frozenset = frozenset()  # constants of the script's own studies: no run reads them
 
     def say(self, text):
         if self.world.is_main:
@@ -100,6 +101,11 @@ def arms_of(plan) -> list[Arm]:
     words = [*plan.cfg.arms, *products(plan.cfg.grid)]
     if not words:
         raise UserError("--mode study needs --arms (lr=1e-4 lr=3e-4, or presets) or --grid (lr=1e-4,3e-4)")
+    return different(plan, words)
+
+
+def different(plan, words) -> list[Arm]:
+    """An arm for each word. UserError where two are the same."""
     arms = [arm_of(plan, word) for word in words]
     for one, other in itertools.combinations(arms, 2):
         if one.cfg.tag.rpartition("-")[2] == other.cfg.tag.rpartition("-")[2]:  # of all constants
@@ -118,12 +124,13 @@ def products(grid) -> list[str]:
     return [",".join(chosen) for chosen in itertools.product(*columns)] if columns else []
 
 
-def arm_of(plan, word, flag="--arms") -> Arm:
-    """An arm, as its own command would have it. flag: where its words stood."""
+def arm_of(plan, word, flag="--arms", called=None) -> Arm:
+    """An arm, as its own command would have it; no word: as the study's command has it. flag: where the word
+    stood; called: in the names of its folders, if not by the word."""
     constants = {field.name for field in dataclasses.fields(plan.config)} - NOT_AN_ARMS
     constants &= constants if plan.may_differ is None else plan.may_differ
     preset, flags, names = None, [], []
-    for part in word.split(","):
+    for part in word.split(",") if word else ():
         name, equals, value = part.strip().partition("=")
         if not equals and name in plan.presets and preset is None and not names:
             preset = name
@@ -136,26 +143,27 @@ def arm_of(plan, word, flag="--arms") -> Arm:
             raise UserError(f"{flag} {word}: {part.strip()!r} is not {known}constant=value{which}")
     try:
         cfg = parsed_config(
-            plan.config, plan.presets, plan.smoke, "", [*command_of(plan.cfg, preset), *flags]
+            plan.config, plan.presets, plan.smoke, "", [*command_of(plan.cfg, preset, plan.own), *flags]
         )
     except UserError as error:
         raise UserError(f"{flag} {word}: {error}") from None
     cfg = with_flags(replace(cfg, mode="train", seed=plan.cfg.seed), typed(cfg), typed(cfg).flags)
     like = typed(cfg)
-    ignored = CALL_CONSTANTS | STUDY_CONSTANTS | (MAY_CHANGE - LENGTH) | {"seed"}
+    ignored = CALL_CONSTANTS | STUDY_CONSTANTS | plan.own | (MAY_CHANGE - LENGTH) | {"seed"}
     constants = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ignored}
     prefix = [plan.cfg.tag] if "tag" in typed(plan.cfg).flags else []
-    tag = "-".join([*prefix, slug(word)[:40], short_hash(constants, 6)])
+    tag = "-".join([*prefix, called or slug(word)[:40], short_hash(constants, 6)])
     cfg = with_flags(replace(cfg, tag=tag, out=plan.cfg.out), like, like.flags | {"tag"})
     return Arm(word, {name: getattr(cfg, name) for name in names}, cfg)
 
 
-def command_of(cfg, preset=None) -> list[str]:
-    """The words of a study's command that its runs share; an arm's preset stands for the study's."""
+def command_of(cfg, preset=None, own=frozenset()) -> list[str]:
+    """The words of a study's command that its runs share; an arm's preset stands for the study's. own: names
+    of constants that they do not share, beside a study's."""
     t = typed(cfg)
     argv = ["--smoke"] * t.smoke
     argv += ["--preset", preset or t.preset] if preset or t.preset else []
-    for name in sorted(t.flags - CALL_CONSTANTS - STUDY_CONSTANTS - {"mode", "seed"}):
+    for name in sorted(t.flags - CALL_CONSTANTS - STUDY_CONSTANTS - own - {"mode", "seed"}):
         argv += as_flags(name, getattr(cfg, name))
     return argv
 
