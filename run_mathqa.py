@@ -24,8 +24,9 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import core
 import gpt_scratch
 from lab.compare import mathqa_report, study
-from lab.measure import answers, choices, quantised, tuning
+from lab.measure import choices, quantised, tuning
 from lab.models import int4, loha_lokr
+from lab.train import optim
 
 Mode = Literal["both", "train", "find_lr", "study", "split", "quantise", "export"]
 
@@ -42,7 +43,9 @@ class Config(core.Bookkeeping):
     split_seed: core.Seed = 42  # the same held-out rows for every seed
     # model
     pretrain: str = "noam_wide4"  # the first stage: a preset of gpt_scratch.py, then name=value,...
-    init_from: str | None = None  # a run, a GPT-2 or Llama folder, new; newest, and none where no stage
+    init_from: str | None = (
+        None  # a run, newest, a GPT-2 or Llama folder, new; none = --pretrain's, or newest
+    )
     init_step: core.Whole | None = None  # a checkpoint of that run; none = the one it was tested with
     method: Literal["full", "lora", "loha", "lokr"] = "full"  # all weights, or adapters on a base that stands
     lora_rank: core.Count = 16  # of all three kinds of adapter
@@ -91,7 +94,7 @@ class Config(core.Bookkeeping):
     shares: tuple[str, ...] = ("0.5", "0.75", "0.9")  # of mode split: pretraining's share of both budgets
     max_hours: core.Amount | None = None  # ends several runs between two steps; the same command continues
     # run
-    mode: Mode = "both"  # stages, the second alone, tunings of one base, shares of the time, int4, a folder
+    mode: Mode = "both"  # stages, the second, its rate, several tunings, shares of time, int4, a Llama folder
     run_folder: str | None = None  # the run that is quantised or exported
 
     def __post_init__(self):
@@ -107,6 +110,8 @@ class Config(core.Bookkeeping):
         if self.mode in SEVERAL and (self.resume_timestamp not in (None, "auto") or self.resume_step):
             flags = "--resume_timestamp, --resume_step"
             raise core.UserError(f"mode {self.mode} goes on by itself: drop {flags}")
+        if self.init_from == "new" and self.init_step is not None:
+            raise core.UserError(f"--init_step {self.init_step}: a new model has no checkpoints, drop it")
         if self.mode in ("both", "split") and self.init_from:
             raise core.UserError(f"--init_from: mode {self.mode} pretrains first, use train or study")
 
@@ -122,22 +127,14 @@ READ_BY = {  # what other modes would silently ignore
 }
 SHARED = ("dtype", "compile", "skip_spikes", "keep", "log_every", "note", "price_per_hour", "backend", "out")
 # The journal's rows were padded to 1,024 tokens and cut into two windows of 512, the second one mostly
-# nothing but padding: 256 windows are 128 rows. It validated on the test part, which is not repeated.
+# nothing but padding: 256 windows are 128 rows. It validated on the test part, which is not repeated. What is
+# not named here is as in Config.
 SECOND_STAGE_FULL = {
     "mode": "train",
-    "method": "full",
-    "answer_format": "text",
     "loss_on_prompt": True,
-    "batch": 128,
     "group_lengths": False,
     "lr": 5e-6,
     "min_lr": 5e-7,
-    "warmup": 0.05,
-    "schedule": "cosine",
-    "max_minutes": 60.0,
-    "weight_decay": 0.1,
-    "clip": 1.0,
-    "eval_every": 500,
     "test_weights": "last",
     "eval_rows": 1536,
     "compile": True,
@@ -166,13 +163,10 @@ SMOKE = {
     "lr": lambda lr: 80 * lr,
     "min_lr": lambda lr: 80 * lr,
     "warmup": 0.1,
-    "dropout": 0.0,
-    "dtype": "auto",
     "compile": False,
     "eval_every": 100,
     "eval_rows": 100,
     "answer_rows": 50,
-    "save_every": None,
     "plain_blocks": 20,
     "seeds": 1,
     "budgets": ("steps",),
@@ -198,47 +192,25 @@ def first_stage(cfg, world) -> tuple[study.Plan, study.Arm]:
     return plan, arm
 
 
-def newest_base(cfg) -> str:
-    """The newest finished run of gpt_scratch.py. UserError where there is none."""
-    try:
-        return gpt_scratch.newest_base(cfg)
-    except core.UserError as error:
-        raise core.UserError(f"--init_from {cfg.init_from or 'newest'}: {error}") from None
-
-
 def with_newest(cfg, world) -> Config:
     """cfg with the name of the newest base. It counts as not typed: a resume keeps its base, whatever is
     newest then."""
     like = core.typed(cfg)
-    cfg = replace(cfg, init_from=core.on_main(world, newest_base, cfg))
+    cfg = replace(cfg, init_from=core.on_main(world, gpt_scratch.newest_base, cfg))
     return core.with_flags(cfg, like, like.flags - {"init_from"})
-
-
-def new_base(cfg, world):
-    """(model, tokenizer) of the first stage, with random weights."""
-    _, arm = first_stage(cfg, world)
-    first = replace(arm.cfg, dropout=cfg.dropout, checkpointing=cfg.checkpointing)
-    tokens, _ = gpt_scratch.open_text(first, world)
-    core.reseed(cfg.seed, "init")
-    return gpt_scratch.build_model(first, tokens, world), tokens.tokenizer
 
 
 def open_base(cfg, world):
     """(model, tokenizer) that fine-tuning starts from. UserError where they do not fit cfg or each other."""
-    name = cfg.init_from
-    if name == "new" and cfg.init_step is not None:
-        raise core.UserError(f"--init_step {cfg.init_step}: a new model has no checkpoints, drop it")
-    if Path(name).is_file():
-        raise core.UserError(f"--init_from {name} is a file: use a run's folder")
-    if name.count("/") > 1 and not Path(name).exists():
-        raise core.UserError(f"--init_from {name} is not there; paths count from where the run was started")
-    if (Path(name) / "checkpoints").is_dir() and not core.is_run(name):
-        raise core.UserError(f"--init_from {name} holds adapters only: --mode export merges them")
-    if name == "new":
-        model, tokenizer = new_base(cfg, world)
+    if cfg.init_from != "new":
+        how = cfg.dropout, cfg.checkpointing, cfg.init_step, "--init_from"
+        model, tokenizer = core.main_first(world, core.open_model, cfg.init_from, *how)
     else:
-        how = cfg.dropout, cfg.checkpointing, cfg.init_step
-        model, tokenizer = core.main_first(world, core.open_model, name, *how)
+        first = first_stage(cfg, world)[1].cfg
+        tokens, _ = gpt_scratch.open_text(first, world)
+        core.reseed(cfg.seed, "init")
+        shaped = replace(first, dropout=cfg.dropout, checkpointing=cfg.checkpointing)
+        model, tokenizer = gpt_scratch.build_model(shaped, tokens, world), tokens.tokenizer
     check_context(cfg, model, tokenizer)
     return model, tokenizer
 
@@ -314,7 +286,7 @@ def train(run, cfg, world) -> dict:
     base_sha256 = core.state_sha256(core.base_weights(model))
     run.pin("base_sha256", base_sha256)
     precision, optimizer = core.Precision(cfg.dtype, world), make_optimizer(cfg, model)
-    announce(run, cfg, data, parts, units, lines, model)
+    choices.announce(run, cfg, data, parts, units, lines, model)
     saved = trained, optimizer, precision
     run.load(*saved)  # of a resumed run
     core.on_main(world, keep_for_later, run.folder, cfg, model, tokenizer)
@@ -364,26 +336,6 @@ def make_optimizer(cfg, model):
     return core.make_optimizer(model, cfg.optimizer, cfg.weight_decay, betas, undecayed=undecayed)
 
 
-def announce(run, cfg, data, parts, units, lines, model):
-    """Says what is about to be trained on what; begins the run."""
-    (total, trains), method, train = core.count_parameters(model), cfg.method, parts["train"]
-    counts = "  ".join(f"{name} {len(part)}" for name, part in parts.items())
-    method += f" r={cfg.lora_rank}" if method != "full" else " int4" if cfg.qat != "off" else ""
-    run.say(f"model {method} of {total / 1e6:.1f}M parameters, {trains:,} trainable   {counts}")
-    run.begin()
-    run.say(f"from {cfg.init_from}\ndata {cfg.data}  {len(data)} rows")
-    for line in [*data.lines, *lines]:
-        run.say(line)
-    tokens, targets = train.lengths.mean(), train.targets(range(len(train))).mean()
-    run.say(f"train rows have {tokens:.0f} tokens, {targets:.1f} of them targets")
-    if left := len(units) % cfg.batch:
-        run.say(f"each epoch leaves out {left} of {len(units)}, others each time: they fill no batch")
-    if cfg.max_steps is cfg.epochs is None:
-        run.say("the clock ends this run: its number of steps is estimated at each line")
-    if cfg.optimizer == "lion" and cfg.batch < 64:
-        run.say(f"NOTE Lion is recommended for batches of 64 and more, not {cfg.batch}")
-
-
 def keep_for_later(folder, cfg, model, tokenizer):
     """Writes tokenizer/ and, if checkpoints hold whole models, gpt.json: from these
     the folder rebuilds it."""
@@ -403,14 +355,6 @@ def switch_to_int4(run, cfg, model, step, length):
     int4.switch(model, "quantised_from" in run.state)
 
 
-def state_mb(model, optimizer) -> float:
-    """MB of gradients and of the optimizer's state."""
-    tensors = [p for p in model.parameters() if p.requires_grad]
-    for state in optimizer.state.values():
-        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors) / 1e6
-
-
 def validate(run, cfg, model, rows, plain, batches, at):
     """Loss and answers on validation rows, best weights, a few generated answers; plain text at step 0."""
     if at.step == 0 and plain:
@@ -427,26 +371,13 @@ def validate(run, cfg, model, rows, plain, batches, at):
         share = scores.right(data, asked).mean(0).tolist()
         run.say(f"{at.where}  val  answers {share[0]:.3f}  per token {share[1]:.3f} of {len(asked)}")
         run.metrics(at.step, {"val/answer_accuracy": share[0], "val/answer_accuracy_per_token": share[1]})
-        sample(run, cfg, at, model, data, asked[:3])
-
-
-def sample(run, cfg, at, model, data, rows):
-    """Writes what the model generates after problems to samples.jsonl and TensorBoard; says the first."""
-    if not cfg.sample_tokens:
-        return
-    prompts, decode = [data.prompt(row) for row in rows], data.tokenizer.decode
-    texts = answers.answers(model, data.tokenizer, prompts, cfg.sample_tokens, len(rows), run.world, at.poll)
-    asked = [core.one_line(decode(prompt)) for prompt in prompts]
-    run.samples(at.step, [f"{problem}\n{text}" for problem, text in zip(asked, texts, strict=True)])
-    right = decode(data.whole(rows[0])[len(prompts[0]) : -1]).strip()
-    written = answers.shortened(core.one_line(texts[0]), 20)
-    run.say(f"  | {answers.shortened(asked[0], 46)} -> {written} (right: {answers.shortened(right, 16)})")
+        choices.sample(run, cfg, at, model, data, asked[:3])
 
 
 def finish(run, cfg, data, parts, plain, model, trained, optimizer) -> dict:
     """Hash of the last weights; then figures of the chosen ones on val and test rows, answers, forgetting."""
     facts = {"weights_sha256": core.weights_sha256(trained), "test_checkpoints": [run.checkpoint]}
-    facts |= {"steps": run.step, "state_mb": state_mb(model, optimizer)}
+    facts |= {"steps": run.step, "state_mb": optim.state_megabytes(model, optimizer)}
     facts["parameters"], facts["trainable_parameters"] = core.count_parameters(model)
     optimizer.zero_grad(set_to_none=True)  # makes room for measuring
     optimizer.state.clear()
@@ -562,7 +493,7 @@ def write_merged(model, tokenizer, folder):
 
 # ---------------------------------------------------------------------------------------------- several runs
 
-OF_A_STUDY = frozenset({"budgets", "shares"})  # read by no run
+OF_A_STUDY = frozenset({"budgets", "shares", "pretrain"})  # read by none of its tunings
 ARM_MAY = frozenset({  # what an arm may have of its own: how it is tuned, not what on or how much of it
     "method", "lr", "min_lr", "warmup", "schedule", "cycle_beta1", "optimizer", "beta1", "beta2",
     "weight_decay", "clip", "dropout", "lora_rank", "lora_alpha", "lora_dropout", "qat", "qat_group",
@@ -597,8 +528,7 @@ class Stages:
 
 def both(stages):
     """Mode both: pretraining, then fine-tuning of its model."""
-    seed = stages.rows.cfg.seed
-    base = stages.pretrained(seed)
+    base = stages.pretrained(seed := stages.rows.cfg.seed)
     folder = stages.tuned(stages.arms[0], seed, base)
     stages.rows.say(f"both stages are done\n  {base}\n  {folder}")
 
@@ -668,12 +598,13 @@ def several(cfg, world):
     """Modes both, study and split. Checks everything before the first step."""
     check_words(cfg)
     if cfg.init_from == "newest":
-        flags = core.typed(cfg).flags
-        cfg = core.with_flags(with_newest(cfg, world), core.typed(cfg), flags)
-    plan = study.Plan(cfg, world, __file__, Config, PRESETS, SMOKE, main, ARM_MAY, OF_A_STUDY)
-    arms = (
-        [study.arm_of(plan, "", called=cfg.method)] if cfg.mode == "both" else study.different(plan, cfg.arms)
-    )
+        cfg = with_newest(cfg, world)
+    unread = OF_A_STUDY - ({"pretrain"} if cfg.init_from == "new" else set())
+    plan = study.Plan(cfg, world, __file__, Config, PRESETS, SMOKE, main, ARM_MAY, unread)
+    if cfg.mode == "both":
+        arms = [study.arm_of(plan, "", called=cfg.method)]
+    else:
+        arms = study.different(plan, cfg.arms)
     with study.continued(plan) as poll:
         stages = Stages(*first_stage(cfg, world), plan, arms, poll)
         for line in core.override_lines(cfg):
@@ -714,9 +645,8 @@ def check_stages(stages):
         check_context(cfg, base, tokenizer)
     parts, _ = choices.examples_of(core.load_problems(cfg, world, tokenizer), cfg)
     if len(parts["train"]) < cfg.batch and not cfg.pack:
-        raise core.UserError(
-            f"--batch {cfg.batch} is over the {len(parts['train'])} training rows: use fewer"
-        )
+        rows = len(parts["train"])
+        raise core.UserError(f"--batch {cfg.batch} is over the {rows} training rows: use fewer")
     for arm in stages.arms:
         if cfg.mode == "study" or arm.cfg.qat != "off":
             int4.linear_layers(base, arm.cfg.qat_group)
@@ -727,9 +657,9 @@ def forecast(stages) -> list[str]:
     cfg, first = stages.rows.cfg, stages.pretraining.cfg
     if cfg.mode == "both":
         return []
-    is_split = cfg.mode == "split"
-    tunings = len(cfg.shares) if is_split else 1 + (len(cfg.arms) - 1) * len(cfg.budgets)
-    firsts = len(cfg.shares) if is_split else int(not cfg.init_from)
+    firsts, tunings = int(not cfg.init_from), 1 + (len(cfg.arms) - 1) * len(cfg.budgets)
+    if cfg.mode == "split":
+        firsts = tunings = len(cfg.shares)
     line = f"{cfg.mode}  {cfg.seeds} x ({firsts} pretraining + {tunings} tuning) runs"
     if first.max_minutes is None or cfg.max_minutes is None:
         return [line]

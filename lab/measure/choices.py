@@ -11,10 +11,14 @@ from lab.data.instructions import Examples
 from lab.data.problems import FIRST, split
 from lab.data.tokenizers import token_bytes
 from lab.measure import tuning
+from lab.measure.answers import answers as greedy_answers
+from lab.measure.answers import shortened
 from lab.measure.language import evaluate, loss_lines
 from lab.measure.statistics import bootstrap, language_metrics, plus_minus
 from lab.run.files import write_lines
+from lab.run.terminal import one_line
 from lab.train.loss import IGNORE_INDEX
+from lab.train.optim import count_parameters
 from lab.train.processes import on_main
 
 CHANCE = 1 / len(LETTERS)
@@ -246,3 +250,36 @@ def say_part(run, cfg, part, figures):
     run.say(f"{part:5} loss {loss}  perplexity {m['perplexity']:.2f}  accuracy {accuracy}  {guess}")
     hits, share = "hits" if cfg.loss_on_prompt else "an answer's hits", m["accuracy_over_padding"]
     run.say(f"{part:5} accuracy as journal 004 counted, {hits} / all positions of padded rows: {share:.4f}")
+
+
+def announce(run, cfg, data, parts, units, lines, model):
+    """Says what is about to be trained on what; begins the run."""
+    (total, trains), method, train = count_parameters(model), cfg.method, parts["train"]
+    counts = "  ".join(f"{name} {len(part)}" for name, part in parts.items())
+    method += f" r={cfg.lora_rank}" if method != "full" else " int4" if cfg.qat != "off" else ""
+    run.say(f"model {method} of {total / 1e6:.1f}M parameters, {trains:,} trainable   {counts}")
+    run.begin()
+    run.say(f"from {cfg.init_from}\ndata {cfg.data}  {len(data)} rows")
+    for line in [*data.lines, *lines]:
+        run.say(line)
+    tokens, targets = train.lengths.mean(), train.targets(range(len(train))).mean()
+    run.say(f"train rows have {tokens:.0f} tokens, {targets:.1f} of them targets")
+    if left := len(units) % cfg.batch:
+        run.say(f"each epoch leaves out {left} of {len(units)}, others each time: they fill no batch")
+    if cfg.max_steps is cfg.epochs is None:
+        run.say("the clock ends this run: its number of steps is estimated at each line")
+    if cfg.optimizer == "lion" and cfg.batch < 64:
+        run.say(f"NOTE Lion is recommended for batches of 64 and more, not {cfg.batch}")
+
+
+def sample(run, cfg, at, model, data, rows):
+    """Writes what the model generates after problems to samples.jsonl and TensorBoard; says the first."""
+    if not cfg.sample_tokens:
+        return
+    prompts, decode = [data.prompt(row) for row in rows], data.tokenizer.decode
+    texts = greedy_answers(model, data.tokenizer, prompts, cfg.sample_tokens, len(rows), run.world, at.poll)
+    asked = [one_line(decode(prompt)) for prompt in prompts]
+    run.samples(at.step, [f"{problem}\n{text}" for problem, text in zip(asked, texts, strict=True)])
+    right = decode(data.whole(rows[0])[len(prompts[0]) : -1]).strip()
+    written = shortened(one_line(texts[0]), 20)
+    run.say(f"  | {shortened(asked[0], 46)} -> {written} (right: {shortened(right, 16)})")

@@ -131,14 +131,20 @@ class OtherModel(nn.Module):
         return [row[: next((i for i, token in enumerate(row) if token in stop), len(row))] for row in rows]
 
 
-def open_model(name, dropout=0.0, checkpointing=False, step=None):
+def open_model(name, dropout=0.0, checkpointing=False, step=None, flag="--model"):
     """Opens (model, tokenizer) of a run folder (in its fp32 or fp64), a GPT-2 or Llama folder, or a Hub id,
-    on the CPU. step: of a checkpoint of the run; none: the one it was tested with."""
+    on the CPU. step: of a checkpoint of the run; none: the one it was tested with. flag: that named it."""
     import safetensors.torch
 
+    if Path(name).is_file():
+        raise UserError(f"{flag} {name} is a file: use a run's folder")
+    if name.count("/") > 1 and not Path(name).exists():
+        raise UserError(f"{flag} {name} is not there; paths count from where the run was started")
+    if (Path(name) / "checkpoints").is_dir() and not is_run(name):
+        raise UserError(f"{flag} {name} holds no whole model: adapters are merged by --mode export")
     if step is not None and (not is_run(name) or broken(Path(name) / "checkpoints" / step_name(step))):
         there = sorted(path.name for path in Path(name).glob("checkpoints/step_*"))
-        raise UserError(f"{name} has no whole {step_name(step)}; there: {', '.join(there) or 'none'}")
+        raise UserError(f"{flag} {name} has no whole {step_name(step)}; there: {', '.join(there) or 'none'}")
     if not is_run(name):
         return load_pretrained(name, dropout, checkpointing), pretrained_tokenizer(name, "a run folder")
     folder = Path(name)

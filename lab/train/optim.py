@@ -79,6 +79,14 @@ def make_optimizer(
     return torch.optim.SGD(groups, momentum=0.9)
 
 
+def state_megabytes(model, optimizer) -> float:
+    """MB of gradients and of the optimizer's state."""
+    tensors = [p for p in model.parameters() if p.requires_grad]
+    for state in optimizer.state.values():
+        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors) / 1e6
+
+
 def gradient_norm(optimizer, precision) -> torch.Tensor:
     """Global norm of the unscaled gradients, before clipping: the same on all ranks."""
     precision.scaler.unscale_(optimizer)
