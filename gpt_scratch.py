@@ -13,9 +13,7 @@ constants stand in Config. Each run is a folder under runs/gpt_scratch/.
 """
 
 import functools
-import json
 import math
-import re
 import sys
 import textwrap
 from dataclasses import asdict, dataclass, fields, replace
@@ -28,6 +26,7 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import core
+from lab.measure import language
 from lab.models import generate
 
 # ------------------------------------------------------------------------- the experiment and its constants
@@ -175,14 +174,6 @@ NOAM_WIDE4 = {
     "test_weights": "last",
     "compile": True,
 }
-CONTINUE_NOAM = {  # the same text for 45 minutes more
-    "model": "newest",
-    "schedule": "cosine",
-    "lr": 8e-5,
-    "min_lr": 8e-6,
-    "warmup": 0.05,
-    "max_minutes": 45.0,
-}
 PRESETS = {  # rates as the journal meant them: its code ran all of them at 1e-3 (seeds' bug D8)
     "cpu": {},
     "baby": JOURNAL | {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch": 64},
@@ -194,7 +185,9 @@ PRESETS = {  # rates as the journal meant them: its code ran all of them at 1e-3
     "gpt3_small_large_batch": SMALL | {"tokenizer": "gpt2", "batch": 128, "micro_batch": 2, "lr": 1e-5},
     "noam_wide4": NOAM_WIDE4,
     "noam_wide4_effective": NOAM_WIDE4 | {"lr": 1e-3},
-    "continue_noam": NOAM_WIDE4 | CONTINUE_NOAM,
+    "continue_noam": NOAM_WIDE4  # the same text for 45 minutes more
+    | {"model": "newest", "max_minutes": 45.0, "schedule": "cosine", "warmup": 0.05}
+    | {"lr": 8e-5, "min_lr": 8e-6},
 }
 SMOKE = {
     "data": "python-docs",
@@ -229,7 +222,7 @@ def corpus_of(cfg) -> core.Corpus:
     UserError for flags of these."""
     name = cfg.tokenizer
     if cfg.model != "new":
-        own = {"tokenizer", *(field.name for field in fields(core.GPTConfig))}
+        own = {"tokenizer", "vocab_multiple", *(field.name for field in fields(core.GPTConfig))}
         if typed := sorted((own - {"block_size", "dropout", "checkpointing"}) & core.typed(cfg).flags):
             raise core.UserError(f"--model {cfg.model} brings its own {', '.join(typed)}: drop these flags")
         name = core.tokenizer_of(cfg.model)
@@ -320,10 +313,7 @@ def set_up(run, cfg, world, steps=None) -> Setup:
     core.reseed(cfg.seed, "init")
     precision = core.Precision(cfg.dtype, world)
     model = precision.prepare(build_model(cfg, tokens, world))
-    betas, undecayed = (cfg.beta1, cfg.beta2), () if cfg.decay_embedding else ("wte.weight",)
-    optimizer = core.make_optimizer(
-        model, cfg.optimizer, cfg.weight_decay, betas, cfg.eps, undecayed=undecayed
-    )
+    optimizer = make_optimizer(cfg, model)
     announce(run, cfg, tokens, blocks, batches, total_steps, model)
     step = run.load(model, optimizer, precision)
     core.on_main(world, describe_model, run.folder, model, tokens.tokenizer)
@@ -337,6 +327,11 @@ def set_up(run, cfg, world, steps=None) -> Setup:
     core.rehearse(run, ddp, saved, gradients, batches, total_steps - step)
     run.say(describe_block(tokens.tokenizer, blocks["train"]))
     return setup
+
+
+def make_optimizer(cfg, model):
+    betas, undecayed = (cfg.beta1, cfg.beta2), () if cfg.decay_embedding else ("wte.weight",)
+    return core.make_optimizer(model, cfg.optimizer, cfg.weight_decay, betas, cfg.eps, undecayed=undecayed)
 
 
 def describe_model(folder, model, tokenizer):
@@ -431,7 +426,7 @@ def finish(run, cfg, world, setup) -> dict:
         )
     lines = core.loss_rows(part, sums, setup.blocks[part], sizes)
     core.on_main(world, core.write_lines, run.folder / "losses.jsonl", lines)
-    known = core.on_main(world, known_words, run.folder / "samples.jsonl", setup.tokens)
+    known = core.on_main(world, language.known_words, run.folder, setup.tokens, SAMPLES)
     if known is not None:
         run.say(f"samples  {known:.0%} of the generated words occur in the training text")
     run.say(
@@ -503,20 +498,6 @@ def sample(run, cfg, at, model, tokenizer):
             run.say("\n".join(f"  | {line}" for line in textwrap.wrap(core.one_line(text), 95)[:4]))
 
 
-def known_words(path, tokens, most=5_000_000) -> float | None:
-    """Share of the last samples' words that occur in the first `most` tokens of the training text."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    last = [json.loads(line)["text"] for line in lines[-SAMPLES:]]
-    sampled = [word for text in last for word in words(text)[:-1]]  # the last one is cut
-    text = tokens.tokenizer.decode(tokens.parts["train"][:most].tolist()) if sampled else ""
-    vocabulary = set(words(text))
-    return sum(word in vocabulary for word in sampled) / len(sampled) if sampled else None
-
-
-def words(text) -> list[str]:
-    return re.findall(r"[^\W\d_]+", text.lower())
-
-
 def newest_base(cfg) -> str:
     """The newest finished run in cfg.out, or in runs/gpt_scratch."""
     return str(core.newest_run(cfg, __file__, finished=True))
@@ -535,7 +516,7 @@ def find_lr(run, cfg, world) -> dict:
 
 def generate_mode(cfg, world):
     """Mode generate: continues --prompt, or each line typed (an empty one starts a new document)."""
-    name = cfg.model if cfg.model != "new" else str(core.newest_run(cfg, __file__))
+    name = str(core.newest_run(cfg, __file__)) if cfg.model in ("new", "newest") else cfg.model
     model, tokenizer = core.open_model(name)
     model.to(world.device)
     millions = core.count_parameters(model)[0] / 1e6
@@ -555,9 +536,7 @@ def generate_mode(cfg, world):
 def export(cfg, world):
     """Mode export: the weights of --model (a run folder) as a folder that transformers loads."""
     if not core.is_run(cfg.model):
-        raise core.UserError(
-            f"--mode export needs --model with a run folder of gpt_scratch.py, not {cfg.model}"
-        )
+        raise core.UserError(f"--mode export needs --model with a run of gpt_scratch.py, not {cfg.model}")
     folder = Path(cfg.out or Path(cfg.model) / "transformers")
     core.save_pretrained(*core.open_model(cfg.model), folder)
     print(f"written: {folder}")

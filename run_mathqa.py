@@ -186,10 +186,7 @@ def first_stage(cfg, world) -> tuple[study.Plan, study.Arm]:
     script = gpt_scratch.Config, gpt_scratch.PRESETS, gpt_scratch.SMOKE
     of_call = core.parsed_config(*script, "", argv)
     plan = study.Plan(of_call, world, gpt_scratch.__file__, *script, gpt_scratch.main)
-    arm = study.arm_of(plan, cfg.pretrain, "--pretrain", "pretrain")
-    if arm.cfg.model == "newest":
-        raise core.UserError(f"--pretrain {cfg.pretrain}: name what it continues, {cfg.pretrain},model=<run>")
-    return plan, arm
+    return plan, study.arm_of(plan, cfg.pretrain, "--pretrain", "pretrain")
 
 
 def with_newest(cfg, world) -> Config:

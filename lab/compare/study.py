@@ -147,8 +147,12 @@ def arm_of(plan, word, flag="--arms", called=None) -> Arm:
         )
     except UserError as error:
         raise UserError(f"{flag} {word}: {error}") from None
+    if getattr(cfg, "model", None) == "newest":
+        raise UserError(f"{flag} {word}: the newest run would be another one each time, use model=<run>")
     cfg = with_flags(replace(cfg, mode="train", seed=plan.cfg.seed), typed(cfg), typed(cfg).flags)
-    like = typed(cfg)
+    like, no_arms = typed(cfg), NOT_AN_ARMS | plan.own
+    overrides = {name: value for name, value in like.overrides.items() if name not in no_arms}
+    like = replace(like, overrides=overrides)
     ignored = CALL_CONSTANTS | STUDY_CONSTANTS | plan.own | (MAY_CHANGE - LENGTH) | {"seed"}
     constants = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ignored}
     prefix = [plan.cfg.tag] if "tag" in typed(plan.cfg).flags else []

@@ -131,11 +131,8 @@ class OtherModel(nn.Module):
         return [row[: next((i for i, token in enumerate(row) if token in stop), len(row))] for row in rows]
 
 
-def open_model(name, dropout=0.0, checkpointing=False, step=None, flag="--model"):
-    """Opens (model, tokenizer) of a run folder (in its fp32 or fp64), a GPT-2 or Llama folder, or a Hub id,
-    on the CPU. step: of a checkpoint of the run; none: the one it was tested with. flag: that named it."""
-    import safetensors.torch
-
+def refuse_no_model(name, step, flag):
+    """UserError for a path that cannot be a model, or a run without a checkpoint of this step."""
     if Path(name).is_file():
         raise UserError(f"{flag} {name} is a file: use a run's folder")
     if name.count("/") > 1 and not Path(name).exists():
@@ -145,6 +142,14 @@ def open_model(name, dropout=0.0, checkpointing=False, step=None, flag="--model"
     if step is not None and (not is_run(name) or broken(Path(name) / "checkpoints" / step_name(step))):
         there = sorted(path.name for path in Path(name).glob("checkpoints/step_*"))
         raise UserError(f"{flag} {name} has no whole {step_name(step)}; there: {', '.join(there) or 'none'}")
+
+
+def open_model(name, dropout=0.0, checkpointing=False, step=None, flag="--model"):
+    """Opens (model, tokenizer) of a run folder (in its fp32 or fp64), a GPT-2 or Llama folder, or a Hub id,
+    on the CPU. step: of a checkpoint of the run; none: the one it was tested with. flag: that named it."""
+    import safetensors.torch
+
+    refuse_no_model(str(name), step, flag)
     if not is_run(name):
         return load_pretrained(name, dropout, checkpointing), pretrained_tokenizer(name, "a run folder")
     folder = Path(name)
