@@ -44,7 +44,7 @@ class Config(core.Bookkeeping):
     # model
     pretrain: str = "noam_wide4"  # the first stage: a preset of gpt_scratch.py, then name=value,...
     init_from: str | None = (
-        None  # a run, newest, a GPT-2 or Llama folder, new; none = --pretrain's, or newest
+        None  # a run, newest, a GPT-2 or Llama folder, new; none = pretrained first, or newest
     )
     init_step: core.Whole | None = None  # a checkpoint of that run; none = the one it was tested with
     method: Literal["full", "lora", "loha", "lokr"] = "full"  # all weights, or adapters on a base that stands

@@ -110,7 +110,7 @@ def test_a_run_takes_the_rates_it_names_and_others_go_on_with_its_weights(monkey
 
     def watched(optimizer, *args, **kwargs):
         norm = original(optimizer, *args, **kwargs)
-        used.append({group["lr"] for group in optimizer.param_groups})
+        used.append([group["lr"] for group in optimizer.param_groups])
         return norm
 
     with monkeypatch.context() as patch:
@@ -118,7 +118,8 @@ def test_a_run_takes_the_rates_it_names_and_others_go_on_with_its_weights(monkey
         first = here(*READ, "--lr", 7e-3)
     folder = newest()
     cfg = parsed(*READ, "--lr", 7e-3)
-    assert used == [{core.lr_at(cfg, step, 20)} for step in range(20)] and max(used) == {7e-3}
+    assert used == [[core.lr_at(cfg, step, 20)] * 2 for step in range(20)]
+    assert math.isclose(max(used)[0], 7e-3)
 
     for _ in range(3):  # once, however often it is asked
         then = here(*preset_of("continue_noam", "--lr", 1e-3, "--resume_timestamp", "auto"))
@@ -126,7 +127,7 @@ def test_a_run_takes_the_rates_it_names_and_others_go_on_with_its_weights(monkey
     constants = json.loads((newest() / "config.json").read_text())["constants"]
     assert constants["model"] == str(folder) and constants["schedule"] == "cosine"
     assert then["test/loss"] < first["test/loss"]  # it has gone on learning
-    assert losses(newest())[0] < losses(folder)[0] - 0.1  # from where the other was
+    assert losses(newest())[0] < losses(folder)[-1]  # from where the other was
     before, after = weights(folder, 20), weights(newest(), 20)
     assert before.keys() == after.keys() and all(not torch.equal(before[k], after[k]) for k in before)
 
