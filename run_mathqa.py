@@ -43,9 +43,7 @@ class Config(core.Bookkeeping):
     split_seed: core.Seed = 42  # the same held-out rows for every seed
     # model
     pretrain: str = "noam_wide4"  # the first stage: a preset of gpt_scratch.py, then name=value,...
-    init_from: str | None = (
-        None  # a run, newest, a GPT-2 or Llama folder, new; none = pretrained first, or newest
-    )
+    init_from: str | None = None  # a run, newest, a GPT-2 or Llama folder, new; none = pretrained, or newest
     init_step: core.Whole | None = None  # a checkpoint of that run; none = the one it was tested with
     method: Literal["full", "lora", "loha", "lokr"] = "full"  # all weights, or adapters on a base that stands
     lora_rank: core.Count = 16  # of all three kinds of adapter
@@ -334,8 +332,7 @@ def make_optimizer(cfg, model):
 
 
 def keep_for_later(folder, cfg, model, tokenizer):
-    """Writes tokenizer/ and, if checkpoints hold whole models, gpt.json: from these
-    the folder rebuilds it."""
+    """Writes tokenizer/ and, if checkpoints hold whole models, gpt.json: the folder rebuilds the model"""
     if cfg.method == "full":
         gpt_scratch.describe_model(folder, model, tokenizer)
     else:
@@ -399,8 +396,7 @@ def stored_config(folder) -> Config:
 
 
 def load_model(folder, world):
-    """(Config, model, tokenizer) of a run, with the weights that it was tested with;
-    fake-quantised as in training."""
+    """(Config, model, tokenizer) of a run as it was tested, fake-quantised as in training."""
     cfg = stored_config(folder)
     if cfg.method == "full":  # the base is in the folder
         base, tokenizer = core.open_model(folder)
@@ -531,8 +527,7 @@ def both(stages):
 
 
 def compare_arms(stages):
-    """Mode study: every arm with every seed at equal steps and at equal time; then int4 of the
-    first arm and of qat arms."""
+    """Mode study: every arm and seed at equal steps and at equal time; int4 of the first and of qat arms."""
     cfg, world, runs, (first, *others) = stages.rows.cfg, stages.rows.world, {}, stages.arms
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         base = cfg.init_from or stages.pretrained(seed)
@@ -554,8 +549,7 @@ def compare_arms(stages):
 
 
 def split_budget(cfg, first) -> tuple[str, list]:
-    """(max_minutes or max_steps, the values of both stages). UserError unless both
-    have the same bound alone."""
+    """(max_minutes or max_steps, of both stages). UserError unless both have the same bound alone."""
     for unit, other in (("max_minutes", "max_steps"), ("max_steps", "max_minutes")):
         total, others = ([getattr(each, name) for each in (first, cfg)] for name in (unit, other))
         if None not in total and others == [None, None] and cfg.epochs is first.epochs is None:
