@@ -332,7 +332,7 @@ def make_optimizer(cfg, model):
 
 
 def keep_for_later(folder, cfg, model, tokenizer):
-    """Writes tokenizer/ and, if checkpoints hold whole models, gpt.json: the folder rebuilds the model"""
+    """Writes tokenizer/ and, if checkpoints hold whole models, gpt.json: the folder rebuilds it."""
     if cfg.method == "full":
         gpt_scratch.describe_model(folder, model, tokenizer)
     else:
