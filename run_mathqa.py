@@ -319,8 +319,10 @@ def train(run, cfg, world) -> dict:
         at.update(optimizer, precision, lr, beta1=beta1)
         switch_to_int4(run, cfg, model, at.step + 1, run.schedule_length(at.step + 1, total_steps))
     switch_to_int4(run, cfg, model, run.step, length=0)
-    if cfg.method != "full" and core.state_sha256(core.base_weights(model)) != base_sha256:
-        raise RuntimeError("the base has moved: only adapters may")
+    if cfg.method != "full":
+        if core.state_sha256(core.base_weights(model)) != base_sha256:
+            raise RuntimeError("the base has moved: only adapters may")
+        run.say("the base is unchanged (checksum)")
     named = replace(cfg, plain=Path(text).name)
     return finish(run, named, data, parts, plain, model, trained, optimizer) | {"base_sha256": base_sha256}
 
