@@ -57,7 +57,7 @@ class Config(core.Studied):
     bias: bool = False  # of linear layers and LayerNorms
     qkv_bias: bool = False  # of queries, keys and values
     tie_head: bool = True  # the output matrix is the embedding
-    vocab_multiple: core.Count = 1  # the embedding's rows are rounded up to it
+    vocab_multiple: core.Count = 1  # the number of token embeddings is rounded up to it
     head_bias: bool = False  # of an output matrix of its own
     dropout: core.Share = 0.0  # share of activations set to 0 in training
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory
@@ -77,7 +77,7 @@ class Config(core.Studied):
     beta2: core.within(float, 0, 0.9999) = 0.99  # of Adam: how fast the squares forget; of Lion the mean
     eps: core.within(float, 1e-30) = 1e-8  # of Adam
     weight_decay: core.Rate = 0.1  # of matrices
-    decay_embedding: bool = True  # the token embedding is one of them
+    decay_embedding: bool = True  # the token embedding decays, too
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
     dtype: core.Dtype = "auto"  # auto: bf16 on a card (or fp16), else fp32, which untyped is tf32 on a card
     seed: core.Seed = 0  # of weights, order and dropout
