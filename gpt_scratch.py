@@ -584,8 +584,9 @@ def main(cfg, world):
         if world.size > 1:
             raise core.UserError(f"--mode {cfg.mode} runs in one process: start it with python")
         return (generate_mode if cfg.mode == "generate" else export)(cfg, world)
-    if cfg.model == "newest" and cfg.resume_timestamp in (None, "auto"):
-        base = core.on_main(world, newest_base, cfg)
+    if cfg.model == "newest":
+        is_new = cfg.resume_timestamp in (None, "auto")
+        base = core.on_main(world, newest_base, cfg) if is_new else cfg.model
         like = core.typed(cfg)  # not counted as typed: a resume keeps its base, whatever is newest then
         cfg = core.with_flags(replace(cfg, model=base), like, like.flags - {"model"})
     with core.Run(cfg, world, __file__, unit="tokens") as run:

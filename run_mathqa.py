@@ -190,9 +190,9 @@ def first_stage(cfg, world) -> tuple[study.Plan, study.Arm]:
 def with_newest(cfg, world) -> Config:
     """cfg with the name of the newest base. It counts as not typed: a resume keeps its base, whatever is
     newest then."""
-    like = core.typed(cfg)
-    cfg = replace(cfg, init_from=core.on_main(world, gpt_scratch.newest_base, cfg))
-    return core.with_flags(cfg, like, like.flags - {"init_from"})
+    like, is_new = core.typed(cfg), cfg.resume_timestamp in (None, "auto")
+    base = core.on_main(world, gpt_scratch.newest_base, cfg) if is_new else cfg.init_from
+    return core.with_flags(replace(cfg, init_from=base), like, like.flags - {"init_from"})
 
 
 def open_base(cfg, world):
@@ -686,7 +686,7 @@ def main(cfg, world):
         with core.listening(world) as poll:
             return (quantise if cfg.mode == "quantise" else export)(cfg, world, poll)
     cfg = core.with_dtype(cfg, world)
-    if cfg.init_from in (None, "newest") and cfg.resume_timestamp in (None, "auto"):
+    if cfg.init_from in (None, "newest"):
         cfg = with_newest(cfg, world)
     with core.Run(cfg, world, __file__, unit="tokens") as run:
         run.result = train(run, run.cfg, world)

@@ -131,6 +131,9 @@ def test_a_run_takes_the_rates_it_names_and_others_go_on_with_its_weights(monkey
     before, after = weights(folder, 20), weights(newest(), 20)
     assert before.keys() == after.keys() and all(not torch.equal(before[k], after[k]) for k in before)
 
+    stamp = newest().name[:15]  # a resume keeps its base, whatever is newest then
+    here(*preset_of("continue_noam", "--model", "newest", "--resume_timestamp", stamp, "--max_steps", 21))
+    assert result()["step"] == 21 and len(run_folders()) == 2
     for step in (10, 20):
         here(*READ, "--model", folder, "--model_step", step, "--max_steps", 0)
         start = weights(newest(), 0)
