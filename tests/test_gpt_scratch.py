@@ -167,7 +167,7 @@ def test_a_run_can_be_profiled_exported_and_talked_to():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", [*script.PRESETS][::3])
+@pytest.mark.parametrize("preset", [*script.PRESETS][::4])
 def test_a_preset_learns_in_its_smoke_run(preset):
     got = ranks.run("gpt_scratch", "--preset", preset, "--smoke")
     assert got["test/above_unigram_interval"][1] < 0 and got["test/alarm"] is None
