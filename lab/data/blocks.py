@@ -18,6 +18,10 @@ class Blocks:
     def __len__(self):
         return math.ceil((len(self.tokens) - 1) / self.block_size)
 
+    def first(self, most) -> "Blocks":
+        """The first `most` blocks; none: all."""
+        return self if most is None else Blocks(self.tokens[: most * self.block_size + 1], self.block_size)
+
     def targets(self, rows) -> np.ndarray:
         """Number of tokens that each block predicts: block_size, fewer in the last one."""
         return np.minimum(

@@ -93,7 +93,11 @@ def token_cache(corpus) -> Path:
     name = corpus.tokenizer  # what a Hub id or folder holds may change
     words = None if is_built_in(name) else tokenizer_fingerprint(named_tokenizer(name))
     fields = {name: value for name, value in asdict(corpus).items() if value != ADDED_FIELDS.get(name, "")}
-    folder = cache_root() / f"tokens_{short_hash([TEXT_CACHE_VERSION, source, words, fields])}"
+    names = [[TEXT_CACHE_VERSION, source, words, fields]]
+    if words:  # the same tokenizer may have several names: a Hub id, the folder of a run that began with it
+        names.append([TEXT_CACHE_VERSION, source, words, fields | {"tokenizer": ""}])
+    folders = [cache_root() / f"tokens_{short_hash(name)}" for name in names]
+    folder = next((each for each in folders if (each / "meta.json").exists()), folders[-1])
     if not (folder / "meta.json").exists():
         aside = folder.with_name(f".{folder.name}.partial")  # kept when killed
         try:

@@ -1,5 +1,8 @@
 """A language model on held-out rows: summed losses, hits and targets; perplexity, accuracy, bits per byte."""
 
+import json
+import re
+
 import numpy as np
 import torch
 
@@ -81,3 +84,19 @@ def loss_rows(part, sums, blocks, sizes) -> list[dict]:
     """loss_lines of a stream in blocks."""
     spelt = block_sums(sizes, blocks)
     return loss_lines(part, np.arange(len(sums)), stretches(len(sums)), sums, spelt)
+
+
+def known_words(folder, tokens, samples, most=5_000_000) -> float | None:
+    """Share of the words in a run's last `samples` samples that occur in the first `most` tokens of its
+    training text; none without samples."""
+    path = folder / "samples.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    last = [json.loads(line)["text"] for line in lines[-samples:]]
+    sampled = [word for text in last for word in words(text)[:-1]]  # the last one is cut
+    text = tokens.tokenizer.decode(tokens.parts["train"][:most].tolist()) if sampled else ""
+    vocabulary = set(words(text))
+    return sum(word in vocabulary for word in sampled) / len(sampled) if sampled else None
+
+
+def words(text) -> list[str]:
+    return re.findall(r"[^\W\d_]+", text.lower())

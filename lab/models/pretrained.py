@@ -16,7 +16,7 @@ from lab.models.generate import left_padded
 from lab.models.gpt import GPT, GPTConfig
 from lab.models.gpt_formats import OtherKind, load_pretrained, untied, with_weights
 from lab.models.int4 import is_quantised, load
-from lab.run.checkpoints import tested_or_newest_checkpoint
+from lab.run.checkpoints import broken, step_name, tested_or_newest_checkpoint
 from lab.run.stored import is_run
 from lab.train.cpu import linear
 from lab.train.processes import main_first
@@ -131,16 +131,31 @@ class OtherModel(nn.Module):
         return [row[: next((i for i, token in enumerate(row) if token in stop), len(row))] for row in rows]
 
 
-def open_model(name, dropout=0.0, checkpointing=False):
-    """Opens (model, tokenizer) of a run folder (in its fp32 or fp64), a GPT-2 or Llama folder,
-    or a Hub id, on the CPU."""
+def refuse_no_model(name, step, flag):
+    """UserError for a path that cannot be a model, or a run without a checkpoint of this step."""
+    if Path(name).is_file():
+        raise UserError(f"{flag} {name} is a file: use a run's folder")
+    if name.count("/") > 1 and not Path(name).exists():
+        raise UserError(f"{flag} {name} is not there; paths count from where the run was started")
+    if (Path(name) / "checkpoints").is_dir() and not is_run(name):
+        raise UserError(f"{flag} {name} holds no whole model: adapters are merged by --mode export")
+    if step is not None and (not is_run(name) or broken(Path(name) / "checkpoints" / step_name(step))):
+        there = sorted(path.name for path in Path(name).glob("checkpoints/step_*"))
+        raise UserError(f"{flag} {name} has no whole {step_name(step)}; there: {', '.join(there) or 'none'}")
+
+
+def open_model(name, dropout=0.0, checkpointing=False, step=None, flag="--model"):
+    """Opens (model, tokenizer) of a run folder (in its fp32 or fp64), a GPT-2 or Llama folder, or a Hub id,
+    on the CPU. step: of a checkpoint of the run; none: the one it was tested with. flag: that named it."""
     import safetensors.torch
 
+    refuse_no_model(str(name), step, flag)
     if not is_run(name):
         return load_pretrained(name, dropout, checkpointing), pretrained_tokenizer(name, "a run folder")
     folder = Path(name)
     config = GPTConfig(**json.loads((folder / "gpt.json").read_text()))
     config = replace(config, dropout=dropout, checkpointing=checkpointing)
-    weights = folder / "checkpoints" / tested_or_newest_checkpoint(folder) / "model.safetensors"
+    checkpoint = tested_or_newest_checkpoint(folder) if step is None else step_name(step)
+    weights = folder / "checkpoints" / checkpoint / "model.safetensors"
     model = with_weights(config, safetensors.torch.load_file(weights))
     return model, pretrained_tokenizer(str(folder / "tokenizer"), "")

@@ -282,6 +282,19 @@ def test_a_second_call_does_not_tokenise_and_a_change_does(monkeypatch):
     assert sorted(path for path in core.cache_root().iterdir()) == sorted([first, *others])  # nothing aside
 
 
+def test_one_tokenizer_of_two_names_has_one_cache(monkeypatch):
+    """A run that continues another one has its folder's tokenizer: the text is not tokenised again."""
+    text = table(texts_of(10))
+    words = opened(text, "bpe:300").tokenizer
+    for name in ("one", "two"):
+        words.save_pretrained(name)
+    first = opened(text, "one")
+    everywhere(
+        monkeypatch.setattr, lab.data.text, "write_tokens", lambda *_: pytest.fail("it tokenises again")
+    )
+    assert np.array_equal(opened(text, "two").parts["train"], first.parts["train"])
+
+
 @pytest.mark.parametrize("damage", ["tokenizer", "shorter", "longer"])
 def test_a_cache_that_is_not_what_was_built_is_refused(damage):
     folder = token_cache(Corpus(table(texts_of(12)), "chars"))
