@@ -41,7 +41,7 @@ class Heartbeat:
     def __init__(self, store, rank, size, parents_store=False):
         self.store, self.rank, self.size, self.parents_store = store, rank, size, parents_store
         self.seen, self.silent = {}, dict.fromkeys(range(size), 0)  # last beats, and looks since they changed
-        self.looks, self.is_gone, self._done = 0, False, threading.Event()
+        self.looks, self.is_gone, self.answers, self._done = 0, False, True, threading.Event()
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._beat, self._guard)]
 
     def start(self):
@@ -59,7 +59,7 @@ class Heartbeat:
             try:
                 self.look()
             except RuntimeError:  # the connection broke
-                self.is_gone = True
+                self.is_gone, self.answers = True, False
                 return
             self._done.wait(BEAT_SECONDS)
 
@@ -83,17 +83,25 @@ class Heartbeat:
             unanswered = unanswered + 1 if self.looks == looks else 0
             looks = self.looks
             if unanswered >= SILENT_BEATS and (self.is_gone or not self.parents_store):
-                word = "gone" if self.is_gone else "silent for a minute"
+                self.answers, word = False, "gone" if self.is_gone else "silent for a minute"
                 lost.append(f"the store is {word}: torchrun, or the rank that holds it, was ended")
             if lost and not self._done.wait(2 * BEAT_SECONDS):  # time to raise it, to save, to leave
                 self._end(lost[0])
+
+    def stopped(self, beats=2) -> list[str]:
+        """Names ranks that have not beaten for `beats` looks; waits for one, twice as long at most."""
+        for _ in range(4 * beats):
+            if silent := [rank for rank, looks in self.silent.items() if looks >= beats]:
+                return [_described(rank, self.seen[rank]) for rank in silent]
+            time.sleep(BEAT_SECONDS / 2)
+        return []
 
     def _end(self, text):
         """Ends this process, whose main thread hangs where no exception reaches it."""
         for say in last_words:
             with contextlib.suppress(OSError):
                 say(text)
-        say_error(text, None if self.is_gone else self.store)
+        say_error(text, self.store if self.answers else None)
         os._exit(1)
 
 

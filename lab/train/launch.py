@@ -3,11 +3,14 @@
 import ctypes
 import datetime
 import os
+import re
 import signal
 import socket
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from lab.errors import LostRanks, UserError
@@ -61,6 +64,7 @@ def join(rank, size, several_boxes):
         raise UserError(f"WORLD_SIZE is {size}, but {' and '.join(absent)} not set: start with torchrun")
     if several_boxes and number("TORCHELASTIC_MAX_RESTARTS") and os.environ.get(_NEW_STORE) != "1":
         raise UserError(f"--max-restarts on several boxes: type {_NEW_STORE}=1 in front of each torchrun")
+    without_traces()
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = _connect(rank == 0 and not agents, several_boxes)
     store.set(f"launcher/{rank}", f"{launcher()} {number('TORCHELASTIC_RESTART_COUNT')}")
@@ -92,5 +96,15 @@ def _connect(holds, several_boxes):
 
 
 def first_line(error) -> str:
-    """What torch says of an error, without the C++ stack that follows."""
-    return str(error).partition("\n")[0]
+    """What torch says of an error, without source file, advice and C++ stack."""
+    line = str(error).partition("\n")[0]
+    return re.sub(r"^\[[^]]*\] ", "", line).partition(". ")[0]
+
+
+def without_traces():
+    """Keeps torch's C++ from writing a stack at each call to a store that is gone. It has read the variable
+    when it was loaded, so it is asked to read it again."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    library = Path(torch.__file__).parent / "lib" / "libc10.so"
+    if library.exists() and hasattr(c10 := ctypes.CDLL(library), "_ZN3c1011initLoggingEv"):
+        c10._ZN3c1011initLoggingEv()

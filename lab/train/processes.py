@@ -91,6 +91,9 @@ def distributed(backend="auto", timeout_minutes=10):
     except Exception as error:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
+        if pulse and "third_party/gloo" in str(error):  # of a gradient's reduction, say
+            named = "; ".join(pulse.stopped()) or "a rank"
+            error = LostRanks(f"{named}: ended while the others waited for it ({first_line(error)})")
         if isinstance(error, LostRanks):  # nothing of this rank's is wrong
             heartbeat.say_error(error, world.store)
         else:

@@ -15,8 +15,8 @@ def test_a_folder_or_file_appears_whole_or_not_at_all(tmp_path):
         file.write("half")
         raise KeyError
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / ".a.left").mkdir()  # by a process that was killed yesterday
-    os.utime(tmp_path / ".a.left", (0, 0))
+    (tmp_path / ".a.leftover").mkdir()  # by a process that was killed yesterday
+    os.utime(tmp_path / ".a.leftover", (0, 0))
     with core.whole_folder(tmp_path / "a") as aside:
         (aside / "x").write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
