@@ -28,9 +28,9 @@ def require_one_disk(world, *folders):
         blind = not _appears(token)
         all_blind = torch.zeros(world.size)
         all_blind[world.rank] = blind
-        all_reduce_sum(world, all_blind)
-        if world.store and blind:
+        if blind:
             world.store.set(f"blind/{world.rank}", socket.gethostname())
+        all_reduce_sum(world, all_blind)
         on_main(world, token.unlink)
         if blind_ranks := all_blind.nonzero().flatten().tolist():
             host = world.store.get(f"blind/{blind_ranks[0]}").decode()
@@ -46,7 +46,7 @@ def _write_token(folder) -> str:
 
 
 def _appears(token) -> bool:
-    for _ in range(10 * SIGHT_SECONDS):
+    for _ in range(int(10 * SIGHT_SECONDS)):
         if token.exists():
             return True
         time.sleep(0.1)

@@ -22,7 +22,9 @@ def whole_file(path, mode="w"):
     path.parent.mkdir(exist_ok=True)
     remove_leftovers(path.parent, path.name, older=86_400)
     try:
-        with open(aside, mode, encoding=None if "b" in mode else "utf-8") as file:
+        # backslashes: lone surrogates of data or names must not fail at the last write
+        encoding, errors = (None, None) if "b" in mode else ("utf-8", "backslashreplace")
+        with open(aside, mode, encoding=encoding, errors=errors) as file:
             yield file
         flush(aside)
         os.replace(aside, path)

@@ -26,7 +26,15 @@ from tqdm import tqdm
 
 from lab.errors import LostRanks, Stop, UserError
 from lab.run import forecast
-from lab.run.checkpoints import broken, load_weights, remove_checkpoint, save_checkpoint, step_name
+from lab.run.checkpoints import (
+    broken,
+    load_state,
+    load_weights,
+    remove_checkpoint,
+    save_checkpoint,
+    step_folders,
+    step_name,
+)
 from lab.run.curves import Curves, keep_rows
 from lab.run.disks import cache_root, require_one_disk
 from lab.run.files import remove_leftovers, write_json
@@ -175,11 +183,7 @@ class Run:
         return int(targets)
 
     def poll(self, active=0) -> int:
-        """Raises Stop on all ranks at once after a signal. For evaluation and other
-        long work after a checkpoint.
-
-        Returns the sum of `active` over the ranks.
-        """
+        """Sums `active` over the ranks; raises Stop on all of them after a signal. For long work."""
         total = self.agree(active)
         if self.stopping:
             raise Stop(self.stopping)
@@ -227,7 +231,7 @@ class Run:
         self.meter = Meter(self.world, self.position["sums"])
         folder = self.folder / "checkpoints" / self.checkpoint
         load_weights(folder, model)
-        tensors = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        tensors = load_state(folder)
         optimizer.load_state_dict(tensors["optimizer"])
         if precision.scaler.is_enabled():
             precision.scaler.load_state_dict(tensors["scaler"])
@@ -333,7 +337,7 @@ class Run:
         checkpoints = self.folder / "checkpoints"
         remove_leftovers(self.folder)
         remove_leftovers(checkpoints)
-        for path in sorted(checkpoints.glob("step_*")):  # broken ones, or --resume_step went back
+        for path in step_folders(checkpoints):  # broken ones, or --resume_step went back
             if path.name > (self.checkpoint or ""):
                 remove_checkpoint(path)
         at = self.position.get("step", 0)

@@ -110,9 +110,11 @@ def git_state() -> dict[str, str]:
     def git(*args):
         if not shutil.which("git"):
             return ""
-        return subprocess.run(
-            ["git", "-C", str(PROJECT), *args], capture_output=True, text=True
-        ).stdout.strip()
+        try:
+            said = subprocess.run(["git", "-C", str(PROJECT), *args], capture_output=True).stdout
+        except OSError:  # it cannot be started: where a run comes from never stops it
+            return ""
+        return said.decode(errors="backslashreplace").strip()  # names and diffs are of any encoding
 
     return {
         "commit": git("rev-parse", "--verify", "--quiet", "HEAD"),

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lab.errors import LostRanks
 from lab.run.files import PROJECT
+from lab.run.terminal import one_line
 
 BEAT_SECONDS, SILENT_BEATS = 5.0, 11  # so a rank is named within 60 s of its last beat
 JOIN_SECONDS = 300.0  # until all are there: one box may read torch from a cold network disk, another not
@@ -112,7 +113,7 @@ def say_error(text, store=None):
     except RuntimeError:  # the store went with the process that held it
         first = True
     if first:
-        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name}: error: {one_line(str(text))}", file=sys.stderr, flush=True)
 
 
 def _described(rank, beat) -> str:
@@ -125,7 +126,8 @@ def place() -> str:
     frame = sys._current_frames().get(threading.main_thread().ident)
     while frame:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(PROJECT) and "site-packages" not in path.parts and path.parent.name != "train":
+        inside = path.is_relative_to(PROJECT) and "site-packages" not in path.parts
+        if inside and path.parent != PROJECT / "lab" / "train":
             return f"{frame.f_code.co_name} ({path.relative_to(PROJECT)}:{frame.f_lineno})"
         frame = frame.f_back
     return "its start"

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import inspect
 import itertools
 import json
@@ -89,6 +90,10 @@ def distributed(backend="auto", timeout_minutes=10):
         if world.is_main:
             print(f"stopped  {stop}", file=sys.stderr)
     except Exception as error:
+        if full := _full_disk(error):
+            heartbeat.say_error(full, world.store)
+            sys.stdout.flush()
+            os._exit(1)
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
         if pulse and "third_party/gloo" in str(error):  # of a gradient's reduction, say
@@ -123,6 +128,15 @@ heard_signals = []  # numbers of the stop signals that this process has noted (b
 def under_torchrun(world) -> bool:
     """Whether torchrun started this process."""
     return world.size > 1 or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _full_disk(error) -> str | None:
+    """What to say where the disk or a limit on file sizes, and not the program, is at fault; else none."""
+    said = str(error).partition("\n")[0]
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    torchs = ("No space left on device", "File too large", "PytorchStreamWriter failed")  # no OSErrors
+    if full or any(words in said for words in torchs):
+        return f"the disk is full, or a file may not grow ({said}): make room, then the same command resumes"
 
 
 def die_of(number):
