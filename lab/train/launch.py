@@ -74,7 +74,7 @@ def join(rank, size, several_boxes):
     wait_for_all(store, size)
     told = [store.get(f"launcher/{other}").decode().split() for other in range(size)]
     launchers[:] = sorted({name for name, _ in told})
-    if agents:  # which torchrun lost a rank need not be rank 0's: all go on from the highest count
+    if launcher():  # which torchrun lost a rank need not be rank 0's: all go on from the highest count
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(max(int(count) for _, count in told))
     return store, pulse
 
