@@ -18,8 +18,9 @@ from lab.train.processes import all_reduce_sum, barrier, wrap_ddp  # all do the 
 from lab.train.batches import ShardedBatches, each_once, length_groups, micro_batches, reseed, worst_case
 
 # 4  data: rows become token ids once, mapped into memory; six sets are built in (lab/data/builtin.py)
+from lab.run.disks import cache_root
 from lab.data.blocks import Blocks, Windows, stretches
-from lab.data.cache import cache_root, split_by_group
+from lab.data.cache import split_by_group
 from lab.data.instructions import Examples, Packs, examples_of, load_instructions
 from lab.data.pairs import collate, load_pairs
 from lab.data.problems import Problems, load_problems

@@ -569,6 +569,8 @@ def tabulate(cfg, say):
     )
     say(text)
     by = "_by_" + "_".join(cfg.group_by) if cfg.group_by else ""
+    if len(by) > 200:  # a file's name has 255 bytes
+        by = f"{by[:180]}_{core.short_hash(cfg.group_by, 6)}"
     with core.whole_file(folder / f"table{by}.md") as file:
         file.write(text + "\n")
     say(f"\nwritten: {folder}/table{by}.md")

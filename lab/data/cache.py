@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from lab.errors import UserError
-from lab.run.files import PROJECT, short_hash, whole_folder, write_json
+from lab.run.disks import cache_root
+from lab.run.files import short_hash, whole_folder, write_json
 from lab.train.processes import on_main, progress
 
 ROWS_CACHE_VERSION = 4  # of what the builders of all kinds of rows write: a change there is a change here
@@ -73,11 +73,6 @@ def split_by_group(groups, labels, shares, seed) -> np.ndarray:
     if len(set(part)) < len(shares):
         raise UserError(f"{len(names)} prompts leave one of {len(shares)} parts empty: use more rows")
     return part[index]
-
-
-def cache_root() -> Path:
-    """Where token ids are kept between runs; TOKEN_CACHE lets it sit on a persistent volume."""
-    return Path(os.environ.get("TOKEN_CACHE", PROJECT / "cache"))
 
 
 @dataclass
