@@ -54,6 +54,7 @@ class Config:
     judge_url: str = "http://localhost:11434/v1"  # speaks OpenAI's chat completions; this is Ollama's
     judge_model: str = "llama3"  # as the server calls it
     judge_key: str | None = "JUDGE_API_KEY"  # the environment variable that holds the key; none = no key
+    judge_temperature: core.within(float, 0, 2) | None = 0.0  # none = left out of the request
     judge_repeats: core.Count = 1  # grades of each answer: their spread is the judge's own noise
     judge_requests: core.Count = 4  # at once
     judge_seconds: core.within(float, 0.1) = 60.0  # of patience with one request
