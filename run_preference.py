@@ -29,7 +29,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import core
 from lab.data import columns, pairs, tokenizers
 from lab.measure import preference
-from lab.models import encoders
+from lab.models import encoders, trusted
 
 
 @dataclass(frozen=True)
@@ -184,13 +184,11 @@ def build_model(cfg, data, world):
 
 def rebuild(folder, world, **changes):
     """(Config, untrained model, tokenizer) of a run, from its folder alone; `changes`: of Config."""
-    from transformers import AutoConfig
-
     stored = {"symmetric": False} | core.read_config(folder)["constants"]  # as runs were before both orders
     known = {field.name for field in dataclasses.fields(Config)}
     cfg = Config(**{name: value for name, value in stored.items() if name in known} | changes)
     try:
-        encoder = encoders.encoder_from_config(AutoConfig.from_pretrained(Path(folder) / "encoder"))
+        encoder = encoders.encoder_from_config(trusted.config_of(str(Path(folder) / "encoder")))
     except OSError:
         raise core.UserError(f"{folder}/encoder is missing: the run stopped before its first step") from None
     model = core.Precision(cfg.dtype, world).prepare(scorer(cfg, encoder))

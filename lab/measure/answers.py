@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from lab.data.instructions import prompt_text
+from lab.data.tokenizers import prompt_ids
 from lab.measure.statistics import bootstrap, plus_minus
 from lab.models.generate import generate, prompt_loop
 from lab.run.files import write_json
@@ -60,10 +61,7 @@ def sample(run, cfg, step, model, tokenizer, poll):
     """Answers the fixed prompts: all to samples.jsonl and TensorBoard, one of them
     in turn to the terminal."""
     if cfg.sample_tokens:
-        prompts = [
-            tokenizer(prompt_text(text, "", cfg.template), add_special_tokens=False).input_ids
-            for text in PROMPTS
-        ]
+        prompts = [prompt_ids(tokenizer, prompt_text(text, "", cfg.template)) for text in PROMPTS]
         texts = answers(model, tokenizer, prompts, cfg.sample_tokens, len(prompts), run.world, poll)
         run.samples(step, [f"{text}\n{answer}" for text, answer in zip(PROMPTS, texts, strict=True)])
         turn = run.state["asked"] = (run.state.get("asked", -1) + 1) % len(PROMPTS)
@@ -118,5 +116,5 @@ def ask(model, tokenizer, cfg):
     interactive = cfg.prompt is None and sys.stdin.isatty()
     for text in [cfg.prompt] if cfg.prompt is not None else prompt_loop(interactive):
         if text.strip():
-            ids = tokenizer(prompt_text(text.strip(), "", cfg.template), add_special_tokens=False).input_ids
+            ids = prompt_ids(tokenizer, prompt_text(text.strip(), "", cfg.template))
             print(answers(model, tokenizer, [ids], cfg.max_new_tokens, 1, World())[0])

@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
+from lab.data.tokenizers import prompt_ids
 from lab.errors import UserError
 from lab.models.gpt import FEW_ROWS, SECOND_LAYOUT, Linear
 from lab.train.cpu import ONEDNN
@@ -133,7 +134,7 @@ def choose(logits, generators, temperature, top_k, top_p) -> torch.Tensor:
 def continuations(model, tokenizer, cfg, prompts, max_new_tokens, seed, poll=lambda: None) -> list[str]:
     """Generates the text after each prompt. An empty prompt is an end-of-text token:
     a new document begins."""
-    ids = [tokenizer(prompt).input_ids or [tokenizer.eos_token_id] for prompt in prompts]
+    ids = [prompt_ids(tokenizer, prompt) or [tokenizer.eos_token_id] for prompt in prompts]
     choice = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
     choice |= {"stop": stop_ids(tokenizer, cfg.stop), "seed": seed, "poll": poll}
     choice["vocab_size"] = len(tokenizer) - (tokenizer.unk_token_id == len(tokenizer) - 1)  # no <unk>
@@ -154,7 +155,7 @@ def stop_ids(tokenizer, stop) -> set[int]:
 
 def prompt_notes(model, tokenizer, prompt) -> list[str]:
     """Lines on what of a prompt the model does not see."""
-    ids, size, notes = tokenizer(prompt).input_ids, model.config.block_size, []
+    ids, size, notes = prompt_ids(tokenizer, prompt), model.config.block_size, []
     if tokenizer.unk_token_id is not None and (unknown := ids.count(tokenizer.unk_token_id)):
         notes.append(f"({unknown} of {len(ids)} tokens of the prompt are unknown to this tokenizer)")
     if len(ids) > size:
