@@ -29,7 +29,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import core
 from lab.data import columns, pairs, tokenizers
 from lab.measure import preference
-from lab.models import encoders, trusted
+from lab.models import encoders
 
 
 @dataclass(frozen=True)
@@ -187,10 +187,7 @@ def rebuild(folder, world, **changes):
     stored = {"symmetric": False} | core.read_config(folder)["constants"]  # as runs were before both orders
     known = {field.name for field in dataclasses.fields(Config)}
     cfg = Config(**{name: value for name, value in stored.items() if name in known} | changes)
-    try:
-        encoder = encoders.encoder_from_config(trusted.config_of(str(Path(folder) / "encoder")))
-    except OSError:
-        raise core.UserError(f"{folder}/encoder is missing: the run stopped before its first step") from None
+    encoder = encoders.stored_encoder(Path(folder) / "encoder")
     model = core.Precision(cfg.dtype, world).prepare(scorer(cfg, encoder))
     return cfg, model, tokenizers.encoder_tokenizer(str(Path(folder) / "encoder"))
 

@@ -10,6 +10,7 @@ import torch
 
 from lab.data.instructions import prompt_text
 from lab.data.tokenizers import prompt_ids
+from lab.measure.language import within_memory
 from lab.measure.statistics import bootstrap, plus_minus
 from lab.models.generate import generate, prompt_loop
 from lab.run.files import write_json
@@ -47,7 +48,8 @@ def answers(model, tokenizer, prompts, max_new_tokens, batch, world, poll=lambda
         for step in range(len(batches)):
             if mine := batches.rank_batch(step):
                 chosen = [prompts[i] for i in mine]
-                rows = write(chosen, max_new_tokens, **how, poll=lambda: poll(1))
+                with within_memory(len(chosen), max(map(len, chosen)) + max_new_tokens):
+                    rows = write(chosen, max_new_tokens, **how, poll=lambda: poll(1))
                 for i, ids in zip(mine, rows, strict=True):
                     written[i, : len(ids)] = torch.tensor(ids, dtype=torch.int64) + 1
             while poll(0):

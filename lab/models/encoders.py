@@ -4,6 +4,7 @@ Every family of transformers that ends in one vector per token fits; tiny:<famil
 random weights and a word tokenizer, for a machine without a network."""
 
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -95,6 +96,17 @@ def encoder_from_config(config) -> nn.Module:
     from transformers import AutoModel
 
     return _without_pooler(AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False))
+
+
+def stored_encoder(folder) -> nn.Module:
+    """The architecture that a run keeps in its folder encoder/, with random weights. UserError for none."""
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder} is missing: the run stopped before its first step")
+
+    def build():
+        return encoder_from_config(config_of(str(folder)))
+
+    return local_or_hub("encoder", str(folder), build, "")
 
 
 def _with_dropout(config, dropout):

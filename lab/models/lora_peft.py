@@ -110,11 +110,15 @@ def _read_peft(folder) -> tuple[dict, dict]:
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
         tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         hint = "a run's adapters are in its peft/ after run_lora.py --mode export"
         raise UserError(f"{folder} is no whole adapter of peft ({error}): {hint}") from None
     if not isinstance(config, dict) or not tensors:
         raise UserError(f"{folder} is no whole adapter of peft: it holds no settings or no tensors")
+    alphas = config.get("alpha_pattern") or {}
+    values = [config.get("lora_alpha"), *(alphas.values() if isinstance(alphas, dict) else [None])]
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        raise UserError(f"{folder} is no whole adapter of peft: its lora_alpha or alpha_pattern is no number")
     odd = [key for key in NOT_PLAIN if config.get(key)]
     odd += [f"bias {kind}" for kind in [config.get("bias", "none")] if kind != "none"]
     init = str(config.get("init_lora_weights")).lower()
@@ -143,5 +147,8 @@ def _in_parts(A, B, parts) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _pattern_value(patterns, name, default):
     """peft's rule: the first pattern that fits the end of the module's name."""
-    values = (v for p, v in (patterns or {}).items() if re.match(rf"(.*\.)?({p})$", _theirs(name)))
-    return next(values, default)
+    try:
+        values = (v for p, v in (patterns or {}).items() if re.match(rf"(.*\.)?({p})$", _theirs(name)))
+        return next(values, default)
+    except re.error as error:
+        raise UserError(f"the adapter's alpha_pattern is no regular expression ({error})") from None

@@ -74,17 +74,18 @@ def load_other(name):
     than multiply by a matrix."""
     model = load_causal(name, "a gpt2 or a llama")
     wrapped = OtherModel(model)
+    kind = f"model {name} ({model.config.model_type})"
     input_ids = probe(wrapped.config.vocab_size, wrapped.config.block_size)
+    half = input_ids.shape[1] // 2
     with torch.no_grad():
+        wanted = model(input_ids=input_ids).logits
+        if not same(*wanted[:, :half]):
+            raise UserError(f"{kind} is not causal: later tokens change what it says of earlier ones")
         hidden = wrapped.hidden(input_ids)
         [(_, weight)], bias = wrapped.head(hidden)
-        ours, wanted = linear(hidden, weight, bias), model(input_ids=input_ids).logits
-    half = input_ids.shape[1] // 2
-    if not same(*wanted[:, :half]):
-        kind = f"model {name} ({model.config.model_type})"
-        raise UserError(f"{kind} is not causal: later tokens change what it says of earlier ones")
-    if not same(ours, wanted):
-        raise UserError(f"model {name} ({model.config.model_type}) scales or caps its logits: not supported")
+        fits = hidden.shape[-1] == weight.shape[1] and same(linear(hidden, weight, bias), wanted)
+    if not fits:
+        raise UserError(f"{kind} scales or caps its logits: not supported")
     return wrapped
 
 

@@ -17,9 +17,7 @@ MOST = {  # in any model; beyond these a config.json is damaged, and would cost 
     "vocab_size": 100_000_000,
     "max_position_embeddings": 100_000_000,
 }
-UNREAD = re.compile(
-    r"masked_bias$|(attn|attention)\.bias$|inv_freq$|position_ids$"
-)  # buffers of older versions
+OLD_BUFFERS = re.compile(r"masked_bias$|(attn|attention)\.bias$|inv_freq$|position_ids$")
 
 
 def config_of(name):
@@ -28,40 +26,44 @@ def config_of(name):
     from transformers import AutoConfig
 
     if (Path(name) / "adapter_config.json").exists():
-        raise UserError(
-            f"{name} holds an adapter: merge it into its base first, or run_lora.py --adapter {name}"
-        )
+        raise UserError(f"{name} holds an adapter: {adapter_hint(name)}")
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if "/" in str(getattr(config, "_attn_implementation", "")):  # of the Hub: code, too
+        raise UserError(f"model {name} wants the attention of {config._attn_implementation}: take that out")
     for size, most in MOST.items():
         value = getattr(config, size, None)
         if isinstance(value, int) and not 1 <= value <= most:
             raise UserError(f"model {name} has {size} {value} in its config.json: use one from 1 to {most}")
-    width, layers, words = (
-        getattr(config, size, None) for size in ("hidden_size", "num_hidden_layers", "vocab_size")
-    )
-    if all(
-        isinstance(size, int) for size in (width, layers, words)
-    ):  # a layer has two such matrices at least
-        require_room(width * (words + 2 * width * layers), f"model {name} by its config.json")
+    sizes = [getattr(config, size, None) for size in ("hidden_size", "num_hidden_layers", "vocab_size")]
+    if all(isinstance(size, int) for size in sizes):
+        width, layers, words = sizes
+        least = width * words + 2 * layers * width**2  # queries and outputs of attention
+        require_room(least, f"model {name} by its config.json")
     return config
+
+
+def adapter_hint(name) -> str:
+    """How an adapter is used."""
+    tuned = f"python run_lora.py --model BASE --adapter {name}"
+    return f"merge it into its base by peft and name the result, or tune on: {tuned}"
 
 
 def require_whole(name, model, unread):
     """UserError where the weights of a model are not those of its config: `unread` are the names of weights
     that nobody reads; a head beside a tied embedding; an adapter that was put on top."""
     kind = model.config.model_type
-    if unread := sorted(key for key in unread if not UNREAD.search(key)):
+    if unread := sorted(key for key in unread if not OLD_BUFFERS.search(key)):
         least = f"{len(unread)} weights that a {kind} of its config.json does not read, e.g. {unread[0]}"
         raise UserError(f"model {name} has {least}: weights and config belong to two models")
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise UserError(f"{name} holds an adapter: merge it into its base first")
+        raise UserError(f"{name} holds an adapter: {adapter_hint(name)}")
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or not getattr(model.config, "tie_word_embeddings", False):
         return
     if head.weight is not embedding.weight and not torch.equal(head.weight, embedding.weight):
         untied = "set tie_word_embeddings to false in its config.json"
         raise UserError(
-            f"model {name} has a head of its own, but its config ties it to the embedding: {untied}"
+            f"model {name} has a head of its own, which its config ties to the embedding: {untied}"
         )
 
 
