@@ -149,8 +149,6 @@ class Subject:
         return self.loaded
 
     def _run(self, cfg, world):
-        if cfg.tokenizer:
-            raise core.UserError(f"{self.name} is a run and has a tokenizer of its own: drop --tokenizer")
         stored, model, tokenizer = self.module.load_model(self.name, world)
         return replace(stored, eval_batch=cfg.eval_batch or stored.eval_batch), model, tokenizer
 
@@ -170,7 +168,10 @@ class Subject:
 def subjects(cfg, world) -> list[Subject]:
     """The subjects of --run, checked; without --run the newest finished run."""
     names = cfg.run_folder or (core.on_main(world, newest, root(cfg), "checkpoints"),)
-    return [subject(name) for name in names]
+    chosen = [subject(name) for name in names]
+    if cfg.tokenizer and (runs := [one.name for one in chosen if one.script]):
+        raise core.UserError(f"{runs[0]} is a run and has a tokenizer of its own: drop --tokenizer")
+    return chosen
 
 
 def newest(root, needed) -> str:

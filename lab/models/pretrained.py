@@ -171,5 +171,5 @@ def run_model(folder, dropout, checkpointing) -> GPT:
         config = GPTConfig(**json.loads((folder / "gpt.json").read_text()))
         config = replace(config, dropout=dropout, checkpointing=checkpointing)
         return with_weights(config, safetensors.torch.load_file(weights))
-    except (OSError, ValueError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+    except (UserError, OSError, ValueError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
         raise UserError(f"{folder} is no whole run ({first_line(error)}): copy it anew") from None
