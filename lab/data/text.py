@@ -291,8 +291,8 @@ def build_cache(corpus, source, folder):
 def write_tokens(folder, corpus, tokenizer, kind, bad) -> dict:
     """Appends to the streams piece by piece. progress.json notes every few seconds how
     far they are complete."""
-    encode, end = encoder(corpus.tokenizer, tokenizer), np.array([tokenizer.eos_token_id], kind)
     head = np.array([tokenizer.eos_token_id, *begin_ids(tokenizer)], kind)  # what a document begins with
+    encode, end = encoder(corpus.tokenizer, tokenizer), head[:1]
     path, none = folder / "progress.json", dict.fromkeys(PARTS, 0)
     state = {"pieces": 0, "bytes": dict(none), "documents": dict(none)}
     state |= json.loads(path.read_text()) if path.exists() else {}

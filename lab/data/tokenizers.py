@@ -30,8 +30,6 @@ def pretrained_tokenizer(name, built_in):
     tokenizer = local_or_hub("tokenizer", name, load, built_in)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"tokenizer of {name} is not a fast one: use one with a tokenizer.json")
-    if set(tokenizer.get_vocab().values()) <= {*tokenizer.all_special_ids}:  # transformers' for none at all
-        raise UserError(f"{name} brings no tokenizer: put a tokenizer.json there, or name one by --tokenizer")
     return tokenizer
 
 
@@ -43,8 +41,15 @@ def own_tokenizer(folder):
     return pretrained_tokenizer(str(Path(folder) / "tokenizer"), "")
 
 
+def require_words(tokenizer, name):
+    """UserError for what transformers makes where a folder has no tokenizer: one of special tokens alone."""
+    if {*tokenizer.get_vocab().values()} <= {*tokenizer.all_special_ids}:
+        raise UserError(f"{name} brings no tokenizer: put a tokenizer.json there, or name one by --tokenizer")
+
+
 def require_ids(tokenizer, rows, name):
-    """UserError where a tokenizer gives ids beyond the `rows` of a model's embedding."""
+    """UserError where a tokenizer gives ids beyond the `rows` of a model's embedding, or knows no text."""
+    require_words(tokenizer, name)
     if (ids := 1 + max(tokenizer.get_vocab().values())) > rows:
         sizes = f"has {ids} tokens, the model {rows}"
         raise UserError(f"the tokenizer of {name} {sizes}: they do not belong together")
@@ -53,7 +58,7 @@ def require_ids(tokenizer, rows, name):
 def begin_ids(tokenizer) -> list[int]:
     """Ids that a tokenizer itself puts before a text: [<s>] of Llama's, none of GPT-2's. They begin
     documents, windows, rows and prompts alike; what it puts behind a text is never put behind a prompt."""
-    mask = tokenizer("a", return_special_tokens_mask=True)
+    mask = tokenizer("a", split_special_tokens=True, return_special_tokens_mask=True)  # as AS_TEXT leaves it
     before = list(itertools.takewhile(bool, mask["special_tokens_mask"]))
     return mask["input_ids"][: len(before)]
 
@@ -105,6 +110,7 @@ def named_tokenizer(name, built_in="chars, ascii, bytes or bpe:2048 (built in)")
     """The tokenizer of a Hub id or folder. UserError if it has no end-of-text token; `built_in` is
     what the error recommends."""
     tokenizer = pretrained_tokenizer(name, built_in)
+    require_words(tokenizer, name)
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer of {name} has no end-of-text token: use one of a language model")
     return tokenizer

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lab.errors import UserError
 from lab.train import cpu
-from lab.train.cpu import onednn
+from lab.train.cpu import onednn, require_room
 from lab.train.loss import IGNORE_INDEX, linear_cross_entropy, targets_only
 from lab.train.objective import objective
 
@@ -243,14 +242,6 @@ class GPT(nn.Module):
         if cache:
             cache.length += T
         return self.ln_f(x)
-
-
-def require_room(parameters, what):
-    """UserError where so many fp32 numbers, the matrices of a model alone, exceed this machine's memory."""
-    needed, memory = 4 * parameters, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
-        size = f"{parameters:.3g} parameters, {needed / 1e9:,.0f} GB"
-        raise UserError(f"{what} has {size}, this machine {memory / 1e9:,.0f} GB: use a smaller one")
 
 
 def rotary_angles(config) -> torch.Tensor:

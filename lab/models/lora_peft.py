@@ -115,10 +115,6 @@ def _read_peft(folder) -> tuple[dict, dict]:
         raise UserError(f"{folder} is no whole adapter of peft ({error}): {hint}") from None
     if not isinstance(config, dict) or not tensors:
         raise UserError(f"{folder} is no whole adapter of peft: it holds no settings or no tensors")
-    alphas = config.get("alpha_pattern") or {}
-    values = [config.get("lora_alpha"), *(alphas.values() if isinstance(alphas, dict) else [None])]
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-        raise UserError(f"{folder} is no whole adapter of peft: its lora_alpha or alpha_pattern is no number")
     odd = [key for key in NOT_PLAIN if config.get(key)]
     odd += [f"bias {kind}" for kind in [config.get("bias", "none")] if kind != "none"]
     init = str(config.get("init_lora_weights")).lower()
@@ -127,6 +123,10 @@ def _read_peft(folder) -> tuple[dict, dict]:
     if odd or config.get("peft_type") != "LORA":
         what = ", ".join(odd[:2]) or config.get("peft_type")
         raise UserError(f"{folder} holds more than plain LoRA ({what}): merge it with peft first")
+    alphas = config.get("alpha_pattern") or {}
+    values = [config.get("lora_alpha"), *(alphas.values() if isinstance(alphas, dict) else [None])]
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        raise UserError(f"{folder} is no whole adapter of peft: its lora_alpha or alpha_pattern is no number")
     prefix = re.compile(rf"^{re.escape(PREFIX)}(transformer\.)?")
     return config, {prefix.sub("", key): tensor for key, tensor in tensors.items()}
 

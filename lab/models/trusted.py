@@ -7,7 +7,7 @@ import torch
 
 from lab.data.hub import local_or_hub
 from lab.errors import UserError
-from lab.models.gpt import require_room
+from lab.train.cpu import require_room
 
 MOST = {  # in any model; beyond these a config.json is damaged, and would cost memory or hours
     "num_hidden_layers": 1000,
