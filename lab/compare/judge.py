@@ -82,7 +82,7 @@ class Judge:
         for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
             try:
                 entry = json.loads(line)
-                self.replies[entry["key"]] = entry["reply"]
+                self.replies |= {entry["key"]: entry["reply"]} if isinstance(entry["reply"], str) else {}
             except (ValueError, TypeError, KeyError, RecursionError):
                 continue  # half a line of a killed process: that reply is asked for again
 

@@ -117,16 +117,17 @@ def load_pretrained(name, dropout=0.0, checkpointing=False) -> GPT:
 
     theirs = load_causal(name, "a run of gpt_scratch.py", config_from)
     kind, config = theirs.config.model_type, config_from(name, theirs.config)
-    input_ids = probe(config.vocab_size, config.block_size)
+    config = replace(config, dropout=dropout, checkpointing=checkpointing)
+    input_ids = probe(config.vocab_size, config.block_size)[:1]
     with torch.no_grad():
         wanted = theirs(input_ids=input_ids).logits
     weights = theirs.state_dict()
     del theirs  # so that each matrix can go when its transpose is there
-    model = with_weights(config, from_theirs(weights, config, kind))
+    model = with_weights(config, from_theirs(weights, config, kind)).eval()
     with torch.no_grad():
         if not same(model(input_ids), wanted):
             raise OtherKind(f"model {name} computes other logits than a {kind} of its config: not supported")
-    return with_weights(replace(config, dropout=dropout, checkpointing=checkpointing), model.state_dict())
+    return model.train()
 
 
 def config_from(name, c) -> GPTConfig:
