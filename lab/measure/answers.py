@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lab.data.instructions import prompt_text
-from lab.data.tokenizers import prompt_ids
+from lab.data.tokenizers import begin_ids, prompt_ids
 from lab.measure.language import within_memory
 from lab.measure.statistics import bootstrap, plus_minus
 from lab.models.generate import generate, prompt_loop
@@ -43,6 +43,7 @@ def answers(model, tokenizer, prompts, max_new_tokens, batch, world, poll=lambda
     )  # id + 1; a sum over ranks is a gather
     batches = ShardedBatches([len(ids) for ids in prompts], batch, world)
     how = {"temperature": 0, "stop": {tokenizer.eos_token_id}, "vocab_size": len(tokenizer)}
+    how["begin"] = begin_ids(tokenizer)
     write = getattr(model, "continuations", None) or functools.partial(generate, model)
     with progress(len(batches), "answering", world) as bar:
         for step in range(len(batches)):

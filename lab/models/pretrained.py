@@ -13,7 +13,7 @@ from lab.data.hub import first_line
 from lab.data.tokenizers import own_tokenizer, pretrained_tokenizer, require_ids
 from lab.errors import UserError
 from lab.models.encoders import position_limit
-from lab.models.generate import left_padded
+from lab.models.generate import in_context, left_padded
 from lab.models.gpt import GPT, GPTConfig
 from lab.models.gpt_formats import OtherKind, load_pretrained, untied, with_weights
 from lab.models.int4 import is_quantised, load
@@ -108,7 +108,7 @@ class OtherModel(nn.Module):
         return [(hidden, out.weight)], out.bias
 
     @torch.no_grad()
-    def continuations(self, prompts, max_new_tokens, *, stop, poll, **greedy) -> list[list[int]]:
+    def continuations(self, prompts, max_new_tokens, *, stop, poll, begin=(), **greedy) -> list[list[int]]:
         """Greedy continuations, cut before the first id in `stop`; ignores the model's
         own generation settings. A full context slides as in `generate`: its later half is read again."""
         size, rows, first, ended = self.config.block_size, [*map(list, prompts)], [0] * len(prompts), {}
@@ -118,7 +118,7 @@ class OtherModel(nn.Module):
                 if len(rows[i]) - first[i] > size:
                     first[i] = len(rows[i]) - (size + 1) // 2
             room = min(min(size + 1 - len(rows[i]) + first[i], wanted[i] - len(rows[i])) for i in going)
-            new = self._greedy([rows[i][first[i] :] for i in going], room, stop, poll)
+            new = self._greedy([in_context(rows[i], first[i], begin) for i in going], room, stop, poll)
             for i, ids in zip(going, new, strict=True):
                 end = next((n for n, token in enumerate(ids) if token in stop), None)
                 rows[i] += ids[:end]
