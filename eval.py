@@ -30,8 +30,9 @@ from lab.compare import facts, grades, judge, plots, responses, sides, tables
 from lab.compare.facts import find, read_all
 from lab.data import cache, columns, instructions
 from lab.data.text import text_files
+from lab.data.tokenizers import prompt_ids
 from lab.measure import answers, other_data, preference, tuning
-from lab.models import int4, pretrained
+from lab.models import int4, pretrained, trusted
 from lab.run import checkpoints, pack
 
 
@@ -42,6 +43,7 @@ class Config:
     data: tuple[str, ...] = ("own",)  # own = a run's test rows; text, instruction rows or A/B/tie rows
     max_documents: core.Count | None = None  # rows or documents read of other data; none = all
     text_column: str = "text"  # of a table of texts
+    tokenizer: str | None = None  # a folder or Hub id, for a model that brings none
     template: Literal["alpaca", "journal"] = "alpaca"  # of instruction rows, for models that bring none
     # measuring and answering
     context: core.within(int, 2) | None = None  # tokens that a window on text holds; none = all the model can
@@ -54,6 +56,7 @@ class Config:
     judge_url: str = "http://localhost:11434/v1"  # speaks OpenAI's chat completions; this is Ollama's
     judge_model: str = "llama3"  # as the server calls it
     judge_key: str | None = "JUDGE_API_KEY"  # the environment variable that holds the key; none = no key
+    judge_temperature: core.within(float, 0, 2) | None = 0.0  # none = left out of the request
     judge_repeats: core.Count = 1  # grades of each answer: their spread is the judge's own noise
     judge_requests: core.Count = 4  # at once
     judge_seconds: core.within(float, 0.1) = 60.0  # of patience with one request
@@ -85,6 +88,7 @@ MODEL = {
     "data",
     "max_documents",
     "text_column",
+    "tokenizer",
     "template",
     "max_length",
     "eval_batch",
@@ -149,7 +153,7 @@ class Subject:
         return replace(stored, eval_batch=cfg.eval_batch or stored.eval_batch), model, tokenizer
 
     def _plain(self, cfg, world):
-        model, tokenizer = core.main_first(world, pretrained.open_any, self.name)
+        model, tokenizer = core.main_first(world, pretrained.open_any, self.name, cfg.tokenizer)
         if tokenizer.eos_token_id is None:
             raise core.UserError(f"tokenizer of {self.name} has no end-of-text token: use a language model's")
         if (chosen := core.typed(cfg).chosen) and world.is_main:  # a run has a dtype of its own
@@ -164,7 +168,10 @@ class Subject:
 def subjects(cfg, world) -> list[Subject]:
     """The subjects of --run, checked; without --run the newest finished run."""
     names = cfg.run_folder or (core.on_main(world, newest, root(cfg), "checkpoints"),)
-    return [subject(name) for name in names]
+    chosen = [subject(name) for name in names]
+    if cfg.tokenizer and (runs := [one.name for one in chosen if one.script]):
+        raise core.UserError(f"{runs[0]} is a run and has a tokenizer of its own: drop --tokenizer")
+    return chosen
 
 
 def newest(root, needed) -> str:
@@ -189,6 +196,8 @@ def subject(name) -> Subject:
     if int4.is_quantised(folder):
         return Subject(str(folder))
     if not (folder / "config.json").exists():
+        if (folder / "adapter_config.json").exists():
+            raise core.UserError(f"{name} is an adapter: {trusted.adapter_hint(name)}")
         if folder.exists():
             inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
             hint = f": name one of its runs, e.g. {folder / inside[-1]}" if inside else ""
@@ -374,6 +383,7 @@ def other_folder(subject, data, cfg) -> Path:
     known = [str(Path(name).resolve()) if Path(name).exists() else name for name in (subject.name, data)]
     known += [getattr(cfg, name) for name in ("max_documents", "text_column", "context", "stride")]
     known += [] if subject.script else [cfg.template, cfg.max_length, cfg.dtype]
+    known += [cfg.tokenizer] if cfg.tokenizer else []
     return Path(cfg.out or root(cfg) / "eval") / f"{words}-{core.short_hash(known, 6)}"
 
 
@@ -469,7 +479,7 @@ def prompts_of(subject, data, stored, tokenizer, cfg) -> tuple[list[dict], list[
         prompts = [instructions.prompt_text(*asked(row, number, data), template) for number, row in numbered]
     if not rows:
         raise core.UserError(f"{data} has no prompts: use instruction rows, or text, one prompt a line")
-    return rows, [tokenizer(text, **other_data.AS_TEXT).input_ids for text in prompts]
+    return rows, [prompt_ids(tokenizer, text) for text in prompts]
 
 
 def read_text(path) -> str:

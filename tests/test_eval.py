@@ -223,12 +223,16 @@ def broken_inputs():
     Path("strange/config.json").write_text('{"script": "rm", "constants": {}}')
     Path("semicolons.csv").write_text("a;b\n1;2\n")
     Path("nothing.txt").write_text("")
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text("{}")
 
 
 @pytest.mark.parametrize(("argv", "line"), [
     (["--run", "empty"], "neither a run nor a model: it has no config.json"),
     (["--run", "bad"], "bad is no run folder: its config.json cannot be read"),
     (["--run", "strange"], "strange was made by rm: use a run of"),
+    (["--run", "adapter", "--data", "nothing.txt"], "adapter is an adapter: merge it into its base"),
+    (["--run", "{run}", "--tokenizer", "x"], "is a run and has a tokenizer of its own: drop --tokenizer"),
     (["--run", "nobody/nothing", "--data", "nothing.txt"], "nobody/nothing cannot be fetched"),
     (["--run", "{run}", "--data", "nothing.txt"], "nothing.txt holds no text"),
     (["--run", "{run}", "--data", "semicolons.csv"], "lacks column"),

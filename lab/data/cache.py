@@ -111,10 +111,15 @@ def built_folder(kind, key, build, *args) -> str:
     return str(folder)
 
 
-def write_texts(folder, texts, tokenizer) -> str:
-    """Token ids of the list `texts` -> folder/tokens.bin and offsets.npy; returns the kind of integer."""
+def write_texts(folder, texts, tokenizer, begin=(), every=1) -> str:
+    """Token ids of the list `texts` -> folder/tokens.bin and offsets.npy; returns the kind of integer.
+
+    `begin`: ids before the texts 0, every, 2 every ..., with which a row begins.
+    """
     integers = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
-    write_ids(folder, ids_of(texts, tokenizer), integers, len(texts))
+    sequences = enumerate(ids_of(texts, tokenizer))
+    begun = (ids if i % every or not begin else [*begin, *ids] for i, ids in sequences)
+    write_ids(folder, begun, integers, len(texts))
     return integers
 
 

@@ -14,7 +14,14 @@ from lab.data.builtin import python_instructions
 from lab.data.cache import BadRows, cached_rows, is_clean, split_by_group, write_texts
 from lab.data.columns import INSTRUCTION_COLUMNS
 from lab.data.tables import data_fingerprint, read_rows, require_columns
-from lab.data.tokenizers import make_tokenizer, named_tokenizer, tokenizer_fingerprint, tokenizer_of
+from lab.data.tokenizers import (
+    begin_facts,
+    begin_ids,
+    make_tokenizer,
+    named_tokenizer,
+    tokenizer_fingerprint,
+    tokenizer_of,
+)
 from lab.errors import UserError
 from lab.train.loss import IGNORE_INDEX
 from lab.train.processes import main_first
@@ -123,6 +130,7 @@ def instructions_key(cfg, tokenizer) -> dict:
     source = f"built in, Python {platform.python_version()}" if builtin else data_fingerprint(cfg.data)
     words = tokenizer_fingerprint(tokenizer) if tokenizer else f"bpe:{TINY_VOCABULARY}"
     fingerprint = {"data": source, "tokenizer": words, "template": cfg.template}
+    fingerprint |= begin_facts(tokenizer) if tokenizer else {}
     name = cfg.data if builtin else ""  # a file may be moved
     return {"fingerprint": fingerprint, "built in": name, "max_documents": cfg.max_documents}
 
@@ -135,7 +143,7 @@ def write_instructions(folder, cfg, tokenizer) -> dict:
     pieces = [[prompt_text(a, b, cfg.template), output] for a, b, output in columns["texts"]]
     pieces = list(itertools.chain.from_iterable(pieces))
     tokenizer = tokenizer or make_tokenizer(f"bpe:{TINY_VOCABULARY}", lambda: pieces)
-    columns["integers"] = write_texts(folder, pieces, tokenizer)
+    columns["integers"] = write_texts(folder, pieces, tokenizer, begin_ids(tokenizer), every=2)
     tokenizer.save_pretrained(folder / "tokenizer")
     return columns
 

@@ -18,7 +18,7 @@ from lab.data.cache import BadRows, cached_rows, is_clean, split_by_group, write
 from lab.data.columns import LETTERS, PROBLEM_COLUMNS
 from lab.data.instructions import Instructions, prompt_hash
 from lab.data.tables import TABLES, data_fingerprint, read_rows, require_columns
-from lab.data.tokenizers import tokenizer_fingerprint
+from lab.data.tokenizers import begin_facts, begin_ids, tokenizer_fingerprint
 from lab.errors import UserError
 from lab.run.files import joint_hash
 
@@ -193,6 +193,7 @@ def problems_key(cfg, tokenizer) -> dict:
         source = joint_hash([data_fingerprint(cfg.data, begin) for begin in (parts or SINGLE).values()])
     words = tokenizer_fingerprint(tokenizer)
     fingerprint = {"data": source, "tokenizer": words, "answer_format": cfg.answer_format}
+    fingerprint |= begin_facts(tokenizer)
     return {
         "fingerprint": fingerprint,
         "built in": cfg.data == BUILT_IN,
@@ -220,7 +221,7 @@ def write_problems(folder, cfg, tokenizer) -> dict:
     usable, numbers, lines = usable_rows(read_parts(cfg), cfg.data)
     pieces = [text for _, p, options, _ in usable for text in as_read(p, options, cfg.answer_format)]
     return {
-        "integers": write_texts(folder, pieces, tokenizer),
+        "integers": write_texts(folder, pieces, tokenizer, begin_ids(tokenizer), every=FIRST + len(LETTERS)),
         "numbers": numbers,
         "lines": lines,
         "part": [part for part, *_ in usable],

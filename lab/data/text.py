@@ -24,6 +24,8 @@ from lab.data.cache import BadRows, cache_root, is_clean
 from lab.data.tables import TABLES, require_columns, stream_rows
 from lab.data.tokenizers import (
     ScratchBPE,
+    begin_facts,
+    begin_ids,
     is_built_in,
     make_tokenizer,
     named_tokenizer,
@@ -91,7 +93,7 @@ def token_cache(corpus) -> Path:
     """Returns the cache folder of `corpus`, built under a lock if it is not there. Rank 0 only."""
     source = text_fingerprint(corpus)
     name = corpus.tokenizer  # what a Hub id or folder holds may change
-    words = None if is_built_in(name) else tokenizer_fingerprint(named_tokenizer(name))
+    words = None if is_built_in(name) else words_of(named_tokenizer(name))
     fields = {name: value for name, value in asdict(corpus).items() if value != ADDED_FIELDS.get(name, "")}
     names = [[TEXT_CACHE_VERSION, source, words, fields]]
     if words:  # the same tokenizer may have several names: a Hub id, the folder of a run that began with it
@@ -112,6 +114,12 @@ def token_cache(corpus) -> Path:
             where = f"token cache in {cache_root()} cannot be written ({error.strerror})"
             raise UserError(f"{where}: set TOKEN_CACHE to a folder with room") from error
     return folder
+
+
+def words_of(tokenizer):
+    """All that a cache of tokens depends on in a tokenizer."""
+    begin, fingerprint = begin_ids(tokenizer), tokenizer_fingerprint(tokenizer)
+    return [fingerprint, begin] if begin else fingerprint
 
 
 def open_cache(folder) -> Tokens:
@@ -276,7 +284,8 @@ def build_cache(corpus, source, folder):
         counts += np.bincount(train[start : start + (1 << 24)], minlength=len(tokenizer))
     np.save(folder / "unigram.npy", counts)
     write_json(folder / "meta.json", {
-        "fingerprint": {"data": source, "tokenizer": sha256_file(path / "tokenizer.json")},
+        "fingerprint": {"data": source, "tokenizer": sha256_file(path / "tokenizer.json")}
+        | begin_facts(tokenizer),
         "kind": kind.name, "corpus": asdict(corpus), "documents": state["documents"],
         "tokens": {part: size // kind.itemsize for part, size in state["bytes"].items()},
         "lines": bad.report(bad.seen, corpus.data) if bad.rows else [],
@@ -286,7 +295,8 @@ def build_cache(corpus, source, folder):
 def write_tokens(folder, corpus, tokenizer, kind, bad) -> dict:
     """Appends to the streams piece by piece. progress.json notes every few seconds how
     far they are complete."""
-    encode, end = encoder(corpus.tokenizer, tokenizer), np.array([tokenizer.eos_token_id], kind)
+    head = np.array([tokenizer.eos_token_id, *begin_ids(tokenizer)], kind)  # what a document begins with
+    encode, end = encoder(corpus.tokenizer, tokenizer), head[:1]
     path, none = folder / "progress.json", dict.fromkeys(PARTS, 0)
     state = {"pieces": 0, "bytes": dict(none), "documents": dict(none)}
     state |= json.loads(path.read_text()) if path.exists() else {}
@@ -310,7 +320,7 @@ def write_tokens(folder, corpus, tokenizer, kind, bad) -> dict:
             for (part, _, begins), ids in zip(wanted, encode([text for _, text, _ in wanted]), strict=True):
                 if enough():  # to the piece: a killed build stops at the same one
                     break
-                ids = np.concatenate([end[:begins], np.asarray(ids, dtype=kind)])
+                ids = np.concatenate([head if begins else end[:0], np.asarray(ids, dtype=kind)])
                 ids = ids[: min(len(ids), most - written["train"])] if part == "train" else ids
                 files[part].write(ids.tobytes())
                 written[part] += len(ids)

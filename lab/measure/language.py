@@ -2,11 +2,13 @@
 
 import json
 import re
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
 from lab.data.blocks import stretches
+from lab.errors import UserError
 from lab.measure.statistics import language_metrics
 from lab.train.batches import ShardedBatches
 from lab.train.loss import IGNORE_INDEX, token_log_probs
@@ -32,6 +34,18 @@ def loss_lines(part, numbers, groups, sums, spelt) -> list[dict]:
     ]
 
 
+@contextmanager
+def within_memory(rows, tokens):
+    """Context of a forward pass in which running out of memory is a UserError that says what would help."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        size = f"out of memory with {rows} rows of {tokens} tokens at once"
+        raise UserError(f"{size}: use a smaller --eval_batch, or shorter rows (text: --context)") from None
+
+
 @torch.no_grad()
 def evaluate(model, blocks, cfg, world, poll=lambda: None) -> np.ndarray:
     """(blocks, 3) on every rank: summed loss in nats, hits of the likeliest token, targets of each block.
@@ -49,7 +63,7 @@ def evaluate(model, blocks, cfg, world, poll=lambda: None) -> np.ndarray:
             if mine := batches.rank_batch(step):
                 input_ids, labels = blocks.batch(mine, world.device)
                 counted = labels != IGNORE_INDEX
-                with precision.autocast():
+                with precision.autocast(), within_memory(*input_ids.shape):
                     hidden = model.hidden(input_ids)[counted]
                     log_probs, hits = token_log_probs(*model.head(hidden), labels[counted])
                 rows = torch.tensor(mine)[counted.cpu().nonzero()[:, 0]]

@@ -12,11 +12,13 @@ from lab.data.cache import AS_TEXT, BadRows, cached_rows, write_ids
 from lab.data.instructions import Examples, load_instructions
 from lab.data.tables import require_columns, stream_rows
 from lab.data.text import Corpus, documents, pieces, text_files, text_fingerprint
-from lab.data.tokenizers import token_bytes, tokenizer_fingerprint
+from lab.data.tokenizers import begin_ids, token_bytes, tokenizer_fingerprint
 from lab.errors import UserError
 from lab.measure.language import evaluate, loss_lines
 from lab.measure.statistics import language_metrics
 from lab.measure.tuning import spelt_bytes
+
+LONGEST_WINDOW = 2048  # tokens, unless --context asks for more: a model may advertise 131,072 of them
 
 
 @dataclass
@@ -49,7 +51,7 @@ def documents_key(source, tokenizer) -> dict:
     """All that the cached documents depend on."""
     words = tokenizer_fingerprint(tokenizer)
     return {
-        "fingerprint": {"data": text_fingerprint(source), "tokenizer": words},
+        "fingerprint": {"data": text_fingerprint(source), "tokenizer": words, "begin": begin_ids(tokenizer)},
         "corpus": [source.data, source.text_column, source.max_documents],
     }
 
@@ -67,9 +69,9 @@ def write_documents(folder, source, tokenizer) -> dict:
 
 def document_ids(source, tokenizer, bad, sizes):
     """Yields the token ids of each document; appends its bytes to `sizes` and adds unusable rows to `bad`."""
-    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    begin = begin_ids(tokenizer) or [tokenizer.eos_token_id]
     for opens in documents(source, bad):
-        ids, size = [begin], 0
+        ids, size = list(begin), 0
         with opens() as stream:
             for text in pieces(stream):
                 ids += tokenizer(text, **AS_TEXT).input_ids
@@ -81,7 +83,7 @@ def document_ids(source, tokenizer, bad, sizes):
 def measure_text(data, stored, model, tokenizer, cfg, world, poll) -> Measured:
     """Text by sliding windows; rows of losses.jsonl are windows, intervals redraw documents or stretches."""
     most = model.config.block_size
-    context = cfg.context or most
+    context = cfg.context or min(most, LONGEST_WINDOW)
     stride = cfg.stride or max(1, context // 2)
     if context > most:
         raise UserError(f"--context {context} is over the {most} positions of the model")
@@ -90,7 +92,8 @@ def measure_text(data, stored, model, tokenizer, cfg, world, poll) -> Measured:
     source = Corpus(data, "", cfg.text_column, cfg.max_documents)
     rows = cached_rows(world, "measured", documents_key, write_documents, source, tokenizer)
     documents = [rows.tokens[start:end] for start, end in itertools.pairwise(rows.offsets)]
-    windows, sizes = Windows(documents, context, stride), token_bytes(tokenizer)
+    windows = Windows(documents, context, stride, begin_ids(tokenizer))
+    sizes = token_bytes(tokenizer)
     sums = evaluate(model, windows, stored, world, poll)
     spelt = np.array([sizes[ids].sum() for ids in windows.target_ids()])
     groups = stretches(len(windows))
@@ -98,6 +101,8 @@ def measure_text(data, stored, model, tokenizer, cfg, world, poll) -> Measured:
         groups = np.array([number for number, *_ in windows.windows])
     counts = f"{len(documents)} documents, {int(sums[:, 2].sum()):,} targets"
     lines = [*rows.columns["lines"], f"{counts}, windows of {context}, stride {stride}"]
+    if not cfg.context and context < most:
+        lines.append(f"the model holds {most:,} tokens: --context for longer windows")
     size = rows.columns["bytes"]
     if abs(spelt.sum() - size) > 1e-3 * size:
         both = f"the tokens spell {spelt.sum():,} bytes, the text has {size:,}"

@@ -477,9 +477,9 @@ def tokenised(tmp_path, monkeypatch):
     monkeypatch.setenv("TOKEN_CACHE", str(tmp_path / "tokens"))
     seen, write_texts = [], lab.data.cache.write_texts
 
-    def counting(folder, texts, tokenizer):
+    def counting(folder, texts, tokenizer, *begin, **options):
         seen.append(len(texts))
-        return write_texts(folder, texts, tokenizer)
+        return write_texts(folder, texts, tokenizer, *begin, **options)
 
     everywhere(monkeypatch.setattr, lab.data.cache, "write_texts", counting)
     return seen

@@ -16,6 +16,29 @@ import gpt_scratch as script
 from core import World
 from lab.measure import language
 
+FULL = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+)
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_running_out_of_memory_says_what_would_help_and_other_faults_stay(error):
+    model = random_gpt()
+
+    def hidden(input_ids):
+        raise error
+
+    model.hidden = hidden
+    blocks = core.Blocks(np.zeros(90, np.uint16), 16)
+    with pytest.raises(
+        core.UserError, match="memory with 3 rows of 16 tokens at once: use a smaller --eval_batch"
+    ):
+        core.evaluate(model, blocks, script.Config(eval_batch=3), World())
+    error = RuntimeError("shapes differ")
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        core.evaluate(model, blocks, script.Config(eval_batch=3), World())
+
 
 def measured(model, blocks, unigram=None, eval_batch=3):
     cfg = script.Config(dtype="fp64", eval_batch=eval_batch)

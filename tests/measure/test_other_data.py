@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -125,6 +126,19 @@ def test_a_model_that_is_uniform_over_bytes_has_8_bits_per_byte_under_every_toke
         assert sum(line["bytes"] for line in written[1]) == len(TEXT.encode())
         perplexities.append(metrics["perplexity"])
     assert max(perplexities) > 1.5 * min(perplexities)
+
+
+def test_without_a_context_windows_have_a_sane_length_and_what_the_model_holds_is_said(monkeypatch):
+    """One that advertises 131,072 positions read a book in one window."""
+    Path("text.txt").write_text(TEXT * 60)
+    tokenizer = core.make_tokenizer("bytes", lambda: [])
+    monkeypatch.setattr(other_data, "evaluate", lambda model, windows, *rest: np.ones((len(windows), 3)))
+    for most, asked, context in ((131_072, None, 2048), (131_072, 9000, 9000), (300, None, 300)):
+        model = SimpleNamespace(config=SimpleNamespace(block_size=most))
+        cfg = script.Config(context=asked)
+        found = other_data.measure_text("text.txt", None, model, tokenizer, cfg, World(), int)
+        assert found.constants["context"] == context and f"windows of {context}, " in " ".join(found.lines)
+        assert ("the model holds 131,072 tokens: --context" in " ".join(found.lines)) == (context == 2048)
 
 
 def test_a_transformers_model_has_the_loss_that_transformers_gives_it():
