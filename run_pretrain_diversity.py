@@ -750,16 +750,13 @@ def draws_of(study, tokenizer) -> diversity.Draws:
 
 def reread(study, tokenizer) -> mixture.Text:
     """The sources' text, tokenised for the probe."""
-    folder = core.cache_root() / f"probe_{core.tokenizer_fingerprint(tokenizer)[:16]}"
-
-    def keep() -> str:
-        if not folder.exists():
-            with core.whole_folder(folder) as aside:
-                tokenizer.save_pretrained(aside)
-        return str(folder)
-
-    name = core.on_main(study.world, keep)
+    folder = core.cache_root() / f"probe_tokenizer_{core.tokenizer_fingerprint(tokenizer)[:16]}"
+    name = core.on_main(study.world, core.cached_folder, folder, save_tokenizer, tokenizer)
     return mixture.open_text(sources_of(study.cfg), name, {}, study.world)
+
+
+def save_tokenizer(folder, tokenizer):
+    tokenizer.save_pretrained(folder)
 
 
 def coefficients(study, runs_by_arm) -> dict:

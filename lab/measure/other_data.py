@@ -10,8 +10,9 @@ from lab.data.blocks import Windows, stretches
 from lab.data.builtin import BUILT_IN
 from lab.data.cache import AS_TEXT, BadRows, cached_rows, write_ids
 from lab.data.instructions import Examples, load_instructions
-from lab.data.tables import require_columns, stream_rows
-from lab.data.text import Corpus, documents, pieces, text_files, text_fingerprint
+from lab.data.paths import text_files
+from lab.data.tables import LOOK, columns_of, require_columns, stream_rows
+from lab.data.text import Corpus, documents, pieces, text_fingerprint
 from lab.data.tokenizers import token_bytes, tokenizer_fingerprint
 from lab.errors import UserError
 from lab.measure.language import evaluate, loss_lines
@@ -36,12 +37,12 @@ def kind_of(data, text_column) -> str:
         return "rows"
     if data in BUILT_IN or text_files(data):
         return "text"
-    first = next(iter(stream_rows(data, streaming=True)), None)
-    columns = first.keys() if isinstance(first, dict) else set()
+    first = list(itertools.islice(stream_rows(data, streaming=True), LOOK))
+    columns = set(columns_of(first))
     if {"instruction", "output"} <= columns or text_column in columns:
         return "rows" if "instruction" in columns else "text"
     where = f"{data} (or a column {text_column!r} of texts)"
-    require_columns([] if first is None else [first], ("instruction", "output"), where)
+    require_columns(first, ("instruction", "output"), where)
     raise UserError(f"{data} cannot be measured: use text, or rows with instruction and output")
 
 
@@ -61,7 +62,7 @@ def write_documents(folder, source, tokenizer) -> dict:
     if not sum(sizes):
         column = f"a table with a column {source.text_column!r}"
         raise UserError(f"{source.data} holds no text: use text files, or {column}")
-    lines = bad.report(len(sizes) + len(bad.rows), source.data) if bad.rows else []
+    lines = bad.report(len(sizes) + len(bad.rows), source.data)
     return {"integers": "uint32", "bytes": sum(sizes), "lines": lines}
 
 
