@@ -28,7 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import core
 from lab.compare import facts, grades, judge, plots, responses, sides, tables
 from lab.compare.facts import find, read_all
-from lab.data import cache, columns, instructions
+from lab.data import columns, instructions
 from lab.data.paths import text_files
 from lab.data.tables import text_lines
 from lab.measure import answers, other_data, preference, tuning

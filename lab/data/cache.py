@@ -36,6 +36,12 @@ class BadRows:
     def add(self, number, reason):
         self.rows.append((number, str(reason)))
 
+    def pass_over(self, number, where):
+        """Notes a row that holds nothing. UserError when hardly any other comes: a stream may have no end."""
+        self.empty.append(number)
+        if len(self.empty) % 1000 == 0 and len(self.empty) > 0.95 * number:
+            raise UserError(f"{where}: {len(self.empty)} of {number} rows are empty: name the column of text")
+
     def report(self, total, where) -> list[str]:
         """Lines to print; raises UserError above the limit."""
         if len(self.rows) > self.limit * total:

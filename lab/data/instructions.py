@@ -47,10 +47,10 @@ def parse(row) -> list[str]:
     if texts[1] is None or (isinstance(texts[1], str) and texts[1].strip() in MISSING_WORDS):
         texts[1] = ""  # some sets leave it out, or write None
     for column, text in zip(INSTRUCTION_COLUMNS, texts, strict=True):
-        if is_missing(text):
-            raise ValueError(f"{column} is missing" + f" ({text})" * (text is not None))
         if not isinstance(text, str):
             raise ValueError(f"{column} is no text")
+        if is_missing(text):
+            raise ValueError(f"{column} is missing ({text.strip()})")
         if not is_clean(text):
             raise ValueError(f"{column} has odd Unicode (a lone surrogate)")
     if not texts[0].strip():

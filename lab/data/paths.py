@@ -79,6 +79,9 @@ class DataFile:
         packing = form_of(self.name)[1]
         stream = open_member(self) if self.member else open_file(self.path)
         size = self.member.compress_size if self.member else os.fstat(stream.fileno()).st_size
+        if packing and not size:
+            stream.close()
+            raise UserError(f"{self} is empty: fetch it again")
         if self.member or packing:
             with contextlib.ExitStack() as stack:
                 stack.callback(stream.close)
@@ -132,7 +135,7 @@ def zip_archive(path) -> zipfile.ZipFile:
     except PermissionError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): take it out or give it back") from None
     except Exception as error:  # BadZipFile, struct.error, NotImplementedError ...
-        raise UserError(f"{path} is not a whole zip file ({first_line(error)}): fetch it again") from None
+        raise UserError(f"{path} is not a whole zip file: fetch it again ({first_line(error)})") from None
 
 
 def unpack(stream, packing):

@@ -48,8 +48,8 @@ def parse_options(options) -> list[str]:
 
     Cut where the labels stand, in order: commas (1,000) and parentheses are text.
     """
-    if isinstance(options, dict):
-        options = list(options.values()) if [str(name).lower() for name in options] == [*LETTERS] else []
+    if isinstance(options, dict) and [str(name).lower() for name in options] == [*LETTERS]:
+        options = list(options.values())
     if isinstance(options, list):  # AQuA: ["A)32400", ...]
         texts = ["" if text is None else str(text).strip() for text in options]
     elif isinstance(options, str):
@@ -94,8 +94,8 @@ def _without_labels(texts) -> list[str]:
 
 
 def _marks(options, before, label, once=False) -> list[int]:
-    """Where the labels of a to e begin, in this order, each behind the pattern `before`; or none. `once`: none
-    either if a label stands twice, since one of them is text."""
+    """Where the labels of a to e begin, in this order, each behind the pattern `before`; or none. `once`: nor
+    if a label stands twice, since one of them is text."""
     starts, at = [], 0
     for letter in LETTERS:
         pattern = re.compile(f"{before}({label.format(letter)})", re.I)

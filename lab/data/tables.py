@@ -91,7 +91,7 @@ def without_missing(row):
 
 
 def is_missing(cell) -> bool:
-    """Whether a cell of text holds nothing but a word for what is missing. `` is an empty text, not missing."""
+    """Whether a cell holds nothing, or nothing but a word for what is missing. An empty text is a text."""
     return cell is None or (isinstance(cell, str) and cell.strip() in MISSING)
 
 
@@ -160,12 +160,13 @@ def width_remedy(header) -> str:
 def json_rows(stream, file):
     """Yields the rows of JSON: a list, one object a line, objects over several lines, or an object that holds
     the rows under one key."""
-    lines = ((number, line) for number, line in enumerate(text_lines(stream, file), 1) if line.strip())
+    every = enumerate(text_lines(stream, file), start=1)
+    lines = ((number, line) for number, line in every if line.strip())
     number, line = next(lines, (0, ""))
     if not number:
         return
     if line.lstrip()[0] == "[" or not is_json(line):
-        text = line + "".join(some for _, some in lines)
+        text = line + "".join(some for _, some in every)
         yield from rows_of_values(list(json_values(text, file, number)), file)
         return
     following = next(lines, None)
@@ -235,6 +236,7 @@ def arrow_rows(stream, file):
             if twice := len(batch.schema.names) - len(set(batch.schema.names)):
                 raise UserError(f"{file} has {twice} column name(s) twice: rename them")
             if batch.num_rows:
+                arrow_call(validate, file, f"row {first}", batch)
                 yield from batch_rows(batch, first, file)
             first += batch.num_rows
 
@@ -245,7 +247,8 @@ def arrow_batches(stream, file):
     import pyarrow.parquet
 
     if file.form == ".parquet":
-        table = arrow_call(pyarrow.parquet.ParquetFile, file, "its end", stream)
+        opened = functools.partial(pyarrow.parquet.ParquetFile, page_checksum_verification=True)
+        table = arrow_call(opened, file, "its end", stream)
         return arrow_call(table.iter_batches, file, "its head", 1000)
     indexed = stream.read(6) == b"ARROW1"
     stream.seek(0)
@@ -261,6 +264,11 @@ def arrow_call(function, file, place, *args):
     except Exception as error:
         line = f"{file} cannot be read as {file.form[1:]} ({place}: {first_line(error)})"
         raise UserError(f"{line}: fetch or write it again") from None
+
+
+def validate(batch):
+    """Raises for offsets that point outside their column: a flipped bit in them would crash the process."""
+    batch.validate(full=True)
 
 
 def batch_rows(batch, first, file) -> list[dict]:

@@ -143,7 +143,7 @@ def documents(corpus, bad):
         bad.seen = number
         text = row.get(corpus.text_column) if isinstance(row, dict) else 0
         if text == "" or is_missing(text):
-            bad.empty.append(number)
+            bad.pass_over(number, corpus.data)
         elif isinstance(text, str) and is_clean(text):
             yield functools.partial(io.StringIO, text, newline="")
         else:
@@ -262,13 +262,14 @@ def build_cache(corpus, source, folder):
         "tokens": {part: size // kind.itemsize for part, size in state["bytes"].items()},
         "lines": bad.report(bad.seen, corpus.data),
     })  # fmt: skip
+    (folder / "progress.json").unlink(missing_ok=True)
 
 
 def write_tokens(folder, corpus, tokenizer, kind, bad) -> dict:
     """Appends to the streams piece by piece. progress.json notes every few seconds how
     far they are complete."""
     encode, end = encoder(corpus.tokenizer, tokenizer), np.array([tokenizer.eos_token_id], kind)
-    path, state = folder / "progress.json", progress_of(folder)
+    state = progress_of(folder)
     files = {part: open(folder / f"{part}.bin", "ab") for part in PARTS}
     for part, file in files.items():
         file.truncate(state["bytes"][part])
@@ -301,7 +302,7 @@ def write_tokens(folder, corpus, tokenizer, kind, bad) -> dict:
             if time.monotonic() - saved > 5:
                 state["bytes"] = {part: flushed(file) for part, file in files.items()}
                 state["hashes"] = {part: digest.hexdigest() for part, digest in digests.items()}
-                write_json(path, state)
+                write_json(folder / "progress.json", state | {"check": short_hash(state)})
                 saved = time.monotonic()
     for file in files.values():
         file.write(end.tobytes())
@@ -313,6 +314,8 @@ def progress_of(folder) -> dict:
     none = dict.fromkeys(PARTS, 0)
     try:
         state = json.loads((folder / "progress.json").read_text())
+        if state.pop("check") != short_hash(state):
+            raise ValueError
         for part, size in state["bytes"].items():
             if hash_of_first(folder / f"{part}.bin", size).hexdigest() != state["hashes"][part]:
                 raise ValueError
