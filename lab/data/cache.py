@@ -32,6 +32,7 @@ class BadRows:
     def __init__(self, limit=0.01):
         self.limit, self.rows, self.seen = limit, [], 0  # seen: rows looked at, if whoever reads counts them
         self.empty = []  # numbers of rows that hold nothing: passed over, however many
+        self.notes = []  # lines about what else was left out
 
     def add(self, number, reason):
         self.rows.append((number, str(reason)))
@@ -48,7 +49,9 @@ class BadRows:
             named = "; ".join(f"row {number}: {reason}" for number, reason in self.rows[:3])
             share = f"{len(self.rows)} of {total} rows are unusable, more than {self.limit:.0%}"
             raise UserError(f"{where}: {share}: mend or remove them, e.g. {named}")
-        lines = [f"passed over {len(self.empty)} empty row(s): {first_few(self.empty)}"] if self.empty else []
+        lines = list(self.notes)
+        if self.empty:
+            lines.append(f"passed over {len(self.empty)} empty row(s): {first_few(self.empty)}")
         for reason, count in Counter(reason for _, reason in self.rows).items():
             numbers = [number for number, why in self.rows if why == reason]
             lines.append(f"left out {count} row(s), {reason}: {first_few(numbers)}")

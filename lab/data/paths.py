@@ -238,6 +238,13 @@ def walk(folder):
             yield Path(where, name).relative_to(folder)
 
 
+def descriptions(name) -> list[str]:
+    """Names of the text files of a folder that are left out, since they describe it: README.md and such."""
+    files = sorted(walk(Path(name))) if Path(name).is_dir() else []
+    visible = [file for file in files if not any(part.startswith(".") for part in file.parts)]
+    return [str(f) for f in visible if form_of(f)[0] in TEXT_FILES and not is_data(f, Path(name).name)]
+
+
 def is_data(path, folder="") -> bool:
     """Whether a file found in a folder (relative to it) or zip is data: not hidden, no README, no LICENSE, no
     dataset_info.json, and not the loading script, which is called like its folder."""

@@ -20,8 +20,8 @@ import numpy as np
 
 from lab.data import tables
 from lab.data.builtin import BUILT_IN, built_in_texts
-from lab.data.cache import BadRows, cache_root, damage, is_clean, is_whole, seal, writable_cache
-from lab.data.paths import files_hash, text_files
+from lab.data.cache import BadRows, cache_root, damage, first_few, is_clean, is_whole, seal, writable_cache
+from lab.data.paths import descriptions, files_hash, text_files
 from lab.data.tables import LOOK, is_missing, require_columns, stream_rows
 from lab.data.tokenizers import (
     ScratchBPE,
@@ -132,6 +132,8 @@ def documents(corpus, bad):
     if corpus.data in BUILT_IN:
         rows = ({corpus.text_column: text} for text in built_in_texts(corpus.data))
     elif files := text_files(corpus.data):
+        if about := descriptions(corpus.data):
+            bad.notes.append(f"left out, as they describe the data: {first_few(about)}")
         for file in files[: corpus.max_documents]:
             yield functools.partial(open_text, file)
         return

@@ -218,6 +218,16 @@ def test_hidden_files_in_a_folder_are_left_out_but_the_folder_may_lie_in_a_hidde
         assert [file.name for file in text_files(str(name))] == ["a.txt"]
 
 
+def test_a_readme_beside_texts_is_left_out_and_told():
+    Path("texts").mkdir()
+    for i, text in enumerate(texts_of(9)):
+        Path(f"texts/{i}.md").write_text(text)
+    Path("texts/README.md").write_text("what this is")
+    tokens = opened("texts")
+    assert tokens.lines == ["left out, as they describe the data: README.md"]
+    assert sum(tokens.documents.values()) == 9
+
+
 def test_a_text_that_cannot_be_read_is_named(monkeypatch):
     Path("a.txt").write_text("a text")
 
