@@ -20,8 +20,8 @@ def boom(*_):
     raise KeyError("options")
 
 
-def several_lines(*_):
-    raise UserError("one\ntwo")
+def empty(*_):
+    raise UserError("")
 
 
 def slow(*_):
@@ -32,7 +32,7 @@ def other_rows(name, *_, **__):
     return [{"a": "1"}]
 
 
-@pytest.mark.parametrize("fault", [boom, several_lines, slow, other_rows])
+@pytest.mark.parametrize("fault", [boom, empty, slow, other_rows])
 def test_it_finds_a_faulty_reader(fault, monkeypatch):
     monkeypatch.setattr(fuzz, "PATIENCE", 0.1)
     monkeypatch.setattr(tables, "read_rows", fault)

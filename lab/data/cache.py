@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 from collections import Counter
 from contextlib import contextmanager, suppress
@@ -147,7 +148,8 @@ def is_whole(folder) -> bool:
     if seen and _checked.get(folder) == seen:
         return True
     if reason := damage(folder):
-        aside = folder.with_name(f".{folder.name}.damaged.{os.getpid()}")  # gone when a day old
+        aside = folder.with_name(f".damaged_{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)  # an earlier one
         print(f"WARNING cache {folder}: {reason}; set aside as {aside.name} and made anew", file=sys.stderr)
         with suppress(FileNotFoundError):  # another run was faster
             os.rename(folder, aside)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lab.data.hub import first_line, from_hub
 from lab.data.paths import SUFFIXES, TABLES, DataFile, data_files, files_hash, form_of, is_there, table_files
-from lab.errors import UserError
+from lab.errors import UserError, printable
 
 LOOK = 100  # rows of a stream that are looked at to know its columns
 LONGEST = 1 << 28  # bytes of a line: what is longer is no row
@@ -285,8 +285,7 @@ def batch_rows(batch, first, file) -> list[dict]:
 def shown(value) -> str:
     """A value as an error line shows it: short, without control characters."""
     text = str(value)
-    text = text if len(text) <= 60 else f"{text[:57]}..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return printable(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def _hub_form(name) -> re.Match:

@@ -185,7 +185,7 @@ def test_damaged_rows_are_named_set_aside_and_made_anew(name, harm, capfd):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     said = capfd.readouterr().err
     assert said.count("WARNING") == said.count("\n") == 1 and f"{folder}: {name}" in said
-    (aside,) = Path("cache").glob(".*.damaged.*")
+    (aside,) = Path("cache").glob(".damaged_*")
     assert aside.name in said
     cached_rows(World(), "toy", key, build, ["ab", "abc"], builds)
     assert len(builds) == 2 and capfd.readouterr().err == ""
