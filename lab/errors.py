@@ -4,7 +4,7 @@
 class UserError(Exception):
     """Bad input. The text is one line: what, the value, and what would work. Exit code 2.
 
-    Names and values come from files and command lines: line breaks and control characters in them are escaped.
+    Names and values in it come from files and command lines: their control characters are escaped.
     """
 
     def __init__(self, line):

@@ -202,7 +202,8 @@ def json_values(text, where, line):
             value, at = decoder.raw_decode(text, at)
         except ValueError as error:
             number = line + text.count("\n", 0, getattr(error, "pos", at))
-            raise UserError(f"{where} line {number} is no JSON ({reason(error)}): mend it") from None
+            place = f"{where} cannot be read as json: line {number} is no JSON"
+            raise UserError(f"{place} ({reason(error)}): mend it") from None
         yield value
         at = space.match(text, at).end()
 

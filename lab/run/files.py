@@ -64,7 +64,7 @@ def flush(path):
 
 
 def sha256_file(path) -> str:
-    """1.2 s a GiB where the processor has instructions for it; memory stays constant."""
+    """About 1.3 s a GiB where the processor has instructions for it; memory stays constant."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 18))
     with open(path, "rb", buffering=0) as file:
         while size := file.readinto(buffer):

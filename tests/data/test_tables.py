@@ -150,13 +150,16 @@ def test_an_object_on_one_line_holds_rows_in_json_and_is_a_row_in_jsonl():
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        ('[{"a": 1},\n\n{"a" 2}]', "t.json line 3 is no JSON (Expecting ':' delimiter)"),
+        (
+            '[{"a": 1},\n\n{"a" 2}]',
+            "t.json cannot be read as json: line 3 is no JSON (Expecting ':' delimiter)",
+        ),
         ('{"a": 1}\n{"a": 2}\n{"a"\n', "t.json line 3 is no JSON"),
-        ('\n{\n"a": 1}\n{"a": 2', "t.json line 4 is no JSON"),
+        ('\n{\n"a": 1}\n{"a": 2', "t.json cannot be read as json: line 4 is no JSON"),
         ('{"x": [{"a": 1}],\n "y": [{"a": 1}]}', "t.json holds lists of rows under x and y"),
         ("[" * 100_000, "t.json is nested too deeply"),
         ('{"a":' * 100_000, "t.json is nested too deeply"),
-        ('[{"a": ' + "9" * 5000 + "}]", "t.json line 1 is no JSON"),
+        ('[{"a": ' + "9" * 5000 + "}]", "t.json cannot be read as json: line 1 is no JSON"),
     ],
 )
 def test_what_is_no_json_is_named_with_its_line(content, line):
