@@ -20,7 +20,7 @@ from lab.train.batches import ShardedBatches, each_once, length_groups, micro_ba
 # 4  data: rows become token ids once, mapped into memory; six sets are built in (lab/data/builtin.py)
 from lab.run.disks import cache_root
 from lab.data.blocks import Blocks, Windows, stretches
-from lab.data.cache import split_by_group
+from lab.data.cache import cached_folder, split_by_group
 from lab.data.instructions import Examples, Packs, examples_of, load_instructions
 from lab.data.pairs import collate, load_pairs
 from lab.data.problems import Problems, load_problems

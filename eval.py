@@ -28,8 +28,9 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import core
 from lab.compare import facts, grades, judge, plots, responses, sides, tables
 from lab.compare.facts import find, read_all
-from lab.data import cache, columns, instructions
-from lab.data.text import text_files
+from lab.data import columns, instructions
+from lab.data.paths import text_files
+from lab.data.tables import text_lines
 from lab.data.tokenizers import prompt_ids
 from lab.measure import answers, other_data, preference, tuning
 from lab.models import int4, pretrained, trusted
@@ -467,7 +468,7 @@ def prompts_of(subject, data, stored, tokenizer, cfg) -> tuple[list[dict], list[
         test = instructions.examples_of(rows, stored)[0]["test"].rows
         return [rows.columns(row) for row in test], [rows.prompt(row) for row in test]
     if text_files(data):
-        lines = [line for file in text_files(data) for line in read_text(file).splitlines()]
+        lines = [line for file in text_files(data) for line in prompts_in(file)]
         rows = [{"instruction": line, "input": "", "output": ""} for line in lines if line.strip()]
         rows = rows[: cfg.max_documents]
         prompts = [row["instruction"] for row in rows]
@@ -482,19 +483,19 @@ def prompts_of(subject, data, stored, tokenizer, cfg) -> tuple[list[dict], list[
     return rows, [prompt_ids(tokenizer, text) for text in prompts]
 
 
-def read_text(path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise core.UserError(f"{path} is not UTF-8: save it as such") from None
+def prompts_in(file) -> list[str]:
+    """The lines of a text file; only \\n and \\r\\n end one."""
+    with file.open() as stream:
+        return [line.removesuffix("\n").removesuffix("\r") for line in text_lines(stream, file)]
 
 
 def asked(row, number, data) -> tuple[str, str]:
     """(instruction, input) of a row. UserError without an instruction."""
-    texts = [row.get(name) or "" for name in ("instruction", "input")] if isinstance(row, dict) else [""]
-    if not all(isinstance(text, str) and cache.is_clean(text) for text in texts) or not texts[0].strip():
-        raise core.UserError(f"{data}: row {number} has no usable instruction: mend or remove it")
-    return texts[0].strip(), texts[1].strip()
+    try:
+        instruction, given, _ = instructions.parse(row | {"output": ""} if isinstance(row, dict) else row)
+    except ValueError as error:
+        raise core.UserError(f"{data}: row {number} has no usable instruction ({error}): mend it") from None
+    return instruction, given
 
 
 # -------------------------------------------------------------------------------- judging, comparing, listing

@@ -23,6 +23,7 @@ import eval as script
 from core import UserError, World
 from lab.compare.facts import find
 from lab.data import instructions
+from lab.data.paths import text_files
 from lab.measure import answers
 
 
@@ -270,3 +271,17 @@ def test_what_mode_judge_wants_of_a_folder_is_refused_for_preference_runs(traine
     )
     with pytest.raises(UserError, match="no such folder"):
         find(["nowhere"])
+
+
+def test_prompts_of_a_text_file_end_at_line_feeds_only():
+    prompts = ["What is a river?", "one\u2028two", "page\x0ctwo", "next\x85line", "", "last"]
+    Path("prompts.txt").write_bytes("\r\n".join(prompts).encode() + b"\n")
+    (file,) = text_files("prompts.txt")
+    assert script.prompts_in(file) == prompts
+
+
+def test_a_row_to_be_answered_is_read_as_one_to_be_trained_on():
+    assert script.asked({"instruction": " a ", "input": "nan"}, 1, "t.json") == ("a", "")
+    for row in ({"instruction": None}, {"instruction": "nan"}, ["a"], {"instruction": "a\ud800"}):
+        with pytest.raises(UserError, match=r"t\.json: row 7 has no usable instruction"):
+            script.asked(row, 7, "t.json")

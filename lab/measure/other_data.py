@@ -10,8 +10,9 @@ from lab.data.blocks import Windows, stretches
 from lab.data.builtin import BUILT_IN
 from lab.data.cache import AS_TEXT, BadRows, cached_rows, write_ids
 from lab.data.instructions import Examples, load_instructions
-from lab.data.tables import require_columns, stream_rows
-from lab.data.text import Corpus, documents, pieces, text_files, text_fingerprint
+from lab.data.paths import text_files
+from lab.data.tables import LOOK, columns_of, hub_split, require_columns, stream_rows
+from lab.data.text import Corpus, documents, pieces, text_fingerprint
 from lab.data.tokenizers import begin_ids, token_bytes, tokenizer_fingerprint
 from lab.errors import UserError
 from lab.measure.language import evaluate, loss_lines
@@ -38,13 +39,25 @@ def kind_of(data, text_column) -> str:
         return "rows"
     if data in BUILT_IN or text_files(data):
         return "text"
-    first = next(iter(stream_rows(data, streaming=True)), None)
-    columns = first.keys() if isinstance(first, dict) else set()
+    first = list(itertools.islice(stream_rows(data, streaming=True), LOOK))
+    columns = set(columns_of(first))
     if {"instruction", "output"} <= columns or text_column in columns:
         return "rows" if "instruction" in columns else "text"
     where = f"{data} (or a column {text_column!r} of texts)"
-    require_columns([] if first is None else [first], ("instruction", "output"), where)
+    require_columns(first, ("instruction", "output"), where)
     raise UserError(f"{data} cannot be measured: use text, or rows with instruction and output")
+
+
+def split_of(data) -> dict[str, str]:
+    """{"split": ...} of a Hub set: which of its splits is measured; empty for anything else."""
+    split = None if data in (*BUILT_IN, "python-instructions") else hub_split(data)
+    return {"split": split} if split else {}
+
+
+def split_lines(data) -> list[str]:
+    """Says which split of a Hub set is measured, and how to name another."""
+    other = "the id with #validation behind it is another one"
+    return [f"split {split} of {data}: {other}" for split in split_of(data).values()]
 
 
 def documents_key(source, tokenizer) -> dict:
@@ -63,7 +76,7 @@ def write_documents(folder, source, tokenizer) -> dict:
     if not sum(sizes):
         column = f"a table with a column {source.text_column!r}"
         raise UserError(f"{source.data} holds no text: use text files, or {column}")
-    lines = bad.report(len(sizes) + len(bad.rows), source.data) if bad.rows else []
+    lines = bad.report(len(sizes) + len(bad.rows), source.data)
     return {"integers": "uint32", "bytes": sum(sizes), "lines": lines}
 
 
@@ -100,7 +113,7 @@ def measure_text(data, stored, model, tokenizer, cfg, world, poll) -> Measured:
     if len(documents) >= 100:
         groups = np.array([number for number, *_ in windows.windows])
     counts = f"{len(documents)} documents, {int(sums[:, 2].sum()):,} targets"
-    lines = [*rows.columns["lines"], f"{counts}, windows of {context}, stride {stride}"]
+    lines = [*split_lines(data), *rows.columns["lines"], f"{counts}, windows of {context}, stride {stride}"]
     if not cfg.context and context < most:
         lines.append(f"the model holds {most:,} tokens: --context for longer windows")
     size = rows.columns["bytes"]
@@ -108,7 +121,7 @@ def measure_text(data, stored, model, tokenizer, cfg, world, poll) -> Measured:
         both = f"the tokens spell {spelt.sum():,} bytes, the text has {size:,}"
         lines.append(f"{both}: bits are per byte spelt")
     file = "losses.jsonl", loss_lines("test", np.arange(len(windows)), groups, sums, spelt)
-    constants = {"text_column": cfg.text_column, "context": context, "stride": stride}
+    constants = {"text_column": cfg.text_column, "context": context, "stride": stride} | split_of(data)
     metrics = language_metrics(sums, groups, byte_counts=spelt)
     return Measured(metrics, lines, file, rows.fingerprint["data"], constants)
 
@@ -123,7 +136,7 @@ def measure_rows(data, stored, model, tokenizer, cfg, world, poll) -> Measured:
     fits = np.flatnonzero(rows.prompt_lengths < np.minimum(whole, most))
     if not len(fits):
         raise UserError(f"the prompts of all {len(rows)} rows fill {most} tokens: use a model with more")
-    examples, lines = Examples(rows, fits, most), list(rows.lines)
+    examples, lines = Examples(rows, fits, most), [*split_lines(data), *rows.lines]
     if cut := int((whole[fits] > most).sum()):
         lines.append(f"{cut} row(s) are cut at {most} tokens: they lose the end of the answer")
     if left := len(rows) - len(fits):
@@ -132,4 +145,4 @@ def measure_rows(data, stored, model, tokenizer, cfg, world, poll) -> Measured:
     spelt, groups = spelt_bytes(examples), rows.groups[fits]
     file = "losses.jsonl", loss_lines("test", rows.numbers[fits], groups, sums, spelt)
     metrics = language_metrics(sums, groups, byte_counts=spelt)
-    return Measured(metrics, lines, file, rows.fingerprint["data"], shape)
+    return Measured(metrics, lines, file, rows.fingerprint["data"], shape | split_of(data))

@@ -177,7 +177,7 @@ def open_model(name, dropout=0.0, checkpointing=False, step=None, flag="--model"
 
 
 def run_model(folder, step, dropout, checkpointing) -> GPT:
-    """The GPT of a run folder, of `step` or as it was tested. UserError where its files do not fit each other."""
+    """The GPT of a run folder, of `step` or as tested. UserError where its files do not fit each other."""
     import safetensors.torch
 
     checkpoint = tested_or_newest_checkpoint(folder) if step is None else step_name(step)

@@ -40,7 +40,7 @@ def read_manifest(folder) -> dict | None:
     try:
         content = json.loads((folder / "manifest.json").read_text())
         digest = content.pop("manifest")
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return None
     return content if digest == _manifest_hash(content) else None
 

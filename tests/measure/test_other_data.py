@@ -194,3 +194,20 @@ def test_preference_rows_of_a_file_get_the_log_loss_that_the_run_gives_them(kind
     assert "rows  log loss" in said and "lengths only" in said
     if kind != "folds":
         assert result(other)["test/log_loss"] == pytest.approx(result(folder)["test/log_loss"], rel=1e-5)
+
+
+def test_the_split_of_a_hub_set_is_said_and_kept():
+    Path("rows.jsonl").touch()
+    assert [other_data.split_of(name) for name in ("python-docs", "python-instructions", "rows.jsonl")] == [
+        {}
+    ] * 3
+    assert other_data.split_of("owner/set") == {"split": "train"}
+    assert other_data.split_lines("owner/set:en#test")[0].startswith("split test of owner/set:en#test: ")
+    with pytest.raises(core.UserError, match="no such file"):
+        other_data.split_of("absent.jsonl")
+
+
+def test_the_kind_of_a_table_is_decided_by_its_first_rows_together():
+    rows = [{"instruction": "a"}, {"id": 1}, {"instruction": "b", "output": "c"}]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert other_data.kind_of("rows.jsonl", "text") == "rows"
