@@ -19,8 +19,9 @@ from lab.train.processes import all_reduce_sum, barrier, wrap_ddp  # all do the 
 from lab.train.batches import ShardedBatches, each_once, length_groups, micro_batches, reseed, worst_case
 
 # 4  data: rows become token ids once, mapped into memory; six sets are built in (lab/data/builtin.py)
+from lab.run.disks import cache_root
 from lab.data.blocks import Blocks, Windows, stretches
-from lab.data.cache import cache_root, split_by_group
+from lab.data.cache import cached_folder, split_by_group
 from lab.data.instructions import Examples, Packs, examples_of, load_instructions
 from lab.data.pairs import collate, load_pairs
 from lab.data.problems import Problems, load_problems
@@ -72,7 +73,7 @@ from lab.run.folder import Run, open_run  # open_run: none where it is finished
 from lab.run.checkpoints import load_weights, tested_checkpoints, tested_or_newest_checkpoint
 from lab.run.checkpoints import state_sha256, weights_sha256
 from lab.run.resume import CALL_CONSTANTS, MAY_CHANGE, finished_run
-from lab.run.stored import SCRIPTS, is_run, newest_run, out_folder, prepare_folder, read_config
+from lab.run.stored import SCRIPTS, is_run, newest_run, out_folder, prepare_folder, read_config, script_of
 from lab.run.provenance import device_name, git_state, refuse_dirty, refuse_other_data
 
 # 10  files that are whole or not there

@@ -28,10 +28,12 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import core
 from lab.compare import facts, grades, judge, plots, responses, sides, tables
 from lab.compare.facts import find, read_all
-from lab.data import cache, columns, instructions
-from lab.data.text import text_files
+from lab.data import columns, instructions
+from lab.data.paths import text_files
+from lab.data.tables import text_lines
+from lab.data.tokenizers import prompt_ids
 from lab.measure import answers, other_data, preference, tuning
-from lab.models import int4, pretrained
+from lab.models import int4, pretrained, trusted
 from lab.run import checkpoints, pack
 
 
@@ -42,6 +44,7 @@ class Config:
     data: tuple[str, ...] = ("own",)  # own = a run's test rows; text, instruction rows or A/B/tie rows
     max_documents: core.Count | None = None  # rows or documents read of other data; none = all
     text_column: str = "text"  # of a table of texts
+    tokenizer: str | None = None  # a folder or Hub id, for a model that brings none
     template: Literal["alpaca", "journal"] = "alpaca"  # of instruction rows, for models that bring none
     # measuring and answering
     context: core.within(int, 2) | None = None  # tokens that a window on text holds; none = all the model can
@@ -54,6 +57,7 @@ class Config:
     judge_url: str = "http://localhost:11434/v1"  # speaks OpenAI's chat completions; this is Ollama's
     judge_model: str = "llama3"  # as the server calls it
     judge_key: str | None = "JUDGE_API_KEY"  # the environment variable that holds the key; none = no key
+    judge_temperature: core.within(float, 0, 2) | None = 0.0  # none = left out of the request
     judge_repeats: core.Count = 1  # grades of each answer: their spread is the judge's own noise
     judge_requests: core.Count = 4  # at once
     judge_seconds: core.within(float, 0.1) = 60.0  # of patience with one request
@@ -85,6 +89,7 @@ MODEL = {
     "data",
     "max_documents",
     "text_column",
+    "tokenizer",
     "template",
     "max_length",
     "eval_batch",
@@ -149,7 +154,7 @@ class Subject:
         return replace(stored, eval_batch=cfg.eval_batch or stored.eval_batch), model, tokenizer
 
     def _plain(self, cfg, world):
-        model, tokenizer = core.main_first(world, pretrained.open_any, self.name)
+        model, tokenizer = core.main_first(world, pretrained.open_any, self.name, cfg.tokenizer)
         if tokenizer.eos_token_id is None:
             raise core.UserError(f"tokenizer of {self.name} has no end-of-text token: use a language model's")
         if (chosen := core.typed(cfg).chosen) and world.is_main:  # a run has a dtype of its own
@@ -164,7 +169,10 @@ class Subject:
 def subjects(cfg, world) -> list[Subject]:
     """The subjects of --run, checked; without --run the newest finished run."""
     names = cfg.run_folder or (core.on_main(world, newest, root(cfg), "checkpoints"),)
-    return [subject(name) for name in names]
+    chosen = [subject(name) for name in names]
+    if cfg.tokenizer and (runs := [one.name for one in chosen if one.script]):
+        raise core.UserError(f"{runs[0]} is a run and has a tokenizer of its own: drop --tokenizer")
+    return chosen
 
 
 def newest(root, needed) -> str:
@@ -189,6 +197,8 @@ def subject(name) -> Subject:
     if int4.is_quantised(folder):
         return Subject(str(folder))
     if not (folder / "config.json").exists():
+        if (folder / "adapter_config.json").exists():
+            raise core.UserError(f"{name} is an adapter: {trusted.adapter_hint(name)}")
         if folder.exists():
             inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
             hint = f": name one of its runs, e.g. {folder / inside[-1]}" if inside else ""
@@ -374,6 +384,7 @@ def other_folder(subject, data, cfg) -> Path:
     known = [str(Path(name).resolve()) if Path(name).exists() else name for name in (subject.name, data)]
     known += [getattr(cfg, name) for name in ("max_documents", "text_column", "context", "stride")]
     known += [] if subject.script else [cfg.template, cfg.max_length, cfg.dtype]
+    known += [cfg.tokenizer] if cfg.tokenizer else []
     return Path(cfg.out or root(cfg) / "eval") / f"{words}-{core.short_hash(known, 6)}"
 
 
@@ -457,7 +468,7 @@ def prompts_of(subject, data, stored, tokenizer, cfg) -> tuple[list[dict], list[
         test = instructions.examples_of(rows, stored)[0]["test"].rows
         return [rows.columns(row) for row in test], [rows.prompt(row) for row in test]
     if text_files(data):
-        lines = [line for file in text_files(data) for line in read_text(file).splitlines()]
+        lines = [line for file in text_files(data) for line in prompts_in(file)]
         rows = [{"instruction": line, "input": "", "output": ""} for line in lines if line.strip()]
         rows = rows[: cfg.max_documents]
         prompts = [row["instruction"] for row in rows]
@@ -469,22 +480,22 @@ def prompts_of(subject, data, stored, tokenizer, cfg) -> tuple[list[dict], list[
         prompts = [instructions.prompt_text(*asked(row, number, data), template) for number, row in numbered]
     if not rows:
         raise core.UserError(f"{data} has no prompts: use instruction rows, or text, one prompt a line")
-    return rows, [tokenizer(text, **other_data.AS_TEXT).input_ids for text in prompts]
+    return rows, [prompt_ids(tokenizer, text) for text in prompts]
 
 
-def read_text(path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise core.UserError(f"{path} is not UTF-8: save it as such") from None
+def prompts_in(file) -> list[str]:
+    """The lines of a text file; only \\n and \\r\\n end one."""
+    with file.open() as stream:
+        return [line.removesuffix("\n").removesuffix("\r") for line in text_lines(stream, file)]
 
 
 def asked(row, number, data) -> tuple[str, str]:
     """(instruction, input) of a row. UserError without an instruction."""
-    texts = [row.get(name) or "" for name in ("instruction", "input")] if isinstance(row, dict) else [""]
-    if not all(isinstance(text, str) and cache.is_clean(text) for text in texts) or not texts[0].strip():
-        raise core.UserError(f"{data}: row {number} has no usable instruction: mend or remove it")
-    return texts[0].strip(), texts[1].strip()
+    try:
+        instruction, given, _ = instructions.parse(row | {"output": ""} if isinstance(row, dict) else row)
+    except ValueError as error:
+        raise core.UserError(f"{data}: row {number} has no usable instruction ({error}): mend it") from None
+    return instruction, given
 
 
 # -------------------------------------------------------------------------------- judging, comparing, listing
@@ -569,6 +580,8 @@ def tabulate(cfg, say):
     )
     say(text)
     by = "_by_" + "_".join(cfg.group_by) if cfg.group_by else ""
+    if len(by) > 200:  # a file's name has 255 bytes
+        by = f"{by[:180]}_{core.short_hash(cfg.group_by, 6)}"
     with core.whole_file(folder / f"table{by}.md") as file:
         file.write(text + "\n")
     say(f"\nwritten: {folder}/table{by}.md")

@@ -1,6 +1,7 @@
-"""A GPT written by hand, and journal 003's experiment with it: character and BPE language models.
+"""A GPT written by hand: journal 003's character and BPE models, and journal 004's timed pretraining.
 
     torchrun --nproc_per_node=4 --shutdown-timeout 300 gpt_scratch.py --preset mini_v0
+    torchrun --nproc_per_node=4 --shutdown-timeout 300 gpt_scratch.py --preset noam_wide4
     python gpt_scratch.py                               # preset cpu: built-in text, minutes on two cores
     python gpt_scratch.py --data shakespeare.txt --tokenizer bpe:2048 --resume_timestamp auto
     python gpt_scratch.py --mode find_lr                # which rate? (find_from, find_to, find_steps)
@@ -12,9 +13,7 @@ constants stand in Config. Each run is a folder under runs/gpt_scratch/.
 """
 
 import functools
-import json
 import math
-import re
 import sys
 import textwrap
 from dataclasses import asdict, dataclass, fields, replace
@@ -27,6 +26,7 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import core
+from lab.measure import language
 from lab.models import generate
 
 # ------------------------------------------------------------------------- the experiment and its constants
@@ -38,13 +38,15 @@ class Config(core.Studied):
     data: str = "python-docs"  # text file or folder, table, Hub id, python-docs or python-code (built in)
     text_column: str = "text"  # of a table or Hub set
     max_documents: core.Count | None = None  # none = all
+    max_tokens: core.Count | None = None  # of training text, the first ones; none = all
     tokenizer: str = "chars"  # chars, ascii, bytes, bpe:<size>, bpe_scratch:<size>, Hub id or folder
     val_share: core.within(float, 1e-4, 0.9999) = 0.05  # of the documents; of a single document, its end
     test_share: core.within(float, 0, 0.9999) = 0.05  # of the text, for the end
     split_seed: core.Seed = 42  # of what is held out
     block_size: core.Count = 64  # tokens of context
     # model
-    model: str = "new"  # or where to start from: a run folder, a GPT-2 or Llama folder, a Hub id
+    model: str = "new"  # or where to start from: a run, newest, a GPT-2 or Llama folder, a Hub id
+    model_step: core.Whole | None = None  # a checkpoint of that run; none = the one it was tested with
     n_layer: core.Count = 4  # blocks
     n_head: core.Count = 4  # attention heads
     n_embd: core.Count = 128  # width
@@ -55,31 +57,34 @@ class Config(core.Studied):
     bias: bool = False  # of linear layers and LayerNorms
     qkv_bias: bool = False  # of queries, keys and values
     tie_head: bool = True  # the output matrix is the embedding
+    vocab_multiple: core.Count = 1  # the number of token embeddings is rounded up to it
     head_bias: bool = False  # of an output matrix of its own
     dropout: core.Share = 0.0  # share of activations set to 0 in training
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory
     # optimisation
     batch: core.Count = 8  # blocks per optimizer step, over all ranks
     micro_batch: core.Count | None = None  # blocks per forward and rank; none = all of the rank's blocks
-    epochs: core.Whole = 10  # passes over the training rows
-    max_steps: core.Whole | None = 3600  # optimizer steps; whichever of the two ends first
+    epochs: core.Whole | None = 10  # passes over the training rows
+    max_steps: core.Whole | None = 3600  # optimizer steps; the shortest of these three ends it
     max_minutes: core.Amount | None = None  # of training, over resumes
     lr: core.Rate = 3e-3  # peak; GPT-3's sizes and rates lie near 1.95 parameters^-0.437 (journal 003)
     min_lr: core.Rate = 0.0  # at the end of the schedule
     warmup: core.Share = 0.05  # fraction of all steps; of one_cycle its rise (the usual is 0.3)
     schedule: Literal["linear", "cosine", "constant", "one_cycle", "gpt3"] = "linear"  # of the rate
     cycle_beta1: bool = True  # one_cycle moves beta1 between 0.95 and 0.85, against the rate
-    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
+    optimizer: Literal["adamw", "lion", "sgd"] = "adamw"  # sgd: momentum 0.9
     beta1: core.within(float, 0, 0.9999) = 0.9  # of Adam: how fast the mean forgets
-    beta2: core.within(float, 0, 0.9999) = 0.99  # of Adam: how fast the squares forget
+    beta2: core.within(float, 0, 0.9999) = 0.99  # of Adam: how fast the squares forget; of Lion the mean
     eps: core.within(float, 1e-30) = 1e-8  # of Adam
     weight_decay: core.Rate = 0.1  # of matrices
+    decay_embedding: bool = True  # the token embedding decays, too
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
     dtype: core.Dtype = "auto"  # auto: bf16 on a card (or fp16), else fp32, which untyped is tf32 on a card
     seed: core.Seed = 0  # of weights, order and dropout
     # evaluation and logging
     eval_batch: core.Count = 64  # blocks per evaluation step, over all ranks
     eval_every: core.Count | None = None  # steps; none = each epoch
+    eval_rows: core.Count | None = None  # validation blocks looked at during training; none = all
     test_weights: Literal["best", "last"] = "best"  # lowest validation loss, or the final ones
     save_every: core.Count | None = None  # steps; none = at each evaluation, before it
     # samples and generation
@@ -109,6 +114,10 @@ class Config(core.Studied):
             raise core.UserError(
                 f"val_share {self.val_share} + test_share {self.test_share} leave nothing to train on"
             )
+        if self.epochs is self.max_steps is self.max_minutes is None:
+            raise core.UserError("nothing ends training: use --max_minutes, --max_steps or --epochs")
+        if self.model_step is not None and self.model == "new":
+            raise core.UserError(f"--model_step {self.model_step}: a new model has no checkpoints, drop it")
         if self.schedule in ("one_cycle", "gpt3") and self.min_lr:
             raise core.UserError(
                 f"min_lr {self.min_lr}: schedule {self.schedule} has an end of its own, leave it 0"
@@ -143,6 +152,35 @@ JOURNAL = {  # what journal 003's code trained: articles of Wikipedia, 1 % held 
 }
 SMALL = JOURNAL | {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 2048, "batch": 2, "lr": 6e-4}
 MINI = JOURNAL | {"n_layer": 10, "n_head": 8, "n_embd": 512, "block_size": 256, "batch": 128}
+# Journal 004's 180M parameters, 64 x 4 blocks of 512 tokens a step. Its one-cycle ignored the 8e-4 of its
+# file and took 1e-3, and was 10,000 steps long whatever the clock said; here it ends with the clock.
+NOAM_WIDE4 = {
+    "data": "DKYoon/SlimPajama-6B",
+    "tokenizer": "gpt2",
+    "val_share": 0.0005,
+    "test_share": 0.0005,
+    "block_size": 512,
+    "n_layer": 10,
+    "n_head": 16,
+    "n_embd": 1024,
+    "n_inner": None,
+    "vocab_multiple": 64,
+    "batch": 256,
+    "micro_batch": 64,
+    "epochs": None,
+    "max_steps": None,
+    "max_minutes": 180.0,
+    "lr": 8e-4,
+    "schedule": "one_cycle",
+    "warmup": 0.3,
+    "beta2": 0.95,
+    "decay_embedding": False,
+    "eval_every": 2000,
+    "eval_rows": 1536,
+    "save_every": 500,
+    "test_weights": "last",
+    "compile": True,
+}
 PRESETS = {  # rates as the journal meant them: its code ran all of them at 1e-3 (seeds' bug D8)
     "cpu": {},
     "baby": JOURNAL | {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch": 64},
@@ -152,6 +190,11 @@ PRESETS = {  # rates as the journal meant them: its code ran all of them at 1e-3
     "gpt3_small_char": SMALL,
     "gpt3_small_char_one_cycle": SMALL | {"schedule": "one_cycle", "warmup": 0.3},
     "gpt3_small_large_batch": SMALL | {"tokenizer": "gpt2", "batch": 128, "micro_batch": 2, "lr": 1e-5},
+    "noam_wide4": NOAM_WIDE4,
+    "noam_wide4_effective": NOAM_WIDE4 | {"lr": 1e-3},
+    "continue_noam": NOAM_WIDE4  # the same text for 45 minutes more
+    | {"model": "newest", "max_minutes": 45.0, "schedule": "cosine", "warmup": 0.05}
+    | {"lr": 8e-5, "min_lr": 8e-6},
 }
 SMOKE = {
     "data": "python-docs",
@@ -166,11 +209,14 @@ SMOKE = {
     "batch": 24,
     "micro_batch": None,
     "max_steps": 200,
+    "max_minutes": None,
     "lr": 4e-3,
     "dtype": "auto",
+    "compile": False,
     "val_share": 0.1,
     "test_share": 0.1,
     "eval_every": 100,
+    "save_every": None,
     "sample_tokens": 80,
     "find_steps": 60,
 }
@@ -183,7 +229,7 @@ def corpus_of(cfg) -> core.Corpus:
     UserError for flags of these."""
     name = cfg.tokenizer
     if cfg.model != "new":
-        own = {"tokenizer", *(field.name for field in fields(core.GPTConfig))}
+        own = {"tokenizer", "vocab_multiple", *(field.name for field in fields(core.GPTConfig))}
         if typed := sorted((own - {"block_size", "dropout", "checkpointing"}) & core.typed(cfg).flags):
             raise core.UserError(f"--model {cfg.model} brings its own {', '.join(typed)}: drop these flags")
         name = core.tokenizer_of(cfg.model)
@@ -201,8 +247,10 @@ def build_model(cfg, tokens, world) -> core.GPT:
     """A GPT of cfg's shape with random weights, or the model of cfg.model. UserError
     where it does not fit."""
     if cfg.model == "new":
-        return core.GPT(shape_of(cfg, len(tokens.tokenizer)))
-    model, _ = core.main_first(world, core.open_model, cfg.model, cfg.dropout, cfg.checkpointing)
+        rows = math.ceil(len(tokens.tokenizer) / cfg.vocab_multiple) * cfg.vocab_multiple
+        return core.GPT(shape_of(cfg, rows))
+    how = cfg.dropout, cfg.checkpointing, cfg.model_step
+    model, _ = core.main_first(world, core.open_model, cfg.model, *how)
     if cfg.block_size > model.config.block_size:
         most = model.config.block_size
         raise core.UserError(f"--block_size {cfg.block_size} is over the {most} of {cfg.model}")
@@ -212,10 +260,15 @@ def build_model(cfg, tokens, world) -> core.GPT:
     return model
 
 
+def stored_config(folder) -> Config:
+    """The constants of a run; those that this script no longer has are left out."""
+    stored, known = core.read_config(folder)["constants"], {field.name for field in fields(Config)}
+    return Config(**{name: value for name, value in stored.items() if name in known})
+
+
 def load_model(folder, world):
     """(Config, model, tokenizer) of a run, from its folder alone; the weights it was tested with."""
-    stored, known = core.read_config(folder)["constants"], {field.name for field in fields(Config)}
-    cfg = Config(**{name: value for name, value in stored.items() if name in known})
+    cfg = stored_config(folder)
     model, tokenizer = core.open_model(folder)
     return cfg, core.Precision(cfg.dtype, world).prepare(model).eval(), tokenizer
 
@@ -240,27 +293,34 @@ class Setup:
     step: int = 0  # where a resumed run stands
 
 
-def set_up(run, cfg, world, steps=None) -> Setup:
-    """Makes data, model and optimizer, restores a resumed run, takes two discarded steps; says what will run.
-
-    `steps` none: as many as cfg.epochs and cfg.max_steps allow.
-    """
+def open_text(cfg, world) -> tuple[core.Tokens, dict[str, core.Blocks]]:
+    """The text of cfg as token ids, and as blocks of each part. UserError for constants that contradict each
+    other, and where a part that will be measured is empty."""
     shape_of(cfg, vocab_size=1)  # a contradiction should not wait for an hour of tokenising
     tokens = core.open_corpus(corpus_of(cfg), world)
-    run.pin("fingerprint", tokens.fingerprint)
     blocks = {part: core.Blocks(tokens.parts[part], cfg.block_size) for part in core.PARTS}
     for part in ("train", "val", *(("test",) if cfg.test_share else ())):
         if not len(blocks[part]):
             better = "more documents" + (f" or a larger --{part}_share" if part != "train" else "")
             raise core.UserError(f"{cfg.data} leaves no {part} text: use {better}")
-    batches = core.ShardedBatches(
-        np.full(len(blocks["train"]), cfg.block_size), cfg.batch, world, seed=cfg.seed
-    )
+    return tokens, blocks
+
+
+def set_up(run, cfg, world, steps=None) -> Setup:
+    """Makes data, model and optimizer, restores a resumed run, takes two discarded steps; says what will run.
+
+    `steps` none: as many as cfg.epochs and cfg.max_steps allow.
+    """
+    tokens, blocks = open_text(cfg, world)
+    run.pin("fingerprint", tokens.fingerprint)
+    order = cfg.seed + 1000 * (cfg.model != "new")  # continued pretraining reads the text in a new order
+    lengths = np.full(len(blocks["train"]), cfg.block_size)
+    batches = core.ShardedBatches(lengths, cfg.batch, world, seed=order)
     total_steps = core.count_steps(cfg, batches, steps or core.FOREVER)
     core.reseed(cfg.seed, "init")
     precision = core.Precision(cfg.dtype, world)
     model = precision.prepare(build_model(cfg, tokens, world))
-    optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.eps)
+    optimizer = make_optimizer(cfg, model)
     announce(run, cfg, tokens, blocks, batches, total_steps, model)
     step = run.load(model, optimizer, precision)
     core.on_main(world, describe_model, run.folder, model, tokens.tokenizer)
@@ -268,13 +328,17 @@ def set_up(run, cfg, world, steps=None) -> Setup:
     ddp = core.wrap_ddp(model, world, model.h if cfg.compile else (), dynamic=None)
     setup = Setup(cfg, world, tokens, blocks, batches, total_steps, model, ddp, optimizer, precision, step)
     if step == 0:
-        first = core.Blocks(blocks["val"].tokens[: 16 * cfg.block_size + 1], cfg.block_size)
-        loss, _, targets = core.evaluate(model, first, cfg, world).sum(0)
+        loss, _, targets = core.evaluate(model, blocks["val"].first(16), cfg, world).sum(0)
         run.say(f"initial loss {loss / targets:.4f}  ln V {math.log(model.config.vocab_size):.4f}")
     saved, gradients = (model, optimizer, precision), functools.partial(forward_backward, setup)
     core.rehearse(run, ddp, saved, gradients, batches, total_steps - step)
     run.say(describe_block(tokens.tokenizer, blocks["train"]))
     return setup
+
+
+def make_optimizer(cfg, model):
+    betas, undecayed = (cfg.beta1, cfg.beta2), () if cfg.decay_embedding else ("wte.weight",)
+    return core.make_optimizer(model, cfg.optimizer, cfg.weight_decay, betas, cfg.eps, undecayed=undecayed)
 
 
 def describe_model(folder, model, tokenizer):
@@ -334,10 +398,11 @@ def train(run, cfg, world) -> dict:
     """Mode train. Returns the final figures."""
     setup = set_up(run, cfg, world)
     model, optimizer, precision = saved = setup.model, setup.optimizer, setup.precision
+    looked_at = setup.blocks["val"].first(cfg.eval_rows)
     for at in core.steps(run, setup.batches, setup.blocks["train"].targets, saved, setup.total_steps):
         if at.evaluates:
-            sums = core.evaluate(model, setup.blocks["val"], cfg, world, at.poll)
-            val = core.measure(sums, setup.blocks["val"], setup.tokens.unigram)
+            sums = core.evaluate(model, looked_at, cfg, world, at.poll)
+            val = core.measure(sums, looked_at, setup.tokens.unigram)
             report_validation(run, at, val, is_best=at.keep_if_best(val["loss"]))
             core.on_main(world, sample, run, cfg, at, model, setup.tokens.tokenizer)
             continue
@@ -368,7 +433,7 @@ def finish(run, cfg, world, setup) -> dict:
         )
     lines = core.loss_rows(part, sums, setup.blocks[part], sizes)
     core.on_main(world, core.write_lines, run.folder / "losses.jsonl", lines)
-    known = core.on_main(world, known_words, run.folder / "samples.jsonl", setup.tokens)
+    known = core.on_main(world, language.known_words, run.folder, setup.tokens, SAMPLES)
     if known is not None:
         run.say(f"samples  {known:.0%} of the generated words occur in the training text")
     run.say(
@@ -398,9 +463,11 @@ def announce(run, cfg, tokens, blocks, batches, total_steps, model):
     run.say(f"data {cfg.data}  documents {counts}  tokenizer {tokenizer} of {len(tokens.tokenizer)}")
     for line in tokens.lines:
         run.say(line)
-    seen = total_steps * cfg.batch * cfg.block_size
-    run.say(f"tokens per parameter  {len(tokens.parts['train']) / total:.2f} in the data, {seen / total:.2f} "
-            f"in {total_steps} steps (Hoffmann et al. 2022: {RATIO} is best)")  # fmt: skip
+    seen = f"{total_steps * cfg.batch * cfg.block_size / total:.2f} in {total_steps} steps"
+    if total_steps == core.FOREVER:
+        seen = f"{cfg.batch * cfg.block_size / total:.2g} a step, whose number the clock decides"
+    run.say(f"tokens per parameter  {len(tokens.parts['train']) / total:.2f} in the data, {seen} "
+            f"(Hoffmann et al. 2022: {RATIO} is best)")  # fmt: skip
     if left := len(blocks["train"]) % cfg.batch:
         run.say(f"each epoch leaves out {left} of {len(blocks['train'])} blocks, others each time: "
                 f"they fill no batch of {cfg.batch}")  # fmt: skip
@@ -438,18 +505,9 @@ def sample(run, cfg, at, model, tokenizer):
             run.say("\n".join(f"  | {line}" for line in textwrap.wrap(core.one_line(text), 95)[:4]))
 
 
-def known_words(path, tokens, most=5_000_000) -> float | None:
-    """Share of the last samples' words that occur in the first `most` tokens of the training text."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    last = [json.loads(line)["text"] for line in lines[-SAMPLES:]]
-    sampled = [word for text in last for word in words(text)[:-1]]  # the last one is cut
-    text = tokens.tokenizer.decode(tokens.parts["train"][:most].tolist()) if sampled else ""
-    vocabulary = set(words(text))
-    return sum(word in vocabulary for word in sampled) / len(sampled) if sampled else None
-
-
-def words(text) -> list[str]:
-    return re.findall(r"[^\W\d_]+", text.lower())
+def newest_base(cfg) -> str:
+    """The newest finished run in cfg.out, or in runs/gpt_scratch."""
+    return str(core.newest_run(cfg, __file__, finished=True))
 
 
 def find_lr(run, cfg, world) -> dict:
@@ -465,7 +523,7 @@ def find_lr(run, cfg, world) -> dict:
 
 def generate_mode(cfg, world):
     """Mode generate: continues --prompt, or each line typed (an empty one starts a new document)."""
-    name = cfg.model if cfg.model != "new" else str(core.newest_run(cfg, __file__))
+    name = str(core.newest_run(cfg, __file__)) if cfg.model in ("new", "newest") else cfg.model
     model, tokenizer = core.open_model(name)
     model.to(world.device)
     millions = core.count_parameters(model)[0] / 1e6
@@ -485,9 +543,7 @@ def generate_mode(cfg, world):
 def export(cfg, world):
     """Mode export: the weights of --model (a run folder) as a folder that transformers loads."""
     if not core.is_run(cfg.model):
-        raise core.UserError(
-            f"--mode export needs --model with a run folder of gpt_scratch.py, not {cfg.model}"
-        )
+        raise core.UserError(f"--mode export needs --model with a run of gpt_scratch.py, not {cfg.model}")
     folder = Path(cfg.out or Path(cfg.model) / "transformers")
     core.save_pretrained(*core.open_model(cfg.model), folder)
     print(f"written: {folder}")
@@ -535,6 +591,11 @@ def main(cfg, world):
         if world.size > 1:
             raise core.UserError(f"--mode {cfg.mode} runs in one process: start it with python")
         return (generate_mode if cfg.mode == "generate" else export)(cfg, world)
+    if cfg.model == "newest":
+        is_new = cfg.resume_timestamp in (None, "auto")
+        base = core.on_main(world, newest_base, cfg) if is_new else cfg.model
+        like = core.typed(cfg)  # not counted as typed: a resume keeps its base, whatever is newest then
+        cfg = core.with_flags(replace(cfg, model=base), like, like.flags - {"model"})
     if not (run := core.open_run(cfg, world, __file__, unit="tokens")):
         return None
     with run:

@@ -190,15 +190,10 @@ def build_model(cfg, data, world):
 
 def rebuild(folder, world, **changes):
     """(Config, untrained model, tokenizer) of a run, from its folder alone; `changes`: of Config."""
-    from transformers import AutoConfig
-
     stored = {"symmetric": False} | core.read_config(folder)["constants"]  # as runs were before both orders
     known = {field.name for field in dataclasses.fields(Config)}
     cfg = Config(**{name: value for name, value in stored.items() if name in known} | changes)
-    try:
-        encoder = encoders.encoder_from_config(AutoConfig.from_pretrained(Path(folder) / "encoder"))
-    except OSError:
-        raise core.UserError(f"{folder}/encoder is missing: the run stopped before its first step") from None
+    encoder = encoders.stored_encoder(Path(folder) / "encoder")
     model = core.Precision(cfg.dtype, world).prepare(scorer(cfg, encoder))
     return cfg, model, tokenizers.encoder_tokenizer(str(Path(folder) / "encoder"))
 

@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import core
 import gpt_scratch
 from lab.compare import diversity_report, tables
-from lab.data import builtin, mixture
+from lab.data import builtin, mixture, paths
 from lab.measure import diversity, held_out
 from lab.run import checkpoints
 
@@ -221,7 +221,7 @@ def sources_of(cfg) -> dict[str, core.Corpus]:
 
 def address(named, name, flag) -> str:
     """Where a text is: as --sources says, or the name itself. UserError if it can be neither."""
-    known = name in named or "/" in name or name in builtin.BUILT_IN or Path(name).exists()
+    known = name in named or "/" in name or name in builtin.BUILT_IN or paths.is_there(name)
     if not name or not known:
         names = ", ".join([*named, *builtin.BUILT_IN])
         raise core.UserError(f"{flag} {name!r}: no such text; use {names}, a path, or --sources {name}=where")
@@ -756,16 +756,13 @@ def draws_of(study, tokenizer) -> diversity.Draws:
 
 def reread(study, tokenizer) -> mixture.Text:
     """The sources' text, tokenised for the probe."""
-    folder = core.cache_root() / f"probe_{core.tokenizer_fingerprint(tokenizer)[:16]}"
-
-    def keep() -> str:
-        if not folder.exists():
-            with core.whole_folder(folder) as aside:
-                tokenizer.save_pretrained(aside)
-        return str(folder)
-
-    name = core.on_main(study.world, keep)
+    folder = core.cache_root() / f"probe_tokenizer_{core.tokenizer_fingerprint(tokenizer)[:16]}"
+    name = core.on_main(study.world, core.cached_folder, folder, save_tokenizer, tokenizer)
     return mixture.open_text(sources_of(study.cfg), name, {}, study.world)
+
+
+def save_tokenizer(folder, tokenizer):
+    tokenizer.save_pretrained(folder)
 
 
 def coefficients(study, runs_by_arm) -> dict:

@@ -2,7 +2,18 @@
 
 
 class UserError(Exception):
-    """Bad input. The text is one line: what, the value, and what would work. Exit code 2."""
+    """Bad input. The text is one line: what, the value, and what would work. Exit code 2.
+
+    Names and values in it come from files and command lines: their control characters are escaped.
+    """
+
+    def __init__(self, line):
+        super().__init__(printable(line))
+
+
+def printable(text) -> str:
+    """A text with its line breaks, control characters and lone surrogates escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 class Stop(BaseException):

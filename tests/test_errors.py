@@ -39,3 +39,8 @@ def test_any_other_fault_keeps_its_traceback_and_is_1():
         [sys.executable, "-c", CODE.format(error="LostRanks")], capture_output=True, text=True
     )
     assert done.returncode == 1 and "Traceback" in done.stderr and "LostRanks" in done.stderr
+
+
+def test_an_error_is_one_line_whatever_the_names_in_it_hold():
+    error = UserError("a\nb\x1b[31m\ud800 ü.csv is no table")
+    assert str(error) == r"a\nb\x1b[31m\ud800 ü.csv is no table" == str(UserError(str(error)))

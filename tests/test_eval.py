@@ -23,6 +23,7 @@ import eval as script
 from core import UserError, World
 from lab.compare.facts import find
 from lab.data import instructions
+from lab.data.paths import text_files
 from lab.measure import answers
 
 
@@ -223,12 +224,16 @@ def broken_inputs():
     Path("strange/config.json").write_text('{"script": "rm", "constants": {}}')
     Path("semicolons.csv").write_text("a;b\n1;2\n")
     Path("nothing.txt").write_text("")
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text("{}")
 
 
 @pytest.mark.parametrize(("argv", "line"), [
     (["--run", "empty"], "neither a run nor a model: it has no config.json"),
     (["--run", "bad"], "bad is no run folder: its config.json cannot be read"),
     (["--run", "strange"], "strange was made by rm: use a run of"),
+    (["--run", "adapter", "--data", "nothing.txt"], "adapter is an adapter: merge it into its base"),
+    (["--run", "{run}", "--tokenizer", "x"], "is a run and has a tokenizer of its own: drop --tokenizer"),
     (["--run", "nobody/nothing", "--data", "nothing.txt"], "nobody/nothing cannot be fetched"),
     (["--run", "{run}", "--data", "nothing.txt"], "nothing.txt holds no text"),
     (["--run", "{run}", "--data", "semicolons.csv"], "lacks column"),
@@ -266,3 +271,17 @@ def test_what_mode_judge_wants_of_a_folder_is_refused_for_preference_runs(traine
     )
     with pytest.raises(UserError, match="no such folder"):
         find(["nowhere"])
+
+
+def test_prompts_of_a_text_file_end_at_line_feeds_only():
+    prompts = ["What is a river?", "one\u2028two", "page\x0ctwo", "next\x85line", "", "last"]
+    Path("prompts.txt").write_bytes("\r\n".join(prompts).encode() + b"\n")
+    (file,) = text_files("prompts.txt")
+    assert script.prompts_in(file) == prompts
+
+
+def test_a_row_to_be_answered_is_read_as_one_to_be_trained_on():
+    assert script.asked({"instruction": " a ", "input": "nan"}, 1, "t.json") == ("a", "")
+    for row in ({"instruction": None}, {"instruction": "nan"}, ["a"], {"instruction": "a\ud800"}):
+        with pytest.raises(UserError, match=r"t\.json: row 7 has no usable instruction"):
+            script.asked(row, 7, "t.json")

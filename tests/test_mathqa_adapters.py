@@ -25,8 +25,9 @@ from core import UserError, World
 from lab.models import loha_lokr
 
 SMALL = [
-    *["--smoke", "--mode", "finetune", "--init_from", "new", "--text_documents", 60, "--max_documents", 120],
-    *["--n_layer", 1, "--n_embd", 32, "--batch", 8, "--plain_blocks", 0, "--answer_rows", 0, "--out", "out"],
+    *["--smoke", "--mode", "train", "--init_from", "new", "--max_documents", 120],
+    *["--pretrain", "noam_wide4,max_documents=60,tokenizer=bpe:1024,block_size=64,n_layer=1,n_embd=32"],
+    *["--batch", 8, "--plain_blocks", 0, "--answer_rows", 0, "--out", "out"],
     *["--eval_rows", 8, "--max_steps", 2, "--warmup", 0, "--weight_decay", 0, "--test_weights", "last"],
     *["--no-final_eval", "--lora_rank", 4, "--lr", 1e-2],
 ]
@@ -65,7 +66,7 @@ def test_a_run_is_not_loaded_onto_another_base():
 
 @pytest.mark.parametrize("arm", script.Config().arms)
 def test_every_arm_of_the_study_trains_with_the_scripts_constants(arm):
-    cfg = script.arm_config(script.Config(weight_decay=0.0, qat_group=16), arm)
+    cfg = config("--preset", arm, "--weight_decay", 0, "--qat_group", 16)
     model, trained = script.tuned(cfg, random_gpt(**NOAM).train(), World())
     of, before = script.make_optimizer(cfg, model), numbers(trained)
     for _ in range(2):
@@ -76,12 +77,10 @@ def test_every_arm_of_the_study_trains_with_the_scripts_constants(arm):
 @pytest.mark.parametrize("method", ["loha", "lokr"])
 def test_dropout_of_a_method_without_one_is_refused_in_one_line(method, capsys):
     with pytest.raises(SystemExit) as stop:
-        config("--mode", "finetune", "--method", method, "--lora_dropout", "0.1")
+        config("--mode", "train", "--method", method, "--lora_dropout", "0.1")
     said = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(said) == 1
     assert f"--lora_dropout 0.1: {method} has none, use 0" in said[0]
-    with pytest.raises(UserError, match=r"--lora_dropout 0\.1"):
-        script.arm_config(script.Config(lora_dropout=0.1), method)
     model = random_gpt()
     before = list(model.named_parameters())
     with pytest.raises(UserError, match=rf"--lora_dropout 0\.1: {method}") as error:

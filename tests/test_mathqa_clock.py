@@ -36,7 +36,7 @@ CLOCKED = {
 @pytest.fixture(scope="module")
 def one_run(tmp_path_factory):
     """A Run that has not begun."""
-    cfg = parsed("--smoke", "--mode", "finetune", "--out", tmp_path_factory.mktemp("clock"))
+    cfg = parsed("--smoke", "--mode", "train", "--out", tmp_path_factory.mktemp("clock"))
     with core.Run(cfg, core.World(), "run_mathqa.py") as one:
         yield one
 

@@ -15,6 +15,7 @@ from toys.run_mathqa import (
     budgets,
     constants_of,
     copied,  # noqa: F401 (a fixture)
+    first,
     go,  # noqa: F401 (a fixture)
     here,  # noqa: F401 (a fixture)
     result_of,
@@ -79,9 +80,10 @@ def test_arms_differ_in_what_they_name_alone(studied):
     study, aside = study_of(studied), core.CALL_CONSTANTS | {"max_steps", "max_minutes"}
     for of_budget in study["runs"].values():
         for seed in (0, 1):
-            first, lora, int4 = (constants_of(studied / of_budget[arm][seed]) for arm in ARMS)
-            assert first["seed"] == seed and f"pretrain-4steps-s{seed}" in first["init_from"]
-            differ = [{n for n in first if n not in aside and first[n] != one[n]} for one in (lora, int4)]
+            full, lora, int4 = (constants_of(studied / of_budget[arm][seed]) for arm in ARMS)
+            base = constants_of(studied / full["init_from"])
+            assert full["seed"] == base["seed"] == seed and base["max_steps"] == 4
+            differ = [{n for n in full if n not in aside and full[n] != one[n]} for one in (lora, int4)]
             assert differ == [{"method", "lr"}, {"qat"}]
             assert lora["lr"] == 3e-3 and lora["method"] == "lora" and int4["qat"] == "int4"
 
@@ -90,14 +92,14 @@ def test_equal_steps_are_equal_and_equal_time_is_to_a_step(studied):
     found = study_of(studied)["runs"]
     assert found["steps"]["full"] == found["time"]["full"]
     for seed in (0, 1):
-        first = result_of(studied / found["steps"]["full"][seed])
+        leader = result_of(studied / found["steps"]["full"][seed])
         for arm in ARMS[1:]:
-            assert result_of(studied / found["steps"][arm][seed])["steps"] == first["steps"] == 12
+            assert result_of(studied / found["steps"][arm][seed])["steps"] == leader["steps"] == 12
             folder = studied / found["time"][arm][seed]
             lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
             shares = [line["clock/share"] for line in lines if "clock/share" in line]  # before each step
             assert len(shares) == result_of(folder)["steps"] and shares[-1] < 1
-            assert result_of(folder)["train_seconds"] >= first["train_seconds"] - 1e-6
+            assert result_of(folder)["train_seconds"] >= leader["train_seconds"] - 1e-6
 
 
 def test_the_quantised_figures_of_the_study_are_those_of_its_folders(studied):
@@ -139,8 +141,8 @@ def test_other_lengths_and_rates_of_tuning_repeat_no_pretraining(copied, go):
     folders = run_folders()
     go(*arms("full", of=budgets("steps")), "--seeds", 1, "--max_steps", 5, "--lr", 1e-3, "--loss_on_prompt")
     (new,) = (constants_of(folder) for folder in run_folders() if folder not in folders)
-    assert new["mode"] == "finetune" and new["max_steps"] == 5 and new["lr"] == 1e-3
-    assert "pretrain-4steps-s0" in new["init_from"] and study_of()["runs"]["steps"].keys() == {"full"}
+    assert new["mode"] == "train" and new["max_steps"] == 5 and new["lr"] == 1e-3
+    assert constants_of(new["init_from"])["seed"] == 0 and study_of()["runs"]["steps"].keys() == {"full"}
 
 
 @slow
@@ -148,16 +150,16 @@ def test_another_length_makes_every_arm_anew_and_no_pretraining(copied, go):
     folders = run_folders()
     go(*STUDY, "--seeds", 1, "--max_steps", 6)
     new = [constants_of(folder) for folder in run_folders() if folder not in folders]
-    assert [one["mode"] for one in new] == ["finetune"] * 5
+    assert [one["mode"] for one in new] == ["train"] * 5
 
 
 def test_equal_time_is_that_of_the_first_arm_there_is_now(copied, go):
     """The arms of another first arm had another time."""
     go(*arms("lora,lr=3e-3", "full", "full,qat=int4"), "--seeds", 1)
     found = study_of()["runs"]["time"]
-    first = result_of(found["lora,lr=3e-3"][0])["train_seconds"]
+    seconds = result_of(found["lora,lr=3e-3"][0])["train_seconds"]
     for arm in ("full", "full,qat=int4"):
-        assert constants_of(found[arm][0])["max_minutes"] == pytest.approx(first / 60), arm
+        assert constants_of(found[arm][0])["max_minutes"] == pytest.approx(seconds / 60), arm
 
 
 def test_arms_of_many_words_are_trained_for_both_budgets(copied, go):
@@ -184,18 +186,18 @@ def test_a_study_killed_anywhere_and_typed_again_has_the_same_figures(place, nth
 )
 def test_the_steps_of_each_share_add_up_to_the_total(total, go):
     shares = ("0.5", "0.9")
-    go(*SPLIT, "--pretrain_max_steps", total[0], "--max_steps", total[1], "--shares", *shares)
+    go(*SPLIT, *first(max_steps=total[0]), "--max_steps", total[1], "--shares", *shares)
     (arms,) = study_of(mode="split")["runs"].values()
     assert list(arms) == ["0.5 pretraining", "0.9 pretraining"]
     for share, (folder,) in zip(shares, arms.values(), strict=True):
-        steps = [result_of(each)["steps"] for each in (constants_of(folder)["init_from"], folder)]
+        steps = [result_of(each)["step"] for each in (constants_of(folder)["init_from"], folder)]
         assert steps[0] == pytest.approx(float(share) * sum(total), abs=0.5)
         assert sum(steps) == sum(total), (share, steps)
 
 
 def test_the_minutes_of_each_share_add_up_to_the_total(go):
-    minutes = ["--pretrain_max_steps", "none", "--max_steps", "none", "--max_minutes", 0.003]
-    go(*SPLIT, *minutes, "--pretrain_max_minutes", 0.003, "--shares", 0.25, 0.5)
+    minutes = [*first(max_steps="none", max_minutes=0.003), "--max_steps", "none", "--max_minutes", 0.003]
+    go(*SPLIT, *minutes, "--shares", 0.25, 0.5)
     (arms,) = study_of(mode="split")["runs"].values()
     assert list(arms) == ["0.25 pretraining", "0.5 pretraining"]
     for share, (folder,) in zip((0.25, 0.5), arms.values(), strict=True):
@@ -205,6 +207,6 @@ def test_the_minutes_of_each_share_add_up_to_the_total(go):
 
 
 def test_shares_that_are_near_each_other_are_not_seeds_of_one(go):
-    go(*SPLIT, "--pretrain_max_steps", 8, "--max_steps", 12, "--shares", 0.5, 0.504)
+    go(*SPLIT, *first(max_steps=8), "--max_steps", 12, "--shares", 0.5, 0.504)
     (arms,) = study_of(mode="split")["runs"].values()
     assert [len(folders) for folders in arms.values()] == [1, 1], arms

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from ranks import everywhere, launch
+from ranks import launch
 from safetensors.torch import load_file, save_file
+from toys.quantise import here as here_in_out
 from toys.run_mathqa import (
     DATA,
     FIRST,
@@ -19,16 +20,19 @@ from toys.run_mathqa import (
     SECOND,
     SPLIT,
     STUDY,
+    TEXT,
     arms,
     budgets,
     constants_of,
     copied,  # noqa: F401 (a fixture)
+    first,
     go,  # noqa: F401 (a fixture)
     here,  # noqa: F401 (a fixture)
     result_of,
     rows_of,
     run_folders,
     same_outcome,
+    script_of,
     shared_cache,
     slow,
     studied,  # noqa: F401 (a fixture)
@@ -37,43 +41,50 @@ from toys.run_mathqa import (
 )
 
 import core
-import lab.run.folder
 import run_mathqa as script
 from core import World
 from lab.models import int4
-from lab.run import checkpoints, resume
+from lab.run import checkpoints
 
 PROJECT = Path(script.__file__).parent
-PRETRAIN = [*DATA, "--mode", "pretrain", *FIRST]
-FINETUNE = [*DATA, "--mode", "finetune", *SECOND]
+PRETRAIN = [*("--smoke", "--preset", "noam_wide4"), *(f"--{name}={value}" for name, value in TEXT.items())]
+PRETRAIN += ["--test_weights", "best"]
+TUNE = [*DATA, "--mode", "train", *SECOND]
 BOTH = [*DATA, "--mode", "both", *FIRST, *SECOND]
-NEW = [*FINETUNE, "--init_from", "new"]
+NEW = [*TUNE, "--init_from", "new", *FIRST]
 AUTO = ["--resume_timestamp", "auto"]
 ADAPTERS = ("lora", "loha", "lokr")
 QAT = ["--qat", "int4", "--qat_start", 0.4]  # of 12 steps: it is on from the sixth one
 KINDS = {
-    "pretrain": PRETRAIN,
     "full": NEW,
     **{method: [*NEW, "--method", method] for method in ADAPTERS},
     "qat": [*NEW, *QAT],
     "pack": [*NEW, "--pack", "--batch", 5],
     "lion": [*NEW, "--optimizer", "lion", "--lr", 1e-3],
-    "letter": [*NEW, "--answer_format", "letter", "--max_length", 128, "--block_size", 128],
+    "letter": [*TUNE, "--init_from", "new", *first(block_size=128), "--answer_format", "letter"],
     "prompt": [*NEW, "--loss_on_prompt"],
 }
+KINDS["letter"] += ["--max_length", 128]
+
+
+def on(base, kind) -> list:
+    """The words of a kind, begun with a run."""
+    at = KINDS[kind].index("--init_from")
+    return [*KINDS[kind][:at], "--init_from", base, *KINDS[kind][at + 4 :]]
 
 
 @pytest.fixture(scope="module")
 def made(here, cache):
-    """kind -> folder of a short run on `base`, made once; a test that changes it takes a copy."""
+    """kind -> folder of a short run on `base`, made once; a test that changes it takes a copy. base: a run of
+    gpt_scratch.py."""
     known = {}
 
     def folder(kind, *more):
         key = (kind, *more)
         if key not in known:
-            start = [] if kind == "pretrain" else ["--init_from", folder("pretrain")]
+            argv = ["gpt_scratch", *PRETRAIN] if kind == "base" else [NAME, *on(folder("base"), kind)]
             patch = here(f"made_{kind}")
-            ranks.run(NAME, *KINDS[kind], *start, *more, env=shared_cache(cache))
+            ranks.run(*argv, *more, env=shared_cache(cache))
             known[key] = ranks.newest().absolute()
             patch.undo()
         return known[key]
@@ -97,7 +108,7 @@ FEW, MANY = [(1, "none"), (2, 3)], [(1, "none"), (2, 1), (3, "none")]
 @pytest.mark.parametrize(
     ("kind", "ways"),
     [
-        *((kind, FEW) for kind in ("pretrain", "lokr", "qat", "pack")),
+        *((kind, FEW) for kind in ("lokr", "qat", "pack")),
         *(pytest.param(kind, FEW, marks=slow) for kind in ("lion", "letter", "prompt")),
         *(pytest.param(kind, MANY, marks=slow) for kind in ("lora", "loha")),
     ],
@@ -108,11 +119,9 @@ def test_weights_and_figures_do_not_depend_on_ranks_or_accumulation(kind, ways, 
     order move it is not to be met by chance.
     """
     flags = [*KINDS[kind], "--dtype", "fp64", "--test_weights", "last", "--save_every", "none"]
-    if kind == "pretrain":
-        flags = [*flags[:-2], "--pretrain_save_every", "none"]
-    prefix, want = "pretrain_" if kind == "pretrain" else "", None
+    want = None
     for size, micro_batch in ways:
-        go(*flags, f"--{prefix}micro_batch", micro_batch, size=size)
+        go(*flags, "--micro_batch", micro_batch, size=size)
         got = ranks.result(), weights_at(ranks.newest(), ranks.result()["checkpoint"])
         want = want or got
         same_weights(got[1], want[1], 1e-9, f"{size} x {micro_batch}")
@@ -141,8 +150,6 @@ def straight(here, cache):
 @pytest.mark.parametrize(
     ("kind", "place", "nth", "who", "size"),
     [
-        ("pretrain", "step", 6, 0, 1),
-        pytest.param("pretrain", "save", 3, "all", 2, marks=slow),
         ("loha", "step", 7, 0, 1),
         pytest.param("loha", "evaluation", 6, 1, 2, marks=slow),
         pytest.param("lokr", "evaluation", 5, 0, 1, marks=slow),
@@ -164,7 +171,6 @@ def test_killed_and_resumed_ends_in_the_same_weights(kind, place, nth, who, size
 @pytest.mark.parametrize(
     ("kind", "nth", "size"),
     [
-        pytest.param("pretrain", 5, 2, marks=slow),
         pytest.param("lora", 7, 1, marks=slow),
         pytest.param("loha", 7, 2, marks=slow),
         pytest.param("qat", 3, 1, marks=slow),
@@ -191,7 +197,7 @@ def test_the_best_weights_of_a_quantised_run_were_quantised(made):
     assert "step 5: int4 weights" in log
 
 
-@pytest.mark.parametrize("kind", ["pretrain", *ADAPTERS, "qat"])
+@pytest.mark.parametrize("kind", [*ADAPTERS, "qat"])
 def test_figures_do_not_depend_on_the_evaluation_batch(kind, made):
     """int8 activations, too: what fp32 adds up in another order seldom reaches another level, and that is one
     of 255 of one number.
@@ -200,7 +206,7 @@ def test_figures_do_not_depend_on_the_evaluation_batch(kind, made):
     stored = result_of(folder)
     for batch in (7, 64):
         found, _ = script.remeasure(folder, World(), batch)
-        assert found["test/answer_accuracy" if kind != "pretrain" else "test/rows"] is not None
+        assert found["test/answer_accuracy"] is not None
         for name, value in found.items():
             if isinstance(value, float):
                 assert value == pytest.approx(stored[name], rel=1e-5, abs=1e-6), (batch, name)
@@ -234,9 +240,9 @@ def whole(here, cache):
 
 def stages(out="out") -> tuple[Path, Path]:
     """The only two runs there: of the first stage, and of the second. They may have begun in one second."""
-    found = {constants_of(folder)["mode"]: folder for folder in run_folders(out)}
+    found = {script_of(folder): folder for folder in run_folders(out)}
     assert len(run_folders(out)) == 2
-    return found["pretrain"], found["finetune"]
+    return found["gpt_scratch"], found[NAME]
 
 
 def same_stages(want):
@@ -251,7 +257,7 @@ def test_the_second_stage_starts_from_the_first(whole):
     assert constants_of(second)["init_from"] == f"out/{first.name}"
     base, _ = core.open_model(first)
     assert result_of(second)["base_sha256"] == core.weights_sha256(base)
-    assert result_of(first)["steps"] == 10 and result_of(second)["steps"] == 12
+    assert result_of(first)["step"] == 10 and result_of(second)["steps"] == 12
 
 
 def test_both_stages_typed_again_make_nothing_new(whole, go):
@@ -291,27 +297,24 @@ def test_both_stages_ended_between_the_two_go_on_with_the_second(whole, go):
     same_stages(whole(1))
 
 
-@pytest.mark.parametrize("mode", ["pretrain", "both"])
-def test_a_resumed_pretraining_may_be_cut_into_smaller_micro_batches(mode, go):
-    """As into other evaluations and saves: what runs.MAY_CHANGE lists."""
-    argv = [*(PRETRAIN if mode == "pretrain" else BOTH), *(AUTO if mode == "pretrain" else [])]
-    assert launch(NAME, "--out", "out", *argv, kill=("step", 7, 0)) == [-9]
-    said = go(*argv, "--pretrain_micro_batch", 3)
-    assert "resumed: micro_batch is now 3 (it was None)" in said, [
-        x for x in said.splitlines() if "resumed" in x
-    ]
+def test_a_resumed_pretraining_may_be_cut_into_smaller_micro_batches(go):
+    """As into other evaluations and saves: what resume.MAY_CHANGE lists."""
+    assert launch(NAME, "--out", "out", *BOTH, kill=("step", 7, 0)) == [-9]
+    said = go(*DATA, "--mode", "both", *first(micro_batch=3), *SECOND)
+    assert "resumed: micro_batch is now 3 (it was None)" in said
+    assert len(run_folders()) == 2
 
 
 @pytest.mark.parametrize("nth", [7, pytest.param(17, marks=slow)])
 def test_a_signal_in_mode_both_stops_and_the_same_command_goes_on(nth, whole, go):
     said = go(*BOTH, sent=("step", nth, signal.SIGTERM), ends=[-signal.SIGTERM])
-    assert "the same command goes on where it was" in said and "Traceback" not in said
+    assert "the same command continues the study" in said and "Traceback" not in said
     assert len(run_folders()) == 1 + (nth > 10)
     go(*BOTH)
     same_stages(whole(1))
 
 
-BLANK = [*FINETUNE, "--max_steps", 0, "--answer_rows", 0, "--plain_blocks", 0]  # the weights stay the base's
+BLANK = [*TUNE, "--max_steps", 0, "--answer_rows", 0, "--plain_blocks", 0]  # the weights stay the base's
 
 
 def start_of(folder) -> dict[str, torch.Tensor]:
@@ -319,7 +322,7 @@ def start_of(folder) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_is_tuned_from_the_weights_it_was_tested_with(made, go):
-    base = made("pretrain")
+    base = made("base")
     (best,) = result_of(base)["test_checkpoints"]
     assert best.startswith("best_")
     go(*BLANK, "--init_from", base)
@@ -327,33 +330,25 @@ def test_a_run_is_tuned_from_the_weights_it_was_tested_with(made, go):
 
 
 def test_init_step_picks_an_older_checkpoint_and_names_those_there_are(made, go):
-    base = made("pretrain")
+    base = made("base")
     assert [path.name[-2:] for path in sorted(base.glob("checkpoints/step_*"))] == ["09", "10"]
     go(*BLANK, "--init_from", base, "--init_step", 9)
     same_weights(start_of(ranks.newest()), weights_at(base, "step_00000009"))
     said = refused(*BLANK, "--init_from", base, "--init_step", 3)
-    assert "--init_step 3" in said and "step_00000009, step_00000010" in said
+    assert "has no whole step_00000003; there: step_00000009, step_00000010" in said
 
 
-def test_a_run_of_gpt_scratch_and_its_exported_llama_are_tuned(go):
-    """Weights from either are the run's."""
-    small = ["--smoke", "--max_documents", 20, "--val_share", 0.2, "--test_share", 0.2, "--n_embd", 32]
-    noam = ["--positions", "rotary", "--norm", "rmsnorm", "--activation", "swiglu", "--no-bias"]
-    scratch = [*small, *noam, "--block_size", 64, "--tokenizer", "bpe:300", "--batch", 8, "--max_steps", 2]
-    go(*scratch, "--sample_tokens", 0, out="scratch", name="gpt_scratch")
-    base = ranks.newest("scratch")
+def test_an_exported_base_is_tuned_from_the_same_weights(made, go):
+    base = made("base")
     (tested,) = result_of(base)["test_checkpoints"]
-    go(*BLANK, "--init_from", base, out="a")
-    same_weights(start_of(ranks.newest("a")), weights_at(base, tested))
     go("--mode", "export", "--model", base, out="llama", name="gpt_scratch")
-    go(*BLANK, "--init_from", "llama", out="b")
-    same_weights(start_of(ranks.newest("b")), weights_at(base, tested))
-    assert script.is_own_pretraining(base) is False
+    go(*BLANK, "--init_from", "llama")
+    same_weights(start_of(ranks.newest()), weights_at(base, tested))
 
 
 def test_adapters_alone_are_refused_and_merged_are_taken(made, go):
     said = refused(*BLANK, "--init_from", made("lora"))
-    assert "holds adapters only: --mode export merges them" in said
+    assert "holds no whole model: adapters are merged by --mode export" in said
     shutil.copytree(made("lora"), "lora")
     go("--mode", "export", "--run_folder", "lora", out=None)
     go(*BLANK, "--init_from", "lora/merged")
@@ -361,10 +356,10 @@ def test_adapters_alone_are_refused_and_merged_are_taken(made, go):
     same_weights(start_of(ranks.newest()), dict(script.merged(model).state_dict()), 1e-6)
 
 
-def test_none_is_the_newest_finished_pretraining_in_out(made, go):
-    assert "there is no pretraining run: --mode pretrain makes one" in refused(*BLANK)
+def test_none_is_the_newest_finished_run_of_gpt_scratch_in_out(made, go):
+    assert "no finished run of gpt_scratch.py in out" in refused(*BLANK)
     for name in ("20000101_000000", "20000102_000000", "20000103_000000"):
-        shutil.copytree(made("pretrain"), f"out/{name}")
+        shutil.copytree(made("base"), f"out/{name}")
     Path("out/20000103_000000/result.json").unlink()  # not finished
     shutil.copytree(made("full"), "out/20000104_000000")
     go(*BLANK)
@@ -372,8 +367,8 @@ def test_none_is_the_newest_finished_pretraining_in_out(made, go):
 
 
 def test_a_base_that_has_changed_is_not_gone_on_with(made, go):
-    shutil.copytree(made("pretrain"), "base")
-    argv = [*FINETUNE, "--init_from", "base", "--method", "loha", *AUTO]
+    shutil.copytree(made("base"), "base")
+    argv = [*TUNE, "--init_from", "base", "--method", "loha", *AUTO]
     assert launch(NAME, "--out", "out", *argv, kill=("step", 9, 0)) == [-9]
     (best,) = result_of("base")["test_checkpoints"]
     weights = Path("base/checkpoints") / best
@@ -388,7 +383,7 @@ def test_a_base_that_has_changed_is_not_gone_on_with(made, go):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [*((kind, "fp32") for kind in ("pretrain", "full", *ADAPTERS, "qat")), ("qat", "fp64")]
+    ("kind", "dtype"), [*((kind, "fp32") for kind in ("full", *ADAPTERS, "qat")), ("qat", "fp64")]
 )
 def test_eval_measures_each_kind_of_run_as_it_ended(kind, dtype, made, go):
     folder = made(kind, *(["--dtype", dtype] if dtype != "fp32" else []))
@@ -402,7 +397,7 @@ def test_eval_compares_tuned_runs_in_loss_and_answers_and_lists_them(made, go):
     said = go("--compare", full, lora, out="compare", name="eval")
     assert "**loss** on" in said and "**answers** on" in said
     means = {float(row["mean"]) for rows in tables_of(said) for row in rows if "mean" in row}
-    rows = rows_of(go("--table", full, lora, made("pretrain"), out="table", name="eval"))
+    rows = rows_of(go("--table", full, lora, made("base"), out="table", name="eval"))
     for folder in (full, lora):
         loss, answers = (result_of(folder)[f"test/{name}"] for name in ("loss", "answer_accuracy"))
         assert {round(loss, 4), round(answers, 4)} <= means
@@ -418,7 +413,7 @@ def test_eval_takes_the_seeds_of_an_arm_for_one_side(copied, go):
     assert "(2 seeds) - " in said, said[-500:]
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "full", *ADAPTERS, "qat"])
+@pytest.mark.parametrize("kind", ["full", *ADAPTERS, "qat"])
 def test_transformers_gives_the_logits_of_an_exported_run(kind, made, go):
     """Of a run trained for int4: those of its float weights."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -451,15 +446,12 @@ def test_mode_quantise_measures_what_it_writes_and_reads_it_the_second_time(made
 
 
 def refused(*argv) -> str:
-    """The one line of a user error: exit code 2, and no run is begun."""
+    """The one line of a user error, in this process; no run is begun."""
     before = run_folders()
-    codes = launch(NAME, "--out", "out", *argv)
-    said = Path("out.txt").read_text()
-    assert codes == [2], said[-500:]
-    lines = [line for line in said.splitlines() if "error: " in line]
-    assert len(lines) == 1 and "Traceback" not in said
-    assert run_folders() == before and "forecast" not in said, lines[0]
-    return lines[0]
+    with pytest.raises(core.UserError) as error:
+        here_in_out(*argv)
+    assert run_folders() == before and "\n" not in str(error.value)
+    return str(error.value)
 
 
 def table(**columns):
@@ -470,18 +462,17 @@ def table(**columns):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([*PRETRAIN, "--lr", 1e-3], "--lr is fine-tuning's: use --pretrain_lr"),
-        ([*PRETRAIN, "--epochs", 2], "--epochs is fine-tuning's: use --pretrain_max_steps"),
-        (arms("full", "lora,seed=3"), "'seed=3' is no constant of an arm; use beta1, "),
+        (arms("full", "lora,seed=3"), "'seed=3' is not a preset ("),
+        (arms("full", "lora,max_steps=3"), "or constant=value of beta1, beta2, clip, "),
         (arms("full", "lora,lr=much"), "much"),
         (arms("full", "lara"), "lara"),
         (arms("full", "lora,qat=int4"), "--qat int4 trains all weights"),
-        (arms("full", "full"), "one stands there twice"),
-        (budgets("steps", "money"), "--budgets money: use steps, time, or both"),
+        (arms("full", "full"), "--arms full and full are the same run: leave one out"),
+        (budgets("steps", "money"), "--budgets steps money: use steps, time, or both"),
         ([*SPLIT, "--shares", 0.5, 1], "--shares 0.5 1: use different numbers between 0 and 1"),
         ([*SPLIT, "--shares", "half"], "--shares half: use different numbers between 0 and 1"),
-        ([*SPLIT, "--max_steps", "none", "--max_minutes", 1], "bound both stages by the same alone"),
-        ([*SPLIT, "--epochs", 1, "--shares", 0.5], "bound both stages by the same alone"),
+        ([*SPLIT, *FIRST, "--max_steps", "none", "--max_minutes", 1], "bound both stages by the same alone"),
+        ([*SPLIT, *FIRST, "--epochs", 1, "--shares", 0.5], "bound both stages by the same alone"),
         ([*NEW, *QAT, "--method", "lora"], "--qat int4 trains all weights: use --method full, not lora"),
         ([*NEW, *QAT, "--qat_group", 24], "--qat_group 24 does not divide the 32 inputs of"),
         ([*NEW, "--max_length", 65], "--max_length 65 is over the 64 positions of new"),
@@ -493,6 +484,15 @@ def table(**columns):
         ([*BOTH, "--max_length", 65], "--max_length 65 is over the 64"),
         ([*BOTH, *QAT, "--qat_group", 24], "--qat_group 24 does not divide"),
         ([*BOTH, "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        ([*SPLIT, *first(lr="fast")], "argument --lr: invalid float value: 'fast'"),
+        ([*SPLIT, "--pretrain", "noam,lr=1"], "--pretrain noam,lr=1: 'noam' is not a preset (cpu, "),
+        (
+            [*SPLIT, "--pretrain", "continue_noam"],
+            "the newest run would be another one each time, use model=<run>",
+        ),
+        ([*SPLIT, *first(data="nowhere.txt")], "nowhere.txt"),
+        ([*TUNE, "--seeds", 3], "--seeds is read by --mode study, split, not by train"),
+        ([*TUNE, *FIRST], "--pretrain is the first stage, which --mode train does not have: drop it"),
         ([*BOTH, "--max_steps", "none"], "nothing ends fine-tuning"),
         ([*BOTH, "--init_from", "new"], "--init_from: mode both pretrains first"),
         ([*SPLIT, "--init_from", "new"], "--init_from: mode split pretrains first"),
@@ -513,15 +513,9 @@ def test_data_without_the_columns_is_refused_before_anything_starts(start):
     assert "rows.jsonl" in said and "correct" in said
 
 
-def test_a_run_of_another_script_is_not_quantised(go):
-    ranks.run("gpt_scratch", *gpt_few())
-    said = refused("--smoke", "--mode", "quantise", "--run_folder", ranks.newest())
+def test_a_run_of_another_script_is_not_quantised(made):
+    said = refused("--smoke", "--mode", "quantise", "--run_folder", made("base"))
     assert "is a run of gpt_scratch.py" in said
-
-
-def gpt_few() -> list:
-    small = ["--smoke", "--max_documents", 20, "--val_share", 0.2, "--test_share", 0.2, "--n_embd", 32]
-    return [*small, "--max_steps", 0, "--sample_tokens", 0]
 
 
 @slow
@@ -550,27 +544,3 @@ def test_the_smoke_run_learns_to_answer_with_all_weights_and_with_int4(size):
         assert small["int4"]["mb"] < small["float"]["mb"] / 2
     assert [row["run"] for row in rows_of(int4)] == ["full", "full", "full,qat=int4", "full,qat=int4"]
     assert "Traceback" not in done.stderr
-
-
-def test_a_run_that_another_process_finished_meanwhile_is_taken_as_it_is(monkeypatch):
-    """open_run returns none when it finds the run finished behind the lock: a study goes on."""
-    found = iter([None, Path("out/theirs")])
-
-    everywhere(monkeypatch.setattr, resume, "finished_run", lambda cfg, script: next(found))
-    everywhere(monkeypatch.setattr, lab.run.folder, "open_run", lambda *args, **options: None)
-    said = []
-    study = script.MathQAStudy(
-        script.Config(mode="study"), core.World(), Path("out"), said.append, lambda: None
-    )
-    assert script.one_run(study, script.Config(mode="finetune")) == Path("out/theirs")
-    assert said == ["finished already: out/theirs"]
-
-
-def test_a_damaged_result_hides_no_other_pretraining(tmp_path):
-    for name, text in (("20000101_000000", '{"status": "finished"}'), ("20000102_000000", '{"status": "fin')):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "result.json").write_text(text)
-        config = {"script": "run_mathqa", "constants": {"mode": "pretrain"}}
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
-    newest_one = script.newest_pretraining(script.Config(out=str(tmp_path)))
-    assert newest_one == str(tmp_path / "20000101_000000")

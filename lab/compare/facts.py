@@ -183,13 +183,11 @@ IGNORED_IN_COMPARISON |= {"seed", "run_folder", "prompt"}
 
 
 def experiment_constants(facts) -> dict:
-    """Constants that make two runs different experiments: without seed, bookkeeping, those of the other
-    stage, and the seed in the name of the base run."""
+    """Constants that make two runs different experiments: without seed, bookkeeping, and the seed in the name
+    of the base run."""
     constants = {n: v for n, v in facts.config["constants"].items() if n not in IGNORED_IN_COMPARISON}
-    if facts.config["script"] == "run_mathqa":
-        constants = {n: v for n, v in constants.items() if not n.startswith("pretrain_")}
-        if base := re.fullmatch(r".*/\d{8}_\d{6}-(.+)-s\d+", constants.get("init_from") or ""):
-            constants["init_from"] = base[1]
+    if base := re.fullmatch(r".*/\d{8}_\d{6}-(.+)-s\d+", constants.get("init_from") or ""):
+        constants["init_from"] = base[1]
     return constants
 
 

@@ -1,7 +1,7 @@
 """A language model grades answers: any endpoint that speaks OpenAI's chat completions.
 
 Every reply is written at once to <TOKEN_CACHE>/judge_<hash of judge>.jsonl: no question is asked twice, and a
-killed run continues. Protocols: SCORE (0 to 100, journal 001) and PAIR (both orders).
+killed run continues. What is no answer (a refusal, an empty or a cut reply) is not kept: it is asked again.
 """
 
 import hashlib
@@ -13,140 +13,95 @@ import random
 import re
 import sys
 import threading
-import time
-import urllib.error
-import urllib.parse
 import urllib.request
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
+from lab.compare.endpoint import LOCAL, checked_host, exchange, fault, key_of, shown_url, told_pause, within
 from lab.compare.grades import duel_figures, summary
+from lab.compare.protocols import (
+    pair_question,
+    parse_score,
+    parse_verdict,
+    score_question,
+    without_thoughts,
+)
 from lab.compare.responses import by_prompt
 from lab.data.cache import cache_root
-from lab.data.instructions import prompt_text
 from lab.errors import Stop, UserError
 from lab.run.files import short_hash
+from lab.run.terminal import one_line
 from lab.train.processes import progress
 
-SCORE = """You grade how well a response answers a request. Here is the request:
-
-{prompt}
-
-A correct answer, for comparison:
-
-{reference}
-
-The response to be graded:
-
-{answer}
-
-Grade the response from 0 to 100, where 100 is the best. Reply with the whole number alone."""
-
-PAIR = """Two assistants answered the same request. Here is the request:
-
-{prompt}
-
-A correct answer, for comparison:
-
-{reference}
-
-Response A:
-
-{first}
-
-Response B:
-
-{second}
-
-Which response is better? Reply with one word alone: A, B, or tie."""
-
-
-def request_of(row) -> str:
-    """The prompt of a row in Alpaca's template, whatever the model's own: the judge sees one form."""
-    return prompt_text(row["instruction"], row.get("input") or "", "alpaca").strip()
-
-
-def score_question(row) -> str:
-    answer = row["model_response"].strip()
-    return SCORE.format(prompt=request_of(row), reference=row.get("output") or "", answer=answer)
-
-
-def pair_question(row, first, second) -> str:
-    texts = {"first": first["model_response"].strip(), "second": second["model_response"].strip()}
-    return PAIR.format(prompt=request_of(row), reference=row.get("output") or "", **texts)
-
-
-def parse_score(reply) -> int | None:
-    """The only whole number from 0 to 100 in a reply (`85`, `Score: 85/100`), or None."""
-    numbers = re.findall(r"-?\d+(?:[.,]\d+)?", re.sub(r"(/|out of) *100\b", "", without_thoughts(reply)))
-    fits = len(numbers) == 1 and re.fullmatch(r"\d+(\.0+)?", numbers[0]) and float(numbers[0]) <= 100
-    return int(float(numbers[0])) if fits else None
-
-
-def parse_verdict(reply) -> str | None:
-    """A, B or tie if that is all a reply says (`**B**`, `Response B.`), else None."""
-    words = re.findall(r"[a-z]+", without_thoughts(reply).lower())
-    words = [word for word in words if word not in ("response", "answer", "the", "is", "better")]
-    return {"a": "A", "b": "B", "tie": "tie"}.get(words[0]) if len(words) == 1 else None
-
-
-def without_thoughts(reply) -> str:
-    return re.sub(r"<think>.*?(</think>|\Z)", "", reply, flags=re.S)
-
-
 BACK_OFF = 1.0  # seconds before the second attempt; doubled before each further one, up to a minute
-LOCAL = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
 TRIED_AGAIN = {408, 409, 425, 429}  # and all from 500 on: worth another attempt
-NEVER = {401, 403, 404}  # not worth another question
-
-
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Refuses redirects: one would send the API key to another host."""
-
-    def redirect_request(self, *args):
-        return None
-
-
-OPENER = urllib.request.build_opener(NoRedirect)
+OF_ONE_QUESTION = {400, 413, 414, 422, 451}  # too long, filtered: others may be answered
+OF_THE_ACCOUNT = re.compile(r"quota|billing|credit|balance|payment|insufficient|suspended|deactivated", re.I)
+FILTERED = re.compile(r"filter|flagged|moderat|content.policy|safety", re.I)
+SECRET = 8  # characters from which on a key is one: `x` and `EMPTY` are what servers without keys are given
+LONGEST_WAIT = 600.0  # seconds: told to wait longer, the judge is asked another day
 
 
 class Refused(Exception):
-    """The judge refuses a question; another attempt would not help."""
+    """The judge refuses: neither another attempt nor another question would help."""
+
+
+class Unanswered(Exception):
+    """The judge has no answer to this one question: it is too long, or the reply is empty or cut."""
+
+
+class Busy(Exception):
+    """The judge may answer later; `pause`: seconds that it asks to wait."""
+
+    def __init__(self, reason, pause=0.0):
+        super().__init__(reason)
+        self.pause = pause
 
 
 @dataclass
 class Judge:
     """A model behind an endpoint. `ask` may be killed at any moment."""
 
-    url: str  # up to and with /v1
+    url: str  # up to and with /v1; a query (?api-version=...) stays behind the path and is told nowhere
     model: str
-    key: str | None = None
-    temperature: float = 0.0
+    key: str | None = field(default=None, repr=False)
+    temperature: float | None = 0.0  # none = the endpoint's own
     seconds: float = 60.0  # of patience with one request
     attempts: int = 6
     requests: int = 4  # at once
     replies: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        self.url, self.lock, self.asked, self.troubles = self.url.rstrip("/"), threading.Lock(), 0, set()
-        name = short_hash([self.url, self.model, self.temperature])
+        base, _, query = self.url.partition("?")
+        self.url = base.rstrip("/").removesuffix("/chat/completions")
+        self.endpoint = f"{self.url}/chat/completions{'?' * bool(query)}{query}"
+        self.lock, self.asked, self.troubles, self.unanswered = threading.Lock(), 0, set(), {}
+        name = short_hash([self.url + "?" * bool(query) + query, self.model, self.temperature])
         self.path = cache_root() / f"judge_{name}.jsonl"
         for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
             try:
                 entry = json.loads(line)
-                self.replies[entry["key"]] = entry["reply"]
-            except (ValueError, TypeError, KeyError):
+                self.replies |= {entry["key"]: entry["reply"]} if isinstance(entry["reply"], str) else {}
+            except (ValueError, TypeError, KeyError, RecursionError):
                 continue  # half a line of a killed process: that reply is asked for again
 
-    def ask(self, questions) -> list[str]:
-        """Replies to questions (text, repeat number). UserError for a lasting failure;
-        replies so far are kept."""
+    def ask(self, questions) -> list[str | None]:
+        """Replies to questions (text, repeat number); None where the judge has none. UserError for a lasting
+        failure, or where most have none; replies so far are kept."""
         keys = [hashlib.sha256(json.dumps(question).encode()).hexdigest() for question in questions]
         new = {key: text for key, (text, _) in zip(keys, questions, strict=True) if key not in self.replies}
         if new:
             self._fetch(list(new.items()))
-        return [self.replies[key] for key in keys]
+        if none := [self.unanswered[key] for key in new if key not in self.replies]:
+            share = f"no answer to {len(none)} of {len(keys)} questions, e.g. {none[0]}"
+            if 2 * len(none) > len(keys):
+                raise UserError(f"{self} gives {share}; {self._kept(new)}")
+            tqdm.write(f"{self} gives {share}: the same command asks again", file=sys.stderr)
+        return [self.replies.get(key) for key in keys]
+
+    def __str__(self):
+        return f"judge {one_line(self.model)} at {self.url}"
 
     def _fetch(self, new):
         """Asks each (key, text) over HTTP: the first alone, since most faults show there."""
@@ -165,9 +120,9 @@ class Judge:
                         raise error
                     bar.update()
         except Refused as error:
-            raise UserError(f"judge {self.model} at {self.url}: {error}; {self._kept(new)}") from None
+            raise UserError(f"{self}: {error}; {self._kept(dict(new))}") from None
         except Stop as stop:
-            raise Stop(f"{stop}: {self._kept(new)}, the same command goes on") from None
+            raise Stop(f"{stop}: {self._kept(dict(new))}, the same command goes on") from None
         finally:
             self.gave_up.set()  # who waits to try again gives up, too
 
@@ -183,15 +138,20 @@ class Judge:
                 done.put(error)
 
     def _kept(self, new) -> str:
-        return f"{sum(key in self.replies for key, _ in new)} of {len(new)} questions are answered and kept"
+        return f"{sum(key in self.replies for key in new)} of {len(new)} questions are answered and kept"
 
     def _answer(self, key, text):
-        reply = self._patiently(text)
+        try:
+            reply = self._patiently(text)
+        except Unanswered as error:
+            self.unanswered[key], self.asked = str(error), self.asked + 1
+            return
         line = json.dumps({"key": key, "reply": reply, "question": text})
         with self.lock:
             try:
                 with open(self.path, "ab", buffering=0) as file:
-                    file.write(f"{line}\n".encode())  # at once: other processes may append, too
+                    if not (self._is_secret() and self.key in reply):  # it counts as it is, and is not kept
+                        file.write(f"{line}\n".encode())  # at once: other processes may append, too
             except OSError as error:
                 raise Refused(f"{self.path} cannot be written ({error.strerror})") from None
             self.replies[key], self.asked = reply, self.asked + 1
@@ -215,102 +175,97 @@ class Judge:
                 raise Refused("given up")
             try:
                 return self._request(text)
-            except urllib.error.HTTPError as error:
-                reason, pause = self._told(error), retry_after(error)
-                if error.code < 500 and error.code not in TRIED_AGAIN:
-                    if self.asked and error.code not in NEVER:
-                        return f"({reason})"  # of this one question: too long, say; no grade can be read
-                    raise Refused(f"{reason} (see --judge_url, --judge_model, --judge_key)") from None
-            except (OSError, http.client.HTTPException, ValueError) as error:  # URLError is an OSError
-                reason, pause = self._one_line(fault(error)), 0
-                if isinstance(getattr(error, "reason", error), ConnectionRefusedError) and not self.asked:
-                    raise Refused(
-                        "connection refused: start it (`ollama serve`), or set --judge_url"
-                    ) from None
-            self._note(reason)
+            except Busy as error:
+                reason, told = str(error), error.pause
+            if told > LONGEST_WAIT:
+                longest = f"asks to wait {told:.0f} s, more than the {LONGEST_WAIT:.0f} that are waited"
+                raise Refused(f"{reason}: it {longest}; the same command goes on later")
             doubled = min(60, BACK_OFF * 2**attempt) * random.uniform(0.75, 1.25)  # not all at once again
-            if attempt + 1 < self.attempts and self.gave_up.wait(max(pause, doubled)):
-                raise Refused("given up")
+            if attempt + 1 < self.attempts:
+                self._note(f"{reason} (it asks to wait {told:.3g} s)" if told else reason)
+                if self.gave_up.wait(max(told, doubled)):
+                    raise Refused("given up")
         raise Refused(f"{reason}, {self.attempts} times; the same command goes on when it answers")
 
     def _note(self, reason):
         """Prints each kind of trouble once, so that the user knows why nothing moves."""
+        kind = re.sub(r"\d+", "", reason)  # the seconds to wait are others each time
         with self.lock:
-            if reason not in self.troubles:
-                self.troubles.add(reason)
+            if kind not in self.troubles:
+                self.troubles.add(kind)
                 tqdm.write(f"the judge is asked again: {reason}", file=sys.stderr)
 
     def _request(self, text) -> str:
-        """Sends one request and returns the content of the reply. ValueError if it is no chat completion."""
-        body = {"model": self.model, "temperature": self.temperature}
-        body["messages"] = [{"role": "user", "content": text}]
+        """Sends one request; returns the text of the reply. Busy, Unanswered or Refused where it has none."""
+        body = {"model": self.model, "messages": [{"role": "user", "content": text}]}
+        body |= {} if self.temperature is None else {"temperature": self.temperature}
         headers = {"Content-Type": "application/json", "User-Agent": "eval.py"}
         headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
-        with OPENER.open(request, timeout=self.seconds) as response:
-            read = self._read(response)
+        request = urllib.request.Request(self.endpoint, json.dumps(body).encode(), headers)
         try:
-            content = json.loads(read)["choices"][0]["message"]["content"] or ""
-        except (ValueError, LookupError, TypeError):
-            content = None
-        if not isinstance(content, str):  # empty: a refusal, or all tokens spent on thoughts
-            raise ValueError(f"no chat completion: {read.decode('utf-8', 'replace')}")
-        return self._hidden(content)
+            status, reason, headers, read = within(self.seconds, exchange, request, self.seconds)
+        except (OSError, http.client.HTTPException, ValueError) as error:  # URLError is an OSError
+            if isinstance(getattr(error, "reason", error), ConnectionRefusedError) and not self.asked:
+                raise Refused("connection refused: start it (`ollama serve`), or set --judge_url") from None
+            raise Busy(self._shown(fault(error))) from None
+        said = read.decode("utf-8", "replace")
+        if status < 300:
+            return self._content(said)
+        raise self._refusal(status, f"HTTP {status} {self._shown(f'{reason}: {said}')}", headers, said)
 
-    def _read(self, response, most=1 << 24) -> bytes:
-        """Reads the body within the time of a request: a connection's own time-out limits silence only."""
-        deadline, read = time.monotonic() + self.seconds, b""
-        while len(read) < most and (chunk := response.read1()):
-            read += chunk
-            if time.monotonic() > deadline:
-                raise TimeoutError
-        return read
-
-    def _told(self, error) -> str:
-        """Text of an HTTP error, without the key."""
+    def _content(self, said) -> str:
+        """The text of a chat completion. Unanswered where it is empty, cut or filtered; Busy if none."""
         try:
-            reply = self._read(error.fp, most=2000).decode("utf-8", "replace")
-        except (OSError, http.client.HTTPException, AttributeError):
-            reply = ""
-        return self._one_line(f"HTTP {error.code} {error.reason}: {reply}")
+            choice = json.loads(said)["choices"][0]
+            text, ended = text_of(choice["message"].get("content")), choice.get("finish_reason")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise Busy(f"no chat completion: {self._shown(said)}") from None
+        if ended in ("length", "content_filter"):  # a grade that was cut is another grade
+            raise Unanswered(f"a reply that was cut (finish_reason {ended})")
+        if not without_thoughts(text):
+            raise Unanswered(f"a reply without a word (finish_reason {self._shown(str(ended))})")
+        return text
 
-    def _one_line(self, text) -> str:
-        return self._hidden(" ".join(text.split()))[:160]
+    def _refusal(self, status, reason, headers, said) -> Exception:
+        """What an HTTP error means: another attempt, another question, or the end."""
+        if status >= 500 or status in TRIED_AGAIN:
+            return Busy(reason, told_pause(headers, said))
+        one = status in OF_ONE_QUESTION or (status == 403 and FILTERED.search(said))
+        if one and self.replies and not OF_THE_ACCOUNT.search(said):
+            return Unanswered(reason)
+        without = ", or leave a parameter out: --judge_temperature none" if status in (400, 422) else ""
+        return Refused(f"{reason} (see --judge_url, --judge_model, --judge_key{without})")
 
-    def _hidden(self, text) -> str:
-        return text.replace(self.key, "***") if self.key else text
+    def _is_secret(self) -> bool:
+        return len(self.key or "") >= SECRET
+
+    def _shown(self, text) -> str:
+        """What a server said, as a message may hold it: without the key, in one line, cut."""
+        hidden = text.replace(self.key, "***") if self.key else text
+        return " ".join(one_line(hidden).split())[:160]
 
 
-def retry_after(error) -> float:
-    """Seconds that a server asks to wait (Retry-After), at most two minutes."""
-    try:
-        return min(120.0, float(error.headers.get("Retry-After", 0)))
-    except (TypeError, ValueError):  # a date
-        return 0.0
-
-
-def fault(error) -> str:
-    error = getattr(error, "reason", error)
-    if isinstance(error, TimeoutError):
-        return "no answer in time (see --judge_seconds)"
-    return str(error) or type(error).__name__
+def text_of(content) -> str:
+    """The text of a message's content: a string, a number, or parts: of these the ones of text."""
+    if isinstance(content, list):
+        return "".join(map(text_of, content))
+    if isinstance(content, dict):
+        is_text = content.get("type", "text") in ("text", "output_text")
+        return text_of(content.get("text", content.get("value"))) if is_text else ""
+    return "" if content is None or isinstance(content, bool) else str(content)
 
 
 def make_judge(cfg) -> Judge:
     """The judge that the constants name. Its key comes from the environment only."""
-    try:
-        parts = urllib.parse.urlsplit(cfg.judge_url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port)
-    except ValueError:  # of a port that is no number, of half an IPv6 address
-        usable = False
-    if not usable:
-        raise UserError(f"--judge_url {cfg.judge_url}: use http://localhost:11434/v1 or the like")
-    key = os.environ.get(cfg.judge_key, "").strip() if cfg.judge_key else None
-    if not key and cfg.judge_key and parts.hostname not in LOCAL:
+    host = checked_host(cfg.judge_url)
+    key = key_of(cfg.judge_key) if cfg.judge_key else None
+    if not key and cfg.judge_key and host not in LOCAL:
         wanted = f"export {cfg.judge_key}=..., name another variable by --judge_key, or --judge_key none"
-        raise UserError(f"judge {cfg.judge_url}: no key in the environment: {wanted}")
+        raise UserError(f"judge {shown_url(cfg.judge_url)}: no key in the environment: {wanted}")
+    if key and host not in LOCAL and not cfg.judge_url.lower().startswith("https:"):
+        print(f"WARNING the key goes to {host} unencrypted: use https there if it is one", file=sys.stderr)
     patience = {"seconds": cfg.judge_seconds, "attempts": cfg.judge_attempts, "requests": cfg.judge_requests}
-    return Judge(cfg.judge_url, cfg.judge_model, key, **patience)
+    return Judge(cfg.judge_url, cfg.judge_model, key, cfg.judge_temperature, **patience)
 
 
 def score(judge, rows, repeats=1) -> dict:
@@ -320,8 +275,9 @@ def score(judge, rows, repeats=1) -> dict:
     replies = judge.ask([(score_question(rows[i]), repeat) for i, repeat in asked])
     grades = [[0] * repeats if nothing else [] for nothing in empty]
     for (i, _), reply in zip(asked, replies, strict=True):
-        grades[i].append(parse_score(reply))
-    return summary(rows, grades) | {"judge": judge.model, "url": judge.url, "repeats": repeats}
+        grades[i].append(parse_score(reply or ""))
+    about = {"judge": judge.model, "url": judge.url, "repeats": repeats, "unanswered": replies.count(None)}
+    return summary(rows, grades) | about
 
 
 def duel(judge, ours, theirs, repeats=1) -> dict:
@@ -340,7 +296,8 @@ def duel(judge, ours, theirs, repeats=1) -> dict:
         for repeat in range(repeats):
             questions += [(pair_question(a, a, b), repeat), (pair_question(a, b, a), repeat)]
             where += [(i, "A"), (i, "B")]  # as which of the two the first run was shown
-    verdicts = [parse_verdict(reply) for reply in judge.ask(questions)]
+    replies = judge.ask(questions)
+    verdicts = [parse_verdict(reply or "") for reply in replies]
     alone = {"without_partner": len(ours) + len(theirs) - 2 * len(pairs)}
-    asked = {"judge": judge.model, "url": judge.url, "repeats": repeats}
+    asked = {"judge": judge.model, "url": judge.url, "repeats": repeats, "unanswered": replies.count(None)}
     return duel_figures(pairs, where, verdicts) | alone | asked

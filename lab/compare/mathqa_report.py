@@ -1,6 +1,7 @@
 """The report of run_mathqa.py's study of ways to fine-tune: tables and sentences."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,9 @@ from lab.compare.difference import difference, mean, verdict
 from lab.compare.rows import Rows, read_lines, shared_rows
 from lab.compare.tables import markdown
 from lab.measure.statistics import plus_minus
+from lab.run.files import whole_file, write_json
+from lab.run.provenance import git_state
+from lab.run.stored import prepare_folder
 
 RATES = "Each arm has the rate it was given: which one suits it, several arms of one method can tell."
 
@@ -79,6 +83,22 @@ def report(runs, small, cfg) -> tuple[str, dict]:
         parts.append(f"**int4** (means over {seeds})\n\n{quantised_table(small)}")
         parts.append("\n".join(small_verdicts(small)))
     return "\n\n".join(parts), figures
+
+
+def write(folder, runs, small, cfg) -> str:
+    """Writes study.md and study.json of `report`; returns its text."""
+    text, figures = report(runs, small, cfg)
+    folders = {b: {arm: [str(f) for f in paths] for arm, paths in arms.items()} for b, arms in runs.items()}
+    no_rows = {
+        arm: [{name: value for name, value in result.items() if name != "rows"} for result in results]
+        for arm, results in small.items()
+    }
+    content = {"runs": folders, "figures": figures, "quantised": no_rows, "constants": asdict(cfg)}
+    prepare_folder(folder)
+    write_json(folder / "study.json", content)
+    with whole_file(folder / "study.md") as file:
+        file.write(f"commit {git_state()['commit'] or 'unknown'}\n\n{text}\n")
+    return text
 
 
 def table(arms) -> str:
@@ -151,14 +171,6 @@ def quantised_table(small) -> str:
     return markdown({name: column for name, column in cells.items() if any(column)})
 
 
-def paired_rows(whole, small) -> dict:
-    """Two measurements of the same rows, paired for small_verdicts; each is [lines of losses, of answers]."""
-    rows = {"group": [line["group"] for line in whole[0]], "targets": [line["targets"] for line in whole[0]]}
-    rows["loss"] = [[line["nats"] for line in losses] for losses, _ in (whole, small)]
-    rows["answers"] = [[float(line["right"]) for line in answers] for _, answers in (whole, small)]
-    return rows
-
-
 def small_verdicts(small) -> list[str]:
     """Sentences: does int4 differ from float, for each arm over all its runs?"""
     sentences = []
@@ -166,8 +178,6 @@ def small_verdicts(small) -> list[str]:
         group, seeds = np.array(arm_results[0]["rows"]["group"]), range(len(arm_results))
         for name in ("loss", "answers"):
             sums = np.array([run["rows"][name][i] for i in (0, 1) for run in arm_results])
-            if not sums.size:
-                continue  # a text has no answers
             weights = (
                 np.array(arm_results[0]["rows"]["targets"], float) if name == "loss" else np.ones(len(group))
             )

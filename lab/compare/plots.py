@@ -24,6 +24,7 @@ def draw(all_facts, path, by=()):
     axes = dict(zip(("train/loss", "val/loss"), figure.subplots(1, 2), strict=True))
     all_facts = sorted(all_facts, key=lambda facts: [sorted_facts(facts, name) for name in by])  # stable
     names = [", ".join(values_of(facts, by)) for facts in all_facts] if by else short_names(all_facts)
+    names = [name.replace("$", r"\$") for name in names]  # between two of them matplotlib reads mathematics
     order = list(dict.fromkeys(names))
     final = [facts.figure("loss", "log_loss")[0] for facts in all_facts]
     known = sorted(value for value in final if value is not None)

@@ -47,8 +47,6 @@ def answer_rows(all_facts) -> list[Rows]:
 def kind_of(facts) -> str:
     """Kind of a run's rows: preference, text or rows (instructions)."""
     kinds = {"run_preference": "preference", "gpt_scratch": "text", "run_pretrain_diversity": "text"}
-    if facts.config["script"] == "run_mathqa" and facts.constant("mode") == "pretrain":
-        return "text"
     return facts.config.get("kind") or kinds.get(facts.config["script"], "rows")
 
 
@@ -148,8 +146,7 @@ def _per_target(lines, groups, note) -> list[Rows]:
 
 SAME_TEXT = (
     "max_documents",
-    "text_documents",
-    "text_tokens",
+    "max_tokens",
     "text_column",
     "val_share",
     "test_share",
@@ -161,7 +158,7 @@ def _text_rows(all_facts) -> list[Rows]:
     """Loss of blocks of a text from losses.jsonl: by block, or by stretches of bytes where blocks differ."""
     texts = {
         json.dumps([facts.config["facts"]["fingerprint"]["data"], *(facts.constant(n) for n in SAME_TEXT
-                    if (facts.config["script"], n) != ("run_mathqa", "max_documents"))])  # there of problems
+                    if (facts.config["script"], n) != ("run_pretrain_diversity", "max_tokens"))])  # of train
         for facts in all_facts
     }  # fmt: skip
     if len(texts) > 1:

@@ -5,6 +5,7 @@ An arm is a list of constants, a preset, or both: `lr=1e-4`, `lora_rank=64,lora_
 It is what its command would be: the words of the study's, and the arm's after them.
 """
 
+import contextlib
 import dataclasses
 import gc
 import itertools
@@ -55,6 +56,8 @@ class Plan:
     presets: dict
     smoke: dict
     main: object
+    may_differ: frozenset | None = None  # constants that an arm may name; none = all but bookkeeping
+    own: frozenset = frozenset()  # constants of the script's own studies: no run reads them
 
     def say(self, text):
         if self.world.is_main:
@@ -67,15 +70,22 @@ def study(cfg, world, script, config, presets, smoke, main):
     arms = arms_of(plan)
     folder = out_folder(cfg, script) / f"study-{short_hash([arm.cfg.tag for arm in arms], 6)}"
     planned = [(arm, cfg.seed + number) for number in range(cfg.seeds) for arm in arms]
+    with continued(plan) as poll:
+        runs = make_runs(plan, arms, planned, poll)
+        on_main(world, report, plan, arms, runs, folder)
+
+
+@contextlib.contextmanager
+def continued(plan):
+    """Yields poll(), which raises Stop on all ranks after a signal or max_hours; says how a study goes on."""
     timer = None
-    if cfg.max_hours and world.is_main:  # a signal like any other: saved between two steps, and agreed on
-        timer = threading.Timer(3600 * cfg.max_hours, os.kill, (os.getpid(), signal.SIGTERM))
+    if plan.cfg.max_hours and plan.world.is_main:  # a signal: saved between two steps, and agreed on
+        timer = threading.Timer(3600 * plan.cfg.max_hours, os.kill, (os.getpid(), signal.SIGTERM))
         timer.daemon = True
         timer.start()
     try:
-        with listening(world) as poll:
-            runs = make_runs(plan, arms, planned, poll)
-            on_main(world, report, plan, arms, runs, folder)
+        with listening(plan.world) as poll:
+            yield poll
     except Stop:
         plan.say("next: the same command continues the study")
         raise
@@ -92,6 +102,11 @@ def arms_of(plan) -> list[Arm]:
     words = [*plan.cfg.arms, *products(plan.cfg.grid)]
     if not words:
         raise UserError("--mode study needs --arms (lr=1e-4 lr=3e-4, or presets) or --grid (lr=1e-4,3e-4)")
+    return different(plan, words)
+
+
+def different(plan, words) -> list[Arm]:
+    """An arm for each word. UserError where two are the same."""
     arms = [arm_of(plan, word) for word in words]
     for one, other in itertools.combinations(arms, 2):
         if one.cfg.tag.rpartition("-")[2] == other.cfg.tag.rpartition("-")[2]:  # of all constants
@@ -110,41 +125,50 @@ def products(grid) -> list[str]:
     return [",".join(chosen) for chosen in itertools.product(*columns)] if columns else []
 
 
-def arm_of(plan, word) -> Arm:
-    """An arm, as its own command would have it."""
+def arm_of(plan, word, flag="--arms", called=None) -> Arm:
+    """An arm, as its own command would have it; no word: as the study's command has it. flag: where the word
+    stood; called: in the names of its folders, if not by the word."""
+    constants = {field.name for field in dataclasses.fields(plan.config)} - NOT_AN_ARMS
+    constants &= constants if plan.may_differ is None else plan.may_differ
     preset, flags, names = None, [], []
-    for part in word.split(","):
+    for part in word.split(",") if word else ():
         name, equals, value = part.strip().partition("=")
         if not equals and name in plan.presets and preset is None and not names:
             preset = name
-        elif equals and name in {field.name for field in dataclasses.fields(plan.config)} - NOT_AN_ARMS:
+        elif equals and name in constants:
             names.append(name)
             flags += as_flags(name, {"true": True, "false": False}.get(value, value))
         else:
             known = f"a preset ({', '.join(plan.presets)}) or " if plan.presets else ""
-            raise UserError(f"--arms {word}: {part.strip()!r} is not {known}constant=value")
+            which = "" if plan.may_differ is None else f" of {', '.join(sorted(constants))}"
+            raise UserError(f"{flag} {word}: {part.strip()!r} is not {known}constant=value{which}")
     try:
         cfg = parsed_config(
-            plan.config, plan.presets, plan.smoke, "", [*command_of(plan.cfg, preset), *flags]
+            plan.config, plan.presets, plan.smoke, "", [*command_of(plan.cfg, preset, plan.own), *flags]
         )
     except UserError as error:
-        raise UserError(f"--arms {word}: {error}") from None
+        raise UserError(f"{flag} {word}: {error}") from None
+    if getattr(cfg, "model", None) == "newest":
+        raise UserError(f"{flag} {word}: the newest run would be another one each time, use model=<run>")
     cfg = with_flags(replace(cfg, mode="train", seed=plan.cfg.seed), typed(cfg), typed(cfg).flags)
-    like = typed(cfg)
-    ignored = CALL_CONSTANTS | STUDY_CONSTANTS | (MAY_CHANGE - LENGTH) | {"seed"}
+    like, no_arms = typed(cfg), NOT_AN_ARMS | plan.own
+    overrides = {name: value for name, value in like.overrides.items() if name not in no_arms}
+    like = replace(like, overrides=overrides)
+    ignored = CALL_CONSTANTS | STUDY_CONSTANTS | plan.own | (MAY_CHANGE - LENGTH) | {"seed"}
     constants = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ignored}
     prefix = [plan.cfg.tag] if "tag" in typed(plan.cfg).flags else []
-    tag = "-".join([*prefix, slug(word)[:40], short_hash(constants, 6)])
+    tag = "-".join([*prefix, called or slug(word)[:40], short_hash(constants, 6)])
     cfg = with_flags(replace(cfg, tag=tag, out=plan.cfg.out), like, like.flags | {"tag"})
     return Arm(word, {name: getattr(cfg, name) for name in names}, cfg)
 
 
-def command_of(cfg, preset=None) -> list[str]:
-    """The words of a study's command that its runs share; an arm's preset stands for the study's."""
+def command_of(cfg, preset=None, own=frozenset()) -> list[str]:
+    """The words of a study's command that its runs share; an arm's preset stands for the study's. own: names
+    of constants that they do not share, beside a study's."""
     t = typed(cfg)
     argv = ["--smoke"] * t.smoke
     argv += ["--preset", preset or t.preset] if preset or t.preset else []
-    for name in sorted(t.flags - CALL_CONSTANTS - STUDY_CONSTANTS - {"mode", "seed"}):
+    for name in sorted(t.flags - CALL_CONSTANTS - STUDY_CONSTANTS - own - {"mode", "seed"}):
         argv += as_flags(name, getattr(cfg, name))
     return argv
 
@@ -171,7 +195,7 @@ def make_runs(plan, arms, planned, poll) -> dict[str, list[Path]]:
         plan.say(f"study  run {number + 1} of {len(planned)}  {arm.name}  seed {seed}")
         made = [folder for folder in there[:number] if not folder]
         cfg = configs[number] if made else first_of(configs[number], there.count(""))
-        folder = there[number] or one_run(plan, cfg)
+        folder = one_run(plan, cfg)
         runs[arm.name].append(Path(folder))
         seconds.append(on_main(plan.world, seconds_of, folder))
         left = there[number + 1 :].count("")
@@ -182,12 +206,13 @@ def make_runs(plan, arms, planned, poll) -> dict[str, list[Path]]:
     return runs
 
 
-def run_config(arm, seed):
-    """The constants of an arm's run, which is found again by its tag."""
-    like = typed(arm.cfg)
-    tag = f"{arm.cfg.tag}-s{seed}"
-    cfg = replace(arm.cfg, seed=seed, tag=tag, resume_timestamp="auto")
-    return with_flags(cfg, like, like.flags | {"seed"})
+def run_config(arm, seed, changes=None):
+    """The constants of an arm's run, which is found again by its tag. changes: name -> value, constants that
+    the study itself gives to its arms (a base, a length)."""
+    like, given = typed(arm.cfg), changes or {}
+    tag = "-".join([arm.cfg.tag, *([short_hash(given, 6)] if given else []), f"s{seed}"])
+    cfg = replace(arm.cfg, seed=seed, tag=tag, resume_timestamp="auto", **given)
+    return with_flags(cfg, like, like.flags | {"seed", *given})
 
 
 def finished_folder(cfg, script) -> str:
@@ -199,7 +224,10 @@ def seconds_of(folder) -> float:
 
 
 def one_run(plan, cfg) -> str:
-    """Trains a run, or resumes it. Returns its folder; Stop if it was stopped."""
+    """Trains a run, or resumes it, unless it is finished. Returns its folder; Stop if it was stopped."""
+    if folder := on_main(plan.world, finished_folder, cfg, plan.script):
+        plan.say(f"finished already: {folder}")
+        return folder
     if cfg.compile or plan.world.device.type != "cpu":  # each run compiles for itself, as it would alone
         torch.compiler.reset()
     if plan.world.device.type != "cpu":  # what the last run left is not this one's

@@ -18,6 +18,10 @@ class Blocks:
     def __len__(self):
         return math.ceil((len(self.tokens) - 1) / self.block_size)
 
+    def first(self, most) -> "Blocks":
+        """The first `most` blocks; none: all."""
+        return self if most is None else Blocks(self.tokens[: most * self.block_size + 1], self.block_size)
+
     def targets(self, rows) -> np.ndarray:
         """Number of tokens that each block predicts: block_size, fewer in the last one."""
         return np.minimum(
@@ -41,9 +45,11 @@ class Blocks:
 class Windows:
     """Documents in windows of `context` tokens, each `stride` behind the last. A token is a target
     once, in the first window that holds it; in all but the first window it has over context -
-    stride tokens before it."""
+    stride tokens before it. `begin`: ids that stand first in every window, as at the front of a document:
+    some models know no text without them."""
 
-    def __init__(self, documents, context, stride):
+    def __init__(self, documents, context, stride, begin=()):
+        self.begin, stride = torch.tensor(list(begin)), min(stride, context + 1 - max(1, len(begin)))
         self.documents, self.windows = documents, []  # (document, first input, end of inputs, first target)
         for number, ids in enumerate(documents):
             done = 1  # the first token is given
@@ -68,6 +74,8 @@ class Windows:
             number, start, end, first = self.windows[window]
             ids = torch.from_numpy(self.documents[number][start : end + 1].astype(np.int64))
             input_ids[row, : end - start] = ids[:-1]
+            if start:  # none of the tokens that give way is a target
+                input_ids[row, : len(self.begin)] = self.begin
             labels[row, first - 1 - start : end - start] = ids[first - start :]
         return input_ids.to(device), labels.to(device)
 

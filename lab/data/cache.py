@@ -1,20 +1,26 @@
-"""Rows that are read and tokenised once and mapped into memory; bad rows are counted; splits by group."""
+"""Folders of the cache, believed only when whole; in them rows that are read and tokenised once and mapped
+into memory; bad rows are counted; splits by group."""
 
 import hashlib
 import json
 import os
 import re
+import shutil
+import sys
 from collections import Counter
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from lab.errors import UserError
-from lab.run.files import PROJECT, short_hash, whole_folder, write_json
+from lab.run.checkpoints import manifest, read_manifest
+from lab.run.disks import cache_root
+from lab.run.files import sha256_file, short_hash, whole_folder, write_json
 from lab.train.processes import on_main, progress
 
-ROWS_CACHE_VERSION = 4  # of what the builders of all kinds of rows write: a change there is a change here
+ROWS_CACHE_VERSION = 5  # of what the builders of all kinds of rows write: a change there is a change here
 AS_TEXT = {  # a text that spells a special token out means the letters
     "add_special_tokens": False,
     "split_special_tokens": True,
@@ -27,9 +33,17 @@ class BadRows:
 
     def __init__(self, limit=0.01):
         self.limit, self.rows, self.seen = limit, [], 0  # seen: rows looked at, if whoever reads counts them
+        self.empty = []  # numbers of rows that hold nothing: passed over, however many
+        self.notes = []  # lines about what else was left out
 
     def add(self, number, reason):
         self.rows.append((number, str(reason)))
+
+    def pass_over(self, number, where):
+        """Notes a row that holds nothing. UserError when hardly any other comes: a stream may have no end."""
+        self.empty.append(number)
+        if len(self.empty) % 1000 == 0 and len(self.empty) > 0.95 * number:
+            raise UserError(f"{where}: {len(self.empty)} of {number} rows are empty: name the column of text")
 
     def report(self, total, where) -> list[str]:
         """Lines to print; raises UserError above the limit."""
@@ -37,13 +51,17 @@ class BadRows:
             named = "; ".join(f"row {number}: {reason}" for number, reason in self.rows[:3])
             share = f"{len(self.rows)} of {total} rows are unusable, more than {self.limit:.0%}"
             raise UserError(f"{where}: {share}: mend or remove them, e.g. {named}")
-        lines = []
+        lines = list(self.notes)
+        if self.empty:
+            lines.append(f"passed over {len(self.empty)} empty row(s): {first_few(self.empty)}")
         for reason, count in Counter(reason for _, reason in self.rows).items():
-            numbers = [str(number) for number, why in self.rows if why == reason]
-            lines.append(
-                f"left out {count} row(s), {reason}: " + ", ".join(numbers[:8]) + ", ..." * (count > 8)
-            )
+            numbers = [number for number, why in self.rows if why == reason]
+            lines.append(f"left out {count} row(s), {reason}: {first_few(numbers)}")
         return lines
+
+
+def first_few(numbers) -> str:
+    return ", ".join(map(str, numbers[:8])) + ", ..." * (len(numbers) > 8)
 
 
 def is_clean(text) -> bool:
@@ -75,9 +93,84 @@ def split_by_group(groups, labels, shares, seed) -> np.ndarray:
     return part[index]
 
 
-def cache_root() -> Path:
-    """Where token ids are kept between runs; TOKEN_CACHE lets it sit on a persistent volume."""
-    return Path(os.environ.get("TOKEN_CACHE", PROJECT / "cache"))
+@contextmanager
+def writable_cache():
+    """Makes one line of it when the cache cannot be written: a full disk, a read-only one, no permission."""
+    try:
+        yield
+    except Exception as error:
+        rust = re.search(r"(.*) \(os error \d+\)", str(error))  # how tokenizers say it
+        if not isinstance(error, OSError) and not rust:
+            raise
+        reason = getattr(error, "strerror", None) or (rust[1] if rust else str(error))
+        where = f"the cache {cache_root()} cannot be written ({reason})"
+        raise UserError(f"{where}: set TOKEN_CACHE to a folder with room") from error
+
+
+def seal(folder):
+    """Writes manifest.json of a finished cache folder: bytes and SHA-256 of each file."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.json"]
+    names = {str(path.relative_to(folder)): path for path in files}
+    sizes = {name: path.stat().st_size for name, path in names.items()}
+    hashes = {name: sha256_file(path) for name, path in names.items()}
+    write_json(folder / "manifest.json", manifest({"bytes": sizes}, hashes))
+
+
+def damage(folder) -> str | None:
+    """What of a sealed folder is not as it was written, or None."""
+    sealed = read_manifest(folder)
+    if sealed is None:
+        return "manifest.json is absent or damaged"
+    for name, digest in sealed["files"].items():
+        try:
+            if (size := (folder / name).stat().st_size) != sealed["bytes"][name]:
+                return f"{name} has {size} bytes of {sealed['bytes'][name]}"
+            if sha256_file(folder / name) != digest:
+                return f"{name} is not what was written"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+_checked = {}  # folder -> what its files looked like when they were found whole
+
+
+def is_whole(folder) -> bool:
+    """Whether a cache folder is there and as it was written: checked once, when it is first opened. A damaged
+    one is named and set aside, so that it is made anew."""
+    if not folder.exists():
+        return False
+    seen = looks_of(folder)
+    if seen and _checked.get(folder) == seen:
+        return True
+    if reason := damage(folder):
+        aside = folder.with_name(f".damaged_{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)  # an earlier one
+        print(f"WARNING cache {folder}: {reason}; set aside as {aside.name} and made anew", file=sys.stderr)
+        with suppress(FileNotFoundError):  # another run was faster
+            os.rename(folder, aside)
+        return False
+    _checked[folder] = seen
+    return True
+
+
+def looks_of(folder) -> list | None:
+    """Size, time and number of each file of a sealed folder: where they stay, nothing is hashed again."""
+    if sealed := read_manifest(folder):
+        with suppress(OSError):
+            stats = {name: (folder / name).stat() for name in sealed["files"]}
+            return [(name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats.items()]
+    return None
+
+
+def cached_folder(folder, build, *args) -> str:
+    """`folder` of the cache; build(aside, *args) writes its files if there is no whole one."""
+    with writable_cache():
+        if not is_whole(folder):
+            with whole_folder(folder) as aside:
+                build(aside, *args)
+                seal(aside)
+    return str(folder)
 
 
 @dataclass
@@ -109,17 +202,23 @@ def built_folder(kind, key, build, *args) -> str:
     """The folder <kind>_<hash of the key>, built if it is not there: all of it or nothing."""
     depends_on = key(*args)
     folder = cache_root() / f"{kind}_{short_hash([ROWS_CACHE_VERSION, kind, depends_on])}"
-    if not (folder / "rows.json").exists():
-        with whole_folder(folder) as aside:
-            columns = build(aside, *args)
-            write_json(aside / "rows.json", {"key": depends_on, "columns": columns})
-    return str(folder)
+    return cached_folder(folder, build_rows, depends_on, build, *args)
 
 
-def write_texts(folder, texts, tokenizer) -> str:
-    """Token ids of the list `texts` -> folder/tokens.bin and offsets.npy; returns the kind of integer."""
+def build_rows(folder, depends_on, build, *args):
+    columns = build(folder, *args)
+    write_json(folder / "rows.json", {"key": depends_on, "columns": columns})
+
+
+def write_texts(folder, texts, tokenizer, begin=(), every=1) -> str:
+    """Token ids of the list `texts` -> folder/tokens.bin and offsets.npy; returns the kind of integer.
+
+    `begin`: ids before the texts 0, every, 2 every ..., with which a row begins.
+    """
     integers = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
-    write_ids(folder, ids_of(texts, tokenizer), integers, len(texts))
+    sequences = enumerate(ids_of(texts, tokenizer))
+    begun = (ids if i % every or not begin else [*begin, *ids] for i, ids in sequences)
+    write_ids(folder, begun, integers, len(texts))
     return integers
 
 

@@ -16,6 +16,8 @@ def from_hub(what, name, load, instead):
     online = _hub_answers()
     try:
         return _quietly(load)
+    except UserError:
+        raise
     except Exception as error:  # every library on the way has its own kinds
         reason = first_line(error) if online else "the Hub does not answer and HF_HOME holds no copy"
         raise UserError(f"{what} {name} cannot be fetched ({reason}): use {instead}") from error
@@ -26,12 +28,17 @@ def first_line(error) -> str:
 
 
 def _quietly(load):
-    """Calls `load()` without other libraries' progress bars where stderr is no terminal."""
+    """Calls `load()` without other libraries' tables of weights, and bars where stderr is no terminal."""
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    return load()
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is wrong with a folder is an error of ours
+    try:
+        return load()
+    finally:
+        logging.set_verbosity(before)
 
 
 def _hub_answers(seconds=5) -> bool:
@@ -64,5 +71,7 @@ def local_or_hub(what, name, load, built_in):
         return from_hub(what, name, load, f"a local folder, or {built_in}")
     try:
         return _quietly(load)
+    except UserError:
+        raise
     except Exception as error:  # as many kinds as there are ways to damage a folder
         raise UserError(f"{what} in folder {name} cannot be loaded: {first_line(error)}") from error

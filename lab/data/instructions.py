@@ -13,8 +13,15 @@ import torch
 from lab.data.builtin import python_instructions
 from lab.data.cache import BadRows, cached_rows, is_clean, split_by_group, write_texts
 from lab.data.columns import INSTRUCTION_COLUMNS
-from lab.data.tables import data_fingerprint, read_rows, require_columns
-from lab.data.tokenizers import make_tokenizer, named_tokenizer, tokenizer_fingerprint, tokenizer_of
+from lab.data.tables import MISSING_WORDS, data_fingerprint, is_missing, read_rows, require_columns
+from lab.data.tokenizers import (
+    begin_facts,
+    begin_ids,
+    make_tokenizer,
+    named_tokenizer,
+    tokenizer_fingerprint,
+    tokenizer_of,
+)
 from lab.errors import UserError
 from lab.train.loss import IGNORE_INDEX
 from lab.train.processes import main_first
@@ -44,10 +51,13 @@ def parse(row) -> list[str]:
     if not isinstance(row, dict):
         raise ValueError("no object with columns")
     texts = [row.get(column) for column in INSTRUCTION_COLUMNS]
-    texts[1] = "" if texts[1] is None else texts[1]  # some sets leave it out
+    if texts[1] is None or (isinstance(texts[1], str) and texts[1].strip() in MISSING_WORDS):
+        texts[1] = ""  # some sets leave it out, or write None
     for column, text in zip(INSTRUCTION_COLUMNS, texts, strict=True):
         if not isinstance(text, str):
             raise ValueError(f"{column} is no text")
+        if is_missing(text):
+            raise ValueError(f"{column} is missing ({text.strip()})")
         if not is_clean(text):
             raise ValueError(f"{column} has odd Unicode (a lone surrogate)")
     if not texts[0].strip():
@@ -123,6 +133,7 @@ def instructions_key(cfg, tokenizer) -> dict:
     source = f"built in, Python {platform.python_version()}" if builtin else data_fingerprint(cfg.data)
     words = tokenizer_fingerprint(tokenizer) if tokenizer else f"bpe:{TINY_VOCABULARY}"
     fingerprint = {"data": source, "tokenizer": words, "template": cfg.template}
+    fingerprint |= begin_facts(tokenizer) if tokenizer else {}
     name = cfg.data if builtin else ""  # a file may be moved
     return {"fingerprint": fingerprint, "built in": name, "max_documents": cfg.max_documents}
 
@@ -135,7 +146,7 @@ def write_instructions(folder, cfg, tokenizer) -> dict:
     pieces = [[prompt_text(a, b, cfg.template), output] for a, b, output in columns["texts"]]
     pieces = list(itertools.chain.from_iterable(pieces))
     tokenizer = tokenizer or make_tokenizer(f"bpe:{TINY_VOCABULARY}", lambda: pieces)
-    columns["integers"] = write_texts(folder, pieces, tokenizer)
+    columns["integers"] = write_texts(folder, pieces, tokenizer, begin_ids(tokenizer), every=2)
     tokenizer.save_pretrained(folder / "tokenizer")
     return columns
 
@@ -148,7 +159,7 @@ def usable_columns(rows, name) -> dict[str, list]:
         try:
             texts.append(parse(row))
             numbers.append(number)
-            categories.append(str(row["category"]) if row.get("category") else None)
+            categories.append(category(row.get("category")))
         except ValueError as error:
             bad.add(number, error)
     lines = bad.report(len(rows), name)
@@ -156,6 +167,12 @@ def usable_columns(rows, name) -> dict[str, list]:
         lines.append(f"{empty} empty answer(s) are kept: their target is the end token")
     groups = [prompt_hash(instruction, given) for instruction, given, _ in texts]
     return {"texts": texts, "categories": categories, "numbers": numbers, "groups": groups, "lines": lines}
+
+
+def category(cell) -> str | None:
+    """A row's kind as text that every file can hold; None if it has none."""
+    text = "" if cell is None else str(cell).encode("utf-8", "backslashreplace").decode()
+    return None if text.strip() in MISSING_WORDS else text
 
 
 def prompt_hash(instruction, given) -> str:

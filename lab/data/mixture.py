@@ -10,18 +10,18 @@ import itertools
 import math
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from lab.data import blocks
 from lab.data.blocks import Windows, stretches
-from lab.data.cache import BadRows, cache_root
-from lab.data.text import SUFFIXES, Tokens, open_corpus, split_pieces, text_fingerprint
+from lab.data.cache import BadRows, cache_root, cached_folder
+from lab.data.paths import is_there, stem_of
+from lab.data.text import TEXT_CACHE_VERSION, Tokens, open_corpus, split_pieces, text_fingerprint
 from lab.data.tokenizers import is_built_in, make_tokenizer, token_bytes, tokenizer_fingerprint
 from lab.errors import UserError
-from lab.run.files import short_hash, whole_folder
+from lab.run.files import short_hash
 from lab.train.processes import on_main
 
 
@@ -63,10 +63,9 @@ TOLERANCE = 0.0034  # of each weight: .33 three times is meant as a third each
 
 def label(name) -> str:
     """Short name of a source in files and tables, where it is a path or a Hub id."""
-    if "/" not in name and not Path(name).is_file():
+    if "/" not in name and not is_there(name):
         return name
-    last = name.partition("@")[0].rstrip("/").rpartition("/")[2]
-    return last.removesuffix(Path(last).suffix) if Path(last).suffix in SUFFIXES else last
+    return stem_of(name.partition("@")[0].rstrip("/").rpartition("/")[2])
 
 
 @dataclass
@@ -114,7 +113,7 @@ LEARNT_FROM = 5_000_000  # characters of each source
 def shared_tokenizer(kind, corpora) -> str:
     """A folder in the token cache with the tokenizer (bpe:<size>, chars ...) that all arms share."""
     sources = {name: [text_fingerprint(corpus), repr(corpus)] for name, corpus in corpora.items()}
-    folder = cache_root() / f"tokenizer_{short_hash([kind, sources])}"
+    folder = cache_root() / f"tokenizer_{short_hash([TEXT_CACHE_VERSION, kind, sources])}"
 
     def texts():
         for corpus in corpora.values():
@@ -126,10 +125,11 @@ def shared_tokenizer(kind, corpora) -> str:
                 if room <= 0:
                     break
 
-    if not folder.exists():
-        with whole_folder(folder) as aside:
-            make_tokenizer(kind, texts).save_pretrained(aside)
-    return str(folder)
+    return cached_folder(folder, write_tokenizer, kind, texts)
+
+
+def write_tokenizer(folder, kind, texts):
+    make_tokenizer(kind, texts).save_pretrained(folder)
 
 
 def windows_of(tokens, part, context) -> tuple[Windows, np.ndarray]:

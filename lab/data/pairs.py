@@ -28,7 +28,7 @@ def turns(row, column) -> list[str]:
         raise ValueError(f"{column} is empty")
     try:
         texts = json.loads(cell) if isinstance(cell, str) else cell
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f'{column} is no JSON (a text is written ["text"])') from None
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str | None) for t in texts):
         raise ValueError(f"{column} is no list of strings")
@@ -49,6 +49,8 @@ def parse(row) -> tuple[list[list[str]], int]:
     """([prompt, a, b] of every turn, class number)"""
     if not isinstance(row, dict) or row.get("id") is None:
         raise ValueError("no id")
+    if not is_clean(str(row["id"])):
+        raise ValueError("id has odd Unicode (a lone surrogate)")
     texts = [turns(row, column) for column in TEXTS]
     if len({len(text) for text in texts}) != 1:
         raise ValueError("prompt and responses differ in their number of turns")
@@ -204,6 +206,8 @@ def rows_to_judge(rows, name) -> tuple[list, list[str]]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or row.get("id") in (None, ""):
             raise UserError(f"{name}: row {number} has no id: every row to be judged needs one")
+        if not is_clean(str(row["id"])):  # the answer could not be written under it
+            raise UserError(f"{name}: row {number} has an id with odd Unicode (a lone surrogate): rename it")
         texts, reason = parse_anyway(row)
         usable.append((str(row["id"]), texts, UNKNOWN))
         odd.update([reason] if reason else [])

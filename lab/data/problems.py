@@ -4,12 +4,9 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import re
-import zipfile
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -17,8 +14,9 @@ from lab.data.builtin import built_in_problems
 from lab.data.cache import BadRows, cached_rows, is_clean, split_by_group, write_texts
 from lab.data.columns import LETTERS, PROBLEM_COLUMNS
 from lab.data.instructions import Instructions, prompt_hash
-from lab.data.tables import TABLES, data_fingerprint, read_rows, require_columns
-from lab.data.tokenizers import tokenizer_fingerprint
+from lab.data.paths import TABLES, data_files, is_there
+from lab.data.tables import columns_of, data_fingerprint, hub_split, read_rows, require_columns
+from lab.data.tokenizers import begin_facts, begin_ids, tokenizer_fingerprint
 from lab.errors import UserError
 from lab.run.files import joint_hash
 
@@ -45,39 +43,64 @@ def parse(row) -> tuple[str, list[str], int]:
 
 
 def parse_options(options) -> list[str]:
-    """The five texts behind `a )` to `e )`, of a string in any of MathQA's three spellings or of a list.
+    """The five texts behind `a )` to `e )`, of a string in any of MathQA's three spellings, of one with the
+    labels `(a)` or `a.`, of a list, or of an object {"a": ...}.
 
-    Cut where the pattern letter-space-parenthesis stands, in order: commas (1,000) and parentheses are text.
+    Cut where the labels stand, in order: commas (1,000) and parentheses are text.
     """
+    if isinstance(options, dict) and [str(name).lower() for name in options] == [*LETTERS]:
+        options = list(options.values())
     if isinstance(options, list):  # AQuA: ["A)32400", ...]
-        texts = [str(text).strip() for text in options]
+        texts = ["" if text is None else str(text).strip() for text in options]
     elif isinstance(options, str):
-        # behind a comma if they all are, so that "( 2 + b )" is text
-        starts = _marks(options, r"(?:^[\s\['\"]*|,[\s'\"]*)") or _marks(options, r"(?<![a-z0-9])")
-        if not starts:
-            raise ValueError("options are not five, a ) to e )")
-        texts = [options[i:j] for i, j in zip(starts, [*starts[1:], None], strict=True)]
-        listed = options.lstrip().startswith("[")  # "['a ) 8', 'b ) 1', ...]"
-        texts = [
-            re.sub(r"['\"][\s,]*\]?[\s'\"]*$", "", text) if listed else text.rstrip(" ,") for text in texts
-        ]
+        texts = _cut(options)
     else:
         raise ValueError("options are no text")
     if len(texts) != len(LETTERS):
         raise ValueError("options are not five, a ) to e )")
-    # a label may stand twice: "a ) a ) 17"
-    texts = [re.sub(rf"^(?:{x} ?\)\s*)+", "", t, flags=re.I) for x, t in zip(LETTERS, texts, strict=True)]
+    texts = _without_labels(texts)
     if not all(texts):
         raise ValueError("an option is empty")
     return texts
 
 
-def _marks(options, before) -> list[int]:
-    """Where the labels `a )` to `e )` begin, in this order, each behind the pattern `before`; or none."""
+LABEL, IN_PARENTHESES, DOTTED = r"{} ?\)", r"\( ?{} ?\)", r"{} ?[.:]"  # of one option, {} is its letter
+
+
+def _cut(options) -> list[str]:
+    """The five options of a string with their labels; empty if there are not five."""
+    if len(options) > 10_000:
+        raise ValueError("options are over 10,000 characters")
+    # behind a comma if they all are, so that "( 2 + b )" is text
+    starts = _marks(options, r"(?:^[\s\['\"]*|,[\s'\"]*)", LABEL)
+    if re.match(r"[\s\['\"]*\( ?a ?\)", options, re.I):
+        starts = _marks(options, "", IN_PARENTHESES)
+    dotted = r"(?:^[\s\['\"]*|[\s,;]['\"]*)"
+    starts = starts or _marks(options, r"(?<![a-z0-9])", LABEL) or _marks(options, dotted, DOTTED, once=True)
+    texts = [options[i:j] for i, j in zip(starts, [*starts[1:], None], strict=True)] if starts else []
+    if options.lstrip().startswith("["):  # "['a ) 8', 'b ) 1', ...]"
+        return [re.sub(r"['\"][\s,]*\]?[\s'\"]*$", "", text) for text in texts]
+    return [text.rstrip(" ,;\r\n\t") for text in texts]
+
+
+def _without_labels(texts) -> list[str]:
+    """Texts without their labels, of which one may stand twice: "a ) a ) 17"."""
+    pairs = list(zip(LETTERS, texts, strict=True))
+    labels = [IN_PARENTHESES, LABEL]
+    if all(re.match(DOTTED.format(letter), text, re.I) for letter, text in pairs):
+        labels.append(DOTTED)
+    patterns = {letter: "|".join(label.format(letter) for label in labels) for letter in LETTERS}
+    return [re.sub(rf"^(?:(?:{patterns[x]})\s*)+", "", text, flags=re.I) for x, text in pairs]
+
+
+def _marks(options, before, label, once=False) -> list[int]:
+    """Where the labels of a to e begin, in this order, each behind the pattern `before`; or none. `once`: nor
+    if a label stands twice, since one of them is text."""
     starts, at = [], 0
     for letter in LETTERS:
-        mark = re.compile(rf"{before}({letter}) ?\)", re.I).search(options, at)
-        if mark is None:
+        pattern = re.compile(f"{before}({label.format(letter)})", re.I)
+        mark = pattern.search(options, at)
+        if mark is None or (once and len(pattern.findall(options)) > 1):
             return []
         starts.append(mark.start(1))
         at = mark.end()
@@ -90,27 +113,19 @@ SINGLE = {None: "train"}  # the same of a single table, in place of official_par
 
 def official_parts(name) -> dict[str, str] | None:
     """What a data set calls its parts: {"train": ..., "val": ..., "test": ...}; None for a single table."""
-    path = Path(name)
-    if not path.exists():  # on the Hub
-        return {"train": "train", "val": "validation", "test": "test"}
-    names = os.listdir(path) if path.is_dir() else []
-    if path.suffix == ".zip":
-        try:
-            names = zipfile.ZipFile(path).namelist()
-        except (zipfile.BadZipFile, OSError):
-            raise UserError(f"{path} is not a whole zip file: fetch it again") from None
-    tables = sorted(Path(found).name for found in names if Path(found).suffix in TABLES)
-    tables = [table for table in tables if table[0] != "."]  # what a Mac leaves in a zip
-    if len(tables) < 2 or all(table.startswith("train") for table in tables):
+    if not is_there(name):  # on the Hub: all of them, unless one is named
+        named = hub_split(name, None)
+        return None if named else {"train": "train", "val": "validation", "test": "test"}
+    tables = [file for file in data_files(name) if file.form in TABLES]
+    if len(tables) < 2 or all(table.begins("train") for table in tables):
         return None
     found = {
-        part: next((p for p in begins if any(t.startswith(p) for t in tables)), None)
+        part: next((p for p in begins if any(table.begins(p) for table in tables)), None)
         for part, begins in PARTS.items()
     }
     if missing := [PARTS[part][0] for part, begin in found.items() if begin is None]:
-        raise UserError(
-            f"{name} holds {', '.join(tables)}, none of them {missing[0]}...: add it, or name one file"
-        )
+        there = ", ".join(sorted(table.name for table in tables)[:20])
+        raise UserError(f"{name} holds {there}, none of them {missing[0]}...: add it, or name one file")
     return found
 
 
@@ -193,6 +208,7 @@ def problems_key(cfg, tokenizer) -> dict:
         source = joint_hash([data_fingerprint(cfg.data, begin) for begin in (parts or SINGLE).values()])
     words = tokenizer_fingerprint(tokenizer)
     fingerprint = {"data": source, "tokenizer": words, "answer_format": cfg.answer_format}
+    fingerprint |= begin_facts(tokenizer)
     return {
         "fingerprint": fingerprint,
         "built in": cfg.data == BUILT_IN,
@@ -207,7 +223,7 @@ def read_parts(cfg) -> list[tuple[str | None, dict]]:
     found = []
     for part, begin in (official_parts(cfg.data) or SINGLE).items():
         rows = read_rows(cfg.data, cfg.max_documents, begin)
-        names = {key for row in rows[:100] if isinstance(row, dict) for key in row}
+        names = columns_of(rows)
         require_columns(
             rows, [OTHER_NAMES[c] if OTHER_NAMES.get(c) in names else c for c in PROBLEM_COLUMNS], cfg.data
         )
@@ -220,7 +236,7 @@ def write_problems(folder, cfg, tokenizer) -> dict:
     usable, numbers, lines = usable_rows(read_parts(cfg), cfg.data)
     pieces = [text for _, p, options, _ in usable for text in as_read(p, options, cfg.answer_format)]
     return {
-        "integers": write_texts(folder, pieces, tokenizer),
+        "integers": write_texts(folder, pieces, tokenizer, begin_ids(tokenizer), every=FIRST + len(LETTERS)),
         "numbers": numbers,
         "lines": lines,
         "part": [part for part, *_ in usable],
@@ -244,7 +260,7 @@ def usable_rows(rows, name) -> tuple[list, list[int], list[str]]:
         except ValueError as error:
             bad.add(f"{part} {number}" if part else number, error)
     lines = bad.report(len(rows), name)
-    if name != BUILT_IN and any("annotated_formula" in row for _, row in rows[:100]):
+    if name != BUILT_IN and "annotated_formula" in columns_of(row for _, row in rows):
         lines.append("a quarter of MathQA's own formulas disagree with its labels: the ceiling is low")
     if twins := sum(options.count(options[right]) > 1 for _, _, options, right in usable):
         lines.append(f"{twins} row(s) have the right option twice: either counts as right")

@@ -20,10 +20,13 @@ import numpy as np
 
 from lab.data import tables
 from lab.data.builtin import BUILT_IN, built_in_texts
-from lab.data.cache import BadRows, cache_root, is_clean
-from lab.data.tables import TABLES, require_columns, stream_rows
+from lab.data.cache import BadRows, cache_root, damage, first_few, is_clean, is_whole, seal, writable_cache
+from lab.data.paths import descriptions, files_hash, text_files
+from lab.data.tables import LOOK, is_missing, require_columns, stream_rows
 from lab.data.tokenizers import (
     ScratchBPE,
+    begin_facts,
+    begin_ids,
     is_built_in,
     make_tokenizer,
     named_tokenizer,
@@ -31,16 +34,14 @@ from lab.data.tokenizers import (
     tokenizer_fingerprint,
 )
 from lab.errors import UserError
-from lab.run.files import joint_hash, sha256_file, short_hash, write_json
+from lab.run.files import sha256_file, short_hash, write_json
 from lab.train.processes import on_main, progress
 
-TEXT_CACHE_VERSION = 1  # of the layout: change both together
+TEXT_CACHE_VERSION = 2  # of the layout: change both together
 # of fields that Corpus has grown: older caches keep their names
 ADDED_FIELDS = {"max_tokens": None, "held_out_tokens": 0, "streaming": None, "first_trains": True}
 PARTS = ("train", "val", "test")
 PIECE = 1 << 16  # characters of a document that are read and encoded at once
-TEXT_FILES = (".txt", ".text", ".md", ".rst", ".py")
-SUFFIXES = (*TEXT_FILES, *TABLES, ".zip")  # of what can be read as text
 
 
 @dataclass(frozen=True)
@@ -91,35 +92,35 @@ def token_cache(corpus) -> Path:
     """Returns the cache folder of `corpus`, built under a lock if it is not there. Rank 0 only."""
     source = text_fingerprint(corpus)
     name = corpus.tokenizer  # what a Hub id or folder holds may change
-    words = None if is_built_in(name) else tokenizer_fingerprint(named_tokenizer(name))
+    words = None if is_built_in(name) else words_of(named_tokenizer(name))
     fields = {name: value for name, value in asdict(corpus).items() if value != ADDED_FIELDS.get(name, "")}
+    if words:  # the same tokenizer may have several names: a Hub id, the folder of a run that began with it
+        fields["tokenizer"] = ""
     folder = cache_root() / f"tokens_{short_hash([TEXT_CACHE_VERSION, source, words, fields])}"
-    if not (folder / "meta.json").exists():
-        aside = folder.with_name(f".{folder.name}.partial")  # kept when killed
-        try:
+    with writable_cache():
+        if not is_whole(folder):
+            aside = folder.with_name(f".{folder.name}.partial")  # kept when killed
             aside.mkdir(parents=True, exist_ok=True)
             with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be building it: then this one waits
-                if not (folder / "meta.json").exists():
+                if not is_whole(folder):
                     build_cache(corpus, source, aside)
+                    seal(aside)
                     os.rename(aside, folder)
                 Path(lock.name).unlink(missing_ok=True)
-        except OSError as error:
-            where = f"token cache in {cache_root()} cannot be written ({error.strerror})"
-            raise UserError(f"{where}: set TOKEN_CACHE to a folder with room") from error
     return folder
 
 
+def words_of(tokenizer):
+    """All that a cache of tokens depends on in a tokenizer."""
+    begin, fingerprint = begin_ids(tokenizer), tokenizer_fingerprint(tokenizer)
+    return [fingerprint, begin] if begin else fingerprint
+
+
 def open_cache(folder) -> Tokens:
-    """Maps the streams of a cache folder into memory. UserError for a file that has changed."""
+    """Maps the streams of a cache folder, which token_cache has checked, into memory."""
     meta = json.loads((folder / "meta.json").read_text())
-    path, kind = folder / "tokenizer" / "tokenizer.json", np.dtype(meta["kind"])
-    files = {part: folder / f"{part}.bin" for part in PARTS}
-    sizes = {part: file.exists() and file.stat().st_size // kind.itemsize for part, file in files.items()}
-    if sha256_file(path) != meta["fingerprint"]["tokenizer"] or sizes != meta["tokens"]:
-        raise UserError(
-            f"token cache {folder} is not what was built (tokenizer or tokens changed): delete it"
-        )
+    kind = np.dtype(meta["kind"])
     parts = {part: np.memmap(folder / f"{part}.bin", dtype=kind, mode="r") for part in PARTS}
     unigram = np.load(folder / "unigram.npy")
     tokenizer = pretrained_tokenizer(str(folder / "tokenizer"), "")
@@ -132,58 +133,50 @@ def text_fingerprint(corpus) -> str:
         python = f"Python {platform.python_version()}"
         return f"{corpus.data} of {f'numpy {np.__version__}' if corpus.data == 'numpy-docs' else python}"
     if files := text_files(corpus.data):
-        try:
-            return joint_hash([sha256_file(file) for file in files])
-        except OSError as error:
-            raise UserError(f"{error.filename} cannot be read ({error.strerror}): take it out") from None
+        return files_hash(files)
     return tables.data_fingerprint(corpus.data, streaming=corpus.streams)
-
-
-def text_files(name) -> list[Path]:
-    """Text files of a file or folder name; empty for a table or a Hub id."""
-    path = Path(name)
-    if path.is_dir():
-        inside = (file.relative_to(path) for file in path.rglob("*"))
-        files = [path / f for f in inside if (path / f).is_file() and not any(p[0] == "." for p in f.parts)]
-        texts = sorted(file for file in files if file.suffix in TEXT_FILES)
-        if not any(file.suffix in (*TEXT_FILES, *TABLES, ".zip") for file in files):
-            raise UserError(f"folder {name} holds no text: use {', '.join((*TEXT_FILES, *TABLES))}")
-        if texts and (tables := [file for file in files if file.suffix in TABLES]):
-            both = f"{texts[0].name} and {tables[0].name}"
-            raise UserError(f"folder {name} holds text files and tables ({both}): name one, or move one kind")
-        return texts
-    return [path] if path.is_file() and path.suffix not in (*TABLES, ".zip") else []
 
 
 def documents(corpus, bad):
     """Yields, for each document, a function that opens it as a stream of text."""
-    column = corpus.text_column
     if corpus.data in BUILT_IN:
-        rows = ({column: text} for text in built_in_texts(corpus.data))
+        rows = ({corpus.text_column: text} for text in built_in_texts(corpus.data))
     elif files := text_files(corpus.data):
+        if about := descriptions(corpus.data):
+            bad.notes.append(f"left out, as they describe the data: {first_few(about)}")
         for file in files[: corpus.max_documents]:
-            yield functools.partial(open, file, encoding="utf-8-sig", newline="")
+            yield functools.partial(open_text, file)
         return
     else:
         shuffled = corpus.split_seed if corpus.streaming == "False" else None
         rows = stream_rows(corpus.data, streaming=corpus.streams, shuffled=shuffled)
-    for number, row in enumerate(itertools.islice(rows, corpus.max_documents), start=1):
+    rows = itertools.islice(rows, corpus.max_documents)
+    for number, row in enumerate(with_column(rows, corpus), start=1):
         bad.seen = number
-        if number == 1:
-            try:
-                require_columns([row], [column], corpus.data)
-            except UserError as error:
-                raise UserError(f"{error}; say --text_column") from None
-        text = row.get(column) if isinstance(row, dict) else None
-        if not isinstance(text, str) or not text or not is_clean(text):
-            bad.add(
-                number,
-                "no text" if not text or not isinstance(text, str) else "odd Unicode (a lone surrogate)",
-            )
+        text = row.get(corpus.text_column) if isinstance(row, dict) else 0
+        if text == "" or is_missing(text):
+            bad.pass_over(number, corpus.data)
+        elif isinstance(text, str) and is_clean(text):
+            yield functools.partial(io.StringIO, text, newline="")
+        else:
+            bad.add(number, "odd Unicode (a lone surrogate)" if isinstance(text, str) else "no text")
             if len(bad.rows) % 1000 == 0:  # a stream may be long
                 bad.report(number, corpus.data)
-            continue
-        yield functools.partial(io.StringIO, text, newline="")
+
+
+def open_text(file) -> io.TextIOWrapper:
+    return io.TextIOWrapper(file.open(), encoding="utf-8-sig", newline="")
+
+
+def with_column(rows, corpus):
+    """The same rows. UserError if none of the first has the column of text."""
+    first = list(itertools.islice(rows, LOOK))
+    if first:
+        try:
+            require_columns(first, [corpus.text_column], corpus.data)
+        except UserError as error:
+            raise UserError(f"{error}; say --text_column") from None
+    return itertools.chain(first, rows)
 
 
 def pieces(stream):
@@ -192,6 +185,8 @@ def pieces(stream):
     rest = ""
     try:
         while chunk := stream.read(PIECE):
+            if "\0" in chunk and hasattr(stream, "name"):  # a file
+                raise UserError(f"{stream.name} holds NUL bytes: it is damaged, or no text; take it out")
             rest += chunk
             if len(chunk) < PIECE:
                 break  # the end
@@ -202,6 +197,8 @@ def pieces(stream):
             rest = rest[cut:]
     except UnicodeDecodeError:
         raise UserError(f"{stream.name} is not UTF-8: save it as such, or take it out") from None
+    except OSError as error:
+        raise UserError(f"{stream.name} cannot be read ({error.strerror}): take it out") from None
     if rest:
         yield rest
 
@@ -256,13 +253,13 @@ def cut_document(opens, corpus):
 def build_cache(corpus, source, folder):
     """Writes tokenizer, streams, counts and (last) meta.json; continues what a killed build left."""
     bad, path = BadRows(), folder / "tokenizer"
-    if not (path / "done").exists():
+    if damage(path):
 
         def train_texts():
             return (text for part, text, _ in split_pieces(corpus, BadRows()) if part == "train")
 
         make_tokenizer(corpus.tokenizer, train_texts).save_pretrained(path)
-        (path / "done").touch()
+        seal(path)
     tokenizer = pretrained_tokenizer(str(path), "")
     kind = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
     state = write_tokens(folder, corpus, tokenizer, kind, bad)
@@ -272,25 +269,27 @@ def build_cache(corpus, source, folder):
         counts += np.bincount(train[start : start + (1 << 24)], minlength=len(tokenizer))
     np.save(folder / "unigram.npy", counts)
     write_json(folder / "meta.json", {
-        "fingerprint": {"data": source, "tokenizer": sha256_file(path / "tokenizer.json")},
+        "fingerprint": {"data": source, "tokenizer": sha256_file(path / "tokenizer.json")}
+        | begin_facts(tokenizer),
         "kind": kind.name, "corpus": asdict(corpus), "documents": state["documents"],
         "tokens": {part: size // kind.itemsize for part, size in state["bytes"].items()},
-        "lines": bad.report(bad.seen, corpus.data) if bad.rows else [],
+        "lines": bad.report(bad.seen, corpus.data),
     })  # fmt: skip
+    (folder / "progress.json").unlink(missing_ok=True)
 
 
 def write_tokens(folder, corpus, tokenizer, kind, bad) -> dict:
     """Appends to the streams piece by piece. progress.json notes every few seconds how
     far they are complete."""
-    encode, end = encoder(corpus.tokenizer, tokenizer), np.array([tokenizer.eos_token_id], kind)
-    path, none = folder / "progress.json", dict.fromkeys(PARTS, 0)
-    state = {"pieces": 0, "bytes": dict(none), "documents": dict(none)}
-    state |= json.loads(path.read_text()) if path.exists() else {}
+    head = np.array([tokenizer.eos_token_id, *begin_ids(tokenizer)], kind)  # what a document begins with
+    encode, end = encoder(corpus.tokenizer, tokenizer), head[:1]
+    state = progress_of(folder)
     files = {part: open(folder / f"{part}.bin", "ab") for part in PARTS}
     for part, file in files.items():
         file.truncate(state["bytes"][part])
+    digests = {part: hash_of_first(folder / f"{part}.bin", size) for part, size in state["bytes"].items()}
     unread, saved = itertools.islice(split_pieces(corpus, bad), state["pieces"], None), time.monotonic()
-    size = sum(file.stat().st_size for file in text_files(corpus.data))
+    size = sum(file.size for file in text_files(corpus.data))
     written = {part: size // kind.itemsize for part, size in state["bytes"].items()}
     most = math.inf if corpus.max_tokens is None else corpus.max_tokens
 
@@ -306,20 +305,47 @@ def write_tokens(folder, corpus, tokenizer, kind, bad) -> dict:
             for (part, _, begins), ids in zip(wanted, encode([text for _, text, _ in wanted]), strict=True):
                 if enough():  # to the piece: a killed build stops at the same one
                     break
-                ids = np.concatenate([end[:begins], np.asarray(ids, dtype=kind)])
+                ids = np.concatenate([head if begins else end[:0], np.asarray(ids, dtype=kind)])
                 ids = ids[: min(len(ids), most - written["train"])] if part == "train" else ids
                 files[part].write(ids.tobytes())
+                digests[part].update(ids.tobytes())
                 written[part] += len(ids)
                 state["documents"][part] += begins and len(ids) > 0
             state["pieces"] += len(group)
             bar.update(sum(len(text) for _, text, _ in group))
             if time.monotonic() - saved > 5:
                 state["bytes"] = {part: flushed(file) for part, file in files.items()}
-                write_json(path, state)
+                state["hashes"] = {part: digest.hexdigest() for part, digest in digests.items()}
+                write_json(folder / "progress.json", state | {"check": short_hash(state)})
                 saved = time.monotonic()
     for file in files.values():
         file.write(end.tobytes())
     return state | {"bytes": {part: flushed(file) for part, file in files.items()}}
+
+
+def progress_of(folder) -> dict:
+    """How far the streams of a killed build are complete: not at all if they are not as it left them."""
+    none = dict.fromkeys(PARTS, 0)
+    try:
+        state = json.loads((folder / "progress.json").read_text())
+        if state.pop("check") != short_hash(state):
+            raise ValueError
+        for part, size in state["bytes"].items():
+            if hash_of_first(folder / f"{part}.bin", size).hexdigest() != state["hashes"][part]:
+                raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {"pieces": 0, "bytes": dict(none), "documents": dict(none)}
+    return state
+
+
+def hash_of_first(path, size):
+    """SHA-256 of the first `size` bytes of a file, to be gone on with."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while size > 0 and (chunk := file.read(min(size, 1 << 22))):
+            digest.update(chunk)
+            size -= len(chunk)
+    return digest
 
 
 def flushed(file) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lab.data.cache import AS_TEXT
 from lab.data.hub import local_or_hub
 from lab.errors import UserError
 from lab.run.stored import is_run
@@ -18,17 +19,58 @@ from lab.train.processes import progress
 
 
 def pretrained_tokenizer(name, built_in):
-    """The fast tokenizer of a Hub id or folder. UserError otherwise; it recommends `built_in` instead."""
+    """The fast tokenizer of a Hub id or folder. UserError otherwise; it recommends `built_in` instead.
+    Executes no code of the folder."""
 
     def load():
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(name, use_fast=True)
+        return AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
 
     tokenizer = local_or_hub("tokenizer", name, load, built_in)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"tokenizer of {name} is not a fast one: use one with a tokenizer.json")
     return tokenizer
+
+
+def own_tokenizer(folder):
+    """The tokenizer that a run or a cache keeps in its folder. UserError where it is gone: a name that is no
+    folder would be looked for on the Hub."""
+    if not (Path(folder) / "tokenizer").is_dir():
+        raise UserError(f"{folder} has lost its tokenizer: copy {folder}/tokenizer anew")
+    return pretrained_tokenizer(str(Path(folder) / "tokenizer"), "")
+
+
+def require_words(tokenizer, name):
+    """UserError for what transformers makes where a folder has no tokenizer: one of special tokens alone."""
+    if {*tokenizer.get_vocab().values()} <= {*tokenizer.all_special_ids}:
+        raise UserError(f"{name} brings no tokenizer: put a tokenizer.json there, or name one by --tokenizer")
+
+
+def require_ids(tokenizer, rows, name):
+    """UserError where a tokenizer gives ids beyond the `rows` of a model's embedding, or knows no text."""
+    require_words(tokenizer, name)
+    if (ids := 1 + max(tokenizer.get_vocab().values())) > rows:
+        sizes = f"has {ids} tokens, the model {rows}"
+        raise UserError(f"the tokenizer of {name} {sizes}: they do not belong together")
+
+
+def begin_ids(tokenizer) -> list[int]:
+    """Ids that a tokenizer itself puts before a text: [<s>] of Llama's, none of GPT-2's. They begin
+    documents, windows, rows and prompts alike; what it puts behind a text is never put behind a prompt."""
+    mask = tokenizer("a", split_special_tokens=True, return_special_tokens_mask=True)  # as AS_TEXT leaves it
+    before = list(itertools.takewhile(bool, mask["special_tokens_mask"]))
+    return mask["input_ids"][: len(before)]
+
+
+def begin_facts(tokenizer) -> dict:
+    """What a fingerprint of rows says of begin_ids: nothing where there are none."""
+    return {"begin": ids} if (ids := begin_ids(tokenizer)) else {}
+
+
+def prompt_ids(tokenizer, text) -> list[int]:
+    """A prompt as a model reads it: begin_ids, then the text; a special token that it spells is letters."""
+    return [*begin_ids(tokenizer), *tokenizer(text, **AS_TEXT).input_ids]
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
@@ -68,6 +110,7 @@ def named_tokenizer(name, built_in="chars, ascii, bytes or bpe:2048 (built in)")
     """The tokenizer of a Hub id or folder. UserError if it has no end-of-text token; `built_in` is
     what the error recommends."""
     tokenizer = pretrained_tokenizer(name, built_in)
+    require_words(tokenizer, name)
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer of {name} has no end-of-text token: use one of a language model")
     return tokenizer

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from lab.data.instructions import prompt_text
+from lab.data.tokenizers import begin_ids, prompt_ids
+from lab.measure.language import within_memory
 from lab.measure.statistics import bootstrap, plus_minus
 from lab.models.generate import generate, prompt_loop
 from lab.run.files import write_json
@@ -41,12 +43,14 @@ def answers(model, tokenizer, prompts, max_new_tokens, batch, world, poll=lambda
     )  # id + 1; a sum over ranks is a gather
     batches = ShardedBatches([len(ids) for ids in prompts], batch, world)
     how = {"temperature": 0, "stop": {tokenizer.eos_token_id}, "vocab_size": len(tokenizer)}
+    how["begin"] = begin_ids(tokenizer)
     write = getattr(model, "continuations", None) or functools.partial(generate, model)
     with progress(len(batches), "answering", world) as bar:
         for step in range(len(batches)):
             if mine := batches.rank_batch(step):
                 chosen = [prompts[i] for i in mine]
-                rows = write(chosen, max_new_tokens, **how, poll=lambda: poll(1))
+                with within_memory(len(chosen), max(map(len, chosen)) + max_new_tokens):
+                    rows = write(chosen, max_new_tokens, **how, poll=lambda: poll(1))
                 for i, ids in zip(mine, rows, strict=True):
                     written[i, : len(ids)] = torch.tensor(ids, dtype=torch.int64) + 1
             while poll(0):
@@ -60,10 +64,7 @@ def sample(run, cfg, step, model, tokenizer, poll):
     """Answers the fixed prompts: all to samples.jsonl and TensorBoard, one of them
     in turn to the terminal."""
     if cfg.sample_tokens:
-        prompts = [
-            tokenizer(prompt_text(text, "", cfg.template), add_special_tokens=False).input_ids
-            for text in PROMPTS
-        ]
+        prompts = [prompt_ids(tokenizer, prompt_text(text, "", cfg.template)) for text in PROMPTS]
         texts = answers(model, tokenizer, prompts, cfg.sample_tokens, len(prompts), run.world, poll)
         run.samples(step, [f"{text}\n{answer}" for text, answer in zip(PROMPTS, texts, strict=True)])
         turn = run.state["asked"] = (run.state.get("asked", -1) + 1) % len(PROMPTS)
@@ -118,5 +119,5 @@ def ask(model, tokenizer, cfg):
     interactive = cfg.prompt is None and sys.stdin.isatty()
     for text in [cfg.prompt] if cfg.prompt is not None else prompt_loop(interactive):
         if text.strip():
-            ids = tokenizer(prompt_text(text.strip(), "", cfg.template), add_special_tokens=False).input_ids
+            ids = prompt_ids(tokenizer, prompt_text(text.strip(), "", cfg.template))
             print(answers(model, tokenizer, [ids], cfg.max_new_tokens, 1, World())[0])

@@ -10,9 +10,16 @@ from lab.data.columns import LETTERS
 from lab.data.instructions import Examples
 from lab.data.problems import FIRST, split
 from lab.data.tokenizers import token_bytes
+from lab.measure import tuning
+from lab.measure.answers import answers as greedy_answers
+from lab.measure.answers import shortened
 from lab.measure.language import evaluate, loss_lines
 from lab.measure.statistics import bootstrap, language_metrics, plus_minus
+from lab.run.files import write_lines
+from lab.run.terminal import one_line
 from lab.train.loss import IGNORE_INDEX
+from lab.train.optim import count_parameters
+from lab.train.processes import on_main
 
 CHANCE = 1 / len(LETTERS)
 JOURNAL_LENGTH = 1024  # journal 004 padded each row to a multiple of it
@@ -199,3 +206,80 @@ def spelt_bytes(examples) -> np.ndarray:
     """(rows,): bytes that each row's targets spell."""
     sizes = token_bytes(examples.data.tokenizer)
     return np.array([sizes[ids].sum() for ids in examples.target_ids()], dtype=np.int64)
+
+
+def measure_parts(model, data, parts, cfg, world, poll) -> tuple[dict, list[dict], list[dict]]:
+    """(figures of val and test, lines of losses.jsonl and of answers.jsonl); answers the last part only."""
+    figures, names = {}, tuning.final_parts(cfg)
+    for part in names:
+        found, losses, lines = measure(model, part, parts, data, cfg, world, poll, part == names[-1])
+        figures |= found
+    return figures, losses, lines
+
+
+def final_figures(run, cfg, data, parts, plain, model) -> dict:
+    """Final figures: loss, perplexity, accuracy on val and test; answers to the last part; forgetting; an
+    alarm if nothing was learnt. Says them, and writes losses.jsonl and answers.jsonl."""
+    figures, losses, lines = measure_parts(model, data, parts, cfg, run.world, run.poll)
+    for part in tuning.final_parts(cfg):
+        say_part(run, cfg, part, figures)
+    for line in answer_lines(part, figures):
+        run.say(line)
+    alarm = tuning.alarm(run, run.step, part, figures)
+    # few steps may teach answers before they teach their spelling
+    if alarm and not knows(part, figures):
+        run.say(alarm)
+        figures["alarm"] = alarm
+    if plain:
+        figures |= tuning.forgetting(run, cfg, plain, model)
+    on_main(run.world, write_lines, run.folder / "losses.jsonl", losses)
+    on_main(run.world, write_lines, run.folder / "answers.jsonl", lines)
+    loss, perplexity = figures[f"{part}/loss"], figures[f"{part}/perplexity"]
+    run.say(f"done  {part} loss {loss:.4f}  perplexity {perplexity:.2f}  {run.seconds / 60:.1f} min")
+    run.say(f"all figures: {run.folder}/result.json")
+    run.say(f"next: python eval.py --run {run.folder}")
+    return figures
+
+
+def say_part(run, cfg, part, figures):
+    """Says loss, perplexity and accuracy of a part, and its accuracy as the journal counted."""
+    m = {name.removeprefix(f"{part}/"): value for name, value in figures.items()}
+    loss = plus_minus(m["loss"], m["loss_interval"], 4)
+    accuracy = plus_minus(m["accuracy"], m["accuracy_interval"])
+    guess = f"token frequencies {m['unigram_loss']:.4f}"
+    run.say(f"{part:5} loss {loss}  perplexity {m['perplexity']:.2f}  accuracy {accuracy}  {guess}")
+    hits, share = "hits" if cfg.loss_on_prompt else "an answer's hits", m["accuracy_over_padding"]
+    run.say(f"{part:5} accuracy as journal 004 counted, {hits} / all positions of padded rows: {share:.4f}")
+
+
+def announce(run, cfg, data, parts, units, lines, model):
+    """Says what is about to be trained on what; begins the run."""
+    (total, trains), method, train = count_parameters(model), cfg.method, parts["train"]
+    counts = "  ".join(f"{name} {len(part)}" for name, part in parts.items())
+    method += f" r={cfg.lora_rank}" if method != "full" else " int4" if cfg.qat != "off" else ""
+    run.say(f"model {method} of {total / 1e6:.1f}M parameters, {trains:,} trainable   {counts}")
+    run.begin()
+    run.say(f"from {cfg.init_from}\ndata {cfg.data}  {len(data)} rows")
+    for line in [*data.lines, *lines]:
+        run.say(line)
+    tokens, targets = train.lengths.mean(), train.targets(range(len(train))).mean()
+    run.say(f"train rows have {tokens:.0f} tokens, {targets:.1f} of them targets")
+    if left := len(units) % cfg.batch:
+        run.say(f"each epoch leaves out {left} of {len(units)}, others each time: they fill no batch")
+    if cfg.max_steps is cfg.epochs is None:
+        run.say("the clock ends this run: its number of steps is estimated at each line")
+    if cfg.optimizer == "lion" and cfg.batch < 64:
+        run.say(f"NOTE Lion is recommended for batches of 64 and more, not {cfg.batch}")
+
+
+def sample(run, cfg, at, model, data, rows):
+    """Writes what the model generates after problems to samples.jsonl and TensorBoard; says the first."""
+    if not cfg.sample_tokens:
+        return
+    prompts, decode = [data.prompt(row) for row in rows], data.tokenizer.decode
+    texts = greedy_answers(model, data.tokenizer, prompts, cfg.sample_tokens, len(rows), run.world, at.poll)
+    asked = [one_line(decode(prompt)) for prompt in prompts]
+    run.samples(at.step, [f"{problem}\n{text}" for problem, text in zip(asked, texts, strict=True)])
+    right = decode(data.whole(rows[0])[len(prompts[0]) : -1]).strip()
+    written = shortened(one_line(texts[0]), 20)
+    run.say(f"  | {shortened(asked[0], 46)} -> {written} (right: {shortened(right, 16)})")

@@ -1,9 +1,14 @@
 """A language model on held-out rows: summed losses, hits and targets; perplexity, accuracy, bits per byte."""
 
+import json
+import re
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
 from lab.data.blocks import stretches
+from lab.errors import UserError
 from lab.measure.statistics import language_metrics
 from lab.train.batches import ShardedBatches
 from lab.train.loss import IGNORE_INDEX, token_log_probs
@@ -29,6 +34,18 @@ def loss_lines(part, numbers, groups, sums, spelt) -> list[dict]:
     ]
 
 
+@contextmanager
+def within_memory(rows, tokens):
+    """Context of a forward pass in which running out of memory is a UserError that says what would help."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        size = f"out of memory with {rows} rows of {tokens} tokens at once"
+        raise UserError(f"{size}: use a smaller --eval_batch, or shorter rows (text: --context)") from None
+
+
 @torch.no_grad()
 def evaluate(model, blocks, cfg, world, poll=lambda: None) -> np.ndarray:
     """(blocks, 3) on every rank: summed loss in nats, hits of the likeliest token, targets of each block.
@@ -46,7 +63,7 @@ def evaluate(model, blocks, cfg, world, poll=lambda: None) -> np.ndarray:
             if mine := batches.rank_batch(step):
                 input_ids, labels = blocks.batch(mine, world.device)
                 counted = labels != IGNORE_INDEX
-                with precision.autocast():
+                with precision.autocast(), within_memory(*input_ids.shape):
                     hidden = model.hidden(input_ids)[counted]
                     log_probs, hits = token_log_probs(*model.head(hidden), labels[counted])
                 rows = torch.tensor(mine)[counted.cpu().nonzero()[:, 0]]
@@ -81,3 +98,19 @@ def loss_rows(part, sums, blocks, sizes) -> list[dict]:
     """loss_lines of a stream in blocks."""
     spelt = block_sums(sizes, blocks)
     return loss_lines(part, np.arange(len(sums)), stretches(len(sums)), sums, spelt)
+
+
+def known_words(folder, tokens, samples, most=5_000_000) -> float | None:
+    """Share of the words in a run's last `samples` samples that occur in the first `most` tokens of its
+    training text; none without samples."""
+    path = folder / "samples.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    last = [json.loads(line)["text"] for line in lines[-samples:]]
+    sampled = [word for text in last for word in words(text)[:-1]]  # the last one is cut
+    text = tokens.tokenizer.decode(tokens.parts["train"][:most].tolist()) if sampled else ""
+    vocabulary = set(words(text))
+    return sum(word in vocabulary for word in sampled) / len(sampled) if sampled else None
+
+
+def words(text) -> list[str]:
+    return re.findall(r"[^\W\d_]+", text.lower())

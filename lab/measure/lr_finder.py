@@ -16,14 +16,12 @@ from lab.train.processes import all_reduce_sum, on_main
 DIVERGED = 4  # times the lowest smoothed loss so far, as in fastai and Lightning
 
 
-def find_lr(
-    run, batches, targets_of, saved, forward_backward, beta1=None, multiplier=None, mode="train"
-) -> dict:
+def find_lr(run, batches, targets_of, saved, forward_backward, beta1=None, multiplier=None) -> dict:
     """Mode find_lr of a script: the loss while the rate grows from find_from to find_to, in the conditions of
     training; then everything is as before. Returns what result.json holds.
 
     saved, targets_of and forward_backward as in training; multiplier: LoRA's, whose product with the rate is
-    shown, too; mode: the one that trains. All ranks.
+    shown, too. All ranks.
     """
     cfg, world, (trained, optimizer, precision) = run.cfg, run.world, saved
 
@@ -42,7 +40,7 @@ def find_lr(
     suggestions = suggest(curve["lr"], curve["smoothed"])
     on_main(world, show_curve, run, curve, suggestions, multiplier)
     best = suggestions["minimum/10"]
-    run.say(f"next: the same with --mode {mode} --lr {best:.1e}" if best else "the curve does not fall")
+    run.say(f"next: the same with --mode train --lr {best:.1e}" if best else "the curve does not fall")
     return {"lr_finder": suggestions, "weights_sha256": weights_sha256(trained)}
 
 

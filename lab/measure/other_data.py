@@ -10,13 +10,16 @@ from lab.data.blocks import Windows, stretches
 from lab.data.builtin import BUILT_IN
 from lab.data.cache import AS_TEXT, BadRows, cached_rows, write_ids
 from lab.data.instructions import Examples, load_instructions
-from lab.data.tables import require_columns, stream_rows
-from lab.data.text import Corpus, documents, pieces, text_files, text_fingerprint
-from lab.data.tokenizers import token_bytes, tokenizer_fingerprint
+from lab.data.paths import text_files
+from lab.data.tables import LOOK, columns_of, hub_split, require_columns, stream_rows
+from lab.data.text import Corpus, documents, pieces, text_fingerprint
+from lab.data.tokenizers import begin_ids, token_bytes, tokenizer_fingerprint
 from lab.errors import UserError
 from lab.measure.language import evaluate, loss_lines
 from lab.measure.statistics import language_metrics
 from lab.measure.tuning import spelt_bytes
+
+LONGEST_WINDOW = 2048  # tokens, unless --context asks for more: a model may advertise 131,072 of them
 
 
 @dataclass
@@ -36,20 +39,32 @@ def kind_of(data, text_column) -> str:
         return "rows"
     if data in BUILT_IN or text_files(data):
         return "text"
-    first = next(iter(stream_rows(data, streaming=True)), None)
-    columns = first.keys() if isinstance(first, dict) else set()
+    first = list(itertools.islice(stream_rows(data, streaming=True), LOOK))
+    columns = set(columns_of(first))
     if {"instruction", "output"} <= columns or text_column in columns:
         return "rows" if "instruction" in columns else "text"
     where = f"{data} (or a column {text_column!r} of texts)"
-    require_columns([] if first is None else [first], ("instruction", "output"), where)
+    require_columns(first, ("instruction", "output"), where)
     raise UserError(f"{data} cannot be measured: use text, or rows with instruction and output")
+
+
+def split_of(data) -> dict[str, str]:
+    """{"split": ...} of a Hub set: which of its splits is measured; empty for anything else."""
+    split = None if data in (*BUILT_IN, "python-instructions") else hub_split(data)
+    return {"split": split} if split else {}
+
+
+def split_lines(data) -> list[str]:
+    """Says which split of a Hub set is measured, and how to name another."""
+    other = "the id with #validation behind it is another one"
+    return [f"split {split} of {data}: {other}" for split in split_of(data).values()]
 
 
 def documents_key(source, tokenizer) -> dict:
     """All that the cached documents depend on."""
     words = tokenizer_fingerprint(tokenizer)
     return {
-        "fingerprint": {"data": text_fingerprint(source), "tokenizer": words},
+        "fingerprint": {"data": text_fingerprint(source), "tokenizer": words, "begin": begin_ids(tokenizer)},
         "corpus": [source.data, source.text_column, source.max_documents],
     }
 
@@ -61,15 +76,15 @@ def write_documents(folder, source, tokenizer) -> dict:
     if not sum(sizes):
         column = f"a table with a column {source.text_column!r}"
         raise UserError(f"{source.data} holds no text: use text files, or {column}")
-    lines = bad.report(len(sizes) + len(bad.rows), source.data) if bad.rows else []
+    lines = bad.report(len(sizes) + len(bad.rows), source.data)
     return {"integers": "uint32", "bytes": sum(sizes), "lines": lines}
 
 
 def document_ids(source, tokenizer, bad, sizes):
     """Yields the token ids of each document; appends its bytes to `sizes` and adds unusable rows to `bad`."""
-    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    begin = begin_ids(tokenizer) or [tokenizer.eos_token_id]
     for opens in documents(source, bad):
-        ids, size = [begin], 0
+        ids, size = list(begin), 0
         with opens() as stream:
             for text in pieces(stream):
                 ids += tokenizer(text, **AS_TEXT).input_ids
@@ -81,7 +96,7 @@ def document_ids(source, tokenizer, bad, sizes):
 def measure_text(data, stored, model, tokenizer, cfg, world, poll) -> Measured:
     """Text by sliding windows; rows of losses.jsonl are windows, intervals redraw documents or stretches."""
     most = model.config.block_size
-    context = cfg.context or most
+    context = cfg.context or min(most, LONGEST_WINDOW)
     stride = cfg.stride or max(1, context // 2)
     if context > most:
         raise UserError(f"--context {context} is over the {most} positions of the model")
@@ -90,20 +105,23 @@ def measure_text(data, stored, model, tokenizer, cfg, world, poll) -> Measured:
     source = Corpus(data, "", cfg.text_column, cfg.max_documents)
     rows = cached_rows(world, "measured", documents_key, write_documents, source, tokenizer)
     documents = [rows.tokens[start:end] for start, end in itertools.pairwise(rows.offsets)]
-    windows, sizes = Windows(documents, context, stride), token_bytes(tokenizer)
+    windows = Windows(documents, context, stride, begin_ids(tokenizer))
+    sizes = token_bytes(tokenizer)
     sums = evaluate(model, windows, stored, world, poll)
     spelt = np.array([sizes[ids].sum() for ids in windows.target_ids()])
     groups = stretches(len(windows))
     if len(documents) >= 100:
         groups = np.array([number for number, *_ in windows.windows])
     counts = f"{len(documents)} documents, {int(sums[:, 2].sum()):,} targets"
-    lines = [*rows.columns["lines"], f"{counts}, windows of {context}, stride {stride}"]
+    lines = [*split_lines(data), *rows.columns["lines"], f"{counts}, windows of {context}, stride {stride}"]
+    if not cfg.context and context < most:
+        lines.append(f"the model holds {most:,} tokens: --context for longer windows")
     size = rows.columns["bytes"]
     if abs(spelt.sum() - size) > 1e-3 * size:
         both = f"the tokens spell {spelt.sum():,} bytes, the text has {size:,}"
         lines.append(f"{both}: bits are per byte spelt")
     file = "losses.jsonl", loss_lines("test", np.arange(len(windows)), groups, sums, spelt)
-    constants = {"text_column": cfg.text_column, "context": context, "stride": stride}
+    constants = {"text_column": cfg.text_column, "context": context, "stride": stride} | split_of(data)
     metrics = language_metrics(sums, groups, byte_counts=spelt)
     return Measured(metrics, lines, file, rows.fingerprint["data"], constants)
 
@@ -118,7 +136,7 @@ def measure_rows(data, stored, model, tokenizer, cfg, world, poll) -> Measured:
     fits = np.flatnonzero(rows.prompt_lengths < np.minimum(whole, most))
     if not len(fits):
         raise UserError(f"the prompts of all {len(rows)} rows fill {most} tokens: use a model with more")
-    examples, lines = Examples(rows, fits, most), list(rows.lines)
+    examples, lines = Examples(rows, fits, most), [*split_lines(data), *rows.lines]
     if cut := int((whole[fits] > most).sum()):
         lines.append(f"{cut} row(s) are cut at {most} tokens: they lose the end of the answer")
     if left := len(rows) - len(fits):
@@ -127,4 +145,4 @@ def measure_rows(data, stored, model, tokenizer, cfg, world, poll) -> Measured:
     spelt, groups = spelt_bytes(examples), rows.groups[fits]
     file = "losses.jsonl", loss_lines("test", rows.numbers[fits], groups, sums, spelt)
     metrics = language_metrics(sums, groups, byte_counts=spelt)
-    return Measured(metrics, lines, file, rows.fingerprint["data"], shape)
+    return Measured(metrics, lines, file, rows.fingerprint["data"], shape | split_of(data))

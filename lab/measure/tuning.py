@@ -5,10 +5,10 @@ import hashlib
 import numpy as np
 
 from lab.data.blocks import Blocks
-from lab.data.cache import AS_TEXT, BadRows
+from lab.data.cache import BadRows
 from lab.data.instructions import Examples, Instructions, examples_of, load_instructions
 from lab.data.text import Corpus, split_pieces
-from lab.data.tokenizers import token_bytes
+from lab.data.tokenizers import prompt_ids, token_bytes
 from lab.errors import UserError
 from lab.measure.answers import shortened, write_responses
 from lab.measure.language import evaluate, loss_lines
@@ -25,7 +25,7 @@ def plain_blocks(name, tokenizer, block_size, most) -> Blocks:
     ids, plain = [], Corpus(name, "")
     for part, text, _ in split_pieces(plain, BadRows()):
         if part == "test":
-            ids += [tokenizer.eos_token_id, *tokenizer(text, **AS_TEXT).input_ids]
+            ids += [tokenizer.eos_token_id, *prompt_ids(tokenizer, text)]
         if len(ids) > most * block_size:
             break
     if len(ids) < 2:

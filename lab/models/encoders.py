@@ -4,12 +4,15 @@ Every family of transformers that ends in one vector per token fits; tiny:<famil
 random weights and a word tokenizer, for a machine without a network."""
 
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from lab.data.hub import local_or_hub
+from lab.data.tokenizers import require_ids
 from lab.errors import UserError
+from lab.models.trusted import config_of, require_whole
 from lab.train.batches import OVERHEAD, length_groups
 
 TINY = {  # 0.1: a vector of 64 numbers then starts as large as one of 768 does with the usual 0.02
@@ -59,20 +62,51 @@ def load_encoder(name, tokenizer, dropout=None) -> nn.Module:
         return encoder_from_config(_with_dropout(config, dropout))
 
     def load():
-        config = _with_dropout(AutoConfig.from_pretrained(name), dropout)
-        return AutoModel.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
+        config = _with_dropout(config_of(name), dropout)
+        return AutoModel.from_pretrained(name, config=config, dtype=torch.float32, trust_remote_code=False,
+                                         output_loading_info=True)  # fmt: skip
 
     model, info = local_or_hub("model", name, load, "tiny:bert (built in)")
     if missing := sorted(key for key in info["missing_keys"] if not key.startswith("pooler.")):
         raise UserError(f"model {name} lacks {len(missing)} weights, e.g. {missing[0]}: is it an encoder?")
+    require_whole(name, model, _inside(model, info["unexpected_keys"]))
+    _require_fit(name, model, tokenizer)
     return _without_pooler(model)
+
+
+def _inside(model, keys) -> list[str]:
+    """Of weights that nobody reads, those of the encoder itself; a head of another task is none of its."""
+    keys = [key.removeprefix(f"{model.base_model_prefix}.") for key in keys]
+    parts = {name for name, _ in model.named_children()} - {"pooler"}
+    # of mdeberta, the generator's embedding, which its word_embeddings already hold
+    return [key for key in keys if key.split(".")[0] in parts and not key.endswith("word_embeddings._weight")]
+
+
+def _require_fit(name, model, tokenizer):
+    """UserError for a tokenizer whose ids the model lacks, or whose padding it would count as text."""
+    require_ids(tokenizer, model.get_input_embeddings().num_embeddings, name)
+    own = {table.padding_idx for table in _position_tables(model)} - {None}
+    if own - {tokenizer.pad_token_id}:
+        pads = f"pads with {tokenizer.pad_token_id}, positions of the model count from id {min(own)}"
+        raise UserError(f"the tokenizer of {name} {pads}: they do not belong together")
 
 
 def encoder_from_config(config) -> nn.Module:
     """The architecture with random weights, for tiny:* and for weights that a run saved."""
     from transformers import AutoModel
 
-    return _without_pooler(AutoModel.from_config(config, dtype=torch.float32))
+    return _without_pooler(AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False))
+
+
+def stored_encoder(folder) -> nn.Module:
+    """The architecture that a run keeps in its folder encoder/, with random weights. UserError for none."""
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder} is missing: the run stopped before its first step")
+
+    def build():
+        return encoder_from_config(config_of(str(folder)))
+
+    return local_or_hub("encoder", str(folder), build, "")
 
 
 def _with_dropout(config, dropout):
@@ -92,10 +126,14 @@ def _without_pooler(model):
 
 
 def position_limit(encoder) -> int:
-    """Longest sequence that the position table holds; RoBERTa's starts after the padding index."""
-    tables = [m for name, m in encoder.named_modules() if name.endswith("position_embeddings")]
-    skipped = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
-    return encoder.config.max_position_embeddings - max(skipped, default=0)
+    """Longest sequence that the position table holds (RoBERTa's starts after the padding index), or 2048."""
+    skipped = [table.padding_idx + 1 for table in _position_tables(encoder) if table.padding_idx is not None]
+    return getattr(encoder.config, "max_position_embeddings", 2048) - max(skipped, default=0)
+
+
+def _position_tables(encoder) -> list[nn.Embedding]:
+    named = (module for name, module in encoder.named_modules() if name.endswith("position_embeddings"))
+    return [module for module in named if isinstance(module, nn.Embedding)]
 
 
 def embeddings_and_blocks(encoder) -> tuple[list[nn.Module], nn.ModuleList]:

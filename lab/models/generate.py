@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
+from lab.data.tokenizers import begin_ids, prompt_ids
 from lab.errors import UserError
 from lab.models.gpt import FEW_ROWS, SECOND_LAYOUT, Linear
 from lab.train.cpu import ONEDNN
@@ -42,11 +43,11 @@ class KVCache:
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, stop=(), seed=0,
-             vocab_size=None, use_cache=True, poll=lambda: None):  # fmt: skip
+             begin=(), vocab_size=None, use_cache=True, poll=lambda: None):  # fmt: skip
     """Continues prompts (lists of ids, any lengths). Returns lists of ids, cut before the first id in `stop`.
 
     temperature 0 is greedy. Ids from `vocab_size` on (a padded vocabulary) are never chosen. Row i has its
-    own generator, seeded by (seed, i). A full context slides: its later half is read again.
+    own generator, seeded by (seed, i). A full context slides: its later half is read again, behind `begin`.
     """
     size, device, rows = model.config.block_size, model.wte.weight.device, [list(p) for p in prompts]
     if not all(rows):
@@ -61,7 +62,8 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top
             first = [s if len(row) - s <= size else len(row) - (size + 1) // 2 for row, s in windows]
             cache = None
         if cache is None or not use_cache:
-            input_ids, padding = left_padded([row[start:] for row, start in zip(rows, first, strict=True)])
+            seen = [in_context(row, start, begin) for row, start in zip(rows, first, strict=True)]
+            input_ids, padding = left_padded(seen)
             capacity = min(size, input_ids.shape[1] + max_new_tokens)
             cache = KVCache(len(model.h), capacity, None if padding is None else padding.to(device))
         else:
@@ -106,6 +108,11 @@ def generating(model, rows):
             SECOND_LAYOUT.pop(module, None)
 
 
+def in_context(row, start, begin) -> list[int]:
+    """What is read of a row from `start` on: where it has slid, begin tokens stand first again."""
+    return [*begin, *row[start + len(begin) :]] if start else row
+
+
 def left_padded(rows) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(ids (B, T) padded on the left, padding of each row (B,), or None without any)"""
     longest = max(map(len, rows))
@@ -133,9 +140,10 @@ def choose(logits, generators, temperature, top_k, top_p) -> torch.Tensor:
 def continuations(model, tokenizer, cfg, prompts, max_new_tokens, seed, poll=lambda: None) -> list[str]:
     """Generates the text after each prompt. An empty prompt is an end-of-text token:
     a new document begins."""
-    ids = [tokenizer(prompt).input_ids or [tokenizer.eos_token_id] for prompt in prompts]
+    ids = [prompt_ids(tokenizer, prompt) or [tokenizer.eos_token_id] for prompt in prompts]
     choice = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
     choice |= {"stop": stop_ids(tokenizer, cfg.stop), "seed": seed, "poll": poll}
+    choice["begin"] = begin_ids(tokenizer)
     choice["vocab_size"] = len(tokenizer) - (tokenizer.unk_token_id == len(tokenizer) - 1)  # no <unk>
     return [tokenizer.decode(row) for row in generate(model, ids, max_new_tokens, **choice)]
 
@@ -154,7 +162,7 @@ def stop_ids(tokenizer, stop) -> set[int]:
 
 def prompt_notes(model, tokenizer, prompt) -> list[str]:
     """Lines on what of a prompt the model does not see."""
-    ids, size, notes = tokenizer(prompt).input_ids, model.config.block_size, []
+    ids, size, notes = prompt_ids(tokenizer, prompt), model.config.block_size, []
     if tokenizer.unk_token_id is not None and (unknown := ids.count(tokenizer.unk_token_id)):
         notes.append(f"({unknown} of {len(ids)} tokens of the prompt are unknown to this tokenizer)")
     if len(ids) > size:

@@ -12,9 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 from lab.errors import UserError
 from lab.train import cpu
-from lab.train.cpu import onednn
+from lab.train.cpu import onednn, require_room
 from lab.train.loss import IGNORE_INDEX, linear_cross_entropy, targets_only
 from lab.train.objective import objective
+
+MOST = {  # beyond these a constant has a zero too many, and would cost memory or hours before it fails
+    **{"vocab_size": 10**8, "block_size": 2**24, "n_layer": 1000, "n_head": 10_000, "n_embd": 10**6},
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,10 @@ class GPTConfig:
     checkpointing: bool = False  # recompute each block in the backward: a third more time, far less memory
 
     def __post_init__(self):
+        for name, most in MOST.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 1 <= value <= most:
+                raise UserError(f"a model with {name} {value}: use a whole number from 1 to {most:,}")
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
         if self.positions == "rotary" and self.n_embd // self.n_head % 2:
@@ -53,6 +61,14 @@ class GPTConfig:
     def inner(self) -> int:
         wide = 4 * self.n_embd if self.activation != "swiglu" else math.ceil(8 / 3 * self.n_embd / 256) * 256
         return self.n_inner or wide
+
+    @property
+    def parameters(self) -> int:
+        """Of the matrices alone, computed without making any."""
+        width, matrices = self.n_embd, 3 if self.activation == "swiglu" else 2
+        block = 4 * width**2 + matrices * width * self.inner
+        learned = self.block_size if self.positions == "learned" else 0
+        return self.n_layer * block + width * (learned + self.vocab_size * (1 if self.tie_head else 2))
 
 
 class Linear(nn.Linear):
@@ -152,6 +168,8 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+        if torch.get_default_device().type != "meta":
+            require_room(config.parameters, "a model of this shape")
         self.config = config
         self.wte = Embedding(config.vocab_size, config.n_embd)
         if config.positions == "learned":

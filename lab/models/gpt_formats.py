@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import torch
 
-from lab.data.hub import local_or_hub
 from lab.errors import UserError
 from lab.models.gpt import GPT, GPTConfig, rotary_angles
+from lab.models.trusted import load_causal, probe, same
 
 LLAMA = {  # our module -> transformers' in Llama; rotary positions are half-split in both
     "wte": "model.embed_tokens",
@@ -115,21 +115,26 @@ def load_pretrained(name, dropout=0.0, checkpointing=False) -> GPT:
     """Loads transformers' GPT-2 or Llama (folder or Hub id) as a GPT, in fp32. UserError for
     what it cannot express."""
 
-    def load():
-        from transformers import AutoModelForCausalLM
+    theirs = load_causal(name, "a run of gpt_scratch.py", config_from)
+    kind, config = theirs.config.model_type, config_from(name, theirs.config)
+    config = replace(config, dropout=dropout, checkpointing=checkpointing)
+    input_ids = probe(config.vocab_size, config.block_size)[:1]
+    with torch.no_grad():
+        wanted = theirs(input_ids=input_ids).logits
+    weights = theirs.state_dict()
+    del theirs  # so that each matrix can go when its transpose is there
+    model = with_weights(config, from_theirs(weights, config, kind)).eval()
+    with torch.no_grad():
+        if not same(model(input_ids), wanted):
+            raise OtherKind(f"model {name} computes other logits than a {kind} of its config: not supported")
+    return model.train()
 
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
 
-    theirs, info = local_or_hub("model", name, load, "a run of gpt_scratch.py")
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(f"model {name} lacks {len(missing)} weights, e.g. {missing[0]}")
-    c = theirs.config
+def config_from(name, c) -> GPTConfig:
+    """The GPT's config for transformers' config `c`. OtherKind for what a GPT cannot express."""
     if c.model_type not in FORMATS:
         raise OtherKind(f"model {name} is a {c.model_type}: use a gpt2 or a llama")
-    config = (gpt2_config if c.model_type == "gpt2" else llama_config)(name, c)
-    config, weights = replace(config, dropout=dropout, checkpointing=checkpointing), theirs.state_dict()
-    del theirs  # so that each matrix can go when its transpose is there
-    return with_weights(config, from_theirs(weights, config, c.model_type))
+    return (gpt2_config if c.model_type == "gpt2" else llama_config)(name, c)
 
 
 def with_weights(config, weights) -> GPT:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lab.data.tokenizers import pretrained_tokenizer
+from lab.data.tokenizers import own_tokenizer
 from lab.errors import UserError
 from lab.models.gpt import GPT, Embedding, GPTConfig, Linear, rotary_angles
 from lab.run.files import whole_folder, write_json
@@ -237,4 +237,4 @@ def load(folder) -> tuple[GPT, object]:
     except Exception as error:  # as many kinds as there are ways to damage a folder
         why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise UserError(f"{folder} is no whole quantised model ({why}): make it anew") from None
-    return model, pretrained_tokenizer(str(folder / "tokenizer"), "")
+    return model, own_tokenizer(folder)

@@ -110,7 +110,7 @@ def _read_peft(folder) -> tuple[dict, dict]:
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
         tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         hint = "a run's adapters are in its peft/ after run_lora.py --mode export"
         raise UserError(f"{folder} is no whole adapter of peft ({error}): {hint}") from None
     if not isinstance(config, dict) or not tensors:
@@ -123,6 +123,10 @@ def _read_peft(folder) -> tuple[dict, dict]:
     if odd or config.get("peft_type") != "LORA":
         what = ", ".join(odd[:2]) or config.get("peft_type")
         raise UserError(f"{folder} holds more than plain LoRA ({what}): merge it with peft first")
+    alphas = config.get("alpha_pattern") or {}
+    values = [config.get("lora_alpha"), *(alphas.values() if isinstance(alphas, dict) else [None])]
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        raise UserError(f"{folder} is no whole adapter of peft: its lora_alpha or alpha_pattern is no number")
     prefix = re.compile(rf"^{re.escape(PREFIX)}(transformer\.)?")
     return config, {prefix.sub("", key): tensor for key, tensor in tensors.items()}
 
@@ -143,5 +147,8 @@ def _in_parts(A, B, parts) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _pattern_value(patterns, name, default):
     """peft's rule: the first pattern that fits the end of the module's name."""
-    values = (v for p, v in (patterns or {}).items() if re.match(rf"(.*\.)?({p})$", _theirs(name)))
-    return next(values, default)
+    try:
+        values = (v for p, v in (patterns or {}).items() if re.match(rf"(.*\.)?({p})$", _theirs(name)))
+        return next(values, default)
+    except re.error as error:
+        raise UserError(f"the adapter's alpha_pattern is no regular expression ({error})") from None

@@ -9,14 +9,16 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from lab.data.hub import local_or_hub
-from lab.data.tokenizers import pretrained_tokenizer
+from lab.data.hub import first_line
+from lab.data.tokenizers import own_tokenizer, pretrained_tokenizer, require_ids
 from lab.errors import UserError
-from lab.models.generate import left_padded
+from lab.models.encoders import position_limit
+from lab.models.generate import in_context, left_padded
 from lab.models.gpt import GPT, GPTConfig
 from lab.models.gpt_formats import OtherKind, load_pretrained, untied, with_weights
 from lab.models.int4 import is_quantised, load
-from lab.run.checkpoints import tested_or_newest_checkpoint
+from lab.models.trusted import load_causal, probe, same
+from lab.run.checkpoints import broken, step_name, tested_or_newest_checkpoint
 from lab.run.stored import is_run
 from lab.train.cpu import linear
 from lab.train.processes import main_first
@@ -45,44 +47,45 @@ def build_model(cfg, tokenizer, world) -> GPT:
         model = model if cfg.tie_head else untied(model)
     if cfg.max_length > (most := model.config.block_size):
         raise UserError(f"--max_length {cfg.max_length} is over the {most} positions of {cfg.model}")
-    if len(tokenizer) > model.config.vocab_size:
-        raise UserError(f"the tokenizer of {cfg.model} has {len(tokenizer)} tokens, the model "
-                             f"{model.config.vocab_size}: they do not belong together")  # fmt: skip
+    require_ids(tokenizer, model.config.vocab_size, cfg.model)
     return model
 
 
-def open_any(name):
+def open_any(name, tokenizer=None):
     """Opens (model, tokenizer) of a transformers folder or Hub id, in fp32 on the CPU: as a GPT where it can.
 
-    Takes folders of run_mathqa.py --mode quantise, too.
+    Takes folders of run_mathqa.py --mode quantise, too. `tokenizer`: a folder or Hub id, of a model without.
     """
     if is_quantised(name):
-        return load(name)
-    try:
-        return open_model(name)
-    except OtherKind:
-        return load_other(name), pretrained_tokenizer(name, "a run folder")
+        model, own = load(name)
+    else:
+        try:
+            model = load_pretrained(name)
+        except OtherKind:
+            model = load_other(name)
+        own = None if tokenizer else pretrained_tokenizer(name, "a run folder")
+    own = pretrained_tokenizer(tokenizer, "a folder") if tokenizer else own
+    require_ids(own, model.config.vocab_size, name)
+    return model, own
 
 
 def load_other(name):
-    """Loads a causal model as OtherModel. UserError for one that is no causal model, lacks weights, or does
-    more for its logits than multiply by a matrix."""
-
-    def fetch():
-        from transformers import AutoModelForCausalLM
-
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-
-    model, info = local_or_hub("model", name, fetch, "a gpt2 or a llama")
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(f"model {name} lacks {len(missing)} weights, e.g. {missing[0]}")
-    wrapped = OtherModel(model.eval())
-    input_ids = torch.arange(8)[None] % model.config.vocab_size
+    """Loads a causal model as OtherModel. UserError for one that is not causal, or does more for its logits
+    than multiply by a matrix."""
+    model = load_causal(name, "a gpt2 or a llama")
+    wrapped = OtherModel(model)
+    kind = f"model {name} ({model.config.model_type})"
+    input_ids = probe(wrapped.config.vocab_size, wrapped.config.block_size)
+    half = input_ids.shape[1] // 2
     with torch.no_grad():
-        [(hidden, weight)], bias = wrapped.head(wrapped.hidden(input_ids))
-        ours, wanted = linear(hidden, weight, bias), model(input_ids=input_ids).logits
-    if not torch.allclose(ours, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max())):
-        raise UserError(f"model {name} ({model.config.model_type}) scales or caps its logits: not supported")
+        wanted = model(input_ids=input_ids).logits
+        if not same(*wanted[:, :half]):
+            raise UserError(f"{kind} is not causal: later tokens change what it says of earlier ones")
+        hidden = wrapped.hidden(input_ids)
+        [(_, weight)], bias = wrapped.head(hidden)
+        fits = hidden.shape[-1] == weight.shape[1] and same(linear(hidden, weight, bias), wanted)
+    if not fits:
+        raise UserError(f"{kind} scales or caps its logits: not supported")
     return wrapped
 
 
@@ -93,7 +96,8 @@ class OtherModel(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
-        self.config = SimpleNamespace(block_size=getattr(model.config, "max_position_embeddings", 2048))
+        rows = model.get_input_embeddings().num_embeddings
+        self.config = SimpleNamespace(block_size=position_limit(model), vocab_size=rows)
 
     def hidden(self, input_ids):
         """(B, T) -> (B, T, C); padding stands on the right, where no real token looks."""
@@ -104,43 +108,83 @@ class OtherModel(nn.Module):
         return [(hidden, out.weight)], out.bias
 
     @torch.no_grad()
-    def continuations(self, prompts, max_new_tokens, *, stop, poll, **greedy) -> list[list[int]]:
+    def continuations(self, prompts, max_new_tokens, *, stop, poll, begin=(), **greedy) -> list[list[int]]:
         """Greedy continuations, cut before the first id in `stop`; ignores the model's
-        own generation settings."""
+        own generation settings. A full context slides as in `generate`: its later half is read again."""
+        size, rows, first, ended = self.config.block_size, [*map(list, prompts)], [0] * len(prompts), {}
+        wanted = [len(prompt) + max_new_tokens for prompt in prompts]
+        while going := [i for i in range(len(rows)) if i not in ended and len(rows[i]) < wanted[i]]:
+            for i in going:
+                if len(rows[i]) - first[i] > size:
+                    first[i] = len(rows[i]) - (size + 1) // 2
+            room = min(min(size + 1 - len(rows[i]) + first[i], wanted[i] - len(rows[i])) for i in going)
+            new = self._greedy([in_context(rows[i], first[i], begin) for i in going], room, stop, poll)
+            for i, ids in zip(going, new, strict=True):
+                end = next((n for n, token in enumerate(ids) if token in stop), None)
+                rows[i] += ids[:end]
+                ended |= {} if end is None else {i: True}
+        return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+
+    def _greedy(self, rows, n, stop, poll) -> list[list[int]]:
+        """The likeliest n next ids of each row, or fewer where each has ended."""
         from transformers import GenerationConfig, StoppingCriteriaList
 
         def polled(input_ids, scores, **_):
             poll()
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-        pad = min(stop)
         self.model.generation_config = GenerationConfig(
-            do_sample=False, pad_token_id=pad, eos_token_id=[*stop]
+            do_sample=False, pad_token_id=min(stop), eos_token_id=[*stop]
         )
-        input_ids, padding = left_padded([ids[-self.config.block_size :] for ids in prompts])
+        input_ids, padding = left_padded(rows)
         seen = torch.ones_like(input_ids)
         if padding is not None:
             seen = (torch.arange(input_ids.shape[1]) >= padding[:, None]).long()
-        device = self.model.device
-        rows = self.model.generate(
-            input_ids.to(device),
-            attention_mask=seen.to(device),
-            max_new_tokens=max_new_tokens,
+        return self.model.generate(
+            input_ids.to(self.model.device),
+            attention_mask=seen.to(self.model.device),
+            max_new_tokens=n,
             stopping_criteria=StoppingCriteriaList([polled]),
         )[:, input_ids.shape[1] :].tolist()
-        return [row[: next((i for i, token in enumerate(row) if token in stop), len(row))] for row in rows]
 
 
-def open_model(name, dropout=0.0, checkpointing=False):
-    """Opens (model, tokenizer) of a run folder (in its fp32 or fp64), a GPT-2 or Llama folder,
-    or a Hub id, on the CPU."""
+def refuse_no_model(name, step, flag):
+    """UserError for a path that cannot be a model, or a run without a checkpoint of this step."""
+    if Path(name).is_file():
+        raise UserError(f"{flag} {name} is a file: use a run's folder")
+    if name.count("/") > 1 and not Path(name).exists():
+        raise UserError(f"{flag} {name} is not there; paths count from where the run was started")
+    if (Path(name) / "checkpoints").is_dir() and not is_run(name):
+        raise UserError(f"{flag} {name} holds no whole model: adapters are merged by --mode export")
+    if step is not None and (not is_run(name) or broken(Path(name) / "checkpoints" / step_name(step))):
+        there = sorted(path.name for path in Path(name).glob("checkpoints/step_*"))
+        raise UserError(f"{flag} {name} has no whole {step_name(step)}; there: {', '.join(there) or 'none'}")
+
+
+def open_model(name, dropout=0.0, checkpointing=False, step=None, flag="--model"):
+    """Opens (model, tokenizer) of a run folder (in its fp32 or fp64), a GPT-2 or Llama folder, or a Hub id,
+    on the CPU. step: of a checkpoint of the run; none: the one it was tested with. flag: that named it."""
+    refuse_no_model(str(name), step, flag)
+    if not is_run(name):
+        model, tokenizer = (
+            load_pretrained(name, dropout, checkpointing),
+            pretrained_tokenizer(name, "a run folder"),
+        )
+    else:
+        model, tokenizer = run_model(Path(name), step, dropout, checkpointing), own_tokenizer(name)
+    require_ids(tokenizer, model.config.vocab_size, name)
+    return model, tokenizer
+
+
+def run_model(folder, step, dropout, checkpointing) -> GPT:
+    """The GPT of a run folder, of `step` or as tested. UserError where its files do not fit each other."""
     import safetensors.torch
 
-    if not is_run(name):
-        return load_pretrained(name, dropout, checkpointing), pretrained_tokenizer(name, "a run folder")
-    folder = Path(name)
-    config = GPTConfig(**json.loads((folder / "gpt.json").read_text()))
-    config = replace(config, dropout=dropout, checkpointing=checkpointing)
-    weights = folder / "checkpoints" / tested_or_newest_checkpoint(folder) / "model.safetensors"
-    model = with_weights(config, safetensors.torch.load_file(weights))
-    return model, pretrained_tokenizer(str(folder / "tokenizer"), "")
+    checkpoint = tested_or_newest_checkpoint(folder) if step is None else step_name(step)
+    weights = folder / "checkpoints" / checkpoint / "model.safetensors"
+    try:
+        config = GPTConfig(**json.loads((folder / "gpt.json").read_text()))
+        config = replace(config, dropout=dropout, checkpointing=checkpointing)
+        return with_weights(config, safetensors.torch.load_file(weights))
+    except (UserError, OSError, ValueError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+        raise UserError(f"{folder} is no whole run ({first_line(error)}): copy it anew") from None

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 
 from lab.data import pairs
+from lab.data.cache import cached_folder, is_whole
 from lab.data.pairs import collate
 from lab.errors import UserError
 from lab.models import encoders
 from lab.run.checkpoints import state_sha256
-from lab.run.files import sha256_file, short_hash, whole_folder
+from lab.run.files import sha256_file, short_hash
 from lab.train.batches import each_once
 from lab.train.processes import on_main
 
@@ -26,7 +27,7 @@ def cache_vectors(model, data, cfg, world, poll, say):
         return
     data.vectors, began = None, time.time()
     folder = Path(on_main(world, vector_folder, model, data, cfg))
-    if not on_main(world, folder.exists):
+    if not on_main(world, is_whole, folder):
         n, width = len(data.labels), model.encoder.config.hidden_size
         out = torch.zeros(n, 2, width, dtype=next(model.parameters()).dtype)
         megabytes = out.numel() * out.element_size() / 1e6
@@ -42,7 +43,7 @@ def cache_vectors(model, data, cfg, world, poll, say):
         model.train()
         if not out.isfinite().all():
             raise FloatingPointError(f"the frozen encoder gives inf or nan in {cfg.dtype}: use --dtype fp32")
-        on_main(world, write_vectors, folder, out)
+        on_main(world, cached_folder, folder, write_vectors, out)
         say(f"encoded in {time.time() - began:.1f} s")
     data.vectors = np.load(folder / "vectors.npy", mmap_mode="r")
 
@@ -64,5 +65,4 @@ def require_room(folder, megabytes):
 
 
 def write_vectors(folder, vectors):
-    with whole_folder(folder) as aside:
-        np.save(aside / "vectors.npy", vectors.numpy())
+    np.save(folder / "vectors.npy", vectors.numpy())

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -38,7 +40,7 @@ def read_manifest(folder) -> dict | None:
     try:
         content = json.loads((folder / "manifest.json").read_text())
         digest = content.pop("manifest")
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return None
     return content if digest == _manifest_hash(content) else None
 
@@ -59,6 +61,15 @@ def load_weights(folder, model):
     import safetensors.torch
 
     model.load_state_dict(safetensors.torch.load_file(Path(folder) / "model.safetensors"), strict=True)
+
+
+def load_state(folder) -> dict:
+    """state.pt of a checkpoint, on the CPU. Executes no code: UserError where it holds any."""
+    try:
+        return torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{folder}/state.pt is no state ({reason}): resume another step") from None
 
 
 def remove_checkpoint(path):
@@ -87,9 +98,15 @@ def state_sha256(state) -> str:
     return digest.hexdigest()
 
 
+def step_folders(checkpoints) -> list[Path]:
+    """The checkpoints of steps, oldest first; a copy by another name (step_00000012_mine) is none."""
+    paths = [path for path in checkpoints.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    return sorted(filter(Path.is_dir, paths), key=lambda path: int(path.name[5:]))
+
+
 def newest_whole_checkpoint(checkpoints, step=None) -> tuple[str | None, list[str]]:
     """Returns the newest whole checkpoint (or that of `step`), and a line for each broken one before it."""
-    names, lines = sorted(path.name for path in checkpoints.glob("step_*")), []
+    names, lines = [path.name for path in step_folders(checkpoints)], []
     if step is not None:
         if step_name(step) not in names:
             raise UserError(f"--resume_step {step}: there are {', '.join(names) or 'none'} in {checkpoints}")
@@ -161,11 +178,11 @@ def save_checkpoint(run, name, model, tensors, position, must=False) -> bool:
 
 def prune(checkpoints, keep, position):
     """Removes all but the last `keep` checkpoints and the best weights that these or `position` refer to."""
-    steps = sorted(checkpoints.glob("step_*"))
+    steps = step_folders(checkpoints)
     for path in steps[:-keep]:
         remove_checkpoint(path)
     manifests = [position, *filter(None, map(read_manifest, steps[-keep:]))]
     named = {entry["name"] for manifest in manifests for entry in manifest["kept"].values()}
     for path in checkpoints.glob("*_step_*"):
-        if path.name not in named:
+        if path.name not in named and re.fullmatch(r"[a-z]+_step_\d{8,}", path.name) and path.is_dir():
             remove_checkpoint(path)

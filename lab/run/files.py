@@ -1,8 +1,11 @@
 """Files and folders that are whole or not there: written aside, flushed, renamed; and their hashes."""
 
+import contextlib
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -17,8 +20,11 @@ def whole_file(path, mode="w"):
     """Writes a file atomically: aside, flushed, renamed. Mode `wb` for bytes."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(exist_ok=True)
+    remove_leftovers(path.parent, path.name, older=86_400)
     try:
-        with open(aside, mode, encoding=None if "b" in mode else "utf-8") as file:
+        # backslashes: lone surrogates of data or names must not fail at the last write
+        encoding, errors = (None, None) if "b" in mode else ("utf-8", "backslashreplace")
+        with open(aside, mode, encoding=encoding, errors=errors) as file:
             yield file
         flush(aside)
         os.replace(aside, path)
@@ -41,20 +47,40 @@ def write_json(path, content):
 def whole_folder(folder):
     """Writes a folder atomically: built aside, flushed, renamed. Removes leftovers older than a day."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.parent.glob(f".{folder.name}.*"):  # a younger one may be another run's work
-        if time.time() - leftover.stat().st_mtime > 86_400:
-            shutil.rmtree(leftover, ignore_errors=True)
+    remove_leftovers(folder.parent, folder.name, older=86_400)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    aside.chmod(0o755)  # mkdtemp's are private
+    mode = 0o777 & ~_umask()
+    aside.chmod(mode)  # mkdtemp's are private, and so are the files that safetensors writes
     try:
         yield aside
         for path in (*aside.rglob("*"), aside):
+            path.chmod(mode if path.is_dir() else mode & 0o666)
             flush(path)
         if not folder.exists():  # otherwise another run has just written the same
             os.rename(aside, folder)
         flush(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(folder, name=None, older=0):
+    """Removes what killed processes wrote aside of `name` (none: of any) and never renamed. older: seconds; a
+    younger one may be another run's work."""
+    for path in folder.glob(f".{glob.escape(name)}.*" if name else ".*"):
+        aside = re.fullmatch(r"\..+\.(\d+|[a-z0-9_]{8})", path.name)  # a process number, or mkdtemp's letters
+        with contextlib.suppress(FileNotFoundError):  # another process removes them, too
+            if not aside or time.time() - path.lstat().st_mtime < older:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)  # there is no way to ask but to set it
+    os.umask(mask)
+    return mask
 
 
 def flush(path):
@@ -64,10 +90,11 @@ def flush(path):
 
 
 def sha256_file(path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
+    """About 1.3 s a GiB where the processor has instructions for it; memory stays constant."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 18))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
     return digest.hexdigest()
 
 

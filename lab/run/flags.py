@@ -109,6 +109,8 @@ def parsed_config(config_class, presets, smoke, doc, argv=None):
     for where, values in {"Config": defaults, "SMOKE": smoke, **named}.items():
         for name, value in values.items():
             _check_type(where, name, value, hints)
+    if odd := [word for word in (sys.argv[1:] if argv is None else argv) if str(word).endswith("=--")]:
+        raise UserError(f"{odd[0]}: -- is no value")  # argparse would make it an empty list
     given = vars(_parser(config_class, defaults, presets, hints, doc).parse_args(argv))
     preset, is_smoke = given.pop("preset", None), given.pop("smoke", False)
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}

@@ -24,11 +24,20 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lab.errors import Stop, UserError
+from lab.errors import LostRanks, Stop, UserError
 from lab.run import forecast
-from lab.run.checkpoints import broken, load_weights, remove_checkpoint, save_checkpoint, step_name
+from lab.run.checkpoints import (
+    broken,
+    load_state,
+    load_weights,
+    remove_checkpoint,
+    save_checkpoint,
+    step_folders,
+    step_name,
+)
 from lab.run.curves import Curves, keep_rows
-from lab.run.files import write_json
+from lab.run.disks import cache_root, require_one_disk
+from lab.run.files import remove_leftovers, write_json
 from lab.run.flags import typed
 from lab.run.meter import Meter, clock
 from lab.run.provenance import write_provenance
@@ -36,6 +45,7 @@ from lab.run.resume import plan_run
 from lab.run.signals import forces_exit, leave_at_once
 from lab.run.stored import read_config, stored_constants
 from lab.run.terminal import Terminal, write_in_handler
+from lab.train import heartbeat, launch
 from lab.train.precision import Precision
 from lab.train.processes import all_reduce_sum, heard_signals, may_leave, on_main
 
@@ -65,6 +75,8 @@ class Run:
                 self._handlers[number] = signal.signal(number, self._on_signal)
         self._lock = self._log = self.curves = self.checkpoint = None
         plan = on_main(world, self._plan, cfg)
+        if world.size > launch.number("LOCAL_WORLD_SIZE"):
+            require_one_disk(world, plan["folder"], cache_root())
         self.folder, self.resumed, self.checkpoint = Path(plan["folder"]), plan["resumed"], plan["checkpoint"]
         self.finished = plan["finished"]
         if self.finished:
@@ -97,10 +109,17 @@ class Run:
         self.say(f"{self.script.stem}  {ranks} {self.cfg.dtype}  {share}  {self.folder}")
 
     def __enter__(self):
+        heartbeat.last_words[:] = [self._note_loss]
         return self
+
+    def _note_loss(self, text):
+        """Where a rank is lost and this one hangs: its thread writes what __exit__ would."""
+        if self.world.is_main and self._deferring:
+            self._write_result("failed", LostRanks(text))
 
     def __exit__(self, kind, error, trace):
         status = "finished" if kind is None else "stopped" if kind is Stop else "failed"
+        heartbeat.last_words.clear()
         unborn = kind is UserError and not self.resumed and self.checkpoint is None
         touched = self._deferring or not self.resumed
         self._deferring = True  # a signal must not break this off
@@ -174,11 +193,7 @@ class Run:
         return int(targets)
 
     def poll(self, active=0) -> int:
-        """Raises Stop on all ranks at once after a signal. For evaluation and other
-        long work after a checkpoint.
-
-        Returns the sum of `active` over the ranks.
-        """
+        """Sums `active` over the ranks; raises Stop on all of them after a signal. For long work."""
         total = self.agree(active)
         if self.stopping:
             raise Stop(self.stopping)
@@ -226,7 +241,7 @@ class Run:
         self.meter = Meter(self.world, self.position["sums"])
         folder = self.folder / "checkpoints" / self.checkpoint
         load_weights(folder, model)
-        tensors = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        tensors = load_state(folder)
         optimizer.load_state_dict(tensors["optimizer"])
         if precision.scaler.is_enabled():
             precision.scaler.load_state_dict(tensors["scaler"])
@@ -330,9 +345,9 @@ class Run:
             write_provenance(self)
         (self.folder / "result.json").unlink(missing_ok=True)
         checkpoints = self.folder / "checkpoints"
-        for path in checkpoints.glob(".*"):  # what killed saves left
-            shutil.rmtree(path)
-        for path in sorted(checkpoints.glob("step_*")):  # broken ones, or --resume_step went back
+        remove_leftovers(self.folder)
+        remove_leftovers(checkpoints)
+        for path in step_folders(checkpoints):  # broken ones, or --resume_step went back
             if path.name > (self.checkpoint or ""):
                 remove_checkpoint(path)
         at = self.position.get("step", 0)

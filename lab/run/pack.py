@@ -29,7 +29,10 @@ def pack(cfg, say):
         if missing := set(read_result(folder).get("test_checkpoints", ["none"])) - set(kept):
             say(f"WARNING its tested weights ({', '.join(missing)}) are not whole: they are not inside")
         target = out / f"{folder.name}.tar.gz"
-        small = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+        small = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name[0] != "."]
+        if links := [path for path in small if path.resolve() != path]:  # they may show anything of this box
+            say(f"WARNING {len(links)} link(s) are not inside: {links[0].relative_to(folder)} ...")
+        small = [path for path in small if path not in links]
         small = [path for path in small if path.relative_to(folder).parts[0] != "checkpoints"]
         whole = [folder / "checkpoints" / name / "model.safetensors" for name in kept]
         needed = sum(path.stat().st_size for path in (*small, *whole))
@@ -50,7 +53,7 @@ def pack(cfg, say):
 
 def packed_checkpoints(folder) -> list[str]:
     """The checkpoints that the run was tested with, or the newest whole one; empty where there is none."""
-    tested = read_result(folder).get("test_checkpoints", [])
+    tested = [Path(name).name for name in read_result(folder).get("test_checkpoints") or []]
     whole = [name for name in tested if broken(folder / "checkpoints" / name) is None]
     if whole and len(whole) == len(tested):
         return list(dict.fromkeys(whole))
@@ -65,7 +68,7 @@ def write_archive(target, folder, small, kept):
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         # weights hardly shrink: the fastest compression
-        with tarfile.open(aside, "w:gz", compresslevel=1, dereference=True) as archive:
+        with tarfile.open(aside, "w:gz", compresslevel=1) as archive:
             for path in small:
                 archive.add(path, inside / path.relative_to(folder))
             for name in kept:

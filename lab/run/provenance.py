@@ -15,8 +15,9 @@ import torch
 from lab.errors import UserError
 from lab.run.files import PROJECT, sha256_file, write_json
 from lab.run.flags import typed
-from lab.run.resume import changed_constants, launcher
+from lab.run.resume import changed_constants
 from lab.run.stored import read_config
+from lab.train.launch import launcher, launchers
 
 
 def refuse_other_data(stored, now, name, what=("data",)):
@@ -44,7 +45,7 @@ def write_provenance(run):
             if began.exists() and sha256_file(path) != sha256_file(began):
                 entry["other_code"].append(name)
                 run.say(f"WARNING {name} is not the one this run began with (that one is in source/)")
-        config |= {"launcher": launcher(), "constants": dataclasses.asdict(run.cfg)}
+        config |= {"launcher": _all_launchers(), "constants": dataclasses.asdict(run.cfg)}
     else:
         for name, path in _sources(run.script).items():
             copy = run.folder / "source" / name
@@ -53,8 +54,13 @@ def write_provenance(run):
         t = typed(run.cfg)
         config = {"script": run.script.stem, "constants": dataclasses.asdict(run.cfg), **now}
         config |= {"preset": t.preset, "smoke": t.smoke, "versions": _versions(), "git": git_state()}
-        config |= {"host": socket.gethostname(), "launcher": launcher(), "facts": {}, "resumes": []}
+        config |= {"host": socket.gethostname(), "launcher": _all_launchers(), "facts": {}, "resumes": []}
     write_json(run.folder / "config.json", config)
+
+
+def _all_launchers() -> str | None:
+    """Of every box: after a restart rank 0 may run on another one, and must know its run."""
+    return " ".join(launchers) if len(launchers) > 1 else launcher()
 
 
 def _sources(script) -> dict[str, Path]:
@@ -104,9 +110,11 @@ def git_state() -> dict[str, str]:
     def git(*args):
         if not shutil.which("git"):
             return ""
-        return subprocess.run(
-            ["git", "-C", str(PROJECT), *args], capture_output=True, text=True
-        ).stdout.strip()
+        try:
+            said = subprocess.run(["git", "-C", str(PROJECT), *args], capture_output=True).stdout
+        except OSError:  # it cannot be started: where a run comes from never stops it
+            return ""
+        return said.decode(errors="backslashreplace").strip()  # names and diffs are of any encoding
 
     return {
         "commit": git("rev-parse", "--verify", "--quiet", "HEAD"),

@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import datetime
-import os
-import socket
 import sys
 import time
 from pathlib import Path
@@ -13,6 +11,7 @@ from lab.errors import UserError
 from lab.run.checkpoints import newest_whole_checkpoint, read_manifest
 from lab.run.flags import FIND_CONSTANTS, override_lines, typed
 from lab.run.stored import PACKED, locked, out_folder, read_config, status_of
+from lab.train.launch import launcher, number
 
 MAY_CHANGE = {  # what a flag may change in a resumed run: length, cadence, bookkeeping, how it is computed
     "epochs",
@@ -103,8 +102,9 @@ def resume_folder(cfg, script, out) -> Path | None:
     for and there is none."""
     wanted, tag = cfg.resume_timestamp, f"-{cfg.tag}" if cfg.tag else ""
     runs = sorted(path.parent for path in out.glob("*/config.json") if _readable(path.parent))
-    if wanted is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:  # torchrun --max-restarts
-        return next((run for run in reversed(runs) if read_config(run)["launcher"] == launcher()), None)
+    if wanted is None and number("TORCHELASTIC_RESTART_COUNT") > 0:  # torchrun --max-restarts
+        mine = [run for run in runs if launcher() in str(read_config(run)["launcher"]).split()]
+        return mine[-1] if mine else None
     if wanted is None:
         if cfg.resume_step is not None:
             raise UserError(f"--resume_step {cfg.resume_step} needs --resume_timestamp")
@@ -176,8 +176,3 @@ def changed_constants(stored, now) -> dict[str, dict]:
         sides = {"was": stored, "is": now}
         changed[name] = {word: side[name] for word, side in sides.items() if name in side}
     return changed
-
-
-def launcher() -> str | None:
-    """Identifies the torchrun that started this process; it stays the same when it restarts its workers."""
-    return f"{socket.gethostname()}/{os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else None

@@ -61,10 +61,18 @@ def newest_run(cfg, script, finished=False) -> Path:
     """The newest run folder of a script in cfg.out that holds a checkpoint (and is finished)."""
     out = out_folder(cfg, script)
     runs = sorted({path.parents[2] for path in out.glob("*/checkpoints/*/manifest.json")})
+    runs = [run for run in runs if script_of(run) == Path(script).stem]
     runs = [run for run in runs if not finished or status_of(run) == "finished"]
     if not runs:
-        raise UserError(f"no run with a checkpoint in {out}: train one, name one, or add --smoke")
+        kind = "finished run" if finished else "run with a checkpoint"
+        raise UserError(f"no {kind} of {Path(script).name} in {out}: train one, name one, or add --smoke")
     return runs[-1]
+
+
+def script_of(folder) -> str | None:
+    """The script that made a run; none where its config.json cannot be read."""
+    with contextlib.suppress(UserError):
+        return read_config(folder)["script"]
 
 
 def read_config(folder) -> dict:

@@ -1,10 +1,13 @@
-"""A terminal that may be gone: no write to it raises, no line in it holds control characters."""
+"""A terminal that may be gone: no write to it raises, and none holds control characters."""
 
 import contextlib
 import errno
 import os
+import re
 import sys
 
+# what data, names and a server's errors may hold, and a terminal would obey; a bar goes up a line (ESC [A)
+CONTROLS = re.compile("\x1b(?!\\[A)|[\x00-\x07\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
 LOST = (errno.EIO, errno.EPIPE)  # a terminal or a pipe that nobody will ever read again; a disk may have room
 
 
@@ -21,6 +24,7 @@ class Terminal:
         return getattr(self.stream, name)
 
     def write(self, text):
+        text = CONTROLS.sub("?", text)
         try:
             self.stream.write(text)
         except UnicodeEncodeError:

@@ -1,10 +1,13 @@
-"""Tricks for a CPU only: oneDNN's matrix products, and memory that is kept."""
+"""The CPU: oneDNN's matrix products, memory that is kept, models that do not fit into it."""
 
 import contextlib
 import ctypes
+import os
 
 import torch
 import torch.nn.functional as F
+
+from lab.errors import UserError
 
 
 def keep_freed_memory():
@@ -47,3 +50,11 @@ class _OneDNNLinear(torch.autograd.Function):
         to_x = onednn(slope, weight.t()) if needs[0] else None
         to_w = rows.t() @ x.reshape(len(rows), -1) if needs[1] else None
         return to_x, to_w, rows.sum(0) if needs[2] else None
+
+
+def require_room(parameters, what):
+    """UserError where so many fp32 numbers, the matrices of a model alone, exceed this machine's memory."""
+    needed, memory = 4 * parameters, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        size = f"{parameters:.3g} parameters, {needed / 1e9:,.0f} GB"
+        raise UserError(f"{what} has {size}, this machine {memory / 1e9:,.0f} GB: use a smaller one")

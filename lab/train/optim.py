@@ -70,11 +70,21 @@ def parameter_groups(model, weight_decay, scales=None, undecayed=()) -> list[dic
 def make_optimizer(
     model, optimizer, weight_decay, betas=(0.9, 0.999), eps=1e-8, scales=None, undecayed=()
 ) -> torch.optim.Optimizer:
-    """Makes adamw (fused) or sgd (momentum 0.9) over parameter_groups. optimizer_step sets the lr."""
+    """Makes adamw (fused), lion or sgd (momentum 0.9) over parameter_groups. optimizer_step sets the lr."""
     groups = parameter_groups(model, weight_decay, scales, undecayed)
+    if optimizer == "lion":
+        return Lion(groups, betas)
     if optimizer == "adamw":
         return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
     return torch.optim.SGD(groups, momentum=0.9)
+
+
+def state_megabytes(model, optimizer) -> float:
+    """MB of gradients and of the optimizer's state."""
+    tensors = [p for p in model.parameters() if p.requires_grad]
+    for state in optimizer.state.values():
+        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors) / 1e6
 
 
 def gradient_norm(optimizer, precision) -> torch.Tensor:

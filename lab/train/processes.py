@@ -1,6 +1,8 @@
 """One process or several: set-up, sums over ranks, rank 0's own work, waiting for it."""
 
+import contextlib
 import datetime
+import errno
 import inspect
 import itertools
 import json
@@ -12,7 +14,6 @@ import time
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,9 @@ from tqdm import tqdm
 
 from lab.errors import LostRanks, Stop, UserError
 from lab.run.terminal import outlive_terminal
+from lab.train import heartbeat
 from lab.train.cpu import keep_freed_memory
+from lab.train.launch import end_with_torchrun, first_line, heard_at_once, join, number
 
 
 @dataclass(frozen=True)
@@ -41,56 +44,70 @@ class World:
 
 
 @contextmanager
-def distributed(backend="auto", timeout_minutes=30):
+def distributed(backend="auto", timeout_minutes=10):
     """Joins the processes of torchrun, if any, and leaves them at the end. Yields the World.
 
     auto: nccl on CUDA, xccl on XPU, gloo on CPU; CPU tensors (counts, stop flags) always travel over gloo.
     A UserError is printed once, without traceback, and exits with 2. After a stop signal plain python dies of
     that signal, even if the work was finished meanwhile, so that a shell's loop stops (130, 143, 129).
+    Ranks that die or fall silent are named in one line, and the others end (heartbeat.py).
     """
     outlive_terminal()
+    end_with_torchrun()
     heard_signals.clear()
-    env = {name: int(os.environ.get(name, default)) for name, default in _LAUNCH.items()}
-    world = World(env["RANK"])
+    world, pulse = World(), None
     try:
+        env = {name: number(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
         device = _pick_device(env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"])
         native = {"cuda": "nccl", "xpu": "xccl"}.get(device.type, "gloo")
         if backend not in ("auto", "gloo", native):
             raise UserError(f"--backend {backend} does not fit {device.type}: use auto or gloo")
-        world = World(device=device)
+        world = World(env["RANK"], device=device)
         if device.type == "cpu":
             keep_freed_memory()
         if env["WORLD_SIZE"] > 1:
             # torchrun gives each process one thread; ranks x threads should fill the cores, no more
             torch.set_num_threads(max(1, _cores() // env["LOCAL_WORLD_SIZE"]))
             backend = native if backend == "auto" else backend
-            store, rank, size = next(dist.rendezvous("env://"))
-            # torchrun keeps its store when it restarts workers: they must not meet the keys of the dead
-            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            dist.init_process_group(
-                "gloo" if backend == "gloo" else f"cpu:gloo,{device.type}:{backend}",
-                store=store,
-                rank=rank,
-                world_size=size,
-                timeout=datetime.timedelta(minutes=timeout_minutes),
-            )
+            rank, size = env["RANK"], env["WORLD_SIZE"]
+            with heard_at_once(signal.SIGINT):
+                store, pulse = join(rank, size, size > env["LOCAL_WORLD_SIZE"])
+                dist.init_process_group(
+                    "gloo" if backend == "gloo" else f"cpu:gloo,{device.type}:{backend}",
+                    store=store,
+                    rank=rank,
+                    world_size=size,
+                    timeout=datetime.timedelta(minutes=timeout_minutes),
+                )
             world = World(rank, env["LOCAL_RANK"], size, device, backend, dist.PrefixStore("core", store))
         yield world
         barrier(world)  # rank 0 may host the store: nobody leaves while another still reads it
     except UserError as error:
-        if world.store.add("user_errors", 1) == 1 if world.store else world.is_main:
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        if world.store or world.is_main:
+            heartbeat.say_error(error, world.store)
         sys.exit(2)
     except Stop as stop:  # before there was a run to note it
         if world.is_main:
             print(f"stopped  {stop}", file=sys.stderr)
-    except Exception:
-        if world.size == 1:
+    except Exception as error:
+        if full := _full_disk(error):
+            heartbeat.say_error(full, world.store)
+            sys.stdout.flush()
+            os._exit(1)
+        if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
-        traceback.print_exc()
+        if pulse and "third_party/gloo" in str(error):  # of a gradient's reduction, say
+            named = "; ".join(pulse.stopped()) or "a rank"
+            error = LostRanks(f"{named}: ended while the others waited for it ({first_line(error)})")
+        if isinstance(error, LostRanks):  # nothing of this rank's is wrong
+            heartbeat.say_error(error, world.store)
+        else:
+            traceback.print_exc()
         sys.stderr.flush()  # then out at once: taking the process group down may hang, and the others with it
         os._exit(1)
     finally:
+        if pulse:
+            pulse.stop()
         if dist.is_initialized():
             dist.destroy_process_group()
     if heard_signals and not under_torchrun(world):
@@ -113,14 +130,20 @@ def under_torchrun(world) -> bool:
     return world.size > 1 or "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def _full_disk(error) -> str | None:
+    """What to say where the disk or a limit on file sizes, and not the program, is at fault; else none."""
+    said = str(error).partition("\n")[0]
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    torchs = ("No space left on device", "File too large", "PytorchStreamWriter failed")  # no OSErrors
+    if full or any(words in said for words in torchs):
+        return f"the disk is full, or a file may not grow ({said}): make room, then the same command resumes"
+
+
 def die_of(number):
     """Ends this process by a signal, as if it had no handler. Flushes nothing, so handlers may call it."""
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
     os._exit(128 + number)  # process 1 of a container cannot be killed so
-
-
-_LAUNCH = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}  # set by torchrun
 
 
 def _cores() -> int:
@@ -141,22 +164,39 @@ def all_reduce_sum(world, values: torch.Tensor) -> torch.Tensor:
     """Sums a CPU tensor over the ranks, in place. Raises LostRanks, which names the rank that is missing."""
     if world.size > 1:
         call = next(_reductions)
-        world.store.set(f"reduction/{world.rank}", str(call))
+        with contextlib.suppress(RuntimeError):  # a killed torchrun took it along; only names need it
+            world.store.set(f"reduction/{world.rank}", str(call))
         try:
-            dist.all_reduce(values)
+            work = dist.all_reduce(values, async_op=True)
+            while not _arrived(work):
+                heartbeat.check()
+        except LostRanks:
+            raise
         except RuntimeError as error:
-            raise LostRanks(f"{_who_is_missing(world, call)}: {error}") from error
+            raise LostRanks(f"{_who_is_missing(world, call)} ({first_line(error)})") from error
     return values
 
 
 _reductions = itertools.count(1)
 
 
+def _arrived(work) -> bool:
+    """Waits a few seconds for a collective. False if it is not there by then; raises where it failed."""
+    try:
+        work.wait(datetime.timedelta(seconds=heartbeat.BEAT_SECONDS))
+    except RuntimeError:
+        if not work.is_completed():
+            return False
+        work.wait()
+    return True
+
+
 def _who_is_missing(world, call) -> str:
     try:
-        done = [int(world.store.get(f"reduction/{rank}")) for rank in range(world.size)]
-    except RuntimeError as error:
-        return f"rank {world.rank} lost the others ({error})"
+        keys = [f"reduction/{rank}" for rank in range(world.size)]  # absent: it died before its first
+        done = [int(world.store.get(key)) if world.store.check([key]) else 0 for key in keys]
+    except RuntimeError:
+        return f"rank {world.rank} lost the others, and their store with them"
     late = [str(rank) for rank, last in enumerate(done) if last < call]
     return f"rank {', '.join(late) or '?'} did not come to reduction {call}, where rank {world.rank} waits"
 
@@ -170,8 +210,8 @@ def on_main(world, function, *args):
     """Runs function(*args) on rank 0 while the others wait, however long. Every rank
     gets its result, as JSON.
 
-    Its error is raised on every rank. Waiting goes through the store, with a heartbeat: a collective would
-    time out during an hour of tokenising, and a rank 0 that is silent for a minute is reported.
+    Its error is raised on every rank. Waiting goes through the store: a collective would time out during an
+    hour of tokenising.
     """
     if world.size == 1:
         return function(*args)
@@ -182,9 +222,8 @@ def on_main(world, function, *args):
             raise {"UserError": UserError, "Stop": Stop}.get(reply["kind"], RuntimeError)(reply["error"])
         return reply["result"]
     try:
-        with _heartbeat(world.store):
-            _alone.set()
-            reply = {"result": function(*args)}
+        _alone.set()
+        reply = {"result": function(*args)}
         return reply["result"]
     except BaseException as error:
         kind = next((kind for kind in (UserError, Stop) if isinstance(error, kind)), type(error))
@@ -192,7 +231,8 @@ def on_main(world, function, *args):
         raise
     finally:
         _alone.clear()
-        world.store.set(key, json.dumps(reply))
+        with _names_the_lost():
+            world.store.set(key, json.dumps(reply))
 
 
 _alone = threading.Event()
@@ -204,38 +244,24 @@ def may_leave(world) -> bool:
 
 
 _main_calls = itertools.count()
-HEARTBEAT_SECONDS, SILENCE_SECONDS = 5, 60
 
 
 @contextmanager
-def _heartbeat(store):
-    done = threading.Event()
-
-    def beat():
-        for count in itertools.count():
-            store.set("heartbeat", str(count))
-            if done.wait(HEARTBEAT_SECONDS):
-                return
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
+def _names_the_lost():
     try:
         yield
-    finally:
-        done.set()
-        thread.join()
+    except LostRanks:
+        raise
+    except RuntimeError as error:
+        raise LostRanks(f"the store is gone: torchrun, or rank 0, ended ({first_line(error)})") from error
 
 
 def _wait_for_main(store, key) -> bytes:
-    beat, heard = None, time.monotonic()
-    while not store.check([key]):
-        time.sleep(0.02)
-        now = store.get("heartbeat") if store.check(["heartbeat"]) else None
-        if now != beat:
-            beat, heard = now, time.monotonic()
-        elif time.monotonic() - heard > SILENCE_SECONDS:
-            raise RuntimeError(f"rank 0 has been silent for {SILENCE_SECONDS} s while the others wait for it")
-    return store.get(key)
+    with _names_the_lost():
+        while not store.check([key]):
+            heartbeat.check()
+            time.sleep(0.02)
+        return store.get(key)
 
 
 def main_first(world, function, *args):

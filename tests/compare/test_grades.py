@@ -20,7 +20,8 @@ from lab.compare.grades import lines_of_duel
 
 def shown(text):
     """The answers of a question for the better one, as a judge sees them."""
-    return re.search(r"Response A:\n\n(.*)\n\nResponse B:\n\n(.*)\n\nWhich", text, re.S).groups()
+    found = re.search(r"Response A:\n\n(=.*=)\n(.*)\n\1\n\nResponse B:\n\n\1\n(.*)\n\1\n\nWhich", text, re.S)
+    return found[2], found[3]
 
 
 def sides(n=8):

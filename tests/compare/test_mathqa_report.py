@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from lab.compare import mathqa_report as report
+from lab.measure.quantised import paired_rows
 
 N = 200  # problems
 
@@ -14,7 +15,7 @@ def write_run(name, nats, right) -> Path:
     """A finished run: nats and right (N,) of each problem."""
     folder = Path(name)
     folder.mkdir()
-    config = {"script": "run_mathqa", "constants": {"mode": "finetune"}, "device": "cpu x86"}
+    config = {"script": "run_mathqa", "constants": {"mode": "train"}, "device": "cpu x86"}
     result = {
         "status": "finished",
         "test/loss": float(np.mean(nats)) / 2,
@@ -93,7 +94,7 @@ def measure(nats, right):
 def test_int4_is_told_from_float_by_its_rows():
     rng = np.random.default_rng(1)
     nats, right = rng.normal(4, 1, N), rng.random(N) < 0.5
-    rows = report.paired_rows(measure(nats, right), measure(nats + 0.3 + rng.normal(0, 0.1, N), right))
+    rows = paired_rows(measure(nats, right), measure(nats + 0.3 + rng.normal(0, 0.1, N), right))
     figures = {"test/loss": 2.0, "test/answer_accuracy": 0.5, "mb": 4.0, "tokens_per_second": 100.0}
     small = {
         "full": [

@@ -3,6 +3,7 @@ and what is concluded."""
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,32 @@ def test_an_arm_is_what_its_command_would_be():
     for name in ("lr", "lora_scaling", "lora_rank", "epochs", "lora_head", "max_length", "model"):
         assert getattr(second.cfg, name) == getattr(alone, name), name
     assert second.cfg.mode == "train" and first.cfg.tag != second.cfg.tag
+
+
+def test_a_script_may_keep_arms_to_some_constants_and_give_its_own_to_runs():
+    """As run_mathqa's studies do: arms differ in how they are tuned, the study gives base and length."""
+
+    def arm(word, *argv, **how):
+        own = frozenset({"epochs"})
+        plan = replace(plan_of(run_lora, *argv), may_differ=frozenset({"lr"}), own=own)
+        return studies.arm_of(plan, word, **how)
+
+    given = arm("lr=1e-3", "--epochs", 7)
+    assert given.cfg.epochs == arm("lr=1e-3").cfg.epochs != 7 and given.cfg.tag == arm("lr=1e-3").cfg.tag
+    with pytest.raises(core.UserError, match=r"--first lora_rank=8: .* or constant=value of lr$"):
+        arm("lora_rank=8", flag="--first")
+    assert arm("", "--lr", 0.5, called="both").cfg.lr == 0.5
+    assert arm("", called="both").cfg.tag.startswith("both-")
+    short, again, plain = (
+        studies.run_config(given, 1, changes) for changes in ({"max_steps": 5}, {"max_steps": 5}, None)
+    )
+    assert short == again and short.max_steps == 5 and "max_steps" in core.typed(short).flags
+    assert short.tag != plain.tag == f"{given.cfg.tag}-s1" and short.seed == plain.seed == 1
+
+
+def test_an_arm_names_the_run_that_it_continues():
+    with pytest.raises(core.UserError, match=r"--arms continue_noam: the newest run would be another one"):
+        studies.arms_of(plan_of(gpt_scratch, "--arms", "continue_noam"))
 
 
 def test_a_grid_is_every_product():

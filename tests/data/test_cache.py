@@ -12,7 +12,8 @@ import pytest
 
 import core
 from core import UserError, World
-from lab.data.cache import BadRows, cached_rows, write_ids, write_texts
+from lab.data import cache
+from lab.data.cache import BadRows, cached_folder, cached_rows, is_whole, write_ids, write_texts
 from lab.data.pairs import load_pairs, load_unlabelled, pairs_key, unlabelled_key
 
 
@@ -156,3 +157,90 @@ def test_splits_keep_groups_whole_and_labels_even():
     assert (core.split_by_group(groups, labels, [8, 1, 1], 43) != part).any()
     with pytest.raises(UserError, match="2 prompts cannot be split into 3 parts"):
         core.split_by_group([1, 2], [0, 1], [8, 1, 1], 0)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def empty_file(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "offsets.npy", "rows.json", "manifest.json"])
+@pytest.mark.parametrize("harm", [flip, cut, empty_file, Path.unlink], ids=lambda harm: harm.__name__)
+def test_damaged_rows_are_named_set_aside_and_made_anew(name, harm, capfd):
+    builds = []
+    folder = cached_rows(World(), "toy", key, build, ["ab", "abc"], builds).folder
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    harm(folder / name)
+    rows = cached_rows(World(), "toy", key, build, ["ab", "abc"], builds)
+    assert len(builds) == 2 and rows.columns["texts"] == ["ab", "abc"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    said = capfd.readouterr().err
+    assert said.count("WARNING") == said.count("\n") == 1 and f"{folder}: {name}" in said
+    (aside,) = Path("cache").glob(".damaged_*")
+    assert aside.name in said
+    cached_rows(World(), "toy", key, build, ["ab", "abc"], builds)
+    assert len(builds) == 2 and capfd.readouterr().err == ""
+
+
+def test_a_cache_is_hashed_once_a_start_and_again_when_a_file_changed(monkeypatch):
+    folder, hashed = cached_rows(World(), "toy", key, build, ["ab"], []).folder, []
+    cached_rows(World(), "toy", key, build, ["ab"], [])  # the first opening behind the building
+
+    def noting(path):
+        hashed.append(path.name)
+        return core.sha256_file(path)
+
+    monkeypatch.setattr(cache, "sha256_file", noting)
+    assert is_whole(folder) and hashed == []
+    os.utime(folder / "tokens.bin", ns=(1, 1))
+    assert is_whole(folder) and sorted(hashed) == ["offsets.npy", "rows.json", "tokens.bin"]
+    cache._checked.clear()  # as in another process
+    assert is_whole(folder) and len(hashed) == 6
+
+
+def full_disk(folder):
+    raise OSError(28, "No space left on device")
+
+
+def full_in_rust(folder):
+    raise Exception("No space left on device (os error 28)")  # as tokenizers say it
+
+
+@pytest.mark.parametrize("failing", [full_disk, full_in_rust])
+def test_a_cache_that_cannot_be_written_is_one_line(failing):
+    line = "the cache .*cache cannot be written .No space left on device.: set TOKEN_CACHE"
+    with pytest.raises(UserError, match=line):
+        cached_folder(core.cache_root() / "x", failing)
+
+
+@pytest.mark.parametrize("where", ["file", "file/below", "x" * 300])
+def test_a_cache_at_an_impossible_place_is_one_line(where, monkeypatch):
+    Path("file").write_text("no folder")
+    monkeypatch.setenv("TOKEN_CACHE", str(Path(where).absolute()))
+    with pytest.raises(UserError, match="cannot be written") as error:
+        cached_rows(World(), "toy", key, build, ["ab"], [])
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_TOKEN_CACHE_is_none(monkeypatch):
+    monkeypatch.setenv("TOKEN_CACHE", "")
+    assert core.cache_root().name == "cache" and core.cache_root().is_absolute()
+
+
+def test_empty_rows_are_passed_over_and_told_unless_hardly_others_come():
+    bad = BadRows()
+    for number in range(1, 500):
+        bad.pass_over(number, "x.jsonl")
+    assert bad.report(1000, "x.jsonl") == ["passed over 499 empty row(s): 1, 2, 3, 4, 5, 6, 7, 8, ..."]
+    with pytest.raises(UserError, match=r"x.jsonl: 1000 of 1000 rows are empty"):
+        for number in range(500, 1001):
+            bad.pass_over(number, "x.jsonl")

@@ -1,7 +1,9 @@
 """Instruction rows: templates, what the loss counts, splits, packs."""
 
 import itertools
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,6 +80,8 @@ def test_a_row_is_three_stripped_texts_and_an_absent_input_is_empty():
         ({"instruction": "a", "input": 3, "output": "c"}, "input is no text"),
         ({"instruction": "a", "input": "", "output": ["c"]}, "output is no text"),
         ({"instruction": "a", "input": "", "output": None}, "output is no text"),
+        ({"instruction": "a", "input": "", "output": "nan"}, r"output is missing \(nan\)"),
+        ({"instruction": " <NA>", "input": "", "output": "b"}, r"instruction is missing \(<NA>\)"),
         ({"instruction": "a", "input": "\ud83d", "output": "c"}, "input has odd Unicode"),
         ({"instruction": "a", "input": "", "output": "x\udc00"}, "output has odd Unicode"),
         ({"instruction": " \n", "input": "b", "output": "c"}, "instruction is empty"),
@@ -431,3 +435,17 @@ def test_a_packed_run_learns_and_measures_the_test_rows_unpacked(name):
     line = f"{len(packs)} packs of at most {most} tokens hold {rows:.1f} rows each and are "
     line += f"{packs.lengths.mean() / most:.0%} full\n"
     assert line in (folder / "log.txt").read_text() and rows > 1
+
+
+@pytest.mark.parametrize(
+    "cell", [None, float("nan"), "nan", "NaN", "None", "N/A", "NA", "<NA>", "null", "<noinput>"]
+)
+def test_a_missing_input_in_any_spelling_is_none(cell):
+    Path("rows.json").write_text(json.dumps([{"instruction": "a", "input": cell, "output": "None"}]))
+    (row,) = core.read_rows("rows.json")
+    assert instructions.parse(row) == ["a", "", "None"]
+
+
+def test_a_category_is_text_that_can_be_written():
+    assert [instructions.category(cell) for cell in ("qa", 3, "a\ud800", None, "nan", "")] == [
+        "qa", "3", "a\\ud800", None, None, None]  # fmt: skip

@@ -369,3 +369,19 @@ def test_a_part_without_documents_has_no_windows():
     tokens = opened(table(texts_of(6)), test_share=0.0)
     windows, groups = mixture.windows_of(tokens, "test", 16)
     assert len(windows) == len(groups) == 0
+
+
+def test_a_damaged_shared_tokenizer_is_learnt_again():
+    corpora = {name: Corpus(table(texts_of(40, seed), f"{name}.jsonl"), "") for seed, name in enumerate("ab")}
+    path = Path(mixture.shared_tokenizer("bpe:300", corpora)) / "tokenizer.json"
+    before = path.read_bytes()
+    path.write_bytes(before.replace(b'"a"', b'"b"', 1))
+    assert Path(mixture.shared_tokenizer("bpe:300", corpora)) == path.parent and path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "short"), [("a.jsonl.gz", "a"), ("x/B.CSV", "B"), ("owner/set@main", "set")]
+)
+def test_a_label_has_no_suffix_of_any_kind(name, short):
+    Path("a.jsonl.gz").touch()
+    assert mixture.label(name) == short

@@ -13,7 +13,7 @@ from toys.preference import row, write_csv
 
 import core
 import run_preference as script
-from core import World
+from core import UserError, World
 from lab.data import pairs
 from lab.data.cache import is_clean
 
@@ -195,3 +195,20 @@ def test_a_row_to_be_judged_is_never_dropped(case):
     assert odd and (wanted is None or texts == wanted)
     assert all(is_clean(text) for turn in texts for text in turn)
     assert pairs.parse_anyway(row()) == (pairs.parse(row())[0], None)
+
+
+def test_an_id_that_cannot_be_written_is_refused_where_it_is_read():
+    row = {"id": "a\ud800", "prompt": '["p"]', "response_a": '["a"]', "response_b": '["b"]'}
+    with pytest.raises(UserError, match=r"t\.json: row 1 has an id with odd Unicode"):
+        pairs.rows_to_judge([row], "t.json")
+    with pytest.raises(ValueError, match="id has odd Unicode"):
+        pairs.parse(row | {"winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0})
+
+
+def test_a_deep_cell_is_a_bad_row():
+    deep = {"id": "1", "prompt": "[" * 100_000, "response_a": '["a"]', "response_b": '["b"]'}
+    with pytest.raises(ValueError, match="prompt is no JSON"):
+        pairs.parse(deep)
+    assert pairs.rows_to_judge([deep], "t.json")[1] == [
+        '1 row(s) are judged as plain text: prompt is no JSON (a text is written ["text"])'
+    ]

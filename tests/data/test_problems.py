@@ -97,6 +97,26 @@ def test_the_next_letter_in_parentheses_begins_no_option(options, texts):
     assert problems.parse_options(options) == texts
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        "(a) 87 (b) 5.2 (c) ( 2 + b ) (d) 9,0 (e) x",
+        "( A ) 87 ( B ) 5.2 ( C ) ( 2 + b ) ( D ) 9,0 ( E ) x",
+        "(a) 87\n(b) 5.2\n(c) ( 2 + b )\r\n(d) 9,0\n(e) x\n",
+        "a) 87\nb) 5.2\nc) ( 2 + b )\nd) 9,0\ne) x",
+        "A. 87 B. 5.2 C. ( 2 + b ) D. 9,0 E. x",
+        "a. 87\nb. 5.2\nc. ( 2 + b )\nd. 9,0\ne. x",
+        "a: 87; b: 5.2; c: ( 2 + b ); d: 9,0; e: x",
+        ["(a) 87", "(b) 5.2", "(c) ( 2 + b )", "(d) 9,0", "(e) x"],
+        ["A. 87", "B. 5.2", "C. ( 2 + b )", "D. 9,0", "E. x"],
+        {"a": "87", "b": 5.2, "c": "( 2 + b )", "d": "9,0", "e": "x"},
+        ["87", "5.2", "( 2 + b )", "9,0", "x"],
+    ],
+)
+def test_labels_are_read_as_other_exams_write_them(options):
+    assert problems.parse_options(options) == ["87", "5.2", "( 2 + b )", "9,0", "x"]
+
+
 def test_brackets_of_a_list_of_options_are_text():
     options = "['a ) [ 1 , 2 ]', 'b ) [ 2 ]', 'c ) 1', 'd ) 2', 'e ) 3']"
     assert problems.parse_options(options) == ["[ 1 , 2 ]", "[ 2 ]", "1", "2", "3"]
@@ -121,6 +141,11 @@ def test_brackets_of_a_list_of_options_are_text():
         (None, "options are no text"),
         (5, "options are no text"),
         ({"a": "1"}, "options are no text"),
+        (dict.fromkeys("badce", "1"), "options are no text"),
+        ("A. 1 B. 2 C. vitamin B. 3 D. 4 E. 5", "options are not five"),
+        ("A. 1 B. 2 C. 3 D. 4", "options are not five"),
+        (["A)1", None, "C)3", "D)4", "E)5"], "an option is empty"),
+        ("['a ) 1" + "'" * 100_000 + "x", "options are over 10,000 characters"),  # took hours
     ],
 )
 def test_unusable_options_are_told_apart(options, reason):
@@ -372,7 +397,7 @@ def test_what_is_not_there_or_not_whole_is_one_line(letters):
     Path("empty").mkdir()
     for name, line in [("absent.json", "no such file or folder: absent.json"),
                        ("torn.zip", "torn.zip is not a whole zip file: fetch it again"),
-                       ("empty", "empty holds none of .csv, .json, .jsonl, .parquet")]:  # fmt: skip
+                       ("empty", "empty holds none of .csv, .tsv, .json, .jsonl")]:  # fmt: skip
         with pytest.raises(UserError, match=line):
             load(name, letters)
 
@@ -477,9 +502,9 @@ def tokenised(tmp_path, monkeypatch):
     monkeypatch.setenv("TOKEN_CACHE", str(tmp_path / "tokens"))
     seen, write_texts = [], lab.data.cache.write_texts
 
-    def counting(folder, texts, tokenizer):
+    def counting(folder, texts, tokenizer, *begin, **options):
         seen.append(len(texts))
-        return write_texts(folder, texts, tokenizer)
+        return write_texts(folder, texts, tokenizer, *begin, **options)
 
     everywhere(monkeypatch.setattr, lab.data.cache, "write_texts", counting)
     return seen

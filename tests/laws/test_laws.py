@@ -51,8 +51,9 @@ SHORT["run_pretrain_diversity"] = [
     *("--eval_every", 8, "--save_every", 5, "--log_every", 4),
 ]
 MATHQA = [
-    *("--smoke", "--mode", "finetune", "--init_from", "new", "--max_documents", 140, "--answer_rows", 7),
-    *("--text_documents", 30, "--tokenizer", "bpe:300", "--n_embd", 32, "--plain_blocks", 3),
+    *("--smoke", "--mode", "train", "--init_from", "new", "--max_documents", 140, "--answer_rows", 7),
+    *("--pretrain", "noam_wide4,max_documents=30,tokenizer=bpe:300,block_size=64,n_embd=32"),
+    *("--plain_blocks", 3),
 ]
 SHORT["run_mathqa"] = [
     *(*MATHQA, "--batch", 7, "--epochs", 2, "--dropout", 0.1),

@@ -143,12 +143,11 @@ def test_which_second_signal_is_somebody_who_will_not_wait(first, second, second
 # next: names only what is accepted
 
 STAMP = " with --resume_timestamp"
-FIRST = ["--pretrain_max_steps", 6, "--pretrain_batch", 6]
-BOTH = [*MATHQA[:1], *MATHQA[5:], *FIRST]
+FIRST = f"{MATHQA[MATHQA.index('--pretrain') + 1]},max_steps=6,batch=6,sample_tokens=0"
+ROWS = [*MATHQA[:1], *MATHQA[5:9], "--plain_blocks", 3]
 NEXT = [
     ("gpt_scratch", [*SHORT["gpt_scratch"], "--mode", "find_lr", "--find_steps", 9], ""),
     ("gpt_scratch", [*SHORT["gpt_scratch"], "--mode", "profile"], ""),
-    ("run_mathqa", [*BOTH, "--mode", "pretrain"], STAMP),
     *((script, SHORT[script], STAMP) for script in ranks.SCRIPTS[::3]),
 ]
 
@@ -167,8 +166,8 @@ def test_what_next_says_is_accepted_when_typed(script, flags, flag):
 @slow
 def test_next_is_accepted_where_the_base_was_the_newest():
     """A resume keeps the base that its run began with, though the command still says newest."""
-    run("run_mathqa", *BOTH, "--mode", "pretrain")
-    flags = [*BOTH, "--mode", "finetune", "--init_from", "newest", "--batch", 10, "--max_steps", 6]
+    run("gpt_scratch", *SHORT["gpt_scratch"], "--block_size", 64, "--tokenizer", "bpe:300", "--max_steps", 2)
+    flags = [*ROWS, "--mode", "train", "--init_from", "newest", "--batch", 10, "--max_steps", 6]
     assert launch("run_mathqa", "--out", "out", *flags, closed=("step", 4, (HUP,), 0)) == [-HUP]
     (said,) = re.findall("next: the same command with(.*)\n", (newest() / "log.txt").read_text())
     assert run("run_mathqa", *flags, *said.split())["status"] == "finished"
@@ -182,7 +181,7 @@ STUDY = ["--mode", "study", "--batch", 10, "--max_steps", 6, "--seeds", 1, "--di
     ("script", "flags"),
     [
         ("run_pretrain_diversity", [*DIVERSE[:1], *DIVERSE[3:], *STUDY]),
-        ("run_mathqa", [*BOTH, "--mode", "both", "--batch", 10, "--max_steps", 6]),
+        ("run_mathqa", [*ROWS, "--pretrain", FIRST, "--mode", "both", "--batch", 10, "--max_steps", 6]),
     ],
 )
 def test_a_terminal_closed_in_a_study_ends_the_whole_program(script, flags):

@@ -110,6 +110,9 @@ class Numbers:
     def __len__(self):
         return 100
 
+    def __call__(self, text, **options):
+        return {"input_ids": [1], "special_tokens_mask": [0]}
+
     def decode(self, ids):
         return " ".join(str(int(i)) for i in ids)
 

@@ -1,6 +1,9 @@
 """Held-out loss, intervals and the NOT LEARNING alarm of a language model."""
 
+import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +14,30 @@ from toys.gpt import ids, random_gpt
 import core
 import gpt_scratch as script
 from core import World
+from lab.measure import language
+
+FULL = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+)
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_running_out_of_memory_says_what_would_help_and_other_faults_stay(error):
+    model = random_gpt()
+
+    def hidden(input_ids):
+        raise error
+
+    model.hidden = hidden
+    blocks = core.Blocks(np.zeros(90, np.uint16), 16)
+    with pytest.raises(
+        core.UserError, match="memory with 3 rows of 16 tokens at once: use a smaller --eval_batch"
+    ):
+        core.evaluate(model, blocks, script.Config(eval_batch=3), World())
+    error = RuntimeError("shapes differ")
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        core.evaluate(model, blocks, script.Config(eval_batch=3), World())
 
 
 def measured(model, blocks, unigram=None, eval_batch=3):
@@ -71,3 +98,14 @@ def test_the_interval_counts_a_block_as_often_as_it_has_targets():
     m = core.measure(sums, blocks, np.ones(23))
     assert m["loss"] == pytest.approx(1480 / 481) and m["loss_interval"][0] == pytest.approx(1)
     assert m["loss_interval"][1] < 12  # the last one drawn 3 times: 7; were all blocks equal: over 90
+
+
+def test_known_words_are_those_of_the_training_text():
+    text = np.array([ord(c) for c in "the cat sat on the mat"])
+    tokenizer = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
+    tokens = SimpleNamespace(tokenizer=tokenizer, parts={"train": text})
+    assert language.known_words(Path(), tokens, 2) is None
+    samples = ["old", "The cat, dog 4 m", "sat. mats a"]  # the last word of each is cut
+    Path("samples.jsonl").write_text("".join(json.dumps({"text": sample}) + "\n" for sample in samples))
+    assert language.known_words(Path(), tokens, 2) == 3 / 5  # the, cat, sat; neither dog nor mats
+    assert language.known_words(Path(), tokens, 2, most=7) == 2 / 5

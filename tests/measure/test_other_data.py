@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,6 +128,19 @@ def test_a_model_that_is_uniform_over_bytes_has_8_bits_per_byte_under_every_toke
     assert max(perplexities) > 1.5 * min(perplexities)
 
 
+def test_without_a_context_windows_have_a_sane_length_and_what_the_model_holds_is_said(monkeypatch):
+    """One that advertises 131,072 positions read a book in one window."""
+    Path("text.txt").write_text(TEXT * 60)
+    tokenizer = core.make_tokenizer("bytes", lambda: [])
+    monkeypatch.setattr(other_data, "evaluate", lambda model, windows, *rest: np.ones((len(windows), 3)))
+    for most, asked, context in ((131_072, None, 2048), (131_072, 9000, 9000), (300, None, 300)):
+        model = SimpleNamespace(config=SimpleNamespace(block_size=most))
+        cfg = script.Config(context=asked)
+        found = other_data.measure_text("text.txt", None, model, tokenizer, cfg, World(), int)
+        assert found.constants["context"] == context and f"windows of {context}, " in " ".join(found.lines)
+        assert ("the model holds 131,072 tokens: --context" in " ".join(found.lines)) == (context == 2048)
+
+
 def test_a_transformers_model_has_the_loss_that_transformers_gives_it():
     torch.manual_seed(0)
     tokenizer = core.make_tokenizer("bpe:300", lambda: [TEXT])
@@ -180,3 +194,20 @@ def test_preference_rows_of_a_file_get_the_log_loss_that_the_run_gives_them(kind
     assert "rows  log loss" in said and "lengths only" in said
     if kind != "folds":
         assert result(other)["test/log_loss"] == pytest.approx(result(folder)["test/log_loss"], rel=1e-5)
+
+
+def test_the_split_of_a_hub_set_is_said_and_kept():
+    Path("rows.jsonl").touch()
+    assert [other_data.split_of(name) for name in ("python-docs", "python-instructions", "rows.jsonl")] == [
+        {}
+    ] * 3
+    assert other_data.split_of("owner/set") == {"split": "train"}
+    assert other_data.split_lines("owner/set:en#test")[0].startswith("split test of owner/set:en#test: ")
+    with pytest.raises(core.UserError, match="no such file"):
+        other_data.split_of("absent.jsonl")
+
+
+def test_the_kind_of_a_table_is_decided_by_its_first_rows_together():
+    rows = [{"instruction": "a"}, {"id": 1}, {"instruction": "b", "output": "c"}]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert other_data.kind_of("rows.jsonl", "text") == "rows"

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from ranks import everywhere
+from toys.mathqa import by_hand
 
 import core
 from lab.measure import quantised
@@ -44,6 +45,7 @@ def test_the_rate_is_the_median_of_three_passes_over_200_rows(monkeypatch):
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     everywhere(monkeypatch.setattr, quantised, "evaluate", evaluate)
-    blocks = core.Blocks(np.arange(300 * 8 + 1), 8)
-    rate = quantised.tokens_per_second(None, blocks, SimpleNamespace(), core.World(), lambda: None)
-    assert rate == 200 * 8 / 2.0 and seen == [200] * 4
+    rows = by_hand(*[([1, 2, 3], [[4]] * 5)] * 300)  # of four tokens read: the last one is only a target
+    examples = core.Examples(rows, np.arange(300), 64)
+    rate = quantised.tokens_per_second(None, examples, SimpleNamespace(), core.World(), lambda: None)
+    assert rate == 200 * 4 / 2.0 and seen == [200] * 4

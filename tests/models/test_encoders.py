@@ -1,9 +1,11 @@
 """Encoders and the scorer of pairs: the journal's parameter counts, freezing, rates by depth, both orders."""
 
+import json
 import re
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import core
@@ -170,6 +172,59 @@ def test_missing_weights_are_an_error_and_poolers_are_not_missed(tmp_path):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lacks 1 weights, e.g. encoder.layer.1.output.dense.weight"):
         core.load_encoder(str(tmp_path), tokenizer)
+
+
+def bert_folder(tmp_path, vocab_size=100, kind="bert", **more):
+    """A folder of a masked language model with its head, as most on the Hub are."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.AutoConfig.for_model(kind, vocab_size=vocab_size, **shape, **more)
+    transformers.AutoModelForMaskedLM.from_config(config, trust_remote_code=False).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "electra", "deberta-v2"])
+def test_a_head_of_another_task_is_no_fault_and_a_block_that_nobody_reads_is(tmp_path, kind):
+    tokenizer = tokenizers.encoder_tokenizer("tiny:", ["a b"])
+    folder = bert_folder(tmp_path, kind=kind, pad_token_id=0)
+    core.load_encoder(folder, tokenizer)
+    config = json.loads((tmp_path / "config.json").read_text())
+    layers = "n_layers" if kind == "distilbert" else "num_hidden_layers"
+    (tmp_path / "config.json").write_text(json.dumps(config | {layers: 1}))
+    with pytest.raises(
+        UserError, match=r"weights that a .* of its config.json does not read, e.g. \w+.layer.1"
+    ):
+        core.load_encoder(folder, tokenizer)
+
+
+def test_a_tokenizer_of_another_encoder_is_refused(tmp_path):
+    many = tokenizers.encoder_tokenizer("tiny:", ["a b c d e f g h"])
+    with pytest.raises(UserError, match="has 12 tokens, the model 9: they do not belong together"):
+        core.load_encoder(bert_folder(tmp_path / "bert", vocab_size=9), many)
+    roberta = bert_folder(tmp_path / "roberta", kind="roberta", pad_token_id=1)
+    with pytest.raises(UserError, match="pads with 0, positions of the model count from id 1"):
+        core.load_encoder(roberta, many)
+    many.pad_token = "[UNK]"  # id 1
+    assert encoders.position_limit(core.load_encoder(roberta, many)) == 510
+
+
+def test_a_run_without_its_encoder_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="encoder is missing: the run stopped before its first step"):
+        encoders.stored_encoder(tmp_path / "encoder")
+    core.load_encoder("tiny:bert", tokenizers.encoder_tokenizer("tiny:", ["a"])).config.save_pretrained(
+        tmp_path
+    )
+    encoders.stored_encoder(tmp_path)
+    for text in (
+        "{",
+        "[]",
+        '{"model_type": "bert", "hidden_size": 7}',
+        '{"model_type": "bert", "vocab_size": 0}',
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError) as error:
+            encoders.stored_encoder(tmp_path)
+        assert "\n" not in str(error.value)
 
 
 def test_a_half_precision_checkpoint_is_trained_in_fp32(tmp_path):

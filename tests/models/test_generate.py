@@ -147,6 +147,18 @@ def test_greedy_text_is_that_of_transformers(tmp_path):
         assert generate(model, [prompt], 40, temperature=0)[0] == out[0, len(prompt) :].tolist()
 
 
+def test_a_context_that_slides_begins_with_the_begin_tokens_again():
+    model, begin = lively_gpt(), [3, 4]
+    for prompt in ([3, 4, *PROMPTS[0]], [3, 4, *range(20)]):
+        row, start = list(prompt), 0
+        for _ in range(40):  # by hand, without a cache
+            start = start if len(row) - start <= 16 else len(row) - 8
+            read = row if start == 0 else [*begin, *row[start + 2 :]]
+            row.append(int(model.logits(model.hidden(torch.tensor([read]))[:, -1]).argmax()))
+        assert generate(model, [prompt], 40, temperature=0, begin=begin)[0] == row[len(prompt) :]
+        assert generate(model, [prompt], 40, temperature=0)[0] != row[len(prompt) :]
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_generation_is_without_dropout_and_leaves_the_mode_as_it_was(training):
     model = lively_gpt(dropout=0.9).train(training)

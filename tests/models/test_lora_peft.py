@@ -283,3 +283,28 @@ def test_an_adapter_of_the_head_needs_a_head(tmp_path):
     lora_peft.save_peft(model, tmp_path / "adapter", "base")
     message = refusal(random_gpt(), tmp_path / "adapter")
     assert "adapts lm_head: the model lacks it" in message and "--no-tie_head" in message
+
+
+ODD_ALPHAS = [
+    *({"lora_alpha": value} for value in (None, "16", float("nan"))),
+    *({"alpha_pattern": value} for value in ([1], {"c_attn": None}, {"(": 2})),
+]
+
+
+@pytest.mark.parametrize("changes", ODD_ALPHAS, ids=str)
+def test_an_adapter_whose_alpha_is_no_number_is_one_line(tmp_path, changes):
+    model = core.GPT(core.GPTConfig(23, 16, 1, 2, 8))
+    core.add_lora(model, 2, 4)
+    lora_peft.save_peft(model, tmp_path / "adapter", "base")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(
+        core.UserError, match=r"lora_alpha or alpha_pattern is no number|no regular expression"
+    ):
+        lora_peft.load_peft(core.GPT(core.GPTConfig(23, 16, 1, 2, 8)), tmp_path / "adapter")
+
+
+def test_an_adapter_config_of_endless_depth_is_one_line(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(core.UserError, match="is no whole adapter of peft"):
+        lora_peft.load_peft(core.GPT(core.GPTConfig(23, 16, 1, 2, 8)), tmp_path)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import core
 import run_preference as script
 from core import World
+from lab.data.cache import is_whole
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,12 @@ def test_a_frozen_encoder_is_run_once_and_the_head_ends_up_the_same(inputs, dtyp
     cfg = core.parse_config(script.Config, {}, script.SMOKE, "", [str(flag) for flag in flags])
     script.main(cfg, World())
     assert calls == []  # all of it was in the cache
+    (folder,) = Path("cache").glob("*/vectors_*")
+    assert is_whole(folder)
+    with open(folder / "vectors.npy", "r+b") as file:
+        file.seek(-9, 2)
+        file.write(b"\xff")
+    assert not is_whole(folder) and not folder.exists()  # set aside: the next run encodes again
 
 
 @pytest.mark.slow

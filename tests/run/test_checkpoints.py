@@ -1,5 +1,6 @@
 """Damaged checkpoints, damaged best weights and full disks cost no more than they must."""
 
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from ranks import launch, newest, result
 
 import core
 import run_preference as script
-from core import World
+from core import UserError, World
 from lab.run import checkpoints
 
 
@@ -58,3 +59,16 @@ def test_too_little_disk_is_refused_at_the_start_and_survived_later(monkeypatch)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: system._ntuple_diskusage(1, 1, 1000))
     with pytest.raises(core.UserError, match=r"checkpoints need \d+ MB"):
         script.main(cfg, World())
+
+
+def test_a_copy_of_a_checkpoint_under_another_name_is_no_checkpoint(tmp_path):
+    for name in ("step_00000012", "step_00000012_mine", "step_100000000"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step_00000099").touch()
+    assert [path.name for path in checkpoints.step_folders(tmp_path)] == ["step_00000012", "step_100000000"]
+
+
+def test_a_state_that_would_run_code_is_one_line(tmp_path):
+    (tmp_path / "state.pt").write_bytes(pickle.dumps(print))
+    with pytest.raises(UserError, match=r"state.pt is no state .*: resume another step"):
+        checkpoints.load_state(tmp_path)

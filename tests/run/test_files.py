@@ -5,6 +5,7 @@ import os
 import pytest
 
 import core
+from lab.run import files
 
 
 def test_a_folder_or_file_appears_whole_or_not_at_all(tmp_path):
@@ -15,8 +16,32 @@ def test_a_folder_or_file_appears_whole_or_not_at_all(tmp_path):
         file.write("half")
         raise KeyError
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / ".a.left").mkdir()  # by a process that was killed yesterday
-    os.utime(tmp_path / ".a.left", (0, 0))
+    (tmp_path / ".a.leftover").mkdir()  # by a process that was killed yesterday
+    os.utime(tmp_path / ".a.leftover", (0, 0))
     with core.whole_folder(tmp_path / "a") as aside:
         (aside / "x").write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_leftovers_of_killed_writers_go_and_what_is_somebody_elses_stays(tmp_path):
+    for name in (".result.json.4711", ".step_00000004.ab12_xyz", ".DS_Store", ".lock", ".nfs0001"):
+        (tmp_path / name).touch()
+    (tmp_path / ".step_00000008.ab12cd34").mkdir()
+    files.remove_leftovers(tmp_path, older=60)
+    assert len(list(tmp_path.iterdir())) == 6  # they may be a living process's
+    files.remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".DS_Store", ".lock", ".nfs0001"]
+
+
+def test_files_have_the_modes_that_the_umask_leaves_and_hold_any_text(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with core.whole_folder(tmp_path / "folder") as aside:
+            (aside / "private").touch(mode=0o600)  # as safetensors makes it
+    finally:
+        os.umask(before)
+    assert (tmp_path / "folder" / "private").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o750
+    with core.whole_file(tmp_path / "text") as file:
+        file.write("a lone \ud800")
+    assert (tmp_path / "text").read_text() == "a lone \\ud800"

@@ -1,5 +1,6 @@
 """eval.py --pack: an archive that can be measured at home."""
 
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -47,3 +48,16 @@ def test_a_killed_packing_leaves_no_archive_under_its_name(trained, monkeypatch)
     with pytest.raises(OSError, match="disk full"):
         script.main(cfg, World())
     assert list(Path("away").iterdir()) == []
+
+
+def test_links_are_not_followed(trained, tmp_path):
+    """A run folder that somebody has sent may link to anything of this box."""
+    folder = tmp_path / "copied"
+    shutil.copytree(trained("run_lora"), folder)
+    (tmp_path / "secret").write_text("of this box")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret")
+    (folder / ".result.json.4711").touch()  # what a killed write left
+    assert "1 link(s) are not inside: notes.txt" in evaluate("--pack", folder, "--out", "away")
+    with tarfile.open("away/copied.tar.gz") as tar:
+        names = [Path(name).name for name in tar.getnames()]
+    assert "log.txt" in names and not {"notes.txt", ".result.json.4711"} & {*names}

@@ -8,7 +8,7 @@ from ranks import everywhere
 
 import core
 from core import UserError
-from lab.run import files
+from lab.run import files, provenance
 
 
 @pytest.fixture
@@ -60,3 +60,14 @@ def test_what_is_no_checkout_with_a_commit_is_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("1")
     with pytest.raises(UserError, match="--no-dirty"):
         core.refuse_dirty()
+
+
+def test_a_name_of_another_encoding_and_a_git_that_cannot_start_do_not_stop_a_run(project, monkeypatch):
+    (project.path / "kept").write_bytes(b"\xff\n")
+    assert r"+\xff" in provenance.git_state()["diff"]
+    monkeypatch.setattr(provenance.subprocess, "run", _no_memory)
+    assert provenance.git_state() == {"commit": "", "dirty": "", "diff": ""}
+
+
+def _no_memory(*args, **options):
+    raise OSError("no memory to fork")

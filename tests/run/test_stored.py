@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from core import UserError
-from lab.run.stored import locked, prepare_folder, read_config, read_result, status_of
+from lab.run.stored import locked, newest_run, prepare_folder, read_config, read_result, status_of
 
 
 def write(name, text):
@@ -50,3 +51,21 @@ def test_a_place_that_cannot_be_written_is_refused_before_work_begins():
         prepare_folder("file/out")
     prepare_folder("new/out")
     assert list(Path("new/out").iterdir()) == []
+
+
+def test_the_newest_run_is_one_of_the_script_that_holds_a_checkpoint_and_is_finished():
+    """A damaged config or result hides no other run."""
+    runs = [("a", "gpt_scratch", "finished"), ("b", "gpt_scratch", "stopped"), ("c", "run_lora", "finished")]
+    for name, script, status in runs:
+        write(f"out/{name}/config.json", json.dumps({"script": script, "constants": {}}))
+        write(f"out/{name}/result.json", json.dumps({"status": status}))
+        write(f"out/{name}/checkpoints/step_00000001/manifest.json", "{}")
+    for name, text in (("d", '{"script": "gpt'), ("e", json.dumps({"script": "gpt_scratch"}))):
+        write(f"out/{name}/config.json", text)
+        write(f"out/{name}/result.json", '{"status": "fin')
+        write(f"out/{name}/checkpoints/step_00000001/manifest.json", "{}")
+    cfg = SimpleNamespace(out="out")
+    assert newest_run(cfg, "gpt_scratch.py", finished=True) == Path("out/a")
+    assert newest_run(cfg, "gpt_scratch.py") == Path("out/e")
+    with pytest.raises(UserError, match=r"no finished run of run_instruct.py in out: train one"):
+        newest_run(cfg, "run_instruct.py", finished=True)

@@ -50,3 +50,9 @@ def test_a_handler_writes_past_a_stream_and_to_an_open_log(capfd):
 
 def test_a_line_of_the_screen_holds_no_control_characters():
     assert one_line("a\nb\tc\x1b[31md") == "a / b c [31md"
+
+
+def test_what_a_terminal_would_obey_is_not_written_but_bars_go_up_a_line():
+    inner = io.StringIO()
+    Terminal(inner).write("a\x1b]0;title\x07b\x1b[2Jc\x9bd\x1b[Ae\r\n\tf")
+    assert inner.getvalue() == "a?]0;title?b?[2Jc?d\x1b[Ae\r\n\tf"

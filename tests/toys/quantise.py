@@ -25,8 +25,9 @@ SHAPES = {
     "untied with biases": {"tie_head": False, "head_bias": True},
 }
 TINY = [
-    *("--smoke", "--mode", "finetune", "--init_from", "new", "--max_documents", 300, "--text_documents", 60),
-    *("--n_embd", 32, "--max_steps", 12, "--batch", 16, "--eval_every", 6, "--answer_rows", 5),
+    *("--smoke", "--mode", "train", "--init_from", "new", "--max_documents", 300),
+    *("--pretrain", "noam_wide4,max_documents=60,tokenizer=bpe:1024,block_size=64,n_embd=32"),
+    *("--max_steps", 12, "--batch", 16, "--eval_every", 6, "--answer_rows", 5),
     *("--eval_rows", 20, "--plain_blocks", 3),
 ]
 
@@ -77,9 +78,8 @@ def assert_far(ours, theirs):
 
 
 def parsed(*argv):
-    return core.parse_config(
-        run_mathqa.Config, run_mathqa.PRESETS, run_mathqa.SMOKE, "", [str(word) for word in argv]
-    )
+    constants = run_mathqa.Config, run_mathqa.PRESETS, run_mathqa.SMOKE
+    return core.parsed_config(*constants, "", [str(word) for word in argv])
 
 
 def here(*argv):

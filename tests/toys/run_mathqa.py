@@ -10,12 +10,23 @@ from ranks import launch
 from toys.once import once
 
 NAME = "run_mathqa"
+TEXT = {  # constants of the first stage
+    **{"max_documents": 30, "tokenizer": "bpe:300", "block_size": 64, "vocab_multiple": 32, "n_embd": 32},
+    **{"eval_rows": 20, "batch": 10, "max_steps": 10, "eval_every": 4, "save_every": 3, "sample_tokens": 0},
+}
+
+
+def first(**changes) -> list:
+    """--pretrain and its words."""
+    words = [f"{name}={value}" for name, value in {**TEXT, **changes}.items()]
+    return ["--pretrain", ",".join(["noam_wide4", *words])]
+
+
+FIRST = first()
 DATA = [
-    *("--smoke", "--max_documents", 200, "--text_documents", 30, "--tokenizer", "bpe:300", "--n_embd", 32),
+    *("--smoke", "--max_documents", 200),
     *("--eval_rows", 20, "--answer_rows", 7, "--plain_blocks", 3, "--log_every", 4),
 ]
-FIRST = ["--pretrain_batch", 10, "--pretrain_max_steps", 10, "--pretrain_eval_every", 4]
-FIRST = [*FIRST, "--pretrain_save_every", 3]
 SECOND = ["--batch", 10, "--max_steps", 12, "--eval_every", 5, "--save_every", 4]
 slow = pytest.mark.slow
 
@@ -59,6 +70,10 @@ def constants_of(folder) -> dict:
     return json.loads((Path(folder) / "config.json").read_text())["constants"]
 
 
+def script_of(folder) -> str:
+    return json.loads((Path(folder) / "config.json").read_text())["script"]
+
+
 def run_folders(out="out") -> list[Path]:
     return sorted(path.parent for path in Path(out).glob("*/config.json"))
 
@@ -70,7 +85,7 @@ def same_outcome(got, want):
 
 
 ARMS = ("full", "lora,lr=3e-3", "full,qat=int4")
-STUDY = [*DATA, "--mode", "study", *FIRST, *SECOND, "--pretrain_max_steps", 4, "--answer_rows", 0]
+STUDY = [*DATA, "--mode", "study", *first(max_steps=4), *SECOND, "--answer_rows", 0]
 STUDY = [*STUDY, "--arms", *ARMS, "--budgets", "steps", "time", "--seeds", 2]
 
 
@@ -127,4 +142,4 @@ def rows_of(text) -> list[dict]:
     return tables_of(text)[0]
 
 
-SPLIT = [*DATA, "--mode", "split", *FIRST, *SECOND, "--answer_rows", 0, "--plain_blocks", 0]
+SPLIT = [*DATA, "--mode", "split", *SECOND, "--answer_rows", 0, "--plain_blocks", 0]

@@ -1,33 +1,72 @@
-"""Ranks that wait for each other: a missing one is named."""
+"""Ranks that wait for each other: one that dies or hangs is named, in one line."""
 
+import os
+import signal
 import subprocess
 import sys
 
+import pytest
+from ranks import free_port
 
-def test_a_rank_that_is_missing_is_named():
-    """Rank 1 never comes to the second reduction; the error on rank 0 says so."""
-    code = """
-import datetime, os, sys, threading, torch, core
-rank = int(sys.argv[1])
-os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
-                   MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[2])
-with core.distributed(timeout_minutes=0.05) as world:
+import core
+from lab.train import processes
+
+CODE = """
+import os, sys, threading, time
+rank, how = sys.argv[1], sys.argv[3]
+os.environ |= dict(RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank, LOCAL_WORLD_SIZE="2")
+os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[2])
+import core
+from lab.train import heartbeat
+heartbeat.BEAT_SECONDS = 0.1
+with core.distributed() as world:
+    print("ready", flush=True)
+    if rank == "1":
+        time.sleep(600)
+    if how == "in C++":
+        import torch.distributed as dist, torch
+        heartbeat.last_words.append(lambda text: print("noted", flush=True))
+        dist.all_reduce(torch.zeros(1))
     core.barrier(world)
-    if rank == 0:
-        try:
-            core.barrier(world)
-        except RuntimeError as error:
-            print(error)
-        os._exit(0)
-    import time; time.sleep(8); os._exit(0)
 """
-    from ranks import free_port
 
-    port = str(free_port())
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", code, str(rank), port], stdout=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    said = ranks[0].communicate(timeout=60)[0]
+
+@pytest.mark.parametrize(
+    ("sent", "how", "said"),
+    [
+        (signal.SIGKILL, "reduction", "rank 1 did not come to reduction 1, where rank 0 waits ("),
+        (signal.SIGSTOP, "reduction", "silent for a minute"),
+        pytest.param(signal.SIGSTOP, "in C++", "silent for a minute", marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, "in C++", "ended while the others waited", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_died_or_stopped_is_named(sent, how, said):
+    """Before its first reduction, too. `in C++`: where no exception reaches the one that waits."""
+    command, port = [sys.executable, "-c", CODE], str(free_port())
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen([*command, str(rank), port, how], **pipes) for rank in (0, 1)]
+    for rank in ranks:
+        assert rank.stdout.readline() == "ready\n"
+    os.kill(ranks[1].pid, sent)
+    out, err = ranks[0].communicate(timeout=120)
     ranks[1].kill()
-    assert "rank 1 did not come to reduction 2" in said
+    ranks[1].communicate()
+    assert ranks[0].returncode == 1
+    (line,) = err.splitlines()  # no traceback, no stack of C++
+    assert line.startswith("-c: error: ") and "rank 1" in line and said in line
+    assert out == ("noted\n" if (sent, how) == (signal.SIGSTOP, "in C++") else "")
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [(OSError(28, "No space left on device"), True), (RuntimeError("PytorchStreamWriter failed"), True),
+     (OSError(5, "Input/output error"), False), (RuntimeError("shapes do not fit"), False)],
+)  # fmt: skip
+def test_a_full_disk_is_one_line_and_a_fault_is_not(error, full, capsys, monkeypatch):
+    left = []
+    monkeypatch.setattr(processes.os, "_exit", left.append)
+    with pytest.raises((SystemExit, OSError, RuntimeError)) as raised, core.distributed():
+        raise error
+    assert (left == [1]) is full
+    assert raised.value is error or full
+    assert ("make room, then the same command resumes\n" in capsys.readouterr().err) is full

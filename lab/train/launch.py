@@ -1,0 +1,110 @@
+"""How the processes of a launch meet: what torchrun says in the environment, and the store they meet in."""
+
+import ctypes
+import datetime
+import os
+import re
+import signal
+import socket
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from lab.errors import LostRanks, UserError
+from lab.train.heartbeat import JOIN_SECONDS, Heartbeat, wait_for_all
+
+_UNSET = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}  # without torchrun
+_NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # torch's own: each torchrun reads it
+_PR_SET_PDEATHSIG = 1  # of Linux' prctl
+
+
+def number(name) -> int:
+    """A number that torchrun has put into the environment: RANK, WORLD_SIZE ..."""
+    value = os.environ.get(name, _UNSET.get(name, 0))
+    try:
+        return int(value)
+    except ValueError:
+        raise UserError(f"the environment says {name}={value}, no number: use torchrun") from None
+
+
+def launcher() -> str | None:
+    """Identifies the torchrun that started this process; it stays the same when it restarts its workers."""
+    return f"{socket.gethostname()}/{os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+launchers = []  # of all boxes, once their ranks have met
+
+
+def end_with_torchrun():
+    """Has the kernel send SIGTERM once torchrun is gone (kill -9): its workers lead sessions of their own and
+    would train on, or wait for its store. Linux only."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextmanager
+def heard_at_once(sent):
+    """Meanwhile Ctrl-C ends the process by itself: Python's handler would wait until torch's C++ returns."""
+    if signal.getsignal(sent) is not signal.default_int_handler:  # ignored under nohup: so it stays
+        yield
+        return
+    signal.signal(sent, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(sent, signal.default_int_handler)
+
+
+def join(rank, size, several_boxes):
+    """Meets the other ranks in torchrun's store, or in rank 0's. Returns (store, this rank's Heartbeat)."""
+    if absent := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(f"WORLD_SIZE is {size}, but {' and '.join(absent)} not set: start with torchrun")
+    if several_boxes and number("TORCHELASTIC_MAX_RESTARTS") and os.environ.get(_NEW_STORE) != "1":
+        raise UserError(f"--max-restarts on several boxes: type {_NEW_STORE}=1 in front of each torchrun")
+    without_traces()
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = _connect(rank == 0 and not agents, several_boxes)
+    store.set(f"launcher/{rank}", f"{launcher()} {number('TORCHELASTIC_RESTART_COUNT')}")
+    parents = agents and number("GROUP_RANK") == 0
+    pulse = Heartbeat(_connect(False, several_boxes), rank, size, parents)
+    pulse.start()
+    wait_for_all(store, size)
+    told = [store.get(f"launcher/{other}").decode().split() for other in range(size)]
+    launchers[:] = sorted({name for name, _ in told})
+    if launcher():  # which torchrun lost a rank need not be rank 0's: all go on from the highest count
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(max(int(count) for _, count in told))
+    return store, pulse
+
+
+def _connect(holds, several_boxes):
+    """A connection to the store. holds: this process holds it.
+
+    torchrun keeps its store when it restarts workers; a prefix hides the keys of the dead from them. Several
+    torchruns count their restarts apart and would disagree on it: they make a new store instead.
+    """
+    address, port = os.environ["MASTER_ADDR"], number("MASTER_PORT")
+    limit = datetime.timedelta(seconds=JOIN_SECONDS)
+    try:
+        store = dist.TCPStore(address, port, None, holds, limit, wait_for_workers=False, multi_tenant=holds)
+    except RuntimeError as error:
+        raise LostRanks(f"no store at {address}:{port} ({first_line(error)})") from error
+    attempt = 0 if several_boxes else number("TORCHELASTIC_RESTART_COUNT")
+    return dist.PrefixStore(f"attempt {attempt}", store)
+
+
+def first_line(error) -> str:
+    """What torch says of an error, without source file, advice and C++ stack."""
+    line = str(error).partition("\n")[0]
+    return re.sub(r"^\[[^]]*\] ", "", line).partition(". ")[0]
+
+
+def without_traces():
+    """Keeps torch's C++ from writing a stack at each call to a store that is gone. It has read the variable
+    when it was loaded, so it is asked to read it again."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    library = Path(torch.__file__).parent / "lib" / "libc10.so"
+    if library.exists() and hasattr(c10 := ctypes.CDLL(library), "_ZN3c1011initLoggingEv"):
+        c10._ZN3c1011initLoggingEv()

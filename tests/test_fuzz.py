@@ -1,0 +1,52 @@
+"""A seeded share of tests/fuzz.py; and that it finds what it is for."""
+
+import random
+import signal
+from pathlib import Path
+
+import fuzz
+import pytest
+
+from lab.data import cache, tables
+from lab.errors import UserError
+
+
+def test_two_hundred_damaged_inputs_are_read_rightly_or_refused_in_one_line():
+    counts, failures = fuzz.run(seed=20, cases=200)
+    assert failures == [] and min(counts["right"], counts["refused"]) > 40
+
+
+def boom(*_):
+    raise KeyError("options")
+
+
+def empty(*_):
+    raise UserError("")
+
+
+def slow(*_):
+    signal.pause()
+
+
+def other_rows(name, *_, **__):
+    return [{"a": "1"}]
+
+
+@pytest.mark.parametrize("fault", [boom, empty, slow, other_rows])
+def test_it_finds_a_faulty_reader(fault, monkeypatch):
+    monkeypatch.setattr(fuzz, "PATIENCE", 0.1)
+    monkeypatch.setattr(tables, "read_rows", fault)
+    _, failures = fuzz.run(seed=1, cases=6, only="tables")
+    assert failures and all(failure.startswith("case ") for failure in failures)
+
+
+def test_it_finds_a_cache_that_is_believed(monkeypatch):
+    monkeypatch.setattr(cache, "damage", lambda folder: None)
+    monkeypatch.setattr(cache, "_checked", {})
+    assert fuzz.run(seed=1, cases=20, only="caches")[1]
+
+
+def test_a_case_is_a_function_of_seed_and_number(tmp_path):
+    rows = [fuzz.some_rows(random.Random("7/3")) for _ in range(2)]
+    paths = [fuzz.write_file(tmp_path, rows[0], random.Random("7/3")) for _ in range(2)]
+    assert rows[0] == rows[1] and paths[0] == paths[1] and Path(paths[0]).exists()
