@@ -201,8 +201,10 @@ def test_what_may_not_be_read_is_named(monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     put("t.jsonl")
-    monkeypatch.setattr("builtins.open", refused)  # as root every file can be read
-    assert "t.jsonl cannot be read (Permission denied)" in refusal(paths.open_file, "t.jsonl")
+    with monkeypatch.context() as patched:
+        patched.setattr("builtins.open", refused)  # as root every file can be read
+        line = refusal(paths.open_file, "t.jsonl")
+    assert "t.jsonl cannot be read (Permission denied)" in line
 
 
 def zip_of(content=LINES, method=zipfile.ZIP_DEFLATED, name="train.jsonl") -> bytearray:
