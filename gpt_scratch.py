@@ -247,21 +247,12 @@ def build_model(cfg, tokens, world) -> core.GPT:
     if cfg.block_size > model.config.block_size:
         most = model.config.block_size
         raise core.UserError(f"--block_size {cfg.block_size} is over the {most} of {cfg.model}")
-    if len(tokens.tokenizer) > model.config.vocab_size:
-        sizes = f"{len(tokens.tokenizer)} tokens, the model {model.config.vocab_size}"
-        raise core.UserError(f"the tokenizer of {cfg.model} has {sizes}: they do not belong together")
     return model
-
-
-def stored_config(folder) -> Config:
-    """The constants of a run; those that this script no longer has are left out."""
-    stored, known = core.read_config(folder)["constants"], {field.name for field in fields(Config)}
-    return Config(**{name: value for name, value in stored.items() if name in known})
 
 
 def load_model(folder, world):
     """(Config, model, tokenizer) of a run, from its folder alone; the weights it was tested with."""
-    cfg = stored_config(folder)
+    cfg = core.stored_config(folder, Config, __file__)
     model, tokenizer = core.open_model(folder)
     return cfg, core.Precision(cfg.dtype, world).prepare(model).eval(), tokenizer
 
@@ -503,6 +494,14 @@ def newest_base(cfg) -> str:
     return str(core.newest_run(cfg, __file__, finished=True))
 
 
+def with_newest(cfg, world, name):
+    """cfg with the newest base as its constant `name`. It counts as not typed: a resume keeps its base,
+    whatever is newest then."""
+    like, is_new = core.typed(cfg), cfg.resume_timestamp in (None, "auto")
+    base = core.on_main(world, newest_base, cfg) if is_new else getattr(cfg, name)
+    return core.with_flags(replace(cfg, **{name: base}), like, like.flags - {name})
+
+
 def find_lr(run, cfg, world) -> dict:
     """Mode find_lr: the loss over a rate that grows at every step."""
     setup = set_up(run, cfg, world, cfg.find_steps)
@@ -585,10 +584,7 @@ def main(cfg, world):
             raise core.UserError(f"--mode {cfg.mode} runs in one process: start it with python")
         return (generate_mode if cfg.mode == "generate" else export)(cfg, world)
     if cfg.model == "newest":
-        is_new = cfg.resume_timestamp in (None, "auto")
-        base = core.on_main(world, newest_base, cfg) if is_new else cfg.model
-        like = core.typed(cfg)  # not counted as typed: a resume keeps its base, whatever is newest then
-        cfg = core.with_flags(replace(cfg, model=base), like, like.flags - {"model"})
+        cfg = with_newest(cfg, world, "model")
     with core.Run(cfg, world, __file__, unit="tokens") as run:
         run.result = {"train": train, "find_lr": find_lr, "profile": profile}[cfg.mode](run, run.cfg, world)
     return run.result
