@@ -87,7 +87,8 @@ def test_its_one_cycle_is_torchs_with_the_peak_it_names(preset, peak):
 
 
 def test_what_continues_noam_falls_from_a_tenth_of_its_rate_to_a_hundredth():
-    rates = [core.lr_at(parsed("--preset", "continue_noam"), step, 1000) for step in range(1001)]
+    cfg = parsed("--preset", "continue_noam")
+    rates = [core.lr_at(cfg, step, 1000) for step in range(1001)]
     assert math.isclose(max(rates), 8e-5) and np.argmax(rates) in (49, 50)
     assert math.isclose(rates[-1], 8e-6) and min(rates[50:]) == rates[-1]
     assert math.isclose(rates[525], 8e-6 + (8e-5 - 8e-6) / 2, rel_tol=0.01)  # the middle in the middle
