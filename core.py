@@ -73,7 +73,8 @@ from lab.run.folder import Run, open_run  # open_run: none where it is finished
 from lab.run.checkpoints import load_weights, tested_checkpoints, tested_or_newest_checkpoint
 from lab.run.checkpoints import state_sha256, weights_sha256
 from lab.run.resume import CALL_CONSTANTS, MAY_CHANGE, finished_run
-from lab.run.stored import SCRIPTS, is_run, newest_run, out_folder, prepare_folder, read_config, script_of
+from lab.run.stored import SCRIPTS, is_run, newest_run, out_folder, prepare_folder, read_config
+from lab.run.stored import script_of, stored_config
 from lab.run.provenance import device_name, git_state, refuse_dirty, refuse_other_data
 
 # 10  files that are whole or not there

@@ -254,21 +254,12 @@ def build_model(cfg, tokens, world) -> core.GPT:
     if cfg.block_size > model.config.block_size:
         most = model.config.block_size
         raise core.UserError(f"--block_size {cfg.block_size} is over the {most} of {cfg.model}")
-    if len(tokens.tokenizer) > model.config.vocab_size:
-        sizes = f"{len(tokens.tokenizer)} tokens, the model {model.config.vocab_size}"
-        raise core.UserError(f"the tokenizer of {cfg.model} has {sizes}: they do not belong together")
     return model
-
-
-def stored_config(folder) -> Config:
-    """The constants of a run; those that this script no longer has are left out."""
-    stored, known = core.read_config(folder)["constants"], {field.name for field in fields(Config)}
-    return Config(**{name: value for name, value in stored.items() if name in known})
 
 
 def load_model(folder, world):
     """(Config, model, tokenizer) of a run, from its folder alone; the weights it was tested with."""
-    cfg = stored_config(folder)
+    cfg = core.stored_config(folder, Config, __file__)
     model, tokenizer = core.open_model(folder)
     return cfg, core.Precision(cfg.dtype, world).prepare(model).eval(), tokenizer
 
@@ -348,8 +339,7 @@ def describe_model(folder, model, tokenizer):
 
 
 def forward_backward(setup, rows, targets) -> float:
-    """Adds the gradients of this rank's rows, of summed loss / global targets; returns
-    the rows' summed loss."""
+    """Adds the gradients of this rank's rows, of summed loss / global targets. Returns their summed loss."""
     losses = []
     for part in core.micro_batches(setup.ddp, rows, setup.cfg.micro_batch):
         input_ids, labels = setup.blocks["train"].batch(part, setup.world.device)
@@ -493,13 +483,10 @@ def report_validation(run, at, val, is_best):
 
 
 def sample(run, cfg, at, model, tokenizer):
-    """Rank 0: writes continuations of the prompt to samples.jsonl, TensorBoard and
-    (the first one) the log."""
+    """Rank 0: writes new documents to samples.jsonl and TensorBoard, shows how the first one begins."""
     if cfg.sample_tokens:
-        prompts = [""] * SAMPLES
-        texts = core.continuations(
-            model, tokenizer, cfg, prompts, cfg.sample_tokens, at.step, at.leave_if_signalled
-        )
+        how = (cfg.sample_tokens, at.step, at.leave_if_signalled)
+        texts = core.continuations(model, tokenizer, cfg, [""] * SAMPLES, *how)
         run.samples(at.step, texts)
         for text in texts[:1]:
             run.say("\n".join(f"  | {line}" for line in textwrap.wrap(core.one_line(text), 95)[:4]))
@@ -508,6 +495,14 @@ def sample(run, cfg, at, model, tokenizer):
 def newest_base(cfg) -> str:
     """The newest finished run in cfg.out, or in runs/gpt_scratch."""
     return str(core.newest_run(cfg, __file__, finished=True))
+
+
+def with_newest(cfg, world, name):
+    """cfg with the newest base as its constant `name`. It counts as not typed: a resume keeps its base,
+    whatever is newest then."""
+    like, is_new = core.typed(cfg), cfg.resume_timestamp in (None, "auto")
+    base = core.on_main(world, newest_base, cfg) if is_new else getattr(cfg, name)
+    return core.with_flags(replace(cfg, **{name: base}), like, like.flags - {name})
 
 
 def find_lr(run, cfg, world) -> dict:
@@ -592,10 +587,7 @@ def main(cfg, world):
             raise core.UserError(f"--mode {cfg.mode} runs in one process: start it with python")
         return (generate_mode if cfg.mode == "generate" else export)(cfg, world)
     if cfg.model == "newest":
-        is_new = cfg.resume_timestamp in (None, "auto")
-        base = core.on_main(world, newest_base, cfg) if is_new else cfg.model
-        like = core.typed(cfg)  # not counted as typed: a resume keeps its base, whatever is newest then
-        cfg = core.with_flags(replace(cfg, model=base), like, like.flags - {"model"})
+        cfg = with_newest(cfg, world, "model")
     if not (run := core.open_run(cfg, world, __file__, unit="tokens")):
         return None
     with run:

@@ -10,7 +10,7 @@ python-instructions (built in). Each run is a folder under runs/run_instruct/: r
 rows' answers, spikes.jsonl the loss spikes; --mode ask puts questions to the model.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -142,19 +142,10 @@ def build_model(cfg, tokenizer, world):
     return model
 
 
-def stored_config(folder) -> Config:
-    """The constants of a run; those that this script no longer has are left out.
-    UserError for another script's."""
-    stored, known = core.read_config(folder), {field.name for field in fields(Config)}
-    if stored["script"] != Path(__file__).stem:
-        raise core.UserError(f"{folder} is a run of {stored['script']}.py: open it there")
-    return Config(**{name: value for name, value in stored["constants"].items() if name in known})
-
-
 def load_model(folder, world):
     """(Config, model, tokenizer) of a run, from its folder alone, with the weights
     that it was tested with."""
-    cfg = stored_config(folder)
+    cfg = core.stored_config(folder, Config, __file__)
     model, tokenizer = core.open_model(folder)
     return cfg, core.Precision(cfg.dtype, world).prepare(model).eval(), tokenizer
 

@@ -13,7 +13,7 @@ merged/ (a GPT-2 that transformers and gpt_scratch.py load) into it.
 
 import json
 import shutil
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -179,19 +179,11 @@ def keep_for_later(folder, cfg, tokenizer):
             shutil.copytree(cfg.adapter, aside, dirs_exist_ok=True)
 
 
-def stored_config(folder) -> Config:
-    """The constants of a run; those that this script no longer has are left out.
-    UserError for another script's."""
-    stored, known = core.read_config(folder), {field.name for field in fields(Config)}
-    if stored["script"] != Path(__file__).stem:
-        raise core.UserError(f"{folder} is a run of {stored['script']}.py: open it there")
-    return Config(**{name: value for name, value in stored["constants"].items() if name in known})
-
-
 def load_model(folder, world):
     """(Config, model, tokenizer) of a run: the adapters that it was tested with, on its base. UserError
     if the base has changed."""
-    cfg, tokenizer = stored_config(folder), core.named_tokenizer(str(Path(folder) / "tokenizer"))
+    cfg = core.stored_config(folder, Config, __file__)
+    tokenizer = core.named_tokenizer(str(Path(folder) / "tokenizer"))
     core.reseed(cfg.seed, "init")  # tiny:gpt2 is its seed
     model = core.Precision(cfg.dtype, world).prepare(build_model(cfg, tokenizer, world, folder))
     if core.state_sha256(core.base_weights(model)) != core.read_config(folder)["facts"].get("base_sha256"):

@@ -14,7 +14,7 @@ runs; started again, they continue where they stopped.
 """
 
 import shutil
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -187,14 +187,6 @@ def first_stage(cfg, world) -> tuple[study.Plan, study.Arm]:
     return plan, study.arm_of(plan, cfg.pretrain, "--pretrain", "pretrain")
 
 
-def with_newest(cfg, world) -> Config:
-    """cfg with the name of the newest base. It counts as not typed: a resume keeps its base, whatever is
-    newest then."""
-    like, is_new = core.typed(cfg), cfg.resume_timestamp in (None, "auto")
-    base = core.on_main(world, gpt_scratch.newest_base, cfg) if is_new else cfg.init_from
-    return core.with_flags(replace(cfg, init_from=base), like, like.flags - {"init_from"})
-
-
 def open_base(cfg, world):
     """(model, tokenizer) that fine-tuning starts from. UserError where they do not fit cfg or each other."""
     if cfg.init_from != "new":
@@ -206,18 +198,15 @@ def open_base(cfg, world):
         core.reseed(cfg.seed, "init")
         shaped = replace(first, dropout=cfg.dropout, checkpointing=cfg.checkpointing)
         model, tokenizer = gpt_scratch.build_model(shaped, tokens, world), tokens.tokenizer
-    check_context(cfg, model, tokenizer)
+    check_context(cfg, model)
     return model, tokenizer
 
 
-def check_context(cfg, model, tokenizer):
-    """UserError where rows are longer than the model's context, or its vocabulary is too small."""
-    name, most, size = cfg.init_from or "--pretrain", model.config.block_size, model.config.vocab_size
-    if cfg.max_length > most:
+def check_context(cfg, model):
+    """UserError where rows are longer than the model's context."""
+    if cfg.max_length > (most := model.config.block_size):
+        name = cfg.init_from or "--pretrain"
         raise core.UserError(f"--max_length {cfg.max_length} is over the {most} positions of {name}")
-    if len(tokenizer) > size:
-        raise core.UserError(f"the tokenizer of {name} has {len(tokenizer)} tokens, the model {size}: "
-                             "they do not belong together")  # fmt: skip
 
 
 def tuned(cfg, base, world):
@@ -237,7 +226,7 @@ def base_text(cfg, world):
         first = first_stage(cfg, world)[1].cfg
         return first, gpt_scratch.open_text(first, world)[0]
     if core.is_run(cfg.init_from) and core.script_of(cfg.init_from) == "gpt_scratch":
-        first = gpt_scratch.stored_config(cfg.init_from)
+        first = core.stored_config(cfg.init_from, gpt_scratch.Config, gpt_scratch.__file__)
         tokens = core.open_corpus(gpt_scratch.corpus_of(first), world)
         known = core.read_config(cfg.init_from)["facts"]["fingerprint"]
         core.refuse_other_data(known, tokens.fingerprint, first.data, ("data", "tokenizer"))
@@ -386,14 +375,11 @@ def finish(run, cfg, data, parts, plain, model, trained, optimizer) -> dict:
 
 
 def stored_config(folder) -> Config:
-    """The constants of a run; those that this script no longer has are left out.
-    UserError for another script's."""
-    stored, known = core.read_config(folder), {field.name for field in fields(Config)}
-    if stored["script"] != Path(__file__).stem:
-        raise core.UserError(f"{folder} is a run of {stored['script']}.py: open it there")
-    if stored["constants"]["mode"] == "pretrain":
+    """The constants of a run of this script. UserError for an older version's first stage."""
+    stored = core.read_config(folder)
+    if stored["constants"].get("mode") == "pretrain":
         raise core.UserError(f"{folder} is an older version's first stage: it can be an --init_from")
-    cfg = Config(**{name: value for name, value in stored["constants"].items() if name in known})
+    cfg = core.stored_config(folder, Config, __file__)
     return core.with_flags(cfg, replace(core.typed(cfg), smoke=stored["smoke"]), ())
 
 
@@ -591,7 +577,7 @@ def several(cfg, world):
     """Modes both, study and split. Checks everything before the first step."""
     check_words(cfg)
     if cfg.init_from == "newest":
-        cfg = with_newest(cfg, world)
+        cfg = gpt_scratch.with_newest(cfg, world, "init_from")
     unread = OF_A_STUDY - ({"pretrain"} if cfg.init_from == "new" else set())
     plan = study.Plan(cfg, world, __file__, Config, PRESETS, SMOKE, main, ARM_MAY, unread)
     if cfg.mode == "both":
@@ -635,7 +621,7 @@ def check_stages(stages):
         tokenizer = tokens.tokenizer
         with torch.device("meta" if first.model == "new" else "cpu"):
             base = gpt_scratch.build_model(first, tokens, world)
-        check_context(cfg, base, tokenizer)
+        check_context(cfg, base)
     parts, _ = choices.examples_of(core.load_problems(cfg, world, tokenizer), cfg)
     if len(parts["train"]) < cfg.batch and not cfg.pack:
         rows = len(parts["train"])
@@ -687,7 +673,7 @@ def main(cfg, world):
             return (quantise if cfg.mode == "quantise" else export)(cfg, world, poll)
     cfg = core.with_dtype(cfg, world)
     if cfg.init_from in (None, "newest"):
-        cfg = with_newest(cfg, world)
+        cfg = gpt_scratch.with_newest(cfg, world, "init_from")
     if not (run := core.open_run(cfg, world, __file__, unit="tokens")):
         return None
     with run:

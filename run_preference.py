@@ -190,9 +190,8 @@ def build_model(cfg, data, world):
 
 def rebuild(folder, world, **changes):
     """(Config, untrained model, tokenizer) of a run, from its folder alone; `changes`: of Config."""
-    stored = {"symmetric": False} | core.read_config(folder)["constants"]  # as runs were before both orders
-    known = {field.name for field in dataclasses.fields(Config)}
-    cfg = Config(**{name: value for name, value in stored.items() if name in known} | changes)
+    before = {"symmetric": False}  # as runs were before both orders
+    cfg = dataclasses.replace(core.stored_config(folder, Config, __file__, before), **changes)
     encoder = encoders.stored_encoder(Path(folder) / "encoder")
     model = core.Precision(cfg.dtype, world).prepare(scorer(cfg, encoder))
     return cfg, model, tokenizers.encoder_tokenizer(str(Path(folder) / "encoder"))

@@ -285,8 +285,7 @@ def run_facts(cfg, text, batches) -> dict:
 def load_model(folder, world):
     """(Config, model, tokenizer) of a run, from its folder alone, with the weights
     that it was tested with."""
-    stored, known = core.read_config(folder)["constants"], {field.name for field in fields(Config)}
-    cfg = Config(**{name: value for name, value in stored.items() if name in known})
+    cfg = core.stored_config(folder, Config, __file__)
     model, tokenizer = core.open_model(folder)
     return cfg, core.Precision(cfg.dtype, world).prepare(model).eval(), tokenizer
 

@@ -121,6 +121,18 @@ def launch(
     return [rank.exitcode for rank in ranks]
 
 
+def typed(script, *argv) -> tuple[int, str, str]:
+    """`script argv` as one process of its own: exit code, stdout, stderr."""
+    env = {"TOKEN_CACHE": os.environ["TOKEN_CACHE"]}
+    argv = (script, argv, 0, 1, 0, None, None, None, os.getcwd(), env)
+    process = _context.Process(target=_rank, args=argv, kwargs={"errors": "err.txt"})
+    for name in ("out.txt", "err.txt"):
+        Path(name).write_text("")
+    process.start()
+    process.join(300)
+    return process.exitcode, Path("out.txt").read_text(), Path("err.txt").read_text()
+
+
 def stopped(size, number) -> list[int]:
     """Exit codes after a stop signal: plain python dies of it, the ranks of a launch leave with 0."""
     return [-number] if size == 1 else [0] * size
@@ -187,15 +199,28 @@ def take_terminal(name):
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)
 
 
-def _rank(script, argv, rank, size, port, kill, sent, crash, folder, env, terminal=None, again=None):
+def _rank(
+    script,
+    argv,
+    rank,
+    size,
+    port,
+    kill,
+    sent,
+    crash,
+    folder,
+    env,
+    terminal=None,
+    again=None,
+    errors="out.txt",
+):
     os.chdir(folder)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests run under nohup would pass on that it is ignored
     if terminal:
         take_terminal(terminal)
     else:
-        out = os.open("out.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
+        for stream, name in ((1, "out.txt"), (2, errors)):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
     os.environ |= env
     if size > 1:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
@@ -249,11 +274,13 @@ def strike(script, place, nth, action):
 def everywhere(setter, module, name, new):
     """Replaces module.name by `new` in every module of the project that has imported it by name, too.
     setter: setattr, or that of pytest's monkeypatch."""
-    old = getattr(module, name)
-    for other in [each for each in list(sys.modules.values()) if vars(each).get("__file__")]:
-        path = Path(other.__file__)
-        mine = PROJECT in path.parents and "site-packages" not in path.parts
-        if mine and name in vars(other) and vars(other)[name] is old:
+    old, here = getattr(module, name), f"{PROJECT}{os.sep}"
+    for other in list(sys.modules.values()):
+        if (
+            name in vars(other)
+            and vars(other)[name] is old
+            and (vars(other).get("__file__") or "").startswith(here)
+        ):
             setter(other, name, new)
 
 

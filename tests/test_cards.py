@@ -111,6 +111,7 @@ def test_a_marked_test_runs_where_a_card_is_and_is_shown_as_skipped_elsewhere(th
     card = {"kind": "cuda", "count": 1, "half": "bf16", "before": {"CUDA_VISIBLE_DEVICES": "3"}}
     env = os.environ | {cards.FOUND: json.dumps(card if there else None)}
     command = [sys.executable, "-m", "pytest", "-c", str(PROJECT / "pyproject.toml"), "-p", "conftest", "-rs"]
+    command += ["--basetemp", str(tmp_path / "inner")]  # else it clears what earlier sessions left in /tmp
     done = subprocess.run([*command, "test_marked.py"], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert ("1 passed" if there else "1 skipped") in done.stdout

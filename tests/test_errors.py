@@ -23,6 +23,7 @@ def test_a_stop_is_not_caught_by_who_catches_every_error():
     assert issubclass(UserError, Exception) and issubclass(LostRanks, RuntimeError)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "code", "shown"),
     [("UserError", 2, "-c: error: batch 2 is smaller than 4 ranks: use --batch 4\n"),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ranks
 import safetensors.torch
 import torch
 from ranks import everywhere, newest, result
@@ -86,7 +87,8 @@ def test_its_one_cycle_is_torchs_with_the_peak_it_names(preset, peak):
 
 
 def test_what_continues_noam_falls_from_a_tenth_of_its_rate_to_a_hundredth():
-    rates = [core.lr_at(parsed("--preset", "continue_noam"), step, 1000) for step in range(1001)]
+    cfg = parsed("--preset", "continue_noam")
+    rates = [core.lr_at(cfg, step, 1000) for step in range(1001)]
     assert math.isclose(max(rates), 8e-5) and np.argmax(rates) in (49, 50)
     assert math.isclose(rates[-1], 8e-6) and min(rates[50:]) == rates[-1]
     assert math.isclose(rates[525], 8e-6 + (8e-5 - 8e-6) / 2, rel_tol=0.01)  # the middle in the middle
@@ -147,6 +149,20 @@ def test_a_run_takes_the_rates_it_names_and_others_go_on_with_its_weights(monkey
         with pytest.raises(core.UserError, match=said):
             here(*READ, "--model", folder, *argv)
     assert run_folders() == known  # refused before anything is kept
+
+
+def test_the_preset_and_lion_give_the_same_weights_on_any_ranks():
+    """fp64, to 1e-9: a padded vocabulary, one_cycle, some validation blocks, and signs of gradients."""
+    ends = {}
+    for size, micro_batch in ((1, "none"), (2, 1)):
+        flags = [*READ, "--optimizer", "lion", "--lr", 3e-4, "--dtype", "fp64", "--micro_batch", micro_batch]
+        found = ranks.run("gpt_scratch", *flags, size=size)
+        ends[size] = found["test/loss"], losses(newest()), weights(newest(), 20)
+        Path("out").rename(f"of_{size}")
+    (loss, path, alone), (both_loss, both_path, together) = ends.values()
+    assert both_loss == pytest.approx(loss, abs=1e-9) and both_path == pytest.approx(path, abs=1e-9)
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, rtol=0, atol=1e-9, msg=name)
 
 
 def test_continued_pretraining_reads_the_text_in_a_new_order(monkeypatch):

@@ -138,6 +138,7 @@ def test_the_length_is_what_the_spent_share_says(clocked):
         assert one.schedule_length(step, total) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", CLOCKED)
 def test_the_script_itself_anneals_by_the_clock(schedule, monkeypatch):
     now, taken = fake_clock(monkeypatch), []
@@ -170,6 +171,7 @@ def test_the_script_itself_anneals_by_the_clock(schedule, monkeypatch):
     assert taken[-1] <= 0.05e-3 and max(np.diff(taken[int(np.argmax(taken)) :])) <= 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_all_ranks_stop_on_one_step_when_the_clock_is_out(size):
     found = run("run_mathqa", *TINY, "--max_steps", "none", "--max_minutes", 0.02, size=size)

@@ -14,6 +14,7 @@ def times(folder):
     return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.slow
 def test_mode_quantise_keeps_the_model_and_its_figures_until_the_weights_change(capsys):
     own = here(*TINY)
     found, small = quantised(folder := newest())
@@ -47,6 +48,7 @@ def test_mode_quantise_keeps_the_model_and_its_figures_until_the_weights_change(
     assert_far(logits(int4.load(small)[0]), logits(model))
 
 
+@pytest.mark.slow
 def test_a_run_that_trained_for_int4_has_the_figures_of_its_int4_model():
     own = here(*TINY, "--qat", "int4", "--qat_group", 16)
     found, small = quantised(newest())  # by the group it was trained for, not the call's 32

@@ -30,6 +30,7 @@ from toys.run_mathqa import (
 import core
 
 
+@pytest.mark.slow
 def test_every_arm_stands_in_both_tables_with_the_figures_of_its_runs(studied):
     (path,) = studied.glob("out/study-*/study.md")
     sections = path.read_text().split("**equal ")[1:]
@@ -129,6 +130,7 @@ def test_a_finished_study_typed_again_makes_nothing_and_says_the_same(copied, go
     )
 
 
+@pytest.mark.slow
 def test_another_rate_of_an_arm_makes_that_arm_anew(copied, go):
     folders, was = run_folders(), study_of()["runs"]
     go(*arms("full", "lora,lr=1e-3", "full,qat=int4"), "--seeds", 1)
@@ -137,6 +139,7 @@ def test_another_rate_of_an_arm_makes_that_arm_anew(copied, go):
     assert study_of()["runs"]["steps"]["full"] == was["steps"]["full"][:1]
 
 
+@pytest.mark.slow
 def test_other_lengths_and_rates_of_tuning_repeat_no_pretraining(copied, go):
     folders = run_folders()
     go(*arms("full", of=budgets("steps")), "--seeds", 1, "--max_steps", 5, "--lr", 1e-3, "--loss_on_prompt")
@@ -153,6 +156,7 @@ def test_another_length_makes_every_arm_anew_and_no_pretraining(copied, go):
     assert [one["mode"] for one in new] == ["train"] * 5
 
 
+@pytest.mark.slow
 def test_equal_time_is_that_of_the_first_arm_there_is_now(copied, go):
     """The arms of another first arm had another time."""
     go(*arms("lora,lr=3e-3", "full", "full,qat=int4"), "--seeds", 1)
@@ -162,6 +166,7 @@ def test_equal_time_is_that_of_the_first_arm_there_is_now(copied, go):
         assert constants_of(found[arm][0])["max_minutes"] == pytest.approx(seconds / 60), arm
 
 
+@pytest.mark.slow
 def test_arms_of_many_words_are_trained_for_both_budgets(copied, go):
     long = "lora,lr=3e-3,beta1=0.9,beta2=0.95,weight_decay=0.1,warmup=0.1,clip=1.0"
     go(*arms("full", long), "--seeds", 1)
@@ -181,6 +186,7 @@ def test_a_study_killed_anywhere_and_typed_again_has_the_same_figures(place, nth
         same_outcome(result_of(folder), result_of(studied / study_of(studied)["runs"]["steps"][arm][0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "total", [pytest.param((8, 12), id="even", marks=slow), pytest.param((9, 12), id="odd")]
 )
@@ -195,6 +201,7 @@ def test_the_steps_of_each_share_add_up_to_the_total(total, go):
         assert sum(steps) == sum(total), (share, steps)
 
 
+@pytest.mark.slow
 def test_the_minutes_of_each_share_add_up_to_the_total(go):
     minutes = [*first(max_steps="none", max_minutes=0.003), "--max_steps", "none", "--max_minutes", 0.003]
     go(*SPLIT, *minutes, "--shares", 0.25, 0.5)
@@ -206,6 +213,7 @@ def test_the_minutes_of_each_share_add_up_to_the_total(go):
             assert result_of(each)["train_seconds"] >= part * 0.36
 
 
+@pytest.mark.slow
 def test_shares_that_are_near_each_other_are_not_seeds_of_one(go):
     go(*SPLIT, *first(max_steps=8), "--max_steps", 12, "--shares", 0.5, 0.504)
     (arms,) = study_of(mode="split")["runs"].values()

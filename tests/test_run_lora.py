@@ -84,6 +84,7 @@ def test_a_changed_base_is_refused_by_a_resume_and_by_load_model(gpt2_folder, mo
         run_lora.load_model(folder, World())
 
 
+@pytest.mark.slow
 def test_exported_adapters_are_the_run_to_peft_and_to_a_run_that_goes_on(gpt2_folder, capfd):
     import peft
     from transformers import GPT2LMHeadModel
@@ -140,6 +141,7 @@ def exported(folder) -> dict[str, torch.Tensor]:
     return {**{f"peft {k}": w for k, w in peft.items()}, **{f"merged {k}": w for k, w in merged.items()}}
 
 
+@pytest.mark.slow
 def test_adapters_that_a_run_began_with_may_go(gpt2_folder):
     steady = ["--schedule", "constant", "--warmup", 0, "--test_weights", "last", "--no-final_eval"]
     argv = ["--max_steps", 4, *steady]
@@ -159,6 +161,7 @@ def test_adapters_that_a_run_began_with_may_go(gpt2_folder):
     assert resumed["weights_sha256"] == whole["weights_sha256"]
 
 
+@pytest.mark.slow
 def test_a_second_export_takes_the_place_of_the_first(gpt2_folder):
     argv = ["--test_weights", "last", "--no-final_eval", "--schedule", "constant", "--warmup", 0]
     _, other = tune_folder(gpt2_folder, *argv, "--epochs", 2, out="whole")

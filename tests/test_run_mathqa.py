@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -105,6 +103,7 @@ def same_weights(got, want, tolerance=0.0, note=""):
 FEW, MANY = [(1, "none"), (2, 3)], [(1, "none"), (2, 1), (3, "none")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "ways"),
     [
@@ -147,6 +146,7 @@ def straight(here, cache):
     return reference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "place", "nth", "who", "size"),
     [
@@ -168,6 +168,7 @@ def test_killed_and_resumed_ends_in_the_same_weights(kind, place, nth, who, size
     assert len(run_folders()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "nth", "size"),
     [
@@ -187,6 +188,7 @@ def test_a_signal_in_a_step_saves_and_the_run_goes_on_from_there(kind, nth, size
     same_outcome(ranks.result(), straight(kind, size))
 
 
+@pytest.mark.slow
 def test_the_best_weights_of_a_quantised_run_were_quantised(made):
     """A lower loss from before int4 began is no record."""
     folder = made("qat")
@@ -197,6 +199,7 @@ def test_the_best_weights_of_a_quantised_run_were_quantised(made):
     assert "step 5: int4 weights" in log
 
 
+@slow
 @pytest.mark.parametrize("kind", [*ADAPTERS, "qat"])
 def test_figures_do_not_depend_on_the_evaluation_batch(kind, made):
     """int8 activations, too: what fp32 adds up in another order seldom reaches another level, and that is one
@@ -268,6 +271,7 @@ def test_both_stages_typed_again_make_nothing_new(whole, go):
     assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("*")} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "nth", "size"),
     [
@@ -290,6 +294,7 @@ def test_both_stages_killed_and_typed_again_end_in_the_same_weights(place, nth, 
     same_stages(want)
 
 
+@pytest.mark.slow
 def test_both_stages_ended_between_the_two_go_on_with_the_second(whole, go):
     first, _ = stages(whole(1) / "out")
     shutil.copytree(first, f"out/{first.name}")
@@ -305,6 +310,7 @@ def test_a_resumed_pretraining_may_be_cut_into_smaller_micro_batches(go):
     assert len(run_folders()) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nth", [7, pytest.param(17, marks=slow)])
 def test_a_signal_in_mode_both_stops_and_the_same_command_goes_on(nth, whole, go):
     said = go(*BOTH, sent=("step", nth, signal.SIGTERM), ends=[-signal.SIGTERM])
@@ -383,7 +389,8 @@ def test_a_base_that_has_changed_is_not_gone_on_with(made, go):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [*((kind, "fp32") for kind in ("full", *ADAPTERS, "qat")), ("qat", "fp64")]
+    ("kind", "dtype"),
+    [*((kind, "fp32") for kind in ("full", *ADAPTERS, "qat")), pytest.param("qat", "fp64", marks=slow)],
 )
 def test_eval_measures_each_kind_of_run_as_it_ended(kind, dtype, made, go):
     folder = made(kind, *(["--dtype", dtype] if dtype != "fp32" else []))
@@ -519,15 +526,9 @@ def test_a_run_of_another_script_is_not_quantised(made):
 
 
 @slow
-@pytest.mark.parametrize("size", [1, 2])
-def test_the_smoke_run_learns_to_answer_with_all_weights_and_with_int4(size):
-    start = [sys.executable]
-    if size > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"]
+def test_the_smoke_run_learns_to_answer_with_all_weights_and_with_int4():
     arms = ["full", "full,qat=int4"]  # those that learn to answer in a smoke run
-    command = [*start, str(PROJECT / f"{NAME}.py"), "--smoke", "--arms", *arms]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0, done.stderr
+    assert launch(NAME, "--smoke", "--arms", *arms, timeout=1500) == [0], Path("out.txt").read_text()
     (path,) = Path("runs/smoke/run_mathqa").glob("study-*/study.md")
     learnt, int4 = path.read_text().split("**int4**")
     assert len(rows_of(learnt)) == len(arms)
@@ -543,4 +544,4 @@ def test_the_smoke_run_learns_to_answer_with_all_weights_and_with_int4(size):
         assert abs(small["int4"]["test/answer_accuracy"] - small["float"]["test/answer_accuracy"]) < 0.06
         assert small["int4"]["mb"] < small["float"]["mb"] / 2
     assert [row["run"] for row in rows_of(int4)] == ["full", "full", "full,qat=int4", "full,qat=int4"]
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in Path("out.txt").read_text()

@@ -28,7 +28,7 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 OPENER = urllib.request.build_opener(NoRedirect)
 
 
-def within(seconds, work, *args):
+def in_time(seconds, work, *args):
     """work(*args), at most so many seconds, whatever it does: a connection's own time-out limits each silence
     only, so that a name server, a handshake or headers that drip could take for ever. TimeoutError."""
     done = queue.SimpleQueue()

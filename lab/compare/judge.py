@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from lab.compare.endpoint import LOCAL, checked_host, exchange, fault, key_of, shown_url, told_pause, within
+from lab.compare.endpoint import LOCAL, checked_host, exchange, fault, in_time, key_of, shown_url, told_pause
 from lab.compare.grades import duel_figures, summary
 from lab.compare.protocols import (
     pair_question,
@@ -203,7 +203,7 @@ class Judge:
         headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
         request = urllib.request.Request(self.endpoint, json.dumps(body).encode(), headers)
         try:
-            status, reason, headers, read = within(self.seconds, exchange, request, self.seconds)
+            status, reason, headers, read = in_time(self.seconds, exchange, request, self.seconds)
         except (OSError, http.client.HTTPException, ValueError) as error:  # URLError is an OSError
             if isinstance(getattr(error, "reason", error), ConnectionRefusedError) and not self.asked:
                 raise Refused("connection refused: start it (`ollama serve`), or set --judge_url") from None

@@ -7,6 +7,7 @@ import functools
 import importlib
 import inspect
 import json
+import os
 import re
 import sysconfig
 from collections import Counter
@@ -36,16 +37,23 @@ def built_in_texts(name):
 
 def _library_files() -> list[Path]:
     """Modules of the standard library: no tests, no installed packages."""
-    folder = Path(sysconfig.get_path("stdlib"))
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
-    skipped.add("ensurepip")
-    files = (path.relative_to(folder) for path in sorted(folder.rglob("*.py")))
-    return [folder / path for path in files if not skipped & set(path.parts)]
+    skipped = {"site-packages", "dist-packages", "test", "tests"}
+    skipped |= {"idlelib", "lib2to3", "turtledemo", "ensurepip"}
+    return _modules(Path(sysconfig.get_path("stdlib")), skipped)
 
 
 def _numpy_files() -> list[Path]:
-    folder = Path(np.__file__).parent
-    return [path for path in sorted(folder.rglob("*.py")) if "tests" not in path.parts]
+    return _modules(Path(np.__file__).parent, {"tests"})
+
+
+def _modules(folder, skipped) -> list[Path]:
+    """All *.py below a folder, sorted, without what lies in folders of these names: these are not walked,
+    for site-packages has tens of thousands of files."""
+    found = []
+    for where, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in skipped]
+        found += [Path(where, name) for name in files if name.endswith(".py")]
+    return sorted(found)
 
 
 def _docstrings(source):

@@ -241,16 +241,19 @@ def walk(folder):
 def descriptions(name) -> list[str]:
     """Names of the text files of a folder that are left out, since they describe it: README.md and such."""
     files = sorted(walk(Path(name))) if Path(name).is_dir() else []
-    visible = [file for file in files if not any(part.startswith(".") for part in file.parts)]
-    return [str(f) for f in visible if form_of(f)[0] in TEXT_FILES and not is_data(f, Path(name).name)]
+    texts = [file for file in files if form_of(file)[0] in TEXT_FILES and not is_hidden(file)]
+    return [str(file) for file in texts if not is_data(file, Path(name).name)]
 
 
 def is_data(path, folder="") -> bool:
     """Whether a file found in a folder (relative to it) or zip is data: not hidden, no README, no LICENSE, no
     dataset_info.json, and not the loading script, which is called like its folder."""
-    hidden = any(part.startswith(".") for part in path.parts) or not path.name
     script = path.name == f"{folder}.py"
-    return not (hidden or script or ABOUT.fullmatch(path.name.lower()))
+    return not (is_hidden(path) or not path.name or script or ABOUT.fullmatch(path.name.lower()))
+
+
+def is_hidden(path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def table_files(name, prefer) -> list[DataFile]:

@@ -12,12 +12,16 @@ from torch.utils.checkpoint import checkpoint
 
 from lab.errors import UserError
 from lab.train import cpu
-from lab.train.cpu import onednn, require_room
+from lab.train.cpu import onednn, require_memory
 from lab.train.loss import IGNORE_INDEX, linear_cross_entropy, targets_only
 from lab.train.objective import objective
 
 MOST = {  # beyond these a constant has a zero too many, and would cost memory or hours before it fails
-    **{"vocab_size": 10**8, "block_size": 2**24, "n_layer": 1000, "n_head": 10_000, "n_embd": 10**6},
+    "vocab_size": 10**8,
+    "block_size": 2**24,
+    "n_layer": 1000,
+    "n_head": 10_000,
+    "n_embd": 10**6,
 }
 
 
@@ -169,7 +173,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         if torch.get_default_device().type != "meta":
-            require_room(config.parameters, "a model of this shape")
+            require_memory(config.parameters, "a model of this shape")
         self.config = config
         self.wte = Embedding(config.vocab_size, config.n_embd)
         if config.positions == "learned":

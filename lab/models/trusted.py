@@ -7,7 +7,7 @@ import torch
 
 from lab.data.hub import local_or_hub
 from lab.errors import UserError
-from lab.train.cpu import require_room
+from lab.train.cpu import require_memory
 
 MOST = {  # in any model; beyond these a config.json is damaged, and would cost memory or hours
     "num_hidden_layers": 1000,
@@ -38,7 +38,7 @@ def config_of(name):
     if all(isinstance(size, int) for size in sizes):
         width, layers, words = sizes
         least = width * words + 2 * layers * width**2  # queries and outputs of attention
-        require_room(least, f"model {name} by its config.json")
+        require_memory(least, f"model {name} by its config.json")
     return config
 
 

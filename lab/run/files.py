@@ -90,7 +90,7 @@ def flush(path):
 
 
 def sha256_file(path) -> str:
-    """About 1.3 s a GiB where the processor has instructions for it; memory stays constant."""
+    """SHA-256 in hexadecimal digits. Reads piece by piece: memory stays constant."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 18))
     with open(path, "rb", buffering=0) as file:
         while size := file.readinto(buffer):

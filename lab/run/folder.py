@@ -16,7 +16,6 @@ import dataclasses
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
@@ -42,12 +41,12 @@ from lab.run.flags import typed
 from lab.run.meter import Meter, clock
 from lab.run.provenance import write_provenance
 from lab.run.resume import plan_run
-from lab.run.signals import forces_exit, leave_at_once
+from lab.run.signals import Signals
 from lab.run.stored import read_config, stored_constants
-from lab.run.terminal import Terminal, write_in_handler
+from lab.run.terminal import Terminal
 from lab.train import heartbeat, launch
 from lab.train.precision import Precision
-from lab.train.processes import all_reduce_sum, heard_signals, may_leave, on_main
+from lab.train.processes import all_reduce_sum, on_main
 
 
 def open_run(cfg, world, script, unit="examples"):
@@ -69,11 +68,8 @@ class Run:
         if cfg.batch < world.size:
             better = f"use --nproc_per_node={cfg.batch} or --batch {world.size} or more"
             raise UserError(f"batch {cfg.batch} is smaller than {world.size} ranks: {better}")
-        self._signal, self._signal_time, self._deferring, self._handlers = None, 0.0, False, {}
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # what nohup ignores stays ignored
-                self._handlers[number] = signal.signal(number, self._on_signal)
         self._lock = self._log = self.curves = self.checkpoint = None
+        self.signals = Signals(world, self._newest)
         plan = on_main(world, self._plan, cfg)
         if world.size > launch.number("LOCAL_WORLD_SIZE"):
             require_one_disk(world, plan["folder"], cache_root())
@@ -82,8 +78,7 @@ class Run:
         if self.finished:
             if world.is_main:
                 print("\n".join([*plan["lines"], f"{self.folder} is finished: nothing to do"]), flush=True)
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)
+            self.signals.close()
             if self._lock:
                 self._lock.close()
             return
@@ -100,7 +95,7 @@ class Run:
         self._steps_in_budget = None  # of max_minutes, by the forecast; later the clock itself says it
         self._lines = plan["lines"]
         if world.is_main:
-            self._log = open(self.folder / "log.txt", "a", encoding="utf-8")
+            self._log = self.signals.log = open(self.folder / "log.txt", "a", encoding="utf-8")
             if not self.resumed:
                 write_provenance(self)
         transport = world.device.type if world.size == 1 else world.backend
@@ -114,15 +109,15 @@ class Run:
 
     def _note_loss(self, text):
         """Where a rank is lost and this one hangs: its thread writes what __exit__ would."""
-        if self.world.is_main and self._deferring:
+        if self.world.is_main and self.signals.deferring:
             self._write_result("failed", LostRanks(text))
 
     def __exit__(self, kind, error, trace):
         status = "finished" if kind is None else "stopped" if kind is Stop else "failed"
         heartbeat.last_words.clear()
         unborn = kind is UserError and not self.resumed and self.checkpoint is None
-        touched = self._deferring or not self.resumed
-        self._deferring = True  # a signal must not break this off
+        touched = self.signals.deferring or not self.resumed
+        self.signals.deferring = True  # a signal must not break this off
         if self.world.is_main:
             if touched and not unborn:
                 try:
@@ -134,8 +129,7 @@ class Run:
                     stream.close()
             if unborn:
                 shutil.rmtree(self.folder)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self.signals.close()
         return status == "stopped"
 
     # -- what the terminal, the log and the curves show ----------------------------------------------------
@@ -184,9 +178,9 @@ class Run:
         self._step_began = time.perf_counter()
         minutes = self.cfg.max_minutes if self.world.is_main else None
         share = 0.0 if minutes is None else self.train_seconds / (60 * minutes + 1e-9)
-        sums = torch.tensor([targets, bool(self._signal), share], dtype=torch.float64)
+        sums = torch.tensor([targets, bool(self.signals.name), share], dtype=torch.float64)
         targets, signalled, self.clock_share = all_reduce_sum(self.world, sums).tolist()
-        self.stopping = (self._signal or "a signal to another rank") if signalled else None
+        self.stopping = (self.signals.name or "a signal to another rank") if signalled else None
         if self.clock_share >= 1 and not self._clock_said:
             self._clock_said = True
             self.say(f"{self.cfg.max_minutes:g} minutes of training are spent: it ends here")
@@ -201,30 +195,15 @@ class Run:
 
     def leave_if_signalled(self):
         """Raises Stop after a signal. For rank 0's work inside on_main, which passes it on to all ranks."""
-        if self._signal:
-            raise Stop(self._signal)
-
-    def _on_signal(self, number, frame):
-        name, now = signal.Signals(number).name, time.monotonic()
-        if self._signal is None:
-            self._signal, self._signal_time = name, now
-            heard_signals.append(number)
-            if not self._deferring and may_leave(self.world):
-                raise Stop(name)  # nothing to save: leave from wherever this is
-            if self.world.is_main:
-                write_in_handler(f"{name}: saves after this step; one more Ctrl-C leaves at once\n")
-        elif forces_exit(self._signal, self._signal_time, name, now, self.world):
-            saved = f"the newest checkpoint is {self.checkpoint}" if self.checkpoint else "nothing is saved"
-            write_in_handler(f"second signal: out at once; {saved}\n", self._log)
-            leave_at_once(number, self.world)
+        self.signals.leave()
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 
     def begin(self):
         """Starts the run once all input is checked: from here on a resumed folder is changed, and signals are
         answered where all ranks agree."""
-        if not self._deferring:
-            self._deferring = True
+        if not self.signals.deferring:
+            self.signals.deferring = True
             on_main(self.world, self._open)
             for line in filter(None, [*self._lines, Precision(self.cfg.dtype, self.world).warning()]):
                 self.say(line)
@@ -387,14 +366,14 @@ class Run:
             **self.result,
         }
         if status != "finished":
-            saved = (
-                f"the newest checkpoint is {self.checkpoint}" if self.checkpoint else "there is no checkpoint"
-            )
-            self.say(f"{status}  {why}; {saved}")
+            self.say(f"{status}  {why}; {self._newest()}")
             self.say(f"next: the same command{self._flags_to_go_on()}")
             if "TORCHELASTIC_RUN_ID" in os.environ:
                 self.say("(torchrun reports every stop with a traceback of its own)")
         write_json(self.folder / "result.json", self.result)
+
+    def _newest(self, none="there is no checkpoint") -> str:
+        return f"the newest checkpoint is {self.checkpoint}" if self.checkpoint else none
 
     def _flags_to_go_on(self) -> str:
         """What a resume needs beside the command as it was typed. None without a checkpoint: the same command

@@ -1,4 +1,4 @@
-"""Signals outside a run (studies, eval.py), and when a second one leaves at once."""
+"""What a run, and what a study or eval.py, does with a signal; when a second one leaves at once."""
 
 import contextlib
 import os
@@ -8,6 +8,7 @@ import time
 import torch
 
 from lab.errors import Stop
+from lab.run.terminal import write_in_handler
 from lab.train.processes import all_reduce_sum, die_of, heard_signals, may_leave, under_torchrun
 
 
@@ -34,13 +35,59 @@ def leave_at_once(number, world):
     os._exit(1)
 
 
+def heed(handler) -> dict:
+    """Gives TERM, Ctrl-C and HUP to a handler, but for what nohup ignores. Returns the handlers before it."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    return {n: signal.signal(n, handler) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+
+
+def restore(handlers):
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+class Signals:
+    """A run's signals, from its opening to its end. `name`: the first one heard, or None.
+
+    While it is not `deferring` (nothing to save yet) a single process leaves at once; then the first signal
+    is only noted: the ranks agree on it between two steps. A second one ends the process, and says what
+    `saved(or none)` says.
+    """
+
+    def __init__(self, world, saved):
+        self.world, self.saved, self.name, self.log, self.deferring = world, saved, None, None, False
+        self._heard = 0.0
+        self._before = heed(self._on_signal)
+
+    def leave(self):
+        """Raises Stop after a signal."""
+        if self.name:
+            raise Stop(self.name)
+
+    def close(self):
+        restore(self._before)
+
+    def _on_signal(self, number, frame):
+        name, now = signal.Signals(number).name, time.monotonic()
+        if self.name is None:
+            self.name, self._heard = name, now
+            heard_signals.append(number)
+            if not self.deferring and may_leave(self.world):
+                raise Stop(name)  # nothing to save: leave from wherever this is
+            if self.world.is_main:
+                write_in_handler(f"{name}: saves after this step; one more Ctrl-C leaves at once\n")
+        elif forces_exit(self.name, self._heard, name, now, self.world):
+            write_in_handler(f"second signal: out at once; {self.saved('nothing is saved')}\n", self.log)
+            leave_at_once(number, self.world)
+
+
 @contextlib.contextmanager
 def listening(world):
     """Yields poll(active), which sums `active` over the ranks and raises Stop on all of them after a signal.
 
     A single process stops at once. A second signal always does, except those of a terminal that closes.
     """
-    heard, before = [], {}
+    heard = []
     heard_signals.clear()
 
     def on_signal(number, frame):
@@ -60,11 +107,8 @@ def listening(world):
             raise Stop(signal.Signals(mine[0]).name if mine else "a signal to another rank")
         return total
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            before[number] = signal.signal(number, on_signal)
+    before = heed(on_signal)
     try:
         yield poll
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore(before)

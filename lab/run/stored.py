@@ -1,6 +1,7 @@
 """Runs that lie on the disk: their folders, their config.json, how they ended, which is the newest."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -85,6 +86,16 @@ def read_config(folder) -> dict:
     if isinstance(config, dict) and isinstance(config.get("constants"), dict):
         config["constants"] = stored_constants(config["constants"])
     return config
+
+
+def stored_config(folder, config, script, absent=None):
+    """The constants of a run as the dataclass `config`; those that it no longer has are left out. absent: of
+    constants that older runs lack. UserError for another script's run."""
+    stored, known = read_config(folder), {field.name for field in dataclasses.fields(config)}
+    if stored["script"] != Path(script).stem:
+        raise UserError(f"{folder} is a run of {stored['script']}.py: open it there")
+    constants = (absent or {}) | stored["constants"]
+    return config(**{name: value for name, value in constants.items() if name in known})
 
 
 def stored_constants(values) -> dict:

@@ -52,7 +52,7 @@ class _OneDNNLinear(torch.autograd.Function):
         return to_x, to_w, rows.sum(0) if needs[2] else None
 
 
-def require_room(parameters, what):
+def require_memory(parameters, what):
     """UserError where so many fp32 numbers, the matrices of a model alone, exceed this machine's memory."""
     needed, memory = 4 * parameters, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:

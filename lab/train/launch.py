@@ -90,12 +90,12 @@ def _connect(holds, several_boxes):
     try:
         store = dist.TCPStore(address, port, None, holds, limit, wait_for_workers=False, multi_tenant=holds)
     except RuntimeError as error:
-        raise LostRanks(f"no store at {address}:{port} ({first_line(error)})") from error
+        raise LostRanks(f"no store at {address}:{port} ({first_sentence(error)})") from error
     attempt = 0 if several_boxes else number("TORCHELASTIC_RESTART_COUNT")
     return dist.PrefixStore(f"attempt {attempt}", store)
 
 
-def first_line(error) -> str:
+def first_sentence(error) -> str:
     """What torch says of an error, without source file, advice and C++ stack."""
     line = str(error).partition("\n")[0]
     return re.sub(r"^\[[^]]*\] ", "", line).partition(". ")[0]

@@ -24,7 +24,7 @@ from lab.errors import LostRanks, Stop, UserError
 from lab.run.terminal import outlive_terminal
 from lab.train import heartbeat
 from lab.train.cpu import keep_freed_memory
-from lab.train.launch import end_with_torchrun, first_line, heard_at_once, join, number
+from lab.train.launch import end_with_torchrun, first_sentence, heard_at_once, join, number
 
 
 @dataclass(frozen=True)
@@ -90,19 +90,11 @@ def distributed(backend="auto", timeout_minutes=10):
         if world.is_main:
             print(f"stopped  {stop}", file=sys.stderr)
     except Exception as error:
-        if full := _full_disk(error):
-            heartbeat.say_error(full, world.store)
-            sys.stdout.flush()
-            os._exit(1)
-        if os.environ.get("WORLD_SIZE", "1") == "1":
+        full = _full_disk(error)
+        if not full and os.environ.get("WORLD_SIZE", "1") == "1":
             raise
-        if pulse and "third_party/gloo" in str(error):  # of a gradient's reduction, say
-            named = "; ".join(pulse.stopped()) or "a rank"
-            error = LostRanks(f"{named}: ended while the others waited for it ({first_line(error)})")
-        if isinstance(error, LostRanks):  # nothing of this rank's is wrong
-            heartbeat.say_error(error, world.store)
-        else:
-            traceback.print_exc()
+        _say_fault(full or error, world, pulse)
+        sys.stdout.flush()
         sys.stderr.flush()  # then out at once: taking the process group down may hang, and the others with it
         os._exit(1)
     finally:
@@ -128,6 +120,17 @@ heard_signals = []  # numbers of the stop signals that this process has noted (b
 def under_torchrun(world) -> bool:
     """Whether torchrun started this process."""
     return world.size > 1 or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _say_fault(error, world, pulse):
+    """One line where the disk or another rank is at fault; else a traceback."""
+    if pulse and "third_party/gloo" in str(error):  # of a gradient's reduction, say
+        named = "; ".join(pulse.stopped()) or "a rank"
+        error = LostRanks(f"{named}: ended while the others waited for it ({first_sentence(error)})")
+    if isinstance(error, str | LostRanks):  # nothing of this rank's is wrong
+        heartbeat.say_error(error, world.store)
+    else:
+        traceback.print_exc()
 
 
 def _full_disk(error) -> str | None:
@@ -173,7 +176,7 @@ def all_reduce_sum(world, values: torch.Tensor) -> torch.Tensor:
         except LostRanks:
             raise
         except RuntimeError as error:
-            raise LostRanks(f"{_who_is_missing(world, call)} ({first_line(error)})") from error
+            raise LostRanks(f"{_who_is_missing(world, call)} ({first_sentence(error)})") from error
     return values
 
 
@@ -253,7 +256,7 @@ def _names_the_lost():
     except LostRanks:
         raise
     except RuntimeError as error:
-        raise LostRanks(f"the store is gone: torchrun, or rank 0, ended ({first_line(error)})") from error
+        raise LostRanks(f"the store is gone: torchrun, or rank 0, ended ({first_sentence(error)})") from error
 
 
 def _wait_for_main(store, key) -> bytes:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 from conftest import PROJECT
 from toys.results import make_run, refused, resumes, source
 
@@ -76,6 +77,7 @@ def test_folders_stand_for_their_runs_each_once():
         refused(f"{a} is no run folder", facts.find, [a])
 
 
+@pytest.mark.slow
 def test_a_runs_source_is_what_it_imported(tmp_path):
     """Asked of the process: neither a list of names to forget, nor what other scripts need."""
     flags = ["--smoke", "--max_documents", "90", "--max_steps", "2", "--out", str(tmp_path / "out")]

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PROJECT
+from ranks import typed
 from toys.compare import ALONE, NATS, compared, losing
-from toys.results import evaluate, make_run, refused, resumes, rows_of, source
+from toys.results import make_run, refused, resumes, rows_of, source
 
 import lab.compare.sides
 from lab.compare import facts, responses
@@ -166,6 +167,7 @@ def graded(name, grades, answers, **how):
     return losing(name, NATS, files={"responses.json": rows, "judged.json": judged}, **how)
 
 
+@pytest.mark.slow
 def test_answers_and_grades_stand_side_by_side_and_none_breaks_out():
     wild = "# Heading\n\n| a | b |\n|---|---|\n```python\nx = 1\n---\n## 2\n> quote"
     a = graded("a", [[50], [75, 80], [None]], [wild, "plain", " "], tag="one")
@@ -185,7 +187,7 @@ def test_answers_and_grades_stand_side_by_side_and_none_breaks_out():
     assert "2 of 3 prompts" in few and re.findall(r"> (right \d)", few) == ["right 0", "right 2"]
     assert side_by_side(lab.compare.sides.sides([a, losing("c", NATS, lr=3)], "runs"), None) is None
 
-    code, out, err = evaluate("--compare", a, b, "--plot")
+    code, out, err = typed("eval", "--compare", a, b, "--plot")
     assert code == 0, err
     folder, files = re.fullmatch(r"written: (\S+)/ \((.*)\)", out.splitlines()[-1]).groups()
     assert files == "answers.md, compare.json, compare.md, curves.png"
@@ -224,14 +226,14 @@ def test_a_constant_added_to_a_script_as_a_user_adds_it():
     new = "    label_smoothing: core.Share = 0.0  # of a target's weight\n"
     script.write_text(script.read_text().replace(line, line + new))
     trained("--max_steps", "3", "--tag", "new", "--label_smoothing", "0.1")
-    code, out, err = evaluate("--compare", "old", "new")
+    code, out, err = typed("eval", "--compare", "old", "new")
     assert code == 0, err
     found = {row["constant"]: (row["old"], row["new"]) for row in rows_of(out.split("**loss**")[0])}
     assert found == {"label_smoothing": ("absent", "0.1"), "max_steps": ("2", "3")}
     assert "NOTE run_lora.py is not the same: one version in old, another in new" in out
     (old,) = Path("runs/run_lora").glob("*-old")
     trained("--max_steps", "3", "--tag", "old", "--resume_timestamp", old.name[:15])
-    out = evaluate("--compare", "old", "new")[1]
+    out = typed("eval", "--compare", "old", "new")[1]
     changed = "max_steps 3 (before: 2), label_smoothing 0.0 (before: absent)"
     note = f"NOTE old was resumed at step 2 with {changed}: its learning rate followed another schedule"
     assert f"{note} until then\nNOTE old was resumed at step 2 with another run_lora.py than" in out

@@ -123,16 +123,16 @@ def study_of(out="out") -> dict:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "size"),
     [
-        ("gpt_scratch", 1),
-        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in STUDIED[1:]),
-        *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("gpt_scratch", "run_preference")),
+        *((name, 1) for name in STUDIED),
+        *((name, 2) for name in ("gpt_scratch", "run_preference")),
     ],
 )
 def test_a_study_killed_again_and_again_has_the_same_table_and_no_run_twice(script, size):
-    flags = [*SHORT[script], *ARMS]
+    flags = [*SHORT[script], *ARMS, "--max_steps", 12]
     assert launch(script, "--out", "whole", *flags, size=size) == [0] * size, Path("out.txt").read_text()
     kills, rng = 0, random.Random(size)
     for attempt in range(5):
@@ -157,6 +157,7 @@ def test_a_study_killed_again_and_again_has_the_same_table_and_no_run_twice(scri
     assert again == [0] * size and "4 runs, 4 of them finished" in Path("out.txt").read_text()
 
 
+@pytest.mark.slow
 def test_max_hours_end_a_study_between_two_steps_and_the_same_command_continues():
     flags = [*SHORT["gpt_scratch"], "--mode", "study", "--arms", "lr=1e-3", "lr=2e-3"]
     assert launch("gpt_scratch", "--out", "whole", *flags) == [0]
@@ -216,6 +217,7 @@ def test_one_numeric_constant_is_drawn_as_a_curve_and_the_rest_as_bars(values, c
     assert drawn == ([[0.01, 0.1, 1.0]] if curve else [])
 
 
+@pytest.mark.slow
 def test_ranks_stop_a_study_together():
     flags = [*SHORT["gpt_scratch"], *ARMS]
     codes = launch("gpt_scratch", "--out", "out", *flags, size=2, sent=("step", 35, 15))

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toys.results import STEPS, evaluate, make_run, rows_of, smoothing_runs, source
+from ranks import typed
+from toys.results import STEPS, make_run, rows_of, smoothing_runs, source
 
 from lab.compare import facts, tables
 
@@ -124,7 +125,7 @@ def test_the_table_from_the_command_line():
     for name in ("run_instruct/0", "run_instruct/1", "run_lora/0", "run_lora/1"):
         make_run(name[-1], name[:-2], seed=int(name[-1]), lora_rank=4 if "lora" in name else 16)
     folders = ["runs/run_lora", "runs/run_instruct"]
-    code, out, err = evaluate("--table", *folders, "--plot", "--group_by", "lora_rank")
+    code, out, err = typed("eval", "--table", *folders, "--plot", "--group_by", "lora_rank")
     assert code == 0, err
     assert [(row["lora_rank"], row["runs"]) for row in rows_of(out)] == [("4", "2"), ("16", "2")]
     written = [Path(line.split()[-1]) for line in out.splitlines() if line.startswith("written:")]
@@ -140,5 +141,5 @@ def test_the_table_from_the_command_line():
         ("--group_by", "x: no run has"),
     )
     for name, said in refusals:
-        code, out, err = evaluate("--table", *folders, name, "x")
+        code, out, err = typed("eval", "--table", *folders, name, "x")
         assert (code, out, len(err.splitlines())) == (2, "", 1) and said in err

@@ -95,7 +95,7 @@ def test_what_has_another_suffix_is_never_prose_nor_a_table(name):
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        (gzip.compress(LINES), "t.jsonl is packed by gzip"),
+        (gzip.compress(LINES, mtime=0), "t.jsonl is packed by gzip"),
         (b"PK\x03\x04....", "t.jsonl is a zip file"),
         (b"PAR1....PAR1", "t.jsonl is a Parquet file"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "t.jsonl is a Git LFS pointer"),
@@ -201,8 +201,10 @@ def test_what_may_not_be_read_is_named(monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     put("t.jsonl")
-    monkeypatch.setattr("builtins.open", refused)  # as root every file can be read
-    assert "t.jsonl cannot be read (Permission denied)" in refusal(paths.open_file, "t.jsonl")
+    with monkeypatch.context() as patched:
+        patched.setattr("builtins.open", refused)  # as root every file can be read
+        line = refusal(paths.open_file, "t.jsonl")
+    assert "t.jsonl cannot be read (Permission denied)" in line
 
 
 def zip_of(content=LINES, method=zipfile.ZIP_DEFLATED, name="train.jsonl") -> bytearray:

@@ -379,7 +379,11 @@ KILLS = {  # one after the other: how many pieces lie between two saves, and the
 }
 
 
-@pytest.mark.parametrize("kills", KILLS.values(), ids=KILLS)
+@pytest.mark.parametrize(
+    "kills",
+    [KILLS["at once"], *(pytest.param(KILLS[name], marks=pytest.mark.slow) for name in [*KILLS][1:])],
+    ids=KILLS,
+)
 def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(kills):
     spec = Corpus(table(LONG), "bytes", val_share=0.3, test_share=0.2)
     expected = build(spec, "whole", every=1)

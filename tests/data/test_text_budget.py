@@ -99,6 +99,7 @@ def test_the_first_document_is_drawn_like_any_other_if_it_is_not_to_train():
     assert documents_of(kept, "train")[0] == held  # as every script but the study has it
 
 
+@pytest.mark.slow
 def test_what_was_read_ahead_makes_no_source_look_worse_than_it_is():
     texts = ["" if i % 143 == 142 else f"{i} " + "word " * 1200 for i in range(700)]  # 0.7 % are empty
     assert len(opened(table(texts)).lines) == 1
@@ -148,6 +149,7 @@ def hub(monkeypatch):
     return prepared
 
 
+@pytest.mark.slow
 def test_a_streamed_set_is_read_as_far_as_it_is_needed(hub):
     texts = texts_of(150, words=5000)  # some 20,000 characters each, 52 to a megabyte
     sets = hub(texts)

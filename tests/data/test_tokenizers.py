@@ -124,6 +124,7 @@ def test_a_tokenizer_that_is_not_there_or_has_no_end_is_refused(tmp_path):
         core.make_tokenizer(str(tmp_path / "bert"), lambda: ["text"])
 
 
+@pytest.mark.slow
 def test_ids_do_not_depend_on_the_hash_seed():
     """Journal 003: ids came from a set, changed with each process, and its cache decoded to garbage."""
     table(texts_of(60), "hashed.jsonl")

@@ -91,15 +91,15 @@ RATE = dict.fromkeys(SCRIPTS, "tokens_per_second") | {"run_preference": "example
 AUTO = ("--resume_timestamp", "auto")
 
 
-def on_every_script(*cases, scripts=SCRIPTS):
+def on_every_script(*cases, scripts=SCRIPTS, quick=1):
     """Parameters (script, *case). Of three and more cases a script gets every third one: each case runs on
-    two scripts. CI runs them all, the default set each case on one script, in turn."""
+    two scripts. CI runs them all, the default set the first `quick` cases, each on one script, in turn."""
     first, params, every = next(_uses), [], scripts
     for n, case in enumerate(cases):
         scripts = every if len(cases) < 3 else every[n % 3 :: 3]
         default = scripts[(first + n) % len(scripts)]
         params += [
-            pytest.param(script, *case, marks=[] if script == default else [pytest.mark.slow])
+            pytest.param(script, *case, marks=[] if script == default and n < quick else [pytest.mark.slow])
             for script in scripts
         ]
     return params
@@ -169,15 +169,16 @@ def same_curves(folder, want):
 @pytest.mark.parametrize(
     ("script", "place", "nth", "who", "size"),
     on_every_script(
-        ("caching", 1, 0, 1),
         ("step", 13, 0, 1),
         ("evaluation", 7, 0, 1),
+        ("evaluation", 6, 1, 2),
+        ("caching", 1, 0, 1),
         ("save", 3, 0, 1),
         ("pruning", 2, 0, 1),
         ("caching", 1, "all", 2),
-        ("evaluation", 6, 1, 2),
         ("step", 11, 2, 3),
         ("save", 4, "all", 3),
+        quick=3,
     ),
 )
 def test_killed_and_resumed_ends_in_the_same_weights(script, place, nth, who, size, straight):
@@ -189,15 +190,16 @@ def test_killed_and_resumed_ends_in_the_same_weights(script, place, nth, who, si
     same_curves(newest(), want_curves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "nth", "who", "size"),
     [
         ("encoding", 1, 0, 1),
-        pytest.param("encoding", 3, "all", 2, marks=pytest.mark.slow),  # in the second fold
-        pytest.param("step", 30, 0, 1, marks=pytest.mark.slow),
+        ("encoding", 3, "all", 2),  # in the second fold
+        ("step", 30, 0, 1),
         ("evaluation", 15, 1, 2),
-        pytest.param("save", 12, 0, 2, marks=pytest.mark.slow),
-        pytest.param("step", 26, 2, 3, marks=pytest.mark.slow),
+        ("save", 12, 0, 2),
+        ("step", 26, 2, 3),
     ],
 )
 def test_a_frozen_encoder_and_folds_are_resumed_to_the_same_weights(place, nth, who, size, straight):
@@ -209,6 +211,7 @@ def test_a_frozen_encoder_and_folds_are_resumed_to_the_same_weights(place, nth, 
     same_curves(newest(), want_curves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("place", "size"), [("encoding", 2), ("evaluation", 2)])
 def test_a_signal_while_a_frozen_encoder_runs_or_folds_are_judged_is_agreed_on(place, size, straight):
     sent = (place, 1 if place == "encoding" else 12, signal.SIGTERM)
@@ -265,10 +268,11 @@ def test_killed_again_and_again_at_random_moments(script, size, straight):
     ("script", "number", "place", "nth", "size"),
     on_every_script(
         (signal.SIGTERM, "step", 7, 1),
+        (signal.SIGINT, "evaluation", 6, 2),
         (signal.SIGINT, "evaluation", 5, 1),
         (signal.SIGHUP, "step", 9, 2),
-        (signal.SIGINT, "evaluation", 6, 2),
         (signal.SIGTERM, "save", 3, 3),
+        quick=2,
     ),
 )
 def test_a_signal_saves_and_leaves(script, number, place, nth, size, straight):
@@ -284,7 +288,7 @@ def test_a_signal_saves_and_leaves(script, number, place, nth, size, straight):
     same_curves(newest(), straight(script, size)[1])
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_signal_while_rank_0_samples_is_heard_there(size, straight):
     """Law 5: the twelfth token is the fourth of the samples after step 16, which are then not written."""
     script = "gpt_scratch"
@@ -296,7 +300,7 @@ def test_a_signal_while_rank_0_samples_is_heard_there(size, straight):
     same_curves(newest(), straight(script, size)[1])
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_signal_while_all_ranks_answer_is_agreed_on(size, straight):
     """Law 5: the second token of the test rows' answers; ranks that are done keep polling."""
     script = "run_instruct"
@@ -307,6 +311,7 @@ def test_a_signal_while_all_ranks_answer_is_agreed_on(size, straight):
     same_outcome(run(script, *flags, *AUTO, size=size), straight(script, size)[0])
 
 
+@pytest.mark.slow
 def test_packing_does_not_depend_on_ranks_or_accumulation():
     """Law 1: packs are made before they are shared out; fp64, to 1e-9."""
     flags = [*SHORT["run_instruct"], *EXACT["run_instruct"], "--pack", "--batch", 5, "--max_steps", 8]
@@ -320,7 +325,7 @@ def test_packing_does_not_depend_on_ranks_or_accumulation():
         shutil.rmtree("out")
 
 
-@pytest.mark.parametrize("script", on_every_script((), scripts=SCRIPTS[::2]))
+@pytest.mark.parametrize("script", on_every_script((), quick=0, scripts=SCRIPTS[::2]))
 def test_a_signal_to_one_rank_stops_all(script, straight):
     codes = launch(script, "--out", "out", *SHORT[script], *AUTO, size=3, sent=("step", 6, signal.SIGTERM, 2))
     assert codes == [0, 0, 0], Path("out.txt").read_text()
@@ -344,7 +349,7 @@ def test_a_crashed_rank_is_a_failure_not_a_stop(script):
     assert not (newest() / "result.json").exists() or result()["status"] == "failed"
 
 
-@pytest.mark.parametrize("script", on_every_script((), scripts=TWO))
+@pytest.mark.parametrize("script", on_every_script((), quick=0, scripts=TWO))
 def test_a_run_that_is_being_written_is_not_resumed_by_another_process(script, straight):
     launch(script, "--out", "out", *SHORT[script], kill=("step", 7, 0))
     with open(newest() / ".lock", "a") as lock:
@@ -355,7 +360,8 @@ def test_a_run_that_is_being_written_is_not_resumed_by_another_process(script, s
 
 
 @pytest.mark.parametrize(
-    ("script", "damage"), on_every_script(("truncated",), ("flipped",), ("incomplete",), ("manifest",))
+    ("script", "damage"),
+    on_every_script(("truncated",), ("flipped",), ("incomplete",), ("manifest",), quick=2),
 )
 def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(script, damage, straight):
     launch(script, "--out", "out", *SHORT[script], size=1, kill=("step", 18, 0))
@@ -403,7 +409,7 @@ def test_weights_do_not_depend_on_ranks_or_accumulation(script):
         shutil.rmtree("out")
 
 
-@pytest.mark.parametrize("script", on_every_script(()))
+@pytest.mark.parametrize("script", on_every_script((), quick=0))
 def test_losses_agree_in_fp32_on_another_number_of_ranks(script):
     losses = []
     for size in (1, 3):

@@ -46,12 +46,12 @@ def first_heard(how) -> signal.Signals:
     ("script", "place", "nth", "how", "size"),
     [
         ("run_preference", "step", 13, "once", 1),
-        ("run_instruct", "evaluation", 5, "twice at once", 1),
         ("run_lora", "save", 3, "with TERM", 1),
-        ("gpt_scratch", "sampling", 12, "twice at once", 1),
-        ("run_mathqa", "answering", 1, "once", 1),
-        ("run_pretrain_diversity", "step", 7, "twice", 1),
-        ("run_lora", "step", 9, "twice at once", 2),
+        pytest.param("run_instruct", "evaluation", 5, "twice at once", 1, marks=slow),
+        pytest.param("gpt_scratch", "sampling", 12, "twice at once", 1, marks=slow),
+        pytest.param("run_mathqa", "answering", 1, "once", 1, marks=slow),
+        pytest.param("run_pretrain_diversity", "step", 7, "twice", 1, marks=slow),
+        pytest.param("run_lora", "step", 9, "twice at once", 2, marks=slow),
         *(
             pytest.param(script, place, nth, how, size, marks=slow)
             for at, script in enumerate(ranks.SCRIPTS)
@@ -239,6 +239,7 @@ LONG = {  # so long that what is typed comes in time
 }
 
 
+@slow
 def test_ctrl_c_ends_a_loop_of_the_shell_and_a_closed_terminal_saves():
     flags = ["--out", "out", *LONG["gpt_scratch"]]
     shell = Shell()

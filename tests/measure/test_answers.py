@@ -53,6 +53,7 @@ def test_answers_are_the_same_on_1_2_and_3_ranks_and_in_any_batch(tuned):
     assert len(responses) == 24 and len({row["model_response"] for row in responses}) > 5
 
 
+@pytest.mark.slow
 def test_the_batch_does_not_matter_to_an_answer(tuned):
     cfg, model, tokenizer = run_instruct.load_model(tuned[1], World())
     data, parts = parts_of(cfg)
@@ -143,7 +144,7 @@ def test_rows_whose_answer_has_no_word_do_not_count_among_first_words():
     assert first_words(run, train, np.array([1, 4]), ["", "word"]) == {}
 
 
-@pytest.mark.parametrize("fixture", ["tuned", "adapted"])
+@pytest.mark.parametrize("fixture", ["tuned", pytest.param("adapted", marks=pytest.mark.slow)])
 def test_a_run_answers_what_it_is_asked(fixture, request, monkeypatch, capfd):
     _, folder = request.getfixturevalue(fixture)
     name = {"tuned": "run_instruct", "adapted": "run_lora"}[fixture]

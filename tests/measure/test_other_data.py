@@ -162,6 +162,7 @@ def test_a_transformers_model_has_the_loss_that_transformers_gives_it():
     assert "model is a model, no run with rows of its own: name some by --data" in refused("--run", "model")
 
 
+@pytest.mark.slow
 def test_instruction_rows_of_a_file_get_the_loss_that_the_run_gives_them(trained):
     folder = trained("run_instruct")
     cfg, _, tokenizer = script.subject(str(folder)).load(script.Config(), World())

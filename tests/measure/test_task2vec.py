@@ -368,6 +368,7 @@ def test_the_fisher_diagonal_of_a_linear_softmax_model_is_its_closed_form():
     close(got, exact.mean(0), 5 * 1.5 / math.sqrt(passes))
 
 
+@pytest.mark.slow
 def test_the_clean_embedding_of_the_last_norm_is_its_closed_form():
     """Over many samples, from the model's own probabilities: targets are drawn from those, at their place."""
     model, batch, samples = random_gpt(), text(5), 800

@@ -90,6 +90,7 @@ def test_fewer_than_three_batches_have_no_interval():
     assert not any(math.isnan(value) for value in task2vec.coefficient_interval(np.ones((3, 3)) - np.eye(3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [4, 20])
 def test_the_interval_of_a_coefficient_holds_the_true_mean_distance_in_about_95_of_100(n):
     """Each batch has a share in all its distances: an interval of pairs as if apart is too small."""

@@ -144,6 +144,7 @@ def sentences(rng, n):
     return torch.from_numpy(ids)
 
 
+@pytest.mark.slow
 def test_one_token_is_less_diverse_than_a_language_and_that_less_than_random_tokens():
     """By three small probes that know the language (after 60 steps of training 1 of 12 ranked the last two
     otherwise, after 150 none). The published procedure at this size shows the noise of its draws only."""

@@ -47,7 +47,7 @@ def train(model, length, rows=3):
     model(ids, ids).backward()
 
 
-@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("adapted", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rows_of_all_lengths_share_a_graph_and_generating_costs_none(shape, adapted, graphs):
     """fullgraph: a break would raise."""

@@ -43,6 +43,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["gpt2", "noam"])
 def test_another_process_loads_the_same_model_bit_for_bit(shape, tmp_path, tokenizer):
     model = prepared(**SHAPES[shape])

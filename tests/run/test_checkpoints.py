@@ -24,6 +24,7 @@ def test_after_a_broken_checkpoint_two_whole_ones_are_kept():
     assert first.exists()
 
 
+@pytest.mark.slow
 def test_damaged_best_weights_are_named_and_the_last_ones_tested():
     flags = [
         "--smoke",

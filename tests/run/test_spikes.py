@@ -261,6 +261,7 @@ def test_the_multiplier_stands_beside_the_rate(spike_at):
     assert [spike["multiplier_lr"] for spike in spikes_of(folder)] == [pytest.approx(3e-4, rel=1e-12)]
 
 
+@pytest.mark.slow
 def test_skip_spikes_leaves_the_weights_of_that_step(spike_at):
     argv = ["--data", toy_file(), *BARE, *STEADY, "--no-final_eval", "--test_weights", "last"]
     spike_at([25])

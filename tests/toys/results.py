@@ -1,13 +1,9 @@
 """Run folders made by hand."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT
 
 import core
 
@@ -71,9 +67,3 @@ def resumes(*entries):
     return {"resumes": [{"step": step} if changed is None else {"step": step, "other_code": []}
             | {"changed": {name: {"was": was, "is": now} for name, (was, now) in changed.items()}}
             for step, changed in entries]}  # fmt: skip
-
-
-def evaluate(*args):
-    command = [sys.executable, str(PROJECT / "eval.py"), *args]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=120)
-    return done.returncode, done.stdout, done.stderr

@@ -74,7 +74,7 @@ def error(got, wanted):
 @pytest.mark.parametrize("chunk", [48, 20])
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("terms", [1, 2])
-@pytest.mark.parametrize("V", [97, 128, 50_257])
+@pytest.mark.parametrize("V", [97, 128, pytest.param(50_257, marks=pytest.mark.slow)])
 def test_in_fp64_it_is_cross_entropy(V, terms, bias, chunk, on_card, monkeypatch):
     everywhere(monkeypatch.setattr, lab.train.loss, "_chunks", slices_of(chunk))
     given = inputs(V, terms, bias)

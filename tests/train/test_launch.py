@@ -41,7 +41,7 @@ def test_what_a_launch_lacks_is_named(named, said, monkeypatch):
 
 def test_torchs_errors_are_said_without_source_advice_and_stack():
     error = "[/a/gloo/pair.cc:553] Connection closed by peer [::1]:80. This is typically ...\nframe #0: c10"
-    assert launch.first_line(RuntimeError(error)) == "Connection closed by peer [::1]:80"
+    assert launch.first_sentence(RuntimeError(error)) == "Connection closed by peer [::1]:80"
 
 
 ALONE = """
