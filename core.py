@@ -2,11 +2,11 @@
 of lab/ to read. Scripts import core, and lab only for a subject of their own (mixture, task2vec, int4 ...).
 """
 
-# 1  constants become flags (typed: what the command line said); what ends a run on purpose
+# 1  constants become flags (cfg.typed: what the command line said); what ends a run on purpose
 from lab.errors import Stop, UserError
 from lab.run.limits import Amount, Count, Rate, Seed, Share, Whole, within
-from lab.run.flags import Bookkeeping, Studied, override_lines, parse_config, parsed_config
-from lab.run.flags import first_of, typed, with_flags
+from lab.run.flags import Bookkeeping, Constants, Studied, parse_config, parsed_config
+from lab.run.flags import constants_of, counting, names_of, override_lines
 from lab.train.precision import Dtype, with_dtype
 
 # 2  processes: with one of them every verb does the obvious thing

@@ -38,7 +38,7 @@ from lab.run import checkpoints, pack
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(core.Constants):
     # data
     run_folder: tuple[str, ...] = ()  # runs, transformers folders, Hub ids (short: --run); none = newest
     data: tuple[str, ...] = ("own",)  # own = a run's test rows; text, instruction rows or A/B/tie rows
@@ -109,7 +109,7 @@ TAKES = {  # what each job looks at; other flags would change nothing
 def job_of(cfg) -> str:
     """measure, generate, judge, compare, table or pack. UserError for a flag that this job does not read."""
     job = next((name for name in ("compare", "table", "pack") if getattr(cfg, name)), cfg.mode)
-    for name in sorted(core.typed(cfg).flags - TAKES[job] - {"mode", "out", "backend"}):
+    for name in sorted(cfg.typed.flags - TAKES[job] - {"mode", "out", "backend"}):
         readers = [each for each, names in TAKES.items() if name in names]
         raise core.UserError(f"--{name} is read by {' or '.join(readers)}, not by {job}")
     return job
@@ -117,7 +117,7 @@ def job_of(cfg) -> str:
 
 def root(cfg) -> Path:
     """The folder of runs and results: runs, with --smoke runs/smoke."""
-    return Path("runs/smoke" if core.typed(cfg).smoke else "runs")
+    return Path("runs/smoke" if cfg.typed.smoke else "runs")
 
 
 # ------------------------------------------------------------------------------------------ runs and models
@@ -157,7 +157,7 @@ class Subject:
         model, tokenizer = core.main_first(world, pretrained.open_any, self.name, cfg.tokenizer)
         if tokenizer.eos_token_id is None:
             raise core.UserError(f"tokenizer of {self.name} has no end-of-text token: use a language model's")
-        if (chosen := core.typed(cfg).chosen) and world.is_main:  # a run has a dtype of its own
+        if (chosen := cfg.typed.chosen) and world.is_main:  # a run has a dtype of its own
             print(chosen)
         length = min(cfg.max_length, model.config.block_size)
         plain = {"dtype": cfg.dtype, "eval_batch": cfg.eval_batch or 32, "template": cfg.template}

@@ -230,7 +230,7 @@ def corpus_of(cfg) -> core.Corpus:
     name = cfg.tokenizer
     if cfg.model != "new":
         own = {"tokenizer", "vocab_multiple", *(field.name for field in fields(core.GPTConfig))}
-        if typed := sorted((own - {"block_size", "dropout", "checkpointing"}) & core.typed(cfg).flags):
+        if typed := sorted((own - {"block_size", "dropout", "checkpointing"}) & cfg.typed.flags):
             raise core.UserError(f"--model {cfg.model} brings its own {', '.join(typed)}: drop these flags")
         name = core.tokenizer_of(cfg.model)
     values = {f.name: getattr(cfg, f.name) for f in fields(core.Corpus) if hasattr(cfg, f.name)}
@@ -244,8 +244,7 @@ def shape_of(cfg, vocab_size) -> core.GPTConfig:
 
 
 def build_model(cfg, tokens, world) -> core.GPT:
-    """A GPT of cfg's shape with random weights, or the model of cfg.model. UserError
-    where it does not fit."""
+    """A new GPT of cfg's shape, or the model of cfg.model. UserError where it does not fit."""
     if cfg.model == "new":
         rows = math.ceil(len(tokens.tokenizer) / cfg.vocab_multiple) * cfg.vocab_multiple
         return core.GPT(shape_of(cfg, rows))
@@ -485,8 +484,8 @@ def report_validation(run, at, val, is_best):
 def sample(run, cfg, at, model, tokenizer):
     """Rank 0: writes new documents to samples.jsonl and TensorBoard, shows how the first one begins."""
     if cfg.sample_tokens:
-        how = (cfg.sample_tokens, at.step, at.leave_if_signalled)
-        texts = core.continuations(model, tokenizer, cfg, [""] * SAMPLES, *how)
+        how = (cfg, [""] * SAMPLES, cfg.sample_tokens, at.step, at.leave_if_signalled)
+        texts = core.continuations(model, tokenizer, *how)
         run.samples(at.step, texts)
         for text in texts[:1]:
             run.say("\n".join(f"  | {line}" for line in textwrap.wrap(core.one_line(text), 95)[:4]))
@@ -500,9 +499,9 @@ def newest_base(cfg) -> str:
 def with_newest(cfg, world, name):
     """cfg with the newest base as its constant `name`. It counts as not typed: a resume keeps its base,
     whatever is newest then."""
-    like, is_new = core.typed(cfg), cfg.resume_timestamp in (None, "auto")
+    is_new = cfg.resume_timestamp in (None, "auto")
     base = core.on_main(world, newest_base, cfg) if is_new else getattr(cfg, name)
-    return core.with_flags(replace(cfg, **{name: base}), like, like.flags - {name})
+    return core.counting(replace(cfg, **{name: base}), flags=cfg.typed.flags - {name})
 
 
 def find_lr(run, cfg, world) -> dict:

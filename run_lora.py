@@ -157,7 +157,7 @@ ADAPTERS_OWN = {f"lora_{name}" for name in ("rank", "alpha", "scaling", "init", 
 
 def build_model(cfg, tokenizer, world, folder):
     """The pretrained GPT, frozen, with new adapters or those of cfg.adapter (of which a run keeps a copy)."""
-    if cfg.adapter and (own := sorted(core.typed(cfg).flags & ADAPTERS_OWN)):
+    if cfg.adapter and (own := sorted(cfg.typed.flags & ADAPTERS_OWN)):
         raise core.UserError(f"--adapter brings its own {', '.join(own)}: drop these flags")
     model, kept = core.build_model(cfg, tokenizer, world), Path(folder) / "adapter"
     if cfg.adapter:

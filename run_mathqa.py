@@ -177,7 +177,7 @@ SMOKE = {
 
 def first_stage(cfg, world) -> tuple[study.Plan, study.Arm]:
     """The run of gpt_scratch.py that --pretrain describes: how it is made, its constants but for the seed."""
-    typed = core.typed(cfg)
+    typed = cfg.typed
     argv = ["--smoke"] * typed.smoke
     for name in sorted(typed.flags & {*SHARED}):
         argv += study.as_flags(name, getattr(cfg, name))
@@ -380,7 +380,7 @@ def stored_config(folder) -> Config:
     if stored["constants"].get("mode") == "pretrain":
         raise core.UserError(f"{folder} is an older version's first stage: it can be an --init_from")
     cfg = core.stored_config(folder, Config, __file__)
-    return core.with_flags(cfg, replace(core.typed(cfg), smoke=stored["smoke"]), ())
+    return core.counting(cfg, smoke=stored["smoke"])
 
 
 def load_model(folder, world):
@@ -652,7 +652,7 @@ def forecast(stages) -> list[str]:
 
 def check_flags(cfg):
     """UserError for a typed flag that the mode does not read."""
-    flags = core.typed(cfg).flags
+    flags = cfg.typed.flags
     for name in sorted(flags & READ_BY.keys()):
         if cfg.mode not in READ_BY[name]:
             raise core.UserError(f"--{name} is read by --mode {', '.join(READ_BY[name])}, not by {cfg.mode}")

@@ -504,7 +504,7 @@ def submit_of_a_run(cfg, world):
     """Mode submit: a finished run (all its folds) judges the rows of --test_csv."""
     folder = Path(core.on_main(world, run_to_submit, cfg))
     checkpoints = core.on_main(world, core.tested_checkpoints, folder)
-    typed = core.typed(cfg).flags & {"eval_batch", "dtype", "encode_once"}
+    typed = cfg.typed.flags & {"eval_batch", "dtype", "encode_once"}
     changes = {name: getattr(cfg, name) for name in typed}  # all else is as the run has it
     stored, model, tokenizer = rebuild(folder, world, test_csv=cfg.test_csv, **changes)
     data = rows_to_judge(stored, tokenizer, world)
@@ -517,7 +517,7 @@ def submit_of_a_run(cfg, world):
 
 def journal_line(cfg) -> str | None:
     """A line on what the journal got with this preset, and which of its constants were changed."""
-    preset, flags = core.typed(cfg).preset, core.typed(cfg).flags
+    preset, flags = cfg.typed.preset, cfg.typed.flags
     if preset not in JOURNAL_RESULTS:
         return None
     changed = ", ".join(f"{name} {getattr(cfg, name)}" for name in sorted(flags & set(PRESETS[preset])))
@@ -569,7 +569,7 @@ def main(cfg, world):
     cfg = core.with_dtype(cfg, world)
     if cfg.mode == "submit":
         return submit_of_a_run(cfg, world)
-    if cfg.freeze == "all" and "head_lr" in core.typed(cfg).flags:
+    if cfg.freeze == "all" and "head_lr" in cfg.typed.flags:
         raise core.UserError("--freeze all trains the head alone, at --lr: drop --head_lr")
     if not (run := core.open_run(cfg, world, __file__)):
         return None

@@ -15,7 +15,7 @@ continues where it stopped. Runs are in runs/run_pretrain_diversity/, tables and
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -512,9 +512,7 @@ class DiversityStudy:
 
 def matters(cfg) -> frozenset[str]:
     """Names of the constants that make two runs different."""
-    own = (
-        {field.name for field in fields(Config)} - DIVERSITY_CONSTANTS - core.MAY_CHANGE - core.CALL_CONSTANTS
-    )
+    own = {*core.names_of(Config)} - DIVERSITY_CONSTANTS - core.MAY_CHANGE - core.CALL_CONSTANTS
     return frozenset(own - {"seeds", "dirty"})
 
 
@@ -528,14 +526,13 @@ def run_config(cfg, arm, seed) -> Config:
     named = mixture.named_sources(cfg.sources)
     sources = tuple(f"{name}={named[name]}" for name in sorted({*names, cfg.neutral}) if name in named)
     run_cfg = replace(run_cfg, arms=tuple(dict.fromkeys([*names, arm])), sources=sources)
-    typed = replace(core.typed(cfg), overrides={})
-    return core.with_flags(run_cfg, typed, matters(cfg) | core.typed(cfg).flags & core.MAY_CHANGE)
+    return core.counting(run_cfg, overrides={}, flags=matters(cfg) | cfg.typed.flags & core.MAY_CHANGE)
 
 
 def study_folder(cfg) -> Path:
     """<out>/study[-tag]-<hash of the constants that its results depend on>/"""
     aside = (core.MAY_CHANGE - {"max_steps"}) | core.CALL_CONSTANTS | {"mode", "data", "dirty"}
-    constants = {name: value for name, value in asdict(cfg).items() if name not in aside}
+    constants = {name: value for name, value in core.constants_of(cfg).items() if name not in aside}
     mark = core.short_hash(constants, 6)
     return core.out_folder(cfg, __file__) / "-".join(filter(None, ["study", cfg.tag, mark]))
 
@@ -788,7 +785,7 @@ def conclude(study, runs_by_arm, losses, diversity_figures, notes):
     study.say("\n".join(sentences))
     diversity_report.heat_map(figures["loss"], study.folder / "matrix.png", neutral, seeds)
     content = {"runs": folders, "matrix": figures, "differences": differences, "diversity": diversity_figures}
-    content |= {"notes": notes, "constants": asdict(study.cfg)}
+    content |= {"notes": notes, "constants": core.constants_of(study.cfg)}
     if diversity_figures:
         tables = (
             diversity_report.diversity_table(diversity_figures),

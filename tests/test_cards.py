@@ -17,11 +17,12 @@ from conftest import PROJECT
 
 PROBE = """
 import dataclasses, os, torch
+import core
 torch.cuda.is_available = lambda: os.environ.get("CUDA_VISIBLE_DEVICES", "0") != ""
 torch.cuda.device_count = lambda: 1
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(core.Constants):
     out: str = ""  # where runs go
     backend: str = "auto"  # of the exchange
 

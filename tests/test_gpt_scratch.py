@@ -1,6 +1,5 @@
 """gpt_scratch.py: presets as in the journal, bad constants, finder, profile, export, talk."""
 
-import dataclasses
 import functools
 import inspect
 import json
@@ -59,8 +58,8 @@ def test_no_preset_is_left_out_here():
 
 @pytest.mark.parametrize("preset", RESOLVED)
 def test_a_preset_is_its_journals_row(preset):
-    cfg, expected = dataclasses.asdict(parsed("--preset", preset)), RESOLVED[preset]
-    defaults = dataclasses.asdict(script.Config(tag=preset))
+    cfg, expected = core.constants_of(parsed("--preset", preset)), RESOLVED[preset]
+    defaults = core.constants_of(script.Config(tag=preset))
     assert {name: cfg[name] for name in expected} == expected
     assert {name for name in cfg if cfg[name] != defaults[name]} <= expected.keys()
 

@@ -1,6 +1,5 @@
 """gpt_scratch.py: journal 004's presets, and pretraining that goes on from a run."""
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -60,8 +59,8 @@ def preset_of(name, *argv) -> list:
 
 @pytest.mark.parametrize("preset", RESOLVED)
 def test_a_preset_is_the_journals_row(preset):
-    cfg, expected = dataclasses.asdict(parsed("--preset", preset)), RESOLVED[preset]
-    defaults = dataclasses.asdict(script.Config(tag=preset))
+    cfg, expected = core.constants_of(parsed("--preset", preset)), RESOLVED[preset]
+    defaults = core.constants_of(script.Config(tag=preset))
     assert {name: cfg[name] for name in expected} == expected
     assert {name for name in cfg if cfg[name] != defaults[name]} <= expected.keys()
 

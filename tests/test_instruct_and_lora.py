@@ -5,7 +5,6 @@ import json
 import math
 import os
 import signal
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +122,7 @@ TABLE = [("run_instruct", *item) for item in INSTRUCT.items()] + [
 
 @pytest.mark.parametrize(("name", "preset", "row"), TABLE, ids=[preset for _, preset, _ in TABLE])
 def test_presets_are_the_journals_table(name, preset, row):
-    cfg = asdict(config(name, "--preset", preset))
+    cfg = core.constants_of(config(name, "--preset", preset))
     expected = OF_ALL | row | {"tag": preset}
     assert {constant: cfg[constant] for constant in expected} == expected
     assert 11_990 <= int(0.85 * cfg["max_documents"]) <= 12_010
@@ -382,7 +381,8 @@ def test_a_mistake_is_one_line_and_leaves_no_folder(name, argv, line, gpt2_folde
     long = [{"instruction": f"{i} " + "wordy " * 200, "input": "", "output": "x"} for i in range(20)]
     write_rows(long, "long.json")
     Path("base").symlink_to(gpt2_folder)
-    error = fails(name, ["--smoke", "--out", "out", *QUIET, *argv], monkeypatch, capfd)
+    quiet = [] if "export" in argv else QUIET  # which export does not read
+    error = fails(name, ["--smoke", "--out", "out", *quiet, *argv], monkeypatch, capfd)
     assert line in error
     assert not list(Path("out").glob("*"))
 

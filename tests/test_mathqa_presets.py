@@ -68,13 +68,13 @@ RESOLVED = {
 
 def test_every_preset_is_written_down_here():
     assert script.PRESETS.keys() == RESOLVED.keys()
-    assert dataclasses.asdict(script.Config()) | {"tag": "recommended"} == DEFAULTS
+    assert core.constants_of(script.Config()) | {"tag": "recommended"} == DEFAULTS
 
 
 @pytest.mark.parametrize("preset", RESOLVED)
 def test_a_preset_resolves_to_these_constants(preset):
     expected = DEFAULTS | {"tag": preset} | RESOLVED[preset]
-    assert dataclasses.asdict(parsed("--preset", preset)) == expected
+    assert core.constants_of(parsed("--preset", preset)) == expected
 
 
 def test_one_cycle_has_no_lowest_rate():

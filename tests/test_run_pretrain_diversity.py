@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -364,7 +364,7 @@ def test_few_unusable_rows_are_left_out_and_told(sources, monkeypatch, capfd):
 
 def test_every_constant_of_a_study_is_in_its_record(whole):
     stored = study_of(whole / "out")["constants"]
-    want = json.loads(json.dumps(asdict(core.with_dtype(parsed(*tiny("--out", "out")), World()))))
+    want = json.loads(json.dumps(core.constants_of(core.with_dtype(parsed(*tiny("--out", "out")), World()))))
     assert stored == want
 
 

@@ -1,7 +1,6 @@
 """The report of run_mathqa.py's study of ways to fine-tune: tables and sentences."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from lab.compare.rows import Rows, read_lines, shared_rows
 from lab.compare.tables import markdown
 from lab.measure.statistics import plus_minus
 from lab.run.files import whole_file, write_json
+from lab.run.flags import constants_of
 from lab.run.provenance import git_state
 from lab.run.stored import prepare_folder
 
@@ -93,7 +93,7 @@ def write(folder, runs, small, cfg) -> str:
         arm: [{name: value for name, value in result.items() if name != "rows"} for result in results]
         for arm, results in small.items()
     }
-    content = {"runs": folders, "figures": figures, "quantised": no_rows, "constants": asdict(cfg)}
+    content = {"runs": folders, "figures": figures, "quantised": no_rows, "constants": constants_of(cfg)}
     prepare_folder(folder)
     write_json(folder / "study.json", content)
     with whole_file(folder / "study.md") as file:

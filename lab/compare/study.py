@@ -6,7 +6,6 @@ It is what its command would be: the words of the study's, and the arm's after t
 """
 
 import contextlib
-import dataclasses
 import gc
 import itertools
 import json
@@ -25,7 +24,7 @@ from lab.compare.rows import shared_rows
 from lab.compare.tables import markdown, slug
 from lab.errors import Stop, UserError
 from lab.run.files import short_hash, write_json
-from lab.run.flags import STUDY_CONSTANTS, first_of, parsed_config, typed, with_flags
+from lab.run.flags import STUDY_CONSTANTS, constants_of, counting, names_of, parsed_config
 from lab.run.forecast import runs_line
 from lab.run.meter import clock
 from lab.run.resume import CALL_CONSTANTS, MAY_CHANGE, finished_run
@@ -128,7 +127,7 @@ def products(grid) -> list[str]:
 def arm_of(plan, word, flag="--arms", called=None) -> Arm:
     """An arm, as its own command would have it; no word: as the study's command has it. flag: where the word
     stood; called: in the names of its folders, if not by the word."""
-    constants = {field.name for field in dataclasses.fields(plan.config)} - NOT_AN_ARMS
+    constants = {*names_of(plan.config)} - NOT_AN_ARMS
     constants &= constants if plan.may_differ is None else plan.may_differ
     preset, flags, names = None, [], []
     for part in word.split(",") if word else ():
@@ -150,22 +149,21 @@ def arm_of(plan, word, flag="--arms", called=None) -> Arm:
         raise UserError(f"{flag} {word}: {error}") from None
     if getattr(cfg, "model", None) == "newest":
         raise UserError(f"{flag} {word}: the newest run would be another one each time, use model=<run>")
-    cfg = with_flags(replace(cfg, mode="train", seed=plan.cfg.seed), typed(cfg), typed(cfg).flags)
-    like, no_arms = typed(cfg), NOT_AN_ARMS | plan.own
-    overrides = {name: value for name, value in like.overrides.items() if name not in no_arms}
-    like = replace(like, overrides=overrides)
+    cfg, no_arms = replace(cfg, mode="train", seed=plan.cfg.seed), NOT_AN_ARMS | plan.own
+    overrides = {name: value for name, value in cfg.typed.overrides.items() if name not in no_arms}
     ignored = CALL_CONSTANTS | STUDY_CONSTANTS | plan.own | (MAY_CHANGE - LENGTH) | {"seed"}
-    constants = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ignored}
-    prefix = [plan.cfg.tag] if "tag" in typed(plan.cfg).flags else []
+    constants = {name: value for name, value in constants_of(cfg).items() if name not in ignored}
+    prefix = [plan.cfg.tag] if "tag" in plan.cfg.typed.flags else []
     tag = "-".join([*prefix, called or slug(word)[:40], short_hash(constants, 6)])
-    cfg = with_flags(replace(cfg, tag=tag, out=plan.cfg.out), like, like.flags | {"tag"})
+    cfg = replace(cfg, tag=tag, out=plan.cfg.out)
+    cfg = counting(cfg, overrides=overrides, flags=cfg.typed.flags | {"tag"})
     return Arm(word, {name: getattr(cfg, name) for name in names}, cfg)
 
 
 def command_of(cfg, preset=None, own=frozenset()) -> list[str]:
     """The words of a study's command that its runs share; an arm's preset stands for the study's. own: names
     of constants that they do not share, beside a study's."""
-    t = typed(cfg)
+    t = cfg.typed
     argv = ["--smoke"] * t.smoke
     argv += ["--preset", preset or t.preset] if preset or t.preset else []
     for name in sorted(t.flags - CALL_CONSTANTS - STUDY_CONSTANTS - own - {"mode", "seed"}):
@@ -194,7 +192,7 @@ def make_runs(plan, arms, planned, poll) -> dict[str, list[Path]]:
     for number, (arm, seed) in enumerate(planned):
         plan.say(f"study  run {number + 1} of {len(planned)}  {arm.name}  seed {seed}")
         made = [folder for folder in there[:number] if not folder]
-        cfg = configs[number] if made else first_of(configs[number], there.count(""))
+        cfg = configs[number] if made else counting(configs[number], runs=there.count(""))
         folder = one_run(plan, cfg)
         runs[arm.name].append(Path(folder))
         seconds.append(on_main(plan.world, seconds_of, folder))
@@ -209,10 +207,10 @@ def make_runs(plan, arms, planned, poll) -> dict[str, list[Path]]:
 def run_config(arm, seed, changes=None):
     """The constants of an arm's run, which is found again by its tag. changes: name -> value, constants that
     the study itself gives to its arms (a base, a length)."""
-    like, given = typed(arm.cfg), changes or {}
+    given = changes or {}
     tag = "-".join([arm.cfg.tag, *([short_hash(given, 6)] if given else []), f"s{seed}"])
     cfg = replace(arm.cfg, seed=seed, tag=tag, resume_timestamp="auto", **given)
-    return with_flags(cfg, like, like.flags | {"seed", *given})
+    return counting(cfg, flags=cfg.typed.flags | {"seed", *given})
 
 
 def finished_folder(cfg, script) -> str:

@@ -10,7 +10,7 @@ import re
 import sys
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -25,7 +25,26 @@ EVERY_MODE = {"mode", "out", "backend"}
 
 
 @dataclass(frozen=True)
-class Bookkeeping:
+class Typed:
+    """What was typed on the command line, beside the values: it decides what a resume may change."""
+
+    preset: str | None = None
+    smoke: bool = False
+    flags: frozenset = frozenset()
+    overrides: dict = dataclasses.field(default_factory=dict)  # what preset and SMOKE changed
+    chosen: str | None = None  # a line: what the device decided
+    runs: int = 1  # to be made by the study that makes this one first: its forecast is theirs
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Base of every Config. `typed` is no constant: it has no flag and no place in config.json."""
+
+    typed: Typed = field(default=Typed(), kw_only=True, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Bookkeeping(Constants):
     """Constants that every training script has and few experiments are about. A script with another default
     has the constant in its own Config."""
 
@@ -74,23 +93,11 @@ class Studied(Bookkeeping):
             raise UserError("mode study continues by itself: drop --resume_timestamp, --resume_step")
 
 
-@dataclass(frozen=True)
-class Typed:
-    """What was typed on the command line, beside the values: it decides what a resume may change."""
-
-    preset: str | None = None
-    smoke: bool = False
-    flags: frozenset = frozenset()
-    overrides: dict = dataclasses.field(default_factory=dict)  # what preset and SMOKE changed
-    chosen: str | None = None  # a line: what the device decided
-    runs: int = 1  # to be made by the study that makes this one first: its forecast is theirs
-
-
 def parse_config(config_class, presets, smoke, doc, argv=None):
     """Reads the constants of a script: defaults < preset < `smoke` < flags. A callable
     in `smoke` maps the value.
 
-    A mistake prints one line to stderr and exits with 2. `typed(cfg)` tells what was on the command line.
+    A mistake prints one line to stderr and exits with 2. cfg.typed tells what was on the command line.
     """
     outlive_terminal()
     try:
@@ -103,7 +110,7 @@ def parse_config(config_class, presets, smoke, doc, argv=None):
 
 def parsed_config(config_class, presets, smoke, doc, argv=None):
     """parse_config that raises UserError instead of exiting."""
-    hints = typing.get_type_hints(config_class)
+    hints = hints_of(config_class)
     defaults = {field.name: field.default for field in _own_first(config_class)}
     named = {f"preset {name}": values for name, values in presets.items()}
     for where, values in {"Config": defaults, "SMOKE": smoke, **named}.items():
@@ -117,35 +124,40 @@ def parsed_config(config_class, presets, smoke, doc, argv=None):
     changed = ({"tag": preset} if "tag" in defaults else {}) | presets.get(preset, {})
     for name, value in smoke.items() if is_smoke else ():
         changed[name] = value(changed.get(name, defaults[name])) if callable(value) else value
-    cfg = config_class(**{**changed, **given})
+    overrides = {name: value for name, value in changed.items() if name not in {"tag", *given}}
+    cfg = config_class(**{**changed, **given}, typed=Typed(preset, is_smoke, frozenset(given), overrides))
     _check_limits(cfg)
     if issubclass(config_class, Bookkeeping):
         _check_mode(cfg, given)
-    overrides = {name: value for name, value in changed.items() if name not in {"tag", *given}}
-    object.__setattr__(cfg, "typed", Typed(preset, is_smoke, frozenset(given), overrides))  # no constant
     return cfg
+
+
+def hints_of(config_class) -> dict:
+    """constant -> its annotation with its limits taken off."""
+    hints = typing.get_type_hints(config_class)
+    return {name: hints[name] for name in hints if name in names_of(config_class)}
+
+
+def names_of(config_class) -> list[str]:
+    """The constants, as a script may name them."""
+    return [each.name for each in dataclasses.fields(config_class) if each.name != "typed"]
+
+
+def constants_of(cfg) -> dict:
+    """constant -> value, as config.json has it."""
+    return {name: getattr(cfg, name) for name in names_of(cfg)}
 
 
 def _own_first(config_class) -> list[dataclasses.Field]:
     """The constants in the order of the script, the inherited ones last."""
-    known = {field.name: field for field in dataclasses.fields(config_class)}
+    known = {each.name: each for each in dataclasses.fields(config_class) if each.name != "typed"}
     own = inspect.get_annotations(config_class)
     return [known[name] for name in {**own, **known}]
 
 
-def typed(cfg) -> Typed:
-    return getattr(cfg, "typed", Typed())
-
-
-def with_flags(cfg, like, flags):
-    """A copy of `cfg` that counts `flags` as typed; preset and the rest come from `like`."""
-    object.__setattr__(cfg, "typed", dataclasses.replace(like, flags=frozenset(flags)))
-    return cfg
-
-
-def first_of(cfg, runs):
-    """A copy of `cfg` for the first of `runs` runs that a study makes: it forecasts them all."""
-    return with_flags(dataclasses.replace(cfg), dataclasses.replace(typed(cfg), runs=runs), typed(cfg).flags)
+def counting(cfg, **changes):
+    """A copy of `cfg` with changes to what counts as typed: flags, smoke, ..."""
+    return dataclasses.replace(cfg, typed=dataclasses.replace(cfg.typed, **changes))
 
 
 def _parser(config_class, defaults, presets, hints, doc) -> argparse.ArgumentParser:
@@ -222,8 +234,9 @@ def _check_type(where, name, value, hints):
 def _check_limits(cfg):
     if not re.fullmatch(r"[\w.-]*", getattr(cfg, "tag", None) or ""):
         raise UserError(f"--tag {cfg.tag!r} becomes part of a folder's name: use letters, digits, . _ -")
-    for name, hint in typing.get_type_hints(type(cfg), include_extras=True).items():
-        value, limits = getattr(cfg, name), limits_of(hint)
+    hints = typing.get_type_hints(type(cfg), include_extras=True)
+    for name in names_of(cfg):
+        value, limits = getattr(cfg, name), limits_of(hints[name])
         if limits and value is not None and not limits.low <= value <= limits.high:
             raise UserError(f"--{name} {value} is out of range: use {limits}")
 
@@ -248,7 +261,7 @@ def _check_mode(cfg, given):
 
 def override_lines(cfg) -> list[str]:
     """Lines (at most 100 columns) of what preset and --smoke changed."""
-    t = typed(cfg)
+    t = cfg.typed
     lines = [" and ".join(filter(None, [t.preset and f"preset {t.preset}", t.smoke and "smoke"])) + " set:"]
     for name, value in t.overrides.items():
         word = f" {name} {value},"

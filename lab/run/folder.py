@@ -37,7 +37,6 @@ from lab.run.checkpoints import (
 from lab.run.curves import Curves, keep_rows
 from lab.run.disks import cache_root, require_one_disk
 from lab.run.files import remove_leftovers, write_json
-from lab.run.flags import typed
 from lab.run.meter import Meter, clock
 from lab.run.provenance import write_provenance
 from lab.run.resume import plan_run
@@ -83,7 +82,6 @@ class Run:
                 self._lock.close()
             return
         self.cfg = dataclasses.replace(cfg, **stored_constants(plan["constants"]))
-        object.__setattr__(self.cfg, "typed", typed(cfg))
         self.position = plan["position"]  # of the checkpoint: step, fold, first_step, best, sums, seconds ...
         self.seconds_before = self.position.get("seconds", 0.0)  # of earlier processes of this run
         self.train_seconds = self.position.get("train_seconds", 0.0)

@@ -9,7 +9,6 @@ import sys
 import torch
 
 from lab.errors import UserError
-from lab.run.flags import typed
 from lab.run.meter import clock
 from lab.train import loss
 from lab.train.optim import count_parameters
@@ -44,7 +43,7 @@ def forecast(run, model, optimizer, steps, seconds, typical) -> int | None:
         f"forecast  {steps} steps  training {clock(3600 * hours)}  peak memory {memory_gb:.2f} GB  "
         f"disk {disk_mb:.0f} MB" + (f"  ${price * hours:.2f}" if price else "")
     )
-    if (runs := typed(run.cfg).runs) > 1:  # the others begin at step 0
+    if (runs := run.cfg.typed.runs) > 1:  # the others begin at step 0
         run.say(runs_line(runs, hours + (runs - 1) * (hours + run.train_seconds / 3600), price))
     if "TORCHELASTIC_RUN_ID" in os.environ and checkpoint_mb > 5000:  # at some 300 MB/s written and hashed
         run.say("a save takes over 15 s: give torchrun --shutdown-timeout 300, or it kills one after 30 s")

@@ -1,6 +1,5 @@
 """What a run notes of where it came from: sources, versions, git, device, data."""
 
-import dataclasses
 import datetime
 import os
 import platform
@@ -14,7 +13,7 @@ import torch
 
 from lab.errors import UserError
 from lab.run.files import PROJECT, sha256_file, write_json
-from lab.run.flags import typed
+from lab.run.flags import constants_of
 from lab.run.resume import changed_constants
 from lab.run.stored import read_config
 from lab.train.launch import launcher, launchers
@@ -37,7 +36,7 @@ def write_provenance(run):
     if run.resumed:
         config = read_config(run.folder)
         entry = {"step": run.position.get("step", 0), **now, "git": git_state()}
-        entry["changed"] = changed_constants(config["constants"], dataclasses.asdict(run.cfg))
+        entry["changed"] = changed_constants(config["constants"], constants_of(run.cfg))
         entry["other_code"] = []
         config["resumes"].append(entry)
         for name, path in _sources(run.script).items():
@@ -45,14 +44,14 @@ def write_provenance(run):
             if began.exists() and sha256_file(path) != sha256_file(began):
                 entry["other_code"].append(name)
                 run.say(f"WARNING {name} is not the one this run began with (that one is in source/)")
-        config |= {"launcher": _all_launchers(), "constants": dataclasses.asdict(run.cfg)}
+        config |= {"launcher": _all_launchers(), "constants": constants_of(run.cfg)}
     else:
         for name, path in _sources(run.script).items():
             copy = run.folder / "source" / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, copy)
-        t = typed(run.cfg)
-        config = {"script": run.script.stem, "constants": dataclasses.asdict(run.cfg), **now}
+        t = run.cfg.typed
+        config = {"script": run.script.stem, "constants": constants_of(run.cfg), **now}
         config |= {"preset": t.preset, "smoke": t.smoke, "versions": _versions(), "git": git_state()}
         config |= {"host": socket.gethostname(), "launcher": _all_launchers(), "facts": {}, "resumes": []}
     write_json(run.folder / "config.json", config)

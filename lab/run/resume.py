@@ -1,7 +1,6 @@
 """Which folder a command resumes, from which checkpoint, and with which constants."""
 
 import contextlib
-import dataclasses
 import datetime
 import sys
 import time
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from lab.errors import UserError
 from lab.run.checkpoints import newest_whole_checkpoint, read_manifest
-from lab.run.flags import FIND_CONSTANTS, override_lines, typed
+from lab.run.flags import FIND_CONSTANTS, constants_of, override_lines
 from lab.run.stored import PACKED, locked, out_folder, read_config, status_of
 from lab.train.launch import launcher, number
 
@@ -39,19 +38,19 @@ def plan_run(cfg, script) -> tuple[dict, object]:
     """Rank 0 decides, as JSON: a new folder or one to resume, its checkpoint, position and constants.
     Locks the folder unless the run is finished already."""
     out = out_folder(cfg, script)
-    folder, constants, lines = resume_folder(cfg, script, out), dataclasses.asdict(cfg), override_lines(cfg)
+    folder, constants, lines = resume_folder(cfg, script, out), constants_of(cfg), override_lines(cfg)
     plan = {"resumed": True, "finished": False, "checkpoint": None, "position": {}}
     if not folder:
         lines += passed_over(cfg, script, out)
         folder = new_folder(out, cfg.tag)
         lock = locked(folder)
-        lines += filter(None, [typed(cfg).chosen])
+        lines += filter(None, [cfg.typed.chosen])
         plan |= {"folder": str(folder), "resumed": False, "constants": constants, "lines": lines}
         return plan, lock
     stored = read_config(folder)["constants"]
     if clash := contradictions(cfg, stored):
         raise UserError(f"{folder} ran with {'; '.join(clash)}: drop these flags, or start a new run")
-    lines += merge_constants(stored, constants, typed(cfg).flags)
+    lines += merge_constants(stored, constants, cfg.typed.flags)
     plan |= {"folder": str(folder), "constants": constants, "lines": lines}
     if cfg.resume_timestamp == "auto" and status_of(folder) == "finished":
         return plan | {"finished": True}, None
@@ -156,7 +155,7 @@ def _readable(folder) -> bool:
 
 
 def contradictions(cfg, stored) -> list[str]:
-    names = sorted((typed(cfg).flags - MAY_CHANGE - CALL_CONSTANTS) & set(stored))
+    names = sorted((cfg.typed.flags - MAY_CHANGE - CALL_CONSTANTS) & set(stored))
     return [f"--{n} {stored[n]}, not {getattr(cfg, n)}" for n in names if stored[n] != getattr(cfg, n)]
 
 

@@ -1,7 +1,6 @@
 """Runs that lie on the disk: their folders, their config.json, how they ended, which is the newest."""
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import os
@@ -10,7 +9,7 @@ import time
 from pathlib import Path
 
 from lab.errors import UserError
-from lab.run.flags import typed
+from lab.run.flags import names_of
 
 SCRIPTS = (  # whose runs are known
     "run_preference",
@@ -55,7 +54,7 @@ def locked(folder):
 
 def out_folder(cfg, script) -> Path:
     """The folder of a script's runs: cfg.out, or runs/<script>."""
-    return Path(cfg.out or f"runs/{'smoke/' if typed(cfg).smoke else ''}{Path(script).stem}")
+    return Path(cfg.out or f"runs/{'smoke/' if cfg.typed.smoke else ''}{Path(script).stem}")
 
 
 def newest_run(cfg, script, finished=False) -> Path:
@@ -91,7 +90,7 @@ def read_config(folder) -> dict:
 def stored_config(folder, config, script, absent=None):
     """The constants of a run as the dataclass `config`; those that it no longer has are left out. absent: of
     constants that older runs lack. UserError for another script's run."""
-    stored, known = read_config(folder), {field.name for field in dataclasses.fields(config)}
+    stored, known = read_config(folder), names_of(config)
     if stored["script"] != Path(script).stem:
         raise UserError(f"{folder} is a run of {stored['script']}.py: open it there")
     constants = (absent or {}) | stored["constants"]

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from lab.run.flags import typed, with_flags
+from lab.run.flags import counting
 
 Dtype = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
 
@@ -24,7 +24,7 @@ def with_dtype(cfg, world):
 
     auto becomes native_dtype. On a card fp32 becomes tf32, unless --dtype fp32 was typed.
     """
-    given, dtype = typed(cfg), native_dtype(world.device) if cfg.dtype == "auto" else cfg.dtype
+    given, dtype = cfg.typed, native_dtype(world.device) if cfg.dtype == "auto" else cfg.dtype
     has_tf32 = world.device.type == "cuda"
     if dtype == "fp32" and has_tf32 and "dtype" not in given.flags:
         dtype = "tf32"
@@ -37,8 +37,7 @@ def with_dtype(cfg, world):
     if dtype == "fp32":
         line = f"dtype tf32 is fp32 on this {world.device.type}" if cfg.dtype == "tf32" else None
     flags = given.flags - {"dtype"} if cfg.dtype == "auto" else given.flags  # auto asks for nothing
-    given = dataclasses.replace(given, chosen=line)
-    return with_flags(dataclasses.replace(cfg, dtype=dtype), given, flags)
+    return counting(dataclasses.replace(cfg, dtype=dtype), chosen=line, flags=flags)
 
 
 class Precision:

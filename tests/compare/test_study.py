@@ -58,7 +58,7 @@ def test_a_script_may_keep_arms_to_some_constants_and_give_its_own_to_runs():
     short, again, plain = (
         studies.run_config(given, 1, changes) for changes in ({"max_steps": 5}, {"max_steps": 5}, None)
     )
-    assert short == again and short.max_steps == 5 and "max_steps" in core.typed(short).flags
+    assert short == again and short.max_steps == 5 and "max_steps" in short.typed.flags
     assert short.tag != plain.tag == f"{given.cfg.tag}-s1" and short.seed == plain.seed == 1
 
 

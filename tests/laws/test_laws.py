@@ -2,7 +2,6 @@
 is born.
 """
 
-import dataclasses
 import fcntl
 import importlib
 import itertools
@@ -23,6 +22,8 @@ from conftest import PROJECT
 from ranks import SCRIPTS, launch, newest, result, run, stopped
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import core
 
 SHORT = {  # some thirty steps with several saves and evaluations, and a short last slice on 2 and 3 ranks
     "run_preference": [
@@ -472,8 +473,8 @@ def test_no_constant_looks_like_one_of_torchruns_options(script):
     from torch.distributed.run import get_args_parser
 
     module = importlib.import_module(script)
-    for field in dataclasses.fields(module.Config):
-        argv = ["--nproc_per_node=2", f"{script}.py", f"--{field.name}", "value"]
+    for name in core.names_of(module.Config):
+        argv = ["--nproc_per_node=2", f"{script}.py", f"--{name}", "value"]
         assert get_args_parser().parse_args(argv).training_script_args == argv[2:]
 
 

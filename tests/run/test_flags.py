@@ -18,7 +18,7 @@ from lab.run import flags
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(core.Constants):
     model: str = "big-bert"  # 100 % of it
     batch: core.Count = 32
     lr: float = 1e-3
@@ -42,8 +42,8 @@ def test_defaults_preset_smoke_and_flags_win_in_that_order():
     assert parse("--preset", "fast", "--smoke").model == "tiny:roberta"  # sizes, not families
     cfg = parse("--preset", "fast", "--smoke", "--batch", "7", "--clip", "none", "--compile", "--tag", "x")
     assert cfg == Config(batch=7, lr=1, model="tiny:roberta", clip=None, compile=True, tag="x")
-    assert core.typed(cfg).flags == {"batch", "clip", "compile", "tag"}
-    assert core.typed(cfg).overrides == {"lr": 1, "model": "tiny:roberta"}
+    assert cfg.typed.flags == {"batch", "clip", "compile", "tag"}
+    assert cfg.typed.overrides == {"lr": 1, "model": "tiny:roberta"}
     with pytest.raises(dataclasses.FrozenInstanceError):
         cfg.batch = 3
 
@@ -104,7 +104,7 @@ def test_help_says_of_every_constant_what_it_is(script):
     classes = [each for each in config.__mro__ if dataclasses.is_dataclass(each)]
     sources = "".join(map(inspect.getsource, classes))
     comments = dict(re.findall(r"^ +(\w+): .*?# (.*)$", sources, re.M))
-    assert {field.name for field in dataclasses.fields(config)} == comments.keys()
+    assert {*core.names_of(config)} == comments.keys() - {"typed"}
     assert [name for name, text in comments.items() if text.rstrip().endswith(",") or len(text) < 4] == []
 
 
@@ -120,7 +120,7 @@ def flag(config, name) -> list[str]:
 def test_a_mode_refuses_each_flag_that_only_other_modes_read(script):
     module = importlib.import_module(script)
     modes = typing.get_args(typing.get_type_hints(module.Config)["mode"])
-    names = {field.name for field in dataclasses.fields(module.Config)}
+    names = {*core.names_of(module.Config)}
     for name in sorted(names):
         readers = flags.readers_of(module.Config, name)
         assert readers, f"{name} is read by no mode"
@@ -160,7 +160,7 @@ def test_every_constant_is_read_somewhere(script):
     module = importlib.import_module(script)
     files = [PROJECT / f"{script}.py", PROJECT / "gpt_scratch.py", *PROJECT.glob("lab/**/*.py")]
     source = "".join(path.read_text() for path in files)
-    names = [field.name for field in dataclasses.fields(module.Config)]
+    names = core.names_of(module.Config)
     assert [
         name for name in names if not re.search(rf"""[.]{name}\b|getattr\(\w+, "{name}\"""", source)
     ] == []

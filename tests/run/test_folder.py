@@ -15,7 +15,7 @@ from core import UserError, World
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(core.Constants):
     batch: int = 8  # rows
     lr: float = 0.1  # rate
     keep: int = 2  # checkpoints

@@ -16,7 +16,8 @@ from lab.run import flags, forecast
 def make_run(**changes):
     cfg = {"keep": 2, "folds": None, "max_minutes": None, "price_per_hour": None}
     run = SimpleNamespace(world=World(), folder=Path(), resumed=False, train_seconds=0.0, lines=[])
-    run.cfg, run.say = SimpleNamespace(**cfg | changes), run.lines.append
+    run.cfg = SimpleNamespace(**cfg | changes, typed=SimpleNamespace(runs=1))
+    run.say = run.lines.append
     return run
 
 

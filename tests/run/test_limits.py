@@ -14,7 +14,7 @@ from lab.run.limits import Limits, limits_of
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(core.Constants):
     batch: core.Count = 4
     steps: core.Whole | None = None
     warmup: core.Share = 0.1
@@ -43,7 +43,7 @@ def test_a_value_out_of_range_is_one_line_that_says_what_is_legal(argv, said):
 
 def test_limits_themselves_none_and_what_has_no_limits_are_legal():
     cfg = parsed("--batch", "1", "--steps", "0", "--warmup", "1", "--keep", "2", "--name", "")
-    assert dataclasses.astuple(cfg) == (1, 0, 1.0, 2, "")
+    assert [*core.constants_of(cfg).values()] == [1, 0, 1.0, 2, ""]
     assert parsed("--steps", "none").steps is None
 
 
@@ -71,7 +71,7 @@ def test_every_number_of_a_script_states_its_limits_and_its_default_keeps_them(s
 def test_a_training_script_inherits_its_bookkeeping_and_shows_it_last(script):
     config = importlib.import_module(script).Config
     assert issubclass(config, core.Bookkeeping)
-    inherited = {field.name for field in dataclasses.fields(core.Bookkeeping)}
+    inherited = {*core.names_of(core.Bookkeeping)}
     assert not (inherited & set(vars(config)["__annotations__"])) - {"log_every"}  # journals log every 25
     from lab.run.flags import _own_first
 

@@ -15,7 +15,7 @@ CARD, CPU = World(device=torch.device("cuda", 0)), World()
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(core.Constants):
     dtype: core.Dtype = "auto"
     batch: int = 4
     tag: str | None = None
@@ -57,18 +57,18 @@ def test_auto_is_what_the_device_has_and_fp32_is_tf32_unless_typed(argv, on_card
 
 
 def test_what_was_chosen_is_one_line_and_on_a_cpu_none(native):
-    assert f"dtype auto is {native} on this card" in core.typed(settled()).chosen
-    assert "dtype fp32 is tf32" in core.typed(settled("--preset", "full")).chosen
-    assert core.typed(settled("--dtype", "bf16")).chosen is None
-    assert core.typed(settled(world=CPU)).chosen is None
+    assert f"dtype auto is {native} on this card" in settled().typed.chosen
+    assert "dtype fp32 is tf32" in settled("--preset", "full").typed.chosen
+    assert settled("--dtype", "bf16").typed.chosen is None
+    assert settled(world=CPU).typed.chosen is None
     xpu = World(device=torch.device("xpu", 0))
-    assert core.typed(settled("--dtype", "tf32", world=xpu)).chosen == "dtype tf32 is fp32 on this xpu"
-    assert core.typed(settled("--dtype", "tf32", world=CPU)).chosen == "dtype tf32 is fp32 on this cpu"
+    assert settled("--dtype", "tf32", world=xpu).typed.chosen == "dtype tf32 is fp32 on this xpu"
+    assert settled("--dtype", "tf32", world=CPU).typed.chosen == "dtype tf32 is fp32 on this cpu"
 
 
 def test_auto_on_the_command_line_asks_a_resumed_run_for_nothing(native):
     cfg = settled("--dtype", "auto", "--batch", "8")
-    assert core.typed(cfg).flags == {"batch"}
+    assert cfg.typed.flags == {"batch"}
     assert resume.contradictions(cfg, {"dtype": "fp32", "batch": 8}) == []
     typed = settled("--dtype", "fp32")
     assert resume.contradictions(typed, {"dtype": "tf32"}) == ["--dtype tf32, not fp32"]
