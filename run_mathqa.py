@@ -95,6 +95,16 @@ class Config(core.Bookkeeping):
     mode: Mode = "both"  # stages, the second, its rate, several tunings, shares of time, int4, a Llama folder
     run_folder: str | None = None  # the run that is quantised or exported
 
+    NO_TRAINING = ("quantise", "export")
+    READ_BY = core.Bookkeeping.READ_BY | {
+        "study split": {"arms", "seeds"},
+        "study": {"budgets"},
+        "split": {"shares"},
+        "both study split": {"max_hours"},
+        "both train find_lr study split quantise": {"qat_group", "eval_batch"},
+        "quantise export": {"run_folder"},
+    }
+
     def __post_init__(self):
         super().__post_init__()
         if self.epochs is self.max_steps is self.max_minutes is None:
@@ -115,14 +125,6 @@ class Config(core.Bookkeeping):
 
 
 SEVERAL = ("both", "study", "split")  # modes that make several runs
-READ_BY = {  # what other modes would silently ignore
-    "arms": ("study", "split"),
-    "seeds": ("study", "split"),
-    "budgets": ("study",),
-    "shares": ("split",),
-    "max_hours": SEVERAL,
-    "run_folder": ("quantise", "export"),
-}
 SHARED = ("dtype", "compile", "skip_spikes", "keep", "log_every", "note", "price_per_hour", "backend", "out")
 # The journal's rows were padded to 1,024 tokens and cut into two windows of 512, the second one mostly
 # nothing but padding: 256 windows are 128 rows. It validated on the test part, which is not repeated. What is
@@ -651,12 +653,12 @@ def forecast(stages) -> list[str]:
 
 
 def check_flags(cfg):
-    """UserError for a typed flag that the mode does not read."""
-    flags = cfg.typed.flags
-    for name in sorted(flags & READ_BY.keys()):
-        if cfg.mode not in READ_BY[name]:
-            raise core.UserError(f"--{name} is read by --mode {', '.join(READ_BY[name])}, not by {cfg.mode}")
-    if "pretrain" in flags and cfg.init_from != "new" and (cfg.init_from or cfg.mode not in SEVERAL):
+    """UserError for typed flags that do not go together."""
+    if (
+        "pretrain" in cfg.typed.flags
+        and cfg.init_from != "new"
+        and (cfg.init_from or cfg.mode not in SEVERAL)
+    ):
         what = f"--init_from {cfg.init_from}" if cfg.init_from else f"--mode {cfg.mode}"
         raise core.UserError(f"--pretrain is the first stage, which {what} does not have: drop it")
     if cfg.mode in ("quantise", "export") and not cfg.run_folder:

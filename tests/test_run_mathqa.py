@@ -498,7 +498,7 @@ def table(**columns):
             "the newest run would be another one each time, use model=<run>",
         ),
         ([*SPLIT, *first(data="nowhere.txt")], "nowhere.txt"),
-        ([*TUNE, "--seeds", 3], "--seeds is read by --mode study, split, not by train"),
+        ([*TUNE, "--seeds", 3], "--seeds is read by --mode study or split, not by train"),
         ([*TUNE, *FIRST], "--pretrain is the first stage, which --mode train does not have: drop it"),
         ([*BOTH, "--max_steps", "none"], "nothing ends fine-tuning"),
         ([*BOTH, "--init_from", "new"], "--init_from: mode both pretrains first"),

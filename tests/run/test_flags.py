@@ -116,7 +116,7 @@ def flag(config, name) -> list[str]:
     return studies.as_flags(name, default or ("x",) if isinstance(default, tuple) else default)
 
 
-@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "run_mathqa"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_mode_refuses_each_flag_that_only_other_modes_read(script):
     module = importlib.import_module(script)
     modes = typing.get_args(typing.get_type_hints(module.Config)["mode"])
@@ -154,7 +154,7 @@ def test_what_a_mode_does_not_read_is_named_with_the_mode_that_does(script, argv
     assert said in str(error.value)
 
 
-@pytest.mark.parametrize("script", [*(name for name in SCRIPTS if name != "run_mathqa"), "eval"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "eval"])
 def test_every_constant_is_read_somewhere(script):
     """As cfg.name, or by its name, in the script or what it calls."""
     module = importlib.import_module(script)
