@@ -351,11 +351,6 @@ def spike_facts(setup, rows, lr) -> dict:
     return {"lr": lr, "rows": rows, "first_row": text, "targets": int(stream.targets(rows).sum())}
 
 
-def final_parts(cfg) -> tuple[str, ...]:
-    """The parts that are measured at the end, the most important one last."""
-    return ("val", "test") if cfg.final_eval and cfg.test_share else ("val",)
-
-
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
     """Measures a run's own val and test text again. Returns figures, and name and lines of losses.jsonl.
 
@@ -367,7 +362,7 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
     stored = core.read_config(folder)["facts"]["fingerprint"]
     core.refuse_other_data(stored, tokens.fingerprint, cfg.data, ("data", "tokenizer"))
     sizes = core.token_bytes(tokens.tokenizer)
-    for part in final_parts(cfg):
+    for part in core.final_parts(cfg):
         blocks = core.Blocks(tokens.parts[part], cfg.block_size)
         sums = core.evaluate(model, blocks, cfg, world, poll)
         metrics = core.measure(sums, blocks, tokens.unigram, sizes)
@@ -405,7 +400,7 @@ def finish(run, cfg, world, setup) -> dict:
     sizes = core.token_bytes(setup.tokens.tokenizer)
     if cfg.test_weights == "best":
         measured = run.load_best(setup.model)
-    for part in final_parts(cfg):
+    for part in core.final_parts(cfg):
         sums = core.evaluate(setup.model, setup.blocks[part], cfg, world, run.poll)
         m = core.measure(sums, setup.blocks[part], setup.tokens.unigram, sizes)
         result |= {f"{part}/{name}": value for name, value in m.items()}

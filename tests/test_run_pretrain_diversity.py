@@ -261,8 +261,9 @@ def test_the_arms_of_a_seed_read_as_much_from_the_same_first_weights(whole, monk
 )
 def test_runs_that_differ_in_more_than_their_text_are_refused(copied, place, value, named):
     folders, s = run_folders(), study_here()
+    planned = script.planned_runs(s.plan)
     where = {"a": [folders["a-s0"]], "b": [folders["b-s0"]], "a+b": [folders["a_b-s0"]]}
-    lines = script.check_runs(s, where)
+    lines = script.check_runs(s, planned, where)
     assert lines[0] == "ledger  every run read 576 tokens in 6 equal steps"
     assert "NOTE NOT LEARNING: 1 of 1 runs of a do not beat token frequencies" in lines  # six tiny steps
     assert lines[-1].startswith("tested on documents  a ")
@@ -273,7 +274,7 @@ def test_runs_that_differ_in_more_than_their_text_are_refused(copied, place, val
     tree[place[-1]] = value
     path.write_text(json.dumps(config))
     with pytest.raises(UserError) as error:
-        script.check_runs(s, where)
+        script.check_runs(s, planned, where)
     words, folder = str(error.value), str(folders["a_b-s0"])
     if words.startswith(f"{folder} read other text"):  # than it would read today
         odd = words.partition("(")[2].partition(")")[0].split(", ")

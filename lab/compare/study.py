@@ -68,10 +68,18 @@ def study(cfg, world, script, config, presets, smoke, main):
     plan = Plan(cfg, world, script, config, presets, smoke, main)
     arms = arms_of(plan)
     folder = out_folder(cfg, script) / f"study-{short_hash([arm.cfg.tag for arm in arms], 6)}"
-    planned = [(arm, cfg.seed + number) for number in range(cfg.seeds) for arm in arms]
+    seeds = range(cfg.seed, cfg.seed + cfg.seeds)
+    planned = [(arm.name, run_config(arm, seed)) for seed in seeds for arm in arms]
     with continued(plan) as poll:
-        runs = make_runs(plan, arms, planned, poll)
+        runs = make_runs(plan, planned, poll)
         on_main(world, report, plan, arms, runs, folder)
+
+
+def refuse_unread(cfg, read_by):
+    """UserError for a typed flag that the mode does not read. read_by: constant -> modes that do."""
+    for name in sorted(typed(cfg).flags & read_by.keys()):
+        if cfg.mode not in read_by[name]:
+            raise UserError(f"--{name} is read by --mode {', '.join(read_by[name])}, not by {cfg.mode}")
 
 
 @contextlib.contextmanager
@@ -183,17 +191,17 @@ def as_flags(name, value) -> list[str]:
 # -- runs --------------------------------------------------------------------------------------------------
 
 
-def make_runs(plan, arms, planned, poll) -> dict[str, list[Path]]:
-    """arm -> folders of its finished runs, one a seed. Stop if one is stopped."""
-    runs, seconds = {arm.name: [] for arm in arms}, []
-    configs = [run_config(arm, seed) for arm, seed in planned]
-    there = [on_main(plan.world, finished_folder, cfg, plan.script) for cfg in configs]
-    plan.say(f"study  {len(arms)} arms x {plan.cfg.seeds} seeds: {len(planned)} runs, "
+def make_runs(plan, planned, poll) -> dict[str, list[Path]]:
+    """arm -> folders of its finished runs, one a seed. planned: (arm, constants of a run), in the order in
+    which they are made. Stop if one is stopped."""
+    runs, seconds = {arm: [] for arm, _ in planned}, []
+    there = [on_main(plan.world, finished_folder, cfg, plan.script) for _, cfg in planned]
+    plan.say(f"study  {len(runs)} arms x {plan.cfg.seeds} seeds: {len(planned)} runs, "
            f"{sum(map(bool, there))} of them finished")  # fmt: skip
-    for number, (arm, seed) in enumerate(planned):
-        plan.say(f"study  run {number + 1} of {len(planned)}  {arm.name}  seed {seed}")
-        folder = one_run(plan, configs[number])
-        runs[arm.name].append(Path(folder))
+    for number, (arm, cfg) in enumerate(planned):
+        plan.say(f"study  run {number + 1} of {len(planned)}  {arm}  seed {cfg.seed}")
+        folder = one_run(plan, cfg)
+        runs[arm].append(Path(folder))
         seconds.append(on_main(plan.world, seconds_of, folder))
         left = there[number + 1 :].count("")
         if left and not there[number]:

@@ -16,6 +16,7 @@ import torch
 
 from lab.data import blocks
 from lab.data.blocks import Windows, stretches
+from lab.data.builtin import BUILT_IN
 from lab.data.cache import BadRows, cache_root, cached_folder
 from lab.data.paths import is_there, stem_of
 from lab.data.text import TEXT_CACHE_VERSION, Tokens, open_corpus, split_pieces, text_fingerprint
@@ -66,6 +67,25 @@ def label(name) -> str:
     if "/" not in name and not is_there(name):
         return name
     return stem_of(name.partition("@")[0].rstrip("/").rpartition("/")[2])
+
+
+def labelled_shares(arm) -> dict[str, float]:
+    """Source label -> share of an arm. UserError if two sources have the same label."""
+    shares = shares_of(arm)
+    if len(labelled := {label(name): share for name, share in shares.items()}) < len(shares):
+        raise UserError(
+            f"arm {arm}: two sources have the same name, give them others by --sources name=where"
+        )
+    return labelled
+
+
+def address(named, name, flag) -> str:
+    """Where a text is: as --sources says, or the name itself. UserError if it can be neither."""
+    known = name in named or "/" in name or name in BUILT_IN or is_there(name)
+    if not name or not known:
+        names = ", ".join([*named, *BUILT_IN])
+        raise UserError(f"{flag} {name!r}: no such text; use {names}, a path, or --sources {name}=where")
+    return named.get(name, name)
 
 
 @dataclass
