@@ -316,7 +316,7 @@ def set_up(run, cfg, world, steps=None) -> Setup:
         run.say(f"initial loss {loss / targets:.4f}  ln V {math.log(model.config.vocab_size):.4f}")
     saved, gradients = (model, optimizer, precision), functools.partial(forward_backward, setup)
     core.rehearse(run, ddp, saved, gradients, batches, total_steps - step)
-    run.say(describe_block(tokens.tokenizer, blocks["train"]))
+    run.say(describe_block(tokens.tokenizer, blocks["train"].tokens[: cfg.block_size + 1]))
     return setup
 
 
@@ -452,10 +452,10 @@ def announce(run, cfg, tokens, blocks, batches, total_steps, model):
                 f"they fill no batch of {cfg.batch}")  # fmt: skip
 
 
-def describe_block(tokenizer, blocks) -> str:
-    """The first block, decoded from its ids: garbage here is garbage in training (journal 003, v0.0.11)."""
-    text = core.one_line(tokenizer.decode(blocks.tokens[: min(blocks.block_size, 200) + 1].tolist()))
-    return f"the loss sees, in {blocks.targets([0])[0]} targets (all but the first token):\n  {text[:96]}"
+def describe_block(tokenizer, ids) -> str:
+    """A block, decoded from its ids: garbage here is garbage in training (journal 003, v0.0.11)."""
+    text = core.one_line(tokenizer.decode(ids[:201].tolist()))
+    return f"the loss sees, in {len(ids) - 1} targets (all but the first token):\n  {text[:96]}"
 
 
 def report_validation(run, at, val, is_best):

@@ -12,7 +12,6 @@ of every source and on a neutral text, and sets the arms' diversity coefficients
 continues where it stopped. Runs are in runs/run_pretrain_diversity/, tables and pictures in study-*/ there.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,9 +27,8 @@ from lab.data import mixture
 from lab.measure import diversity, held_out
 from lab.run import checkpoints
 
-ONE_ARM = ("train", "find_lr")  # modes that read the text of one arm, `data`
-SEVERAL = ("study", "cache", "diversity")  # modes that read those of all arms
-READ_BY = {"data": ONE_ARM, "seeds": ("study",), "max_hours": SEVERAL}  # others would silently ignore them
+SEVERAL = ("study", "cache", "diversity")  # modes that read the text of all arms
+READ_BY = {"data": mixture.ONE_ARM, "seeds": ("study",), "max_hours": SEVERAL}  # others would ignore them
 
 
 @dataclass(frozen=True)
@@ -98,15 +96,15 @@ class Config(core.Bookkeeping):
     head_epochs: core.Whole = 10  # over a batch, before its embedding is taken
     fisher_samples: core.Count = 1  # target draws that an embedding averages
     floor_repeats: core.within(int, 2) = 4  # embeddings of one batch: their distance is the noise floor
-    max_hours: core.Amount | None = None  # ends a study between two steps; the same command continues
     # run
+    max_hours: core.Amount | None = None  # ends a study between two steps; the same command continues
     mode: Literal["study", "train", "find_lr", "cache", "diversity"] = "study"  # study: all arms
     dirty: bool = True  # --no-dirty refuses to start with uncommitted changes
 
     def __post_init__(self):
         super().__post_init__()
         resumes = self.resume_timestamp not in (None, "auto") or self.resume_step is not None
-        if self.mode not in ONE_ARM and resumes:
+        if self.mode not in mixture.ONE_ARM and resumes:
             raise core.UserError(
                 f"mode {self.mode} goes on by itself: drop --resume_timestamp, --resume_step"
             )
@@ -188,62 +186,6 @@ SHAPES = {
 # --------------------------------------------------------------------------------------------------- the text
 
 
-def sources_of(cfg) -> dict[str, core.Corpus]:
-    """Source label -> Corpus, for all arms. UserError for a source that is nowhere."""
-    named, sources = mixture.named_sources(cfg.sources), {}
-    # each source holds a whole pool, whatever its share: what an arm reads does not depend on other arms
-    pool = math.ceil(cfg.max_steps * cfg.batch / cfg.passes) * cfg.block_size + cfg.block_size
-    # a run that belongs to a study shares its tokenizer, which all arms' sources may teach
-    alone = cfg.mode in ONE_ARM and (cfg.data not in cfg.arms or not mixture.is_learnt(cfg.tokenizer))
-    arms = (cfg.data,) if alone else cfg.arms
-    for name in dict.fromkeys(name for arm in arms for name in mixture.shares_of(arm)):
-        where = mixture.address(named, name, "--arms")
-        corpus = corpus_of(cfg, where, max_tokens=cfg.max_tokens or pool)
-        if sources.setdefault(mixture.label(name), corpus) != corpus:
-            raise core.UserError(
-                f"two sources are called {mixture.label(name)}: name them by --sources name=where"
-            )
-    return sources
-
-
-def neutral_corpus(cfg) -> core.Corpus:
-    """Corpus of the neutral text, streamed as far as its held-out part needs."""
-    where = mixture.address(mixture.named_sources(cfg.sources), cfg.neutral, "--neutral")
-    shares = {"val_share": cfg.neutral_share, "test_share": cfg.neutral_share} if cfg.neutral_share else {}
-    return corpus_of(cfg, where, max_tokens=0, streaming="True", **shares)
-
-
-def corpus_of(cfg, where, **given) -> core.Corpus:
-    """A text as all of a study are read and split. given: fields in which it differs."""
-    shared = ("text_column", "max_documents", "streaming", "tokenizer")
-    shared += ("val_share", "test_share", "split_seed", "held_out_tokens")
-    fields = {name: getattr(cfg, name) for name in shared} | given
-    # by the hash alone: a document is held out of every source, or of none
-    return core.Corpus(where, first_trains=False, **fields)
-
-
-def neutral_of(cfg) -> str:
-    return mixture.label(cfg.neutral)
-
-
-def open_text(cfg, world) -> mixture.Text:
-    """Token caches of the sources that cfg reads and, last, of the neutral text; built if need be. UserError
-    if two texts are the same."""
-    sources, neutral = sources_of(cfg), neutral_of(cfg)
-    names = [*(mixture.labelled_shares(cfg.data) if cfg.mode in ONE_ARM else sources)]
-    wanted = {name: sources[name] for name in names}
-    if cfg.mode != "diversity":
-        wanted[neutral] = neutral_corpus(cfg)
-        if neutral in sources:
-            raise core.UserError(f"--neutral {cfg.neutral} is trained on by an arm: use a third text")
-    text = mixture.open_text(wanted, cfg.tokenizer, sources, world)
-    names = {}
-    for name, tokens in text.tokens.items():
-        if (other := names.setdefault(tokens.fingerprint["data"], name)) != name:
-            raise core.UserError(f"{other} and {name} are the same text: sources and --neutral must differ")
-    return text
-
-
 def batches_of(cfg, arm, text, world) -> mixture.Batches:
     """The batches of an arm. UserError if a source holds less than the arm needs."""
     shares = mixture.labelled_shares(arm)
@@ -253,7 +195,7 @@ def batches_of(cfg, arm, text, world) -> mixture.Batches:
 
 def run_facts(cfg, text, batches) -> dict:
     """What config.json notes of a run's text: its fingerprint, and the ledger of what is read."""
-    fingerprint = text.fingerprint(neutral_of(cfg), mixture.labelled_shares(cfg.data))
+    fingerprint = text.fingerprint(mixture.label(cfg.neutral), mixture.labelled_shares(cfg.data))
     return {"fingerprint": fingerprint, "ledger": batches.ledger()}
 
 
@@ -272,9 +214,9 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
     """Measures a run's own val and test text again. Returns figures, and name and lines of losses.jsonl."""
     cfg, model, _ = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
-    text, result = open_text(cfg, world), {}
+    text, result = mixture.load_text(cfg, world), {}
     stored = core.read_config(folder)["facts"]["fingerprint"]
-    fingerprint = text.fingerprint(neutral_of(cfg), mixture.labelled_shares(cfg.data))
+    fingerprint = text.fingerprint(mixture.label(cfg.neutral), mixture.labelled_shares(cfg.data))
     core.refuse_other_data(stored, fingerprint, cfg.data, ("data", "tokenizer", "sources"))
     for part in core.final_parts(cfg):
         part_figures, neutral = held_out.figures_of_part(model, cfg, text, part, world, poll)
@@ -290,7 +232,7 @@ def report(run, cfg, metrics, part, where="", note=""):
         f"{name} {metrics[f'{part}/{name}/loss']:.4f}" for name in mixture.labelled_shares(cfg.data)
     )
     head = f"{where}  {part}".strip()
-    run.say(f"{head:5} loss {loss}  accuracy {accuracy}  on {neutral_of(cfg)}{note}")
+    run.say(f"{head:5} loss {loss}  accuracy {accuracy}  on {mixture.label(cfg.neutral)}{note}")
     run.say(f"{head:5} loss {own}")
 
 
@@ -301,7 +243,7 @@ def train(run, cfg, world) -> dict:
     """Trains and measures one arm; returns the final figures."""
     if cfg.mode == "find_lr" and cfg.find_steps >= cfg.max_steps:
         raise core.UserError(f"--find_steps {cfg.find_steps} reads as many batches: use a larger --max_steps")
-    text = open_text(cfg, world)
+    text = mixture.load_text(cfg, world)
     batches = batches_of(cfg, cfg.data, text, world)
     for name, value in run_facts(cfg, text, batches).items():
         run.pin(name, value)  # another length would be another order: start a new run
@@ -328,7 +270,8 @@ def train(run, cfg, world) -> dict:
         return sum(loss.item() for loss in losses)
 
     core.rehearse(run, ddp, saved, forward_backward, batches, total_steps - step)
-    run.say(describe_block(text.tokenizer, batches))
+    first = batches.blocks.tokens(int(batches.rows[0]) if len(batches.rows) else 0)
+    run.say(gpt_scratch.describe_block(text.tokenizer, first))
     if cfg.mode == "find_lr":
         return core.find_lr(run, batches, batches.blocks.targets, saved, forward_backward)
     seen, val = run.state.setdefault("seen", dict.fromkeys(mixture.labelled_shares(cfg.data), 0)), None
@@ -370,20 +313,13 @@ def announce(run, cfg, text, batches, model):
         blocks = f"{source['distinct_blocks']} blocks of {ledger['block_size']} tokens"
         times = "once" if source["epochs"] == 1 else f"{source['epochs']:.3g} times"
         run.say(f"source {name}  {blocks}, read {times}  documents {documents}")
-    for name in (*ledger["sources"], neutral_of(cfg)):
+    for name in (*ledger["sources"], mixture.label(cfg.neutral)):
         for line in text.tokens[name].lines:
             run.say(f"{name}  {line}")
     passes = [source["epochs"] for source in ledger["sources"].values()]
     if cfg.repeat and max(passes) > cfg.passes:
         run.say("NOTE --repeat: a source is read more often than the others, it has less new text")
     core.on_main(run.world, core.write_json, run.folder / "ledger.json", ledger)
-
-
-def describe_block(tokenizer, batches) -> str:
-    """The first block of the first step, decoded from its ids."""
-    ids = batches.blocks.tokens(int(batches.rows[0]) if len(batches.rows) else 0)
-    text = core.one_line(tokenizer.decode(ids[:200].tolist()))
-    return f"the loss sees, in {len(ids) - 1} targets (all but the first token):\n  {text[:96]}"
 
 
 def tokens_read(run, batches, step) -> str:
@@ -427,7 +363,7 @@ def finish(run, cfg, world, text, model, batches, val=None) -> dict:
             report(run, cfg, metrics, part)
             if alarm := metrics[f"{part}/own/alarm"]:
                 run.say(f"{part:5} {alarm}")
-    core.on_main(world, write_losses, run.folder, neutral, part)
+    core.on_main(world, core.write_lines, run.folder / "losses.jsonl", neutral.lines(part))
     loss, perplexity = result[f"{part}/loss"], result[f"{part}/perplexity"]
     run.say(f"done  {part} loss {loss:.4f}  perplexity {perplexity:.2f}  {run.seconds / 60:.1f} min")
     run.say(f"all figures: {run.folder}/result.json")
@@ -438,11 +374,6 @@ def finish(run, cfg, world, text, model, batches, val=None) -> dict:
         "parameters": core.count_parameters(model)[0],
         "blocks_read": seen,
     }
-
-
-def write_losses(folder, neutral, part):
-    """Writes losses.jsonl: a line for each window of the neutral text."""
-    core.write_lines(folder / "losses.jsonl", neutral.lines(part))
 
 
 # ------------------------------------------------------------------------------------------------------ study
@@ -495,7 +426,7 @@ def open_study(plan, poll) -> DiversityStudy:
     cfg, world = plan.cfg, plan.world
     for line in core.override_lines(cfg):
         plan.say(line)
-    study = DiversityStudy(plan, open_text(cfg, world), poll)
+    study = DiversityStudy(plan, mixture.load_text(cfg, world), poll)
     if cfg.mode != "diversity":
         for arm in cfg.arms:
             batches_of(cfg, arm, study.text, world)
@@ -596,7 +527,7 @@ def probe_name(plan) -> str:
 def draws_of(study, tokenizer) -> diversity.Draws:
     """The batches to embed, in tokens of the probe. UserError if a source is too small."""
     cfg = study.plan.cfg
-    return diversity.draws_of(cfg, study.text, sources_of(cfg), tokenizer, study.plan.world)
+    return diversity.draws_of(cfg, study.text, mixture.sources_of(cfg), tokenizer, study.plan.world)
 
 
 def measure_diversity(study) -> dict:
@@ -654,7 +585,7 @@ def main(cfg, world):
     studies.refuse_unread(cfg, READ_BY)
     if not cfg.dirty:
         core.on_main(world, core.refuse_dirty)
-    if cfg.mode in ONE_ARM:
+    if cfg.mode in mixture.ONE_ARM:
         with core.Run(core.with_dtype(cfg, world), world, __file__, unit="tokens") as run:
             run.result = train(run, run.cfg, world)
         return run.result

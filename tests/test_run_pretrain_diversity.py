@@ -77,17 +77,17 @@ def test_the_journals_model_has_its_parameters_to_the_unit():
 
 def test_what_the_arms_of_the_journal_need_is_asked_of_their_sources():
     """A whole pool of each, whatever its share: what a mixture reads does not depend on the other arms."""
-    sources, pool = script.sources_of(parsed("--preset", "journal")), 20_000 * 64 * 1024
+    sources, pool = mixture.sources_of(parsed("--preset", "journal")), 20_000 * 64 * 1024
     assert {name: one.max_tokens for name, one in sources.items()} == dict.fromkeys(
         ("pubmed", "uspto"), pool + 1024
     )
     assert all(one.streaming == "CacheStream" for one in sources.values())
     for arms in (["0.7*pubmed+0.3*uspto"], ["pubmed", "uspto"]):
-        mixed = script.sources_of(parsed("--arms", *arms, "--passes", 2))
+        mixed = mixture.sources_of(parsed("--arms", *arms, "--passes", 2))
         assert [one.max_tokens for one in mixed.values()] == [pool // 2 + 1024] * 2
-    assert script.sources_of(parsed("--max_tokens", 5000))["uspto"].max_tokens == 5000
+    assert mixture.sources_of(parsed("--max_tokens", 5000))["uspto"].max_tokens == 5000
     for flags in ([], ["--max_tokens", 5000], ["--preset", "journal"]):
-        neutral = script.neutral_corpus(parsed(*flags))  # streamed, as far as its held-out part needs
+        neutral = mixture.neutral_corpus(parsed(*flags))  # streamed, as far as its held-out part needs
         assert (neutral.data, neutral.max_tokens, neutral.streaming) == ("allenai/c4:en", 0, "True")
     assert all(
         one.held_out_tokens == 500_000 and not one.first_trains for one in (*sources.values(), neutral)
@@ -97,8 +97,8 @@ def test_what_the_arms_of_the_journal_need_is_asked_of_their_sources():
 def test_the_smoke_set_is_of_its_family_offline_and_trains_on_what_ranks_divide():
     cfg = parsed("--smoke", "--preset", "journal")
     assert cfg.schedule == "linear" and cfg.beta2 == 0.999 and cfg.dropout == 0 and cfg.lr == 6 * 5e-5
-    assert {one.data for one in script.sources_of(cfg).values()} == {"python-code", "python-docs"}
-    assert script.neutral_corpus(cfg).data == "numpy-docs"
+    assert {one.data for one in mixture.sources_of(cfg).values()} == {"python-code", "python-docs"}
+    assert mixture.neutral_corpus(cfg).data == "numpy-docs"
     assert cfg.batch % 12 == 0 and cfg.probe == "study" and cfg.sources == ()
 
 
@@ -113,7 +113,7 @@ def test_no_held_out_document_of_any_text_is_trained_on_by_any_arm():
     first = next(iter(held[1]))  # a test document of a becomes the first of b and of c
     of = {name: [first, *(text for text in texts if text != first)] for name, texts in of.items()}
     list(prepared(cfg, of))
-    text = script.open_text(cfg, World())
+    text = mixture.load_text(cfg, World())
     assert list(text.tokens) == ["a", "b", "c"]
     parts = {
         (name, part): set(documents_of(tokens, part))
@@ -134,15 +134,15 @@ def prepared(cfg, of):
     """Writes the sources; yields the Corpus of each."""
     for name, texts in of.items():
         write(f"{name}.jsonl", texts)
-    yield from script.sources_of(cfg).values()
-    yield script.neutral_corpus(cfg)
+    yield from mixture.sources_of(cfg).values()
+    yield mixture.neutral_corpus(cfg)
 
 
 def test_a_larger_neutral_share_changes_the_neutral_text_alone_and_is_told(sources, monkeypatch, capfd):
     plain, cfg = parsed(*TINY), parsed(*tiny("--neutral_share", 0.45))
-    shared = script.neutral_corpus(cfg)
-    assert shared == replace(script.neutral_corpus(plain), val_share=0.45, test_share=0.45)
-    assert script.sources_of(cfg) == script.sources_of(plain)
+    shared = mixture.neutral_corpus(cfg)
+    assert shared == replace(mixture.neutral_corpus(plain), val_share=0.45, test_share=0.45)
+    assert mixture.sources_of(cfg) == mixture.sources_of(plain)
     said = in_process([*tiny("--neutral_share", 0.45), "--out", "out", "--mode", "cache"], monkeypatch, capfd)
     assert "NOTE --neutral_share: a document of the neutral text that a source holds too" in said
 
@@ -170,7 +170,7 @@ def test_an_endless_neutral_text_is_read_as_far_as_its_held_out_part_needs(share
     everywhere(monkeypatch.setattr, tables, "_hub_commit", lambda repo, revision: "a commit")
     flags = ["--sources", "a=a.jsonl", "b=b.jsonl", "c=owner/endless", "--streaming", "CacheStream"]
     cfg = parsed(*tiny(*flags, *(["--neutral_share", share] if share else [])))
-    neutral = script.open_text(cfg, World()).tokens["c"]
+    neutral = mixture.load_text(cfg, World()).tokens["c"]
     assert endless.read < 120  # a group of some 50 in hand, and one ahead
     assert len(neutral.parts["train"]) <= 1 and neutral.documents["train"] == 0
     assert all(len(neutral.parts[part]) > 1500 for part in ("val", "test"))
@@ -181,7 +181,7 @@ def test_a_cell_of_the_matrix_is_the_mean_loss_of_the_runs_own_weights_on_that_t
     study = study_of()
     for arm, tag in (("a", "a-s0"), ("a+b", "a_b-s0")):
         cfg, model, _ = script.load_model(run_folders()[tag], World())
-        text = script.open_text(parsed(*TINY), World())
+        text = mixture.load_text(parsed(*TINY), World())
         for name in "abc":
             tokens = text.tokens[name]
             end, stream = tokens.tokenizer.eos_token_id, tokens.parts["test"].astype(np.int64)

@@ -30,6 +30,7 @@ from toys.diversity import (
 import core
 import run_pretrain_diversity as script
 from core import World
+from lab.data import mixture
 from lab.measure import diversity, task2vec
 
 
@@ -38,7 +39,7 @@ def test_mode_cache_fills_the_token_cache_and_trains_nothing(sources, monkeypatc
     said = in_process([*TINY, "--out", "out", "--mode", "cache"], monkeypatch, capfd)
     assert not [path for path in Path("out").rglob("*") if path.is_file()]
     assert len(list(Path("tokens").glob("tokens_*/meta.json"))) == 3
-    text = script.open_text(parsed(*TINY), World())
+    text = mixture.load_text(parsed(*TINY), World())
     for name in "abc":
         counts = [f"{len(text.tokens[name].parts[part]):,}" for part in ("train", "val", "test")]
         row = next(line for line in said.splitlines() if line.startswith(f"| {name} "))

@@ -16,6 +16,7 @@ import core
 import run_pretrain_diversity as script
 from core import World
 from lab.compare import study as studies
+from lab.data import mixture
 from lab.measure import diversity
 
 NAME = "run_pretrain_diversity"
@@ -124,7 +125,7 @@ def study_here(*argv) -> script.DiversityStudy:
     """Of the sources in the current folder."""
     cfg, given = parsed(*tiny("--out", "out", *argv)), (script.Config, script.PRESETS, script.SMOKE)
     plan = studies.Plan(cfg, World(), script.__file__, *given, script.main, own=script.OWN)
-    return script.DiversityStudy(plan, script.open_text(cfg, World()), None)
+    return script.DiversityStudy(plan, mixture.load_text(cfg, World()), None)
 
 
 def plan_of(folder) -> tuple[diversity.Draws, list]:
