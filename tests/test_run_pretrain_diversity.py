@@ -345,6 +345,9 @@ def test_a_run_by_itself_is_the_run_of_the_study(copied):
         (["--test_share", 0], ["--test_share 0 leaves nothing to measure"]),
         (["--val_share", 0.6, "--test_share", 0.4], ["val_share 0.6 + test_share 0.4 leave nothing"]),
         (["--seeds", 0], ["seeds", "0"]),
+        (["--data", "a"], ["--data is read by --mode train, find_lr, not by study"]),
+        (["--mode", "cache", "--seeds", 2], ["--seeds is read by --mode study, not by cache"]),
+        (["--mode", "train", "--max_hours", 1], ["--max_hours is read by --mode study, cache, diversity"]),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_before_anything_is_trained(argv, words, sources, monkeypatch, capfd):
