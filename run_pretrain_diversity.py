@@ -21,11 +21,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import core
 import gpt_scratch
-from lab.compare import diversity_report, tables
+from lab.compare import cross, diversity_report, tables
 from lab.compare import study as studies
 from lab.data import mixture
 from lab.measure import diversity, held_out
-from lab.run import checkpoints
 
 SEVERAL = ("study", "cache", "diversity")  # modes that read the text of all arms
 READ_BY = {"data": mixture.ONE_ARM, "seeds": ("study",), "max_hours": SEVERAL}  # others would ignore them
@@ -203,8 +202,7 @@ def run_facts(cfg, text, batches) -> dict:
 
 
 def load_model(folder, world):
-    """(Config, model, tokenizer) of a run, from its folder alone, with the weights
-    that it was tested with."""
+    """(Config, model, tokenizer) of a run, from its folder alone, with the weights it was tested with."""
     cfg = core.stored_config(folder, Config, __file__)
     model, tokenizer = core.open_model(folder)
     return cfg, core.Precision(cfg.dtype, world).prepare(model).eval(), tokenizer
@@ -224,8 +222,8 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
     return result, ("losses.jsonl", neutral.lines(part))
 
 
-def report(run, cfg, metrics, part, where="", note=""):
-    """Says the figures on the neutral text, and the loss on each source that the arm reads."""
+def report(run, cfg, metrics, part, where="", note="", late=True):
+    """Says the figures on the neutral text, the loss on each source that the arm reads, and an alarm."""
     loss = core.plus_minus(metrics[f"{part}/loss"], metrics[f"{part}/loss_interval"], 4)
     accuracy = core.plus_minus(metrics[f"{part}/accuracy"], metrics[f"{part}/accuracy_interval"])
     own = "  ".join(
@@ -234,6 +232,8 @@ def report(run, cfg, metrics, part, where="", note=""):
     head = f"{where}  {part}".strip()
     run.say(f"{head:5} loss {loss}  accuracy {accuracy}  on {mixture.label(cfg.neutral)}{note}")
     run.say(f"{head:5} loss {own}")
+    if late and metrics[f"{part}/own/alarm"]:
+        run.say(f"{head:5} {metrics[f'{part}/own/alarm']}")
 
 
 # ------------------------------------------------------------------------------------------------------ train
@@ -260,8 +260,7 @@ def train(run, cfg, world) -> dict:
     ddp = core.wrap_ddp(model, world, model.h if cfg.compile else (), dynamic=None)
 
     def forward_backward(rows, targets) -> float:
-        """Adds the gradients of this rank's rows, of summed loss / global targets;
-        returns their summed loss."""
+        """Adds the gradients of this rank's rows, of summed loss / global targets; returns their sum."""
         losses = []
         for part in core.micro_batches(ddp, rows, cfg.micro_batch):
             with precision.autocast():
@@ -334,20 +333,18 @@ def spike_facts(text, batches, at, lr) -> dict:
 
 
 def check(run, cfg, text, model, at) -> tuple:
-    """Validates: says and logs figures, keeps the best weights. Returns what `figures` returns."""
+    """Validates: says and logs figures, keeps the best weights. Returns figures and the neutral text's."""
     metrics, neutral = held_out.figures_of_part(model, cfg, text, "val", run.world, at.poll)
     where, is_best = f"step {at.step}/{cfg.max_steps}", at.keep_if_best(metrics["val/loss"])
-    report(run, cfg, metrics, "val", where, "  -> best" if is_best else "")
-    if metrics["val/own/alarm"] and at.late:
-        run.say(f"{where}  val  {metrics['val/own/alarm']}")
+    report(run, cfg, metrics, "val", where, "  -> best" if is_best else "", at.late)
     names = [name for name in metrics if name.rpartition("/")[2] in ("loss", "perplexity", "accuracy")]
     run.metrics(at.step, {name: metrics[name] for name in names})
     return metrics, neutral
 
 
 def finish(run, cfg, world, text, model, batches, val=None) -> dict:
-    """Checks that the run read what its ledger says; measures the chosen weights on val
-    (if not `val`) and test."""
+    """Checks that the run read what its ledger says; measures the chosen weights on val and test. val: what
+    is known of them already."""
     ledger, seen = batches.ledger(), run.state["seen"]
     planned = {name: source["blocks"] for name, source in ledger["sources"].items()}
     if cfg.max_minutes is None and seen != planned:
@@ -361,8 +358,6 @@ def finish(run, cfg, world, text, model, batches, val=None) -> dict:
         result |= metrics
         if not known:
             report(run, cfg, metrics, part)
-            if alarm := metrics[f"{part}/own/alarm"]:
-                run.say(f"{part:5} {alarm}")
     core.on_main(world, core.write_lines, run.folder / "losses.jsonl", neutral.lines(part))
     loss, perplexity = result[f"{part}/loss"], result[f"{part}/perplexity"]
     run.say(f"done  {part} loss {loss:.4f}  perplexity {perplexity:.2f}  {run.seconds / 60:.1f} min")
@@ -451,7 +446,7 @@ def compare_arms(study):
     runs = studies.make_runs(plan, planned, study.poll)
     notes = core.on_main(plan.world, check_runs, study, planned, runs)
     plan.say("\n".join(notes))
-    losses = cross_evaluate(study, runs)
+    losses = cross.evaluate(plan, study.text, runs, load_model, study.poll)
     coefficients = measure_diversity(study) if plan.cfg.diversity_batches else None
     core.on_main(plan.world, conclude, plan, runs, losses, coefficients, notes)
 
@@ -475,40 +470,6 @@ def check_runs(study, planned, runs) -> list[str]:
     diversity_report.check_equal(runs, OWN | core.MAY_CHANGE | {"arms"})
     documents = {name: tokens.documents["test"] for name, tokens in study.text.tokens.items()}
     return diversity_report.notes_of(runs, documents)
-
-
-def cross_evaluate(study, runs) -> dict:
-    """Every run on the test part of every text: arm -> text -> files like losses.jsonl, one a seed."""
-    plan, text, losses = study.plan, study.text, {}
-    for arm, folder in [(arm, folder) for arm, folders in runs.items() for folder in folders]:
-        files = core.on_main(plan.world, cross_files, study, folder)
-        missing = core.on_main(plan.world, not_there, files)
-        if missing:
-            cfg, model, _ = load_model(folder, plan.world)
-            cfg = replace(cfg, eval_batch=plan.cfg.eval_batch)
-        for name in missing:
-            measured = held_out.measure_text(model, cfg, text, name, "test", plan.world, study.poll)
-            core.on_main(plan.world, core.write_lines, Path(files[name]), measured.lines("test"))
-        for name, file in files.items():
-            losses.setdefault(arm, {}).setdefault(name, []).append(file)
-        plan.say(f"measured  {folder.name} on {', '.join(files)}")
-    return losses
-
-
-def not_there(files) -> list[str]:
-    """Names of the files that do not exist yet."""
-    return [name for name, path in files.items() if not Path(path).exists()]
-
-
-def cross_files(study, folder) -> dict[str, str]:
-    """text -> file of a run's losses on it, named by a hash of weights, text and windows."""
-    checkpoint = folder / "checkpoints" / core.tested_checkpoints(folder)[0]
-    weights = checkpoints.read_manifest(checkpoint)["files"]["model.safetensors"]
-    out, files = core.out_folder(study.plan.cfg, __file__) / "cross", {}
-    for name, tokens in study.text.tokens.items():
-        key = [weights, tokens.fingerprint, len(tokens.parts["test"]), study.plan.cfg.block_size]
-        files[name] = str(out / f"{folder.name}-{name}-{core.short_hash(key, 12)}.jsonl")
-    return files
 
 
 # -------------------------------------------------------------------------------------- diversity coefficient
