@@ -353,28 +353,36 @@ def warnings(plan, arms, validation) -> list[str]:
     return lines
 
 
+EACH_RUN = {"linestyle": "", "marker": "x", "color": "C1", "markersize": 5}
+
+
 def draw(arms, name, means, path):
-    """A curve with a band over the one numeric constant that the arms differ in; otherwise bars."""
+    """A curve with a band over the one numeric constant that the arms differ in, otherwise bars; and each
+    run, since a wide interval may be two seeds that learnt and one that did not."""
     from matplotlib.figure import Figure
 
     values = [means[arm.name] for arm in arms]
     middle, low, high = [v["mean"] for v in values], *zip(*(v["interval"] for v in values), strict=True)
     figure = Figure(figsize=(8, max(3.0, 0.5 * len(arms) + 1.5)), layout="constrained")
-    axes = figure.subplots()
+    axes, label = figure.subplots(), f"test {name}: mean with 95 % interval, and each run (x)"
     names = {constant for arm in arms for constant in arm.values}
     numbers = [next(iter(arm.values.values()), None) for arm in arms]
     if len(names) == 1 and len(arms) > 2 and all(type(n) in (int, float) for n in numbers):
         order = sorted(range(len(arms)), key=lambda i: numbers[i])
         x, y = [numbers[i] for i in order], [middle[i] for i in order]
         axes.plot(x, y, "o-")
+        for i in order:
+            axes.plot([numbers[i]] * len(values[i]["runs"]), values[i]["runs"], **EACH_RUN)
         axes.fill_between(x, [low[i] for i in order], [high[i] for i in order], alpha=0.2, label="95 %")
-        axes.set(xlabel=names.pop(), ylabel=f"test {name}", xscale="log" if x[0] > 0 else "linear")
+        axes.set(xlabel=names.pop(), ylabel=label, xscale="log" if x[0] > 0 else "linear")
         axes.legend()
     else:
         rows = range(len(arms))[::-1]
         errors = [np.subtract(middle, low), np.subtract(high, middle)]
         axes.errorbar(middle, rows, xerr=errors, fmt="o", capsize=3)
+        for row, value in zip(rows, values, strict=True):
+            axes.plot(value["runs"], [row] * len(value["runs"]), **EACH_RUN)
         axes.set_yticks(list(rows), [arm.name for arm in arms])
-        axes.set(xlabel=f"test {name}, with 95 % intervals", ylim=(-0.5, len(arms) - 0.5))
+        axes.set(xlabel=label, ylim=(-0.5, len(arms) - 0.5))
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -210,7 +210,10 @@ def test_one_numeric_constant_is_drawn_as_a_curve_and_the_rest_as_bars(values, c
     drawn = []
     monkeypatch.setattr(Axes, "fill_between", lambda self, x, *rest, **how: drawn.append(x))
     arms = [arm(str(number), **given) for number, given in enumerate(values)]
-    means = {each.name: {"mean": 2.0 + i, "interval": [1.5 + i, 2.5 + i]} for i, each in enumerate(arms)}
+    means = {
+        each.name: {"mean": 2.0 + i, "interval": [1.5 + i, 2.5 + i], "runs": [2.0 + i]}
+        for i, each in enumerate(arms)
+    }
     studies.draw(arms, "loss", means, tmp_path / "study.png")
     assert (tmp_path / "study.png").stat().st_size > 3000
     assert drawn == ([[0.01, 0.1, 1.0]] if curve else [])
