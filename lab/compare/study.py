@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import math
 import os
 import signal
 import threading
@@ -281,14 +282,23 @@ def figures_of(arms, facts, at, validation) -> tuple[dict, list[str]]:
     try:
         every = shared_rows(facts)
         lines = verdicts(arms, at, validation, every[0])
-        return {rows.name: {arm.name: mean(rows, at[arm.name]) for arm in arms} for rows in every}, lines
+        return {
+            rows.name: {arm.name: possible_mean(rows, at[arm.name]) for arm in arms} for rows in every
+        }, lines
     except UserError as error:
         lines = [f"{NO_VERDICT}: {error}"]
     means = {}
     for arm in arms:
         for rows in shared_rows([facts[i] for i in at[arm.name]]):
-            means.setdefault(rows.name, {})[arm.name] = mean(rows, list(range(len(rows.sums))))
+            means.setdefault(rows.name, {})[arm.name] = possible_mean(rows, list(range(len(rows.sums))))
     return means, lines
+
+
+def possible_mean(rows, side) -> dict:
+    """The mean of the runs `side`, its interval cut to what the figure can be: Student's t has no limits."""
+    figure, most = mean(rows, side), 1.0 if rows.name in ("accuracy", "answers") else math.inf
+    low, high = figure["interval"]
+    return figure | {"interval": [max(low, 0.0), min(high, most)]}
 
 
 def words_of(plan) -> list[str]:

@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ranks
 from laws.test_laws import SHORT
@@ -17,7 +18,9 @@ import gpt_scratch
 import run_lora
 import run_preference
 from core import World
+from lab.compare import difference
 from lab.compare import study as studies
+from lab.compare.rows import Rows
 
 STUDIED = ["gpt_scratch", "run_lora", "run_instruct", "run_preference"]
 ARMS = ["--mode", "study", "--arms", "lr=1e-3", "lr=2e-3,clip=none", "--seeds", 2]
@@ -193,6 +196,16 @@ def test_a_winner_at_the_edge_and_a_single_seed_are_said():
     several = plan_of(run_lora, "--arms", "lr=1", "--seeds", 3, "--no-final_eval")
     lines = studies.warnings(several, arms, {"lr=0.1": 3.0, "lr=0.2": 1.0, "lr=0.3": 2.0})
     assert lines == ["NOTE lr=0.2 was chosen on the rows it is reported on: use --final_eval"]
+
+
+@pytest.mark.parametrize("name", ["accuracy", "log loss"])
+def test_an_interval_ends_where_the_figure_must(name):
+    """One of two seeds learnt: Student's t alone would give an accuracy above 1."""
+    rows = Rows(name, np.array([[1.0] * 20, [0.2] * 20]), np.ones(20), np.arange(20))
+    wide = difference.mean(rows, [0, 1])["interval"]
+    found = studies.possible_mean(rows, [0, 1])
+    assert found["mean"] == pytest.approx(0.6) and wide[0] < 0 and wide[1] > 1
+    assert found["interval"] == [0.0, 1.0 if name == "accuracy" else wide[1]]
 
 
 @pytest.mark.parametrize(
