@@ -652,10 +652,8 @@ def forecast(stages) -> list[str]:
 
 def check_flags(cfg):
     """UserError for a typed flag that the mode does not read."""
+    study.refuse_unread(cfg, READ_BY)
     flags = core.typed(cfg).flags
-    for name in sorted(flags & READ_BY.keys()):
-        if cfg.mode not in READ_BY[name]:
-            raise core.UserError(f"--{name} is read by --mode {', '.join(READ_BY[name])}, not by {cfg.mode}")
     if "pretrain" in flags and cfg.init_from != "new" and (cfg.init_from or cfg.mode not in SEVERAL):
         what = f"--init_from {cfg.init_from}" if cfg.init_from else f"--mode {cfg.mode}"
         raise core.UserError(f"--pretrain is the first stage, which {what} does not have: drop it")
