@@ -62,6 +62,7 @@ from lab.measure.statistics import (
     language_metrics,
     plus_minus,
 )
+from lab.measure.tuning import final_parts  # val, and test with final_eval
 from lab.run.meter import clock
 from lab.run.terminal import one_line
 

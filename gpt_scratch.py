@@ -322,7 +322,7 @@ def set_up(run, cfg, world, steps=None) -> Setup:
         run.say(f"initial loss {loss / targets:.4f}  ln V {math.log(model.config.vocab_size):.4f}")
     saved, gradients = (model, optimizer, precision), functools.partial(forward_backward, setup)
     core.rehearse(run, ddp, saved, gradients, batches, total_steps - step)
-    run.say(describe_block(tokens.tokenizer, blocks["train"]))
+    run.say(describe_block(tokens.tokenizer, blocks["train"].tokens[: cfg.block_size + 1]))
     return setup
 
 
@@ -356,11 +356,6 @@ def spike_facts(setup, rows, lr) -> dict:
     return {"lr": lr, "rows": rows, "first_row": text, "targets": int(stream.targets(rows).sum())}
 
 
-def final_parts(cfg) -> tuple[str, ...]:
-    """The parts that are measured at the end, the most important one last."""
-    return ("val", "test") if cfg.final_eval and cfg.test_share else ("val",)
-
-
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
     """Measures a run's own val and test text again. Returns figures, and name and lines of losses.jsonl.
 
@@ -372,7 +367,7 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
     stored = core.read_config(folder)["facts"]["fingerprint"]
     core.refuse_other_data(stored, tokens.fingerprint, cfg.data, ("data", "tokenizer"))
     sizes = core.token_bytes(tokens.tokenizer)
-    for part in final_parts(cfg):
+    for part in core.final_parts(cfg):
         blocks = core.Blocks(tokens.parts[part], cfg.block_size)
         sums = core.evaluate(model, blocks, cfg, world, poll)
         metrics = core.measure(sums, blocks, tokens.unigram, sizes)
@@ -410,7 +405,7 @@ def finish(run, cfg, world, setup) -> dict:
     sizes = core.token_bytes(setup.tokens.tokenizer)
     if cfg.test_weights == "best":
         measured = run.load_best(setup.model)
-    for part in final_parts(cfg):
+    for part in core.final_parts(cfg):
         sums = core.evaluate(setup.model, setup.blocks[part], cfg, world, run.poll)
         m = core.measure(sums, setup.blocks[part], setup.tokens.unigram, sizes)
         result |= {f"{part}/{name}": value for name, value in m.items()}
@@ -462,10 +457,10 @@ def announce(run, cfg, tokens, blocks, batches, total_steps, model):
                 f"they fill no batch of {cfg.batch}")  # fmt: skip
 
 
-def describe_block(tokenizer, blocks) -> str:
-    """The first block, decoded from its ids: garbage here is garbage in training (journal 003, v0.0.11)."""
-    text = core.one_line(tokenizer.decode(blocks.tokens[: min(blocks.block_size, 200) + 1].tolist()))
-    return f"the loss sees, in {blocks.targets([0])[0]} targets (all but the first token):\n  {text[:96]}"
+def describe_block(tokenizer, ids) -> str:
+    """A block, decoded from its ids: garbage here is garbage in training (journal 003, v0.0.11)."""
+    text = core.one_line(tokenizer.decode(ids[:201].tolist()))
+    return f"the loss sees, in {len(ids) - 1} targets (all but the first token):\n  {text[:96]}"
 
 
 def report_validation(run, at, val, is_best):

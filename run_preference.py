@@ -338,16 +338,12 @@ def predict(run, cfg, world, data, rows, model, step) -> dict:
     elif cfg.folds:  # later folds push this one's checkpoints out
         checkpoint = run.keep_weights(step, model, "last")
     log_probs = {
-        part: evaluate(model, data, rows[part], cfg, world, run.poll).tolist() for part in final_parts(cfg)
+        part: evaluate(model, data, rows[part], cfg, world, run.poll).tolist()
+        for part in core.final_parts(cfg)
     }
     parameters = core.count_parameters(model)
     facts = {"weights_sha256": sha256, "checkpoint": checkpoint, "parameters": parameters}
     return facts | {"log_probs": log_probs}
-
-
-def final_parts(cfg) -> tuple[str, ...]:
-    """The parts that are measured at the end, the most important one last."""
-    return ("val", "test") if cfg.final_eval else ("val",)
 
 
 def describe_row(data, row, cfg) -> str:
@@ -414,7 +410,7 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
         core.load_weights(Path(folder) / "checkpoints" / name, model)
         rows = pairs.split_rows(data, cfg.folds, fold, cfg.split_seed)
         log_probs_of = {
-            part: evaluate(model, data, rows[part], cfg, world, poll) for part in final_parts(cfg)
+            part: evaluate(model, data, rows[part], cfg, world, poll) for part in core.final_parts(cfg)
         }
         splits.append(rows)
         outcomes.append({"log_probs": log_probs_of})

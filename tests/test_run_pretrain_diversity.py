@@ -1,13 +1,10 @@
 """run_pretrain_diversity.py: the arms of a study differ in text alone; bad input."""
 
-import itertools
 import json
-import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import ranks
 import torch
@@ -36,7 +33,6 @@ from toys.diversity import (
 import core
 import run_pretrain_diversity as script
 from core import UserError, World
-from lab.compare import diversity_report
 from lab.data import mixture, tables
 
 
@@ -76,17 +72,17 @@ def test_the_journals_model_has_its_parameters_to_the_unit():
 
 def test_what_the_arms_of_the_journal_need_is_asked_of_their_sources():
     """A whole pool of each, whatever its share: what a mixture reads does not depend on the other arms."""
-    sources, pool = script.sources_of(parsed("--preset", "journal")), 20_000 * 64 * 1024
+    sources, pool = mixture.sources_of(parsed("--preset", "journal")), 20_000 * 64 * 1024
     assert {name: one.max_tokens for name, one in sources.items()} == dict.fromkeys(
         ("pubmed", "uspto"), pool + 1024
     )
     assert all(one.streaming == "CacheStream" for one in sources.values())
     for arms in (["0.7*pubmed+0.3*uspto"], ["pubmed", "uspto"]):
-        mixed = script.sources_of(parsed("--arms", *arms, "--passes", 2))
+        mixed = mixture.sources_of(parsed("--arms", *arms, "--passes", 2))
         assert [one.max_tokens for one in mixed.values()] == [pool // 2 + 1024] * 2
-    assert script.sources_of(parsed("--max_tokens", 5000))["uspto"].max_tokens == 5000
+    assert mixture.sources_of(parsed("--max_tokens", 5000))["uspto"].max_tokens == 5000
     for flags in ([], ["--max_tokens", 5000], ["--preset", "journal"]):
-        neutral = script.neutral_corpus(parsed(*flags))  # streamed, as far as its held-out part needs
+        neutral = mixture.neutral_corpus(parsed(*flags))  # streamed, as far as its held-out part needs
         assert (neutral.data, neutral.max_tokens, neutral.streaming) == ("allenai/c4:en", 0, "True")
     assert all(
         one.held_out_tokens == 500_000 and not one.first_trains for one in (*sources.values(), neutral)
@@ -96,8 +92,8 @@ def test_what_the_arms_of_the_journal_need_is_asked_of_their_sources():
 def test_the_smoke_set_is_of_its_family_offline_and_trains_on_what_ranks_divide():
     cfg = parsed("--smoke", "--preset", "journal")
     assert cfg.schedule == "linear" and cfg.beta2 == 0.999 and cfg.dropout == 0 and cfg.lr == 6 * 5e-5
-    assert {one.data for one in script.sources_of(cfg).values()} == {"python-code", "python-docs"}
-    assert script.neutral_corpus(cfg).data == "numpy-docs"
+    assert {one.data for one in mixture.sources_of(cfg).values()} == {"python-code", "python-docs"}
+    assert mixture.neutral_corpus(cfg).data == "numpy-docs"
     assert cfg.batch % 12 == 0 and cfg.probe == "study" and cfg.sources == ()
 
 
@@ -112,7 +108,7 @@ def test_no_held_out_document_of_any_text_is_trained_on_by_any_arm():
     first = next(iter(held[1]))  # a test document of a becomes the first of b and of c
     of = {name: [first, *(text for text in texts if text != first)] for name, texts in of.items()}
     list(prepared(cfg, of))
-    text = script.open_text(cfg, World())
+    text = mixture.load_text(cfg, World())
     assert list(text.tokens) == ["a", "b", "c"]
     parts = {
         (name, part): set(documents_of(tokens, part))
@@ -133,15 +129,15 @@ def prepared(cfg, of):
     """Writes the sources; yields the Corpus of each."""
     for name, texts in of.items():
         write(f"{name}.jsonl", texts)
-    yield from script.sources_of(cfg).values()
-    yield script.neutral_corpus(cfg)
+    yield from mixture.sources_of(cfg).values()
+    yield mixture.neutral_corpus(cfg)
 
 
 def test_a_larger_neutral_share_changes_the_neutral_text_alone_and_is_told(sources, monkeypatch, capfd):
     plain, cfg = parsed(*TINY), parsed(*tiny("--neutral_share", 0.45))
-    shared = script.neutral_corpus(cfg)
-    assert shared == replace(script.neutral_corpus(plain), val_share=0.45, test_share=0.45)
-    assert script.sources_of(cfg) == script.sources_of(plain)
+    shared = mixture.neutral_corpus(cfg)
+    assert shared == replace(mixture.neutral_corpus(plain), val_share=0.45, test_share=0.45)
+    assert mixture.sources_of(cfg) == mixture.sources_of(plain)
     said = in_process([*tiny("--neutral_share", 0.45), "--out", "out", "--mode", "cache"], monkeypatch, capfd)
     assert "NOTE --neutral_share: a document of the neutral text that a source holds too" in said
 
@@ -169,56 +165,10 @@ def test_an_endless_neutral_text_is_read_as_far_as_its_held_out_part_needs(share
     everywhere(monkeypatch.setattr, tables, "_hub_commit", lambda repo, revision: "a commit")
     flags = ["--sources", "a=a.jsonl", "b=b.jsonl", "c=owner/endless", "--streaming", "CacheStream"]
     cfg = parsed(*tiny(*flags, *(["--neutral_share", share] if share else [])))
-    neutral = script.open_text(cfg, World()).tokens["c"]
+    neutral = mixture.load_text(cfg, World()).tokens["c"]
     assert endless.read < 120  # a group of some 50 in hand, and one ahead
     assert len(neutral.parts["train"]) <= 1 and neutral.documents["train"] == 0
     assert all(len(neutral.parts[part]) > 1500 for part in ("val", "test"))
-
-
-def test_a_cell_of_the_matrix_is_the_mean_loss_of_the_runs_own_weights_on_that_text(whole, monkeypatch):
-    monkeypatch.chdir(whole)
-    study = study_of()
-    for arm, tag in (("a", "a-s0"), ("a+b", "a_b-s0")):
-        cfg, model, _ = script.load_model(run_folders()[tag], World())
-        text = script.open_text(parsed(*TINY), World())
-        for name in "abc":
-            tokens = text.tokens[name]
-            end, stream = tokens.tokenizer.eos_token_id, tokens.parts["test"].astype(np.int64)
-            places = np.flatnonzero(stream == end)
-            nats = hits = count = size = 0
-            for begin, stop in itertools.pairwise(places):
-                for at in range(begin, stop, cfg.block_size):
-                    last = min(at + cfg.block_size, stop)  # the last window is moved back, to be a full one
-                    first = max(begin, last - cfg.block_size)
-                    ids = torch.from_numpy(stream[first : last + 1])
-                    with torch.no_grad():
-                        hidden = model.hidden(ids[None, :-1])[0]
-                        log_probs = (hidden @ model.wte.weight.t()).log_softmax(-1)[at - first :]
-                    targets = ids[at - first + 1 :]
-                    nats -= log_probs[range(len(targets)), targets].double().sum().item()
-                    hits += (log_probs.argmax(-1) == targets).sum().item()
-                    count += len(targets)
-                    size += (targets != end).sum().item()  # a byte each, and none for the end
-            found = {
-                figure: study["matrix"][figure][arm][name]["mean"] for figure in diversity_report.FIGURES
-            }
-            want = {
-                "loss": nats / count,
-                "accuracy": hits / count,
-                "bits per byte": nats / size / math.log(2),
-            }
-            assert found == pytest.approx(want, abs=2e-5), (arm, name)
-
-
-def test_the_figures_that_a_run_ends_with_are_those_of_the_study(whole, monkeypatch):
-    monkeypatch.chdir(whole)
-    losses, ended = study_of()["matrix"]["loss"], results_of()
-    for arm, tag in {"a": "a-s0", "b": "b-s0", "a+b": "a_b-s0"}.items():
-        assert losses[arm]["c"]["mean"] == pytest.approx(ended[tag]["test/loss"], abs=1e-6)
-        assert losses[arm]["c"]["interval"] == pytest.approx(ended[tag]["test/loss_interval"], abs=1e-6)
-        for name in mixture.shares_of(arm):
-            assert losses[arm][name]["mean"] == pytest.approx(ended[tag][f"test/{name}/loss"], abs=1e-6)
-        assert ended[tag]["blocks_read"] == {n: 36 * s for n, s in mixture.shares_of(arm).items()}
 
 
 def test_a_difference_of_the_study_is_that_of_its_cells(whole, monkeypatch):
@@ -260,8 +210,9 @@ def test_the_arms_of_a_seed_read_as_much_from_the_same_first_weights(whole, monk
 )
 def test_runs_that_differ_in_more_than_their_text_are_refused(copied, place, value, named):
     folders, s = run_folders(), study_here()
+    planned = script.planned_runs(s.plan)
     where = {"a": [folders["a-s0"]], "b": [folders["b-s0"]], "a+b": [folders["a_b-s0"]]}
-    lines = script.check_runs(s, where)
+    lines = script.check_runs(s, planned, where)
     assert lines[0] == "ledger  every run read 576 tokens in 6 equal steps"
     assert "NOTE NOT LEARNING: 1 of 1 runs of a do not beat token frequencies" in lines  # six tiny steps
     assert lines[-1].startswith("tested on documents  a ")
@@ -272,7 +223,7 @@ def test_runs_that_differ_in_more_than_their_text_are_refused(copied, place, val
     tree[place[-1]] = value
     path.write_text(json.dumps(config))
     with pytest.raises(UserError) as error:
-        script.check_runs(s, where)
+        script.check_runs(s, planned, where)
     words, folder = str(error.value), str(folders["a_b-s0"])
     if words.startswith(f"{folder} read other text"):  # than it would read today
         odd = words.partition("(")[2].partition(")")[0].split(", ")
@@ -345,6 +296,8 @@ def test_a_run_by_itself_is_the_run_of_the_study(copied):
         (["--test_share", 0], ["--test_share 0 leaves nothing to measure"]),
         (["--val_share", 0.6, "--test_share", 0.4], ["val_share 0.6 + test_share 0.4 leave nothing"]),
         (["--seeds", 0], ["seeds", "0"]),
+        (["--data", "a"], ["--data is read by --mode train or find_lr, not by study"]),
+        (["--mode", "train", "--max_hours", 1], ["--max_hours is read by --mode study or cache or"]),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_before_anything_is_trained(argv, words, sources, monkeypatch, capfd):

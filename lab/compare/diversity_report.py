@@ -13,9 +13,75 @@ import numpy as np
 from lab.compare.difference import FEWEST, difference, mean
 from lab.compare.rows import Rows
 from lab.compare.tables import markdown
-from lab.data.mixture import shares_of
+from lab.data import mixture
 from lab.errors import UserError
 from lab.measure.statistics import plus_minus
+from lab.run.files import whole_file, write_json
+from lab.run.flags import constants_of
+from lab.run.provenance import git_state
+from lab.run.resume import changed_constants
+from lab.run.stored import read_config, read_result
+
+
+def write(folder, runs, matrix, coefficients, notes, cfg) -> str:
+    """Writes study.md, study.json, matrix.png and, with coefficients, link.png; returns the tables and
+    sentences to show. runs: arm -> folders, one per seed; notes: lines on what all runs have in common."""
+    figures, seeds, neutral = cells(matrix), cfg.seeds, mixture.label(cfg.neutral)
+    sentences, differences = verdicts(matrix, seeds)
+    shown = [tables({"loss": figures["loss"]}, seeds), "\n".join(sentences)]
+    parts = [heading(runs), "\n".join([*notes, *sentences]), tables(figures, seeds)]
+    heat_map(figures["loss"], folder / "matrix.png", neutral, seeds)
+    if coefficients:
+        shown += [diversity_table(coefficients), link_table(coefficients, neutral, figures, seeds)]
+        parts += [f"**diversity coefficient**\n\n{shown[-2]}", f"**diversity and loss**\n\n{shown[-1]}"]
+        plot_link(coefficients, figures["loss"], neutral, folder / "link.png")
+    found = {"matrix": figures, "differences": differences, "diversity": coefficients, "notes": notes}
+    folders = {arm: [str(path) for path in paths] for arm, paths in runs.items()}
+    write_json(folder / "study.json", {"runs": folders, **found, "constants": constants_of(cfg)})
+    with whole_file(folder / "study.md") as file:
+        file.write("\n\n".join(parts) + "\n")
+    return "\n\n".join(shown)
+
+
+def unequal(first, other, own) -> list[str]:
+    """Names of what the config.json of two arms should have in common and have not. own: constants in which
+    they may differ."""
+    odd = sorted(changed_constants(first["constants"], other["constants"]).keys() - own)
+    first, other = first["facts"], other["facts"]
+    odd += mixture.differences(first["ledger"], other["ledger"])
+    return odd + ["initial_weights"] * (first["initial_weights"] != other["initial_weights"])
+
+
+def check_equal(runs, own):
+    """UserError if the arms of a seed differ in more than their text: constants, tokens, first weights."""
+    first = next(iter(runs.values()))
+    for folders in runs.values():
+        for one, other in zip(first, folders, strict=True):
+            if odd := unequal(read_config(one), read_config(other), own):
+                pair = f"{one} and {other} differ in {', '.join(odd)}"
+                raise UserError(f"{pair}, not in text alone: move one away")
+
+
+def notes_of(runs, documents) -> list[str]:
+    """Lines on what all runs have in common, on arms that had less new text, on runs that learnt nothing.
+    documents: text -> number of its test documents."""
+    ledgers = {arm: read_config(folders[0])["facts"]["ledger"] for arm, folders in runs.items()}
+    ledger = next(iter(ledgers.values()))
+    lines = [f"ledger  every run read {ledger['tokens']} tokens in {ledger['steps']} equal steps"]
+    distinct = {
+        arm: sum(source["distinct_blocks"] for source in of["sources"].values())
+        for arm, of in ledgers.items()
+    }
+    if len(set(distinct.values())) > 1:
+        counts = ", ".join(f"{arm} {n}" for arm, n in distinct.items())
+        lines.append(f"NOTE by --repeat the arms read unequal numbers of distinct blocks: {counts}")
+    for arm, folders in runs.items():
+        if idle := sum(read_result(folder)["test/own/alarm"] is not None for folder in folders):
+            count = f"{idle} of {len(folders)} runs of {arm}"
+            lines.append(f"NOTE NOT LEARNING: {count} do not beat token frequencies")
+    few = " (few: intervals by stretch of text)"
+    counts = [f"{name} {n}{few if n < mixture.FEWEST else ''}" for name, n in documents.items()]
+    return [*lines, f"tested on documents  {'  '.join(counts)}"]
 
 
 def rows_of(files, figure) -> Rows:
@@ -52,10 +118,11 @@ def cells(matrix) -> dict:
     return figures
 
 
-def heading(runs_by_arm, commit) -> str:
+def heading(runs) -> str:
     """What was compared: the folders of each arm's runs."""
-    lines = [f"- {arm}: {', '.join(folders)}" for arm, folders in runs_by_arm.items()]
-    return "\n".join([f"# {' against '.join(runs_by_arm)}", "", f"commit {commit or 'unknown'}", "", *lines])
+    lines = [f"- {arm}: {', '.join(map(str, folders))}" for arm, folders in runs.items()]
+    commit = git_state()["commit"] or "unknown"
+    return "\n".join([f"# {' against '.join(runs)}", "", f"commit {commit}", "", *lines])
 
 
 def spread(seeds) -> str:
@@ -80,8 +147,8 @@ def tables(figures, seeds) -> str:
 def verdicts(matrix, seeds) -> tuple[list[str], list[dict]]:
     """A sentence for each mixture and text: does it beat the single sources? Neutral text first."""
     lines, differences = [], []
-    singles = [arm for arm in matrix if len(shares_of(arm)) == 1]
-    mixtures = [arm for arm in matrix if len(shares_of(arm)) > 1]
+    singles = [arm for arm in matrix if len(mixture.shares_of(arm)) == 1]
+    mixtures = [arm for arm in matrix if len(mixture.shares_of(arm)) > 1]
     if not singles or not mixtures:
         return ["no mixture beside its sources: nothing to decide"], []
     for mixed in mixtures:
@@ -197,20 +264,14 @@ def apart(ones) -> bool:
     return all(a[0] > b[1] or b[0] > a[1] for a, b in pairs)
 
 
-def pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def heat_map(by_arm, path, neutral, seeds):
     """Draws the loss of each arm on each text; the colour is the distance from the text's best arm."""
-    plt, arms, texts = pyplot(), list(by_arm), list(next(iter(by_arm.values())))
+    from matplotlib.figure import Figure
+
+    arms, texts = list(by_arm), list(next(iter(by_arm.values())))
     means = np.array([[by_arm[arm][name]["mean"] for name in texts] for arm in arms])
-    figure, axes = plt.subplots(figsize=(3 + 1.9 * len(texts), 1.6 + 0.7 * len(arms)))
+    figure = Figure(figsize=(3 + 1.9 * len(texts), 1.6 + 0.7 * len(arms)))
+    axes = figure.subplots()
     image = axes.imshow(means - means.min(0), cmap="YlOrRd", aspect="auto")
     for i, arm in enumerate(arms):
         for j, name in enumerate(texts):
@@ -223,13 +284,14 @@ def heat_map(by_arm, path, neutral, seeds):
     axes.set(xlabel="tested on", ylabel="trained on", title=f"Loss per token (± {spread(seeds)})")
     figure.colorbar(image, label="above the best arm")
     figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
 
 
 def plot_link(coefficients, losses, neutral, path):
     """Plots the loss of each arm on the neutral text over its diversity, both with 95 % intervals."""
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5))
+    axes = figure.subplots()
     for arm, cell in coefficients["arms"].items():
         loss = losses[arm][neutral]
         x, y = cell["coefficient"], loss["mean"]
@@ -242,4 +304,3 @@ def plot_link(coefficients, losses, neutral, path):
     )
     axes.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)

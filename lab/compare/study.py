@@ -9,6 +9,7 @@ import contextlib
 import gc
 import itertools
 import json
+import math
 import os
 import signal
 import threading
@@ -68,9 +69,10 @@ def study(cfg, world, script, config, presets, smoke, main):
     plan = Plan(cfg, world, script, config, presets, smoke, main)
     arms = arms_of(plan)
     folder = out_folder(cfg, script) / f"study-{short_hash([arm.cfg.tag for arm in arms], 6)}"
-    planned = [(arm, cfg.seed + number) for number in range(cfg.seeds) for arm in arms]
+    seeds = range(cfg.seed, cfg.seed + cfg.seeds)
+    planned = [(arm.name, run_config(arm, seed)) for seed in seeds for arm in arms]
     with continued(plan) as poll:
-        runs = make_runs(plan, arms, planned, poll)
+        runs = make_runs(plan, planned, poll)
         on_main(world, report, plan, arms, runs, folder)
 
 
@@ -182,19 +184,18 @@ def as_flags(name, value) -> list[str]:
 # -- runs --------------------------------------------------------------------------------------------------
 
 
-def make_runs(plan, arms, planned, poll) -> dict[str, list[Path]]:
-    """arm -> folders of its finished runs, one a seed. Stop if one is stopped."""
-    runs, seconds = {arm.name: [] for arm in arms}, []
-    configs = [run_config(arm, seed) for arm, seed in planned]
-    there = [on_main(plan.world, finished_folder, cfg, plan.script) for cfg in configs]
-    plan.say(f"study  {len(arms)} arms x {plan.cfg.seeds} seeds: {len(planned)} runs, "
+def make_runs(plan, planned, poll) -> dict[str, list[Path]]:
+    """arm -> folders of its finished runs, one a seed. planned: (arm, constants of a run), in the order in
+    which they are made. Stop if one is stopped."""
+    runs, seconds = {arm: [] for arm, _ in planned}, []
+    there = [on_main(plan.world, finished_folder, cfg, plan.script) for _, cfg in planned]
+    plan.say(f"study  {len(runs)} arms x {plan.cfg.seeds} seeds: {len(planned)} runs, "
            f"{sum(map(bool, there))} of them finished")  # fmt: skip
-    for number, (arm, seed) in enumerate(planned):
-        plan.say(f"study  run {number + 1} of {len(planned)}  {arm.name}  seed {seed}")
-        made = [folder for folder in there[:number] if not folder]
-        cfg = configs[number] if made else counting(configs[number], runs=there.count(""))
-        folder = one_run(plan, cfg)
-        runs[arm.name].append(Path(folder))
+    for number, (arm, cfg) in enumerate(planned):
+        plan.say(f"study  run {number + 1} of {len(planned)}  {arm}  seed {cfg.seed}")
+        is_first = "" not in there[:number]  # of those to be made: it forecasts them all
+        folder = one_run(plan, counting(cfg, runs=there.count("")) if is_first else cfg)
+        runs[arm].append(Path(folder))
         seconds.append(on_main(plan.world, seconds_of, folder))
         left = there[number + 1 :].count("")
         if left and not there[number]:
@@ -273,14 +274,23 @@ def figures_of(arms, facts, at, validation) -> tuple[dict, list[str]]:
     try:
         every = shared_rows(facts)
         lines = verdicts(arms, at, validation, every[0])
-        return {rows.name: {arm.name: mean(rows, at[arm.name]) for arm in arms} for rows in every}, lines
+        return {
+            rows.name: {arm.name: possible_mean(rows, at[arm.name]) for arm in arms} for rows in every
+        }, lines
     except UserError as error:
         lines = [f"{NO_VERDICT}: {error}"]
     means = {}
     for arm in arms:
         for rows in shared_rows([facts[i] for i in at[arm.name]]):
-            means.setdefault(rows.name, {})[arm.name] = mean(rows, list(range(len(rows.sums))))
+            means.setdefault(rows.name, {})[arm.name] = possible_mean(rows, list(range(len(rows.sums))))
     return means, lines
+
+
+def possible_mean(rows, side) -> dict:
+    """The mean of the runs `side`, its interval cut to what the figure can be: Student's t has no limits."""
+    figure, most = mean(rows, side), 1.0 if rows.name in ("accuracy", "answers") else math.inf
+    low, high = figure["interval"]
+    return figure | {"interval": [max(low, 0.0), min(high, most)]}
 
 
 def words_of(plan) -> list[str]:
@@ -345,28 +355,36 @@ def warnings(plan, arms, validation) -> list[str]:
     return lines
 
 
+EACH_RUN = {"linestyle": "", "marker": "x", "color": "C1", "markersize": 5}
+
+
 def draw(arms, name, means, path):
-    """A curve with a band over the one numeric constant that the arms differ in; otherwise bars."""
+    """A curve with a band over the one numeric constant that the arms differ in, otherwise bars; and each
+    run, since a wide interval may be two seeds that learnt and one that did not."""
     from matplotlib.figure import Figure
 
     values = [means[arm.name] for arm in arms]
     middle, low, high = [v["mean"] for v in values], *zip(*(v["interval"] for v in values), strict=True)
     figure = Figure(figsize=(8, max(3.0, 0.5 * len(arms) + 1.5)), layout="constrained")
-    axes = figure.subplots()
+    axes, label = figure.subplots(), f"test {name}: mean with 95 % interval, and each run (x)"
     names = {constant for arm in arms for constant in arm.values}
     numbers = [next(iter(arm.values.values()), None) for arm in arms]
     if len(names) == 1 and len(arms) > 2 and all(type(n) in (int, float) for n in numbers):
         order = sorted(range(len(arms)), key=lambda i: numbers[i])
         x, y = [numbers[i] for i in order], [middle[i] for i in order]
         axes.plot(x, y, "o-")
+        for i in order:
+            axes.plot([numbers[i]] * len(values[i]["runs"]), values[i]["runs"], **EACH_RUN)
         axes.fill_between(x, [low[i] for i in order], [high[i] for i in order], alpha=0.2, label="95 %")
-        axes.set(xlabel=names.pop(), ylabel=f"test {name}", xscale="log" if x[0] > 0 else "linear")
+        axes.set(xlabel=names.pop(), ylabel=label, xscale="log" if x[0] > 0 else "linear")
         axes.legend()
     else:
         rows = range(len(arms))[::-1]
         errors = [np.subtract(middle, low), np.subtract(high, middle)]
         axes.errorbar(middle, rows, xerr=errors, fmt="o", capsize=3)
+        for row, value in zip(rows, values, strict=True):
+            axes.plot(value["runs"], [row] * len(value["runs"]), **EACH_RUN)
         axes.set_yticks(list(rows), [arm.name for arm in arms])
-        axes.set(xlabel=f"test {name}, with 95 % intervals", ylim=(-0.5, len(arms) - 0.5))
+        axes.set(xlabel=label, ylim=(-0.5, len(arms) - 0.5))
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -16,9 +16,10 @@ import torch
 
 from lab.data import blocks
 from lab.data.blocks import Windows, stretches
+from lab.data.builtin import BUILT_IN
 from lab.data.cache import BadRows, cache_root, cached_folder
 from lab.data.paths import is_there, stem_of
-from lab.data.text import TEXT_CACHE_VERSION, Tokens, open_corpus, split_pieces, text_fingerprint
+from lab.data.text import TEXT_CACHE_VERSION, Corpus, Tokens, open_corpus, split_pieces, text_fingerprint
 from lab.data.tokenizers import is_built_in, make_tokenizer, token_bytes, tokenizer_fingerprint
 from lab.errors import UserError
 from lab.run.files import short_hash
@@ -58,6 +59,7 @@ def shares_of(arm) -> dict[str, float]:
     return {name: weight / sum(weights) for name, weight in zip(names, weights, strict=True)}
 
 
+ONE_ARM = ("train", "find_lr")  # modes that read the text of one arm, cfg.data; others read all of cfg.arms
 TOLERANCE = 0.0034  # of each weight: .33 three times is meant as a third each
 
 
@@ -66,6 +68,25 @@ def label(name) -> str:
     if "/" not in name and not is_there(name):
         return name
     return stem_of(name.partition("@")[0].rstrip("/").rpartition("/")[2])
+
+
+def labelled_shares(arm) -> dict[str, float]:
+    """Source label -> share of an arm. UserError if two sources have the same label."""
+    shares = shares_of(arm)
+    if len(labelled := {label(name): share for name, share in shares.items()}) < len(shares):
+        raise UserError(
+            f"arm {arm}: two sources have the same name, give them others by --sources name=where"
+        )
+    return labelled
+
+
+def address(named, name, flag) -> str:
+    """Where a text is: as --sources says, or the name itself. UserError if it can be neither."""
+    known = name in named or "/" in name or name in BUILT_IN or is_there(name)
+    if not name or not known:
+        names = ", ".join([*named, *BUILT_IN])
+        raise UserError(f"{flag} {name!r}: no such text; use {names}, a path, or --sources {name}=where")
+    return named.get(name, name)
 
 
 @dataclass
@@ -105,6 +126,56 @@ def open_text(corpora, tokenizer, learns_from, world) -> Text:
 
 def is_learnt(tokenizer) -> bool:
     return is_built_in(tokenizer) and tokenizer not in ("ascii", "bytes")
+
+
+def sources_of(cfg) -> dict[str, Corpus]:
+    """Source label -> Corpus, for all arms. UserError for a source that is nowhere."""
+    named, sources = named_sources(cfg.sources), {}
+    # each source holds a whole pool, whatever its share: what an arm reads does not depend on other arms
+    pool = math.ceil(cfg.max_steps * cfg.batch / cfg.passes) * cfg.block_size + cfg.block_size
+    # a run that belongs to a study shares its tokenizer, which all arms' sources may teach
+    alone = cfg.mode in ONE_ARM and (cfg.data not in cfg.arms or not is_learnt(cfg.tokenizer))
+    arms = (cfg.data,) if alone else cfg.arms
+    for name in dict.fromkeys(name for arm in arms for name in shares_of(arm)):
+        where = address(named, name, "--arms")
+        corpus = corpus_of(cfg, where, max_tokens=cfg.max_tokens or pool)
+        if sources.setdefault(label(name), corpus) != corpus:
+            raise UserError(f"two sources are called {label(name)}: name them by --sources name=where")
+    return sources
+
+
+def neutral_corpus(cfg) -> Corpus:
+    """Corpus of the neutral text, streamed as far as its held-out part needs."""
+    where = address(named_sources(cfg.sources), cfg.neutral, "--neutral")
+    shares = {"val_share": cfg.neutral_share, "test_share": cfg.neutral_share} if cfg.neutral_share else {}
+    return corpus_of(cfg, where, max_tokens=0, streaming="True", **shares)
+
+
+def corpus_of(cfg, where, **given) -> Corpus:
+    """A text as all of a study are read and split. given: fields in which it differs."""
+    shared = ("text_column", "max_documents", "streaming", "tokenizer")
+    shared += ("val_share", "test_share", "split_seed", "held_out_tokens")
+    fields = {name: getattr(cfg, name) for name in shared} | given
+    # by the hash alone: a document is held out of every source, or of none
+    return Corpus(where, first_trains=False, **fields)
+
+
+def load_text(cfg, world) -> Text:
+    """Token caches of the sources that cfg reads and, last, of the neutral text; built if need be. UserError
+    if two texts are the same."""
+    sources, neutral = sources_of(cfg), label(cfg.neutral)
+    names = [*(labelled_shares(cfg.data) if cfg.mode in ONE_ARM else sources)]
+    wanted = {name: sources[name] for name in names}
+    if cfg.mode != "diversity":
+        wanted[neutral] = neutral_corpus(cfg)
+        if neutral in sources:
+            raise UserError(f"--neutral {cfg.neutral} is trained on by an arm: use a third text")
+    text = open_text(wanted, cfg.tokenizer, sources, world)
+    names = {}
+    for name, tokens in text.tokens.items():
+        if (other := names.setdefault(tokens.fingerprint["data"], name)) != name:
+            raise UserError(f"{other} and {name} are the same text: sources and --neutral must differ")
+    return text
 
 
 LEARNT_FROM = 5_000_000  # characters of each source

@@ -9,7 +9,9 @@ import time
 
 import numpy as np
 
-from lab.data.mixture import apportion, source_order
+from lab.data.cache import cache_root, cached_folder
+from lab.data.mixture import apportion, labelled_shares, open_text, source_order
+from lab.data.tokenizers import tokenizer_fingerprint
 from lab.errors import UserError
 from lab.measure import task2vec
 from lab.measure.task2vec import (
@@ -23,15 +25,53 @@ from lab.measure.task2vec import (
     pairwise,
     synthetic,
 )
+from lab.models.pretrained import open_model
 from lab.run.checkpoints import weights_sha256
 from lab.run.files import short_hash, whole_file
 from lab.run.meter import clock
 from lab.train.batches import reseed
-from lab.train.processes import barrier, on_main, progress
+from lab.train.precision import Precision
+from lab.train.processes import barrier, main_first, on_main, progress
 
 BOUNDS = ("lower bound", "upper bound")
 BOUND_BATCHES = 20  # of each synthetic bound, at most
 FLOOR_BATCHES = 3  # of each arm are embedded floor_repeats times
+
+
+def open_probe(cfg, name, world):
+    """(model, tokenizer) of a run, a folder or a Hub id. UserError for a probe that cannot embed."""
+    try:
+        probe, tokenizer = main_first(world, open_model, name)
+    except UserError as error:
+        raise UserError(f"--probe: {error}") from None
+    check_length(cfg, probe.config.block_size)
+    if tokenizer.eos_token_id is None or probe.config.head_bias:
+        lacks = "an output bias" if probe.config.head_bias else "no end-of-text token"
+        raise UserError(f"--probe {name} has {lacks}: use a GPT-2 or a run without --head_bias")
+    # the squares of small gradients leave no room for halves
+    dtype = "fp64" if cfg.dtype == "fp64" else "fp32"
+    return Precision(dtype, world).prepare(probe).eval(), tokenizer
+
+
+def check_length(cfg, most):
+    if cfg.diversity_length > most:
+        raise UserError(f"--diversity_length {cfg.diversity_length} is over the probe's {most} tokens")
+
+
+def draws_of(cfg, text, corpora, tokenizer, world) -> "Draws":
+    """The batches to embed, in tokens of the probe: `text` is read again from its corpora for another
+    tokenizer than its own. UserError if a source is too small."""
+    if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(text.tokenizer):
+        folder = cache_root() / f"probe_tokenizer_{tokenizer_fingerprint(tokenizer)[:16]}"
+        name = on_main(world, cached_folder, folder, save_tokenizer, tokenizer)
+        text = open_text(corpora, name, {}, world)
+    arms = {arm: labelled_shares(arm) for arm in cfg.arms}
+    sequences = sequences_of(cfg, text, {name for shares in arms.values() for name in shares})
+    return Draws(cfg, arms, sequences, len(tokenizer), tokenizer.eos_token_id)
+
+
+def save_tokenizer(folder, tokenizer):
+    tokenizer.save_pretrained(folder)
 
 
 def sequences_of(cfg, text, names) -> dict[str, Sequences]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lab.data.mixture import windows_of
+from lab.data.mixture import label, labelled_shares, windows_of
 from lab.errors import UserError
 from lab.measure.language import evaluate, loss_lines
 from lab.measure.statistics import language_metrics
@@ -24,6 +24,13 @@ def held_out_windows(cfg, text, name, part):
     return windows, groups
 
 
+def require_windows(cfg, text, parts):
+    """UserError unless every text leaves something to measure in every part."""
+    for name in text.tokens:
+        for part in parts:
+            held_out_windows(cfg, text, name, part)
+
+
 @dataclass
 class MeasuredText:
     """A model's sums (windows, 3) on one held-out text, and the baseline that they are compared with."""
@@ -40,10 +47,10 @@ class MeasuredText:
         return loss_lines(part, np.arange(len(self.sums)), self.groups, self.sums, self.spelt)
 
 
-def measure_text(model, cfg, text, shares, name, part, world, poll) -> MeasuredText:
-    """Measures a model on the held-out part of text `name`; `shares` are those that it was trained with."""
+def measure_text(model, cfg, text, name, part, world, poll) -> MeasuredText:
+    """Measures a model that was trained on cfg.data on the held-out part of text `name`."""
     windows, groups = held_out_windows(cfg, text, name, part)
-    frequencies = text.frequencies(shares)
+    frequencies = text.frequencies(labelled_shares(cfg.data))
     log_share = np.log((frequencies + 1) / (frequencies.sum() + len(frequencies)))
     plain, spelt = (
         np.array([of[ids].sum() for ids in windows.target_ids()]) for of in (-log_share, text.sizes)
@@ -61,3 +68,22 @@ def pooled(parts) -> MeasuredText:
         np.concatenate([getattr(p, name) for p in parts]) for name in ("sums", "plain", "spelt")
     )
     return MeasuredText(sums, np.concatenate(groups), plain, spelt)
+
+
+BRIEF = ("loss", "loss_interval", "perplexity", "accuracy", "bits_per_byte")  # kept of a single source
+
+
+def figures_of_part(model, cfg, text, part, world, poll) -> tuple[dict, MeasuredText]:
+    """Figures of one part: on the neutral text (test/loss, test/accuracy ...), on the sources of cfg.data
+    together (test/own/..., with an alarm), on each (test/<source>/...). Also the neutral text as measured."""
+    neutral, *sources = names = [label(cfg.neutral), *labelled_shares(cfg.data)]
+    measured = {name: measure_text(model, cfg, text, name, part, world, poll) for name in names}
+    own = pooled([measured[name] for name in sources]).figures()
+    alarm = f"NOT LEARNING: own loss {own['loss']:.4f}, token frequencies alone {own['unigram_loss']:.4f}"
+    own["alarm"] = alarm if own["above_unigram_interval"][1] >= 0 else None
+    figures = {f"{part}/{name}": value for name, value in measured[neutral].figures().items()}
+    figures |= {f"{part}/own/{name}": value for name, value in own.items()}
+    for name in sources:
+        source = measured[name].figures()
+        figures |= {f"{part}/{name}/{figure}": source[figure] for figure in BRIEF}
+    return figures, measured[neutral]

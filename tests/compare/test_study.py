@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ranks
 from laws.test_laws import SHORT
@@ -17,7 +18,9 @@ import gpt_scratch
 import run_lora
 import run_preference
 from core import World
+from lab.compare import difference
 from lab.compare import study as studies
+from lab.compare.rows import Rows
 
 STUDIED = ["gpt_scratch", "run_lora", "run_instruct", "run_preference"]
 ARMS = ["--mode", "study", "--arms", "lr=1e-3", "lr=2e-3,clip=none", "--seeds", 2]
@@ -196,6 +199,16 @@ def test_a_winner_at_the_edge_and_a_single_seed_are_said():
     assert lines == ["NOTE lr=0.2 was chosen on the rows it is reported on: use --final_eval"]
 
 
+@pytest.mark.parametrize("name", ["accuracy", "log loss"])
+def test_an_interval_ends_where_the_figure_must(name):
+    """One of two seeds learnt: Student's t alone would give an accuracy above 1."""
+    rows = Rows(name, np.array([[1.0] * 20, [0.2] * 20]), np.ones(20), np.arange(20))
+    wide = difference.mean(rows, [0, 1])["interval"]
+    found = studies.possible_mean(rows, [0, 1])
+    assert found["mean"] == pytest.approx(0.6) and wide[0] < 0 and wide[1] > 1
+    assert found["interval"] == [0.0, 1.0 if name == "accuracy" else wide[1]]
+
+
 @pytest.mark.parametrize(
     ("values", "curve"),
     [
@@ -211,7 +224,10 @@ def test_one_numeric_constant_is_drawn_as_a_curve_and_the_rest_as_bars(values, c
     drawn = []
     monkeypatch.setattr(Axes, "fill_between", lambda self, x, *rest, **how: drawn.append(x))
     arms = [arm(str(number), **given) for number, given in enumerate(values)]
-    means = {each.name: {"mean": 2.0 + i, "interval": [1.5 + i, 2.5 + i]} for i, each in enumerate(arms)}
+    means = {
+        each.name: {"mean": 2.0 + i, "interval": [1.5 + i, 2.5 + i], "runs": [2.0 + i]}
+        for i, each in enumerate(arms)
+    }
     studies.draw(arms, "loss", means, tmp_path / "study.png")
     assert (tmp_path / "study.png").stat().st_size > 3000
     assert drawn == ([[0.01, 0.1, 1.0]] if curve else [])

@@ -30,6 +30,7 @@ from toys.diversity import (
 import core
 import run_pretrain_diversity as script
 from core import World
+from lab.data import mixture
 from lab.measure import diversity, task2vec
 
 
@@ -38,7 +39,7 @@ def test_mode_cache_fills_the_token_cache_and_trains_nothing(sources, monkeypatc
     said = in_process([*TINY, "--out", "out", "--mode", "cache"], monkeypatch, capfd)
     assert not [path for path in Path("out").rglob("*") if path.is_file()]
     assert len(list(Path("tokens").glob("tokens_*/meta.json"))) == 3
-    text = script.open_text(parsed(*TINY), World())
+    text = mixture.load_text(parsed(*TINY), World())
     for name in "abc":
         counts = [f"{len(text.tokens[name].parts[part]):,}" for part in ("train", "val", "test")]
         row = next(line for line in said.splitlines() if line.startswith(f"| {name} "))
@@ -120,7 +121,7 @@ def test_batches_for_the_coefficient_share_no_sequence_and_mix_in_proportion(kin
 def ids_and_files(s) -> dict[tuple, str]:
     """(ids of the batch, which repeat of it) -> file of its embedding"""
     draws, found = script.draws_of(s, s.text.tokenizer), {}
-    for name, i, file, _ in diversity.plan(s.cfg, draws, "weights", torch.float32):
+    for name, i, file, _ in diversity.plan(s.plan.cfg, draws, "weights", torch.float32):
         ids = draws.batch(name, i).ids.numpy().tobytes()
         repeat = sum(key == ids and of != file for (key, _), of in found.items())
         assert found.setdefault((ids, repeat), file) == file
@@ -133,7 +134,9 @@ def test_equal_batches_draw_targets_of_their_own(sources):
     s = study_here()
     draws = script.draws_of(s, s.text.tokenizer)
     draws.vocab_size = 10**6
-    lower = [job for job in diversity.plan(s.cfg, draws, "weights", torch.float32) if job[0] == "lower bound"]
+    lower = [
+        job for job in diversity.plan(s.plan.cfg, draws, "weights", torch.float32) if job[0] == "lower bound"
+    ]
     assert len({draws.batch("lower bound", i).ids.numpy().tobytes() for _, i, *_ in lower}) == 1
     assert len(lower) == len({job[2] for job in lower}) == len({job[3] for job in lower}) == 3
 
@@ -160,13 +163,13 @@ def test_embeddings_made_in_another_way_have_other_names(flags, sources):
 
 def test_embeddings_of_other_weights_have_other_names_and_more_repeats_keep_theirs(sources):
     s = study_here()
-    draws, more = script.draws_of(s, s.text.tokenizer), replace(s.cfg, floor_repeats=4)
+    draws, more = script.draws_of(s, s.text.tokenizer), replace(s.plan.cfg, floor_repeats=4)
     plans = [
         {job[2] for job in diversity.plan(cfg, draws, weights, dtype)}
         for cfg, weights, dtype in (
-            (s.cfg, "w", torch.float32),
-            (s.cfg, "v", torch.float32),
-            (s.cfg, "w", torch.float64),
+            (s.plan.cfg, "w", torch.float32),
+            (s.plan.cfg, "v", torch.float32),
+            (s.plan.cfg, "w", torch.float64),
             (more, "w", torch.float32),
         )
     ]

@@ -7,6 +7,18 @@ import pytest
 from ranks import launch, newest, result, run
 from toys.preference import row, write_csv
 
+import core
+import gpt_scratch
+from lab.run import resume
+
+
+def test_what_belongs_to_the_command_never_makes_another_run():
+    """--no-dirty, typed in a loop that resumes, would begin anew beside the run it means."""
+    given = [gpt_scratch.Config, gpt_scratch.PRESETS, gpt_scratch.SMOKE, ""]
+    cfg = core.parsed_config(*given, ["--no-dirty", "--out", "elsewhere", "--lr", "0.5"])
+    assert resume.contradictions(cfg, {"dirty": True, "out": None, "lr": 0.5}) == []
+    assert resume.contradictions(cfg, {"dirty": True, "lr": 0.25}) == ["--lr 0.25, not 0.5"]
+
 
 def test_a_resume_that_contradicts_the_run_is_refused_and_lists_it():
     flags = ["--smoke", "--max_documents", 200, "--epochs", 1, "--out", "out"]

@@ -15,6 +15,8 @@ from toys.once import once
 import core
 import run_pretrain_diversity as script
 from core import World
+from lab.compare import study as studies
+from lab.data import mixture
 from lab.measure import diversity
 
 NAME = "run_pretrain_diversity"
@@ -121,8 +123,9 @@ def _whole(tmp_path_factory):
 
 def study_here(*argv) -> script.DiversityStudy:
     """Of the sources in the current folder."""
-    cfg = core.with_dtype(parsed(*tiny("--out", "out", *argv)), World())
-    return script.DiversityStudy(cfg, World(), script.open_text(cfg, World()), Path("x"), print, lambda: None)
+    cfg, given = parsed(*tiny("--out", "out", *argv)), (script.Config, script.PRESETS, script.SMOKE)
+    plan = studies.Plan(cfg, World(), script.__file__, *given, script.main, own=script.OWN)
+    return script.DiversityStudy(plan, mixture.load_text(cfg, World()), None)
 
 
 def plan_of(folder) -> tuple[diversity.Draws, list]:
@@ -131,7 +134,9 @@ def plan_of(folder) -> tuple[diversity.Draws, list]:
         patch.chdir(folder)
         s = study_here()
         draws = script.draws_of(s, s.text.tokenizer)
-        return draws, diversity.plan(s.cfg, draws, results_of()["a_b-s0"]["weights_sha256"], torch.float32)
+        return draws, diversity.plan(
+            s.plan.cfg, draws, results_of()["a_b-s0"]["weights_sha256"], torch.float32
+        )
 
 
 @pytest.fixture
