@@ -36,7 +36,7 @@ CLOCKED = {
 def one_run(tmp_path_factory):
     """A Run that has not begun."""
     cfg = parsed("--smoke", "--mode", "train", "--out", tmp_path_factory.mktemp("clock"))
-    with core.Run(cfg, core.World(), "run_mathqa.py") as one:
+    with core.open_run(cfg, core.World(), "run_mathqa.py") as one:
         yield one
 
 

@@ -43,36 +43,35 @@ from lab.train.processes import all_reduce_sum, on_main
 def open_run(cfg, world, script, unit="examples"):
     """The Run of these constants: a new folder or one to resume. None, and a line, where --resume_timestamp
     auto finds it finished. unit: what rates count, examples or tokens."""
-    run = Run(cfg, world, script, unit)
-    return None if run.finished else run
+    if cfg.batch < world.size:
+        better = f"use --nproc_per_node={cfg.batch} or --batch {world.size} or more"
+        raise UserError(f"batch {cfg.batch} is smaller than {world.size} ranks: {better}")
+    signals, held = Signals(world), contextlib.ExitStack()
+    plan = on_main(world, plan_run, cfg, Path(script), held)
+    if world.size > launch.number("LOCAL_WORLD_SIZE"):
+        require_one_disk(world, plan["folder"], cache_root())
+    if not plan["finished"]:
+        return Run(cfg, world, script, unit, plan, signals, held)
+    if world.is_main:
+        print("\n".join([*plan["lines"], f"{plan['folder']} is finished: nothing to do"]), flush=True)
+    signals.close()
+    held.close()
+    return None
 
 
 class Run:
-    """One run folder. A context manager: Stop ends its body quietly as `stopped`, an error as `failed`.
+    """One run folder, from open_run. A context manager: Stop ends its body quietly as `stopped`, an error as
+    `failed`.
 
     Until `begin` nothing of an earlier run is touched: a UserError leaves a resumed folder as it was and
     removes a new one.
     """
 
-    def __init__(self, cfg, world, script, unit="examples"):
+    def __init__(self, cfg, world, script, unit, plan, signals, held):
         self.world, self.script, self.started = world, Path(script), time.time()
-        if cfg.batch < world.size:
-            better = f"use --nproc_per_node={cfg.batch} or --batch {world.size} or more"
-            raise UserError(f"batch {cfg.batch} is smaller than {world.size} ranks: {better}")
-        self._lock = self._log = self.curves = None
-        self.signals = Signals(world)
-        plan = on_main(world, self._plan, cfg)
-        if world.size > launch.number("LOCAL_WORLD_SIZE"):
-            require_one_disk(world, plan["folder"], cache_root())
+        self.signals, self._held = signals, held  # held: rank 0's lock of the folder
+        self._log = self.curves = None
         self.folder, self.resumed = Path(plan["folder"]), plan["resumed"]
-        self.finished = plan["finished"]
-        if self.finished:
-            if world.is_main:
-                print("\n".join([*plan["lines"], f"{self.folder} is finished: nothing to do"]), flush=True)
-            self.signals.close()
-            if self._lock:
-                self._lock.close()
-            return
         self.cfg = dataclasses.replace(cfg, **stored_constants(plan["constants"]))
         self.position = plan["position"]  # of the checkpoint: step, fold, first_step, best, sums, seconds ...
         self.seconds_before = self.position.get("seconds", 0.0)  # of earlier processes of this run
@@ -115,7 +114,7 @@ class Run:
                     self._write_result(status, error)
                 except OSError as full:  # the lines above it have been said
                     self.say(f"WARNING result.json is not written: {full}")
-            for stream in filter(None, (self._log, self.curves, self._lock)):
+            for stream in filter(None, (self._log, self.curves, self._held)):
                 with contextlib.suppress(OSError):  # closing flushes: the disk may be full
                     stream.close()
             if unborn:
@@ -274,10 +273,6 @@ class Run:
         self.clock.fit = forecast.forecast(self, model, optimizer, steps, seconds, typical)
 
     # -- opening and closing -------------------------------------------------------------------------------
-
-    def _plan(self, cfg) -> dict:
-        plan, self._lock = plan_run(cfg, self.script)
-        return plan
 
     def _open(self):
         """Rank 0: cuts metrics, samples and checkpoints back to the checkpoint that is resumed from."""
