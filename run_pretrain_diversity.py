@@ -588,7 +588,7 @@ def compare_arms(study):
 
 def finished_run(cfg) -> str:
     """Folder of the finished run with these constants, or nothing."""
-    return core.finished_run(cfg, __file__)
+    return str(core.finished_run(cfg, __file__) or "")
 
 
 def train_one(cfg, study) -> Path:

@@ -289,16 +289,15 @@ class Run:
 
     def pin(self, name, value):
         """Notes a fact (a fingerprint, say) in config.json. A resume that finds another value is refused."""
+        on_main(self.world, self._pin, name, value)
 
-        def note():
-            config = read_config(self.folder)
-            absent = name not in config["facts"]
-            if config["facts"].setdefault(name, value) != value:
-                raise UserError(f"{name} is not what {self.folder} began with: start a new run")
-            if absent:
-                write_json(self.folder / "config.json", config)
-
-        on_main(self.world, note)
+    def _pin(self, name, value):
+        config = read_config(self.folder)
+        absent = name not in config["facts"]
+        if config["facts"].setdefault(name, value) != value:
+            raise UserError(f"{name} is not what {self.folder} began with: start a new run")
+        if absent:
+            write_json(self.folder / "config.json", config)
 
     def _write_result(self, status, error):
         why = None if error is None else " ".join(f"{type(error).__name__}: {error}".split())
