@@ -228,7 +228,7 @@ def finish(run, cfg, parts, plain, model, optimizer) -> dict:
     facts["parameters"], facts["trainable_parameters"] = core.count_parameters(model)
     optimizer.zero_grad(set_to_none=True)  # makes room for answering
     optimizer.state.clear()
-    return facts | tuning.final_figures(run, cfg, parts, plain, model, lambda: model)
+    return facts | tuning.final_figures(run, cfg, parts, plain, model)
 
 
 def one_process(cfg, world):

@@ -297,7 +297,7 @@ def finish(run, cfg, parts, plain, model, adapters, optimizer) -> dict:
     facts["parameters"], facts["trainable_parameters"] = core.count_parameters(model)
     optimizer.zero_grad(set_to_none=True)  # makes room for answering
     optimizer.state.clear()
-    return facts | tuning.final_figures(run, cfg, parts, plain, model, lambda: core.merge_lora(model))
+    return facts | tuning.final_figures(run, cfg, parts, plain, model, core.merge_lora)
 
 
 def one_process(cfg, world):

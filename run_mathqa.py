@@ -293,7 +293,7 @@ def train(run, cfg, world) -> dict:
     if cfg.mode == "find_lr":
         beta1 = core.beta1_at(cfg, 0, cfg.find_steps)
         return core.find_lr(run, batches, units.targets, saved, forward_backward, beta1)
-    switch_to_int4(run, cfg, model, run.step, run.schedule_length(run.step, total_steps))
+    switch_to_int4(run, cfg, model, run.step, run.clock.schedule_length(run.step, total_steps))
 
     for at in core.steps(run, batches, units.targets, saved, total_steps, evaluate_first=True):
         if at.evaluates:
@@ -308,7 +308,7 @@ def train(run, cfg, world) -> dict:
             rows = tuning.spike_rows(cfg, model, parts["train"], units.members(at.batch), world)
             at.note_spike(model, {"lr": lr, **tuning.batch_facts(units, at.batch), **rows})
         at.update(optimizer, precision, lr, beta1=beta1)
-        switch_to_int4(run, cfg, model, at.step + 1, run.schedule_length(at.step + 1, total_steps))
+        switch_to_int4(run, cfg, model, at.step + 1, run.clock.schedule_length(at.step + 1, total_steps))
     switch_to_int4(run, cfg, model, run.step, length=0)
     if cfg.method != "full":
         if core.state_sha256(core.base_weights(model)) != base_sha256:

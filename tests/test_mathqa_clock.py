@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ from torch import nn
 from toys.quantise import TINY, here, metrics, parsed
 
 import core
-from lab.run import folder as folder_module
+from lab.run import meter
 from lab.train import optim
 
 BUDGET = 99.93  # seconds
@@ -37,7 +36,7 @@ CLOCKED = {
 def one_run(tmp_path_factory):
     """A Run that has not begun."""
     cfg = parsed("--smoke", "--mode", "train", "--out", tmp_path_factory.mktemp("clock"))
-    with core.Run(cfg, core.World(), "run_mathqa.py") as one:
+    with core.open_run(cfg, core.World(), "run_mathqa.py") as one:
         yield one
 
 
@@ -50,18 +49,16 @@ def clocked(one_run, monkeypatch):
         monkeypatch.setattr(
             one_run, "cfg", dataclasses.replace(one_run.cfg, max_minutes=max_minutes, **constants)
         )
-        one_run.train_seconds = one_run.clock_share = 0.0
-        one_run._steps_in_budget = None
+        one_run.clock = meter.Clock(max_minutes)
         return one_run, now
 
     return make
 
 
 def fake_clock(monkeypatch):
-    """[seconds] that time.perf_counter gives to lab/run/folder.py."""
-    now, real = [1000.0], ("time", "monotonic", "sleep")
-    fake = SimpleNamespace(perf_counter=lambda: now[0], **{name: getattr(time, name) for name in real})
-    monkeypatch.setattr(folder_module, "time", fake)
+    """[seconds] that time.perf_counter gives to lab/run/meter.py."""
+    now = [1000.0]
+    monkeypatch.setattr(meter, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     return now
 
 
@@ -72,9 +69,9 @@ def path_of(run, now, total_steps, seconds, forecast):
     step, path = 0, []
     while True:
         run.agree()
-        if step >= total_steps or run.clock_share >= 1:
+        if step >= total_steps or run.clock.share >= 1:
             return path
-        length = run.schedule_length(step, total_steps)
+        length = run.clock.schedule_length(step, total_steps)
         path.append((core.lr_at(run.cfg, step, length), length))
         now[0] += seconds(step)
         run.step_done(0.0, 0, 0)
@@ -89,7 +86,7 @@ def test_a_schedule_ends_with_the_clock_whatever_the_speed(schedule, speed, fore
     path = path_of(one, now, core.FOREVER, SPEEDS[speed], forecast)
     rates = [lr for lr, _ in path]
     spent = np.cumsum([SPEEDS[speed](n) for n in range(len(path))])
-    assert spent[-1] >= BUDGET > spent[-2] and one.train_seconds == pytest.approx(spent[-1])
+    assert spent[-1] >= BUDGET > spent[-2] and one.clock.seconds == pytest.approx(spent[-1])
     assert path[0][1] == round(BUDGET / forecast) and rates[0] == core.lr_at(
         one.cfg, 0, round(BUDGET / forecast)
     )
@@ -111,7 +108,7 @@ def test_a_schedule_ends_with_the_clock_whatever_the_speed(schedule, speed, fore
 def test_a_bound_in_steps_wins_where_it_comes_first(schedule, speed, clocked):
     one, now = clocked(BUDGET / 60, lr=1.0, **CLOCKED[schedule])
     path = path_of(one, now, 80, lambda n: SPEEDS[speed](n) / 2, 0.25)
-    assert len(path) == 80 and one.clock_share < 1
+    assert len(path) == 80 and one.clock.share < 1
     assert path[0][1] == 80 == path[-1][1]
     if speed in ("even", "fast, then slow", "uneven"):  # the clock never looked like the end
         assert path == [(core.lr_at(one.cfg, n, 80), 80) for n in range(80)]
@@ -121,21 +118,6 @@ def test_a_bound_in_steps_wins_where_it_comes_first(schedule, speed, clocked):
 def test_without_a_clock_the_schedule_is_as_long_as_the_steps(clocked):
     one, now = clocked(None, lr=1.0, schedule="cosine")
     assert [length for _, length in path_of(one, now, 30, lambda n: 1e6, 0.1)] == [30] * 30
-
-
-def test_the_length_is_what_the_spent_share_says(clocked):
-    one, _ = clocked(1)
-    for share, step, total, expected in (
-        *(
-            (0.25, 10, 10**9, 40),
-            (0.25, 10, 30, 30),
-            (0.999, 7, 10**9, 8),
-            (0.5, 0, 10**9, 1),
-            (0.3, 10, 10**9, 10 / 0.3),
-        ),
-    ):
-        one.clock_share = share
-        assert one.schedule_length(step, total) == expected
 
 
 @pytest.mark.slow

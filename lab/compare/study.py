@@ -31,6 +31,7 @@ from lab.run.meter import clock
 from lab.run.resume import CALL_CONSTANTS, MAY_CHANGE, finished_run
 from lab.run.signals import listening
 from lab.run.stored import out_folder
+from lab.train.precision import with_dtype
 from lab.train.processes import barrier, on_main
 
 NOT_AN_ARMS = CALL_CONSTANTS | STUDY_CONSTANTS | {"mode", "seed", "note", "price_per_hour"}
@@ -188,7 +189,7 @@ def make_runs(plan, planned, poll) -> dict[str, list[Path]]:
     """arm -> folders of its finished runs, one a seed. planned: (arm, constants of a run), in the order in
     which they are made. Stop if one is stopped."""
     runs, seconds = {arm: [] for arm, _ in planned}, []
-    there = [on_main(plan.world, finished_folder, cfg, plan.script) for _, cfg in planned]
+    there = [finished(plan, cfg) for _, cfg in planned]
     plan.say(f"study  {len(runs)} arms x {plan.cfg.seeds} seeds: {len(planned)} runs, "
            f"{sum(map(bool, there))} of them finished")  # fmt: skip
     for number, (arm, cfg) in enumerate(planned):
@@ -214,8 +215,9 @@ def run_config(arm, seed, changes=None):
     return counting(cfg, flags=cfg.typed.flags | {"seed", *given})
 
 
-def finished_folder(cfg, script) -> str:
-    return str(finished_run(cfg, Path(script)) or "")
+def finished(plan, cfg) -> str:
+    """The folder of this run, if it is finished. A run has the dtype that the device chose."""
+    return on_main(plan.world, finished_run, with_dtype(cfg, plan.world), plan.script)
 
 
 def seconds_of(folder) -> float:
@@ -224,7 +226,7 @@ def seconds_of(folder) -> float:
 
 def one_run(plan, cfg) -> str:
     """Trains a run, or resumes it, unless it is finished. Returns its folder; Stop if it was stopped."""
-    if folder := on_main(plan.world, finished_folder, cfg, plan.script):
+    if folder := finished(plan, cfg):
         plan.say(f"finished already: {folder}")
         return folder
     if cfg.compile or plan.world.device.type != "cpu":  # each run compiles for itself, as it would alone
@@ -234,7 +236,7 @@ def one_run(plan, cfg) -> str:
         getattr(torch, plan.world.device.type).empty_cache()
         getattr(torch, plan.world.device.type).reset_peak_memory_stats()
     plan.main(cfg, plan.world)
-    folder = on_main(plan.world, finished_folder, cfg, plan.script)
+    folder = finished(plan, cfg)
     if not folder:
         barrier(plan.world)  # all ranks have read what rank 0 said last, before it leaves
         raise Stop("the study")

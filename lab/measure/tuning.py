@@ -208,9 +208,9 @@ def alarm(run, step, part, figures) -> str | None:
     return None
 
 
-def final_figures(run, cfg, parts, plain, model, answering) -> dict:
+def final_figures(run, cfg, parts, plain, model, merge=None) -> dict:
     """Final figures: loss, perplexity, accuracy on val and test; forgetting; answers to the test rows; an
-    alarm if nothing was learnt. `answering()` returns the model in the form that generates fastest."""
+    alarm if nothing was learnt. merge(model): the form that generates fastest, if not its own."""
     result, done = {}, ""
     for part in final_parts(cfg):
         sums = evaluate(model, parts[part], cfg, run.world, run.poll)
@@ -228,7 +228,7 @@ def final_figures(run, cfg, parts, plain, model, answering) -> dict:
     if plain:
         result |= forgetting(run, cfg, plain, model)
     if cfg.final_eval and cfg.answer_rows != 0:
-        result |= write_responses(run, cfg, parts, answering())
+        result |= write_responses(run, cfg, parts, merge(model) if merge else model)
     if spikes := run.state.get("spikes", 0):
         run.say(f"spikes  {spikes} of {run.step} steps, {run.state['left_out']} left out (spikes.jsonl)")
     run.say(f"{done}  {run.seconds / 60:.1f} min")

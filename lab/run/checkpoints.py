@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from lab.errors import UserError
-from lab.run.files import sha256_file, whole_folder, write_json
+from lab.run.files import remove_leftovers, sha256_file, whole_folder, write_json
 from lab.run.stored import read_config, read_result
+from lab.train.processes import on_main
 
 
 def step_name(step) -> str:
@@ -147,33 +148,95 @@ def tested_checkpoints(folder) -> list[str]:
     return names
 
 
-def save_checkpoint(run, name, model, tensors, position, must=False) -> bool:
-    """Rank 0: writes checkpoints/<name> (weights, `tensors`, position) atomically and removes older ones.
+class Checkpoints:
+    """checkpoints/ of a run: the newest of them, the weights kept beside them, and how both come back.
 
-    Returns False with a warning where the disk is too full, or raises UserError if it `must` succeed.
+    Made of what plan_run found; `open` begins to change the folder, and `curves` are those whose length a
+    checkpoint notes (rank 0).
     """
+
+    def __init__(self, run_folder, world, keep, say, newest=None, kept=None):
+        self.folder, self.world, self.keep, self.say = run_folder / "checkpoints", world, keep, say
+        self.newest, self.curves = newest, None
+        self.kept = kept or {}  # "best <fold>" -> name, step, loss of weights to keep
+
+    def told(self) -> str:
+        return f"the newest checkpoint is {self.newest}" if self.newest else "there is no checkpoint"
+
+    def open(self):
+        """Rank 0: removes what lies behind the newest: it is broken, or --resume_step went back."""
+        remove_leftovers(self.folder)
+        for path in step_folders(self.folder):
+            if path.name > (self.newest or ""):
+                remove_checkpoint(path)
+
+    def save(self, step, model, tensors, position, must=False):
+        """All ranks: step_... with weights, optimizer and position, unless it is there. A warning where the
+        disk is too full, or UserError if it `must` succeed."""
+        if self.newest == (name := step_name(step)):
+            return
+        position = position | {"step": step, "kept": self.kept}
+        if on_main(self.world, self._write, name, model, tensors, position, must):
+            self.newest = name
+
+    def keep_weights(self, step, model, kind, fold, loss=None) -> str:
+        """All ranks: <kind>_step_... with weights alone, in place of the fold's earlier ones of this kind.
+        Returns the name."""
+        entry = {"name": f"{kind}_{step_name(step)}", "step": step, "loss": loss}
+        kept = self.kept | {f"{kind} {fold}": entry}
+        if on_main(self.world, self._write, entry["name"], model, {}, {"step": step, "kept": kept}):
+            self.kept = kept
+        return entry["name"]
+
+    def is_best(self, fold, loss) -> bool:
+        best = self.kept.get(f"best {fold}")
+        return not best or loss < best["loss"]
+
+    def load_best(self, model, fold) -> str:
+        """Loads the fold's best weights; leaves the last ones if none were saved. Returns the checkpoint's
+        name."""
+        name = self.kept.get(f"best {fold}", {}).get("name")
+        if reason := on_main(self.world, self._why_unusable, name):
+            self.say(f"WARNING the best weights are {name} ({reason}): the last ones are used")
+            return self.newest
+        load_weights(self.folder / name, model)
+        return name
+
+    def _why_unusable(self, name) -> str | None:
+        return broken(self.folder / name) if name else "never saved"
+
+    def _write(self, name, model, tensors, position, must=False) -> bool:
+        """Rank 0: whether it was written. The manifest says how much of metrics.jsonl counts."""
+        position = position | {"metrics_bytes": self.curves.flushed_bytes()}
+        line = save_checkpoint(self.folder / name, model, tensors, position)
+        if line and must:
+            raise UserError(f"{line}: free some, then --resume_timestamp {self.folder.parent.name[:15]}")
+        if line:
+            self.say(f"WARNING {line}: free some; {self.told()}")
+            return False
+        prune(self.folder, self.keep, position)
+        return True
+
+
+def save_checkpoint(folder, model, tensors, position) -> str | None:
+    """Writes a checkpoint (weights, `tensors`, position) atomically. Returns a line where the disk is too
+    full."""
     import safetensors.torch
 
-    folder = run.folder / "checkpoints" / name
     folder.parent.mkdir(exist_ok=True)
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     needed = 1.05 * (tensor_bytes(weights) + tensor_bytes(tensors)) + 1e6
     if (free := shutil.disk_usage(folder.parent).free) < needed:
-        line = f"not saved: {name} needs {needed / 1e6:.0f} MB, {folder.parent} has {free / 1e6:.0f} MB free"
-        if must:
-            raise UserError(f"{line}: free some, then --resume_timestamp {run.folder.name[:15]}")
-        run.say(f"WARNING {line}: free some; the newest checkpoint is {run.checkpoint}")
-        return False
+        room = f"{folder.parent} has {free / 1e6:.0f} MB free"
+        return f"not saved: {folder.name} needs {needed / 1e6:.0f} MB, {room}"
     if folder.exists():  # of the same step: it was passed over as broken, or --resume_step went back
         remove_checkpoint(folder)
     with whole_folder(folder) as aside:
         safetensors.torch.save_file(weights, aside / "model.safetensors")
         if tensors:
             torch.save(tensors, aside / "state.pt")
-        # the manifest says how much of metrics.jsonl counts
-        write_manifest(aside, position | {"metrics_bytes": run.curves.flushed_bytes()})
-    prune(folder.parent, run.cfg.keep, position)
-    return True
+        write_manifest(aside, position)
+    return None
 
 
 def prune(checkpoints, keep, position):

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
 import os
@@ -176,15 +177,20 @@ def _parser(config_class, defaults, presets, hints, doc) -> argparse.ArgumentPar
     parser.add_argument("--smoke", action="store_true", help="tiny model, built-in data, seconds")
     if presets:
         parser.add_argument("--preset", choices=list(presets), help="a named set of constants")
-    classes = [each for each in reversed(config_class.__mro__) if dataclasses.is_dataclass(each)]
-    source = "".join(map(inspect.getsource, classes))
-    comments = dict(re.findall(r"^ +(\w+): .*?# (.*)$", source, re.M))
+    comments = _comments(config_class)
     for name, default in defaults.items():
         shown = " ".join(default) or None if isinstance(default, tuple) else default
         text = f"{comments.get(name, '')} [{shown}]".strip().replace("%", "%%")
         names = [f"--{name}", *([f"--{ALIASES[name]}"] if name in ALIASES else [])]
         parser.add_argument(*names, dest=name, help=text, **_flag(hints[name]))
     return parser
+
+
+@functools.cache
+def _comments(config_class) -> dict[str, str]:
+    """constant -> the comment on its line."""
+    classes = [each for each in reversed(config_class.__mro__) if dataclasses.is_dataclass(each)]
+    return dict(re.findall(r"^ +(\w+): .*?# (.*)$", "".join(map(inspect.getsource, classes)), re.M))
 
 
 def _flag(hint) -> dict:

@@ -25,19 +25,11 @@ from tqdm import tqdm
 
 from lab.errors import LostRanks, Stop, UserError
 from lab.run import forecast
-from lab.run.checkpoints import (
-    broken,
-    load_state,
-    load_weights,
-    remove_checkpoint,
-    save_checkpoint,
-    step_folders,
-    step_name,
-)
+from lab.run.checkpoints import Checkpoints, load_state, load_weights
 from lab.run.curves import Curves, keep_rows
 from lab.run.disks import cache_root, require_one_disk
 from lab.run.files import remove_leftovers, write_json
-from lab.run.meter import Meter, clock
+from lab.run.meter import Clock, Meter, clock
 from lab.run.provenance import write_provenance
 from lab.run.resume import plan_run
 from lab.run.signals import Signals
@@ -51,46 +43,46 @@ from lab.train.processes import all_reduce_sum, on_main
 def open_run(cfg, world, script, unit="examples"):
     """The Run of these constants: a new folder or one to resume. None, and a line, where --resume_timestamp
     auto finds it finished. unit: what rates count, examples or tokens."""
-    run = Run(cfg, world, script, unit)
-    return None if run.finished else run
+    if cfg.batch < world.size:
+        better = f"use --nproc_per_node={cfg.batch} or --batch {world.size} or more"
+        raise UserError(f"batch {cfg.batch} is smaller than {world.size} ranks: {better}")
+    signals, held = Signals(world), contextlib.ExitStack()
+    plan = on_main(world, plan_run, cfg, Path(script), held)
+    if world.size > launch.number("LOCAL_WORLD_SIZE"):
+        require_one_disk(world, plan["folder"], cache_root())
+    if not plan["finished"]:
+        return Run(cfg, world, script, unit, plan, signals, held)
+    if world.is_main:
+        print("\n".join([*plan["lines"], f"{plan['folder']} is finished: nothing to do"]), flush=True)
+    signals.close()
+    held.close()
+    return None
 
 
 class Run:
-    """One run folder. A context manager: Stop ends its body quietly as `stopped`, an error as `failed`.
+    """One run folder, from open_run. A context manager: Stop ends its body quietly as `stopped`, an error as
+    `failed`.
 
     Until `begin` nothing of an earlier run is touched: a UserError leaves a resumed folder as it was and
     removes a new one.
     """
 
-    def __init__(self, cfg, world, script, unit="examples"):
+    def __init__(self, cfg, world, script, unit, plan, signals, held):
         self.world, self.script, self.started = world, Path(script), time.time()
-        if cfg.batch < world.size:
-            better = f"use --nproc_per_node={cfg.batch} or --batch {world.size} or more"
-            raise UserError(f"batch {cfg.batch} is smaller than {world.size} ranks: {better}")
-        self._lock = self._log = self.curves = self.checkpoint = None
-        self.signals = Signals(world, self._newest)
-        plan = on_main(world, self._plan, cfg)
-        if world.size > launch.number("LOCAL_WORLD_SIZE"):
-            require_one_disk(world, plan["folder"], cache_root())
-        self.folder, self.resumed, self.checkpoint = Path(plan["folder"]), plan["resumed"], plan["checkpoint"]
-        self.finished = plan["finished"]
-        if self.finished:
-            if world.is_main:
-                print("\n".join([*plan["lines"], f"{self.folder} is finished: nothing to do"]), flush=True)
-            self.signals.close()
-            if self._lock:
-                self._lock.close()
-            return
+        self.signals, self._held = signals, held  # held: rank 0's lock of the folder
+        self._log = self.curves = None
+        self.folder, self.resumed = Path(plan["folder"]), plan["resumed"]
         self.cfg = dataclasses.replace(cfg, **stored_constants(plan["constants"]))
         self.position = plan["position"]  # of the checkpoint: step, fold, first_step, best, sums, seconds ...
         self.seconds_before = self.position.get("seconds", 0.0)  # of earlier processes of this run
-        self.train_seconds = self.position.get("train_seconds", 0.0)
-        self.kept = self.position.get("kept", {})  # "best <fold>" -> name, step, loss of weights to keep
+        self.clock = Clock(self.cfg.max_minutes, self.position.get("train_seconds", 0.0))
+        found = plan["checkpoint"], self.position.get("kept")
+        self.checkpoints = Checkpoints(self.folder, world, self.cfg.keep, self.say, *found)
+        if self.checkpoint:
+            self.signals.saved = self.checkpoints.told()
         self.state = self.position.get("state", {})  # what a script wants to find again after a resume (JSON)
         self.fold, self.first_step, self._last_step = 0, 0, 0  # folds follow each other on one axis of steps
-        self.result, self.clock_share, self.stopping, self.meter = {}, 0.0, None, Meter(world)
-        self.unit, self._clock_said = unit, False  # what rates count
-        self._steps_in_budget = None  # of max_minutes, by the forecast; later the clock itself says it
+        self.result, self.stopping, self.meter, self.unit = {}, None, Meter(world), unit
         self._lines = plan["lines"]
         if world.is_main:
             self._log = self.signals.log = open(self.folder / "log.txt", "a", encoding="utf-8")
@@ -122,7 +114,7 @@ class Run:
                     self._write_result(status, error)
                 except OSError as full:  # the lines above it have been said
                     self.say(f"WARNING result.json is not written: {full}")
-            for stream in filter(None, (self._log, self.curves, self._lock)):
+            for stream in filter(None, (self._log, self.curves, self._held)):
                 with contextlib.suppress(OSError):  # closing flushes: the disk may be full
                     stream.close()
             if unborn:
@@ -170,18 +162,16 @@ class Run:
     def agree(self, targets=0) -> int:
         """Sums `targets` over the ranks, in the step's one small reduction, and agrees on stop and clock.
 
-        Afterwards `stopping` says why all ranks must save and stop now (or None); `clock_share` is the spent
+        Afterwards `stopping` says why all ranks must save and stop now (or None); `clock.share` is the spent
         share of max_minutes: rank 0's, the same on all ranks.
         """
-        self._step_began = time.perf_counter()
-        minutes = self.cfg.max_minutes if self.world.is_main else None
-        share = 0.0 if minutes is None else self.train_seconds / (60 * minutes + 1e-9)
+        self.clock.begin_step()
+        share, before = self.clock.spent() if self.world.is_main else 0.0, self.clock.share
         sums = torch.tensor([targets, bool(self.signals.name), share], dtype=torch.float64)
-        targets, signalled, self.clock_share = all_reduce_sum(self.world, sums).tolist()
+        targets, signalled, self.clock.share = all_reduce_sum(self.world, sums).tolist()
         self.stopping = (self.signals.name or "a signal to another rank") if signalled else None
-        if self.clock_share >= 1 and not self._clock_said:
-            self._clock_said = True
-            self.say(f"{self.cfg.max_minutes:g} minutes of training are spent: it ends here")
+        if self.clock.share >= 1 > before:
+            self.say(f"{self.clock.minutes:g} minutes of training are spent: it ends here")
         return int(targets)
 
     def poll(self, active=0) -> int:
@@ -235,15 +225,11 @@ class Run:
         Where the disk is too full it warns at every save, or raises UserError if it `must` succeed.
         """
         self._last_step = self.first_step + step
-        name, sums = step_name(self._last_step), self.meter.sums()
-        if self.checkpoint == name:
-            return
-        position = {"step": self._last_step, "fold": self.fold, "first_step": self.first_step, "sums": sums}
-        position |= {"train_seconds": self.train_seconds, "seconds": self.seconds, "kept": self.kept}
-        position["state"] = self.state
+        position = {"fold": self.fold, "first_step": self.first_step, "sums": self.meter.sums()}
+        position |= {"train_seconds": self.clock.seconds, "seconds": self.seconds, "state": self.state}
         tensors = {"optimizer": optimizer.state_dict(), "scaler": precision.scaler.state_dict()}
-        if on_main(self.world, save_checkpoint, self, name, model, tensors, position, must):
-            self.checkpoint = name
+        self.checkpoints.save(self._last_step, model, tensors, position, must)
+        self.signals.saved = self.checkpoints.told()
 
     def require_finite(self, loss):
         if not math.isfinite(loss):
@@ -252,36 +238,23 @@ class Run:
     def save_best(self, step, loss, model) -> bool:
         """Saves the weights if `loss` is the fold's lowest so far. Returns whether it is."""
         self.require_finite(loss)
-        best = self.kept.get(f"best {self.fold}")
-        if best and loss >= best["loss"]:
-            return False
-        self.keep_weights(step, model, "best", loss)
-        return True
+        is_best = self.checkpoints.is_best(self.fold, loss)
+        if is_best:
+            self.keep_weights(step, model, "best", loss)
+        return is_best
 
     def keep_weights(self, step, model, kind, loss=None) -> str:
-        """Saves the weights as <kind>_step_…, replacing the fold's earlier ones of this
-        kind. Returns the name."""
-        step = self.first_step + step
-        entry = {"name": f"{kind}_{step_name(step)}", "step": step, "loss": loss}
-        kept = self.kept | {f"{kind} {self.fold}": entry}
-        position = {"step": step, "kept": kept}
-        if on_main(self.world, save_checkpoint, self, entry["name"], model, {}, position):
-            self.kept = kept
-        return entry["name"]
+        """Saves the weights as <kind>_step_…; see Checkpoints. Returns the name."""
+        return self.checkpoints.keep_weights(self.first_step + step, model, kind, self.fold, loss)
 
     def load_best(self, model) -> str:
-        """Loads the fold's best weights; leaves the last ones if none were saved. Returns the
-        checkpoint's name."""
-        name = self.kept.get(f"best {self.fold}", {}).get("name")
-        reason = on_main(self.world, self._why_unusable, name)
-        if reason:
-            self.say(f"WARNING the best weights are {name} ({reason}): the last ones are used")
-            return self.checkpoint
-        load_weights(self.folder / "checkpoints" / name, model)
-        return name
+        """Loads the fold's best weights; see Checkpoints. Returns the checkpoint's name."""
+        return self.checkpoints.load_best(model, self.fold)
 
-    def _why_unusable(self, name) -> str | None:
-        return broken(self.folder / "checkpoints" / name) if name else "never saved"
+    @property
+    def checkpoint(self) -> str | None:
+        """The newest one's name."""
+        return self.checkpoints.newest
 
     # -- time, memory, money -------------------------------------------------------------------------------
 
@@ -292,58 +265,39 @@ class Run:
 
     def step_done(self, loss_sum, targets, examples):
         """Counts a step: its loss for the next log line, its seconds for max_minutes."""
-        seconds = time.perf_counter() - self._step_began
-        self.train_seconds += seconds
-        self.meter.add(loss_sum, targets, examples, seconds)
-
-    def schedule_length(self, step, total_steps) -> float:
-        """How many steps the schedule spans: `total_steps`, or fewer where max_minutes ends the run earlier.
-
-        By the rate so far: step / length is the spent share of the clock, so the end is always reached.
-        """
-        if not self.clock_share:  # before the first step: as many as the forecast's fit into the clock
-            return min(total_steps, self._steps_in_budget or total_steps)
-        return min(total_steps, max(step + 1, step / self.clock_share))
+        self.meter.add(loss_sum, targets, examples, self.clock.end_step())
 
     def forecast(self, model, optimizer, steps, seconds, typical):
         """Says in one line what the run will need; see forecast.forecast. All ranks,
         before the first step."""
-        self._steps_in_budget = forecast.forecast(self, model, optimizer, steps, seconds, typical)
+        self.clock.fit = forecast.forecast(self, model, optimizer, steps, seconds, typical)
 
     # -- opening and closing -------------------------------------------------------------------------------
-
-    def _plan(self, cfg) -> dict:
-        plan, self._lock = plan_run(cfg, self.script)
-        return plan
 
     def _open(self):
         """Rank 0: cuts metrics, samples and checkpoints back to the checkpoint that is resumed from."""
         if self.resumed:
             write_provenance(self)
         (self.folder / "result.json").unlink(missing_ok=True)
-        checkpoints = self.folder / "checkpoints"
         remove_leftovers(self.folder)
-        remove_leftovers(checkpoints)
-        for path in step_folders(checkpoints):  # broken ones, or --resume_step went back
-            if path.name > (self.checkpoint or ""):
-                remove_checkpoint(path)
+        self.checkpoints.open()
         at = self.position.get("step", 0)
         evaluated = self.state.get("evaluated") == at  # else `at` is evaluated again
         self.curves = Curves(self.folder, self.position.get("metrics_bytes", 0), at + evaluated)
+        self.checkpoints.curves = self.curves
         keep_rows(self.folder / "spikes.jsonl", at + 1)
 
     def pin(self, name, value):
         """Notes a fact (a fingerprint, say) in config.json. A resume that finds another value is refused."""
+        on_main(self.world, self._pin, name, value)
 
-        def note():
-            config = read_config(self.folder)
-            absent = name not in config["facts"]
-            if config["facts"].setdefault(name, value) != value:
-                raise UserError(f"{name} is not what {self.folder} began with: start a new run")
-            if absent:
-                write_json(self.folder / "config.json", config)
-
-        on_main(self.world, note)
+    def _pin(self, name, value):
+        config = read_config(self.folder)
+        absent = name not in config["facts"]
+        if config["facts"].setdefault(name, value) != value:
+            raise UserError(f"{name} is not what {self.folder} began with: start a new run")
+        if absent:
+            write_json(self.folder / "config.json", config)
 
     def _write_result(self, status, error):
         why = None if error is None else " ".join(f"{type(error).__name__}: {error}".split())
@@ -356,7 +310,7 @@ class Run:
             "checkpoint": self.checkpoint,
             "step": self._last_step,
             "seconds": self.seconds,
-            "train_seconds": self.train_seconds,
+            "train_seconds": self.clock.seconds,
             "peak_memory_mb": forecast.peak_memory_mb(self.world),
             f"{self.unit}_per_second": self.meter.rate(),
             "spikes": self.state.get("spikes", 0),
@@ -364,14 +318,11 @@ class Run:
             **self.result,
         }
         if status != "finished":
-            self.say(f"{status}  {why}; {self._newest()}")
+            self.say(f"{status}  {why}; {self.checkpoints.told()}")
             self.say(f"next: the same command{self._flags_to_go_on()}")
             if "TORCHELASTIC_RUN_ID" in os.environ:
                 self.say("(torchrun reports every stop with a traceback of its own)")
         write_json(self.folder / "result.json", self.result)
-
-    def _newest(self, none="there is no checkpoint") -> str:
-        return f"the newest checkpoint is {self.checkpoint}" if self.checkpoint else none
 
     def _flags_to_go_on(self) -> str:
         """What a resume needs beside the command as it was typed. None without a checkpoint: the same command

@@ -34,7 +34,7 @@ def forecast(run, model, optimizer, steps, seconds, typical) -> int | None:
         steps = min(steps, fit)
     hours, price = steps * seconds * typical / 3600, run.cfg.price_per_hour
     if minutes is not None:
-        hours = min(hours, max(0, minutes / 60 - run.train_seconds / 3600))
+        hours = min(hours, max(0, minutes / 60 - run.clock.seconds / 3600))
     memory_gb = _require_memory(run.world, 0 if optimizer.state else 4 * moments * trainable / 1e6)
     for note in loss.notes:
         run.say(note)
@@ -44,7 +44,7 @@ def forecast(run, model, optimizer, steps, seconds, typical) -> int | None:
         f"disk {disk_mb:.0f} MB" + (f"  ${price * hours:.2f}" if price else "")
     )
     if (runs := run.cfg.typed.runs) > 1:  # the others begin at step 0
-        run.say(runs_line(runs, hours + (runs - 1) * (hours + run.train_seconds / 3600), price))
+        run.say(runs_line(runs, hours + (runs - 1) * (hours + run.clock.seconds / 3600), price))
     if "TORCHELASTIC_RUN_ID" in os.environ and checkpoint_mb > 5000:  # at some 300 MB/s written and hashed
         run.say("a save takes over 15 s: give torchrun --shutdown-timeout 300, or it kills one after 30 s")
     return fit

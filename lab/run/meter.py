@@ -1,6 +1,7 @@
-"""Loss, rates and clocks of the log lines."""
+"""Loss and rates of the log lines; the clock that may end a run."""
 
 import datetime
+import time
 
 import torch
 
@@ -42,6 +43,38 @@ class Meter:
     def rate(self) -> float | None:
         """Examples per second since this process started."""
         return self.all_examples / self.all_seconds if self.all_seconds else None
+
+
+class Clock:
+    """Seconds of training, over all processes of a run, and the share of max_minutes that they are."""
+
+    def __init__(self, minutes, seconds=0.0):
+        self.minutes, self.seconds = minutes, seconds  # minutes: none = it ends nothing
+        self.share = 0.0  # spent, as rank 0 said at the last step
+        self.fit = None  # steps that fit into the minutes, by the forecast; later the share says it
+        self._began = 0.0
+
+    def begin_step(self):
+        self._began = time.perf_counter()
+
+    def end_step(self) -> float:
+        """Counts the step since begin_step; its seconds."""
+        seconds = time.perf_counter() - self._began
+        self.seconds += seconds
+        return seconds
+
+    def spent(self) -> float:
+        """The share by this rank's own clock."""
+        return 0.0 if self.minutes is None else self.seconds / (60 * self.minutes + 1e-9)
+
+    def schedule_length(self, step, total_steps) -> float:
+        """How many steps the schedule spans: `total_steps`, or fewer where max_minutes ends the run earlier.
+
+        By the rate so far: step / length is the spent share of the clock, so the end is always reached.
+        """
+        if not self.share:  # before the first step: as many as the forecast's fit into the clock
+            return min(total_steps, self.fit or total_steps)
+        return min(total_steps, max(step + 1, step / self.share))
 
 
 def clock(seconds) -> str:

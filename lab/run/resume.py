@@ -34,36 +34,35 @@ MAY_CHANGE = {  # what a flag may change in a resumed run: length, cadence, book
 CALL_CONSTANTS = {"out", "tag", "resume_timestamp", "resume_step", "backend", "dirty"}
 
 
-def plan_run(cfg, script) -> tuple[dict, object]:
+def plan_run(cfg, script, held) -> dict:
     """Rank 0 decides, as JSON: a new folder or one to resume, its checkpoint, position and constants.
-    Locks the folder unless the run is finished already."""
+    held: an ExitStack that gets the folder's lock, unless the run is finished already."""
     out = out_folder(cfg, script)
     folder, constants, lines = resume_folder(cfg, script, out), constants_of(cfg), override_lines(cfg)
     plan = {"resumed": True, "finished": False, "checkpoint": None, "position": {}}
     if not folder:
         lines += passed_over(cfg, script, out)
         folder = new_folder(out, cfg.tag)
-        lock = locked(folder)
+        held.enter_context(locked(folder))
         lines += filter(None, [cfg.typed.chosen])
-        plan |= {"folder": str(folder), "resumed": False, "constants": constants, "lines": lines}
-        return plan, lock
+        return plan | {"folder": str(folder), "resumed": False, "constants": constants, "lines": lines}
     stored = read_config(folder)["constants"]
     if clash := contradictions(cfg, stored):
         raise UserError(f"{folder} ran with {'; '.join(clash)}: drop these flags, or start a new run")
     lines += merge_constants(stored, constants, cfg.typed.flags)
     plan |= {"folder": str(folder), "constants": constants, "lines": lines}
     if cfg.resume_timestamp == "auto" and status_of(folder) == "finished":
-        return plan | {"finished": True}, None
+        return plan | {"finished": True}
     if (folder / PACKED).exists():
         raise UserError(f"{folder} was packed without optimizer state: resume the original, not this copy")
-    lock = locked(folder)
+    held.enter_context(locked(folder))
     # while this one waited for the lock
     if cfg.resume_timestamp == "auto" and status_of(folder) == "finished":
-        return plan | {"finished": True}, lock
+        return plan | {"finished": True}
     name, notes = newest_whole_checkpoint(folder / "checkpoints", cfg.resume_step)
     notes.append(f"resumes {folder.name} from {name or 'step 0: there is no checkpoint yet'}")
     position = read_manifest(folder / "checkpoints" / name) if name else {}
-    return plan | {"checkpoint": name, "position": position, "lines": notes + lines}, lock
+    return plan | {"checkpoint": name, "position": position, "lines": notes + lines}
 
 
 def merge_constants(stored, constants, flags) -> list[str]:
@@ -159,10 +158,10 @@ def contradictions(cfg, stored) -> list[str]:
     return [f"--{n} {stored[n]}, not {getattr(cfg, n)}" for n in names if stored[n] != getattr(cfg, n)]
 
 
-def finished_run(cfg, script) -> Path | None:
-    """The finished run that `--resume_timestamp auto` would find, or None."""
+def finished_run(cfg, script) -> str:
+    """The finished run that `--resume_timestamp auto` would find; empty if there is none."""
     folder = resume_folder(cfg, Path(script), out_folder(cfg, script))
-    return folder if folder and status_of(folder) == "finished" else None
+    return str(folder) if folder and status_of(folder) == "finished" else ""
 
 
 def changed_constants(stored, now) -> dict[str, dict]:

@@ -50,12 +50,13 @@ class Signals:
     """A run's signals, from its opening to its end. `name`: the first one heard, or None.
 
     While it is not `deferring` (nothing to save yet) a single process leaves at once; then the first signal
-    is only noted: the ranks agree on it between two steps. A second one ends the process, and says what
-    `saved(or none)` says.
+    is only noted: the ranks agree on it between two steps. A second one ends the process, and says what is
+    `saved`.
     """
 
-    def __init__(self, world, saved):
-        self.world, self.saved, self.name, self.log, self.deferring = world, saved, None, None, False
+    def __init__(self, world):
+        self.world, self.name, self.log, self.deferring = world, None, None, False
+        self.saved = "nothing is saved"
         self._heard = 0.0
         self._before = heed(self._on_signal)
 
@@ -77,7 +78,7 @@ class Signals:
             if self.world.is_main:
                 write_in_handler(f"{name}: saves after this step; one more Ctrl-C leaves at once\n")
         elif forces_exit(self.name, self._heard, name, now, self.world):
-            write_in_handler(f"second signal: out at once; {self.saved('nothing is saved')}\n", self.log)
+            write_in_handler(f"second signal: out at once; {self.saved}\n", self.log)
             leave_at_once(number, self.world)
 
 

@@ -101,7 +101,7 @@ class Step:
         optimizer_step(optimizer, precision, cfg.clip, lr, beta1, self.norm, self.left_out)
         run.step_done(self.loss_sum, self.targets, self.read)
         if cfg.max_minutes is not None:  # such a run is not repeated to the bit: its path is kept
-            run.metrics(step, {"clock/lr": lr, "clock/share": run.clock_share})
+            run.metrics(step, {"clock/lr": lr, "clock/share": run.clock.share})
         if step % cfg.log_every == 0 or step == self.total_steps:
             values = {"lr": lr, "grad_norm": float(self.norm), **values}
             name = "objective" if objective else "loss"
@@ -154,11 +154,11 @@ def steps(
         if run.stopping:
             run.save(step, *saved, must=True)
             raise Stop(run.stopping)
-        if run.clock_share >= 1:  # max_minutes are spent
+        if run.clock.share >= 1:  # max_minutes are spent
             total_steps = step
             continue
         reseed(cfg.seed, step, world.rank)  # dropout depends on the position only
-        length, read = run.schedule_length(step, total_steps), len(batch)
+        length, read = run.clock.schedule_length(step, total_steps), len(batch)
         if run.unit == "tokens":
             read = int(batches.lengths[batch].sum())
         at = Step(run, step, batch, rows, targets, length, total_steps, where(run, batches, step + 1), read)

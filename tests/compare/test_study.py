@@ -65,6 +65,19 @@ def test_a_script_may_keep_arms_to_some_constants_and_give_its_own_to_runs():
     assert short.tag != plain.tag == f"{given.cfg.tag}-s1" and short.seed == plain.seed == 1
 
 
+@pytest.mark.parametrize("dtype", ["auto", "tf32"])  # fp32 on a CPU
+def test_a_finished_run_is_found_by_the_dtype_that_the_device_chose(dtype):
+    plan = plan_of(run_lora, "--arms", "lr=1e-3", "--dtype", dtype, "--out", "out")
+    cfg = studies.run_config(*studies.arms_of(plan), 0)
+    assert studies.finished(plan, cfg) == ""
+    folder = Path(f"out/20260101_000000-{cfg.tag}")
+    folder.mkdir(parents=True)
+    constants = core.constants_of(cfg) | {"dtype": "fp32"}
+    core.write_json(folder / "config.json", {"script": "run_lora", "constants": constants})
+    core.write_json(folder / "result.json", {"status": "finished"})
+    assert studies.finished(plan, cfg) == str(folder)
+
+
 def test_an_arm_names_the_run_that_it_continues():
     with pytest.raises(core.UserError, match=r"--arms continue_noam: the newest run would be another one"):
         studies.arms_of(plan_of(gpt_scratch, "--arms", "continue_noam"))

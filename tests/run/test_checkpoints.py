@@ -4,8 +4,10 @@ import pickle
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from ranks import launch, newest, result
 
 import core
@@ -73,3 +75,73 @@ def test_a_state_that_would_run_code_is_one_line(tmp_path):
     (tmp_path / "state.pt").write_bytes(pickle.dumps(print))
     with pytest.raises(UserError, match=r"state.pt is no state .*: resume another step"):
         checkpoints.load_state(tmp_path)
+
+
+def kept_here(**found) -> tuple[checkpoints.Checkpoints, torch.nn.Linear, list[str]]:
+    """(Checkpoints of the run out/one, a model, the lines that it said)"""
+    said, folder = [], Path("out/one")
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = checkpoints.Checkpoints(folder, World(), 2, said.append, **found)
+    kept.curves = SimpleNamespace(flushed_bytes=lambda: 7)
+    torch.manual_seed(0)
+    return kept, torch.nn.Linear(2, 2), said
+
+
+def names() -> list[str]:
+    return sorted(path.name for path in Path("out/one/checkpoints").iterdir())
+
+
+def test_the_newest_checkpoints_and_the_best_weights_that_they_refer_to_are_kept():
+    kept, model, said = kept_here()
+    assert kept.told() == "there is no checkpoint" and kept.is_best(0, 9.0)
+    for step, fold, loss in [(1, 0, 3.0), (2, 0, 2.0), (3, 1, 5.0), (4, 1, 4.0)]:
+        assert kept.is_best(fold, loss)
+        kept.keep_weights(step, model, "best", fold, loss)
+        kept.save(step, model, {}, {"fold": fold})
+    best = [f"best_step_0000000{step}" for step in (2, 3, 4)]  # 3: by the position of step 3
+    assert names() == [*best, "step_00000003", "step_00000004"]
+    position = checkpoints.read_manifest(Path("out/one/checkpoints/step_00000004"))
+    assert position["kept"] == kept.kept and (position["step"], position["metrics_bytes"]) == (4, 7)
+    assert not kept.is_best(0, 2.0) and kept.is_best(0, 1.9) and not kept.is_best(1, 4.5) and said == []
+
+
+def test_best_weights_come_back_and_broken_ones_are_told_and_left():
+    kept, model, said = kept_here()
+    kept.keep_weights(1, model, "best", 0, 1.0)
+    best = core.weights_sha256(model)
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    kept.save(2, model, {}, {})
+    last = core.weights_sha256(model)
+    assert kept.load_best(model, 0) == "best_step_00000001" and core.weights_sha256(model) == best != last
+    core.load_weights("out/one/checkpoints/step_00000002", model)
+    Path("out/one/checkpoints/best_step_00000001/model.safetensors").write_bytes(b"x")
+    assert kept.load_best(model, 0) == "step_00000002" and core.weights_sha256(model) == last
+    assert said == [
+        "WARNING the best weights are best_step_00000001 (model.safetensors is not what was written): "
+        "the last ones are used"
+    ]
+
+
+def test_what_lies_behind_the_checkpoint_that_is_resumed_from_goes():
+    kept, model, _ = kept_here()
+    for step in (1, 2, 3):
+        kept.keep = 9
+        kept.save(step, model, {}, {})
+    back, model, _ = kept_here(newest="step_00000002")
+    back.open()
+    assert names() == ["step_00000001", "step_00000002"]
+    back.save(2, model, {}, {})  # it is there: nothing is written
+    assert checkpoints.broken(Path("out/one/checkpoints/step_00000002")) is None
+    assert back.told() == "the newest checkpoint is step_00000002"
+
+
+def test_a_save_that_finds_no_room_is_told_or_an_error_and_the_one_before_stays(monkeypatch):
+    kept, model, said = kept_here()
+    kept.save(1, model, {}, {})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    kept.save(2, model, {}, {})
+    assert kept.newest == "step_00000001" and said[0].endswith("the newest checkpoint is step_00000001")
+    with pytest.raises(UserError, match=r"^not saved: step_00000002 needs 1 MB, .* free some, then --resume"):
+        kept.save(2, model, {}, {}, must=True)
+    assert names() == ["step_00000001"]

@@ -30,7 +30,7 @@ class Config(core.Constants):
 
 
 def start(*argv) -> core.Run:
-    return core.Run(core.parse_config(Config, {}, {}, "", list(argv)), World(), "script.py")
+    return core.open_run(core.parse_config(Config, {}, {}, "", list(argv)), World(), "script.py")
 
 
 def one_step(run):
@@ -103,7 +103,7 @@ def test_a_batch_of_fewer_rows_than_ranks_is_refused_in_one_line():
     with pytest.raises(
         UserError, match="batch 8 is smaller than 9 ranks: use --nproc_per_node=8 or --batch 9"
     ):
-        core.Run(core.parse_config(Config, {}, {}, "", []), World(size=9), "script.py")
+        core.open_run(core.parse_config(Config, {}, {}, "", []), World(size=9), "script.py")
 
 
 def test_a_run_that_auto_finds_finished_is_none_and_its_folder_as_it_was(capfd):

@@ -11,13 +11,14 @@ from torch import nn
 
 from core import UserError, World
 from lab.run import flags, forecast
+from lab.run.meter import Clock
 
 
 def make_run(**changes):
     cfg = {"keep": 2, "folds": None, "max_minutes": None, "price_per_hour": None}
-    run = SimpleNamespace(world=World(), folder=Path(), resumed=False, train_seconds=0.0, lines=[])
+    run = SimpleNamespace(world=World(), folder=Path(), resumed=False, lines=[])
     run.cfg = SimpleNamespace(**cfg | changes, typed=SimpleNamespace(runs=1))
-    run.say = run.lines.append
+    run.say, run.clock = run.lines.append, Clock(run.cfg.max_minutes)
     return run
 
 
@@ -39,7 +40,7 @@ def test_minutes_bound_the_steps_and_what_was_trained_before_counts():
     run = make_run(max_minutes=1.0)
     assert look_ahead(run, steps=1000) == 150  # of 0.4 s each
     assert "forecast  150 steps  training 0:01:00" in run.lines[0]
-    run.train_seconds = 45.0
+    run.clock.seconds = 45.0
     look_ahead(run, steps=1000)
     assert "training 0:00:15" in run.lines[1]
 
@@ -49,7 +50,7 @@ def test_the_first_run_of_a_study_forecasts_all_that_are_to_be_made():
     run.cfg.typed = flags.Typed(runs=3)
     look_ahead(run)  # 40 s each
     assert run.lines[1:] == ["study  3 runs are left: about 0:02:00, 3.00 dollars"]
-    run.train_seconds = 45.0  # resumed: the others begin at step 0
+    run.clock.seconds = 45.0  # resumed: the others begin at step 0
     look_ahead(run)
     assert run.lines[3:] == ["study  3 runs are left: about 0:03:30, 5.25 dollars"]
 

@@ -1,9 +1,12 @@
-"""Loss, rates and clocks of the log lines."""
+"""Loss and rates of the log lines; the clock that may end a run."""
+
+from types import SimpleNamespace
 
 import pytest
 
 from core import World
-from lab.run.meter import Meter, clock
+from lab.run import meter as module
+from lab.run.meter import Clock, Meter, clock
 
 
 def test_a_reading_is_the_mean_since_the_last_one_and_the_rate_that_of_the_process():
@@ -37,3 +40,32 @@ def test_seconds_are_shown_as_a_clock():
         "1:02:03",
         "1 day, 1:00:00",
     ]
+
+
+def test_a_clock_counts_steps_alone_over_all_processes_and_without_minutes_ends_nothing(monkeypatch):
+    now = [5.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    first, endless = Clock(1.0), Clock(None, seconds=1e9)
+    for seconds, between in [(6.0, 100.0), (9.0, 0.0)]:
+        first.begin_step()
+        now[0] += seconds
+        assert first.end_step() == seconds
+        now[0] += between  # an evaluation
+    assert Clock(1.0, first.seconds).spent() == pytest.approx(0.25) and endless.spent() == 0.0
+    assert endless.schedule_length(7, 100) == 100
+
+
+def test_a_schedule_spans_what_the_clock_leaves_and_never_ends_before_its_step():
+    ours = Clock(1.0)
+    assert ours.schedule_length(0, 100) == 100  # nothing is known yet
+    ours.fit = 40
+    assert ours.schedule_length(0, 100) == 40 and ours.schedule_length(0, 30) == 30
+    for share, step, total, expected in [
+        (0.25, 10, 10**9, 40),
+        (0.25, 10, 30, 30),
+        (0.999, 7, 10**9, 8),
+        (0.5, 0, 10**9, 1),
+        (0.3, 10, 10**9, 10 / 0.3),
+    ]:
+        ours.share = share
+        assert ours.schedule_length(step, total) == expected

@@ -25,7 +25,8 @@ class Recorded:
     def __init__(self, world=None, step=0, stops_at=None, clock_ends_at=None, **constants):
         self.cfg, self.world = SimpleNamespace(**(CONSTANTS | constants)), world or World()
         self.step, self.state, self.unit, self.first_step, self.fold = step, {}, "tokens", 0, 0
-        self.stopping, self.clock_share, self.events, self.agreed = None, 0.0, [], 0
+        self.stopping, self.events, self.agreed = None, [], 0
+        self.clock = SimpleNamespace(share=0.0, schedule_length=lambda step, total_steps: total_steps)
         self.stops_at, self.clock_ends_at = stops_at, clock_ends_at
 
     def save(self, step, *saved, must=False):
@@ -39,7 +40,7 @@ class Recorded:
         self.agreed += 1
         self.stopping = "SIGTERM" if self.stops_at is not None and self.agreed > self.stops_at else None
         spent = self.clock_ends_at is not None and self.agreed > self.clock_ends_at
-        self.clock_share = 1.0 if spent else 0.01 * self.agreed
+        self.clock.share = 1.0 if spent else 0.01 * self.agreed
         return targets
 
     def poll(self, active=0):
@@ -48,9 +49,6 @@ class Recorded:
 
     def require_finite(self, loss):
         assert loss == 0.5
-
-    def schedule_length(self, step, total_steps):
-        return total_steps
 
     def step_done(self, loss_sum, targets, examples):
         self.events.append(f"done {targets} targets {examples} tokens")
