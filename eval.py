@@ -281,11 +281,7 @@ def cells(m) -> dict[str, str]:
     """Metrics as cells of a table row."""
 
     def figure(name, digits=3):
-        return (
-            core.plus_minus(m[name], m[f"{name}_interval"], digits)
-            if m["rows"] > 1
-            else f"{m[name]:.{digits}f}"
-        )
+        return core.plus_minus(m[name], m[f"{name}_interval"], digits)
 
     row = {"loss": figure("loss" if "loss" in m else "log_loss", 4)}
     row |= {"perplexity": f"{m['perplexity']:.2f}"} if "perplexity" in m else {}

@@ -25,7 +25,7 @@ import core
 import gpt_scratch
 from lab.compare import diversity_report, tables
 from lab.data import builtin, mixture, paths
-from lab.measure import diversity, held_out
+from lab.measure import diversity, held_out, language
 from lab.run import checkpoints
 
 ONE_ARM = ("train", "find_lr")  # modes that read the text of one arm, `data`
@@ -295,10 +295,9 @@ def figures(model, cfg, text, part, world, poll) -> tuple[dict, held_out.Measure
         name: held_out.measure_text(model, cfg, text, shares, name, part, world, poll) for name in shares
     }
     own = held_out.pooled(list(sources.values())).figures()
-    alarm = f"NOT LEARNING: own loss {own['loss']:.4f}, token frequencies alone {own['unigram_loss']:.4f}"
     result = {f"{part}/{name}": value for name, value in neutral.figures().items()}
     result |= {f"{part}/own/{name}": value for name, value in own.items()}
-    result[f"{part}/own/alarm"] = alarm if own["above_unigram_interval"][1] >= 0 else None
+    result[f"{part}/own/alarm"] = language.unigram_alarm(own, "own loss")
     for name, source in sources.items():
         source_figures = source.figures()
         result |= {f"{part}/{name}/{figure}": source_figures[figure] for figure in BRIEF}

@@ -84,6 +84,12 @@ class Facts:
                 return value, self.result.get(f"{self.part}/{name}_interval")
         return None, None
 
+    @property
+    def alarm(self) -> str | None:
+        """The sentence of a run that has learnt nothing."""
+        names = ("alarm", f"{self.part}/alarm", f"{self.part}/own/alarm")
+        return next((alarm for name in names if (alarm := self.result.get(name))), None)
+
     def curve(self, name) -> list[tuple[int, float]]:
         return [(row["step"], row[name]) for row in self.metrics if isinstance(row.get(name), int | float)]
 
@@ -272,6 +278,11 @@ def resume_notes(named) -> list[str]:
     if untold:  # by the code before changes were recorded
         lines.append(f"NOTE resumed, perhaps with another length (not recorded): {', '.join(untold)}")
     return list(dict.fromkeys(lines))
+
+
+def alarm_notes(named) -> list[str]:
+    """A line for each run that has learnt nothing; `named`: (name, Facts)."""
+    return [f"NOTE {name} is {facts.alarm}" for name, facts in named if facts.alarm]
 
 
 def _standing(resumes) -> list[dict]:

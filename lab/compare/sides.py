@@ -10,6 +10,7 @@ import numpy as np
 from lab.compare.difference import difference, verdict
 from lab.compare.facts import (
     Facts,
+    alarm_notes,
     code_versions,
     differing,
     differing_bookkeeping,
@@ -145,7 +146,7 @@ def notes(all_sides) -> list[str]:
         for side in all_sides
         for facts in side.all_facts
     ]
-    lines = [*seed_notes(all_sides), *code_notes(all_sides), *resume_notes(named)]
+    lines = [*seed_notes(all_sides), *code_notes(all_sides), *resume_notes(named), *alarm_notes(named)]
     return [*lines, ""] if lines else []
 
 
@@ -201,6 +202,8 @@ def report(all_sides) -> tuple[list[str], dict]:
             figure = difference(rows, where[0], at)
             names = all_sides[0].name, side.name
             lines.append(f"{names[0]} - {names[1]}  {verdict(figure, rows.name, names)}")
+            if all(facts.alarm for one in (all_sides[0], side) for facts in one.all_facts):
+                lines.append("  both are NOT LEARNING: neither is good, whatever their difference")
             figures.setdefault(rows.name, []).append(figure | {"sides": names})
         lines.append("")
     weights = [facts.result.get("weights_sha256") for facts in all_facts]

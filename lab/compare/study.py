@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from lab.compare.difference import difference, mean, verdict
-from lab.compare.facts import LENGTH, read
+from lab.compare.facts import LENGTH, alarm_notes, read
 from lab.compare.rows import shared_rows
 from lab.compare.tables import markdown, slug
 from lab.errors import Stop, UserError
@@ -253,7 +253,7 @@ def report(plan, arms, runs, folder):
     lines = ["# Study", "", f"`python {Path(plan.script).name} {' '.join(words_of(plan))}`", ""]
     lines += [table(plan, arms, facts, at, validation, means), ""]
     notes = [] if told[:1] and told[0].startswith(NO_VERDICT) else warnings(plan, arms, validation)
-    lines += [*told, "", *notes]
+    lines += [*told, "", *notes, *alarm_notes([(one.tag or one.name, one) for one in facts])]
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n".join(lines).rstrip() + "\n"
     (folder / "study.md").write_text(text)

@@ -7,6 +7,7 @@ import statistics
 from lab.compare.facts import (
     ABSENT,
     IGNORED_IN_COMPARISON,
+    alarm_notes,
     code_versions,
     differing,
     differing_scripts,
@@ -147,7 +148,8 @@ def notes_below(all_facts) -> list[str]:
     if versions:
         lines.append(f"NOTE {not_the_same(versions)} in all of these runs:")
         lines.append(f"  {how_to_see(next(iter(versions.values())))}")
-    lines += resume_notes([(facts.name, facts) for facts in all_facts])
+    named = [(facts.name, facts) for facts in all_facts]
+    lines += [*resume_notes(named), *alarm_notes(named)]
     return ["", *lines] if lines else []
 
 

@@ -11,7 +11,7 @@ from lab.data.text import Corpus, split_pieces
 from lab.data.tokenizers import prompt_ids, token_bytes
 from lab.errors import UserError
 from lab.measure.answers import shortened, write_responses
-from lab.measure.language import evaluate, loss_lines
+from lab.measure.language import evaluate, loss_lines, unigram_alarm
 from lab.measure.statistics import bootstrap, language_metrics, plus_minus
 from lab.run import terminal
 from lab.run.files import write_lines
@@ -200,12 +200,8 @@ def alarm(run, step, part, figures) -> str | None:
     lowest, before = run.state["lowest"], run.state["before"]
     if step and not lowest[0] < before:
         return f"NOT LEARNING: validation never fell below the {before:.4f} before training"
-    low, high = figures[f"{part}/above_unigram_interval"]
-    if step and high >= 0:
-        loss, guess = figures[f"{part}/loss"], figures[f"{part}/unigram_loss"]
-        how = "is above" if low > 0 else "cannot be told from"
-        return f"NOT LEARNING: {part} loss {loss:.4f} {how} that of token frequencies, {guess:.4f}"
-    return None
+    names = ("loss", "unigram_loss", "above_unigram_interval")
+    return unigram_alarm({n: figures[f"{part}/{n}"] for n in names}, f"{part} loss") if step else None
 
 
 def final_figures(run, cfg, parts, plain, model, answering) -> dict:

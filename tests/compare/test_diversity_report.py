@@ -54,12 +54,12 @@ def test_the_verdict_is_what_the_intervals_say(a, b, seeds, words):
         assert f"  loss {text}" in numbers and low < one["difference"] < high
 
 
-@pytest.mark.parametrize(("documents", "decided"), [(5, False), (6, True)])
+@pytest.mark.parametrize(("documents", "decided"), [(9, False), (10, True)])
 def test_few_documents_decide_nothing(documents, decided):
     levels = {"a": 5.5, "b": 5.4, "a+b": 5.0}
     matrix = {arm: {"n": losses_of(arm, "n", level, documents=documents)} for arm, level in levels.items()}
     (line,), _ = diversity_report.verdicts(matrix, 3)
-    assert ("fewer than 6 held-out documents" in line) != decided
+    assert ("fewer than 10 held-out documents" in line) != decided
     assert ("the mixture wins beyond noise against every single source" in line) == decided
 
 
