@@ -425,12 +425,11 @@ def answer(subject, data, cfg, world, say, poll):
     most = cfg.max_new_tokens or getattr(stored, "max_new_tokens", None) or LONGEST
     rows, prompts = core.main_first(world, prompts_of, subject, data, stored, tokenizer, cfg)
     model = core.merge_lora(model) if subject.script == "run_lora" else model
-    room = max(map(len, prompts)) + most - model.config.block_size
-    if room > 0:
-        size = f"the model's {model.config.block_size}"
-        say(f"the longest prompt and its answer are {room} tokens over {size}: its beginning drops out")
     batch = stored.eval_batch * world.size
-    texts = answers.answers(model, tokenizer, prompts, most, batch, world, poll)
+    ids = answers.answer_ids(model, tokenizer, prompts, most, batch, world, poll)
+    for line in answers.room_lines(model, prompts, ids, most):
+        say(line)
+    texts = [tokenizer.decode(each).strip() for each in ids]
     rows = [row | {"model_response": text} for row, text in zip(rows, texts, strict=True)]
     core.on_main(world, write_answers, folder, subject, data, cfg, rows, most, world)
     empty = sum(not text for text in texts)

@@ -77,7 +77,7 @@ class Config(core.Studied):
     sample_tokens: core.Whole = 50  # most in an answer to a fixed prompt, at every evaluation; 0 = none
     answer_rows: core.Whole | None = None  # test rows answered at the end; none = all, 0 = none
     max_new_tokens: core.Count = 256  # most in such an answer
-    plain: str = "python-docs"  # text whose held-out part shows what is forgotten: as gpt_scratch.py's data
+    plain: str | None = None  # shows what is forgotten; none = held out of the base's own text, if known
     plain_blocks: core.Whole = 50  # of max_length tokens; 0 = none
     prompt: str | None = None  # in mode ask: an instruction; none = a prompt loop
     # run

@@ -244,7 +244,7 @@ def plain_text(cfg, tokenizer, block_size, world) -> tuple[str, core.Blocks | No
         return first.data, core.Blocks(tokens.parts[part], block_size).first(cfg.plain_blocks)
     name, most = cfg.plain or "python-docs", (min(block_size, cfg.max_length), cfg.plain_blocks)
     try:
-        return name, core.main_first(world, tuning.plain_blocks, name, tokenizer, *most)
+        return name, core.main_first(world, tuning.plain_blocks, core.Corpus(name, ""), tokenizer, *most)
     except core.UserError as error:
         raise core.UserError(f"--plain: {error}") from None
 
