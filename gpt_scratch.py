@@ -366,8 +366,8 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
     tokens, result = core.open_corpus(corpus_of(cfg), world), {}
     stored = core.read_config(folder)["facts"]["fingerprint"]
     core.refuse_other_data(stored, tokens.fingerprint, cfg.data, ("data", "tokenizer"))
-    sizes = core.token_bytes(tokens.tokenizer)
     for part in final_parts(cfg):
+        sizes = language.sizes_of(tokens, part)
         blocks = core.Blocks(tokens.parts[part], cfg.block_size)
         sums = core.evaluate(model, blocks, cfg, world, poll)
         metrics = core.measure(sums, blocks, tokens.unigram, sizes)
@@ -402,10 +402,10 @@ def train(run, cfg, world) -> dict:
 def finish(run, cfg, world, setup) -> dict:
     """Measures the chosen weights on val and test, and how many sampled words are known; final figures."""
     sha256, measured, result = core.weights_sha256(setup.model), run.checkpoint, {}
-    sizes = core.token_bytes(setup.tokens.tokenizer)
     if cfg.test_weights == "best":
         measured = run.load_best(setup.model)
     for part in final_parts(cfg):
+        sizes = language.sizes_of(setup.tokens, part)
         sums = core.evaluate(setup.model, setup.blocks[part], cfg, world, run.poll)
         m = core.measure(sums, setup.blocks[part], setup.tokens.unigram, sizes)
         result |= {f"{part}/{name}": value for name, value in m.items()}

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from lab.data.blocks import stretches
+from lab.data.tokenizers import token_bytes
 from lab.errors import UserError
 from lab.measure.statistics import language_metrics, not_below
 from lab.train.batches import ShardedBatches
@@ -94,6 +95,15 @@ def unigram_alarm(metrics, name="loss") -> str | None:
         loss, guess = metrics["loss"], metrics["unigram_loss"]
         return f"NOT LEARNING: {name} {loss:.4f} {how} that of token frequencies, {guess:.4f}"
     return None
+
+
+def sizes_of(tokens, part) -> np.ndarray:
+    """(V,): bytes of a part's text that each id of opened Tokens stands for: those that it spells, or in
+    proportion where the tokenizer loses or changes some of the text."""
+    sizes = token_bytes(tokens.tokenizer)
+    spelt = int(sizes[tokens.parts[part]].sum())
+    size = tokens.text_bytes.get(part, spelt)
+    return sizes if size == spelt or not spelt else sizes * (size / spelt)
 
 
 def block_sums(values, blocks) -> np.ndarray:

@@ -59,8 +59,8 @@ def language_metrics(sums, groups, unigram=None, byte_counts=None) -> dict:
     """Loss per target token, perplexity, accuracy of the likeliest token, with 95 % intervals by group.
 
     sums (rows, 3): summed loss in nats, hits, targets. unigram (rows,): summed loss under token frequencies,
-    a baseline. byte_counts (rows,): UTF-8 bytes that the targets spell, for bits per byte, which compares
-    tokenizers (the loss of an end token counts, though it spells nothing).
+    a baseline. byte_counts (rows,): UTF-8 bytes of the text behind the targets, for bits per byte, which
+    compares tokenizers (the loss of an end token counts, though it spells nothing).
     """
     targets, given = sums[:, 2], [] if unigram is None else [unigram, sums[:, 0] - unigram]
     values = np.column_stack([sums[:, 0], sums[:, 1], *given]) / targets[:, None]
@@ -75,7 +75,7 @@ def language_metrics(sums, groups, unigram=None, byte_counts=None) -> dict:
         ratio = {"weights": targets, "of": lambda means: means[:, :1] / means[:, 1:]}
         metrics |= {"bits_per_byte": sums[:, 0].sum() / math.log(2) / byte_counts.sum()}
         metrics |= {"bits_per_byte_interval": bootstrap(both, groups, **ratio).tolist()[0]}
-        metrics |= {"bytes": int(byte_counts.sum())}
+        metrics |= {"bytes": round(float(byte_counts.sum()))}
     return metrics | {"targets": int(targets.sum()), "rows": len(sums)}
 
 
