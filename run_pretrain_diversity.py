@@ -785,7 +785,7 @@ def conclude(study, runs_by_arm, losses, diversity_figures, notes):
     if diversity_figures:
         tables = (
             diversity_report.diversity_table(diversity_figures),
-            diversity_report.link_table(diversity_figures, neutral, figures, seeds),
+            diversity_report.link_table(diversity_figures, neutral, figures, seeds, losses),
         )
         parts += [f"**diversity coefficient**\n\n{tables[0]}", f"**diversity and loss**\n\n{tables[1]}"]
         study.say("\n" + "\n\n".join(tables))

@@ -263,21 +263,27 @@ def resume_notes(named) -> list[str]:
     """Lines on runs that were resumed with other constants or code; `named`: (name, Facts)."""
     lines, untold = [], []
     for name, facts in named:
-        for step, changes in resumed(facts).items():
-            if step and (changes := _that_matter(changes)):  # at step 0 nothing had been trained before
-                lines.append(f"NOTE {name} was resumed at step {step} with {_changes(facts, changes)}")
+        lines += [f"NOTE {name} was resumed {words}" for words in resume_words(facts)]
         standing = _standing(facts.config.get("resumes", []))
-        for entry in standing:
-            if files := facts.code.keys() & entry.get("other_code", []):
-                step, files = entry["step"], ", ".join(sorted(files))
-                lines.append(
-                    f"NOTE {name} was resumed at step {step} with another {files} than its source/ has"
-                )
         steps = [entry["step"] for entry in standing if "changed" not in entry]
         untold += [f"{name} at step {step}" for step in steps if step]
     if untold:  # by the code before changes were recorded
         lines.append(f"NOTE resumed, perhaps with another length (not recorded): {', '.join(untold)}")
     return list(dict.fromkeys(lines))
+
+
+def resume_words(facts) -> list[str]:
+    """At which step a run was resumed with what other constants, and with what other code."""
+    words = []
+    for step, changes in resumed(facts).items():
+        if step and (changes := _that_matter(changes)):  # at step 0 nothing had been trained before
+            words.append(f"at step {step} with {_changes(facts, changes)}")
+    for entry in _standing(facts.config.get("resumes", [])):
+        if files := facts.code.keys() & entry.get("other_code", []):
+            words.append(
+                f"at step {entry['step']} with another {', '.join(sorted(files))} than its source/ has"
+            )
+    return words
 
 
 def alarm_notes(named) -> list[str]:

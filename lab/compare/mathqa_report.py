@@ -165,10 +165,17 @@ def quantised_table(small) -> str:
             answers = over(figures, f"{part}/answer_accuracy")
             row["answers"] = "" if answers is None else f"{answers:.3f}"
             row["MB"] = f"{over(figures, 'mb'):.2f}"
-            row["tokens/s"] = f"{over(figures, 'tokens_per_second'):.0f}"
+            row["tokens/s"] = rate(figures)
             for name, cell in row.items():
                 cells.setdefault(name, []).append(cell)
     return markdown({name: column for name, column in cells.items() if any(column)})
+
+
+def rate(figures) -> str:
+    """Tokens per second: mean over runs, and slowest to fastest pass: other work on the box moves it, too."""
+    ranges = [of.get("tokens_per_second_range", [of["tokens_per_second"]]) for of in figures]
+    low, high = min(map(min, ranges)), max(map(max, ranges))
+    return f"{over(figures, 'tokens_per_second'):.0f} ({low:.0f} to {high:.0f})"
 
 
 def small_verdicts(small) -> list[str]:

@@ -22,6 +22,7 @@ from lab.compare.facts import (
     read,
     read_all,
     resume_notes,
+    resume_words,
     value_of,
 )
 from lab.compare.responses import by_prompt, read_responses
@@ -49,10 +50,7 @@ def sides(names, root) -> list[Side]:
     chosen = list(once.values()) if len(once) > 1 else chosen
     groups = {}
     for facts in chosen:
-        constants = experiment_constants(facts)
-        data = facts.config["facts"].get("fingerprint", {}).get("data")
-        key = json.dumps([facts.config["script"], constants, data], sort_keys=True)
-        groups.setdefault(key, []).append(facts)
+        groups.setdefault(experiment(facts), []).append(facts)
     if len(groups) == 1 and len(chosen) > 1:
         groups = dict(enumerate([facts] for facts in chosen))
     if len(groups) < 2:
@@ -63,6 +61,19 @@ def sides(names, root) -> list[Side]:
     if len(set(names)) < len(names):
         names = [str(group[0].folder) for group in groups.values()]
     return [Side(name, group) for name, group in zip(names, groups.values(), strict=True)]
+
+
+def experiment(facts) -> str:
+    """Script, constants and data of a run: equal for runs that differ in seed and bookkeeping only."""
+    data = facts.config["facts"].get("fingerprint", {}).get("data")
+    return json.dumps([facts.config["script"], experiment_constants(facts), data], sort_keys=True)
+
+
+def is_same_experiment(one, other) -> bool:
+    """Whether two sides are seeds of one experiment, of the same code, never resumed with another length."""
+    both = runs_of([one, other])
+    is_same = len(set(map(experiment, both))) == 1 and len({facts.constant("seed") for facts in both}) > 1
+    return is_same and not code_versions(both) and not any(map(resume_words, both))
 
 
 def named(name, root) -> list[Facts]:
@@ -201,7 +212,10 @@ def report(all_sides) -> tuple[list[str], dict]:
         for side, at in zip(all_sides[1:], where[1:], strict=True):
             figure = difference(rows, where[0], at)
             names = all_sides[0].name, side.name
-            lines.append(f"{names[0]} - {names[1]}  {verdict(figure, rows.name, names)}")
+            words = verdict(figure, rows.name, names)
+            if is_same_experiment(all_sides[0], side):
+                words = f"{words.partition(chr(10))[0]}\n  they differ in their seed only: neither is better"
+            lines.append(f"{names[0]} - {names[1]}  {words}")
             if all(facts.alarm for one in (all_sides[0], side) for facts in one.all_facts):
                 lines.append("  both are NOT LEARNING: neither is good, whatever their difference")
             figures.setdefault(rows.name, []).append(figure | {"sides": names})

@@ -24,6 +24,7 @@ from lab.compare.facts import LENGTH, alarm_notes, read
 from lab.compare.rows import shared_rows
 from lab.compare.tables import markdown, slug
 from lab.errors import Stop, UserError
+from lab.measure.statistics import span
 from lab.run.files import short_hash, write_json
 from lab.run.flags import STUDY_CONSTANTS, parsed_config, typed, with_flags
 from lab.run.meter import clock
@@ -310,8 +311,7 @@ def table(plan, arms, facts, at, validation, means) -> str:
 
 
 def shown(figure) -> str:
-    low, high = figure["interval"]
-    return f"{figure['mean']:.4f} ({low:.4f} to {high:.4f})"
+    return f"{figure['mean']:.4f} ({span(figure['interval'])})"
 
 
 def verdicts(arms, at, validation, rows) -> list[str]:

@@ -95,7 +95,7 @@ def _judges(all_facts) -> dict:
     return {name: column(name) for name in names}
 
 
-def _code(all_facts):
+def code_version(all_facts):
     """Makes a cell: runs with the same number ran the same code. Empty if all did."""
     files = code_versions(all_facts)
 
@@ -129,7 +129,7 @@ def columns(all_facts) -> dict:
     shown |= {"model", "batch", "epochs", "lr", "min_lr", "warmup", "weight_decay", "lora_rank", "lora_alpha"}
     also = [name for name in differing(all_facts) if name not in shown]
     head |= {name: constant(name) for name in also}  # what else tells these runs apart
-    head |= {"code version": _code(all_facts)}
+    head |= {"code version": code_version(all_facts)}
     head |= {"seed": constant("seed"), "loss": _figure("loss", "log_loss", digits=4)}
     head |= {"perplexity": _figure("perplexity"), "bits/byte": _figure("bits_per_byte", digits=4)}
     head |= {"accuracy": _figure("accuracy"), "answers": _figure("answer_accuracy")}

@@ -124,6 +124,15 @@ def test_a_constant_that_one_side_lacks_is_listed_as_absent():
 def test_runs_that_differ_in_their_seed_only_are_not_called_the_same():
     a, b = losing("a", NATS, micro_batch=1), losing("b", NATS, seed=1, micro_batch=2)
     assert listed(a, b) == {"seed": ["0", "1"], "micro_batch": ["1", "2"]}
+    worse = losing("worse", NATS + 5 + NATS / 9, seed=2, micro_batch=1)
+    text, figures = report(a, worse)
+    assert (
+        figures["loss"][0]["interval"][1] < 0 and text.count("they differ in their seed only: neither") == 2
+    )
+    assert "told apart" not in text
+    edited = losing("edited", NATS + 5 + NATS / 9, seed=2, micro_batch=1, files=source("x = 2\n"))
+    old = losing("old", NATS, micro_batch=1, files=source())
+    assert "told apart" in report(old, edited)[0]  # the code differs, too
     assert head(a, losing("c", NATS, note="n", micro_batch=1))[0] == "the constants are the same"
 
 
