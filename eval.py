@@ -34,7 +34,7 @@ from lab.data.tables import text_lines
 from lab.data.tokenizers import prompt_ids
 from lab.measure import answers, other_data, preference, tuning
 from lab.models import int4, pretrained, trusted
-from lab.run import checkpoints, pack
+from lab.run import checkpoints, files, pack
 
 
 @dataclass(frozen=True)
@@ -296,8 +296,8 @@ def cells_line(m) -> str:
 
 def measure_own(subject, cfg, world, say, poll) -> dict:
     """Measures a run's own val and test rows again. If the figures are those of result.json, also rewrites
-    the file by which --compare pairs rows."""
-    figures, (name, lines) = subject.module.remeasure(subject.name, world, cfg.eval_batch, poll)
+    the files by which --compare pairs rows."""
+    figures, rows = subject.module.remeasure(subject.name, world, cfg.eval_batch, poll)
     shown = None
     for part in ("val", "test"):
         metrics = {name[len(part) + 1 :]: x for name, x in figures.items() if name.startswith(f"{part}/")}
@@ -313,8 +313,16 @@ def measure_own(subject, cfg, world, say, poll) -> dict:
     same, sentence = agreement(figures, facts.read(subject.name).result)
     say(f"  {sentence}")
     if same:
-        core.on_main(world, core.write_lines, Path(subject.name) / name, lines)
+        core.on_main(world, write_rows, Path(subject.name), rows)
     return shown
+
+
+def write_rows(folder, rows):
+    """Writes files of rows (name -> lines) anew, and their hashes to result.json."""
+    for name, lines in rows.items():
+        core.write_lines(folder / name, lines)
+    result = facts.read(folder).result
+    files.write_sealed(folder / "result.json", result | {"files": files.row_hashes(folder)})
 
 
 def agreement(figures, stored) -> tuple[bool, str]:
@@ -397,8 +405,8 @@ def write_folder(folder, config, result, file):
     (folder / "result.json").unlink(missing_ok=True)
     name, lines = file
     core.write_lines(folder / name, lines)
-    core.write_json(folder / "config.json", config)
-    core.write_json(folder / "result.json", result)
+    files.write_sealed(folder / "config.json", config)
+    files.write_sealed(folder / "result.json", result | {"files": files.row_hashes(folder)})
 
 
 # ------------------------------------------------------------------------------------------------ answering
@@ -450,8 +458,8 @@ def write_answers(folder, subject, data, cfg, rows, most, world):
             "max_documents": cfg.max_documents,
             "max_new_tokens": most,
         }
-        core.write_json(folder / "config.json", about(subject, "rows", constants, world))
-        core.write_json(folder / "result.json", {"status": "finished", "step": 0})
+        files.write_sealed(folder / "config.json", about(subject, "rows", constants, world))
+        files.write_sealed(folder / "result.json", {"status": "finished", "step": 0})
 
 
 def prompts_of(subject, data, stored, tokenizer, cfg) -> tuple[list[dict], list[list[int]]]:

@@ -28,6 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import core
 from lab.measure import language
 from lab.models import generate
+from lab.run import files
 
 # ------------------------------------------------------------------------- the experiment and its constants
 
@@ -328,7 +329,7 @@ def make_optimizer(cfg, model):
 def describe_model(folder, model, tokenizer):
     """Writes tokenizer/ and gpt.json, from which the folder alone can rebuild the model."""
     tokenizer.save_pretrained(folder / "tokenizer")
-    core.write_json(folder / "gpt.json", asdict(model.config))
+    files.write_sealed(folder / "gpt.json", asdict(model.config))
 
 
 def forward_backward(setup, rows, targets) -> float:
@@ -356,8 +357,8 @@ def final_parts(cfg) -> tuple[str, ...]:
     return ("val", "test") if cfg.final_eval and cfg.test_share else ("val",)
 
 
-def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
-    """Measures a run's own val and test text again. Returns figures, and name and lines of losses.jsonl.
+def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, dict[str, list]]:
+    """Measures a run's own val and test text again. Returns figures, and lines of losses.jsonl by its name.
 
     UserError if cfg.data or its tokenizer has changed since.
     """
@@ -372,7 +373,7 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
         sums = core.evaluate(model, blocks, cfg, world, poll)
         metrics = core.measure(sums, blocks, tokens.unigram, sizes)
         result |= {f"{part}/{name}": value for name, value in metrics.items()}
-    return result, ("losses.jsonl", core.loss_rows(part, sums, blocks, sizes))
+    return result, {"losses.jsonl": core.loss_rows(part, sums, blocks, sizes)}
 
 
 # ---------------------------------------------------------------------------------------------------- train

@@ -205,8 +205,8 @@ def announce_lora(run, cfg, model):
     run.say(f"multiplier {effective}  largest multiplier x lr {strengths[-1] * cfg.lr:.2g}")
 
 
-def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
-    """Measures a run's own val and test rows again. Returns figures, and name and lines of losses.jsonl."""
+def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, dict[str, list]]:
+    """Measures a run's own val and test rows again. Returns figures, and losses.jsonl: its lines."""
     cfg, model, tokenizer = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
     return tuning.remeasure(model, tokenizer, cfg, core.read_config(folder)["facts"], world, poll)

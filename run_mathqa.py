@@ -406,18 +406,15 @@ def own_rows(folder, cfg, tokenizer, world):
     return data, choices.examples_of(data, cfg)[0]
 
 
-def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
-    """Measures a run's own val and test data again. Returns figures, and name and lines of losses.jsonl.
-
-    Rewrites answers.jsonl, too.
-    """
+def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, dict[str, list]]:
+    """Measures a run's own val and test data again. Returns figures, and lines of losses.jsonl and of
+    answers.jsonl by their names."""
     cfg, model, tokenizer = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
     figures, losses, lines = choices.measure_parts(
         model, *own_rows(folder, cfg, tokenizer, world), cfg, world, poll
     )
-    core.on_main(world, core.write_lines, Path(folder) / "answers.jsonl", lines)
-    return figures, ("losses.jsonl", losses)
+    return figures, {"losses.jsonl": losses, "answers.jsonl": lines}
 
 
 def merged(model) -> core.GPT:

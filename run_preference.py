@@ -17,7 +17,6 @@ and report.png hold all of it, predictions.jsonl what was said of every row, sub
 
 import csv
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,6 +29,7 @@ import core
 from lab.data import columns, pairs, tokenizers
 from lab.measure import preference
 from lab.models import encoders
+from lab.run import files
 
 
 @dataclass(frozen=True)
@@ -395,9 +395,9 @@ def report(run, cfg, data, splits, outcomes) -> dict:
 # -------------------------------------------------------------------------------------------- measured again
 
 
-def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
-    """Measures a run's own val and test rows again (every fold by its own weights). Returns figures, and name
-    and lines of predictions.jsonl. UserError if cfg.data has changed since.
+def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, dict[str, list]]:
+    """Measures a run's own val and test rows again (every fold by its own weights). Returns figures, and
+    lines of predictions.jsonl by its name. UserError if cfg.data has changed since.
     """
     cfg, model, tokenizer = rebuild(folder, world, **({"eval_batch": eval_batch} if eval_batch else {}))
     data = core.load_pairs(cfg, world, tokenizer)
@@ -413,7 +413,7 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
         splits.append(rows)
         outcomes.append({"log_probs": log_probs_of})
     result, verdicts, _ = preference.make_cards(cfg, data, splits, outcomes)
-    return result, ("predictions.jsonl", list(preference.all_predictions(cfg, data, splits, verdicts)))
+    return result, {"predictions.jsonl": list(preference.all_predictions(cfg, data, splits, verdicts))}
 
 
 def measured_checkpoints(folder, cfg) -> list[str]:
@@ -547,6 +547,14 @@ def announce(run, cfg, data, rows, model):
         )
 
 
+def read_outcome(path) -> dict:
+    """What a fold's training returned. UserError where it is not what was written."""
+    try:
+        return files.read_sealed(path)
+    except (OSError, ValueError):
+        raise core.UserError(f"{path} is missing or damaged: copy it anew, or start a new run") from None
+
+
 def cross_validate(run, cfg, world, data) -> tuple[list, list]:
     """Trains all folds (or the only one) and returns (splits, outcomes); a resume reads finished folds."""
     splits = [pairs.split_rows(data, cfg.folds, fold, cfg.split_seed) for fold in range(cfg.folds or 1)]
@@ -554,10 +562,10 @@ def cross_validate(run, cfg, world, data) -> tuple[list, list]:
     for fold, rows in enumerate(splits):
         done = run.folder / "folds" / f"fold_{fold + 1}.json"
         if fold < run.position.get("fold", 0):
-            outcomes.append(json.loads(done.read_text()))
+            outcomes.append(core.on_main(world, read_outcome, done))
             continue
         outcomes.append(train(run, cfg, world, data, rows, fold))
-        core.on_main(world, core.write_json, done, outcomes[-1])
+        core.on_main(world, files.write_sealed, done, outcomes[-1])
     return splits, outcomes
 
 

@@ -309,8 +309,8 @@ def final_parts(cfg) -> tuple[str, ...]:
     return ("val", "test") if cfg.final_eval else ("val",)
 
 
-def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
-    """Measures a run's own val and test text again. Returns figures, and name and lines of losses.jsonl."""
+def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, dict[str, list]]:
+    """Measures a run's own val and test text again. Returns figures, and losses.jsonl: its lines."""
     cfg, model, _ = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
     text, result = open_text(cfg, world), {}
@@ -320,7 +320,7 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
     for part in final_parts(cfg):
         part_figures, neutral = figures(model, cfg, text, part, world, poll)
         result |= part_figures
-    return result, ("losses.jsonl", neutral.lines(part))
+    return result, {"losses.jsonl": neutral.lines(part)}
 
 
 def report(run, cfg, metrics, part, where="", note=""):

@@ -25,6 +25,7 @@ from lab.compare.facts import find
 from lab.data import instructions
 from lab.data.paths import text_files
 from lab.measure import answers
+from lab.run import files
 
 
 @pytest.fixture
@@ -212,7 +213,7 @@ def test_data_that_changed_since_the_run_is_refused(copy):
     folder = copy("run_instruct")
     config = json.loads((folder / "config.json").read_text())
     config["facts"]["fingerprint"]["data"] = "other"
-    (folder / "config.json").write_text(json.dumps(config))
+    files.write_sealed(folder / "config.json", config)
     assert "is not what the run was trained on" in refused("--run", folder)
 
 

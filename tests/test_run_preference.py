@@ -23,6 +23,7 @@ import core
 import run_preference as script
 from core import World
 from lab.data import builtin, columns, pairs
+from lab.run import files
 
 
 def command(*argv, torchrun=0, **options):
@@ -456,3 +457,17 @@ def test_the_report_card_is_on_the_screen_and_in_the_folder(smoke):
         assert low <= high and (got.get(f"val/{name}") is None) == (name == "tempered_log_loss")
     assert {"test/macro_f1", "test/by_truncation", "test/by_length", "test/prefers_longer"} <= set(got)
     assert (newest(smoke[0] / "out") / "report.png").stat().st_size > 10_000
+
+
+def test_what_a_finished_fold_left_is_believed_only_as_it_was_written():
+    path = Path("folds/fold_1.json")
+    outcome = {"weights_sha256": "a1", "checkpoint": "best_step_00000002", "log_probs": {"val": [[-1.0]]}}
+    files.write_sealed(path, outcome)
+    assert script.read_outcome(path) == outcome
+    for text in (path.read_text().replace("a1", "b1"), "{", ""):
+        path.write_text(text)
+        with pytest.raises(core.UserError, match=r"^folds/fold_1.json is missing or damaged: copy it anew"):
+            script.read_outcome(path)
+    path.unlink()
+    with pytest.raises(core.UserError, match=r"^folds/fold_1.json is missing"):
+        script.read_outcome(path)

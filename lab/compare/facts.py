@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab.errors import UserError
-from lab.run.files import sha256_file
+from lab.run.files import read_sealed, sha256_file
 from lab.run.flags import STUDY_CONSTANTS
 from lab.run.resume import CALL_CONSTANTS, MAY_CHANGE
-from lab.run.stored import read_config
+from lab.run.stored import read_result, run_config
 
 ABSENT = "absent"  # what is shown of a constant that a run's script did not have; one that is None is "none"
 IMPORTED = re.compile(r"^\s*(?:import|from) ([\w.]+)(?: import (\([^)]*\)|.*))?", re.MULTILINE)
@@ -111,14 +111,13 @@ def imported_files(source, text) -> list[str]:
 def read(folder) -> Facts:
     """Reads the Facts of a run folder. UserError where it is none."""
     folder = Path(folder)
-    config = read_config(folder)
-    if not isinstance(config, dict) or not {"script", "constants"} <= config.keys():
-        raise UserError(f"{folder} is no run folder: its config.json is that of something else")
+    config = run_config(folder)
     lines = _text(folder / "metrics.jsonl").splitlines()
     rows = [row for line in lines if isinstance(row := _json(line), dict)]  # a kill leaves half a line
-    metrics = [row for row in rows if isinstance(row.get("step"), int)]
-    result, judged = _json(_text(folder / "result.json")), read_judged(folder / "judged.json")
-    result = result if isinstance(result, dict) else {}
+    metrics = [row for row in rows if isinstance(row.get("step"), int)]  # (bytes that are no text: likewise)
+    result, judged = read_result(folder), read_judged(folder / "judged.json")
+    if not result and (folder / "result.json").exists():
+        print(f"WARNING {folder}: result.json is damaged, its figures are not shown", file=sys.stderr)
     return Facts(folder, config, result, metrics, current_grades(folder, judged))
 
 
@@ -136,9 +135,24 @@ def current_grades(folder, judged) -> dict:
 
 def read_judged(path) -> dict:
     """Reads judged.json: judge -> summary. Empty where it is absent or damaged."""
-    judged = _json(_text(path))
-    judged = judged if isinstance(judged, dict) else {}
-    return {name: summary for name, summary in judged.items() if isinstance(summary, dict)}
+    try:
+        judged = read_sealed(path)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        print(f"WARNING {path} is damaged: its grades are not shown", file=sys.stderr)
+        return {}
+    return {name: summary for name, summary in judged.items() if _is_summary(summary)}
+
+
+def _is_summary(summary) -> bool:
+    """Whether what is stored of a judge is whole; grades may be absent."""
+    entries = summary.get("grades", []) if isinstance(summary, dict) else None
+    return isinstance(entries, list) and all(map(_is_grade, entries))
+
+
+def _is_grade(entry) -> bool:
+    return isinstance(entry, dict) and "group" in entry and isinstance(entry.get("grades"), list)
 
 
 def read_all(folders) -> list[Facts]:
@@ -153,13 +167,13 @@ def read_all(folders) -> list[Facts]:
 
 
 def _text(path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _json(text):
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -1,6 +1,5 @@
 """The report of run_mathqa.py's study of ways to fine-tune: tables and sentences."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,16 +9,23 @@ from lab.compare import facts
 from lab.compare.difference import difference, mean, verdict
 from lab.compare.rows import Rows, read_lines, shared_rows
 from lab.compare.tables import markdown
+from lab.errors import UserError
 from lab.measure.statistics import plus_minus
-from lab.run.files import whole_file, write_json
+from lab.run.files import read_sealed, whole_file, write_json
 from lab.run.provenance import git_state
 from lab.run.stored import prepare_folder
 
 RATES = "Each arm has the rate it was given: which one suits it, several arms of one method can tell."
 
 
-def read(folder, name):
-    return json.loads((Path(folder) / name).read_text(encoding="utf-8"))
+def read(folder, name) -> dict:
+    """A .json file of a run folder. UserError where it is damaged."""
+    try:
+        return read_sealed(Path(folder) / name)
+    except (OSError, ValueError):
+        raise UserError(
+            f"{folder}/{name} is missing or damaged: the same command makes the run anew"
+        ) from None
 
 
 def length(folder) -> dict:

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import gc
 import itertools
-import json
 import os
 import signal
 import threading
@@ -30,7 +29,7 @@ from lab.run.flags import STUDY_CONSTANTS, parsed_config, typed, with_flags
 from lab.run.meter import clock
 from lab.run.resume import CALL_CONSTANTS, MAY_CHANGE, finished_run
 from lab.run.signals import listening
-from lab.run.stored import out_folder
+from lab.run.stored import out_folder, read_result
 from lab.train.processes import barrier, on_main
 
 NOT_AN_ARMS = CALL_CONSTANTS | STUDY_CONSTANTS | {"mode", "seed", "note", "price_per_hour"}
@@ -219,7 +218,7 @@ def finished_folder(cfg, script) -> str:
 
 
 def seconds_of(folder) -> float:
-    return json.loads((Path(folder) / "result.json").read_text())["seconds"]
+    return read_result(folder).get("seconds", 0.0)
 
 
 def one_run(plan, cfg) -> str:

@@ -163,14 +163,14 @@ def own_data(cfg, world, tokenizer, facts) -> Instructions:
     return data
 
 
-def remeasure(model, tokenizer, cfg, facts, world, poll) -> tuple[dict, tuple[str, list]]:
-    """The figures of a run's own val and test rows, measured again; losses.jsonl: its name and lines."""
+def remeasure(model, tokenizer, cfg, facts, world, poll) -> tuple[dict, dict[str, list]]:
+    """The figures of a run's own val and test rows, measured again; lines of losses.jsonl by its name."""
     parts, result = examples_of(own_data(cfg, world, tokenizer, facts), cfg)[0], {}
     for part in final_parts(cfg):
         sums = evaluate(model, parts[part], cfg, world, poll)
         metrics, losses = measure(part, sums, parts[part], parts["train"])
         result |= {f"{part}/{name}": value for name, value in metrics.items()}
-    return result, ("losses.jsonl", losses)
+    return result, {"losses.jsonl": losses}
 
 
 def unigram_losses(examples, train) -> np.ndarray:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from lab.errors import UserError
-from lab.run.files import PROJECT, sha256_file, write_json
+from lab.run.files import PROJECT, sha256_file, write_sealed
 from lab.run.flags import typed
 from lab.run.resume import changed_constants
 from lab.run.stored import read_config
@@ -55,7 +55,7 @@ def write_provenance(run):
         config = {"script": run.script.stem, "constants": dataclasses.asdict(run.cfg), **now}
         config |= {"preset": t.preset, "smoke": t.smoke, "versions": _versions(), "git": git_state()}
         config |= {"host": socket.gethostname(), "launcher": _all_launchers(), "facts": {}, "resumes": []}
-    write_json(run.folder / "config.json", config)
+    write_sealed(run.folder / "config.json", config)
 
 
 def _all_launchers() -> str | None:
