@@ -168,11 +168,20 @@ class Subject:
 
 def subjects(cfg, world) -> list[Subject]:
     """The subjects of --run, checked; without --run the newest finished run."""
-    names = cfg.run_folder or (core.on_main(world, newest, root(cfg), "checkpoints"),)
+    names = core.on_main(world, named_runs, cfg) or [core.on_main(world, newest, root(cfg), "checkpoints")]
     chosen = [subject(name) for name in names]
     if cfg.tokenizer and (runs := [one.name for one in chosen if one.script]):
         raise core.UserError(f"{runs[0]} is a run and has a tokenizer of its own: drop --tokenizer")
     return chosen
+
+
+def named_runs(cfg) -> list[str]:
+    """The names of --run; a tag or preset stands for the finished runs that have it."""
+    names = []
+    for name in cfg.run_folder:
+        known = [] if Path(name).exists() or "/" in name else sides.tagged(name, root(cfg))
+        names += [str(facts.folder) for facts in known] or [name]
+    return names
 
 
 def newest(root, needed) -> str:
@@ -180,7 +189,9 @@ def newest(root, needed) -> str:
     folders = [path.parent for script in core.SCRIPTS for path in (root / script).glob(f"*/{needed}")]
     finished = [facts for facts in read_all(folders) if facts.result.get("test_checkpoints")]
     if not finished:
-        raise core.UserError(f"no finished run with {needed} in {root}: name one by --run, or make one")
+        smoke = root / "smoke"
+        hint = ", or add --smoke for those of smoke runs" if any(smoke.glob(f"*/*/{needed}")) else ""
+        raise core.UserError(f"no finished run with {needed} in {root}: name one by --run, or make one{hint}")
     return str(max((facts.folder for facts in finished), key=lambda folder: folder.name))
 
 
@@ -286,7 +297,9 @@ def cells(m) -> dict[str, str]:
     row = {"loss": figure("loss" if "loss" in m else "log_loss", 4)}
     row |= {"perplexity": f"{m['perplexity']:.2f}"} if "perplexity" in m else {}
     row |= {"bits/byte": figure("bits_per_byte", 4)} if "bits_per_byte" in m else {}
-    return row | {"accuracy": figure("accuracy"), "rows": str(m["rows"])}
+    row |= {"accuracy": figure("accuracy")}
+    row |= {"answers": figure("answer_accuracy")} if "answer_accuracy" in m else {}
+    return row | {"rows": str(m["rows"])}
 
 
 def cells_line(m) -> str:
@@ -507,7 +520,7 @@ def asked(row, number, data) -> tuple[str, str]:
 def judge_answers(cfg, say):
     """Mode judge: grades each --run's responses.json (or such a file) into
     judged.json beside it; or a duel."""
-    names = cfg.run_folder or (newest(root(cfg), "responses.json"),)
+    names = named_runs(cfg) or [newest(root(cfg), "responses.json")]
     paths = [path if (path := Path(name)).is_file() else path / "responses.json" for name in names]
     rows, asked = [responses.read_responses(path) for path in paths], judge.make_judge(cfg)
     if cfg.pairwise:
@@ -573,8 +586,9 @@ def tabulate(cfg, say):
     """--table: writes table.md, curves.png and TensorBoard's HPARAMS page; prints the table."""
     all_facts = find(cfg.table)
     tables.check_names(all_facts, cfg.group_by, cfg.sort)
-    where = "-".join(dict.fromkeys(facts.folder.resolve().parent.name for facts in all_facts))
-    folder = Path(cfg.out or root(cfg) / "tables" / where)
+    parents = dict.fromkeys(os.path.relpath(facts.folder.resolve().parent, "runs") for facts in all_facts)
+    where = "-".join(tables.slug(parent).strip("._") or "runs" for parent in parents)  # smoke_run_lora
+    folder = Path(cfg.out or root(cfg) / "tables" / where[:200])
     core.prepare_folder(folder)
     text = (
         tables.grouped(all_facts, cfg.group_by, cfg.sort)

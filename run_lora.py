@@ -312,8 +312,11 @@ def one_process(cfg, world):
         base = str((folder / "base").resolve())
         plain = core.with_weights(model.config, core.base_weights(model))
         core.save_pretrained(plain, tokenizer, base)
-    lora_peft.save_peft(model, folder / "peft", base)
-    print(f"written: {folder}/peft, adapters for\n  {base}")
+    try:
+        lora_peft.save_peft(model, folder / "peft", base)
+        print(f"written: {folder}/peft, adapters for\n  {base}")
+    except core.UserError as error:  # of another shape
+        print(f"no peft folder: {error}")
 
 
 @record

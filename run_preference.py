@@ -508,6 +508,8 @@ def submit_of_a_run(cfg, world):
     stored, model, tokenizer = rebuild(folder, world, test_csv=cfg.test_csv, **changes)
     data = rows_to_judge(stored, tokenizer, world)
     say = print if world.is_main else lambda line: None
+    if data.fingerprint["data"] == core.read_config(folder)["facts"]["fingerprint"]["data"]:
+        say("NOTE these are the rows that the run was trained on, too: this says nothing of new ones")
     submit(folder, checkpoints, stored, model, data, world, say=say)
 
 

@@ -722,7 +722,7 @@ def open_probe(study, runs_by_arm):
     try:
         probe, tokenizer = core.main_first(study.world, core.open_model, name)
     except core.UserError as error:
-        raise core.UserError(f"--probe: {error}") from None
+        raise core.UserError(f"--probe: {error}; or --probe study, a model of the study's own") from None
     check_length(cfg, probe.config.block_size)
     if tokenizer.eos_token_id is None or probe.config.head_bias:
         lacks = "an output bias" if probe.config.head_bias else "no end-of-text token"

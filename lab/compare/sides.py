@@ -80,15 +80,19 @@ def named(name, root) -> list[Facts]:
     """The run of a folder, or the finished runs with this tag or preset. UserError without any."""
     if (Path(name) / "config.json").exists():
         return [read(name)]
-    runs = read_all(path.parent for path in sorted(Path(root).glob("*/*/config.json")))
-    runs = [facts for facts in runs if name in (facts.tag, facts.config.get("preset"))]
-    runs = [facts for facts in runs if facts.config["constants"].get("mode") != "find_lr"]
-    if finished := [facts for facts in runs if facts.finished]:
+    if finished := tagged(name, root):
         return finished
     raise UserError(
         f"--compare {name}: no run folder, and no finished run in {root} has such a tag or preset "
         "(of smoke runs: add --smoke)"
     )
+
+
+def tagged(name, root) -> list[Facts]:
+    """The finished runs below `root` with this tag or preset, but for those that sought a rate."""
+    runs = read_all(path.parent for path in sorted(Path(root).glob("*/*/config.json")))
+    runs = [facts for facts in runs if name in (facts.tag, facts.config.get("preset")) and facts.finished]
+    return [facts for facts in runs if facts.constant("mode") != "find_lr"]
 
 
 def side_name(group) -> str:

@@ -242,7 +242,11 @@ def grouped(all_facts, names, order=None) -> str:
     cells["also differ in"] = [_also_differing(group, names) for group in groups.values()]
     lines = ["means ± standard deviation over runs", ""]
     lines.append(markdown({header: column for header, column in cells.items() if any(column)}))
-    lines += notes_below([facts for group in groups.values() for facts in group])
+    counted = [facts for group in groups.values() for facts in group]
+    told = {*names, *(name for cell in cells["also differ in"] for name in cell.split(", "))}
+    if others := [name for name in (*differing_scripts(counted), *differing(counted)) if name not in told]:
+        lines += ["", f"NOTE from line to line {', '.join(others)} differ{'s' * (len(others) == 1)}, too"]
+    lines += notes_below(counted)
     if unfinished:
         lines += ["", f"not counted, unfinished: {', '.join(facts.name for facts in unfinished)}"]
     return "\n".join(lines)

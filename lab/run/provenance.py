@@ -47,15 +47,22 @@ def write_provenance(run):
                 run.say(f"WARNING {name} is not the one this run began with (that one is in source/)")
         config |= {"launcher": _all_launchers(), "constants": dataclasses.asdict(run.cfg)}
     else:
-        for name, path in _sources(run.script).items():
-            copy = run.folder / "source" / name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, copy)
+        try:
+            copy_sources(run.script, run.folder / "source")
+        except OSError as error:
+            shutil.rmtree(run.folder, ignore_errors=True)
+            raise UserError(f"{run.folder} cannot be written ({error.strerror}): free some space") from None
         t = typed(run.cfg)
         config = {"script": run.script.stem, "constants": dataclasses.asdict(run.cfg), **now}
         config |= {"preset": t.preset, "smoke": t.smoke, "versions": _versions(), "git": git_state()}
         config |= {"host": socket.gethostname(), "launcher": _all_launchers(), "facts": {}, "resumes": []}
     write_sealed(run.folder / "config.json", config)
+
+
+def copy_sources(script, folder):
+    for name, path in _sources(script).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / name)
 
 
 def _all_launchers() -> str | None:

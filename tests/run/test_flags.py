@@ -10,7 +10,9 @@ import pytest
 from ranks import SCRIPTS
 
 import core
+from core import UserError
 from lab.models import encoders
+from lab.run import flags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,3 +104,36 @@ def test_help_says_of_every_constant_what_it_is(script):
     comments = dict(re.findall(r"^ +(\w+): .*?# (.*)$", sources, re.M))
     assert {field.name for field in dataclasses.fields(config)} == comments.keys()
     assert [name for name, text in comments.items() if text.rstrip().endswith(",") or len(text) < 4] == []
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("--learning_rate", "did you mean --lr?"),
+        ("--learning-rate", "did you mean --lr?"),
+        ("--batch-size", "did you mean --batch?"),
+        ("--epoch", "did you mean --epochs?"),
+        ("--max-steps", "did you mean --max_steps?"),
+        ("--lora_ranks", "--help lists them"),  # no flag of this script is like it
+        ("--frobnicate", "--help lists them"),
+    ],
+)
+def test_an_unknown_flag_is_answered_with_the_one_that_is_meant_or_with_none(word, hint, capfd):
+    import gpt_scratch
+
+    with pytest.raises(SystemExit):
+        core.parse_config(gpt_scratch.Config, {}, {}, "", [word, "1"])
+    assert capfd.readouterr().err.endswith(f"unknown flag {word}: {hint}\n")
+    odd = set(flags.USUAL_NAMES) & {field.name for field in dataclasses.fields(gpt_scratch.Config)}
+    assert not odd  # a name that is known is never another's
+
+
+def test_a_word_that_is_none_of_a_constants_values_is_no_wrong_type():
+    @dataclasses.dataclass(frozen=True)
+    class Edited:
+        schedule: Literal["linear", "cosine"] = "cosin"  # of the rate
+
+    with pytest.raises(
+        UserError, match=r"schedule = 'cosin' is none of its values: use 'linear' \| 'cosine'"
+    ):
+        flags.parsed_config(Edited, {}, {}, "", [])
