@@ -462,6 +462,12 @@ def rows_to_judge(cfg, tokenizer, world):
     return data
 
 
+def note_known_rows(name, data, fingerprint, say):
+    """Says so where the rows to be judged are those of the run's own data, training rows included."""
+    if data.fingerprint["data"] == fingerprint["data"] and not name.lower().endswith(".zip"):
+        say(f"NOTE {name} holds the rows that the run was trained on: their verdicts say nothing of new ones")
+
+
 def submit(folder, checkpoints, cfg, model, data, world, poll=lambda: None, say=print):
     """Writes submission.csv in Kaggle's format: a row for each row of `data`, folds averaged."""
     core.on_main(world, remove_submission, folder)
@@ -508,8 +514,7 @@ def submit_of_a_run(cfg, world):
     stored, model, tokenizer = rebuild(folder, world, test_csv=cfg.test_csv, **changes)
     data = rows_to_judge(stored, tokenizer, world)
     say = print if world.is_main else lambda line: None
-    if data.fingerprint["data"] == core.read_config(folder)["facts"]["fingerprint"]["data"]:
-        say("NOTE these are the rows that the run was trained on, too: this says nothing of new ones")
+    note_known_rows(cfg.test_csv, data, core.read_config(folder)["facts"]["fingerprint"], say)
     submit(folder, checkpoints, stored, model, data, world, say=say)
 
 
@@ -590,6 +595,8 @@ def main(cfg, world):
             run.result = train(run, cfg, world, data, rows, fold=0)
             return run.result
         unlabelled = rows_to_judge(cfg, data.tokenizer, world) if cfg.test_csv else None
+        if unlabelled:
+            note_known_rows(cfg.test_csv, unlabelled, data.fingerprint, run.say)
         splits, outcomes = cross_validate(run, cfg, world, data)
         checkpoints = [outcome["checkpoint"] for outcome in outcomes]  # one a fold
         run.result = core.on_main(world, report, run, cfg, data, splits, outcomes) | {

@@ -1,7 +1,7 @@
 """Damages good inputs at random and asks: the right result, or one line that says what is wrong?
 
     python tests/fuzz.py --seconds 60 --seed 7
-    python tests/fuzz.py --seconds 60 --seed 7 --only tables          # or text, names, caches, runs
+    python tests/fuzz.py --seconds 60 --seed 7 --only tables    # or text, names, caches, runs, checkpoints
 
 Another exception, a message of several lines, rows that the file does not hold, or ten seconds without an end
 are failures: each is printed with its case number, which with the same seed makes it again (--case).
@@ -30,7 +30,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 from damage import DAMAGES, cut, flip, splice, zeros  # noqa: E402
-from fuzz_runs import check_run  # noqa: E402
+from fuzz_runs import check_checkpoints, check_run  # noqa: E402
 
 from lab.data import instructions, pairs, paths, problems, tables, text  # noqa: E402
 from lab.data.cache import BadRows, cached_folder  # noqa: E402
@@ -350,7 +350,8 @@ def write_cache(folder, content):
 
 
 CHECKS = {"tables": [check_good, check_damaged, check_damaged, check_damaged], "text": [check_text],
-          "names": [check_names], "caches": [check_caches], "runs": [check_run]}  # fmt: skip
+          "names": [check_names], "caches": [check_caches], "runs": [check_run],
+          "checkpoints": [check_checkpoints]}  # fmt: skip
 
 
 def run_case(seed, number, checks) -> str:

@@ -122,14 +122,17 @@ def quietly():
 # ---------------------------------------------------------------------------------------------------- damages
 
 
-def damage_run(folder, rng) -> str:
-    """Damages one thing in a run folder, or puts something foreign into it. Returns what was done."""
+def damage_run(folder, rng, place=".") -> str:
+    """Damages one thing in a run folder, or puts something foreign into it; place: of its folders this one.
+    Returns what was done."""
     kind = rng.choice(["bytes"] * 6 + ["gone", "folder", "link", "foreign", "foreign", "nuls"])
+    kind = "bytes" if place != "." and kind == "foreign" else kind
     if kind == "foreign":
         return foreign(folder, rng)
-    every = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+    every = [path for path in sorted((folder / place).rglob("*")) if path.is_file() and path.name != ".lock"]
     small = [path for path in every if not {"source", "tb"} & set(path.relative_to(folder).parts)]
-    path = rng.choice(rng.choice([small, [path for path in small if path.parent == folder]]))
+    above = [path for path in small if path.parent == folder]
+    path = rng.choice(rng.choice([small, above or small]))
     if kind == "bytes":
         path.write_bytes(rng.choice(DAMAGES)(path.read_bytes(), rng))
     elif kind == "nuls":
@@ -165,14 +168,19 @@ def foreign(folder, rng) -> str:
 # ----------------------------------------------------------------------------------------------------- checks
 
 
-def check_run(rng, folder):
+def check_checkpoints(rng, folder):
+    check_run(rng, folder, "checkpoints", (check_checkpoint, check_resume, check_resume))
+
+
+def check_run(rng, folder, place=".", checks=None):
     """Three runs, one of them damaged: what is shown, compared and resumed is what was written."""
     source, _ = template()
     out = Path(folder) / "out"
     shutil.copytree(source, out, symlinks=True)
     name = rng.choice([FINISHED, STOPPED, STOPPED])
-    done = damage_run(out / name, rng)
-    check = rng.choice([check_table, check_compare, check_checkpoint, check_resume, check_resume])
+    done = damage_run(out / name, rng, place)
+    usual = (check_table, check_compare, check_checkpoint, check_resume, check_resume)
+    check = rng.choice(checks or usual)
     with quietly() as said:
         try:
             check(out, source, name, rng)

@@ -471,3 +471,16 @@ def test_what_a_finished_fold_left_is_believed_only_as_it_was_written():
     path.unlink()
     with pytest.raises(core.UserError, match=r"^folds/fold_1.json is missing"):
         script.read_outcome(path)
+
+
+def test_rows_that_a_run_was_trained_on_are_not_judged_without_a_word():
+    cases = [
+        ("train.csv", "abc", 1),
+        ("test.csv", "xyz", 0),
+        ("kaggle.zip", "abc", 0),
+    ]  # a zip holds both files
+    for name, source, count in cases:
+        said = []
+        judged = SimpleNamespace(fingerprint={"data": source, "tokenizer": "t"})
+        script.note_known_rows(name, judged, {"data": "abc", "tokenizer": "t"}, said.append)
+        assert len(said) == count and all("train.csv holds the rows" in line for line in said)
