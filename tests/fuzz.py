@@ -30,7 +30,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 from damage import DAMAGES, cut, flip, splice, zeros  # noqa: E402
-from fuzz_runs import check_checkpoints, check_run  # noqa: E402
+from fuzz_runs import check_checkpoints, check_run, template  # noqa: E402
 
 from lab.data import instructions, pairs, paths, problems, tables, text  # noqa: E402
 from lab.data.cache import BadRows, cached_folder  # noqa: E402
@@ -376,6 +376,8 @@ def run_case(seed, number, checks) -> str:
 def run(seed, seconds=None, cases=None, only=None, first=0) -> tuple[Counter, list[str]]:
     """Runs so many seconds or cases. Returns how often what came out, and the failures."""
     checks = [check for name, some in CHECKS.items() if only in (None, name) for check in some]
+    if {check_run, check_checkpoints} & {*checks}:
+        template()  # the runs that are copied: no case's time
     before = signal.signal(signal.SIGALRM, ring)
     counts, failures, began, number = Counter(), [], time.monotonic(), first
     try:
