@@ -34,7 +34,7 @@ from lab.data.tables import text_lines
 from lab.data.tokenizers import prompt_ids
 from lab.measure import answers, other_data, preference, tuning
 from lab.models import int4, pretrained, trusted
-from lab.run import checkpoints, pack
+from lab.run import checkpoints, files, pack
 
 
 @dataclass(frozen=True)
@@ -168,11 +168,20 @@ class Subject:
 
 def subjects(cfg, world) -> list[Subject]:
     """The subjects of --run, checked; without --run the newest finished run."""
-    names = cfg.run_folder or (core.on_main(world, newest, root(cfg), "checkpoints"),)
+    names = core.on_main(world, named_runs, cfg) or [core.on_main(world, newest, root(cfg), "checkpoints")]
     chosen = [subject(name) for name in names]
     if cfg.tokenizer and (runs := [one.name for one in chosen if one.script]):
         raise core.UserError(f"{runs[0]} is a run and has a tokenizer of its own: drop --tokenizer")
     return chosen
+
+
+def named_runs(cfg) -> list[str]:
+    """The names of --run; a tag or preset stands for the finished runs that have it."""
+    names = []
+    for name in cfg.run_folder:
+        known = [] if Path(name).exists() or "/" in name else sides.tagged(name, root(cfg))
+        names += [str(facts.folder) for facts in known] or [name]
+    return names
 
 
 def newest(root, needed) -> str:
@@ -180,7 +189,9 @@ def newest(root, needed) -> str:
     folders = [path.parent for script in core.SCRIPTS for path in (root / script).glob(f"*/{needed}")]
     finished = [facts for facts in read_all(folders) if facts.result.get("test_checkpoints")]
     if not finished:
-        raise core.UserError(f"no finished run with {needed} in {root}: name one by --run, or make one")
+        smoke = root / "smoke"
+        hint = ", or add --smoke for those of smoke runs" if any(smoke.glob(f"*/*/{needed}")) else ""
+        raise core.UserError(f"no finished run with {needed} in {root}: name one by --run, or make one{hint}")
     return str(max((facts.folder for facts in finished), key=lambda folder: folder.name))
 
 
@@ -281,16 +292,14 @@ def cells(m) -> dict[str, str]:
     """Metrics as cells of a table row."""
 
     def figure(name, digits=3):
-        return (
-            core.plus_minus(m[name], m[f"{name}_interval"], digits)
-            if m["rows"] > 1
-            else f"{m[name]:.{digits}f}"
-        )
+        return core.plus_minus(m[name], m[f"{name}_interval"], digits)
 
     row = {"loss": figure("loss" if "loss" in m else "log_loss", 4)}
     row |= {"perplexity": f"{m['perplexity']:.2f}"} if "perplexity" in m else {}
     row |= {"bits/byte": figure("bits_per_byte", 4)} if "bits_per_byte" in m else {}
-    return row | {"accuracy": figure("accuracy"), "rows": str(m["rows"])}
+    row |= {"accuracy": figure("accuracy")}
+    row |= {"answers": figure("answer_accuracy")} if "answer_accuracy" in m else {}
+    return row | {"rows": str(m["rows"])}
 
 
 def cells_line(m) -> str:
@@ -300,8 +309,8 @@ def cells_line(m) -> str:
 
 def measure_own(subject, cfg, world, say, poll) -> dict:
     """Measures a run's own val and test rows again. If the figures are those of result.json, also rewrites
-    the file by which --compare pairs rows."""
-    figures, (name, lines) = subject.module.remeasure(subject.name, world, cfg.eval_batch, poll)
+    the files by which --compare pairs rows."""
+    figures, rows = subject.module.remeasure(subject.name, world, cfg.eval_batch, poll)
     shown = None
     for part in ("val", "test"):
         metrics = {name[len(part) + 1 :]: x for name, x in figures.items() if name.startswith(f"{part}/")}
@@ -317,8 +326,16 @@ def measure_own(subject, cfg, world, say, poll) -> dict:
     same, sentence = agreement(figures, facts.read(subject.name).result)
     say(f"  {sentence}")
     if same:
-        core.on_main(world, core.write_lines, Path(subject.name) / name, lines)
+        core.on_main(world, write_rows, Path(subject.name), rows)
     return shown
+
+
+def write_rows(folder, rows):
+    """Writes files of rows (name -> lines) anew, and their hashes to result.json."""
+    for name, lines in rows.items():
+        core.write_lines(folder / name, lines)
+    result = facts.read(folder).result
+    files.write_sealed(folder / "result.json", result | {"files": files.row_hashes(folder)})
 
 
 def agreement(figures, stored) -> tuple[bool, str]:
@@ -401,8 +418,8 @@ def write_folder(folder, config, result, file):
     (folder / "result.json").unlink(missing_ok=True)
     name, lines = file
     core.write_lines(folder / name, lines)
-    core.write_json(folder / "config.json", config)
-    core.write_json(folder / "result.json", result)
+    files.write_sealed(folder / "config.json", config)
+    files.write_sealed(folder / "result.json", result | {"files": files.row_hashes(folder)})
 
 
 # ------------------------------------------------------------------------------------------------ answering
@@ -429,12 +446,11 @@ def answer(subject, data, cfg, world, say, poll):
     most = cfg.max_new_tokens or getattr(stored, "max_new_tokens", None) or LONGEST
     rows, prompts = core.main_first(world, prompts_of, subject, data, stored, tokenizer, cfg)
     model = core.merge_lora(model) if subject.script == "run_lora" else model
-    room = max(map(len, prompts)) + most - model.config.block_size
-    if room > 0:
-        size = f"the model's {model.config.block_size}"
-        say(f"the longest prompt and its answer are {room} tokens over {size}: its beginning drops out")
     batch = stored.eval_batch * world.size
-    texts = answers.answers(model, tokenizer, prompts, most, batch, world, poll)
+    ids = answers.answer_ids(model, tokenizer, prompts, most, batch, world, poll)
+    for line in answers.room_lines(model, prompts, ids, most):
+        say(line)
+    texts = [tokenizer.decode(each).strip() for each in ids]
     rows = [row | {"model_response": text} for row, text in zip(rows, texts, strict=True)]
     core.on_main(world, write_answers, folder, subject, data, cfg, rows, most, world)
     empty = sum(not text for text in texts)
@@ -455,8 +471,8 @@ def write_answers(folder, subject, data, cfg, rows, most, world):
             "max_documents": cfg.max_documents,
             "max_new_tokens": most,
         }
-        core.write_json(folder / "config.json", about(subject, "rows", constants, world))
-        core.write_json(folder / "result.json", {"status": "finished", "step": 0})
+        files.write_sealed(folder / "config.json", about(subject, "rows", constants, world))
+        files.write_sealed(folder / "result.json", {"status": "finished", "step": 0})
 
 
 def prompts_of(subject, data, stored, tokenizer, cfg) -> tuple[list[dict], list[list[int]]]:
@@ -504,7 +520,7 @@ def asked(row, number, data) -> tuple[str, str]:
 def judge_answers(cfg, say):
     """Mode judge: grades each --run's responses.json (or such a file) into
     judged.json beside it; or a duel."""
-    names = cfg.run_folder or (newest(root(cfg), "responses.json"),)
+    names = named_runs(cfg) or [newest(root(cfg), "responses.json")]
     paths = [path if (path := Path(name)).is_file() else path / "responses.json" for name in names]
     rows, asked = [responses.read_responses(path) for path in paths], judge.make_judge(cfg)
     if cfg.pairwise:
@@ -570,8 +586,9 @@ def tabulate(cfg, say):
     """--table: writes table.md, curves.png and TensorBoard's HPARAMS page; prints the table."""
     all_facts = find(cfg.table)
     tables.check_names(all_facts, cfg.group_by, cfg.sort)
-    where = "-".join(dict.fromkeys(facts.folder.resolve().parent.name for facts in all_facts))
-    folder = Path(cfg.out or root(cfg) / "tables" / where)
+    parents = dict.fromkeys(os.path.relpath(facts.folder.resolve().parent, "runs") for facts in all_facts)
+    where = "-".join(tables.slug(parent).strip("._") or "runs" for parent in parents)  # smoke_run_lora
+    folder = Path(cfg.out or root(cfg) / "tables" / where[:200])
     core.prepare_folder(folder)
     text = (
         tables.grouped(all_facts, cfg.group_by, cfg.sort)

@@ -28,6 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import core
 from lab.measure import language
 from lab.models import generate
+from lab.run import files
 
 # ------------------------------------------------------------------------- the experiment and its constants
 
@@ -334,7 +335,7 @@ def make_optimizer(cfg, model):
 def describe_model(folder, model, tokenizer):
     """Writes tokenizer/ and gpt.json, from which the folder alone can rebuild the model."""
     tokenizer.save_pretrained(folder / "tokenizer")
-    core.write_json(folder / "gpt.json", asdict(model.config))
+    files.write_sealed(folder / "gpt.json", asdict(model.config))
 
 
 def forward_backward(setup, rows, targets) -> float:
@@ -356,8 +357,8 @@ def spike_facts(setup, rows, lr) -> dict:
     return {"lr": lr, "rows": rows, "first_row": text, "targets": int(stream.targets(rows).sum())}
 
 
-def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
-    """Measures a run's own val and test text again. Returns figures, and name and lines of losses.jsonl.
+def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, dict[str, list]]:
+    """Measures a run's own val and test text again. Returns figures, and lines of losses.jsonl by its name.
 
     UserError if cfg.data or its tokenizer has changed since.
     """
@@ -366,13 +367,13 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
     tokens, result = core.open_corpus(corpus_of(cfg), world), {}
     stored = core.read_config(folder)["facts"]["fingerprint"]
     core.refuse_other_data(stored, tokens.fingerprint, cfg.data, ("data", "tokenizer"))
-    sizes = core.token_bytes(tokens.tokenizer)
     for part in core.final_parts(cfg):
+        sizes = language.sizes_of(tokens, part)
         blocks = core.Blocks(tokens.parts[part], cfg.block_size)
         sums = core.evaluate(model, blocks, cfg, world, poll)
         metrics = core.measure(sums, blocks, tokens.unigram, sizes)
         result |= {f"{part}/{name}": value for name, value in metrics.items()}
-    return result, ("losses.jsonl", core.loss_rows(part, sums, blocks, sizes))
+    return result, {"losses.jsonl": core.loss_rows(part, sums, blocks, sizes)}
 
 
 # ---------------------------------------------------------------------------------------------------- train
@@ -402,10 +403,10 @@ def train(run, cfg, world) -> dict:
 def finish(run, cfg, world, setup) -> dict:
     """Measures the chosen weights on val and test, and how many sampled words are known; final figures."""
     sha256, measured, result = core.weights_sha256(setup.model), run.checkpoint, {}
-    sizes = core.token_bytes(setup.tokens.tokenizer)
     if cfg.test_weights == "best":
         measured = run.load_best(setup.model)
     for part in core.final_parts(cfg):
+        sizes = language.sizes_of(setup.tokens, part)
         sums = core.evaluate(setup.model, setup.blocks[part], cfg, world, run.poll)
         m = core.measure(sums, setup.blocks[part], setup.tokens.unigram, sizes)
         result |= {f"{part}/{name}": value for name, value in m.items()}

@@ -66,7 +66,7 @@ class Config(core.Studied):
     sample_tokens: core.Whole = 50  # most in an answer to a fixed prompt, at every evaluation; 0 = none
     answer_rows: core.Whole | None = None  # test rows answered at the end; none = all, 0 = none
     max_new_tokens: core.Count = 256  # most in such an answer
-    plain: str = "python-docs"  # text whose held-out part shows what is forgotten: as gpt_scratch.py's data
+    plain: str | None = None  # shows what is forgotten; none = held out of the base's own text, if known
     plain_blocks: core.Whole = 50  # of max_length tokens; 0 = none
     prompt: str | None = None  # in mode ask: an instruction; none = a prompt loop
     # run
@@ -150,8 +150,8 @@ def load_model(folder, world):
     return cfg, core.Precision(cfg.dtype, world).prepare(model).eval(), tokenizer
 
 
-def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
-    """Measures a run's own val and test rows again. Returns figures, and name and lines of losses.jsonl."""
+def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, dict[str, list]]:
+    """Measures a run's own val and test rows again. Returns figures, and losses.jsonl: its lines."""
     cfg, model, tokenizer = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
     return tuning.remeasure(model, tokenizer, cfg, core.read_config(folder)["facts"], world, poll)

@@ -77,7 +77,7 @@ class Config(core.Studied):
     sample_tokens: core.Whole = 50  # most in an answer to a fixed prompt, at every evaluation; 0 = none
     answer_rows: core.Whole | None = None  # test rows answered at the end; none = all, 0 = none
     max_new_tokens: core.Count = 256  # most in such an answer
-    plain: str = "python-docs"  # text whose held-out part shows what is forgotten: as gpt_scratch.py's data
+    plain: str | None = None  # shows what is forgotten; none = held out of the base's own text, if known
     plain_blocks: core.Whole = 50  # of max_length tokens; 0 = none
     prompt: str | None = None  # in mode ask: an instruction; none = a prompt loop
     # run
@@ -212,8 +212,8 @@ def announce_lora(run, cfg, model):
     run.say(f"multiplier {effective}  largest multiplier x lr {strengths[-1] * cfg.lr:.2g}")
 
 
-def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
-    """Measures a run's own val and test rows again. Returns figures, and name and lines of losses.jsonl."""
+def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, dict[str, list]]:
+    """Measures a run's own val and test rows again. Returns figures, and losses.jsonl: its lines."""
     cfg, model, tokenizer = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
     return tuning.remeasure(model, tokenizer, cfg, core.read_config(folder)["facts"], world, poll)
@@ -319,8 +319,11 @@ def one_process(cfg, world):
         base = str((folder / "base").resolve())
         plain = core.with_weights(model.config, core.base_weights(model))
         core.save_pretrained(plain, tokenizer, base)
-    lora_peft.save_peft(model, folder / "peft", base)
-    print(f"written: {folder}/peft, adapters for\n  {base}")
+    try:
+        lora_peft.save_peft(model, folder / "peft", base)
+        print(f"written: {folder}/peft, adapters for\n  {base}")
+    except core.UserError as error:  # of another shape
+        print(f"no peft folder: {error}")
 
 
 @record

@@ -246,7 +246,7 @@ def plain_text(cfg, tokenizer, block_size, world) -> tuple[str, core.Blocks | No
         return first.data, core.Blocks(tokens.parts[part], block_size).first(cfg.plain_blocks)
     name, most = cfg.plain or "python-docs", (min(block_size, cfg.max_length), cfg.plain_blocks)
     try:
-        return name, core.main_first(world, tuning.plain_blocks, name, tokenizer, *most)
+        return name, core.main_first(world, tuning.plain_blocks, core.Corpus(name, ""), tokenizer, *most)
     except core.UserError as error:
         raise core.UserError(f"--plain: {error}") from None
 
@@ -408,18 +408,15 @@ def own_rows(folder, cfg, tokenizer, world):
     return data, choices.examples_of(data, cfg)[0]
 
 
-def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
-    """Measures a run's own val and test data again. Returns figures, and name and lines of losses.jsonl.
-
-    Rewrites answers.jsonl, too.
-    """
+def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, dict[str, list]]:
+    """Measures a run's own val and test data again. Returns figures, and lines of losses.jsonl and of
+    answers.jsonl by their names."""
     cfg, model, tokenizer = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
     figures, losses, lines = choices.measure_parts(
         model, *own_rows(folder, cfg, tokenizer, world), cfg, world, poll
     )
-    core.on_main(world, core.write_lines, Path(folder) / "answers.jsonl", lines)
-    return figures, ("losses.jsonl", losses)
+    return figures, {"losses.jsonl": losses, "answers.jsonl": lines}
 
 
 def merged(model) -> core.GPT:

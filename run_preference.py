@@ -17,7 +17,6 @@ and report.png hold all of it, predictions.jsonl what was said of every row, sub
 
 import csv
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,6 +29,7 @@ import core
 from lab.data import columns, pairs, tokenizers
 from lab.measure import preference
 from lab.models import encoders
+from lab.run import files
 
 
 @dataclass(frozen=True)
@@ -397,9 +397,9 @@ def report(run, cfg, data, splits, outcomes) -> dict:
 # -------------------------------------------------------------------------------------------- measured again
 
 
-def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
-    """Measures a run's own val and test rows again (every fold by its own weights). Returns figures, and name
-    and lines of predictions.jsonl. UserError if cfg.data has changed since.
+def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, dict[str, list]]:
+    """Measures a run's own val and test rows again (every fold by its own weights). Returns figures, and
+    lines of predictions.jsonl by its name. UserError if cfg.data has changed since.
     """
     cfg, model, tokenizer = rebuild(folder, world, **({"eval_batch": eval_batch} if eval_batch else {}))
     data = core.load_pairs(cfg, world, tokenizer)
@@ -415,7 +415,7 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
         splits.append(rows)
         outcomes.append({"log_probs": log_probs_of})
     result, verdicts, _ = preference.make_cards(cfg, data, splits, outcomes)
-    return result, ("predictions.jsonl", list(preference.all_predictions(cfg, data, splits, verdicts)))
+    return result, {"predictions.jsonl": list(preference.all_predictions(cfg, data, splits, verdicts))}
 
 
 def measured_checkpoints(folder, cfg) -> list[str]:
@@ -464,6 +464,12 @@ def rows_to_judge(cfg, tokenizer, world):
     return data
 
 
+def note_known_rows(name, data, fingerprint, say):
+    """Says so where the rows to be judged are those of the run's own data, training rows included."""
+    if data.fingerprint["data"] == fingerprint["data"] and not name.lower().endswith(".zip"):
+        say(f"NOTE {name} holds the rows that the run was trained on: their verdicts say nothing of new ones")
+
+
 def submit(folder, checkpoints, cfg, model, data, world, poll=lambda: None, say=print):
     """Writes submission.csv in Kaggle's format: a row for each row of `data`, folds averaged."""
     core.on_main(world, remove_submission, folder)
@@ -505,6 +511,7 @@ def submit_of_a_run(cfg, world):
     stored, model, tokenizer = rebuild(folder, world, test_csv=cfg.test_csv, **changes)
     data = rows_to_judge(stored, tokenizer, world)
     say = print if world.is_main else lambda line: None
+    note_known_rows(cfg.test_csv, data, core.read_config(folder)["facts"]["fingerprint"], say)
     submit(folder, checkpoints, stored, model, data, world, say=say)
 
 
@@ -544,6 +551,14 @@ def announce(run, cfg, data, rows, model):
         )
 
 
+def read_outcome(path) -> dict:
+    """What a fold's training returned. UserError where it is not what was written."""
+    try:
+        return files.read_sealed(path)
+    except (OSError, ValueError):
+        raise core.UserError(f"{path} is missing or damaged: copy it anew, or start a new run") from None
+
+
 def cross_validate(run, cfg, world, data) -> tuple[list, list]:
     """Trains all folds (or the only one) and returns (splits, outcomes); a resume reads finished folds."""
     splits = [pairs.split_rows(data, cfg.folds, fold, cfg.split_seed) for fold in range(cfg.folds or 1)]
@@ -551,10 +566,10 @@ def cross_validate(run, cfg, world, data) -> tuple[list, list]:
     for fold, rows in enumerate(splits):
         done = run.folder / "folds" / f"fold_{fold + 1}.json"
         if fold < run.position.get("fold", 0):
-            outcomes.append(json.loads(done.read_text()))
+            outcomes.append(core.on_main(world, read_outcome, done))
             continue
         outcomes.append(train(run, cfg, world, data, rows, fold))
-        core.on_main(world, core.write_json, done, outcomes[-1])
+        core.on_main(world, files.write_sealed, done, outcomes[-1])
     return splits, outcomes
 
 
@@ -579,6 +594,8 @@ def main(cfg, world):
             run.result = train(run, cfg, world, data, rows, fold=0)
             return run.result
         unlabelled = rows_to_judge(cfg, data.tokenizer, world) if cfg.test_csv else None
+        if unlabelled:
+            note_known_rows(cfg.test_csv, unlabelled, data.fingerprint, run.say)
         splits, outcomes = cross_validate(run, cfg, world, data)
         checkpoints = [outcome["checkpoint"] for outcome in outcomes]  # one a fold
         run.result = core.on_main(world, report, run, cfg, data, splits, outcomes) | {

@@ -217,8 +217,8 @@ def load_model(folder, world):
     return cfg, core.Precision(cfg.dtype, world).prepare(model).eval(), tokenizer
 
 
-def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, tuple[str, list]]:
-    """Measures a run's own val and test text again. Returns figures, and name and lines of losses.jsonl."""
+def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, dict[str, list]]:
+    """Measures a run's own val and test text again. Returns figures, and losses.jsonl: its lines."""
     cfg, model, _ = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
     text, result = mixture.load_text(cfg, world), {}
@@ -228,7 +228,7 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
     for part in core.final_parts(cfg):
         part_figures, neutral = held_out.figures_of_part(model, cfg, text, part, world, poll)
         result |= part_figures
-    return result, ("losses.jsonl", neutral.lines(part))
+    return result, {"losses.jsonl": neutral.lines(part)}
 
 
 def report(run, cfg, metrics, part, where="", note="", late=True):
@@ -487,7 +487,7 @@ def probe_name(plan) -> str:
     if plan.cfg.probe != "study":
         return plan.cfg.probe
     arm, cfg = planned_runs(plan)[len(plan.cfg.arms) - 1]
-    if folder := studies.finished_folder(cfg, __file__):
+    if folder := studies.finished(plan, cfg):
         return folder
     raise core.UserError(f"--probe study: arm {arm} has no finished run: train it, or name a probe")
 

@@ -1,7 +1,7 @@
 """Damages good inputs at random and asks: the right result, or one line that says what is wrong?
 
     python tests/fuzz.py --seconds 60 --seed 7
-    python tests/fuzz.py --seconds 60 --seed 7 --only tables
+    python tests/fuzz.py --seconds 60 --seed 7 --only tables    # or text, names, caches, runs, checkpoints
 
 Another exception, a message of several lines, rows that the file does not hold, or ten seconds without an end
 are failures: each is printed with its case number, which with the same seed makes it again (--case).
@@ -27,11 +27,14 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-from lab.data import instructions, pairs, paths, problems, tables, text
-from lab.data.cache import BadRows, cached_folder
-from lab.errors import UserError
+from damage import DAMAGES, cut, flip, splice, zeros  # noqa: E402
+from fuzz_runs import check_checkpoints, check_run, template  # noqa: E402
+
+from lab.data import instructions, pairs, paths, problems, tables, text  # noqa: E402
+from lab.data.cache import BadRows, cached_folder  # noqa: E402
+from lab.errors import UserError  # noqa: E402
 
 PATIENCE = 10  # seconds of one case
 WORDS = [
@@ -181,51 +184,6 @@ def write_file(folder, rows, rng) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------- damages
-
-
-def cut(content, rng) -> bytes:
-    return content[: rng.randrange(len(content))] if content else content
-
-
-def flip(content, rng) -> bytes:
-    content = bytearray(content)
-    for _ in range(rng.choice([1, 1, 3, 20])):
-        if content:
-            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    return bytes(content)
-
-
-def splice(content, rng) -> bytes:
-    """Moves, doubles or drops a stretch."""
-    a, b, c = sorted(rng.randrange(len(content) + 1) for _ in range(3))
-    return content[:a] + rng.choice([content[b:c], content[b:c] * 2, b""]) + content[b:]
-
-
-INSERTS = [b'"', b'\\"', b",", b"\t", b";", b"\r", b"\n", b"\0", b"\xff", b"\xe2\x80\xa8", b"[", b"{", b"}",
-           b"]", b"NaN", b"null", b"\\ud800", b"[" * 50_000, b'{"a":' * 50_000, b"9" * 5000, b"-1e999",
-           b"\xef\xbb\xbf", b"PK\x03\x04", b"PAR1"]  # fmt: skip
-
-
-def insert(content, rng) -> bytes:
-    for _ in range(rng.choice([1, 1, 3])):
-        at = rng.randrange(len(content) + 1)
-        content = content[:at] + rng.choice(INSERTS) + content[at:]
-    return content
-
-
-def encode(content, rng) -> bytes:
-    with contextlib.suppress(UnicodeDecodeError):
-        return content.decode().encode(rng.choice(["utf-16", "utf-32", "latin-1", "cp1252"]), "replace")
-    return content
-
-
-def zeros(content, rng) -> bytes:
-    """What a crash of the machine leaves: the end is there, and empty."""
-    at = rng.randrange(len(content) + 1)
-    return content[:at] + b"\0" * (len(content) - at)
-
-
-DAMAGES = [cut, flip, splice, insert, encode, zeros]
 
 
 def damage_file(path, rng) -> tuple[Path, object]:
@@ -392,7 +350,8 @@ def write_cache(folder, content):
 
 
 CHECKS = {"tables": [check_good, check_damaged, check_damaged, check_damaged], "text": [check_text],
-          "names": [check_names], "caches": [check_caches]}  # fmt: skip
+          "names": [check_names], "caches": [check_caches], "runs": [check_run],
+          "checkpoints": [check_checkpoints]}  # fmt: skip
 
 
 def run_case(seed, number, checks) -> str:
@@ -417,6 +376,8 @@ def run_case(seed, number, checks) -> str:
 def run(seed, seconds=None, cases=None, only=None, first=0) -> tuple[Counter, list[str]]:
     """Runs so many seconds or cases. Returns how often what came out, and the failures."""
     checks = [check for name, some in CHECKS.items() if only in (None, name) for check in some]
+    if {check_run, check_checkpoints} & {*checks}:
+        template()  # the runs that are copied: no case's time
     before = signal.signal(signal.SIGALRM, ring)
     counts, failures, began, number = Counter(), [], time.monotonic(), first
     try:

@@ -28,6 +28,7 @@ from toys.diversity import (
 )
 
 import core
+from lab.run import files
 
 
 def crossed_in(out="out") -> list[Path]:
@@ -242,7 +243,7 @@ def test_what_may_change_is_honoured_by_a_study_that_goes_on(copied, whole):
     """--micro_batch, for one, after memory ran out: the run that was stopped takes it, finished ones stay."""
     folder, before = run_folders()["b-s0"], snapshot("result.json")
     result = json.loads((folder / "result.json").read_text())
-    (folder / "result.json").write_text(json.dumps(result | {"status": "stopped"}))
+    files.write_sealed(folder / "result.json", result | {"status": "stopped"})
     shutil.rmtree(folder / "checkpoints" / result["checkpoint"])
     said = go("--micro_batch", 2)
     assert "resumed: micro_batch is now 2 (it was None)" in said and said.count("finished already: ") == 2

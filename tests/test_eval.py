@@ -5,6 +5,7 @@ import math
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from toys.eval import (
     result,
     trained,  # noqa: F401 (a fixture)
 )
+from toys.results import make_run
 
 import core
 import eval as script
@@ -25,6 +27,7 @@ from lab.compare.facts import find
 from lab.data import instructions
 from lab.data.paths import text_files
 from lab.measure import answers
+from lab.run import files
 
 
 @pytest.fixture
@@ -212,7 +215,7 @@ def test_data_that_changed_since_the_run_is_refused(copy):
     folder = copy("run_instruct")
     config = json.loads((folder / "config.json").read_text())
     config["facts"]["fingerprint"]["data"] = "other"
-    (folder / "config.json").write_text(json.dumps(config))
+    files.write_sealed(folder / "config.json", config)
     assert "is not what the run was trained on" in refused("--run", folder)
 
 
@@ -285,3 +288,40 @@ def test_a_row_to_be_answered_is_read_as_one_to_be_trained_on():
     for row in ({"instruction": None}, {"instruction": "nan"}, ["a"], {"instruction": "a\ud800"}):
         with pytest.raises(UserError, match=r"t\.json: row 7 has no usable instruction"):
             script.asked(row, 7, "t.json")
+
+
+def test_tags_and_presets_name_runs_wherever_runs_are_named():
+    tagged = [make_run(f"r{seed}", tag="boss", seed=seed) for seed in (0, 1)]
+    make_run("stopped", tag="boss", status="stopped")
+    preset = make_run("p", "gpt_scratch", config={"preset": "strong"})
+    asked = SimpleNamespace(run_folder=("boss", "strong", "runs/run_lora/r0", "gpt2"))
+    assert script.named_runs(asked) == [*tagged, preset, "runs/run_lora/r0", "gpt2"]
+    assert script.named_runs(SimpleNamespace(run_folder=())) == []
+
+
+def test_without_runs_of_their_own_those_of_smoke_runs_are_pointed_at():
+    with pytest.raises(UserError, match=r"no finished run with checkpoints in runs: .* or make one$"):
+        script.newest(Path("runs"), "checkpoints")
+    Path("runs/smoke/run_lora/20260101_000000/checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"make one, or add --smoke for those of smoke runs$"):
+        script.newest(Path("runs"), "checkpoints")
+
+
+def test_tables_of_folders_of_one_name_do_not_overwrite_each_other():
+    make_run("real", lr=0.5)
+    Path("runs/smoke").mkdir()
+    shutil.copytree("runs/run_lora", "runs/smoke/run_lora")
+    shutil.copytree("runs/run_lora", "copies/run_lora")
+    cfg = {"group_by": (), "sort": None, "plot": False, "out": None}
+    for folder in ("runs/run_lora", "runs/smoke/run_lora", "copies/run_lora"):
+        script.tabulate(SimpleNamespace(table=(folder,), **cfg), print)
+    folders = {path.parent.name for path in Path("runs/tables").glob("*/table.md")}
+    assert folders == {"run_lora", "smoke_run_lora", "copies_run_lora"}
+
+
+def test_answers_of_five_are_among_the_figures_of_a_run_that_answers():
+    figures = {"rows": 40, "loss": 2.0, "loss_interval": [1, 3], "accuracy": 0.5, "accuracy_interval": [0, 1]}
+    assert "answers" not in script.cells(figures)
+    figures |= {"answer_accuracy": 0.25, "answer_accuracy_interval": [0.2, 0.3]}
+    assert script.cells(figures)["answers"] == "0.250 ± 0.050"
+    assert script.cells(figures | {"rows": 1, "loss_interval": [math.nan] * 2})["loss"] == "2.0000 ± unknown"

@@ -5,15 +5,41 @@ import signal
 from pathlib import Path
 
 import fuzz
+import fuzz_runs
 import pytest
+from ranks import everywhere
 
 from lab.data import cache, tables
 from lab.errors import UserError
+from lab.run import checkpoints, files, resume
 
 
 def test_two_hundred_damaged_inputs_are_read_rightly_or_refused_in_one_line():
     counts, failures = fuzz.run(seed=20, cases=200)
     assert failures == [] and min(counts["right"], counts["refused"]) > 40
+
+
+def believe(*_):
+    return None
+
+
+def none(*_):
+    return []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "name", "fault", "first"),
+    [
+        (files, "_seal", str, 0),  # config.json and result.json are believed
+        (checkpoints, "broken", believe, 0),
+        (resume, "passed_over", none, 85),
+    ],
+)
+def test_it_finds_a_run_that_is_believed(module, name, fault, first, monkeypatch):
+    fuzz_runs.template()
+    everywhere(monkeypatch.setattr, module, name, fault)
+    assert fuzz.run(seed=1, cases=15, only="runs", first=first)[1]
 
 
 def boom(*_):
@@ -41,7 +67,7 @@ def test_it_finds_a_faulty_reader(fault, monkeypatch):
 
 
 def test_it_finds_a_cache_that_is_believed(monkeypatch):
-    monkeypatch.setattr(cache, "damage", lambda folder: None)
+    monkeypatch.setattr(cache, "damage", believe)
     monkeypatch.setattr(cache, "_checked", {})
     assert fuzz.run(seed=1, cases=20, only="caches")[1]
 

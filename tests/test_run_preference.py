@@ -22,6 +22,7 @@ import core
 import run_preference as script
 from core import World
 from lab.data import builtin, columns, pairs
+from lab.run import files
 
 BAD_INPUT = {
     "missing file": (["--data", "absent.csv"], ["no such file or folder: absent.csv"]),
@@ -424,3 +425,30 @@ def test_the_report_card_is_on_the_screen_and_in_the_folder(smoke):
         assert low <= high and (got.get(f"val/{name}") is None) == (name == "tempered_log_loss")
     assert {"test/macro_f1", "test/by_truncation", "test/by_length", "test/prefers_longer"} <= set(got)
     assert (newest(smoke[0] / "out") / "report.png").stat().st_size > 10_000
+
+
+def test_what_a_finished_fold_left_is_believed_only_as_it_was_written():
+    path = Path("folds/fold_1.json")
+    outcome = {"weights_sha256": "a1", "checkpoint": "best_step_00000002", "log_probs": {"val": [[-1.0]]}}
+    files.write_sealed(path, outcome)
+    assert script.read_outcome(path) == outcome
+    for text in (path.read_text().replace("a1", "b1"), "{", ""):
+        path.write_text(text)
+        with pytest.raises(core.UserError, match=r"^folds/fold_1.json is missing or damaged: copy it anew"):
+            script.read_outcome(path)
+    path.unlink()
+    with pytest.raises(core.UserError, match=r"^folds/fold_1.json is missing"):
+        script.read_outcome(path)
+
+
+def test_rows_that_a_run_was_trained_on_are_not_judged_without_a_word():
+    cases = [
+        ("train.csv", "abc", 1),
+        ("test.csv", "xyz", 0),
+        ("kaggle.zip", "abc", 0),
+    ]  # a zip holds both files
+    for name, source, count in cases:
+        said = []
+        judged = SimpleNamespace(fingerprint={"data": source, "tokenizer": "t"})
+        script.note_known_rows(name, judged, {"data": "abc", "tokenizer": "t"}, said.append)
+        assert len(said) == count and all("train.csv holds the rows" in line for line in said)

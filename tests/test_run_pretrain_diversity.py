@@ -34,6 +34,7 @@ import core
 import run_pretrain_diversity as script
 from core import UserError, World
 from lab.data import mixture, tables
+from lab.run import files
 
 
 def test_the_journals_preset_is_the_journals_run():
@@ -221,7 +222,7 @@ def test_runs_that_differ_in_more_than_their_text_are_refused(copied, place, val
     for name in place[:-1]:
         tree = tree[name]
     tree[place[-1]] = value
-    path.write_text(json.dumps(config))
+    files.write_sealed(path, config)
     with pytest.raises(UserError) as error:
         script.check_runs(s, planned, where)
     words, folder = str(error.value), str(folders["a_b-s0"])

@@ -32,7 +32,7 @@ def write(folder, runs, matrix, coefficients, notes, cfg) -> str:
     parts = [heading(runs), "\n".join([*notes, *sentences]), tables(figures, seeds)]
     heat_map(figures["loss"], folder / "matrix.png", neutral, seeds)
     if coefficients:
-        shown += [diversity_table(coefficients), link_table(coefficients, neutral, figures, seeds)]
+        shown += [diversity_table(coefficients), link_table(coefficients, neutral, figures, seeds, matrix)]
         parts += [f"**diversity coefficient**\n\n{shown[-2]}", f"**diversity and loss**\n\n{shown[-1]}"]
         plot_link(coefficients, figures["loss"], neutral, folder / "link.png")
     found = {"matrix": figures, "differences": differences, "diversity": coefficients, "notes": notes}
@@ -234,34 +234,39 @@ def span(interval, sign="") -> str:
     return f"{low:{sign}.4f} to {high:{sign}.4f}" if low == low else "too few batches"
 
 
-def link_table(coefficients, neutral, cells, seeds) -> str:
-    """Markdown table of each arm's coefficient beside its losses, and the order of arms by both."""
+def link_table(coefficients, neutral, cells, seeds, matrix) -> str:
+    """Markdown table of each arm's coefficient beside its losses, and the order of arms by both: each
+    neighbour against the next, by the interval of their difference."""
     arms = list(coefficients["arms"])
     columns = {"arm": arms, "diversity": [f"{coefficients['arms'][arm]['coefficient']:.4f}" for arm in arms]}
     for name in cells["loss"][arms[0]]:
         losses = [cells["loss"][arm][name] for arm in arms]
         columns[f"loss on {name}"] = [plus_minus(cell["mean"], cell["interval"], 4) for cell in losses]
-    text = markdown(columns)
     by_diversity = sorted(arms, key=lambda arm: -coefficients["arms"][arm]["coefficient"])
+    by_loss = sorted(arms, key=lambda arm: cells["loss"][arm][neutral]["mean"])
 
-    def of(arm):
-        return cells["loss"][arm][neutral]
+    def more_diverse(a, b):
+        cross = coefficients["cross"]
+        low, high = (cross.get(f"{a} x {b}") or cross[f"{b} x {a}"])["difference_interval"]
+        return low > 0 or high < 0
 
-    by_loss = sorted(arms, key=lambda arm: of(arm)["mean"])
-    orders = [f"by diversity: {' > '.join(by_diversity)}", f"by loss on {neutral}: {' < '.join(by_loss)}"]
-    if not apart([coefficients["arms"][arm] for arm in by_diversity]):
-        orders[0] += " (intervals of neighbours overlap: no order)"
+    def lower(a, b):
+        figures = against_arm(matrix, a, b, neutral)
+        return figures["groups"] >= FEWEST and figures["interval"][1] < 0
+
+    orders = [f"by diversity: {order(by_diversity, '>', more_diverse)}"]
     if seeds < FEWEST_SEEDS:
-        orders[1] += " (too few seeds for an order)"
-    elif not apart([of(arm) for arm in by_loss]):
-        orders[1] += " (intervals of neighbours overlap: no order)"
-    return "\n".join([text, "", *orders])
+        orders.append(f"by loss on {neutral}: no order, too few seeds ({seeds} of {FEWEST_SEEDS})")
+    else:
+        orders.append(f"by loss on {neutral}: {order(by_loss, '<', lower)}")
+    return "\n".join([markdown(columns), "", *orders])
 
 
-def apart(ones) -> bool:
-    """Whether no interval overlaps that of its neighbour in this order."""
-    pairs = ((a["interval"], b["interval"]) for a, b in itertools.pairwise(ones))
-    return all(a[0] > b[1] or b[0] > a[1] for a, b in pairs)
+def order(arms, sign, differ) -> str:
+    """`a > b ~ c`: neighbours between which `sign` stands differ, those with ~ cannot be told apart."""
+    signs = [sign if differ(a, b) else "~" for a, b in itertools.pairwise(arms)]
+    text = " ".join(itertools.chain(*itertools.zip_longest(arms, signs, fillvalue="")))
+    return text.strip() + (" (~: cannot be told apart)" if "~" in signs else "")
 
 
 def heat_map(by_arm, path, neutral, seeds):
@@ -277,7 +282,7 @@ def heat_map(by_arm, path, neutral, seeds):
         for j, name in enumerate(texts):
             cell = by_arm[arm][name]
             dark = (means - means.min(0))[i, j] > 0.6 * max(1e-9, (means - means.min(0)).max())
-            label = f"{cell['mean']:.3f}\n± {(cell['interval'][1] - cell['interval'][0]) / 2:.3f}"
+            label = plus_minus(cell["mean"], cell["interval"]).replace(" ±", "\n±")
             axes.text(j, i, label, ha="center", va="center", color="white" if dark else "black", fontsize=9)
     axes.set_xticks(range(len(texts)), [f"{name}\n(neutral)" if name == neutral else name for name in texts])
     axes.set_yticks(range(len(arms)), arms)

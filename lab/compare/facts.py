@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab.errors import UserError
-from lab.run.files import sha256_file
+from lab.run.files import read_sealed, sha256_file
 from lab.run.flags import STUDY_CONSTANTS
 from lab.run.resume import CALL_CONSTANTS, MAY_CHANGE
-from lab.run.stored import read_config
+from lab.run.stored import read_result, run_config
 
 ABSENT = "absent"  # what is shown of a constant that a run's script did not have; one that is None is "none"
 IMPORTED = re.compile(r"^\s*(?:import|from) ([\w.]+)(?: import (\([^)]*\)|.*))?", re.MULTILINE)
@@ -84,6 +84,12 @@ class Facts:
                 return value, self.result.get(f"{self.part}/{name}_interval")
         return None, None
 
+    @property
+    def alarm(self) -> str | None:
+        """The sentence of a run that has learnt nothing."""
+        names = ("alarm", f"{self.part}/alarm", f"{self.part}/own/alarm")
+        return next((alarm for name in names if (alarm := self.result.get(name))), None)
+
     def curve(self, name) -> list[tuple[int, float]]:
         return [(row["step"], row[name]) for row in self.metrics if isinstance(row.get(name), int | float)]
 
@@ -105,14 +111,13 @@ def imported_files(source, text) -> list[str]:
 def read(folder) -> Facts:
     """Reads the Facts of a run folder. UserError where it is none."""
     folder = Path(folder)
-    config = read_config(folder)
-    if not isinstance(config, dict) or not {"script", "constants"} <= config.keys():
-        raise UserError(f"{folder} is no run folder: its config.json is that of something else")
+    config = run_config(folder)
     lines = _text(folder / "metrics.jsonl").splitlines()
     rows = [row for line in lines if isinstance(row := _json(line), dict)]  # a kill leaves half a line
-    metrics = [row for row in rows if isinstance(row.get("step"), int)]
-    result, judged = _json(_text(folder / "result.json")), read_judged(folder / "judged.json")
-    result = result if isinstance(result, dict) else {}
+    metrics = [row for row in rows if isinstance(row.get("step"), int)]  # (bytes that are no text: likewise)
+    result, judged = read_result(folder), read_judged(folder / "judged.json")
+    if not result and (folder / "result.json").exists():
+        print(f"WARNING {folder}: result.json is damaged, its figures are not shown", file=sys.stderr)
     return Facts(folder, config, result, metrics, current_grades(folder, judged))
 
 
@@ -130,9 +135,24 @@ def current_grades(folder, judged) -> dict:
 
 def read_judged(path) -> dict:
     """Reads judged.json: judge -> summary. Empty where it is absent or damaged."""
-    judged = _json(_text(path))
-    judged = judged if isinstance(judged, dict) else {}
-    return {name: summary for name, summary in judged.items() if isinstance(summary, dict)}
+    try:
+        judged = read_sealed(path)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        print(f"WARNING {path} is damaged: its grades are not shown", file=sys.stderr)
+        return {}
+    return {name: summary for name, summary in judged.items() if _is_summary(summary)}
+
+
+def _is_summary(summary) -> bool:
+    """Whether what is stored of a judge is whole; grades may be absent."""
+    entries = summary.get("grades", []) if isinstance(summary, dict) else None
+    return isinstance(entries, list) and all(map(_is_grade, entries))
+
+
+def _is_grade(entry) -> bool:
+    return isinstance(entry, dict) and "group" in entry and isinstance(entry.get("grades"), list)
 
 
 def read_all(folders) -> list[Facts]:
@@ -147,13 +167,13 @@ def read_all(folders) -> list[Facts]:
 
 
 def _text(path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _json(text):
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -257,21 +277,32 @@ def resume_notes(named) -> list[str]:
     """Lines on runs that were resumed with other constants or code; `named`: (name, Facts)."""
     lines, untold = [], []
     for name, facts in named:
-        for step, changes in resumed(facts).items():
-            if step and (changes := _that_matter(changes)):  # at step 0 nothing had been trained before
-                lines.append(f"NOTE {name} was resumed at step {step} with {_changes(facts, changes)}")
+        lines += [f"NOTE {name} was resumed {words}" for words in resume_words(facts)]
         standing = _standing(facts.config.get("resumes", []))
-        for entry in standing:
-            if files := facts.code.keys() & entry.get("other_code", []):
-                step, files = entry["step"], ", ".join(sorted(files))
-                lines.append(
-                    f"NOTE {name} was resumed at step {step} with another {files} than its source/ has"
-                )
         steps = [entry["step"] for entry in standing if "changed" not in entry]
         untold += [f"{name} at step {step}" for step in steps if step]
     if untold:  # by the code before changes were recorded
         lines.append(f"NOTE resumed, perhaps with another length (not recorded): {', '.join(untold)}")
     return list(dict.fromkeys(lines))
+
+
+def resume_words(facts) -> list[str]:
+    """At which step a run was resumed with what other constants, and with what other code."""
+    words = []
+    for step, changes in resumed(facts).items():
+        if step and (changes := _that_matter(changes)):  # at step 0 nothing had been trained before
+            words.append(f"at step {step} with {_changes(facts, changes)}")
+    for entry in _standing(facts.config.get("resumes", [])):
+        if files := facts.code.keys() & entry.get("other_code", []):
+            words.append(
+                f"at step {entry['step']} with another {', '.join(sorted(files))} than its source/ has"
+            )
+    return words
+
+
+def alarm_notes(named) -> list[str]:
+    """A line for each run that has learnt nothing; `named`: (name, Facts)."""
+    return [f"NOTE {name} is {facts.alarm}" for name, facts in named if facts.alarm]
 
 
 def _standing(resumes) -> list[dict]:

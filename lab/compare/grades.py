@@ -4,6 +4,7 @@ from collections import defaultdict
 
 import numpy as np
 
+from lab.compare.difference import FEWEST
 from lab.compare.responses import group_of
 from lab.measure.statistics import bootstrap, plus_minus
 
@@ -114,7 +115,12 @@ def lines_of_duel(first, second, d) -> list[str]:
     ]
     if d["wins"] is not None:
         low, high = d["wins_interval"]
-        verdict = "they cannot be told apart" if low <= 0.5 <= high else "they can be told apart"
+        groups = len({outcome["group"] for outcome in d["outcomes"]})
+        verdict = "they cannot be told apart"
+        if groups < FEWEST:
+            verdict += f" on fewer than {FEWEST} prompts"
+        elif low > 0.5 or high < 0.5:
+            verdict = "they can be told apart"
         lines.append(f"  {verdict} by {d['judge']}; {d['equal']} pairs of answers are equal")
     lines.append(f"  same verdict in both orders {figure('same_in_both_orders')}")
     lines.append(f"  the one shown first wins {figure('first_place')}, the longer one {figure('longer')}")

@@ -1,6 +1,5 @@
 """The report of run_mathqa.py's study of ways to fine-tune: tables and sentences."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +8,9 @@ from lab.compare import facts
 from lab.compare.difference import difference, mean, verdict
 from lab.compare.rows import Rows, read_lines, shared_rows
 from lab.compare.tables import markdown
+from lab.errors import UserError
 from lab.measure.statistics import plus_minus
-from lab.run.files import whole_file, write_json
+from lab.run.files import read_sealed, whole_file, write_json
 from lab.run.flags import constants_of
 from lab.run.provenance import git_state
 from lab.run.stored import prepare_folder
@@ -18,8 +18,14 @@ from lab.run.stored import prepare_folder
 RATES = "Each arm has the rate it was given: which one suits it, several arms of one method can tell."
 
 
-def read(folder, name):
-    return json.loads((Path(folder) / name).read_text(encoding="utf-8"))
+def read(folder, name) -> dict:
+    """A .json file of a run folder. UserError where it is damaged."""
+    try:
+        return read_sealed(Path(folder) / name)
+    except (OSError, ValueError):
+        raise UserError(
+            f"{folder}/{name} is missing or damaged: the same command makes the run anew"
+        ) from None
 
 
 def length(folder) -> dict:
@@ -165,10 +171,17 @@ def quantised_table(small) -> str:
             answers = over(figures, f"{part}/answer_accuracy")
             row["answers"] = "" if answers is None else f"{answers:.3f}"
             row["MB"] = f"{over(figures, 'mb'):.2f}"
-            row["tokens/s"] = f"{over(figures, 'tokens_per_second'):.0f}"
+            row["tokens/s"] = rate(figures)
             for name, cell in row.items():
                 cells.setdefault(name, []).append(cell)
     return markdown({name: column for name, column in cells.items() if any(column)})
+
+
+def rate(figures) -> str:
+    """Tokens per second: mean over runs, and slowest to fastest pass: other work on the box moves it, too."""
+    ranges = [of.get("tokens_per_second_range", [of["tokens_per_second"]]) for of in figures]
+    low, high = min(map(min, ranges)), max(map(max, ranges))
+    return f"{over(figures, 'tokens_per_second'):.0f} ({low:.0f} to {high:.0f})"
 
 
 def small_verdicts(small) -> list[str]:

@@ -3,8 +3,8 @@
 import os
 import shutil
 
-from lab.compare.facts import ABSENT, differing
-from lab.compare.tables import GROUPED, sorted_facts, values_of
+from lab.compare.facts import ABSENT, differing, resume_words
+from lab.compare.tables import GROUPED, code_version, sorted_facts, values_of
 from lab.errors import UserError
 
 SMOOTHED = 20
@@ -85,16 +85,18 @@ def window(values) -> tuple[float, float] | tuple[None, None]:
 def write_hparams(all_facts) -> int:
     """Writes <run>/hparams/ of each finished run for TensorBoard's HPARAMS page; returns how many.
 
-    The constants in which these runs differ, seed and tag; their final figures.
+    The constants in which these runs differ, seed and tag, other code, other constants since a resume; their
+    final figures.
     """
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
 
-    names = ["script", "seed", "tag", *differing(all_facts)]
+    names, version = ["script", "seed", "tag", *differing(all_facts)], code_version(all_facts)
     finished = [facts for facts in all_facts if facts.finished]
     for facts in finished:
         values = {name: facts.constant(name) for name in names}
         values |= {name: ABSENT for name in names if facts.trained and not facts.has(name)}
+        values |= {"code version": version(facts), "resumed": "; ".join(resume_words(facts))}
         values = {name: value for name, value in values.items() if value not in (None, "")}
         metrics = {f"final/{name}": facts.figure(*of)[0] for name, of in GROUPED.items()}
         metrics |= {f"judge/{name}": s.get("score") for name, s in facts.judged.items()}

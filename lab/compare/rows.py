@@ -9,6 +9,7 @@ import numpy as np
 
 from lab.compare.responses import numbered
 from lab.errors import UserError
+from lab.run.files import sha256_file
 
 
 @dataclass
@@ -63,11 +64,12 @@ def read_lines(facts, name) -> list[dict]:
     if not path.exists():
         raise UserError(f"{path} is missing: python eval.py --run {facts.folder} measures the run again")
     try:
+        written = (facts.result.get("files") or {}).get(name)  # of runs before it was noted: none
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if not all(NEEDED[name] <= line.keys() for line in lines):
+        if not all(NEEDED[name] <= line.keys() for line in lines) or written not in (None, sha256_file(path)):
             raise ValueError
         return lines
-    except (ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         again = f"python eval.py --run {facts.folder} writes it anew"
         raise UserError(f"{path} is damaged: {again}") from None
 

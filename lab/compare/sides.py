@@ -10,6 +10,7 @@ import numpy as np
 from lab.compare.difference import difference, verdict
 from lab.compare.facts import (
     Facts,
+    alarm_notes,
     code_versions,
     differing,
     differing_bookkeeping,
@@ -21,6 +22,7 @@ from lab.compare.facts import (
     read,
     read_all,
     resume_notes,
+    resume_words,
     value_of,
 )
 from lab.compare.responses import by_prompt, read_responses
@@ -48,10 +50,7 @@ def sides(names, root) -> list[Side]:
     chosen = list(once.values()) if len(once) > 1 else chosen
     groups = {}
     for facts in chosen:
-        constants = experiment_constants(facts)
-        data = facts.config["facts"].get("fingerprint", {}).get("data")
-        key = json.dumps([facts.config["script"], constants, data], sort_keys=True)
-        groups.setdefault(key, []).append(facts)
+        groups.setdefault(experiment(facts), []).append(facts)
     if len(groups) == 1 and len(chosen) > 1:
         groups = dict(enumerate([facts] for facts in chosen))
     if len(groups) < 2:
@@ -64,19 +63,36 @@ def sides(names, root) -> list[Side]:
     return [Side(name, group) for name, group in zip(names, groups.values(), strict=True)]
 
 
+def experiment(facts) -> str:
+    """Script, constants and data of a run: equal for runs that differ in seed and bookkeeping only."""
+    data = facts.config["facts"].get("fingerprint", {}).get("data")
+    return json.dumps([facts.config["script"], experiment_constants(facts), data], sort_keys=True)
+
+
+def is_same_experiment(one, other) -> bool:
+    """Whether two sides are seeds of one experiment, of the same code, never resumed with another length."""
+    both = runs_of([one, other])
+    is_same = len(set(map(experiment, both))) == 1 and len({facts.constant("seed") for facts in both}) > 1
+    return is_same and not code_versions(both) and not any(map(resume_words, both))
+
+
 def named(name, root) -> list[Facts]:
     """The run of a folder, or the finished runs with this tag or preset. UserError without any."""
     if (Path(name) / "config.json").exists():
         return [read(name)]
-    runs = read_all(path.parent for path in sorted(Path(root).glob("*/*/config.json")))
-    runs = [facts for facts in runs if name in (facts.tag, facts.config.get("preset"))]
-    runs = [facts for facts in runs if facts.config["constants"].get("mode") != "find_lr"]
-    if finished := [facts for facts in runs if facts.finished]:
+    if finished := tagged(name, root):
         return finished
     raise UserError(
         f"--compare {name}: no run folder, and no finished run in {root} has such a tag or preset "
         "(of smoke runs: add --smoke)"
     )
+
+
+def tagged(name, root) -> list[Facts]:
+    """The finished runs below `root` with this tag or preset, but for those that sought a rate."""
+    runs = read_all(path.parent for path in sorted(Path(root).glob("*/*/config.json")))
+    runs = [facts for facts in runs if name in (facts.tag, facts.config.get("preset")) and facts.finished]
+    return [facts for facts in runs if facts.constant("mode") != "find_lr"]
 
 
 def side_name(group) -> str:
@@ -145,7 +161,7 @@ def notes(all_sides) -> list[str]:
         for side in all_sides
         for facts in side.all_facts
     ]
-    lines = [*seed_notes(all_sides), *code_notes(all_sides), *resume_notes(named)]
+    lines = [*seed_notes(all_sides), *code_notes(all_sides), *resume_notes(named), *alarm_notes(named)]
     return [*lines, ""] if lines else []
 
 
@@ -200,7 +216,12 @@ def report(all_sides) -> tuple[list[str], dict]:
         for side, at in zip(all_sides[1:], where[1:], strict=True):
             figure = difference(rows, where[0], at)
             names = all_sides[0].name, side.name
-            lines.append(f"{names[0]} - {names[1]}  {verdict(figure, rows.name, names)}")
+            words = verdict(figure, rows.name, names)
+            if is_same_experiment(all_sides[0], side):
+                words = f"{words.partition(chr(10))[0]}\n  they differ in their seed only: neither is better"
+            lines.append(f"{names[0]} - {names[1]}  {words}")
+            if all(facts.alarm for one in (all_sides[0], side) for facts in one.all_facts):
+                lines.append("  both are NOT LEARNING: neither is good, whatever their difference")
             figures.setdefault(rows.name, []).append(figure | {"sides": names})
         lines.append("")
     weights = [facts.result.get("weights_sha256") for facts in all_facts]

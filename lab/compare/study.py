@@ -8,7 +8,6 @@ It is what its command would be: the words of the study's, and the arm's after t
 import contextlib
 import gc
 import itertools
-import json
 import math
 import os
 import signal
@@ -20,17 +19,18 @@ import numpy as np
 import torch
 
 from lab.compare.difference import difference, mean, verdict
-from lab.compare.facts import LENGTH, read
+from lab.compare.facts import LENGTH, alarm_notes, read
 from lab.compare.rows import shared_rows
 from lab.compare.tables import markdown, slug
 from lab.errors import Stop, UserError
+from lab.measure.statistics import span
 from lab.run.files import short_hash, write_json
 from lab.run.flags import STUDY_CONSTANTS, constants_of, counting, names_of, parsed_config
 from lab.run.forecast import runs_line
 from lab.run.meter import clock
 from lab.run.resume import CALL_CONSTANTS, MAY_CHANGE, finished_run
 from lab.run.signals import listening
-from lab.run.stored import out_folder
+from lab.run.stored import out_folder, read_result
 from lab.train.precision import with_dtype
 from lab.train.processes import barrier, on_main
 
@@ -221,7 +221,7 @@ def finished(plan, cfg) -> str:
 
 
 def seconds_of(folder) -> float:
-    return json.loads((Path(folder) / "result.json").read_text())["seconds"]
+    return read_result(folder).get("seconds", 0.0)
 
 
 def one_run(plan, cfg) -> str:
@@ -256,7 +256,7 @@ def report(plan, arms, runs, folder):
     lines = ["# Study", "", f"`python {Path(plan.script).name} {' '.join(words_of(plan))}`", ""]
     lines += [table(plan, arms, facts, at, validation, means), ""]
     notes = [] if told[:1] and told[0].startswith(NO_VERDICT) else warnings(plan, arms, validation)
-    lines += [*told, "", *notes]
+    lines += [*told, "", *notes, *alarm_notes([(one.tag or one.name, one) for one in facts])]
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n".join(lines).rstrip() + "\n"
     (folder / "study.md").write_text(text)
@@ -322,8 +322,7 @@ def table(plan, arms, facts, at, validation, means) -> str:
 
 
 def shown(figure) -> str:
-    low, high = figure["interval"]
-    return f"{figure['mean']:.4f} ({low:.4f} to {high:.4f})"
+    return f"{figure['mean']:.4f} ({span(figure['interval'])})"
 
 
 def verdicts(arms, at, validation, rows) -> list[str]:

@@ -7,6 +7,7 @@ import statistics
 from lab.compare.facts import (
     ABSENT,
     IGNORED_IN_COMPARISON,
+    alarm_notes,
     code_versions,
     differing,
     differing_scripts,
@@ -94,7 +95,7 @@ def _judges(all_facts) -> dict:
     return {name: column(name) for name in names}
 
 
-def _code(all_facts):
+def code_version(all_facts):
     """Makes a cell: runs with the same number ran the same code. Empty if all did."""
     files = code_versions(all_facts)
 
@@ -128,7 +129,7 @@ def columns(all_facts) -> dict:
     shown |= {"model", "batch", "epochs", "lr", "min_lr", "warmup", "weight_decay", "lora_rank", "lora_alpha"}
     also = [name for name in differing(all_facts) if name not in shown]
     head |= {name: constant(name) for name in also}  # what else tells these runs apart
-    head |= {"code version": _code(all_facts)}
+    head |= {"code version": code_version(all_facts)}
     head |= {"seed": constant("seed"), "loss": _figure("loss", "log_loss", digits=4)}
     head |= {"perplexity": _figure("perplexity"), "bits/byte": _figure("bits_per_byte", digits=4)}
     head |= {"accuracy": _figure("accuracy"), "answers": _figure("answer_accuracy")}
@@ -147,7 +148,8 @@ def notes_below(all_facts) -> list[str]:
     if versions:
         lines.append(f"NOTE {not_the_same(versions)} in all of these runs:")
         lines.append(f"  {how_to_see(next(iter(versions.values())))}")
-    lines += resume_notes([(facts.name, facts) for facts in all_facts])
+    named = [(facts.name, facts) for facts in all_facts]
+    lines += [*resume_notes(named), *alarm_notes(named)]
     return ["", *lines] if lines else []
 
 
@@ -240,7 +242,11 @@ def grouped(all_facts, names, order=None) -> str:
     cells["also differ in"] = [_also_differing(group, names) for group in groups.values()]
     lines = ["means ± standard deviation over runs", ""]
     lines.append(markdown({header: column for header, column in cells.items() if any(column)}))
-    lines += notes_below([facts for group in groups.values() for facts in group])
+    counted = [facts for group in groups.values() for facts in group]
+    told = {*names, *(name for cell in cells["also differ in"] for name in cell.split(", "))}
+    if others := [name for name in (*differing_scripts(counted), *differing(counted)) if name not in told]:
+        lines += ["", f"NOTE from line to line {', '.join(others)} differ{'s' * (len(others) == 1)}, too"]
+    lines += notes_below(counted)
     if unfinished:
         lines += ["", f"not counted, unfinished: {', '.join(facts.name for facts in unfinished)}"]
     return "\n".join(lines)

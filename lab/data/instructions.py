@@ -13,7 +13,14 @@ import torch
 from lab.data.builtin import python_instructions
 from lab.data.cache import BadRows, cached_rows, is_clean, split_by_group, write_texts
 from lab.data.columns import INSTRUCTION_COLUMNS
-from lab.data.tables import MISSING_WORDS, data_fingerprint, is_missing, read_rows, require_columns
+from lab.data.tables import (
+    MISSING_WORDS,
+    data_fingerprint,
+    hub_split,
+    is_missing,
+    read_rows,
+    require_columns,
+)
 from lab.data.tokenizers import (
     begin_facts,
     begin_ids,
@@ -110,6 +117,7 @@ def load_instructions(cfg, world, tokenizer=None) -> Instructions:
 
     `tokenizer`: none is that of cfg.model; of tiny:gpt2 it is made of the rows.
     """
+    hub_split(cfg.data)  # a mistyped file must not wait for a tokenizer
     name = tokenizer_of(cfg.model)
     if not tokenizer and not cfg.model.startswith("tiny:"):
         tokenizer = main_first(world, named_tokenizer, name, KINDS)

@@ -13,7 +13,7 @@ import torch
 from lab.data.builtin import python_pairs
 from lab.data.cache import BadRows, cached_rows, is_clean, split_by_group, write_texts
 from lab.data.columns import LABELS, PAIR_COLUMNS, TEXTS
-from lab.data.tables import data_fingerprint, read_rows, require_columns
+from lab.data.tables import data_fingerprint, hub_split, read_rows, require_columns
 from lab.data.tokenizers import encoder_tokenizer, tokenizer_fingerprint
 from lab.errors import UserError
 from lab.train.processes import main_first
@@ -113,6 +113,7 @@ def load_pairs(cfg, world, tokenizer=None) -> Preferences:
 
     `tokenizer`: none is that of cfg.model.
     """
+    hub_split(cfg.data)  # a mistyped file must not wait for a tokenizer
     # a tiny model's tokenizer is made of the rows' words
     if not tokenizer and not cfg.model.startswith("tiny:"):
         tokenizer = main_first(world, encoder_tokenizer, cfg.model)

@@ -13,7 +13,7 @@ import platform
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +77,9 @@ class Tokens:
     documents: dict[str, int]
     fingerprint: dict
     lines: list[str]  # what to tell the user about unusable documents
+    text_bytes: dict[str, int] = field(
+        default_factory=dict
+    )  # UTF-8 bytes of each part; caches of before: none
 
 
 def open_corpus(corpus, world) -> Tokens:
@@ -124,7 +127,8 @@ def open_cache(folder) -> Tokens:
     parts = {part: np.memmap(folder / f"{part}.bin", dtype=kind, mode="r") for part in PARTS}
     unigram = np.load(folder / "unigram.npy")
     tokenizer = pretrained_tokenizer(str(folder / "tokenizer"), "")
-    return Tokens(parts, tokenizer, unigram, meta["documents"], meta["fingerprint"], meta["lines"])
+    names = ("documents", "fingerprint", "lines")
+    return Tokens(parts, tokenizer, unigram, *(meta[name] for name in names), meta.get("text_bytes", {}))
 
 
 def text_fingerprint(corpus) -> str:
@@ -273,6 +277,7 @@ def build_cache(corpus, source, folder):
         | begin_facts(tokenizer),
         "kind": kind.name, "corpus": asdict(corpus), "documents": state["documents"],
         "tokens": {part: size // kind.itemsize for part, size in state["bytes"].items()},
+        "text_bytes": {part: state["text"][part] for part in PARTS if part != "train"},
         "lines": bad.report(bad.seen, corpus.data),
     })  # fmt: skip
     (folder / "progress.json").unlink(missing_ok=True)
@@ -302,7 +307,9 @@ def write_tokens(folder, corpus, tokenizer, kind, bad) -> dict:
         while not enough() and (group := ahead.result()):
             ahead = reader.submit(up_to, unread, 1 << 20)
             wanted = [piece for piece in group if piece[0] != "train" or written["train"] < most]
-            for (part, _, begins), ids in zip(wanted, encode([text for _, text, _ in wanted]), strict=True):
+            for (part, text, begins), ids in zip(
+                wanted, encode([text for _, text, _ in wanted]), strict=True
+            ):
                 if enough():  # to the piece: a killed build stops at the same one
                     break
                 ids = np.concatenate([head if begins else end[:0], np.asarray(ids, dtype=kind)])
@@ -311,6 +318,7 @@ def write_tokens(folder, corpus, tokenizer, kind, bad) -> dict:
                 digests[part].update(ids.tobytes())
                 written[part] += len(ids)
                 state["documents"][part] += begins and len(ids) > 0
+                state["text"][part] += len(text.encode())
             state["pieces"] += len(group)
             bar.update(sum(len(text) for _, text, _ in group))
             if time.monotonic() - saved > 5:
@@ -328,13 +336,15 @@ def progress_of(folder) -> dict:
     none = dict.fromkeys(PARTS, 0)
     try:
         state = json.loads((folder / "progress.json").read_text())
-        if state.pop("check") != short_hash(state):
+        if (
+            state.pop("check") != short_hash(state) or "text" not in state
+        ):  # by the code before it was counted
             raise ValueError
         for part, size in state["bytes"].items():
             if hash_of_first(folder / f"{part}.bin", size).hexdigest() != state["hashes"][part]:
                 raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {"pieces": 0, "bytes": dict(none), "documents": dict(none)}
+        return {"pieces": 0, "bytes": dict(none), "documents": dict(none), "text": dict(none)}
     return state
 
 

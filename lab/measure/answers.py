@@ -33,14 +33,39 @@ PROMPTS = (  # answered at every evaluation; the first three and the last are jo
 )
 
 
+def room(model, prompt, most) -> int:
+    """Tokens that an answer may have: `most`, or as many as fit behind the prompt into the model's positions.
+    A prompt that fills these alone slides out of them."""
+    left = model.config.block_size - len(prompt)
+    return min(most, left) if left > 0 else most
+
+
+def room_lines(model, prompts, texts, most) -> list[str]:
+    """Lines on answers (lists of ids) that end where the model's positions do, and on prompts over these."""
+    size = model.config.block_size
+    over = sum(len(prompt) >= size for prompt in prompts)
+    rooms = [room(model, prompt, most) for prompt in prompts]
+    cut = sum(len(ids) == fits < most for ids, fits in zip(texts, rooms, strict=True))
+    lines = [f"{cut} answers end where the model's {size} positions do"] if cut else []
+    if over:
+        lines.append(f"{over} prompts fill the model's {size} positions: their beginnings drop out")
+    return lines
+
+
 def answers(model, tokenizer, prompts, max_new_tokens, batch, world, poll=lambda active: 0) -> list[str]:
-    """Answers prompts (lists of ids) greedily, in batches over all ranks. Every rank gets all texts.
+    """Answers prompts (lists of ids) greedily, in batches over all ranks. Every rank gets all texts."""
+    texts = answer_ids(model, tokenizer, prompts, max_new_tokens, batch, world, poll)
+    return [tokenizer.decode(ids).strip() for ids in texts]
+
+
+def answer_ids(model, tokenizer, prompts, max_new_tokens, batch, world, poll=lambda active: 0) -> list:
+    """The same as tensors of ids.
 
     All ranks call `poll(active)` equally often: one that is done calls poll(0) until the sum is 0.
     """
-    written = torch.zeros(
-        len(prompts), max_new_tokens, dtype=torch.int64
-    )  # id + 1; a sum over ranks is a gather
+    rooms = [room(model, prompt, max_new_tokens) for prompt in prompts]
+    # id + 1; a sum over ranks is a gather
+    written = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64)
     batches = ShardedBatches([len(ids) for ids in prompts], batch, world)
     how = {"temperature": 0, "stop": {tokenizer.eos_token_id}, "vocab_size": len(tokenizer)}
     how["begin"] = begin_ids(tokenizer)
@@ -48,16 +73,17 @@ def answers(model, tokenizer, prompts, max_new_tokens, batch, world, poll=lambda
     with progress(len(batches), "answering", world) as bar:
         for step in range(len(batches)):
             if mine := batches.rank_batch(step):
-                chosen = [prompts[i] for i in mine]
-                with within_memory(len(chosen), max(map(len, chosen)) + max_new_tokens):
-                    rows = write(chosen, max_new_tokens, **how, poll=lambda: poll(1))
+                chosen, most = [prompts[i] for i in mine], max(rooms[i] for i in mine)
+                with within_memory(len(chosen), max(map(len, chosen)) + most):
+                    rows = write(chosen, most, **how, poll=lambda: poll(1))
                 for i, ids in zip(mine, rows, strict=True):
-                    written[i, : len(ids)] = torch.tensor(ids, dtype=torch.int64) + 1
+                    ids = torch.tensor(ids[: rooms[i]], dtype=torch.int64)
+                    written[i, : len(ids)] = ids + 1
             while poll(0):
                 pass
             bar.update()
     written = all_reduce_sum(world, written)
-    return [tokenizer.decode(ids[ids > 0] - 1).strip() for ids in written]
+    return [ids[ids > 0] - 1 for ids in written]
 
 
 def sample(run, cfg, step, model, tokenizer, poll):
@@ -77,17 +103,15 @@ def write_responses(run, cfg, parts, model) -> dict:
     data = test.data
     prompts, most = [data.prompt(row) for row in test.rows], cfg.max_new_tokens
     batch = cfg.eval_batch * run.world.size
-    texts = answers(model, data.tokenizer, prompts, most, batch, run.world, run.poll)
+    ids = answer_ids(model, data.tokenizer, prompts, most, batch, run.world, run.poll)
+    texts = [data.tokenizer.decode(each).strip() for each in ids]
     rows = [data.columns(row) | {"model_response": text} for row, text in zip(test.rows, texts, strict=True)]
     if run.world.is_main:
         write_json(run.folder / "responses.json", rows)
-    empty, long = (
-        sum(not text for text in texts),
-        sum(len(p) + most > model.config.block_size for p in prompts),
-    )
+    empty = sum(not text for text in texts)
     run.say(f"answers  {len(rows)} in responses.json, {empty} empty")
-    if long:
-        run.say(f"answers  {long} prompts and {most} tokens do not fit the model: their beginning drops out")
+    for line in room_lines(model, prompts, ids, most):
+        run.say(f"answers  {line}")
     return first_words(run, parts["train"], test.rows, texts) | {"test/empty_responses": empty}
 
 

@@ -133,7 +133,9 @@ def answer_lines(part, m) -> list[str]:
         f"{part:5} control, problems shuffled: {figure('shuffled_accuracy')}  "
         f"per token {figure('shuffled_accuracy_per_token')}",
     ]
-    if not above_guessing(part, m):
+    if m[f"{part}/answer_accuracy_interval"][1] < guess(part, m):
+        lines.append(f"{part:5} answers are worse than guessing")
+    elif not above_guessing(part, m):
         lines.append(f"{part:5} answers cannot be told from guessing")
     elif not knows(part, m):
         why = "options give themselves away"
@@ -141,9 +143,14 @@ def answer_lines(part, m) -> list[str]:
     return lines
 
 
+def guess(part, m) -> float:
+    """The accuracy of the better guess: any option, or always the most frequent letter."""
+    return max(CHANCE, m[f"{part}/letter_accuracy"])
+
+
 def above_guessing(part, m) -> bool:
     """Whether answers beat chance and the most frequent letter."""
-    return m[f"{part}/answer_accuracy_interval"][0] > max(CHANCE, m[f"{part}/letter_accuracy"])
+    return m[f"{part}/answer_accuracy_interval"][0] > guess(part, m)
 
 
 def knows(part, m) -> bool:

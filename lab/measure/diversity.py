@@ -43,7 +43,7 @@ def open_probe(cfg, name, world):
     try:
         probe, tokenizer = main_first(world, open_model, name)
     except UserError as error:
-        raise UserError(f"--probe: {error}") from None
+        raise UserError(f"--probe: {error}; or --probe study, a model of the study's own") from None
     check_length(cfg, probe.config.block_size)
     if tokenizer.eos_token_id is None or probe.config.head_bias:
         lacks = "an output bias" if probe.config.head_bias else "no end-of-text token"

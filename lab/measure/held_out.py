@@ -6,7 +6,7 @@ import numpy as np
 
 from lab.data.mixture import label, labelled_shares, windows_of
 from lab.errors import UserError
-from lab.measure.language import evaluate, loss_lines
+from lab.measure.language import evaluate, loss_lines, unigram_alarm
 from lab.measure.statistics import language_metrics
 
 
@@ -79,8 +79,7 @@ def figures_of_part(model, cfg, text, part, world, poll) -> tuple[dict, Measured
     neutral, *sources = names = [label(cfg.neutral), *labelled_shares(cfg.data)]
     measured = {name: measure_text(model, cfg, text, name, part, world, poll) for name in names}
     own = pooled([measured[name] for name in sources]).figures()
-    alarm = f"NOT LEARNING: own loss {own['loss']:.4f}, token frequencies alone {own['unigram_loss']:.4f}"
-    own["alarm"] = alarm if own["above_unigram_interval"][1] >= 0 else None
+    own["alarm"] = unigram_alarm(own, "own loss")
     figures = {f"{part}/{name}": value for name, value in measured[neutral].figures().items()}
     figures |= {f"{part}/own/{name}": value for name, value in own.items()}
     for name in sources:

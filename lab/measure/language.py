@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from lab.data.blocks import stretches
+from lab.data.tokenizers import token_bytes
 from lab.errors import UserError
-from lab.measure.statistics import language_metrics
+from lab.measure.statistics import language_metrics, not_below
 from lab.train.batches import ShardedBatches
 from lab.train.loss import IGNORE_INDEX, token_log_probs
 from lab.train.precision import Precision
@@ -85,8 +86,24 @@ def measure(sums, blocks, unigram, sizes=None) -> dict:
     plain = -block_sums(log_share, blocks)
     spelt = None if sizes is None else block_sums(sizes, blocks)
     metrics = language_metrics(sums, stretches(len(sums)), plain, spelt)
-    alarm = f"NOT LEARNING: loss {metrics['loss']:.4f}, token frequencies alone {metrics['unigram_loss']:.4f}"
-    return metrics | {"alarm": alarm if metrics["above_unigram_interval"][1] >= 0 else None}
+    return metrics | {"alarm": unigram_alarm(metrics)}
+
+
+def unigram_alarm(metrics, name="loss") -> str | None:
+    """A sentence unless the loss is below that of token frequencies. name: of the loss, in the sentence."""
+    if how := not_below(metrics["above_unigram_interval"]):
+        loss, guess = metrics["loss"], metrics["unigram_loss"]
+        return f"NOT LEARNING: {name} {loss:.4f} {how} that of token frequencies, {guess:.4f}"
+    return None
+
+
+def sizes_of(tokens, part) -> np.ndarray:
+    """(V,): bytes of a part's text that each id of opened Tokens stands for: those that it spells, or in
+    proportion where the tokenizer loses or changes some of the text."""
+    sizes = token_bytes(tokens.tokenizer)
+    spelt = int(sizes[tokens.parts[part]].sum())
+    size = tokens.text_bytes.get(part, spelt)
+    return sizes if size == spelt or not spelt else sizes * (size / spelt)
 
 
 def block_sums(values, blocks) -> np.ndarray:

@@ -37,10 +37,11 @@ def find_lr(run, batches, targets_of, saved, forward_backward, beta1=None, multi
 
     lrs = np.geomspace(cfg.find_from, cfg.find_to, cfg.find_steps)
     curve = sweep(take, lrs, cfg.find_smoothing, trained, optimizer, precision)
-    suggestions = suggest(curve["lr"], curve["smoothed"])
+    suggestions = suggest(curve["lr"], curve["smoothed"], curve["before"])
     on_main(world, show_curve, run, curve, suggestions, multiplier)
     best = suggestions["minimum/10"]
-    run.say(f"next: the same with --mode train --lr {best:.1e}" if best else "the curve does not fall")
+    before = f"no advice: the loss never falls below the {curve['before']:.4f} before the first step"
+    run.say(f"next: the same with --mode train --lr {best:.1e}" if best else before)
     return {"lr_finder": suggestions, "weights_sha256": weights_sha256(trained)}
 
 
@@ -52,7 +53,7 @@ def sweep(take, lrs, smoothing, model, optimizer, precision) -> dict:
     Ends early on divergence. Restores weights, optimizer and scaler.
     """
     kept = copy.deepcopy((model.state_dict(), optimizer.state_dict(), precision.scaler.state_dict()))
-    losses, smoothed, mean = [], [], 0.0
+    losses, smoothed, mean, before = [], [], 0.0, math.nan
     try:
         for step, lr in enumerate([*lrs, 0.0]):
             try:
@@ -60,6 +61,7 @@ def sweep(take, lrs, smoothing, model, optimizer, precision) -> dict:
             except FloatingPointError:
                 break
             if step == 0:
+                before = loss
                 continue
             if not math.isfinite(loss):
                 break
@@ -74,18 +76,20 @@ def sweep(take, lrs, smoothing, model, optimizer, precision) -> dict:
         if precision.scaler.is_enabled():
             precision.scaler.load_state_dict(kept[2])
         optimizer.zero_grad(set_to_none=True)
-    return {"lr": [float(lr) for lr in lrs[: len(losses)]], "loss": losses, "smoothed": smoothed}
+    rates = [float(lr) for lr in lrs[: len(losses)]]
+    return {"lr": rates, "loss": losses, "smoothed": smoothed, "before": before}
 
 
-def suggest(lrs, smoothed) -> dict[str, float | None]:
-    """Suggests a rate by three rules; None where the curve never falls by a thousandth.
+def suggest(lrs, smoothed, before=math.inf) -> dict[str, float | None]:
+    """Suggests a rate by three rules; None where the curve never falls by a thousandth, or not below the loss
+    `before` the first step: a fall that only takes back a rise teaches nothing.
 
     steepest: where the loss falls fastest per factor of the rate; valley: the middle of the longest fall;
     minimum/10: a tenth of where it is lowest (Gugger: up to the minimum itself with one_cycle).
     """
     y = np.asarray(smoothed)
     lowest = int(y.argmin()) if len(y) else 0
-    if lowest < 2 or y[:lowest].max() - y[lowest] < 1e-3 * abs(y[lowest]):
+    if lowest < 2 or min(before, y[:lowest].max()) - y[lowest] < 1e-3 * abs(y[lowest]):
         return {"steepest": None, "valley": None, "minimum/10": None}
     slope = np.gradient(np.minimum.accumulate(y), np.log(lrs))  # falling back from a bad batch gains nothing
     start, end = longest_fall(y)
@@ -120,8 +124,9 @@ def show_curve(run, curve, suggestions, multiplier=None):
         run.metrics(step, {"find/lr": lr, "find/loss": loss, "find/smoothed": smooth})
     run.say(text_plot(curve["lr"], curve["smoothed"], suggestions))
     rates = {name: lr for name, lr in suggestions.items() if lr}
-    run.say("suggested lr  " + "   ".join(f"{name} {lr:.2e}" for name, lr in rates.items()))
-    if multiplier:
+    if rates:
+        run.say("suggested lr  " + "   ".join(f"{name} {lr:.2e}" for name, lr in rates.items()))
+    if rates and multiplier:
         products = "   ".join(f"{name} {multiplier * lr:.2e}" for name, lr in rates.items())
         run.say(f"multiplier {multiplier:g} x lr  {products}")
     unit = "token" if run.unit == "tokens" else "row"

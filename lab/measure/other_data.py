@@ -119,7 +119,9 @@ def measure_text(data, stored, model, tokenizer, cfg, world, poll) -> Measured:
     size = rows.columns["bytes"]
     if abs(spelt.sum() - size) > 1e-3 * size:
         both = f"the tokens spell {spelt.sum():,} bytes, the text has {size:,}"
-        lines.append(f"{both}: bits are per byte spelt")
+        lines.append(f"{both}: bits are per byte of the text")
+    if spelt.sum():
+        spelt = spelt * (size / spelt.sum()) if spelt.sum() != size else spelt
     file = "losses.jsonl", loss_lines("test", np.arange(len(windows)), groups, sums, spelt)
     constants = {"text_column": cfg.text_column, "context": context, "stride": stride} | split_of(data)
     metrics = language_metrics(sums, groups, byte_counts=spelt)

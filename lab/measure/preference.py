@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from lab.data.columns import LABELS
-from lab.measure.statistics import bootstrap, class_shares, classification_metrics, plus_minus
+from lab.measure.statistics import (
+    bootstrap,
+    class_shares,
+    classification_metrics,
+    not_below,
+    plus_minus,
+    span,
+)
 
 NAMES = list(LABELS)  # A, B, tie: the order of classes everywhere
 BINS = 15  # of confidence, as Guo et al. (2017)
@@ -78,7 +85,7 @@ def calibration_error(log_probs, labels, groups) -> tuple[float, list[float]]:
     gaps = calibration_gaps(log_probs, labels)
     error = float(np.abs(gaps.mean(0)).sum())
     [[low, high]] = bootstrap(gaps, groups, of=lambda means: np.abs(means).sum(1, keepdims=True))
-    return error, [max(0.0, 2 * error - high), max(0.0, 2 * error - low)]
+    return error, np.maximum(0.0, [2 * error - high, 2 * error - low]).tolist()  # NaN stays NaN
 
 
 def calibration_noise(log_probs, samples=200, seed=0) -> float:
@@ -221,13 +228,12 @@ def card_lines(card, where, names) -> list[str]:
         return " ".join(f"{label} {share:.0%}" for label, share in card[name].items())
 
     orders = "both orders averaged" if card["symmetric"] else "one order"
-    low, high = card["calibration_error_interval"]  # reflected: far from symmetric
     tempered_line = []
     if card["temperature"] is not None:
         fitted = f"temperature  {card['temperature']:.2f}, fitted on validation"
         fitted += " (the limit)" * (not 1.01 / HOTTEST < card["temperature"] < HOTTEST / 1.01)
-        least, most = card["tempered_log_loss_interval"]
-        tempered_line = [f"{fitted} -> log loss {card['tempered_log_loss']:.4f} ({least:.4f} to {most:.4f})"]
+        loss, interval = card["tempered_log_loss"], card["tempered_log_loss_interval"]
+        tempered_line = [f"{fitted} -> log loss {loss:.4f} ({span(interval)})"]
     recall = "   ".join(f"{name} {figure(f'recall_{name}')}" for name in names)
     lines = [
         f"{card['rows']} rows, {card['prompts']} prompts, {orders}; 95 % intervals by prompt",
@@ -242,7 +248,8 @@ def card_lines(card, where, names) -> list[str]:
         f"averaged     log loss {figure('averaged_log_loss', 4)}   accuracy {figure('averaged_accuracy')}",
         f"flips        {figure('flip_rate')} of one-order verdicts change when A and B are swapped",
         f"recall       {recall}",
-        f"calibration  error {card['calibration_error']:.3f} ({low:.3f} to {high:.3f})   "
+        f"calibration  error {card['calibration_error']:.3f} "  # its interval is reflected: not symmetric
+        f"({span(card['calibration_error_interval'], 3)})   "
         f"a calibrated judge's on so few rows {card['calibration_error_of_noise']:.3f}",
         *tempered_line,
         f"predicts     {shares('predicted')}   truth {shares('truth')}",
@@ -252,13 +259,11 @@ def card_lines(card, where, names) -> list[str]:
 
 def lengths_alarm(card) -> str | None:
     """A sentence if the model is not better than lengths alone."""
-    low, high = card["above_length_only_interval"]
-    ours, theirs = card["log_loss"], card["length_only_log_loss"]
-    if high < 0:
+    how, ours = not_below(card["above_length_only_interval"]), card["log_loss"]
+    if how is None:
         return None
-    if low > 0:
-        return f"WORSE THAN LENGTHS: log loss {ours:.4f} is above their {theirs:.4f}"
-    return f"NO BETTER THAN LENGTHS: log loss {ours:.4f} cannot be told from their {theirs:.4f}"
+    word = "WORSE" if how == "is above" else "NO BETTER"
+    return f"{word} THAN LENGTHS: log loss {ours:.4f} {how} their {card['length_only_log_loss']:.4f}"
 
 
 def draw(v, names, title, path):

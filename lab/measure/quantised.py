@@ -26,8 +26,10 @@ def beside_float(model, group, target, data, parts, cfg, world, poll) -> dict:
     lines, part = {}, tuning.final_parts(cfg)[-1]
     for kind, each in (("float", model), ("int4", small.to(world.device))):
         figures, *lines[kind] = choices.measure_parts(each, data, parts, cfg, world, poll)
-        rate = tokens_per_second(each, parts[part], cfg, world, poll)
+        rates = tokens_per_second(each, parts[part], cfg, world, poll)
+        rate = statistics.median(rates)
         result[kind] = figures | {"mb": bytes_of[kind] / 1e6, "tokens_per_second": rate}
+        result[kind]["tokens_per_second_range"] = [min(rates), max(rates)]
         if world.is_main:
             loss = f"{kind:5} {part} loss {figures[f'{part}/loss']:.4f}"
             print(f"{loss}  {rate:.0f} tokens/s  of {target.parent.name}", flush=True)
@@ -62,11 +64,11 @@ def known_figures(target, weights) -> dict | None:
     return None
 
 
-def tokens_per_second(model, units, cfg, world, poll) -> float:
-    """Tokens per second of evaluation, over at most 200 rows: median of three passes after a first one."""
+def tokens_per_second(model, units, cfg, world, poll) -> list[float]:
+    """Tokens per second of evaluation, over at most 200 rows, of five passes after a first one."""
     some, seconds = units.some(200), []
-    for _ in range(4):
+    for _ in range(6):
         began = time.perf_counter()
         evaluate(model, some, cfg, world, poll)
         seconds.append(time.perf_counter() - began)
-    return int(np.asarray(some.lengths).sum()) / statistics.median(seconds[1:])
+    return [int(np.asarray(some.lengths).sum()) / spent for spent in seconds[1:]]

@@ -11,7 +11,8 @@ def bootstrap(values, groups, *, weights=None, samples=2000, seed=0, of=None) ->
     Redraws whole groups (prompts, documents), since rows of one group are not independent. `weights` (rows,):
     how much a row counts, e.g. its number of targets. `of`: a function of means, (samples, columns) ->
     (samples, figures), whose intervals are returned instead. A column of only zeros or only ones gets the
-    rule of three, a width of 3 / number of groups.
+    rule of three, a width of 3 / number of groups. NaN where nothing shows the spread: one group, or other
+    values that are all equal.
     """
     values = np.asarray(values, dtype=np.float64)
     weights = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -28,8 +29,10 @@ def bootstrap(values, groups, *, weights=None, samples=2000, seed=0, of=None) ->
     draws = np.stack(draws)
     means = draws[:, :-1] / draws[:, -1:]
     intervals = np.percentile(means if of is None else of(means), tails(n), axis=0).T
+    intervals[:] = np.nan if n == 1 else intervals
     if of is not None:
         return intervals
+    intervals[(values == values[0]).all(0)] = np.nan
     intervals[(values == 0).all(0)] = 0, min(1, 3 / n)
     intervals[(values == 1).all(0)] = max(0, 1 - 3 / n), 1
     return intervals
@@ -56,8 +59,8 @@ def language_metrics(sums, groups, unigram=None, byte_counts=None) -> dict:
     """Loss per target token, perplexity, accuracy of the likeliest token, with 95 % intervals by group.
 
     sums (rows, 3): summed loss in nats, hits, targets. unigram (rows,): summed loss under token frequencies,
-    a baseline. byte_counts (rows,): UTF-8 bytes that the targets spell, for bits per byte, which compares
-    tokenizers (the loss of an end token counts, though it spells nothing).
+    a baseline. byte_counts (rows,): UTF-8 bytes of the text behind the targets, for bits per byte, which
+    compares tokenizers (the loss of an end token counts, though it spells nothing).
     """
     targets, given = sums[:, 2], [] if unigram is None else [unigram, sums[:, 0] - unigram]
     values = np.column_stack([sums[:, 0], sums[:, 1], *given]) / targets[:, None]
@@ -72,7 +75,7 @@ def language_metrics(sums, groups, unigram=None, byte_counts=None) -> dict:
         ratio = {"weights": targets, "of": lambda means: means[:, :1] / means[:, 1:]}
         metrics |= {"bits_per_byte": sums[:, 0].sum() / math.log(2) / byte_counts.sum()}
         metrics |= {"bits_per_byte_interval": bootstrap(both, groups, **ratio).tolist()[0]}
-        metrics |= {"bytes": int(byte_counts.sum())}
+        metrics |= {"bytes": round(float(byte_counts.sum()))}
     return metrics | {"targets": int(targets.sum()), "rows": len(sums)}
 
 
@@ -112,14 +115,33 @@ def _alarm(metrics) -> str | None:
     name, share = max(metrics["predicted"].items(), key=lambda item: item[1])
     if share == 1.0:
         return f"NOT LEARNING: every one of {metrics['rows']} rows is called '{name}'"
-    if metrics["above_prior_interval"][1] >= 0:
+    if how := not_below(metrics["above_prior_interval"]):
         loss, prior = metrics["log_loss"], metrics["prior_log_loss"]
-        return f"NOT LEARNING: log loss {loss:.4f} cannot be told from the class shares' {prior:.4f}"
+        return f"NOT LEARNING: log loss {loss:.4f} {how} the class shares' {prior:.4f}"
     return None
 
 
+def is_known(interval) -> bool:
+    """Whether an interval has ends: those of a single group are NaN."""
+    return interval is not None and all(end is not None and math.isfinite(end) for end in interval)
+
+
+def not_below(interval) -> str | None:
+    """Words for a loss minus a baseline's, whose 95 % interval this is; none where the loss is below."""
+    low, high = interval
+    return None if high < 0 else "is above" if low > 0 else "cannot be told from"
+
+
+def span(interval, digits=4, sign="") -> str:
+    """Formats an interval as `0.460 to 0.486`, or `unknown`."""
+    return " to ".join(f"{end:{sign}.{digits}f}" for end in interval) if is_known(interval) else "unknown"
+
+
 def plus_minus(value, interval, digits=3) -> str:
-    """Formats `0.473 ± 0.013`, half the interval's width; `0.000 (0 to 0.03)` where it is one-sided."""
+    """Formats `0.473 ± 0.013`, half the interval's width; `0.000 (0 to 0.03)` where it is one-sided;
+    `0.473 ± unknown`."""
+    if not is_known(interval):
+        return f"{value:.{digits}f} ± unknown"
     low, high = interval
     if value in (low, high) and low != high:
         return f"{value:.{digits}f} ({low:.3g} to {high:.3g})"

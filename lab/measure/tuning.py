@@ -1,6 +1,8 @@
 """What tuning on instructions says and measures: announcement, validation line, final figures, forgetting."""
 
 import hashlib
+from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 
@@ -11,26 +13,48 @@ from lab.data.text import Corpus, split_pieces
 from lab.data.tokenizers import prompt_ids, token_bytes
 from lab.errors import UserError
 from lab.measure.answers import shortened, write_responses
-from lab.measure.language import evaluate, loss_lines
+from lab.measure.language import evaluate, loss_lines, unigram_alarm
 from lab.measure.statistics import bootstrap, language_metrics, plus_minus
 from lab.run import terminal
 from lab.run.files import write_lines
 from lab.run.provenance import refuse_other_data
+from lab.run.stored import is_run, read_config, script_of
 from lab.train.optim import count_parameters
 from lab.train.processes import World, main_first, on_main
 
 
-def plain_blocks(name, tokenizer, block_size, most) -> Blocks:
-    """Held-out plain text: the first `most` blocks of a corpus' test documents. UserError if it has none."""
-    ids, plain = [], Corpus(name, "")
-    for part, text, _ in split_pieces(plain, BadRows()):
-        if part == "test":
+def plain_blocks(corpus, tokenizer, block_size, most) -> Blocks:
+    """Held-out plain text: the first `most` blocks of a corpus' test documents (of its validation documents
+    where it keeps none for a test). UserError if it has none."""
+    ids, part = [], "test" if corpus.test_share else "val"
+    for of, text, _ in split_pieces(corpus, BadRows()):
+        if of == part:
             ids += [tokenizer.eos_token_id, *prompt_ids(tokenizer, text)]
         if len(ids) > most * block_size:
             break
     if len(ids) < 2:
-        raise UserError(f"{name} has no held-out document: use several files, or python-docs")
+        raise UserError(f"{corpus.data} has no held-out document: use several files, or python-docs")
     return Blocks(np.array(ids[: most * block_size + 1]), block_size)
+
+
+def base_text(base) -> Corpus | None:
+    """The text that a base was trained on, and its held-out part, where it is a run of gpt_scratch.py."""
+    if not is_run(base) or script_of(base) != "gpt_scratch":
+        return None
+    constants = read_config(base)["constants"]
+    names = {field.name for field in fields(Corpus)} & constants.keys()
+    return Corpus(**{name: constants[name] for name in names} | {"tokenizer": ""})
+
+
+def plain_corpus(cfg) -> Corpus:
+    """cfg.plain; otherwise the text that the base was trained on, or python-docs where none is known."""
+    return Corpus(cfg.plain, "") if cfg.plain else base_text(cfg.model) or Corpus("python-docs", "")
+
+
+def never_seen(base, name) -> bool:
+    """Whether the base, as far as is known of it, was not trained on the text `name`."""
+    known = base_text(base)
+    return base.startswith("tiny:") or bool(known and Path(known.data).name != Path(name).name)
 
 
 def plain_text(run, cfg, tokenizer) -> Blocks | None:
@@ -40,9 +64,10 @@ def plain_text(run, cfg, tokenizer) -> Blocks | None:
         return None
     sizes = cfg.max_length, cfg.plain_blocks
     try:
-        plain = main_first(run.world, plain_blocks, cfg.plain, tokenizer, *sizes)
+        plain = main_first(run.world, plain_blocks, plain_corpus(cfg), tokenizer, *sizes)
     except UserError as error:
-        raise UserError(f"--plain: {error}") from None
+        why = "" if cfg.plain else f", the text of {cfg.model}: name another, or use --plain_blocks 0"
+        raise UserError(f"--plain: {error}{why}") from None
     run.pin("plain", hashlib.sha256(plain.tokens.tobytes()).hexdigest())
     return plain
 
@@ -138,14 +163,14 @@ def own_data(cfg, world, tokenizer, facts) -> Instructions:
     return data
 
 
-def remeasure(model, tokenizer, cfg, facts, world, poll) -> tuple[dict, tuple[str, list]]:
-    """The figures of a run's own val and test rows, measured again; losses.jsonl: its name and lines."""
+def remeasure(model, tokenizer, cfg, facts, world, poll) -> tuple[dict, dict[str, list]]:
+    """The figures of a run's own val and test rows, measured again; lines of losses.jsonl by its name."""
     parts, result = examples_of(own_data(cfg, world, tokenizer, facts), cfg)[0], {}
     for part in final_parts(cfg):
         sums = evaluate(model, parts[part], cfg, world, poll)
         metrics, losses = measure(part, sums, parts[part], parts["train"])
         result |= {f"{part}/{name}": value for name, value in metrics.items()}
-    return result, ("losses.jsonl", losses)
+    return result, {"losses.jsonl": losses}
 
 
 def unigram_losses(examples, train) -> np.ndarray:
@@ -183,10 +208,13 @@ def forgetting(run, cfg, plain, model) -> dict:
     values = np.c_[before[:, 0], after[:, 0], after[:, 0] - before[:, 0]] / targets[:, None]
     old, new, more = np.average(values, axis=0, weights=targets).tolist()
     interval = bootstrap(values, np.arange(len(values)), weights=targets).tolist()[2]
-    word, change = "forgotten", plus_minus(more, interval, 4)
-    if more < 0:
-        word, change = "gained", plus_minus(-more, [-interval[1], -interval[0]], 4)
-    run.say(f"plain text of {cfg.plain}  loss {old:.4f} before, {new:.4f} after: {word} {change}")
+    name, base = cfg.plain or plain_corpus(cfg).data, vars(cfg).get("init_from") or cfg.model
+    word = "forgotten" if more > 0 else "gained"
+    if never_seen(base, name):
+        word = f"{'higher' if more > 0 else 'lower'} (the base never saw this text) by"
+    change = plus_minus(abs(more), sorted([-end for end in interval] if more < 0 else interval), 4)
+    change = "nothing has changed" if not values[:, 2].any() else f"{word} {change}"
+    run.say(f"plain text of {name}  loss {old:.4f} before, {new:.4f} after: {change}")
     return {
         "plain/before": old,
         "plain/after": new,
@@ -200,12 +228,8 @@ def alarm(run, step, part, figures) -> str | None:
     lowest, before = run.state["lowest"], run.state["before"]
     if step and not lowest[0] < before:
         return f"NOT LEARNING: validation never fell below the {before:.4f} before training"
-    low, high = figures[f"{part}/above_unigram_interval"]
-    if step and high >= 0:
-        loss, guess = figures[f"{part}/loss"], figures[f"{part}/unigram_loss"]
-        how = "is above" if low > 0 else "cannot be told from"
-        return f"NOT LEARNING: {part} loss {loss:.4f} {how} that of token frequencies, {guess:.4f}"
-    return None
+    names = ("loss", "unigram_loss", "above_unigram_interval")
+    return unigram_alarm({n: figures[f"{part}/{n}"] for n in names}, f"{part} loss") if step else None
 
 
 def final_figures(run, cfg, parts, plain, model, merge=None) -> dict:

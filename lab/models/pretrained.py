@@ -1,7 +1,6 @@
 """Any language model by name: a run, a folder, a Hub id, tiny:gpt2. Models that
 gpt.py cannot build are wrapped, so that they can be measured and asked."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ from lab.models.gpt_formats import OtherKind, load_pretrained, untied, with_weig
 from lab.models.int4 import is_quantised, load
 from lab.models.trusted import load_causal, probe, same
 from lab.run.checkpoints import broken, step_name, tested_or_newest_checkpoint
+from lab.run.files import read_sealed
 from lab.run.stored import is_run
 from lab.train.cpu import linear
 from lab.train.processes import main_first
@@ -183,7 +183,7 @@ def run_model(folder, step, dropout, checkpointing) -> GPT:
     checkpoint = tested_or_newest_checkpoint(folder) if step is None else step_name(step)
     weights = folder / "checkpoints" / checkpoint / "model.safetensors"
     try:
-        config = GPTConfig(**json.loads((folder / "gpt.json").read_text()))
+        config = GPTConfig(**read_sealed(folder / "gpt.json"))
         config = replace(config, dropout=dropout, checkpointing=checkpointing)
         return with_weights(config, safetensors.torch.load_file(weights))
     except (UserError, OSError, ValueError, TypeError, RuntimeError, safetensors.SafetensorError) as error:

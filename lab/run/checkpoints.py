@@ -11,7 +11,7 @@ import torch
 
 from lab.errors import UserError
 from lab.run.files import remove_leftovers, sha256_file, whole_folder, write_json
-from lab.run.stored import read_config, read_result
+from lab.run.stored import read_result, run_config
 from lab.train.processes import on_main
 
 
@@ -52,8 +52,11 @@ def broken(folder) -> str | None:
     for name, digest in manifest["files"].items() if manifest else ():
         if not (folder / name).exists():
             return f"{name} is missing"
-        if sha256_file(folder / name) != digest:
-            return f"{name} is not what was written"
+        try:
+            if sha256_file(folder / name) != digest:
+                return f"{name} is not what was written"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return None if manifest else "manifest.json is absent or damaged"
 
 
@@ -74,8 +77,11 @@ def load_state(folder) -> dict:
 
 
 def remove_checkpoint(path):
-    """Deletes a checkpoint, its manifest first."""
-    (path / "manifest.json").unlink(missing_ok=True)  # first: what a kill leaves is plainly incomplete
+    """Deletes a checkpoint, its manifest first; of a link only the link."""
+    if path.is_symlink():
+        return path.unlink()
+    if not (path / "manifest.json").is_dir():
+        (path / "manifest.json").unlink(missing_ok=True)  # first: what a kill leaves is plainly incomplete
     shutil.rmtree(path)
 
 
@@ -125,7 +131,7 @@ def newest_whole_checkpoint(checkpoints, step=None) -> tuple[str | None, list[st
 def tested_or_newest_checkpoint(folder) -> str:
     """Name of the checkpoint that a run was tested with; of an unfinished run, the newest whole one."""
     folder = Path(folder)
-    for name in read_result(folder).get("test_checkpoints", [])[:1]:
+    for name in (read_result(folder).get("test_checkpoints") or [])[:1]:
         if broken(folder / "checkpoints" / name) is None:
             return name
     name, _ = newest_whole_checkpoint(folder / "checkpoints")
@@ -138,9 +144,9 @@ def tested_checkpoints(folder) -> list[str]:
     """Names of the checkpoints that a finished run was tested with, one per fold.
     UserError if one is damaged."""
     folder = Path(folder)
-    read_config(folder)  # is it a run at all?
+    run_config(folder)  # is it a run at all?
     names = read_result(folder).get("test_checkpoints")
-    if names is None:
+    if not names:
         raise UserError(f"{folder} is not finished: resume it, or name another --run")
     for name in names:
         if reason := broken(folder / "checkpoints" / name):

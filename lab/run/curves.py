@@ -22,16 +22,23 @@ class Curves:
 
         self.folder, path = folder, folder / "metrics.jsonl"
         path.touch()
+        lost = metrics_bytes - path.stat().st_size
         os.truncate(path, min(path.stat().st_size, metrics_bytes))
+        rows, self.lines = keep_rows(path, math.inf, {"time": (int, float)})
+        samples, cut = keep_rows(folder / "samples.jsonl", before, {"number": int, "text": str})
+        self.lines += [f"WARNING the last {lost} bytes of {path} are gone: its curves have a hole"] * (
+            lost > 0
+        )
+        self.lines += cut  # what was damaged, to be told
         self._metrics = open(path, "a", encoding="utf-8")
         # metrics.jsonl is the truth: TensorBoard's file is rewritten from it, so no resume forks a curve;
         # purge_step=0 tells a TensorBoard that is watching to forget the old file
         shutil.rmtree(folder / "tb", ignore_errors=True)
         self._tensorboard = SummaryWriter(folder / "tb", purge_step=0)
-        for line in path.read_text().splitlines():
-            self._show(json.loads(line))
-        for row in keep_rows(folder / "samples.jsonl", before):
-            self._show_sample(**row)
+        for row in rows:
+            self._show(row)
+        for row in samples:
+            self._show_sample(row["step"], row["number"], row["text"])
         self._tensorboard.flush()
 
     def metrics(self, step, values):
@@ -63,22 +70,38 @@ class Curves:
 
     def _show(self, record):
         for name, value in record.items():
-            if name not in ("step", "time") and value is not None:
+            if name not in ("step", "time") and isinstance(value, int | float):
                 self._tensorboard.add_scalar(name, value, record["step"], walltime=record["time"])
 
     def _show_sample(self, step, number, text):
         self._tensorboard.add_text(f"sample/{number}", f"<pre>{html.escape(text)}</pre>", step)
 
 
-def keep_rows(path, before) -> list[dict]:
-    """Cuts a .jsonl file back to its rows with a step below `before`, and returns these."""
+def keep_rows(path, before, needed=None) -> tuple[list[dict], list[str]]:
+    """Cuts a .jsonl file back to its rows with a step below `before`. Returns these, and a line if some were
+    damaged: a kill leaves half a line, a crash of the machine NULs. needed: name -> type of what a row holds
+    beside its step."""
     if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # half a line of a killed process
-            rows.append(json.loads(line))
+        return [], []
+    lines = path.read_bytes().split(b"\n")
+    rows = [row for line in lines if (row := whole_row(line, {"step": int} | (needed or {})))]
+    damaged = sum(bool(line.strip()) for line in lines) - len(rows)
     rows = [row for row in rows if row["step"] < before]
-    with whole_file(path) as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    return rows
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    if damaged or math.isfinite(before):
+        with whole_file(path) as file:
+            file.write(content)
+    return rows, [f"WARNING {damaged} damaged line(s) of {path} are cut"] * bool(damaged)
+
+
+def whole_row(line, needed) -> dict | None:
+    """A line of a .jsonl file, or None where it is damaged."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return (
+        row
+        if isinstance(row, dict) and all(isinstance(row.get(n), kind) for n, kind in needed.items())
+        else None
+    )

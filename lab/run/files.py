@@ -43,6 +43,37 @@ def write_json(path, content):
         file.write(json.dumps(content, indent=1) + "\n")
 
 
+def write_sealed(path, content):
+    """write_json of a dict, with a hash of itself: read_sealed sees any later change."""
+    content = json.loads(json.dumps(content))  # tuples are lists, and keys text, before they are hashed
+    content.pop("seal", None)
+    write_json(path, content | {"seal": _seal(content)})
+
+
+def read_sealed(path) -> dict:
+    """Reads what write_sealed wrote, or a dict without a seal. ValueError where it is damaged, OSError where
+    it cannot be read."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+    if not isinstance(content, dict) or ("seal" in content and content.pop("seal") != _seal(content)):
+        raise ValueError(f"{path} is not what was written")
+    return content
+
+
+ROW_FILES = ("losses.jsonl", "answers.jsonl", "predictions.jsonl")  # by which runs are compared
+
+
+def row_hashes(folder) -> dict[str, str]:
+    """SHA-256 of the files of rows in a run folder, for its result.json."""
+    return {name: sha256_file(folder / name) for name in ROW_FILES if (folder / name).exists()}
+
+
+def _seal(content) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 @contextmanager
 def whole_folder(folder):
     """Writes a folder atomically: built aside, flushed, renamed. Removes leftovers older than a day."""

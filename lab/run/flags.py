@@ -20,6 +20,46 @@ from lab.run.limits import Amount, Count, Whole, limits_of, within
 from lab.run.terminal import outlive_terminal
 
 ALIASES = {"run_folder": "run"}  # torchrun takes --run for its own --run_path: --run_folder works under both
+USUAL_NAMES = {  # of constants in other programs
+    "learning_rate": "lr",
+    "batch_size": "batch",
+    "global_batch_size": "batch",
+    "per_device_train_batch_size": "micro_batch",
+    "micro_batch_size": "micro_batch",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "steps": "max_steps",
+    "num_steps": "max_steps",
+    "iterations": "max_steps",
+    "max_iters": "max_steps",
+    "warmup_ratio": "warmup",
+    "warmup_steps": "warmup",
+    "lr_scheduler_type": "schedule",
+    "scheduler": "schedule",
+    "optim": "optimizer",
+    "wd": "weight_decay",
+    "max_grad_norm": "clip",
+    "grad_clip": "clip",
+    "precision": "dtype",
+    "random_seed": "seed",
+    "dataset": "data",
+    "train_file": "data",
+    "model_name": "model",
+    "model_name_or_path": "model",
+    "output_dir": "out",
+    "output": "out",
+    "out_dir": "out",
+    "resume": "resume_timestamp",
+    "resume_from_checkpoint": "resume_timestamp",
+    "rank": "lora_rank",
+    "lora_r": "lora_rank",
+    "context_length": "block_size",
+    "seq_length": "max_length",
+    "max_seq_length": "max_length",
+    "name": "tag",
+    "run_name": "tag",
+    "gradient_checkpointing": "checkpointing",
+}
 FIND_CONSTANTS = {"find_from", "find_to", "find_steps", "find_smoothing"}
 STUDY_CONSTANTS = {"arms", "grid", "seeds", "max_hours"}
 EVERY_MODE = {"mode", "out", "backend"}
@@ -167,8 +207,12 @@ def _parser(config_class, defaults, presets, hints, doc) -> argparse.ArgumentPar
     class OneLineParser(argparse.ArgumentParser):
         def error(self, message):
             if unknown := re.search(r"unrecognized arguments: --([\w-]+)", message):
-                near = difflib.get_close_matches(unknown[1], flags, n=1) or ["help"]
-                message = f"unknown flag --{unknown[1]}: did you mean --{near[0]}?"
+                usual = [name for name in [USUAL_NAMES.get(unknown[1].replace("-", "_"))] if name in flags]
+                near = usual or difflib.get_close_matches(
+                    unknown[1].replace("-", "_"), flags, n=1, cutoff=0.7
+                )
+                hint = f"did you mean --{near[0]}?" if near else "--help lists them"
+                message = f"unknown flag --{unknown[1]}: {hint}"
             raise UserError(message)
 
     # absent unless typed: the defaults stay in Config, and a resume knows what was typed
@@ -234,7 +278,8 @@ def _check_type(where, name, value, hints):
     )
     if not fits and not (where == "SMOKE" and callable(value)):
         expected = " | ".join(getattr(kind, "__name__", repr(kind)) for kind in allowed)
-        raise UserError(f"{where}: {name} = {value!r} has the wrong type: use {expected}")
+        what = "is none of its values" if literal else "has the wrong type"
+        raise UserError(f"{where}: {name} = {value!r} {what}: use {expected}")
 
 
 def _check_limits(cfg):

@@ -28,13 +28,13 @@ from lab.run import forecast
 from lab.run.checkpoints import Checkpoints, load_state, load_weights
 from lab.run.curves import Curves, keep_rows
 from lab.run.disks import cache_root, require_one_disk
-from lab.run.files import remove_leftovers, write_json
+from lab.run.files import remove_leftovers, row_hashes, write_sealed
 from lab.run.meter import Clock, Meter, clock
 from lab.run.provenance import write_provenance
 from lab.run.resume import plan_run
 from lab.run.signals import Signals
 from lab.run.stored import read_config, stored_constants
-from lab.run.terminal import Terminal
+from lab.run.terminal import Log
 from lab.train import heartbeat, launch
 from lab.train.precision import Precision
 from lab.train.processes import all_reduce_sum, on_main
@@ -85,8 +85,9 @@ class Run:
         self.result, self.stopping, self.meter, self.unit = {}, None, Meter(world), unit
         self._lines = plan["lines"]
         if world.is_main:
-            self._log = self.signals.log = open(self.folder / "log.txt", "a", encoding="utf-8")
+            self._log = self.signals.log = Log(self.folder / "log.txt")
             if not self.resumed:
+                self._log.open()
                 write_provenance(self)
         transport = world.device.type if world.size == 1 else world.backend
         ranks = f"{world.size} rank{'s' * (world.size > 1)} {transport}"
@@ -128,9 +129,7 @@ class Run:
         """Prints lines to the terminal and log.txt. Rank 0 only."""
         if not self.world.is_main:
             return
-        log = Terminal(self._log)  # a full disk must not end a run
-        log.write(text + "\n")
-        log.flush()
+        self._log.write(text + "\n")
         tqdm.write(text, file=sys.stdout)  # past a bar, if there is one
         sys.stdout.flush()
 
@@ -277,6 +276,7 @@ class Run:
     def _open(self):
         """Rank 0: cuts metrics, samples and checkpoints back to the checkpoint that is resumed from."""
         if self.resumed:
+            self._log.open()
             write_provenance(self)
         (self.folder / "result.json").unlink(missing_ok=True)
         remove_leftovers(self.folder)
@@ -285,7 +285,8 @@ class Run:
         evaluated = self.state.get("evaluated") == at  # else `at` is evaluated again
         self.curves = Curves(self.folder, self.position.get("metrics_bytes", 0), at + evaluated)
         self.checkpoints.curves = self.curves
-        keep_rows(self.folder / "spikes.jsonl", at + 1)
+        _, cut = keep_rows(self.folder / "spikes.jsonl", at + 1)
+        self._lines += [*self.curves.lines, *cut]
 
     def pin(self, name, value):
         """Notes a fact (a fingerprint, say) in config.json. A resume that finds another value is refused."""
@@ -297,7 +298,7 @@ class Run:
         if config["facts"].setdefault(name, value) != value:
             raise UserError(f"{name} is not what {self.folder} began with: start a new run")
         if absent:
-            write_json(self.folder / "config.json", config)
+            write_sealed(self.folder / "config.json", config)
 
     def _write_result(self, status, error):
         why = None if error is None else " ".join(f"{type(error).__name__}: {error}".split())
@@ -322,7 +323,8 @@ class Run:
             self.say(f"next: the same command{self._flags_to_go_on()}")
             if "TORCHELASTIC_RUN_ID" in os.environ:
                 self.say("(torchrun reports every stop with a traceback of its own)")
-        write_json(self.folder / "result.json", self.result)
+        self.result["files"] = row_hashes(self.folder)
+        write_sealed(self.folder / "result.json", self.result)
 
     def _flags_to_go_on(self) -> str:
         """What a resume needs beside the command as it was typed. None without a checkpoint: the same command

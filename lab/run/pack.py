@@ -40,7 +40,8 @@ def pack(cfg, say):
             room = f"{out} has {free / 1e6:.0f} MB free, the archive needs {needed / 1e6:.0f}"
             raise UserError(f"{room}: free some, or use another --out")
         with contextlib.closing(locked(folder)):  # refused while the run is written
-            write_archive(target, folder, small, kept)
+            inside = Path("runs/smoke" if config.get("smoke") else "runs") / folder.parent.name / folder.name
+            write_archive(target, folder, inside, small, kept)
         every = sum(path.stat().st_size for path in folder.glob("checkpoints/*/*"))
         left = (every - sum(path.stat().st_size for path in whole)) / 1e6
         size, weights = target.stat().st_size / 1e6, f"weights {', '.join(kept) or 'none'}"
@@ -62,9 +63,8 @@ def packed_checkpoints(folder) -> list[str]:
     return []
 
 
-def write_archive(target, folder, small, kept):
-    """Writes the archive atomically, with manifests that list what is in it."""
-    inside = Path("runs") / folder.parent.name / folder.name
+def write_archive(target, folder, inside, small, kept):
+    """Writes the archive atomically, with manifests that list what is in it. inside: the path there."""
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         # weights hardly shrink: the fastest compression

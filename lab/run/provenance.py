@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lab.errors import UserError
-from lab.run.files import PROJECT, sha256_file, write_json
+from lab.run.files import PROJECT, sha256_file, write_sealed
 from lab.run.flags import constants_of
 from lab.run.resume import changed_constants
 from lab.run.stored import read_config
@@ -46,15 +46,22 @@ def write_provenance(run):
                 run.say(f"WARNING {name} is not the one this run began with (that one is in source/)")
         config |= {"launcher": _all_launchers(), "constants": constants_of(run.cfg)}
     else:
-        for name, path in _sources(run.script).items():
-            copy = run.folder / "source" / name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, copy)
+        try:
+            copy_sources(run.script, run.folder / "source")
+        except OSError as error:
+            shutil.rmtree(run.folder, ignore_errors=True)
+            raise UserError(f"{run.folder} cannot be written ({error.strerror}): free some space") from None
         t = run.cfg.typed
         config = {"script": run.script.stem, "constants": constants_of(run.cfg), **now}
         config |= {"preset": t.preset, "smoke": t.smoke, "versions": _versions(), "git": git_state()}
         config |= {"host": socket.gethostname(), "launcher": _all_launchers(), "facts": {}, "resumes": []}
-    write_json(run.folder / "config.json", config)
+    write_sealed(run.folder / "config.json", config)
+
+
+def copy_sources(script, folder):
+    for name, path in _sources(script).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / name)
 
 
 def _all_launchers() -> str | None:

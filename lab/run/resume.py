@@ -1,7 +1,7 @@
 """Which folder a command resumes, from which checkpoint, and with which constants."""
 
-import contextlib
 import datetime
+import re
 import sys
 import time
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 from lab.errors import UserError
 from lab.run.checkpoints import newest_whole_checkpoint, read_manifest
 from lab.run.flags import FIND_CONSTANTS, constants_of, override_lines
-from lab.run.stored import PACKED, locked, out_folder, read_config, status_of
+from lab.run.stored import PACKED, locked, out_folder, run_config, status_of
 from lab.train.launch import launcher, number
 
 MAY_CHANGE = {  # what a flag may change in a resumed run: length, cadence, bookkeeping, how it is computed
@@ -46,7 +46,7 @@ def plan_run(cfg, script, held) -> dict:
         held.enter_context(locked(folder))
         lines += filter(None, [cfg.typed.chosen])
         return plan | {"folder": str(folder), "resumed": False, "constants": constants, "lines": lines}
-    stored = read_config(folder)["constants"]
+    stored = run_config(folder)["constants"]
     if clash := contradictions(cfg, stored):
         raise UserError(f"{folder} ran with {'; '.join(clash)}: drop these flags, or start a new run")
     lines += merge_constants(stored, constants, cfg.typed.flags)
@@ -55,6 +55,7 @@ def plan_run(cfg, script, held) -> dict:
         return plan | {"finished": True}
     if (folder / PACKED).exists():
         raise UserError(f"{folder} was packed without optimizer state: resume the original, not this copy")
+    require_files(folder)
     held.enter_context(locked(folder))
     # while this one waited for the lock
     if cfg.resume_timestamp == "auto" and status_of(folder) == "finished":
@@ -63,6 +64,14 @@ def plan_run(cfg, script, held) -> dict:
     notes.append(f"resumes {folder.name} from {name or 'step 0: there is no checkpoint yet'}")
     position = read_manifest(folder / "checkpoints" / name) if name else {}
     return plan | {"checkpoint": name, "position": position, "lines": notes + lines}
+
+
+def require_files(folder):
+    """Raises UserError where something else stands in the place of a file that a resume goes on with."""
+    for name in ("log.txt", "metrics.jsonl", "samples.jsonl", "spikes.jsonl", "result.json"):
+        path = folder / name
+        if (path.exists() or path.is_symlink()) and not path.is_file():
+            raise UserError(f"{path} is no file: move it away")
 
 
 def merge_constants(stored, constants, flags) -> list[str]:
@@ -77,7 +86,13 @@ def merge_constants(stored, constants, flags) -> list[str]:
         else:
             lines.append(f"resumed: {name} stays {old} (the script now says {constants[name]})")
             constants[name] = old
-    return lines
+    known = CALL_CONSTANTS | FIND_CONSTANTS
+    new = [name for name in constants if name not in stored and name not in known]
+    lines += [f"resumed: {name} {constants[name]} is new: the run began without it" for name in new]
+    gone = [name for name in stored if name not in constants and name not in known]
+    return lines + [
+        f"resumed: {name} {stored[name]} is gone: the script has no such constant" for name in gone
+    ]
 
 
 def new_folder(out, tag) -> Path:
@@ -99,9 +114,9 @@ def resume_folder(cfg, script, out) -> Path | None:
     """Finds the run to resume; None starts a new one. UserError if a resume was asked
     for and there is none."""
     wanted, tag = cfg.resume_timestamp, f"-{cfg.tag}" if cfg.tag else ""
-    runs = sorted(path.parent for path in out.glob("*/config.json") if _readable(path.parent))
+    runs, damaged = found_runs(out)
     if wanted is None and number("TORCHELASTIC_RESTART_COUNT") > 0:  # torchrun --max-restarts
-        mine = [run for run in runs if launcher() in str(read_config(run)["launcher"]).split()]
+        mine = [run for run in runs if launcher() in str(run_config(run).get("launcher")).split()]
         return mine[-1] if mine else None
     if wanted is None:
         if cfg.resume_step is not None:
@@ -111,12 +126,16 @@ def resume_folder(cfg, script, out) -> Path | None:
     runs = [
         run
         for run in runs
-        if (config := read_config(run))["script"] == script.stem and config["constants"].get("mode") == mode
+        if (config := run_config(run))["script"] == script.stem and config["constants"].get("mode") == mode
     ]
+    for name, why in damaged.items():
+        if wanted[:15] == name[:15]:
+            raise UserError(f"--resume_timestamp {wanted}: {why}")
+        print(f"WARNING passed over: {why}", file=sys.stderr)
     if wanted in ("auto", "latest"):
         runs = [run for run in runs if run.name[15:] == tag]
         if wanted == "auto":  # a loop over seeds types the same words: another seed is another run
-            runs = [run for run in runs if not contradictions(cfg, read_config(run)["constants"])]
+            runs = [run for run in runs if not contradictions(cfg, run_config(run)["constants"])]
             return runs[-1] if runs else None
         if unfinished := [run for run in runs if status_of(run) != "finished"]:
             return unfinished[-1]
@@ -132,25 +151,37 @@ def resume_folder(cfg, script, out) -> Path | None:
     return named[0]
 
 
+def found_runs(out) -> tuple[list[Path], dict[str, str]]:
+    """The runs in a folder, oldest first, and name -> what is wrong of damaged ones. What is no run (an
+    export, a model, files of the system) is neither."""
+    runs, damaged = [], {}
+    for folder in sorted(path for path in out.glob("*") if path.is_dir()):
+        try:
+            run_config(folder)
+            runs.append(folder)
+        except UserError as error:
+            has_begun = (folder / "config.json").exists() or (folder / "checkpoints").exists()
+            if has_begun and re.fullmatch(r"\d{8}_\d{6}(-.*)?", folder.name):
+                damaged[folder.name] = str(error)
+    return runs, damaged
+
+
 def passed_over(cfg, script, out) -> list[str]:
-    """A line if `auto` starts a new run although one with the same tag is unfinished: typed flags differ."""
-    runs = sorted((path.parent for path in out.glob("*/config.json")), reverse=True)
-    for run in runs if cfg.resume_timestamp == "auto" else ():
-        with contextlib.suppress(UserError):  # unreadable ones have been named
-            config = read_config(run)
-            same = config["script"] == script.stem and run.name[15:] == (f"-{cfg.tag}" if cfg.tag else "")
-            same &= config["constants"].get("mode") == getattr(cfg, "mode", None)
-            if same and status_of(run) != "finished" and (odd := contradictions(cfg, config["constants"])):
-                return [f"a new run: {run.name} is unfinished, but ran with {'; '.join(odd)}"]
-    return []
-
-
-def _readable(folder) -> bool:
-    try:
-        return bool(read_config(folder))
-    except UserError as error:
-        print(f"WARNING passed over: {error}", file=sys.stderr)
-        return False
+    """A line on why `auto` starts a new run: the one with the same tag is damaged or ran with other flags, or
+    there is none."""
+    if cfg.resume_timestamp != "auto":
+        return []
+    runs, damaged = found_runs(out)
+    tag = f"-{cfg.tag}" if cfg.tag else ""
+    if names := [name for name in damaged if name[15:] == tag]:
+        return [f"a new run: {', '.join(names)} in {out} is damaged"]
+    for run in reversed(runs):
+        config = run_config(run)
+        same = config["script"] == script.stem and run.name[15:] == tag
+        same &= config["constants"].get("mode") == getattr(cfg, "mode", None)
+        if same and status_of(run) != "finished" and (odd := contradictions(cfg, config["constants"])):
+            return [f"a new run: {run.name} is unfinished, but ran with {'; '.join(odd)}"]
+    return [f"a new run: none to resume{f' with tag {cfg.tag}' if tag else ''} in {out}"]
 
 
 def contradictions(cfg, stored) -> list[str]:

@@ -2,13 +2,13 @@
 
 import contextlib
 import fcntl
-import json
 import os
 import socket
 import time
 from pathlib import Path
 
 from lab.errors import UserError
+from lab.run.files import read_sealed
 from lab.run.flags import names_of
 
 SCRIPTS = (  # whose runs are known
@@ -72,25 +72,38 @@ def newest_run(cfg, script, finished=False) -> Path:
 def script_of(folder) -> str | None:
     """The script that made a run; none where its config.json cannot be read."""
     with contextlib.suppress(UserError):
-        return read_config(folder)["script"]
+        return run_config(folder)["script"]
 
 
 def read_config(folder) -> dict:
-    """Reads config.json of a run folder: constants, provenance, facts, resumes.
-    UserError where it is no run."""
+    """Reads the config.json of a folder; of a run: constants, provenance, facts, resumes. UserError where it
+    cannot be read, or is not what the run wrote."""
     try:
-        config = json.loads((Path(folder) / "config.json").read_text())
+        config = read_sealed(Path(folder) / "config.json")
+    except FileNotFoundError:
+        raise UserError(f"{folder} is no run folder: it has no config.json") from None
     except (OSError, ValueError):
-        raise UserError(f"{folder} is no run folder: its config.json cannot be read") from None
-    if isinstance(config, dict) and isinstance(config.get("constants"), dict):
+        raise UserError(f"{folder} is no run folder: its config.json cannot be read, or is damaged") from None
+    if isinstance(config.get("constants"), dict):
         config["constants"] = stored_constants(config["constants"])
+    return config
+
+
+KINDS = {"script": str, "constants": dict, "facts": dict, "resumes": list}
+
+
+def run_config(folder) -> dict:
+    """read_config of a folder that must be a run. UserError where it is something else."""
+    config = {"facts": {}, "resumes": []} | read_config(folder)
+    if not all(isinstance(config.get(name), kind) for name, kind in KINDS.items()):
+        raise UserError(f"{folder} is no run folder: its config.json is that of something else")
     return config
 
 
 def stored_config(folder, config, script, absent=None):
     """The constants of a run as the dataclass `config`; those that it no longer has are left out. absent: of
     constants that older runs lack. UserError for another script's run."""
-    stored, known = read_config(folder), names_of(config)
+    stored, known = run_config(folder), names_of(config)
     if stored["script"] != Path(script).stem:
         raise UserError(f"{folder} is a run of {stored['script']}.py: open it there")
     constants = (absent or {}) | stored["constants"]
@@ -103,12 +116,11 @@ def stored_constants(values) -> dict:
 
 
 def read_result(folder) -> dict:
-    """Reads result.json of a run folder; empty where it is absent or incomplete."""
+    """Reads result.json of a run folder; empty where it is absent, incomplete or damaged."""
     try:
-        result = json.loads((Path(folder) / "result.json").read_text())
+        return read_sealed(Path(folder) / "result.json")
     except (OSError, ValueError):
         return {}
-    return result if isinstance(result, dict) else {}
 
 
 def status_of(folder) -> str:

@@ -50,6 +50,36 @@ class Terminal:
                 silence(self.stream.fileno())
 
 
+class Log:
+    """log.txt of a run. What is said before `open` waits: a refused resume leaves the file as it was. No
+    write raises: a full disk must not end a run."""
+
+    def __init__(self, path):
+        self.path, self.waiting, self.stream = path, "", None
+
+    def open(self):
+        self.stream = Terminal(open(self.path, "a", encoding="utf-8"))
+        self.write(self.waiting)
+
+    def write(self, text):
+        if self.stream is None:
+            self.waiting += text
+        else:
+            self.stream.write(text)
+            self.stream.flush()
+
+    def close(self):
+        if self.stream is not None:
+            self.stream.close()
+
+    @property
+    def closed(self) -> bool:
+        return self.stream is None or self.stream.closed
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+
 def silence(descriptor):
     """Points stdout or stderr to /dev/null, for those who write to it past Terminal: libraries that took the
     stream before it was wrapped, C++, child processes, and Python's last flush at exit."""

@@ -8,6 +8,7 @@ import scipy.stats
 from toys.compare import compared
 
 from lab.compare import difference
+from lab.compare.rows import Rows
 from lab.measure import statistics
 
 
@@ -67,3 +68,37 @@ def test_what_is_needed_shows_the_difference_four_times_in_five():
     assert difference.needed({"difference": 0.0}) == (
         "the means happen to be equal: any difference within the interval is possible"
     )
+
+
+def said(first, second, groups=None, name="loss"):
+    groups = np.arange(len(first)) if groups is None else groups
+    rows = Rows(name, np.array([first, second]), np.ones(len(first)), groups)
+    return difference.verdict(difference.difference(rows, [0], [1]), name, ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        (1, "cannot be told apart: 1 prompts or stretches of text decide nothing: 10 are the fewest"),
+        (9, "cannot be told apart: 9 prompts or stretches of text decide nothing: 10 are the fewest"),
+        (10, "told apart on these 90 rows: a is better"),
+    ],
+)
+def test_a_verdict_needs_ten_groups_however_many_rows(groups, words):
+    noise, group = np.random.default_rng(0).normal(size=90), np.arange(90) % groups
+    text = said(noise, noise + 1 + 0.1 * noise, group)
+    assert f"\n  {words}" in text and ("(unknown)" in text) == (groups == 1)
+    found = compared([noise, noise, noise + 1], 2, groups=group)  # several seeds
+    assert np.isnan(found["interval"]).all() == (groups == 1)
+
+
+def test_equal_by_chance_and_the_same_amount_everywhere_are_said_as_what_they_are():
+    right = np.random.default_rng(1).permutation(np.repeat([0.0, 1.0], 24))
+    other = np.roll(right, 1)
+    text = said(right, other, name="answers")
+    low, high = compared([right, other], 1)["interval"]
+    assert low < -0.05 and f"answers +0.0000 ({low:+.4f} to {high:+.4f})" in text
+    assert "equal: any difference within the interval is possible" in text
+    text = said(np.zeros(12), np.ones(12), name="accuracy")
+    assert text.startswith("accuracy -1.0000 (the same on every one of 12 rows)\n  told apart")
+    assert "a loss is no number" in said([np.nan] * 12, np.ones(12))

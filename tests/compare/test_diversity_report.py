@@ -54,13 +54,40 @@ def test_the_verdict_is_what_the_intervals_say(a, b, seeds, words):
         assert f"  loss {text}" in numbers and low < one["difference"] < high
 
 
-@pytest.mark.parametrize(("documents", "decided"), [(5, False), (6, True)])
+@pytest.mark.parametrize(("documents", "decided"), [(9, False), (10, True)])
 def test_few_documents_decide_nothing(documents, decided):
     levels = {"a": 5.5, "b": 5.4, "a+b": 5.0}
     matrix = {arm: {"n": losses_of(arm, "n", level, documents=documents)} for arm, level in levels.items()}
     (line,), _ = diversity_report.verdicts(matrix, 3)
-    assert ("fewer than 6 held-out documents" in line) != decided
+    assert ("fewer than 10 held-out documents" in line) != decided
     assert ("the mixture wins beyond noise against every single source" in line) == decided
+
+
+def coefficients_of(pairs, **values):
+    """Arms whose own intervals all overlap; pairs: "a x b" -> interval of the difference."""
+    arms = {arm: {"coefficient": value, "interval": [0.0, 1.0]} for arm, value in values.items()}
+    return {"arms": arms, "cross": {name: {"difference_interval": ends} for name, ends in pairs.items()}}
+
+
+def test_arms_are_ordered_by_the_intervals_of_their_differences():
+    """By diversity a pair may differ though its single intervals overlap; by loss the rows are the same."""
+    pairs = {"a x b": [-0.04, -0.01], "a x c": [-0.1, 0.1], "b x c": [0.01, 0.04]}
+    coefficients = coefficients_of(pairs, a=0.20, b=0.22, c=0.19)
+    matrix = {arm: {"n": losses_of(arm, "n", loss)} for arm, loss in (("a", 5.0), ("b", 5.0), ("c", 5.05))}
+    cells = diversity_report.cells(matrix)
+    means = {arm: cells["loss"][arm]["n"] for arm in "abc"}
+    assert means["c"]["interval"][0] < means["a"]["interval"][1]  # the single intervals overlap
+    said = diversity_report.link_table(coefficients, "n", cells, 3, matrix).splitlines()[-2:]
+    first, second = sorted("ab", key=lambda arm: means[arm]["mean"])
+    told = " (~: cannot be told apart)"
+    assert said == [f"by diversity: b > a ~ c{told}", f"by loss on n: {first} ~ {second} < c{told}"]
+    few = diversity_report.link_table(coefficients, "n", cells, 2, matrix)
+    assert few.endswith("by loss on n: no order, too few seeds (2 of 3)")
+    unknown = coefficients_of({pair: [math.nan, math.nan] for pair in pairs}, a=0.20, b=0.22, c=0.19)
+    said = diversity_report.link_table(unknown, "n", cells, 3, matrix)
+    assert f"by diversity: b ~ a ~ c{told}" in said
+    clear = coefficients_of({pair: [0.01, 0.02] for pair in pairs}, a=0.20, b=0.22, c=0.19)
+    assert "by diversity: b > a > c\n" in diversity_report.link_table(clear, "n", cells, 3, matrix)
 
 
 def test_a_loss_that_is_no_number_decides_nothing():

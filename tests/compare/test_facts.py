@@ -1,6 +1,7 @@
 """What the small files say of a run: its code, its resumes, folders that stand for runs."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from toys.results import make_run, refused, resumes, source
 
 import core
 from lab.compare import facts, tables
-from lab.run import provenance
+from lab.run import files, provenance
 
 
 def resume_notes(name, *entries, other_code=(), **constants):
@@ -90,3 +91,24 @@ def test_a_runs_source_is_what_it_imported(tmp_path):
     code = facts.read(folder).code  # of what the index names, only what the script says counts
     assert {"run_preference.py", "lab/run/folder.py", "lab/data/pairs.py", "lab/errors.py"} <= set(code)
     assert not {"core.py", "lab/models/gpt.py", "lab/data/mixture.py", "lab/models/lora.py"} & set(code)
+
+
+@pytest.mark.parametrize("file", ["config.json", "result.json", "metrics.jsonl", "judged.json"])
+@pytest.mark.parametrize("content", [b"\xff", b"[]", b"null", b"[" * 100_000, b'{"a": 1}', b"\0" * 100])
+def test_one_damaged_file_of_one_run_ends_no_table(file, content, capfd):
+    make_run("good", lr=0.5)
+    bad = make_run("bad", files={"judged.json": {"j": {"score": 1.0, "score_interval": [0, 2]}}})
+    Path(bad, file).write_bytes(content)
+    text = tables.table(facts.find(["runs/run_lora"]))
+    assert "good" in text and "2.5000 ± 0.2500" in text
+    assert ("bad" in text) == (file != "config.json")
+    quiet = file == "metrics.jsonl" or (file != "config.json" and content.startswith(b"{"))
+    assert ("WARNING" in capfd.readouterr().err) != quiet
+
+
+def test_a_figure_that_was_changed_since_is_not_shown(capfd):
+    run = Path(make_run("a"))
+    files.write_sealed(run / "result.json", json.loads((run / "result.json").read_text()))
+    assert facts.read(run).result["test/loss"] == 2.5
+    (run / "result.json").write_text((run / "result.json").read_text().replace("2.5,", "1.5,"))
+    assert facts.read(run).result == {} and "result.json is damaged" in capfd.readouterr().err

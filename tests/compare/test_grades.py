@@ -24,7 +24,7 @@ def shown(text):
     return found[2], found[3]
 
 
-def sides(n=8):
+def sides(n=12):
     ours = [row(i, model_response=f"good {i}", input=f"given {i}") for i in range(n)]
     return ours, [{**one, "model_response": f"much longer {i}"} for i, one in enumerate(ours)][::-1]
 
@@ -51,10 +51,12 @@ def test_a_duel_shows_both_orders_and_tells_a_judges_leanings(serve, case):
     for text in server.asked:  # prompt, input and reference of the two answers
         i = re.search(r"(good|longer) (\d+)", text)[2]
         assert all(part in text for part in (f"Name thing {i}.", f"given {i}", f"reference {i}"))
-    assert (found["prompts"], found["equal"], found["unreadable"]) == (8, 0, 0)
-    assert [outcome["win"] for outcome in found["outcomes"]] == [wanted[0]] * 8
+    assert (found["prompts"], found["equal"], found["unreadable"]) == (12, 0, 0)
+    assert [outcome["win"] for outcome in found["outcomes"]] == [wanted[0]] * 12
     told = "\n".join(lines_of_duel("ours", "theirs", found))
     assert ("cannot be told apart" in told) == (wanted[0] == 0.5)
+    few = judge.duel(judge_of(server), *sides(9))
+    assert "they cannot be told apart on fewer than 10 prompts" in "\n".join(lines_of_duel("a", "b", few))
 
 
 def test_equal_answers_are_ties_unasked_and_unreadable_verdicts_are_counted(serve):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from toys.results import make_run, smoothing_runs
+from toys.results import make_run, resumes, smoothing_runs, source
 
 from lab.compare import facts, plots
 
@@ -69,3 +69,20 @@ def test_tensorboard_shows_a_constant_that_a_script_did_not_have_as_absent():
             value = values.hparams["label_smoothing"]
             found[path.parent.name] = value.string_value or value.number_value
     assert found == {"before": "absent", "other": "absent", "some": 0.1}  # none is left out
+
+
+def test_tensorboard_shows_edited_code_and_a_resume_with_another_schedule():
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    make_run("old", files=source(), epochs=6, config=resumes((40, {"epochs": (3, 6)})))
+    make_run("new", files=source("x = 2\n"), epochs=6)
+    plots.write_hparams(facts.find(["runs/run_lora"]))
+    shown = {}
+    for name in ("old", "new"):
+        content = EventAccumulator(f"runs/run_lora/{name}/hparams").Reload().PluginTagToContent("hparams")
+        values = HParamsPluginData.FromString(content["_hparams_/session_start_info"]).session_start_info
+        shown[name] = {key: value.string_value for key, value in values.hparams.items()}
+    assert shown["old"]["code version"] != shown["new"]["code version"]
+    assert shown["old"]["resumed"].startswith("at step 40 with epochs 6 (before: 3)")
+    assert "resumed" not in shown["new"]

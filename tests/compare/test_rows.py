@@ -1,7 +1,9 @@
 """Rows are paired by prompt; texts and verdicts are compared by what they share."""
 
 import functools
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from toys.results import make_run, refused
 
 from lab.compare import facts
 from lab.compare.rows import shared_rows
+from lab.run import files
 
 
 def shared(*names):
@@ -74,3 +77,16 @@ def test_verdicts_are_compared_by_log_loss_and_accuracy():
     (loss, accuracy), rows = shared(*folders), np.arange(5, 40)
     np.testing.assert_allclose(loss.sums, -np.log(probs[:, rows, labels[rows]]))
     assert accuracy.sums.tolist() == (probs.argmax(2) == labels)[:, rows].tolist() and loss.name == "log loss"
+
+
+def test_rows_that_are_not_those_that_were_measured_are_refused():
+    """A flipped digit would be another verdict."""
+    names = losing("a", NATS), losing("b", NATS + 1)
+    for name in names:
+        result = json.loads(Path(name, "result.json").read_text())
+        result["files"] = files.row_hashes(Path(name))
+        Path(name, "result.json").write_text(json.dumps(result))
+    assert shared(*names)[0].sums.shape == (2, 60)
+    rows = Path(names[0], "losses.jsonl")
+    rows.write_text(rows.read_text().replace('"nats": 1', '"nats": 9', 1))
+    refused("losses.jsonl is damaged: python eval.py --run .* writes it anew", shared, *names)

@@ -17,7 +17,7 @@ from toys.compare import ALONE, NATS, compared, losing
 from toys.results import make_run, refused, resumes, rows_of, source
 
 import lab.compare.sides
-from lab.compare import facts, responses
+from lab.compare import facts, responses, tables
 from lab.compare.rows import judged_rows
 from lab.compare.sides import constants_table, side_by_side
 
@@ -125,6 +125,15 @@ def test_a_constant_that_one_side_lacks_is_listed_as_absent():
 def test_runs_that_differ_in_their_seed_only_are_not_called_the_same():
     a, b = losing("a", NATS, micro_batch=1), losing("b", NATS, seed=1, micro_batch=2)
     assert listed(a, b) == {"seed": ["0", "1"], "micro_batch": ["1", "2"]}
+    worse = losing("worse", NATS + 5 + NATS / 9, seed=2, micro_batch=1)
+    text, figures = report(a, worse)
+    assert (
+        figures["loss"][0]["interval"][1] < 0 and text.count("they differ in their seed only: neither") == 2
+    )
+    assert "told apart" not in text
+    edited = losing("edited", NATS + 5 + NATS / 9, seed=2, micro_batch=1, files=source("x = 2\n"))
+    old = losing("old", NATS, micro_batch=1, files=source())
+    assert "told apart" in report(old, edited)[0]  # the code differs, too
     assert head(a, losing("c", NATS, note="n", micro_batch=1))[0] == "the constants are the same"
 
 
@@ -157,6 +166,20 @@ def test_a_side_that_was_resumed_with_another_schedule_is_named():
     assert f"NOTE a was resumed at step 40 with {end}" in head(*seeds, other)[1]
     twin = losing("d", NATS, **changed | {"config": resumes((40, {}))})
     assert head(panda, twin)[0] == "no constant differs at the end, but a run was resumed"
+
+
+def test_runs_that_learnt_nothing_are_named_and_a_verdict_between_two_says_so():
+    alarm = "NOT LEARNING: test loss 3.0 cannot be told from that of token frequencies, 3.0"
+    worse = NATS + 5 + np.random.default_rng(2).normal(size=60)
+    where = ({"alarm": alarm}, {"test/alarm": alarm}, {"test/own/alarm": alarm}, {})
+    a, b, c, good = (
+        losing(f"r{i}", NATS if i == 0 else worse, lr=i, result=of) for i, of in enumerate(where)
+    )
+    warning = "both are NOT LEARNING"
+    for names, count in (((a, b), 2), ((a, c), 2), ((good, a), 0)):  # one of the loss, one of the accuracy
+        text, _ = report(*names)
+        assert text.count(warning) == count and f"NOTE r0 is {alarm}" in text and "told apart" in text
+    assert f"NOTE r0 is {alarm}" in tables.table(facts.find(["runs/run_lora"]))
 
 
 def graded(name, grades, answers, **how):

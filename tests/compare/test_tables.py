@@ -143,3 +143,16 @@ def test_the_table_from_the_command_line():
     for name, said in refusals:
         code, out, err = typed("eval", "--table", *folders, name, "x")
         assert (code, out, len(err.splitlines())) == (2, "", 1) and said in err
+
+
+def test_groups_by_seed_say_what_else_differs_from_line_to_line():
+    for seed in (0, 1):
+        make_run(f"a{seed}", seed=seed, max_steps=100 * (seed + 1))
+    text = tables.grouped(facts.find(["runs/run_lora"]), ["seed"])
+    assert "NOTE from line to line max_steps differs, too" in text
+    make_run("b0", seed=0, max_steps=300, pack=True)
+    text = tables.grouped(facts.find(["runs/run_lora"]), ["seed"])
+    assert "max_steps, pack" in text and "from line to line" not in text  # the column says it
+    assert "from line to line" not in tables.grouped(
+        facts.find(["runs/run_lora"]), ["seed", "max_steps", "pack"]
+    )

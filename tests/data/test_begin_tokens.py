@@ -57,7 +57,7 @@ def test_documents_of_a_stream_and_plain_text_begin_behind_an_end(around):
     for start in starts:
         assert stream[start + 1 : start + 1 + len(begin)] == begin
         assert stream[start + 1 + len(begin)] == plain(tokenizer, "The")[0]
-    blocks = tuning.plain_blocks("rows.jsonl", tokenizer, 8, 4)
+    blocks = tuning.plain_blocks(core.Corpus("rows.jsonl", ""), tokenizer, 8, 4)
     assert blocks.tokens.tolist()[: 1 + len(begin)] == [end, *begin]
 
 
@@ -130,6 +130,7 @@ def test_what_is_answered_and_continued_is_the_prompt_by_the_same_rule(around, m
     generate.continuations(None, tokenizer, cfg, ["The </s> cat", ""], 4, 0)
     assert asked == [[*begin, *plain(tokenizer, "The </s> cat")], begin or [end]]
     model = SimpleNamespace(continuations=functools.partial(remember, None))
+    model.config = SimpleNamespace(block_size=1000)
     cfg = SimpleNamespace(prompt="The </s> cat", template="alpaca", max_new_tokens=3)
     asked.clear()
     answers.ask(model, tokenizer, cfg)

@@ -1,11 +1,15 @@
 """Two sets of one Hub repository are two texts."""
 
+from pathlib import Path
+
+import pytest
 from ranks import everywhere
 from toys.mixture import own_cache  # noqa: F401 (a fixture)
 
 import lab.data.hub
 import lab.data.text
-from lab.data import tables
+from lab.data import hub, tables
+from lab.errors import UserError
 
 
 def test_two_sets_of_one_repository_are_two_texts(monkeypatch):
@@ -22,3 +26,22 @@ def test_two_sets_of_one_repository_are_two_texts(monkeypatch):
     found = [tables.data_fingerprint(name, streaming=True) for name in names]
     assert found == ["c0ffee:PubMed Abstracts", "c0ffee:USPTO", "c0ffee"]
     assert asked == [("owner/pile", None), ("owner/pile", "v1"), ("owner/pile", None)]
+
+
+def test_a_folder_without_a_model_is_called_so_and_its_runs_are_named():
+    Path("texts").mkdir()
+    Path("texts/a.txt").write_text("prose")
+    Path("runs/gpt_scratch/20260101_000000").mkdir(parents=True)
+    Path("runs/gpt_scratch/20260101_000000/config.json").write_text("{}")
+    for what in ("model", "tokenizer"):
+        with pytest.raises(UserError, match=rf"^{what} in folder texts cannot be: it has no config.json"):
+            hub.local_or_hub(what, "texts", fails, "none")
+        with pytest.raises(UserError, match=r"holds runs, name one, e.g. runs/gpt_scratch/2026"):
+            hub.local_or_hub(what, "runs/gpt_scratch", fails, "none")
+    Path("texts/config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"^model in folder texts cannot be loaded: of several lines$"):
+        hub.local_or_hub("model", "texts", fails, "none")
+
+
+def fails():
+    raise ValueError("of several lines\nand more")

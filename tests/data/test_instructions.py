@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from toys.sft import (
 
 import core
 from core import IGNORE_INDEX, UserError, World
-from lab.data import instructions
+from lab.data import instructions, pairs
 
 SHARED = PROJECT.parent / "shared" / "data" / "instruct" / "instruction-data.json"
 BOTH = (
@@ -449,3 +450,10 @@ def test_a_missing_input_in_any_spelling_is_none(cell):
 def test_a_category_is_text_that_can_be_written():
     assert [instructions.category(cell) for cell in ("qa", 3, "a\ud800", None, "nan", "")] == [
         "qa", "3", "a\\ud800", None, None, None]  # fmt: skip
+
+
+@pytest.mark.parametrize("load", [instructions.load_instructions, pairs.load_pairs])
+def test_a_mistyped_file_is_named_before_a_tokenizer_is_fetched(load):
+    cfg = SimpleNamespace(data="mistyped.csv", model="nobody/nothing", max_documents=None)
+    with pytest.raises(core.UserError, match=r"^no such file or folder: mistyped.csv$"):
+        load(cfg, core.World())

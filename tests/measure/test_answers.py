@@ -33,7 +33,8 @@ import lab.train.loss
 import run_instruct
 from core import UserError, World
 from lab.data import columns, instructions
-from lab.measure.answers import first_word, first_words, write_responses
+from lab.measure.answers import answer_ids, first_word, first_words, write_responses
+from lab.models import generate
 
 
 @pytest.mark.slow
@@ -132,6 +133,28 @@ def test_empty_answers_are_counted_and_an_id_of_0_is_an_answer(tmp_path):
     assert answers == ["", "5 6 7", "0 1", ""]
     assert figures["test/empty_responses"] == 2 and figures["test/first_word"] == 0.5
     assert "answers  4 in responses.json, 2 empty" in said
+
+
+def test_answers_fit_into_the_models_positions(monkeypatch):
+    torch.manual_seed(0)
+    model = core.GPT(core.GPTConfig(100, block_size=16, n_layer=1, n_head=2, n_embd=8))
+    prompts, most = [[1] * 3, [2] * 10, [3] * 15, [4] * 20], 12
+    slid, never_ends = [], Numbers()
+    never_ends.eos_token_id = 1000
+    monkeypatch.setattr(generate, "in_context", lambda row, start, begin: slid.append(start) or row[start:])
+    got = [ids.tolist() for ids in answer_ids(model, never_ends, prompts[:3], most, 3, World())]
+    assert [len(ids) for ids in got] == [12, 6, 1]
+    slid.clear()
+    for prompt, ids in zip(prompts, got, strict=False):  # what was cut off is all that had no room
+        assert generate.generate(model, [prompt], len(ids), temperature=0) == [ids]
+    assert not any(slid)
+    got = answer_ids(model, never_ends, prompts, most, 2, World())
+    assert lab.measure.answers.room_lines(model, prompts, got, most) == [
+        "2 answers end where the model's 16 positions do",
+        "1 prompts fill the model's 16 positions: their beginnings drop out",
+    ]
+    assert len(got[3]) == most
+    assert lab.measure.answers.room_lines(model, prompts[:1], got[:1], most) == []
 
 
 def test_rows_whose_answer_has_no_word_do_not_count_among_first_words():

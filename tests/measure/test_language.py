@@ -14,6 +14,8 @@ from toys.gpt import ids, random_gpt
 import core
 import gpt_scratch as script
 from core import World
+from lab.data.cache import BadRows
+from lab.data.text import split_pieces
 from lab.measure import language
 
 FULL = (
@@ -109,3 +111,19 @@ def test_known_words_are_those_of_the_training_text():
     Path("samples.jsonl").write_text("".join(json.dumps({"text": sample}) + "\n" for sample in samples))
     assert language.known_words(Path(), tokens, 2) == 3 / 5  # the, cat, sat; neither dog nor mats
     assert language.known_words(Path(), tokens, 2, most=7) == 2 / 5
+
+
+def test_the_bytes_of_a_text_are_its_own_whatever_its_tokens_spell():
+    Path("texts").mkdir()
+    texts = {"a": "plain text of letters only. ", "ü": "Ünïcödé wörds, lost by this tokenizer. "}
+    for name in ("ascii", "bytes"):
+        for letter, text in texts.items():
+            Path("texts/one.txt").write_text(text * 200)
+            corpus = core.Corpus("texts", name, val_share=0.2, test_share=0.2)
+            tokens = core.open_corpus(corpus, World())
+            sizes, spelt = language.sizes_of(tokens, "test"), core.token_bytes(tokens.tokenizer)
+            pieces = [piece for part, piece, _ in split_pieces(corpus, BadRows()) if part == "test"]
+            assert sizes[tokens.parts["test"]].sum() == pytest.approx(len("".join(pieces).encode()))
+            assert (sizes == spelt).all() == (name == "bytes" or letter == "a")
+    tokens.text_bytes.clear()  # of a cache that was made before
+    assert (language.sizes_of(tokens, "test") == spelt).all()

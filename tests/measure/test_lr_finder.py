@@ -169,6 +169,17 @@ def test_suggestions_on_a_curve_drawn_by_hand():
     assert lr_finder.suggest(lrs, [5 - 1e-4 * k for k in range(9)]) == rising  # less than a thousandth
 
 
+def test_a_sweep_that_only_takes_back_its_own_rise_suggests_nothing():
+    """A trained model's loss rises and falls again, yet never below where it stood before the sweep."""
+    lrs, nothing = [10.0**k for k in range(-8, 1)], dict.fromkeys(["steepest", "valley", "minimum/10"])
+    y = [2.05, 2.4, 2.6, 2.5, 2.3, 2.1, 2.0, 2.2, 9.0]
+    assert lr_finder.suggest(lrs, y)["minimum/10"] is not None
+    assert lr_finder.suggest(lrs, y, before=2.0) == lr_finder.suggest(lrs, y, before=1.5) == nothing
+    assert lr_finder.suggest(lrs, y, before=2.1) == lr_finder.suggest(lrs, y)
+    curve = sweep_of([1.9, *y])
+    assert curve["before"] == 1.9 and curve["loss"][0] == 2.05
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e5])
 @pytest.mark.parametrize("span", [(1e-6, 1.0), (3e-8, 7e-8), (1e-10, 10.0)])
 def test_the_plot_in_the_terminal_fits_100_columns_and_shows_every_mark(scale, span):

@@ -128,6 +128,21 @@ def test_a_model_that_is_uniform_over_bytes_has_8_bits_per_byte_under_every_toke
     assert max(perplexities) > 1.5 * min(perplexities)
 
 
+def test_bits_are_per_byte_of_the_text_where_a_tokenizer_loses_some(monkeypatch):
+    """Uncased, it spells fewer bytes, or other ones, than the text has."""
+    text = TEXT + "Ünïcödé " * 400
+    Path("text.txt").write_text(text)
+    tokenizer = core.make_tokenizer("ascii", lambda: [])
+    monkeypatch.setattr(other_data, "evaluate", lambda model, windows, *rest: np.ones((len(windows), 3)))
+    model = SimpleNamespace(config=SimpleNamespace(block_size=64))
+    found = other_data.measure_text("text.txt", None, model, tokenizer, script.Config(), World(), int)
+    size = len(text.encode())
+    assert found.metrics["bytes"] == size
+    assert found.metrics["bits_per_byte"] == pytest.approx(len(found.file[1]) / math.log(2) / size)
+    assert sum(line["bytes"] for line in found.file[1]) == pytest.approx(size)
+    assert "bits are per byte of the text" in " ".join(found.lines)
+
+
 def test_without_a_context_windows_have_a_sane_length_and_what_the_model_holds_is_said(monkeypatch):
     """One that advertises 131,072 positions read a book in one window."""
     Path("text.txt").write_text(TEXT * 60)

@@ -11,6 +11,7 @@ from ranks import everywhere
 from toys.mathqa import by_hand
 
 import core
+from lab.compare import mathqa_report
 from lab.measure import quantised
 
 
@@ -35,8 +36,8 @@ def test_a_folder_that_was_not_finished_is_measured_anew(text):
     assert not Path("quantised_32").exists()
 
 
-def test_the_rate_is_the_median_of_three_passes_over_200_rows(monkeypatch):
-    now, passes = [0.0], iter([9.0, 2.0, 1.0, 4.0])  # the first one warms up
+def test_rates_are_of_five_passes_over_200_rows_and_shown_with_their_range(monkeypatch):
+    now, passes = [0.0], iter([9.0, 2.0, 1.0, 4.0, 2.0, 2.0])  # the first one warms up
     seen = []
 
     def evaluate(model, some, cfg, world, poll):
@@ -47,5 +48,9 @@ def test_the_rate_is_the_median_of_three_passes_over_200_rows(monkeypatch):
     everywhere(monkeypatch.setattr, quantised, "evaluate", evaluate)
     rows = by_hand(*[([1, 2, 3], [[4]] * 5)] * 300)  # of four tokens read: the last one is only a target
     examples = core.Examples(rows, np.arange(300), 64)
-    rate = quantised.tokens_per_second(None, examples, SimpleNamespace(), core.World(), lambda: None)
-    assert rate == 200 * 4 / 2.0 and seen == [200] * 4
+    rates = quantised.tokens_per_second(None, examples, SimpleNamespace(), core.World(), lambda: None)
+    assert rates == [400.0, 800.0, 200.0, 400.0, 400.0] and seen == [200] * 6
+    run = {"tokens_per_second": 400.0, "tokens_per_second_range": [200.0, 800.0]}
+    older = {"tokens_per_second": 900.0}
+    assert mathqa_report.rate([run]) == "400 (200 to 800)"
+    assert mathqa_report.rate([run, older]) == "650 (200 to 900)"

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import core
+from lab.measure import statistics
 
 
 def test_metrics_against_formulas():
@@ -32,7 +33,11 @@ def test_the_alarm_knows_a_model_that_learnt_nothing():
     assert m["alarm"] == "NOT LEARNING: every one of 300 rows is called 'tie'"
     noise = np.log(np.random.default_rng(0).dirichlet([20, 20, 20], 300))
     m = core.classification_metrics(noise, labels, np.arange(300), [1 / 3] * 3, names)
-    assert "cannot be told from the class shares' 1.0986" in m["alarm"]
+    assert "is above the class shares' 1.0986" in m["alarm"]
+    sure = np.log(np.eye(3)[(labels + (np.arange(300) % 13 < 5)) % 3] * 0.76 + 0.08)
+    m = core.classification_metrics(sure, labels, np.arange(300), [1 / 3] * 3, names)
+    low, high = m["above_prior_interval"]
+    assert low < 0 < high and "cannot be told from the class shares' 1.0986" in m["alarm"]
 
 
 def test_intervals_respect_groups_and_are_never_of_width_zero():
@@ -44,6 +49,29 @@ def test_intervals_respect_groups_and_are_never_of_width_zero():
     assert (high - low) > 3 * (alone_high - alone_low)
     assert core.bootstrap(np.ones((60, 1)), np.arange(60))[0].tolist() == [0.95, 1]
     assert core.bootstrap(np.zeros((60, 1)), np.arange(60))[0].tolist() == [0, 0.05]
+
+
+def test_one_group_and_equal_values_say_nothing_of_the_spread():
+    values = np.random.default_rng(0).normal(size=(50, 1))
+    assert np.isnan(core.bootstrap(values, np.zeros(50))).all()
+    ratio = {"of": lambda means: means * 2}
+    assert np.isnan(core.bootstrap(values, np.zeros(50), **ratio)).all()
+    assert core.bootstrap(np.c_[np.zeros(50), np.ones(50)], np.zeros(50)).tolist() == [[0, 1], [0, 1]]
+    intervals = core.bootstrap(np.c_[values, np.full(50, 0.71)], np.arange(50))
+    assert not np.isnan(intervals[0]).any() and np.isnan(intervals[1]).all()
+    assert statistics.plus_minus(0.71, intervals[1]) == "0.710 ± unknown"
+    assert statistics.plus_minus(0.71, None) == "0.710 ± unknown"
+    assert statistics.span(intervals[1]) == "unknown" and statistics.span([0, 1], 1, "+") == "+0.0 to +1.0"
+    m = statistics.language_metrics(
+        np.c_[10 + values, values > 0, np.full(50, 9)], [0] * 50, 99 + values[:, 0]
+    )
+    assert np.isnan(m["loss_interval"]).all() and m["loss"] < m["unigram_loss"]
+    assert statistics.not_below(m["above_unigram_interval"]) == "cannot be told from"
+    assert [statistics.not_below(i) for i in ([-2, -1], [-1, 1], [1, 2])] == [
+        None,
+        "cannot be told from",
+        "is above",
+    ]
 
 
 @pytest.mark.slow

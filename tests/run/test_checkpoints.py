@@ -145,3 +145,27 @@ def test_a_save_that_finds_no_room_is_told_or_an_error_and_the_one_before_stays(
     with pytest.raises(UserError, match=r"^not saved: step_00000002 needs 1 MB, .* free some, then --resume"):
         kept.save(2, model, {}, {}, must=True)
     assert names() == ["step_00000001"]
+
+
+def test_of_a_linked_checkpoint_only_the_link_is_removed_and_foreign_files_are_none():
+    for name in ("elsewhere", "checkpoints/step_00000003"):
+        Path(name).mkdir(parents=True)
+        Path(name, "manifest.json").write_text("{}")
+    for name in (".DS_Store", ".nfs0001", "step_00000099.tar", "step_00000004_mine"):
+        Path("checkpoints", name).touch()
+    Path("checkpoints/step_00000002").symlink_to("../elsewhere")
+    steps = checkpoints.step_folders(Path("checkpoints"))
+    assert [path.name for path in steps] == ["step_00000002", "step_00000003"]
+    for path in steps:
+        checkpoints.remove_checkpoint(path)
+    assert Path("elsewhere/manifest.json").exists() and len(list(Path("checkpoints").iterdir())) == 4
+
+
+def test_a_file_that_cannot_be_read_makes_a_checkpoint_a_broken_one():
+    Path("c").mkdir()
+    Path("c/model.safetensors").write_text("weights")
+    checkpoints.write_manifest(Path("c"), {"step": 1})
+    assert checkpoints.broken(Path("c")) is None
+    Path("c/model.safetensors").unlink()
+    Path("c/model.safetensors").mkdir()
+    assert checkpoints.broken(Path("c")) == "model.safetensors cannot be read: Is a directory"

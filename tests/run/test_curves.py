@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lab.run.curves import Curves, keep_rows
@@ -45,6 +46,41 @@ def test_a_resume_cuts_what_came_after_its_checkpoint_and_forks_no_curve():
 
 def test_half_a_line_of_a_killed_process_goes():
     Path("rows.jsonl").write_text('{"step": 1}\n{"step": 5}\n{"st')
-    assert keep_rows(Path("rows.jsonl"), 5) == [{"step": 1}]
+    rows, lines = keep_rows(Path("rows.jsonl"), 5)
+    assert rows == [{"step": 1}] and lines == ["WARNING 1 damaged line(s) of rows.jsonl are cut"]
     assert Path("rows.jsonl").read_text() == '{"step": 1}\n'
-    assert keep_rows(Path("absent.jsonl"), 5) == [] and not Path("absent.jsonl").exists()
+    assert keep_rows(Path("rows.jsonl"), 5) == (rows, [])
+    assert keep_rows(Path("absent.jsonl"), 5) == ([], []) and not Path("absent.jsonl").exists()
+
+
+TAILS = [b"\0" * 4000, b'{"step": 9, "lo', b"\xff\xfe\n", b'[1]\n{"loss": 2}\n{"step": "x"}\n']
+
+
+@pytest.mark.parametrize("tail", TAILS, ids=["NULs", "half a line", "no text", "other JSON"])
+def test_a_damaged_tail_is_cut_and_said_and_the_rest_stays(tail):
+    curves = Curves(Path())
+    for step in (1, 2):
+        curves.metrics(step, {"loss": 1 / step})
+        curves.samples(step, [f"ü {step}"])
+    size = curves.flushed_bytes()
+    curves.close()
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with open(name, "ab") as file:
+            file.write(tail)
+    curves = Curves(Path(), size + len(tail), before=3)
+    damaged = 1 + 2 * (tail[:1] == b"[")
+    files = ("metrics.jsonl", "samples.jsonl")
+    assert curves.lines == [f"WARNING {damaged} damaged line(s) of {name} are cut" for name in files]
+    curves.metrics(3, {"loss": 0.25})
+    curves.close()
+    assert scalars("loss") == [(1, 1.0), (2, 0.5), (3, 0.25)]
+    assert [json.loads(line)["text"] for line in Path("samples.jsonl").read_text().splitlines()] == [
+        "ü 1",
+        "ü 2",
+    ]
+    curves = Curves(Path(), size + 10_000, before=4)
+    curves.close()
+    assert (
+        len(curves.lines) == 1
+        and "bytes of metrics.jsonl are gone: its curves have a hole" in curves.lines[0]
+    )

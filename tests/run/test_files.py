@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all."""
 
+import contextlib
 import os
 
 import pytest
@@ -45,3 +46,21 @@ def test_files_have_the_modes_that_the_umask_leaves_and_hold_any_text(tmp_path):
     with core.whole_file(tmp_path / "text") as file:
         file.write("a lone \ud800")
     assert (tmp_path / "text").read_text() == "a lone \\ud800"
+
+
+def test_a_sealed_file_shows_every_later_change_and_one_without_a_seal_is_taken_as_it_is(tmp_path):
+    content, path = {"lr": 0.1, "data": ("a", "b"), 3: None, "loss": float("nan")}, tmp_path / "x.json"
+    files.write_sealed(path, content)
+    found = files.read_sealed(path)
+    assert found.pop("loss") != found.get("loss") and found == {"lr": 0.1, "data": ["a", "b"], "3": None}
+    good = path.read_bytes()
+    for place in range(len(good)):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        with contextlib.suppress(ValueError):  # white space and the word "seal" itself may change
+            assert {name: files.read_sealed(path)[name] for name in ("lr", "data", "3")} == found
+    path.write_text('{"lr": 0.3}')
+    assert files.read_sealed(path) == {"lr": 0.3}
+    for text in ("[]", "null", "[" * 100_000, "{"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"."):
+            files.read_sealed(path)

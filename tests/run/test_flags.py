@@ -12,6 +12,7 @@ from conftest import PROJECT
 from ranks import SCRIPTS
 
 import core
+from core import UserError
 from lab.compare import study as studies
 from lab.models import encoders
 from lab.run import flags
@@ -164,3 +165,36 @@ def test_every_constant_is_read_somewhere(script):
     assert [
         name for name in names if not re.search(rf"""[.]{name}\b|getattr\(\w+, "{name}\"""", source)
     ] == []
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("--learning_rate", "did you mean --lr?"),
+        ("--learning-rate", "did you mean --lr?"),
+        ("--batch-size", "did you mean --batch?"),
+        ("--epoch", "did you mean --epochs?"),
+        ("--max-steps", "did you mean --max_steps?"),
+        ("--lora_ranks", "--help lists them"),  # no flag of this script is like it
+        ("--frobnicate", "--help lists them"),
+    ],
+)
+def test_an_unknown_flag_is_answered_with_the_one_that_is_meant_or_with_none(word, hint, capfd):
+    import gpt_scratch
+
+    with pytest.raises(SystemExit):
+        core.parse_config(gpt_scratch.Config, {}, {}, "", [word, "1"])
+    assert capfd.readouterr().err.endswith(f"unknown flag {word}: {hint}\n")
+    odd = set(flags.USUAL_NAMES) & {*core.names_of(gpt_scratch.Config)}
+    assert not odd  # a name that is known is never another's
+
+
+def test_a_word_that_is_none_of_a_constants_values_is_no_wrong_type():
+    @dataclasses.dataclass(frozen=True)
+    class Edited(core.Constants):
+        schedule: Literal["linear", "cosine"] = "cosin"  # of the rate
+
+    with pytest.raises(
+        UserError, match=r"schedule = 'cosin' is none of its values: use 'linear' \| 'cosine'"
+    ):
+        flags.parsed_config(Edited, {}, {}, "", [])

@@ -119,3 +119,83 @@ def test_a_run_that_auto_finds_finished_is_none_and_its_folder_as_it_was(capfd):
         (path, path.stat().st_mtime_ns) for path in run.folder.rglob("*") if path.is_file()
     )
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_a_refused_resume_leaves_every_file_as_it_was(capfd):
+    with start() as run:
+        one_step(run)
+    (run.folder / "result.json").unlink()
+    before = files_of(run.folder)
+    with pytest.raises(UserError), start("--resume_timestamp", "latest") as again:
+        again.say("looks at its data")
+        raise UserError("other data")
+    (run.folder / "samples.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"samples.jsonl is no file: move it away"):
+        start("--resume_timestamp", "latest")
+    (run.folder / "samples.jsonl").rmdir()
+    assert files_of(run.folder) == before and "looks at its data" in capfd.readouterr().out
+    with start("--resume_timestamp", "latest") as again:
+        again.say("goes on")
+        again.begin()
+    assert "goes on\n" in (run.folder / "log.txt").read_text()
+
+
+def test_what_lies_beside_a_run_stops_no_resume():
+    with start() as run:
+        one_step(run)
+    (run.folder / "result.json").unlink()
+    for name in (".DS_Store", ".nfs00012", "step_00000099.tar"):
+        (run.folder / name).touch()
+        (run.folder / "checkpoints" / name).touch()
+    for name, text in (("exported", '{"model_type": "gpt2"}'), ("20260101_000000", "[]"), ("list", "null")):
+        Path("out", name).mkdir()
+        Path("out", name, "config.json").write_text(text)
+    Path("out/.DS_Store").touch()
+    for wanted in ("latest", "auto", run.folder.name):
+        with start("--resume_timestamp", wanted) as again:
+            assert again.folder == run.folder and again.checkpoint == "step_00000001"
+    with start("--resume_timestamp", "latest") as again:
+        again.begin()
+    assert (run.folder / "checkpoints" / ".DS_Store").exists()
+
+
+@pytest.mark.parametrize("damage", ["half", "gone", "changed"])
+def test_auto_says_that_it_starts_anew_and_why(damage, capfd):
+    with start("--resume_timestamp", "auto", "--tag", "a") as run:
+        one_step(run)
+    assert "a new run: none to resume with tag a in out" in capfd.readouterr().out
+    config = run.folder / "config.json"
+    text = config.read_text()
+    if damage == "gone":
+        config.unlink()
+    else:
+        config.write_text(text[:99] if damage == "half" else text.replace('"lr": 0.1', '"lr": 0.3'))
+    with start("--resume_timestamp", "auto", "--tag", "a") as other:
+        other.begin()
+    out, err = capfd.readouterr()
+    assert f"a new run: {run.folder.name} in out is damaged" in out and "WARNING passed over: " in err
+    with pytest.raises(UserError, match=rf"--resume_timestamp {run.folder.name[:15]}: .* is no run folder"):
+        start("--resume_timestamp", run.folder.name[:15], "--tag", "a")
+
+
+@dataclass(frozen=True)
+class Edited(Config):
+    brand_new: float = 0.7  # of a script that was edited since
+
+
+def test_a_constant_that_is_new_or_gone_since_the_run_began_is_named_on_resume(capfd):
+    with start() as run:
+        one_step(run)
+    (run.folder / "result.json").unlink()
+    cfg = core.parse_config(Edited, {}, {}, "", ["--resume_timestamp", "latest"])
+    with core.open_run(cfg, World(), "script.py") as again:
+        again.begin()
+    assert "resumed: brand_new 0.7 is new: the run began without it" in capfd.readouterr().out
+    (run.folder / "result.json").unlink()
+    with start("--resume_timestamp", "latest") as again:
+        again.begin()
+    assert "resumed: brand_new 0.7 is gone: the script has no such constant" in capfd.readouterr().out

@@ -28,7 +28,7 @@ def test_an_archive_holds_what_measuring_needs_and_no_optimizer(kind, trained):
         names = tar.getnames()
         tar.extractall("home", filter="data")
     assert not any("state.pt" in name or ".lock" in name for name in names)
-    unpacked = Path("home/runs") / folder.parent.name / folder.name
+    unpacked = Path("home/runs/smoke") / folder.parent.name / folder.name
     small = {"config.json", "result.json", "log.txt", "metrics.jsonl", "source/core.py"}
     assert all((unpacked / name).read_bytes() == (folder / name).read_bytes() for name in small)
     checkpoints = {path.name for path in (unpacked / "checkpoints").iterdir()}

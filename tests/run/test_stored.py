@@ -60,7 +60,10 @@ def test_the_newest_run_is_one_of_the_script_that_holds_a_checkpoint_and_is_fini
         write(f"out/{name}/config.json", json.dumps({"script": script, "constants": {}}))
         write(f"out/{name}/result.json", json.dumps({"status": status}))
         write(f"out/{name}/checkpoints/step_00000001/manifest.json", "{}")
-    for name, text in (("d", '{"script": "gpt'), ("e", json.dumps({"script": "gpt_scratch"}))):
+    for name, text in (
+        ("d", '{"script": "gpt'),
+        ("e", json.dumps({"script": "gpt_scratch", "constants": {}})),
+    ):
         write(f"out/{name}/config.json", text)
         write(f"out/{name}/result.json", '{"status": "fin')
         write(f"out/{name}/checkpoints/step_00000001/manifest.json", "{}")
