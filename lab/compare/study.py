@@ -156,7 +156,7 @@ def arm_of(plan, word, flag="--arms", called=None) -> Arm:
     constants = {name: value for name, value in constants_of(cfg).items() if name not in ignored}
     prefix = [plan.cfg.tag] if "tag" in plan.cfg.typed.flags else []
     tag = "-".join([*prefix, called or slug(word)[:40], short_hash(constants, 6)])
-    cfg = replace(cfg, tag=tag, out=plan.cfg.out)
+    cfg = with_dtype(replace(cfg, tag=tag, out=plan.cfg.out), plan.world)  # as its runs will have it
     cfg = counting(cfg, overrides=overrides, flags=cfg.typed.flags | {"tag"})
     return Arm(word, {name: getattr(cfg, name) for name in names}, cfg)
 
@@ -187,7 +187,7 @@ def make_runs(plan, arms, planned, poll) -> dict[str, list[Path]]:
     """arm -> folders of its finished runs, one a seed. Stop if one is stopped."""
     runs, seconds = {arm.name: [] for arm in arms}, []
     configs = [run_config(arm, seed) for arm, seed in planned]
-    there = [finished(plan, cfg) for cfg in configs]
+    there = [on_main(plan.world, finished_folder, cfg, plan.script) for cfg in configs]
     plan.say(f"study  {len(arms)} arms x {plan.cfg.seeds} seeds: {len(planned)} runs, "
            f"{sum(map(bool, there))} of them finished")  # fmt: skip
     for number, (arm, seed) in enumerate(planned):
@@ -214,9 +214,8 @@ def run_config(arm, seed, changes=None):
     return counting(cfg, flags=cfg.typed.flags | {"seed", *given})
 
 
-def finished(plan, cfg) -> str:
-    """The folder of this run, if it is finished. A run has the dtype that the device chose."""
-    return on_main(plan.world, finished_run, with_dtype(cfg, plan.world), plan.script)
+def finished_folder(cfg, script) -> str:
+    return str(finished_run(cfg, Path(script)) or "")
 
 
 def seconds_of(folder) -> float:
@@ -225,7 +224,7 @@ def seconds_of(folder) -> float:
 
 def one_run(plan, cfg) -> str:
     """Trains a run, or resumes it, unless it is finished. Returns its folder; Stop if it was stopped."""
-    if folder := finished(plan, cfg):
+    if folder := on_main(plan.world, finished_folder, cfg, plan.script):
         plan.say(f"finished already: {folder}")
         return folder
     if cfg.compile or plan.world.device.type != "cpu":  # each run compiles for itself, as it would alone
@@ -235,7 +234,7 @@ def one_run(plan, cfg) -> str:
         getattr(torch, plan.world.device.type).empty_cache()
         getattr(torch, plan.world.device.type).reset_peak_memory_stats()
     plan.main(cfg, plan.world)
-    folder = finished(plan, cfg)
+    folder = on_main(plan.world, finished_folder, cfg, plan.script)
     if not folder:
         barrier(plan.world)  # all ranks have read what rank 0 said last, before it leaves
         raise Stop("the study")
