@@ -487,7 +487,7 @@ def probe_name(plan) -> str:
     if plan.cfg.probe != "study":
         return plan.cfg.probe
     arm, cfg = planned_runs(plan)[len(plan.cfg.arms) - 1]
-    if folder := studies.finished(plan, cfg):
+    if folder := studies.finished_folder(cfg, __file__):
         return folder
     raise core.UserError(f"--probe study: arm {arm} has no finished run: train it, or name a probe")
 

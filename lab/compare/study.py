@@ -158,7 +158,7 @@ def arm_of(plan, word, flag="--arms", called=None) -> Arm:
     constants = {name: value for name, value in constants_of(cfg).items() if name not in ignored}
     prefix = [plan.cfg.tag] if "tag" in plan.cfg.typed.flags else []
     tag = "-".join([*prefix, called or slug(word)[:40], short_hash(constants, 6)])
-    cfg = replace(cfg, tag=tag, out=plan.cfg.out)
+    cfg = with_dtype(replace(cfg, tag=tag, out=plan.cfg.out), plan.world)  # as its runs will have it
     cfg = counting(cfg, overrides=overrides, flags=cfg.typed.flags | {"tag"})
     return Arm(word, {name: getattr(cfg, name) for name in names}, cfg)
 
@@ -189,7 +189,7 @@ def make_runs(plan, planned, poll) -> dict[str, list[Path]]:
     """arm -> folders of its finished runs, one a seed. planned: (arm, constants of a run), in the order in
     which they are made. Stop if one is stopped."""
     runs, seconds = {arm: [] for arm, _ in planned}, []
-    there = [finished(plan, cfg) for _, cfg in planned]
+    there = [on_main(plan.world, finished_folder, cfg, plan.script) for _, cfg in planned]
     plan.say(f"study  {len(runs)} arms x {plan.cfg.seeds} seeds: {len(planned)} runs, "
            f"{sum(map(bool, there))} of them finished")  # fmt: skip
     for number, (arm, cfg) in enumerate(planned):
@@ -215,9 +215,8 @@ def run_config(arm, seed, changes=None):
     return counting(cfg, flags=cfg.typed.flags | {"seed", *given})
 
 
-def finished(plan, cfg) -> str:
-    """The folder of this run, if it is finished. A run has the dtype that the device chose."""
-    return on_main(plan.world, finished_run, with_dtype(cfg, plan.world), plan.script)
+def finished_folder(cfg, script) -> str:
+    return str(finished_run(cfg, Path(script)) or "")
 
 
 def seconds_of(folder) -> float:
@@ -226,7 +225,7 @@ def seconds_of(folder) -> float:
 
 def one_run(plan, cfg) -> str:
     """Trains a run, or resumes it, unless it is finished. Returns its folder; Stop if it was stopped."""
-    if folder := finished(plan, cfg):
+    if folder := on_main(plan.world, finished_folder, cfg, plan.script):
         plan.say(f"finished already: {folder}")
         return folder
     if cfg.compile or plan.world.device.type != "cpu":  # each run compiles for itself, as it would alone
@@ -236,7 +235,7 @@ def one_run(plan, cfg) -> str:
         getattr(torch, plan.world.device.type).empty_cache()
         getattr(torch, plan.world.device.type).reset_peak_memory_stats()
     plan.main(cfg, plan.world)
-    folder = finished(plan, cfg)
+    folder = on_main(plan.world, finished_folder, cfg, plan.script)
     if not folder:
         barrier(plan.world)  # all ranks have read what rank 0 said last, before it leaves
         raise Stop("the study")

@@ -189,10 +189,10 @@ def contradictions(cfg, stored) -> list[str]:
     return [f"--{n} {stored[n]}, not {getattr(cfg, n)}" for n in names if stored[n] != getattr(cfg, n)]
 
 
-def finished_run(cfg, script) -> str:
-    """The finished run that `--resume_timestamp auto` would find; empty if there is none."""
+def finished_run(cfg, script) -> Path | None:
+    """The finished run that `--resume_timestamp auto` would find, or None."""
     folder = resume_folder(cfg, Path(script), out_folder(cfg, script))
-    return str(folder) if folder and status_of(folder) == "finished" else ""
+    return folder if folder and status_of(folder) == "finished" else None
 
 
 def changed_constants(stored, now) -> dict[str, dict]:

@@ -69,13 +69,13 @@ def test_a_script_may_keep_arms_to_some_constants_and_give_its_own_to_runs():
 def test_a_finished_run_is_found_by_the_dtype_that_the_device_chose(dtype):
     plan = plan_of(run_lora, "--arms", "lr=1e-3", "--dtype", dtype, "--out", "out")
     cfg = studies.run_config(*studies.arms_of(plan), 0)
-    assert studies.finished(plan, cfg) == ""
+    assert studies.finished_folder(cfg, plan.script) == ""
     folder = Path(f"out/20260101_000000-{cfg.tag}")
     folder.mkdir(parents=True)
     constants = core.constants_of(cfg) | {"dtype": "fp32"}
     core.write_json(folder / "config.json", {"script": "run_lora", "constants": constants})
     core.write_json(folder / "result.json", {"status": "finished"})
-    assert studies.finished(plan, cfg) == str(folder)
+    assert studies.finished_folder(cfg, plan.script) == str(folder)
 
 
 def test_an_arm_names_the_run_that_it_continues():
