@@ -41,7 +41,7 @@ BAD_INPUT = {
     "bad type": (["--lr", "fast"], ["--lr", "fast", "float"]),
     "tiny family": (["--model", "tiny:gpt"], ["tiny:gpt", "distilbert"]),
     "no folder": (["--model", "./nowhere"], ["no such folder: ./nowhere"]),
-    "no model": (["--model", "model_folder"], ["model_folder cannot be loaded"]),
+    "no model": (["--model", "model_folder"], ["in folder model_folder cannot be: it has no config.json"]),
     "too long": (["--max_length", 600], ["--max_length 600 is more than the 512 positions"]),
     "out is a file": (["--out", "file"], ["file is a file: use a folder"]),
     "out in a file": (["--out", "file/x"], ["out file/x cannot be written"]),
@@ -422,7 +422,8 @@ def test_the_report_card_is_on_the_screen_and_in_the_folder(smoke):
     names = ("log_loss", "accuracy", "flip_rate", "recall_A", "recall_tie", "calibration_error")
     for name in (*names, "length_only_log_loss", "brier", "tempered_log_loss", "averaged_above_one_order"):
         low, high = got[f"test/{name}_interval"]
-        assert low <= high and (got.get(f"val/{name}") is None) == (name == "tempered_log_loss")
+        assert not low > high  # NaN where the smoke run's rows of a kind are all alike
+        assert (got.get(f"val/{name}") is None) == (name == "tempered_log_loss")
     assert {"test/macro_f1", "test/by_truncation", "test/by_length", "test/prefers_longer"} <= set(got)
     assert (newest(smoke[0] / "out") / "report.png").stat().st_size > 10_000
 
