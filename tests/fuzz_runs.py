@@ -42,7 +42,7 @@ class Config:
 
 def start(out, *flags) -> core.Run:
     cfg = core.parse_config(Config, {}, {}, "", ["--out", str(out), *flags])
-    return core.Run(cfg, core.World(), Path(out) / "script.py", unit="tokens")
+    return core.open_run(cfg, core.World(), Path(out) / "script.py", unit="tokens")
 
 
 def parts() -> tuple:
