@@ -23,7 +23,7 @@ STOPPED, FINISHED, TWIN = "20260103_000000", "20260101_000000-a", "20260102_0000
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(core.Constants):
     """Constants of a script of these tests."""
 
     batch: int = 8

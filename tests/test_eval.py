@@ -5,7 +5,6 @@ import math
 import shutil
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -294,9 +293,9 @@ def test_tags_and_presets_name_runs_wherever_runs_are_named():
     tagged = [make_run(f"r{seed}", tag="boss", seed=seed) for seed in (0, 1)]
     make_run("stopped", tag="boss", status="stopped")
     preset = make_run("p", "gpt_scratch", config={"preset": "strong"})
-    asked = SimpleNamespace(run_folder=("boss", "strong", "runs/run_lora/r0", "gpt2"))
+    asked = script.Config(run_folder=("boss", "strong", "runs/run_lora/r0", "gpt2"))
     assert script.named_runs(asked) == [*tagged, preset, "runs/run_lora/r0", "gpt2"]
-    assert script.named_runs(SimpleNamespace(run_folder=())) == []
+    assert script.named_runs(script.Config()) == []
 
 
 def test_without_runs_of_their_own_those_of_smoke_runs_are_pointed_at():
@@ -312,9 +311,8 @@ def test_tables_of_folders_of_one_name_do_not_overwrite_each_other():
     Path("runs/smoke").mkdir()
     shutil.copytree("runs/run_lora", "runs/smoke/run_lora")
     shutil.copytree("runs/run_lora", "copies/run_lora")
-    cfg = {"group_by": (), "sort": None, "plot": False, "out": None}
     for folder in ("runs/run_lora", "runs/smoke/run_lora", "copies/run_lora"):
-        script.tabulate(SimpleNamespace(table=(folder,), **cfg), print)
+        script.tabulate(script.Config(table=(folder,)), print)
     folders = {path.parent.name for path in Path("runs/tables").glob("*/table.md")}
     assert folders == {"run_lora", "smoke_run_lora", "copies_run_lora"}
 

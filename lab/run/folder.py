@@ -46,16 +46,19 @@ def open_run(cfg, world, script, unit="examples"):
     if cfg.batch < world.size:
         better = f"use --nproc_per_node={cfg.batch} or --batch {world.size} or more"
         raise UserError(f"batch {cfg.batch} is smaller than {world.size} ranks: {better}")
-    signals, held = Signals(world), contextlib.ExitStack()
-    plan = on_main(world, plan_run, cfg, Path(script), held)
-    if world.size > launch.number("LOCAL_WORLD_SIZE"):
-        require_one_disk(world, plan["folder"], cache_root())
-    if not plan["finished"]:
-        return Run(cfg, world, script, unit, plan, signals, held)
+    signals = Signals(world)
+    with contextlib.ExitStack() as undone:  # where the command is refused, or the run is finished
+        undone.callback(signals.close)
+        held = undone.enter_context(contextlib.ExitStack())
+        plan = on_main(world, plan_run, cfg, Path(script), held)
+        if world.size > launch.number("LOCAL_WORLD_SIZE"):
+            require_one_disk(world, plan["folder"], cache_root())
+        if not plan["finished"]:
+            run = Run(cfg, world, script, unit, plan, signals, held)
+            undone.pop_all()
+            return run
     if world.is_main:
         print("\n".join([*plan["lines"], f"{plan['folder']} is finished: nothing to do"]), flush=True)
-    signals.close()
-    held.close()
     return None
 
 
