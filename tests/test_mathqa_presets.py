@@ -101,7 +101,9 @@ def test_the_first_stage_is_what_its_own_command_would_be():
     given = stages(*argv, "--pretrain", "noam_wide4_effective,max_steps=9,eval_rows=none").pretraining.cfg
     command = ["--preset", "noam_wide4_effective", "--smoke", "--note", "x", "--out", "o", "--max_steps", "9"]
     constants = gpt_scratch.Config, gpt_scratch.PRESETS, gpt_scratch.SMOKE
-    alone = core.parsed_config(*constants, "", [*command, "--eval_rows", "none"])
+    alone = core.with_dtype(
+        core.parsed_config(*constants, "", [*command, "--eval_rows", "none"]), core.World()
+    )
     assert dataclasses.replace(given, tag=alone.tag) == alone
 
 
