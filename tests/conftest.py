@@ -27,8 +27,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LARGE = {"smoke", "tuned", "adapted", "whole", "studied", "copied"}  # fixtures: whole runs, studies, copies
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Tests marked `gpu` are part of every run, and skipped where they cannot run."""
+    """What looks at a whole run or study is slow. Tests marked `gpu` are part of every run, and skipped where
+    they cannot run."""
+    for item in items:
+        if LARGE & {*item.fixturenames}:
+            item.add_marker(pytest.mark.slow)
     if cards.found():
         return
     for item in items:

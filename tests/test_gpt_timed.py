@@ -106,6 +106,7 @@ def run_folders() -> list[Path]:
     return sorted(path.parent for path in Path("out").glob("*/config.json"))
 
 
+@pytest.mark.slow
 def test_a_run_takes_the_rates_it_names_and_others_go_on_with_its_weights(monkeypatch):
     used, original = [], core.optimizer_step
 
@@ -150,6 +151,7 @@ def test_a_run_takes_the_rates_it_names_and_others_go_on_with_its_weights(monkey
     assert run_folders() == known  # refused before anything is kept
 
 
+@pytest.mark.slow
 def test_the_preset_and_lion_give_the_same_weights_on_any_ranks():
     """fp64, to 1e-9: a padded vocabulary, one_cycle, some validation blocks, and signs of gradients."""
     ends = {}

@@ -305,6 +305,7 @@ def test_the_embedding_of_a_model_with_its_own_head_is_frozen_too(gpt2_folder):
     assert "lm_head.weight" in trains and "wte.weight" not in trains
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fixture", ["tuned", pytest.param("adapted", marks=pytest.mark.slow)])
 def test_a_run_can_be_opened_and_measures_as_it_did(fixture, request):
     result, folder = request.getfixturevalue(fixture)

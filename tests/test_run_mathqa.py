@@ -302,6 +302,7 @@ def test_both_stages_ended_between_the_two_go_on_with_the_second(whole, go):
     same_stages(whole(1))
 
 
+@slow
 def test_a_resumed_pretraining_may_be_cut_into_smaller_micro_batches(go):
     """As into other evaluations and saves: what resume.MAY_CHANGE lists."""
     assert launch(NAME, "--out", "out", *BOTH, kill=("step", 7, 0)) == [-9]
@@ -344,6 +345,7 @@ def test_init_step_picks_an_older_checkpoint_and_names_those_there_are(made, go)
     assert "has no whole step_00000003; there: step_00000009, step_00000010" in said
 
 
+@slow
 def test_an_exported_base_is_tuned_from_the_same_weights(made, go):
     base = made("base")
     (tested,) = result_of(base)["test_checkpoints"]
@@ -352,6 +354,7 @@ def test_an_exported_base_is_tuned_from_the_same_weights(made, go):
     same_weights(start_of(ranks.newest()), weights_at(base, tested))
 
 
+@slow
 def test_adapters_alone_are_refused_and_merged_are_taken(made, go):
     said = refused(*BLANK, "--init_from", made("lora"))
     assert "holds no whole model: adapters are merged by --mode export" in said
@@ -362,6 +365,7 @@ def test_adapters_alone_are_refused_and_merged_are_taken(made, go):
     same_weights(start_of(ranks.newest()), dict(script.merged(model).state_dict()), 1e-6)
 
 
+@slow
 def test_none_is_the_newest_finished_run_of_gpt_scratch_in_out(made, go):
     assert "no finished run of gpt_scratch.py in out" in refused(*BLANK)
     for name in ("20000101_000000", "20000102_000000", "20000103_000000"):

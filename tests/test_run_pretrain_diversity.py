@@ -298,7 +298,6 @@ def test_a_run_by_itself_is_the_run_of_the_study(copied):
         (["--val_share", 0.6, "--test_share", 0.4], ["val_share 0.6 + test_share 0.4 leave nothing"]),
         (["--seeds", 0], ["seeds", "0"]),
         (["--data", "a"], ["--data is read by --mode train or find_lr, not by study"]),
-        (["--mode", "train", "--max_hours", 1], ["--max_hours is read by --mode study or cache or"]),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_before_anything_is_trained(argv, words, sources, monkeypatch, capfd):

@@ -301,7 +301,8 @@ def test_a_signal_while_rank_0_samples_is_heard_there(size, straight):
     same_curves(newest(), straight(script, size)[1])
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
 def test_a_signal_while_all_ranks_answer_is_agreed_on(size, straight):
     """Law 5: the second token of the test rows' answers; ranks that are done keep polling."""
     script = "run_instruct"
@@ -419,7 +420,7 @@ def test_losses_agree_in_fp32_on_another_number_of_ranks(script):
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("script", on_every_script(()))
+@pytest.mark.parametrize("script", on_every_script((), quick=0))
 def test_evaluation_counts_every_row_once(script):
     """Law 2: the same figures on 1, 2, 3 ranks and batches that leave a row over or one short."""
     figures = []
@@ -432,7 +433,7 @@ def test_evaluation_counts_every_row_once(script):
     np.testing.assert_allclose([f[1:] for f in figures], [figures[0][1:]] * len(figures), rtol=1e-5)
 
 
-@pytest.mark.parametrize("script", on_every_script(()))
+@pytest.mark.parametrize("script", on_every_script((), quick=0))
 def test_a_resume_on_another_number_of_ranks_ends_in_the_same_weights(script):
     """Law 1 holds over a resume: to 1e-9 in fp64."""
     flags = [*SHORT[script], *EXACT[script], "--dtype", "fp64", "--test_weights", "last"]

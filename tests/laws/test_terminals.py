@@ -46,7 +46,7 @@ def first_heard(how) -> signal.Signals:
     ("script", "place", "nth", "how", "size"),
     [
         ("run_preference", "step", 13, "once", 1),
-        ("run_lora", "save", 3, "with TERM", 1),
+        pytest.param("run_lora", "save", 3, "with TERM", 1, marks=slow),
         pytest.param("run_instruct", "evaluation", 5, "twice at once", 1, marks=slow),
         pytest.param("gpt_scratch", "sampling", 12, "twice at once", 1, marks=slow),
         pytest.param("run_mathqa", "answering", 1, "once", 1, marks=slow),
@@ -85,12 +85,13 @@ def test_a_closed_terminal_saves_and_the_same_command_goes_on(script, place, nth
     assert len(list(Path("out").iterdir())) == 1
 
 
+@slow
 @pytest.mark.parametrize(
     ("script", "how", "size"),
     [
         ("gpt_scratch", "twice at once", 1),
         *(
-            pytest.param(script, how, size, marks=slow)
+            (script, how, size)
             for at, script in enumerate(ranks.SCRIPTS)
             for how, size in [(list(HOW)[at % len(HOW)], 1 + at % 2)]
         ),

@@ -167,6 +167,7 @@ def test_rows_whose_answer_has_no_word_do_not_count_among_first_words():
     assert first_words(run, train, np.array([1, 4]), ["", "word"]) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fixture", ["tuned", pytest.param("adapted", marks=pytest.mark.slow)])
 def test_a_run_answers_what_it_is_asked(fixture, request, monkeypatch, capfd):
     _, folder = request.getfixturevalue(fixture)

@@ -194,6 +194,7 @@ def test_instruction_rows_of_a_file_get_the_loss_that_the_run_gives_them(trained
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["run_preference", "folds"])
 def test_preference_rows_of_a_file_get_the_log_loss_that_the_run_gives_them(kind, trained):
     """Of folds the three models are averaged, so there only the rows and the card are looked at."""

@@ -14,6 +14,7 @@ from core import World
 from lab.data.cache import is_whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("inputs", "dtype", "lr", "atol"),
     [

@@ -18,6 +18,7 @@ import eval as script
 from core import World
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["run_lora", "folds"])
 def test_an_archive_holds_what_measuring_needs_and_no_optimizer(kind, trained):
     folder = trained(kind)

@@ -72,6 +72,7 @@ with core.distributed() as world:
 """
 
 
+@pytest.mark.slow
 def test_who_is_late_by_many_looks_is_waited_for_and_the_sums_are_right():
     """Waiting in slices must not break off the reduction, nor those behind it."""
     command, port = [sys.executable, "-c", LATE], str(free_port())
