@@ -40,7 +40,7 @@ class Config(core.Constants):
     resume_step: int | None = None
 
 
-def start(out, *flags) -> core.Run:
+def start(out, *flags) -> core.Run | None:
     cfg = core.parse_config(Config, {}, {}, "", ["--out", str(out), *flags])
     return core.open_run(cfg, core.World(), Path(out) / "script.py", unit="tokens")
 
@@ -245,14 +245,14 @@ def check_resume(out, source, name, rng):
     before = contents(out)
     try:
         run = start(out, "--resume_timestamp", asked, *tag_of(name))
-    except SystemExit as end:  # auto: it is finished
-        if end.code != 0 or asked != "auto" or contents(out) != before:
-            raise AssertionError(f"ended with {end.code}") from None
-        return
     except core.UserError:
         if contents(out) != before:
             raise AssertionError(f"a refusal touched {changed(before, contents(out))}") from None
         raise
+    if run is None:
+        if asked != "auto" or contents(out) != before:
+            raise AssertionError("a finished run was touched, or found without auto")
+        return
     new = not run.resumed
     if new and (asked != "auto" or "a new run" not in "".join(run._lines)):
         raise AssertionError(f"a new run beside a damaged one without a word: {run._lines}")

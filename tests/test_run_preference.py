@@ -370,6 +370,7 @@ def test_a_submission_has_every_row_in_order_and_is_the_same_on_any_number_of_ra
     )
 
 
+@pytest.mark.slow
 def test_a_submission_is_refused_where_it_would_be_another_models():
     flags = ["--smoke", "--max_documents", 120, "--epochs", 1, "--batch", 12, "--folds", 3, "--freeze", "all"]
     submitting = ["--mode", "submit", "--test_csv", pairs_csv(20, "test.csv")]
@@ -396,6 +397,7 @@ def test_a_submission_is_refused_where_it_would_be_another_models():
     assert "nowhere is no run folder" in Path("out.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_frozen_encoders_head_learns_at_lr():
     """Not at the default of head_lr, whatever that is."""
     heads = []

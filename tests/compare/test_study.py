@@ -118,17 +118,6 @@ def test_words_that_are_no_arm_are_one_line(argv, said):
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("script", STUDIED)
-def test_flags_of_another_mode_are_refused_by_name(script):
-    for argv, said in [
-        (["--arms", "lr=1"], "--arms is read by --mode study, not by train"),
-        (["--seeds", 3], "--seeds is read by --mode study, not by train"),
-        (["--find_steps", 9], "--find_steps is read by --mode find_lr, not by train"),
-    ]:
-        assert launch(script, "--smoke", *argv) == [2]
-        assert said in Path("out.txt").read_text()
-
-
 def test_a_study_is_not_resumed_by_hand():
     with pytest.raises(core.UserError, match="mode study continues by itself"):
         plan_of(gpt_scratch, "--arms", "lr=1", "--resume_timestamp", "auto")

@@ -289,7 +289,8 @@ def test_a_signal_saves_and_leaves(script, number, place, nth, size, straight):
     same_curves(newest(), straight(script, size)[1])
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
 def test_a_signal_while_rank_0_samples_is_heard_there(size, straight):
     """Law 5: the twelfth token is the fourth of the samples after step 16, which are then not written."""
     script = "gpt_scratch"

@@ -35,7 +35,7 @@ with core.distributed() as world:
     ("sent", "how", "said"),
     [
         (signal.SIGKILL, "reduction", "rank 1 did not come to reduction 1, where rank 0 waits ("),
-        (signal.SIGSTOP, "reduction", "silent for a minute"),
+        pytest.param(signal.SIGSTOP, "reduction", "silent for a minute", marks=pytest.mark.slow),
         pytest.param(signal.SIGSTOP, "in C++", "silent for a minute", marks=pytest.mark.slow),
         pytest.param(signal.SIGKILL, "in C++", "ended while the others waited", marks=pytest.mark.slow),
     ],
