@@ -34,7 +34,7 @@ from lab.data.tables import text_lines
 from lab.data.tokenizers import prompt_ids
 from lab.measure import answers, other_data, preference, tuning
 from lab.models import int4, pretrained, trusted
-from lab.run import checkpoints, files, pack
+from lab.run import files, pack
 
 
 @dataclass(frozen=True)
@@ -237,10 +237,6 @@ def weights_note(folder) -> str | None:
         status = result.get("status", "not finished")
         name = core.tested_or_newest_checkpoint(folder)
         return f"{folder} is {status}: its newest whole checkpoint, {name}, is used"
-    reason = checkpoints.broken(Path(folder) / "checkpoints" / tested[0])
-    if reason and len(tested) == 1:
-        used = core.tested_or_newest_checkpoint(folder)
-        return f"WARNING checkpoint {tested[0]} is broken ({reason}): {used} is used, figures may differ"
     return None
 
 

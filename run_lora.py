@@ -91,6 +91,12 @@ class Config(core.Studied):
         "train find_lr study ask": {"max_new_tokens"},
     }
 
+    def __post_init__(self):
+        super().__post_init__()
+        own = {f"lora_{name}" for name in ("rank", "alpha", "scaling", "init", "targets", "head", "layers")}
+        if self.adapter and (typed := sorted(own & self.typed.flags)):
+            raise core.UserError(f"--adapter brings its own {', '.join(typed)}: drop these flags")
+
 
 # Some 12,000 training rows, multiplier and A as in the code that the journal's came from. Not repeated: there
 # gradients were clipped only after the warm-up.
@@ -152,13 +158,8 @@ SMOKE = {
 }
 
 
-ADAPTERS_OWN = {f"lora_{name}" for name in ("rank", "alpha", "scaling", "init", "targets", "head", "layers")}
-
-
 def build_model(cfg, tokenizer, world, folder):
     """The pretrained GPT, frozen, with new adapters or those of cfg.adapter (of which a run keeps a copy)."""
-    if cfg.adapter and (own := sorted(cfg.typed.flags & ADAPTERS_OWN)):
-        raise core.UserError(f"--adapter brings its own {', '.join(own)}: drop these flags")
     model, kept = core.build_model(cfg, tokenizer, world), Path(folder) / "adapter"
     if cfg.adapter:
         lora_peft.load_peft(model, kept if kept.exists() else cfg.adapter, cfg.lora_dropout)

@@ -576,7 +576,7 @@ def several(cfg, world):
     """Modes both, study and split. Checks everything before the first step."""
     check_words(cfg)
     if cfg.init_from == "newest":
-        cfg = gpt_scratch.with_newest(cfg, world, "init_from")
+        raise core.UserError("--init_from newest would be another run one day: name the one that is tuned")
     unread = OF_A_STUDY - ({"pretrain"} if cfg.init_from == "new" else set())
     plan = study.Plan(cfg, world, __file__, Config, PRESETS, SMOKE, main, ARM_MAY, unread)
     if cfg.mode == "both":

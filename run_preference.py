@@ -87,6 +87,8 @@ class Config(core.Studied):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.freeze == "all" and "head_lr" in self.typed.flags:
+            raise core.UserError("--freeze all trains the head alone, at --lr: drop --head_lr")
         if self.symmetric and self.swap_augmentation:
             raise core.UserError(
                 "--swap_augmentation changes nothing with --symmetric, which averages both orders: use one"
@@ -580,8 +582,6 @@ def main(cfg, world):
     cfg = core.with_dtype(cfg, world)
     if cfg.mode == "submit":
         return submit_of_a_run(cfg, world)
-    if cfg.freeze == "all" and "head_lr" in cfg.typed.flags:
-        raise core.UserError("--freeze all trains the head alone, at --lr: drop --head_lr")
     if not (run := core.open_run(cfg, world, __file__)):
         return None
     with run:

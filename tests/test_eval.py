@@ -191,8 +191,8 @@ def test_a_broken_checkpoint_is_named_and_another_used(copy):
     said = evaluate("--run", folder)
     other = core.tested_or_newest_checkpoint(folder)
     assert (
-        f"WARNING checkpoint {name} is broken (model.safetensors is not what was written): {other} is used"
-        in said
+        f"WARNING {folder}: checkpoint {name} is broken (model.safetensors is not what was written): "
+        f"{other} is used" in said
     )
     assert f"{folder}\n" in said and "  test  loss" in said
     for path in (folder / "checkpoints").glob("*/model.safetensors"):

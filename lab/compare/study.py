@@ -10,6 +10,7 @@ import gc
 import itertools
 import math
 import os
+import shlex
 import signal
 import threading
 from dataclasses import dataclass, replace
@@ -69,7 +70,7 @@ def study(cfg, world, script, config, presets, smoke, main):
     """Makes the runs that are missing and writes study-<hash>/study.md, study.json and study.png."""
     plan = Plan(cfg, world, script, config, presets, smoke, main)
     arms = arms_of(plan)
-    folder = out_folder(cfg, script) / f"study-{short_hash([arm.cfg.tag for arm in arms], 6)}"
+    folder = out_folder(cfg, script) / f"study-{short_hash([cfg.seed, *(arm.cfg.tag for arm in arms)], 6)}"
     seeds = range(cfg.seed, cfg.seed + cfg.seeds)
     planned = [(arm.name, run_config(arm, seed)) for seed in seeds for arm in arms]
     with continued(plan) as poll:
@@ -81,8 +82,9 @@ def study(cfg, world, script, config, presets, smoke, main):
 def continued(plan):
     """Yields poll(), which raises Stop on all ranks after a signal or max_hours; says how a study goes on."""
     timer = None
-    if plan.cfg.max_hours and plan.world.is_main:  # a signal: saved between two steps, and agreed on
-        timer = threading.Timer(3600 * plan.cfg.max_hours, os.kill, (os.getpid(), signal.SIGTERM))
+    if (hours := plan.cfg.max_hours) is not None and plan.world.is_main:
+        # a signal: saved between two steps, and agreed on
+        timer = threading.Timer(3600 * hours, os.kill, (os.getpid(), signal.SIGTERM))
         timer.daemon = True
         timer.start()
     try:
@@ -252,7 +254,7 @@ def report(plan, arms, runs, folder):
     at = {arm.name: list(range(n * size, (n + 1) * size)) for n, arm in enumerate(arms)}
     validation = {arm.name: validation_loss(facts, at[arm.name]) for arm in arms}
     means, told = figures_of(arms, facts, at, validation)
-    lines = ["# Study", "", f"`python {Path(plan.script).name} {' '.join(words_of(plan))}`", ""]
+    lines = ["# Study", "", f"`python {Path(plan.script).name} {shlex.join(words_of(plan))}`", ""]
     lines += [table(plan, arms, facts, at, validation, means), ""]
     notes = [] if told[:1] and told[0].startswith(NO_VERDICT) else warnings(plan, arms, validation)
     lines += [*told, "", *notes, *alarm_notes([(one.tag or one.name, one) for one in facts])]
@@ -262,7 +264,7 @@ def report(plan, arms, runs, folder):
     found = {name: [str(path) for path in paths] for name, paths in runs.items()}
     write_json(folder / "study.json", {"runs": found, "val/loss": validation, "means": means})
     name = next(iter(means))
-    draw(arms, name, means[name], folder / "study.png")
+    draw(arms, f"{facts[0].part} {name}", means[name], folder / "study.png")
     plan.say(f"{text}done  {folder}/study.md  picture: study.png there")
     plan.say(f"next: python eval.py --table {out_folder(plan.cfg, plan.script)}")
 
@@ -296,8 +298,9 @@ def possible_mean(rows, side) -> dict:
 
 def words_of(plan) -> list[str]:
     """The study's command, for its report."""
-    names = ("arms", "grid", "seeds")
-    given = [as_flags(name, getattr(plan.cfg, name)) for name in names if getattr(plan.cfg, name)]
+    names = [name for name in ("arms", "grid", "seeds") if getattr(plan.cfg, name)]
+    names += sorted({"seed", "tag", "out"} & plan.cfg.typed.flags)
+    given = [as_flags(name, getattr(plan.cfg, name)) for name in names]
     return ["--mode", "study", *command_of(plan.cfg), *itertools.chain(*given)]
 
 
@@ -366,7 +369,7 @@ def draw(arms, name, means, path):
     values = [means[arm.name] for arm in arms]
     middle, low, high = [v["mean"] for v in values], *zip(*(v["interval"] for v in values), strict=True)
     figure = Figure(figsize=(8, max(3.0, 0.5 * len(arms) + 1.5)), layout="constrained")
-    axes, label = figure.subplots(), f"test {name}: mean with 95 % interval, and each run (x)"
+    axes, label = figure.subplots(), f"{name}: mean with 95 % interval, and each run (x)"
     names = {constant for arm in arms for constant in arm.values}
     numbers = [next(iter(arm.values.values()), None) for arm in arms]
     if len(names) == 1 and len(arms) > 2 and all(type(n) in (int, float) for n in numbers):

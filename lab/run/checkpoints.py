@@ -1,10 +1,13 @@
 """Checkpoints: whole or not there, hashed, pruned, checked before they are read."""
 
+import functools
 import hashlib
 import json
+import os
 import pickle
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -131,13 +134,23 @@ def newest_whole_checkpoint(checkpoints, step=None) -> tuple[str | None, list[st
 def tested_or_newest_checkpoint(folder) -> str:
     """Name of the checkpoint that a run was tested with; of an unfinished run, the newest whole one."""
     folder = Path(folder)
-    for name in (read_result(folder).get("test_checkpoints") or [])[:1]:
-        if broken(folder / "checkpoints" / name) is None:
+    tested = (read_result(folder).get("test_checkpoints") or [])[:1]
+    reasons = {name: broken(folder / "checkpoints" / name) for name in tested}
+    for name, reason in reasons.items():
+        if reason is None:
             return name
     name, _ = newest_whole_checkpoint(folder / "checkpoints")
     if name is None:
         raise UserError(f"{folder} has no checkpoint")
+    for tested, reason in reasons.items():
+        _warn(f"{folder}: checkpoint {tested} is broken ({reason}): {name} is used, figures may differ")
     return name
+
+
+@functools.cache  # once for each checkpoint, though several places ask
+def _warn(line):
+    if os.environ.get("RANK", "0") == "0":
+        print(f"WARNING {line}", file=sys.stderr)
 
 
 def tested_checkpoints(folder) -> list[str]:
@@ -173,7 +186,7 @@ class Checkpoints:
         """Rank 0: removes what lies behind the newest: it is broken, or --resume_step went back."""
         remove_leftovers(self.folder)
         for path in step_folders(self.folder):
-            if path.name > (self.newest or ""):
+            if self.newest is None or int(path.name[5:]) > int(self.newest[5:]):
                 remove_checkpoint(path)
 
     def save(self, step, model, tensors, position, must=False):
@@ -202,14 +215,12 @@ class Checkpoints:
         """Loads the fold's best weights; leaves the last ones if none were saved. Returns the checkpoint's
         name."""
         name = self.kept.get(f"best {fold}", {}).get("name")
-        if reason := on_main(self.world, self._why_unusable, name):
-            self.say(f"WARNING the best weights are {name} ({reason}): the last ones are used")
+        if not name or (reason := on_main(self.world, broken, self.folder / name)):
+            which = f"are {name} ({reason})" if name else "were never saved"
+            self.say(f"WARNING the best weights {which}: the last ones are used")
             return self.newest
         load_weights(self.folder / name, model)
         return name
-
-    def _why_unusable(self, name) -> str | None:
-        return broken(self.folder / name) if name else "never saved"
 
     def _write(self, name, model, tensors, position, must=False) -> bool:
         """Rank 0: whether it was written. The manifest says how much of metrics.jsonl counts."""

@@ -43,14 +43,11 @@ from lab.train.processes import all_reduce_sum, on_main
 def open_run(cfg, world, script, unit="examples"):
     """The Run of these constants: a new folder or one to resume. None, and a line, where --resume_timestamp
     auto finds it finished. unit: what rates count, examples or tokens."""
-    if cfg.batch < world.size:
-        better = f"use --nproc_per_node={cfg.batch} or --batch {world.size} or more"
-        raise UserError(f"batch {cfg.batch} is smaller than {world.size} ranks: {better}")
     signals = Signals(world)
     with contextlib.ExitStack() as undone:  # where the command is refused, or the run is finished
         undone.callback(signals.close)
         held = undone.enter_context(contextlib.ExitStack())
-        plan = on_main(world, plan_run, cfg, Path(script), held)
+        plan = on_main(world, plan_run, cfg, Path(script), world.size, held)
         if world.size > launch.number("LOCAL_WORLD_SIZE"):
             require_one_disk(world, plan["folder"], cache_root())
         if not plan["finished"]:
@@ -94,7 +91,7 @@ class Run:
                 write_provenance(self)
         transport = world.device.type if world.size == 1 else world.backend
         ranks = f"{world.size} rank{'s' * (world.size > 1)} {transport}"
-        share = f"batch {cfg.batch} = {world.size} x {self.cfg.batch / world.size:g}"
+        share = f"batch {self.cfg.batch} = {world.size} x {self.cfg.batch / world.size:g}"
         self.say(f"{self.script.stem}  {ranks} {self.cfg.dtype}  {share}  {self.folder}")
 
     def __enter__(self):
@@ -204,7 +201,8 @@ class Run:
         All ranks, before DDP."""
         self.fold = fold
         if not self.position or self.position["fold"] != fold:
-            self.first_step, self.meter, self.state = self._last_step, Meter(self.world), {}
+            self.first_step, self.meter = self._last_step, Meter(self.world)
+            self.state = {name: self.state[name] for name in ("spikes", "left_out") if name in self.state}
             return 0
         self.first_step, self._last_step = self.position["first_step"], self.position["step"]
         self.meter = Meter(self.world, self.position["sums"])

@@ -34,7 +34,7 @@ MAY_CHANGE = {  # what a flag may change in a resumed run: length, cadence, book
 CALL_CONSTANTS = {"out", "tag", "resume_timestamp", "resume_step", "backend", "dirty"}
 
 
-def plan_run(cfg, script, held) -> dict:
+def plan_run(cfg, script, ranks, held) -> dict:
     """Rank 0 decides, as JSON: a new folder or one to resume, its checkpoint, position and constants.
     held: an ExitStack that gets the folder's lock, unless the run is finished already."""
     out = out_folder(cfg, script)
@@ -42,6 +42,7 @@ def plan_run(cfg, script, held) -> dict:
     plan = {"resumed": True, "finished": False, "checkpoint": None, "position": {}}
     if not folder:
         lines += passed_over(cfg, script, out)
+        require_rows(constants, ranks)
         folder = new_folder(out, cfg.tag)
         held.enter_context(locked(folder))
         lines += filter(None, [cfg.typed.chosen])
@@ -55,6 +56,7 @@ def plan_run(cfg, script, held) -> dict:
         return plan | {"finished": True}
     if (folder / PACKED).exists():
         raise UserError(f"{folder} was packed without optimizer state: resume the original, not this copy")
+    require_rows(constants, ranks)
     require_files(folder)
     held.enter_context(locked(folder))
     # while this one waited for the lock
@@ -64,6 +66,13 @@ def plan_run(cfg, script, held) -> dict:
     notes.append(f"resumes {folder.name} from {name or 'step 0: there is no checkpoint yet'}")
     position = read_manifest(folder / "checkpoints" / name) if name else {}
     return plan | {"checkpoint": name, "position": position, "lines": notes + lines}
+
+
+def require_rows(constants, ranks):
+    """UserError where a batch has no row for some process."""
+    if (batch := constants["batch"]) < ranks:
+        better = f"use --nproc_per_node={batch} or --batch {ranks} or more"
+        raise UserError(f"batch {batch} is smaller than {ranks} ranks: {better}")
 
 
 def require_files(folder):
