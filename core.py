@@ -59,10 +59,10 @@ from lab.measure.statistics import (
     bootstrap,
     class_shares,
     classification_metrics,
+    final_parts,  # val, and test with final_eval
     language_metrics,
     plus_minus,
 )
-from lab.measure.tuning import final_parts  # val, and test with final_eval
 from lab.run.meter import clock
 from lab.run.terminal import one_line
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -123,6 +124,7 @@ def test_a_run_takes_the_rates_it_names_and_others_go_on_with_its_weights(monkey
     assert used == [[core.lr_at(cfg, step, 20)] * 2 for step in range(20)]
     assert math.isclose(max(used)[0], 7e-3)
 
+    time.sleep(1.1)  # folders are told apart by the second
     for _ in range(3):  # once, however often it is asked
         then = here(*preset_of("continue_noam", "--lr", 1e-3, "--resume_timestamp", "auto"))
     assert run_folders() == [folder, newest()]

@@ -151,9 +151,7 @@ def straight(here, cache):
     ("kind", "place", "nth", "who", "size"),
     [
         ("loha", "step", 7, 0, 1),
-        pytest.param("loha", "evaluation", 6, 1, 2, marks=slow),
         pytest.param("lokr", "evaluation", 5, 0, 1, marks=slow),
-        pytest.param("lokr", "save", 3, 0, 3, marks=slow),
         ("qat", "step", 5, 0, 1),  # from the checkpoint after step 4, before int4 begins
         ("qat", "step", 10, 0, 1),  # after it
         pytest.param("qat", "step", 10, 1, 2, marks=slow),

@@ -14,7 +14,7 @@ from lab.measure import tuning
 from lab.measure.answers import answers as greedy_answers
 from lab.measure.answers import shortened
 from lab.measure.language import evaluate, loss_lines
-from lab.measure.statistics import bootstrap, language_metrics, plus_minus
+from lab.measure.statistics import bootstrap, final_parts, language_metrics, plus_minus
 from lab.run.files import write_lines
 from lab.run.terminal import one_line
 from lab.train.loss import IGNORE_INDEX
@@ -217,7 +217,7 @@ def spelt_bytes(examples) -> np.ndarray:
 
 def measure_parts(model, data, parts, cfg, world, poll) -> tuple[dict, list[dict], list[dict]]:
     """(figures of val and test, lines of losses.jsonl and of answers.jsonl); answers the last part only."""
-    figures, names = {}, tuning.final_parts(cfg)
+    figures, names = {}, final_parts(cfg)
     for part in names:
         found, losses, lines = measure(model, part, parts, data, cfg, world, poll, part == names[-1])
         figures |= found
@@ -228,7 +228,7 @@ def final_figures(run, cfg, data, parts, plain, model) -> dict:
     """Final figures: loss, perplexity, accuracy on val and test; answers to the last part; forgetting; an
     alarm if nothing was learnt. Says them, and writes losses.jsonl and answers.jsonl."""
     figures, losses, lines = measure_parts(model, data, parts, cfg, run.world, run.poll)
-    for part in tuning.final_parts(cfg):
+    for part in final_parts(cfg):
         say_part(run, cfg, part, figures)
     for line in answer_lines(part, figures):
         run.say(line)

@@ -7,8 +7,9 @@ import time
 
 import numpy as np
 
-from lab.measure import choices, tuning
+from lab.measure import choices
 from lab.measure.language import evaluate
+from lab.measure.statistics import final_parts
 from lab.models import int4
 from lab.run.checkpoints import weights_sha256
 from lab.run.files import write_json
@@ -23,7 +24,7 @@ def beside_float(model, group, target, data, parts, cfg, world, poll) -> dict:
     result = {"weights_sha256": weights_sha256(model), "group": group, "trained_for_it": cfg.qat != "off"}
     bytes_of = {"float": sum(t.numel() * t.element_size() for t in model.state_dict().values())}
     bytes_of["int4"] = (target / "model.safetensors").stat().st_size
-    lines, part = {}, tuning.final_parts(cfg)[-1]
+    lines, part = {}, final_parts(cfg)[-1]
     for kind, each in (("float", model), ("int4", small.to(world.device))):
         figures, *lines[kind] = choices.measure_parts(each, data, parts, cfg, world, poll)
         rates = tokens_per_second(each, parts[part], cfg, world, poll)

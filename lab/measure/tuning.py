@@ -14,7 +14,7 @@ from lab.data.tokenizers import prompt_ids, token_bytes
 from lab.errors import UserError
 from lab.measure.answers import shortened, write_responses
 from lab.measure.language import evaluate, loss_lines, unigram_alarm
-from lab.measure.statistics import bootstrap, language_metrics, plus_minus
+from lab.measure.statistics import bootstrap, final_parts, language_metrics, plus_minus
 from lab.run import terminal
 from lab.run.files import write_lines
 from lab.run.provenance import refuse_other_data
@@ -132,11 +132,6 @@ def spike_rows(cfg, model, examples, chosen, world) -> dict:
     return rows
 
 
-def final_parts(cfg) -> tuple[str, ...]:
-    """The parts whose figures a run ends with, the most important one last."""
-    return ("val", "test") if cfg.final_eval else ("val",)
-
-
 def measure(part, sums, examples, train) -> tuple[dict, list[dict]]:
     """Makes figures and lines of losses.jsonl from the sums of `evaluate`."""
     spelt = spelt_bytes(examples)
@@ -210,11 +205,14 @@ def forgetting(run, cfg, plain, model) -> dict:
     interval = bootstrap(values, np.arange(len(values)), weights=targets).tolist()[2]
     name, base = cfg.plain or plain_corpus(cfg).data, vars(cfg).get("init_from") or cfg.model
     word = "forgotten" if more > 0 else "gained"
-    if never_seen(base, name):
-        word = f"{'higher' if more > 0 else 'lower'} (the base never saw this text) by"
+    is_new = never_seen(base, name)
+    if is_new:
+        word = f"{'higher' if more > 0 else 'lower'} by"
     change = plus_minus(abs(more), sorted([-end for end in interval] if more < 0 else interval), 4)
     change = "nothing has changed" if not values[:, 2].any() else f"{word} {change}"
     run.say(f"plain text of {name}  loss {old:.4f} before, {new:.4f} after: {change}")
+    if is_new:
+        run.say("(the base never saw this text: nothing of it can be forgotten)")
     return {
         "plain/before": old,
         "plain/after": new,

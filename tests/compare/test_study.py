@@ -132,7 +132,7 @@ def study_of(out="out") -> dict:
 @pytest.mark.parametrize(
     ("script", "size"),
     [
-        *((name, 1) for name in STUDIED),
+        *((name, 1) for name in ("run_lora", "run_instruct")),
         *((name, 2) for name in ("gpt_scratch", "run_preference")),
     ],
 )

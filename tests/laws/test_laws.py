@@ -243,7 +243,7 @@ def test_a_frozen_encoder_and_folds_do_not_depend_on_ranks_or_accumulation():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "size"), [("run_preference", 1), ("gpt_scratch", 2)])
+@pytest.mark.parametrize(("script", "size"), [("run_preference", 1)])
 def test_killed_again_and_again_at_random_moments(script, size, straight):
     """Ten strikes each; the named moments are test_killed_and_resumed_ends_in_the_same_weights's."""
     want, want_curves = straight(script, size)

@@ -106,8 +106,8 @@ def test_plain_text_is_by_default_what_the_base_was_trained_on():
             "plain text of news.txt  loss 2.0000 before, 2.5000 after: forgotten 0.5000 ±",
         ),
         ("base", "elsewhere/news.txt", -0.5, "after: gained 0.5000 ± 0.0"),
-        ("base", "python-docs", 0.5, "after: higher (the base never saw this text) by 0.5000 ± 0.0"),
-        ("tiny:gpt2", "python-docs", -0.5, "after: lower (the base never saw this text) by 0.5000 ± 0.0"),
+        ("base", "python-docs", 0.5, "after: higher by 0.5000 ± 0.0"),
+        ("tiny:gpt2", "python-docs", -0.5, "after: lower by 0.5000 ± 0.0"),
         (
             "gpt2",
             None,
