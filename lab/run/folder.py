@@ -31,7 +31,7 @@ from lab.run.disks import cache_root, require_one_disk
 from lab.run.files import remove_leftovers, row_hashes, write_sealed
 from lab.run.meter import Clock, Meter, clock
 from lab.run.provenance import write_provenance
-from lab.run.resume import plan_run
+from lab.run.resume import plan_run, require_rows
 from lab.run.signals import Signals
 from lab.run.stored import read_config, stored_constants
 from lab.run.terminal import Log
@@ -43,6 +43,8 @@ from lab.train.processes import all_reduce_sum, on_main
 def open_run(cfg, world, script, unit="examples"):
     """The Run of these constants: a new folder or one to resume. None, and a line, where --resume_timestamp
     auto finds it finished. unit: what rates count, examples or tokens."""
+    if not cfg.resume_timestamp:
+        require_rows(cfg.batch, world.size)
     signals = Signals(world)
     with contextlib.ExitStack() as undone:  # where the command is refused, or the run is finished
         undone.callback(signals.close)

@@ -42,7 +42,7 @@ def plan_run(cfg, script, ranks, held) -> dict:
     plan = {"resumed": True, "finished": False, "checkpoint": None, "position": {}}
     if not folder:
         lines += passed_over(cfg, script, out)
-        require_rows(constants, ranks)
+        require_rows(constants["batch"], ranks)
         folder = new_folder(out, cfg.tag)
         held.enter_context(locked(folder))
         lines += filter(None, [cfg.typed.chosen])
@@ -56,7 +56,7 @@ def plan_run(cfg, script, ranks, held) -> dict:
         return plan | {"finished": True}
     if (folder / PACKED).exists():
         raise UserError(f"{folder} was packed without optimizer state: resume the original, not this copy")
-    require_rows(constants, ranks)
+    require_rows(constants["batch"], ranks)
     require_files(folder)
     held.enter_context(locked(folder))
     # while this one waited for the lock
@@ -68,9 +68,9 @@ def plan_run(cfg, script, ranks, held) -> dict:
     return plan | {"checkpoint": name, "position": position, "lines": notes + lines}
 
 
-def require_rows(constants, ranks):
+def require_rows(batch, ranks):
     """UserError where a batch has no row for some process."""
-    if (batch := constants["batch"]) < ranks:
+    if batch < ranks:
         better = f"use --nproc_per_node={batch} or --batch {ranks} or more"
         raise UserError(f"batch {batch} is smaller than {ranks} ranks: {better}")
 

@@ -1,5 +1,7 @@
 """A run's life: what a mistake, a fault and an end leave behind. laws/ tries the laws on whole scripts."""
 
+import contextlib
+import dataclasses
 import json
 import signal
 import sys
@@ -12,6 +14,7 @@ from torch import nn
 
 import core
 from core import UserError, World
+from lab.run.resume import plan_run
 
 
 @dataclass(frozen=True)
@@ -199,3 +202,12 @@ def test_a_constant_that_is_new_or_gone_since_the_run_began_is_named_on_resume(c
     with start("--resume_timestamp", "latest") as again:
         again.begin()
     assert "resumed: brand_new 0.7 is gone: the script has no such constant" in capfd.readouterr().out
+
+
+def test_a_resumed_runs_own_batch_is_what_the_ranks_must_fill(capfd):
+    with start() as run:
+        one_step(run)
+    (run.folder / "result.json").unlink()
+    cfg = core.parse_config(Config, {}, {}, "", ["--resume_timestamp", "latest"])
+    with pytest.raises(UserError, match="batch 8 is smaller than 9 ranks"):
+        plan_run(dataclasses.replace(cfg, batch=64), Path("script.py"), 9, contextlib.ExitStack())
