@@ -25,7 +25,8 @@ def evaluate(plan, text, runs, load_model, poll) -> dict:
             on_main(world, write_lines, Path(files[name]), measured.lines("test"))
         for name, file in files.items():
             losses.setdefault(arm, {}).setdefault(name, []).append(file)
-        plan.say(f"measured  {folder.name} on {', '.join(files)}")
+        done = f"measured  {folder.name} on {', '.join(missing)}" if missing else f"known  {folder.name}"
+        plan.say(done)
     return losses
 
 

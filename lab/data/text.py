@@ -55,8 +55,8 @@ class Corpus:
     val_share: float = 0.05
     test_share: float = 0.05
     split_seed: int = 42
-    max_tokens: int | None = None  # of training text, the first ones; then reading stops,
-    held_out_tokens: int = 0  # as soon as val and test have so many
+    max_tokens: int | None = None  # of training text, the first ones
+    held_out_tokens: int = 0  # where max_tokens are read, reading stops once val and test have so many each
     # how a Hub set is read. True: streamed, what is needed only; CacheStream: downloaded, in its own order;
     # False: downloaded, in an order drawn by split_seed; none: streamed where max_documents is given
     streaming: str | None = None

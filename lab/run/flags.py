@@ -106,7 +106,7 @@ class Bookkeeping(Constants):
     find_steps: Count = 100  # of mode find_lr
     find_smoothing: within(float, 0, 0.9999) = 0.8  # weight of the past in the running mean of the loss
 
-    # Modes of NO_TRAINING read only what READ_BY names for them: modes -> constants of these modes alone.
+    # A constant that READ_BY names is read by those modes only; any other by all modes but NO_TRAINING.
     NO_TRAINING = ()
     READ_BY: ClassVar = {"find_lr": FIND_CONSTANTS}
 

@@ -65,8 +65,8 @@ class Run:
     """One run folder, from open_run. A context manager: Stop ends its body quietly as `stopped`, an error as
     `failed`.
 
-    Until `begin` nothing of an earlier run is touched: a UserError leaves a resumed folder as it was and
-    removes a new one.
+    Until `begin` nothing of an earlier run is touched: a UserError leaves a resumed folder as it was. A new
+    one it removes, as long as there is no checkpoint.
     """
 
     def __init__(self, cfg, world, script, unit, plan, signals, held):
