@@ -651,11 +651,8 @@ def forecast(stages) -> list[str]:
 
 def check_flags(cfg):
     """UserError for typed flags that do not go together."""
-    if (
-        "pretrain" in cfg.typed.flags
-        and cfg.init_from != "new"
-        and (cfg.init_from or cfg.mode not in SEVERAL)
-    ):
+    has_first = cfg.init_from == "new" or (not cfg.init_from and cfg.mode in SEVERAL)
+    if "pretrain" in cfg.typed.flags and not has_first:
         what = f"--init_from {cfg.init_from}" if cfg.init_from else f"--mode {cfg.mode}"
         raise core.UserError(f"--pretrain is the first stage, which {what} does not have: drop it")
     if cfg.mode in ("quantise", "export") and not cfg.run_folder:

@@ -242,3 +242,14 @@ def test_ranks_stop_a_study_together():
     assert codes == ranks.stopped(2, 15) and "continues the study" in Path("out.txt").read_text()
     assert launch("gpt_scratch", "--out", "out", *flags, size=2) == [0, 0]
     assert len(list(Path("out").glob("*/config.json"))) == 4
+
+
+def test_the_command_in_the_report_makes_the_same_study_again():
+    plan = plan_of(
+        run_lora, "--arms", "lr=1e-3", "lr=2e-3", "--seed", 7, "--tag", "mine", "--note", "two words"
+    )
+    words = studies.words_of(plan)
+    given = [run_lora.Config, run_lora.PRESETS, run_lora.SMOKE]
+    again = replace(plan, cfg=core.parsed_config(*given, "", words))
+    assert core.constants_of(again.cfg) == core.constants_of(plan.cfg)
+    assert [arm.cfg.tag for arm in studies.arms_of(again)] == [arm.cfg.tag for arm in studies.arms_of(plan)]

@@ -211,3 +211,10 @@ def test_a_resumed_runs_own_batch_is_what_the_ranks_must_fill(capfd):
     cfg = core.parse_config(Config, {}, {}, "", ["--resume_timestamp", "latest"])
     with pytest.raises(UserError, match="batch 8 is smaller than 9 ranks"):
         plan_run(dataclasses.replace(cfg, batch=64), Path("script.py"), 9, contextlib.ExitStack())
+
+
+def test_spikes_count_over_folds_and_what_else_a_fold_noted_is_its_own():
+    with start() as run:
+        run.state |= {"spikes": 2, "left_out": 1, "lowest": [1.0, 3]}
+        assert run.load(None, None, None, fold=1) == 0
+        assert run.state == {"spikes": 2, "left_out": 1}
