@@ -74,9 +74,10 @@ def _sources(script) -> dict[str, Path]:
     # by __dict__: asking a lazy module for an attribute would import what it stands for
     modules = [vars(module) for module in list(sys.modules.values()) if hasattr(module, "__dict__")]
     names = {name for module in modules if (name := module.get("__file__"))}
-    mine = {Path(name) for name in names if name.startswith(f"{PROJECT}{os.sep}") and name.endswith(".py")}
-    others = {"site-packages", "tests", "benchmarks"}
-    mine = {file for file in mine if not others & set(file.relative_to(PROJECT).parts)}
+    home, foreign = f"{PROJECT}{os.sep}", {"site-packages", "tests", "benchmarks"}
+    mine = [name for name in names if name.startswith(home) and name.endswith(".py")]
+    # as texts: a virtual environment inside the project holds thousands of them
+    mine = {Path(name) for name in mine if not foreign & {*name[len(home) :].split(os.sep)}}
     named = {str(file.relative_to(PROJECT)): file for file in sorted(mine)}
     script = script.resolve()
     return named if script in mine else named | {script.name: script}
