@@ -1,4 +1,5 @@
-"""Checkpoints: whole or not there, hashed, pruned, checked before they are read."""
+"""Checkpoints: what they hold (weights, optimizer, position); whole or not there, hashed, pruned, checked
+before they are read."""
 
 import functools
 import hashlib
@@ -189,14 +190,23 @@ class Checkpoints:
             if self.newest is None or int(path.name[5:]) > int(self.newest[5:]):
                 remove_checkpoint(path)
 
-    def save(self, step, model, tensors, position, must=False):
+    def save(self, step, model, optimizer, scaler, position, must=False):
         """All ranks: step_... with weights, optimizer and position, unless it is there. A warning where the
         disk is too full, or UserError if it `must` succeed."""
         if self.newest == (name := step_name(step)):
             return
+        tensors = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         position = position | {"step": step, "kept": self.kept}
         if on_main(self.world, self._write, name, model, tensors, position, must):
             self.newest = name
+
+    def load(self, model, optimizer, scaler):
+        """Restores what `save` wrote in the newest checkpoint."""
+        load_weights(self.folder / self.newest, model)
+        tensors = load_state(self.folder / self.newest)
+        optimizer.load_state_dict(tensors["optimizer"])
+        if scaler.is_enabled():
+            scaler.load_state_dict(tensors["scaler"])
 
     def keep_weights(self, step, model, kind, fold, loss=None) -> str:
         """All ranks: <kind>_step_... with weights alone, in place of the fold's earlier ones of this kind.

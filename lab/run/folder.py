@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from lab.errors import LostRanks, Stop, UserError
 from lab.run import forecast
-from lab.run.checkpoints import Checkpoints, load_state, load_weights
+from lab.run.checkpoints import Checkpoints
 from lab.run.curves import Curves, keep_rows
 from lab.run.disks import cache_root, require_one_disk
 from lab.run.files import remove_leftovers, row_hashes, write_sealed
@@ -208,12 +208,7 @@ class Run:
             return 0
         self.first_step, self._last_step = self.position["first_step"], self.position["step"]
         self.meter = Meter(self.world, self.position["sums"])
-        folder = self.folder / "checkpoints" / self.checkpoint
-        load_weights(folder, model)
-        tensors = load_state(folder)
-        optimizer.load_state_dict(tensors["optimizer"])
-        if precision.scaler.is_enabled():
-            precision.scaler.load_state_dict(tensors["scaler"])
+        self.checkpoints.load(model, optimizer, precision.scaler)
         return self.step
 
     @property
@@ -229,8 +224,7 @@ class Run:
         self._last_step = self.first_step + step
         position = {"fold": self.fold, "first_step": self.first_step, "sums": self.meter.sums()}
         position |= {"train_seconds": self.clock.seconds, "seconds": self.seconds, "state": self.state}
-        tensors = {"optimizer": optimizer.state_dict(), "scaler": precision.scaler.state_dict()}
-        self.checkpoints.save(self._last_step, model, tensors, position, must)
+        self.checkpoints.save(self._last_step, model, optimizer, precision.scaler, position, must)
         self.signals.saved = self.checkpoints.told()
 
     def require_finite(self, loss):

@@ -87,6 +87,11 @@ def kept_here(**found) -> tuple[checkpoints.Checkpoints, torch.nn.Linear, list[s
     return kept, torch.nn.Linear(2, 2), said
 
 
+def parts(model) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler]:
+    """What a checkpoint holds beside weights and position."""
+    return torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), torch.amp.GradScaler("cpu", enabled=False)
+
+
 def names() -> list[str]:
     return sorted(path.name for path in Path("out/one/checkpoints").iterdir())
 
@@ -97,7 +102,7 @@ def test_the_newest_checkpoints_and_the_best_weights_that_they_refer_to_are_kept
     for step, fold, loss in [(1, 0, 3.0), (2, 0, 2.0), (3, 1, 5.0), (4, 1, 4.0)]:
         assert kept.is_best(fold, loss)
         kept.keep_weights(step, model, "best", fold, loss)
-        kept.save(step, model, {}, {"fold": fold})
+        kept.save(step, model, *parts(model), {"fold": fold})
     best = [f"best_step_0000000{step}" for step in (2, 3, 4)]  # 3: by the position of step 3
     assert names() == [*best, "step_00000003", "step_00000004"]
     position = checkpoints.read_manifest(Path("out/one/checkpoints/step_00000004"))
@@ -111,7 +116,7 @@ def test_best_weights_come_back_and_broken_ones_are_told_and_left():
     best = core.weights_sha256(model)
     with torch.no_grad():
         model.weight.add_(1.0)
-    kept.save(2, model, {}, {})
+    kept.save(2, model, *parts(model), {})
     last = core.weights_sha256(model)
     assert kept.load_best(model, 0) == "best_step_00000001" and core.weights_sha256(model) == best != last
     core.load_weights("out/one/checkpoints/step_00000002", model)
@@ -127,23 +132,37 @@ def test_what_lies_behind_the_checkpoint_that_is_resumed_from_goes():
     kept, model, _ = kept_here()
     for step in (1, 2, 3):
         kept.keep = 9
-        kept.save(step, model, {}, {})
+        kept.save(step, model, *parts(model), {})
     back, model, _ = kept_here(newest="step_00000002")
     back.open()
     assert names() == ["step_00000001", "step_00000002"]
-    back.save(2, model, {}, {})  # it is there: nothing is written
+    back.save(2, model, *parts(model), {})  # it is there: nothing is written
     assert checkpoints.broken(Path("out/one/checkpoints/step_00000002")) is None
     assert back.told() == "the newest checkpoint is step_00000002"
 
 
+def test_weights_and_optimizer_come_back_from_the_newest():
+    kept, model, _ = kept_here()
+    optimizer, scaler = parts(model)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    want = core.weights_sha256(model), optimizer.state_dict()["state"][0]["momentum_buffer"]
+    kept.save(1, model, optimizer, scaler, {})
+    back, other, _ = kept_here(newest="step_00000001")
+    fresh, scaler = parts(other)
+    back.load(other, fresh, scaler)
+    assert core.weights_sha256(other) == want[0]
+    assert torch.equal(fresh.state_dict()["state"][0]["momentum_buffer"], want[1])
+
+
 def test_a_save_that_finds_no_room_is_told_or_an_error_and_the_one_before_stays(monkeypatch):
     kept, model, said = kept_here()
-    kept.save(1, model, {}, {})
+    kept.save(1, model, *parts(model), {})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    kept.save(2, model, {}, {})
+    kept.save(2, model, *parts(model), {})
     assert kept.newest == "step_00000001" and said[0].endswith("the newest checkpoint is step_00000001")
     with pytest.raises(UserError, match=r"^not saved: step_00000002 needs 1 MB, .* free some, then --resume"):
-        kept.save(2, model, {}, {}, must=True)
+        kept.save(2, model, *parts(model), {}, must=True)
     assert names() == ["step_00000001"]
 
 
