@@ -21,12 +21,13 @@ from lab.train.batches import ShardedBatches, each_once, length_groups, micro_ba
 # 4  data: rows become token ids once, mapped into memory; six sets are built in (lab/data/builtin.py)
 from lab.run.disks import cache_root
 from lab.data.blocks import Blocks, Windows, stretches
-from lab.data.cache import cached_folder, split_by_group
+from lab.data.cache import cached_folder
 from lab.data.instructions import Examples, Packs, examples_of, load_instructions
 from lab.data.pairs import collate, load_pairs
 from lab.data.problems import Problems, load_problems
+from lab.data.split import PARTS, final_parts, split_by_group  # final_parts: val, and test with final_eval
 from lab.data.tables import read_rows, require_columns
-from lab.data.text import PARTS, Corpus, Tokens, open_corpus
+from lab.data.text import Corpus, Tokens, open_corpus
 from lab.data.tokenizers import (
     make_tokenizer,
     named_tokenizer,
@@ -59,7 +60,6 @@ from lab.measure.statistics import (
     bootstrap,
     class_shares,
     classification_metrics,
-    final_parts,  # val, and test with final_eval
     language_metrics,
     plus_minus,
 )

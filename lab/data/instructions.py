@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from lab.data.builtin import python_instructions
-from lab.data.cache import BadRows, cached_rows, is_clean, split_by_group, write_texts
+from lab.data.cache import BadRows, cached_rows, is_clean, write_texts
 from lab.data.columns import INSTRUCTION_COLUMNS
+from lab.data.split import split_by_group
 from lab.data.tables import (
     MISSING_WORDS,
     data_fingerprint,

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from lab.data.builtin import python_pairs
-from lab.data.cache import BadRows, cached_rows, is_clean, split_by_group, write_texts
+from lab.data.cache import BadRows, cached_rows, is_clean, write_texts
 from lab.data.columns import LABELS, PAIR_COLUMNS, TEXTS
+from lab.data.split import split_by_group
 from lab.data.tables import data_fingerprint, hub_split, read_rows, require_columns
 from lab.data.tokenizers import encoder_tokenizer, tokenizer_fingerprint
 from lab.errors import UserError

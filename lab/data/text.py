@@ -22,6 +22,7 @@ from lab.data import tables
 from lab.data.builtin import BUILT_IN, built_in_texts
 from lab.data.cache import BadRows, cache_root, damage, first_few, is_clean, is_whole, seal, writable_cache
 from lab.data.paths import descriptions, files_hash, text_files
+from lab.data.split import PARTS
 from lab.data.tables import LOOK, is_missing, require_columns, stream_rows
 from lab.data.tokenizers import (
     ScratchBPE,
@@ -40,7 +41,6 @@ from lab.train.processes import on_main, progress
 TEXT_CACHE_VERSION = 2  # of the layout: change both together
 # of fields that Corpus has grown: older caches keep their names
 ADDED_FIELDS = {"max_tokens": None, "held_out_tokens": 0, "streaming": None, "first_trains": True}
-PARTS = ("train", "val", "test")
 PIECE = 1 << 16  # characters of a document that are read and encoded at once
 
 

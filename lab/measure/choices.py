@@ -9,12 +9,13 @@ import numpy as np
 from lab.data.columns import LETTERS
 from lab.data.instructions import Examples
 from lab.data.problems import FIRST, split
+from lab.data.split import final_parts
 from lab.data.tokenizers import token_bytes
 from lab.measure import tuning
 from lab.measure.answers import answers as greedy_answers
 from lab.measure.answers import shortened
 from lab.measure.language import evaluate, loss_lines
-from lab.measure.statistics import bootstrap, final_parts, language_metrics, plus_minus
+from lab.measure.statistics import bootstrap, language_metrics, plus_minus
 from lab.run.files import write_lines
 from lab.run.terminal import one_line
 from lab.train.loss import IGNORE_INDEX

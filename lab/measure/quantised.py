@@ -7,9 +7,9 @@ import time
 
 import numpy as np
 
+from lab.data.split import final_parts
 from lab.measure import choices
 from lab.measure.language import evaluate
-from lab.measure.statistics import final_parts
 from lab.models import int4
 from lab.run.checkpoints import weights_sha256
 from lab.run.files import write_json

@@ -5,12 +5,6 @@ import math
 import numpy as np
 
 
-def final_parts(cfg) -> tuple[str, ...]:
-    """The parts whose figures a run ends with, the most important one last."""
-    has_test = cfg.final_eval and getattr(cfg, "test_share", True)
-    return ("val", "test") if has_test else ("val",)
-
-
 def bootstrap(values, groups, *, weights=None, samples=2000, seed=0, of=None) -> np.ndarray:
     """95 % bootstrap intervals (columns, 2) of the column means of `values` (rows, columns).
 

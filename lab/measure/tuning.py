@@ -9,12 +9,13 @@ import numpy as np
 from lab.data.blocks import Blocks
 from lab.data.cache import BadRows
 from lab.data.instructions import Examples, Instructions, examples_of, load_instructions
+from lab.data.split import final_parts
 from lab.data.text import Corpus, split_pieces
 from lab.data.tokenizers import prompt_ids, token_bytes
 from lab.errors import UserError
 from lab.measure.answers import shortened, write_responses
 from lab.measure.language import evaluate, loss_lines, unigram_alarm
-from lab.measure.statistics import bootstrap, final_parts, language_metrics, plus_minus
+from lab.measure.statistics import bootstrap, language_metrics, plus_minus
 from lab.run import terminal
 from lab.run.files import write_lines
 from lab.run.provenance import refuse_other_data
