@@ -339,7 +339,7 @@ def describe_model(folder, model, tokenizer):
 
 
 def forward_backward(setup, rows, targets) -> float:
-    """Adds the gradients of this rank's rows, of summed loss / global targets. Returns their summed loss."""
+    """Adds gradients of this rank's loss sum / all ranks' targets; DDP adds up ranks. Returns the sum."""
     losses = []
     for part in core.micro_batches(setup.ddp, rows, setup.cfg.micro_batch):
         input_ids, labels = setup.blocks["train"].batch(part, setup.world.device)
@@ -384,6 +384,7 @@ def train(run, cfg, world) -> dict:
     setup = set_up(run, cfg, world)
     model, optimizer, precision = saved = setup.model, setup.optimizer, setup.precision
     looked_at = setup.blocks["val"].first(cfg.eval_rows)
+    # batches depend on seed and step alone; before an evaluation it saves; a signal stops all ranks together
     for at in core.steps(run, setup.batches, setup.blocks["train"].targets, saved, setup.total_steps):
         if at.evaluates:
             sums = core.evaluate(model, looked_at, cfg, world, at.poll)
@@ -393,10 +394,10 @@ def train(run, cfg, world) -> dict:
             continue
         lr, beta1 = (rate(cfg, at.step, at.schedule_length) for rate in (core.lr_at, core.beta1_at))
         loss_sum = forward_backward(setup, at.rows, at.targets)
-        norm = core.gradient_norm(optimizer, precision)
-        if at.spiked(loss_sum, norm) and world.is_main:
+        norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
+        if at.spiked(loss_sum, norm) and world.is_main:  # over all ranks; skip_spikes leaves its update out
             at.note_spike(model, spike_facts(setup, at.batch, lr))
-        at.update(optimizer, precision, lr, beta1=beta1)
+        at.update(optimizer, precision, lr, beta1=beta1)  # clips, updates, zeroes the gradients, logs
     return finish(run, cfg, world, setup)
 
 

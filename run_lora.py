@@ -253,12 +253,12 @@ def train(run, cfg, world) -> dict:
     tuning.announce(run, cfg, parts, units, lines, model)
     announce_lora(run, cfg, model)
     saved = adapters, optimizer, precision
-    run.load(*saved)  # of a resumed run
+    run.load(*saved)  # a resumed run's; a new one has nothing to load
     core.on_main(world, keep_for_later, run.folder, cfg, data.tokenizer)
     ddp = core.wrap_ddp(model, world, compiled=model.h if cfg.compile else ())
 
     def forward_backward(rows, targets) -> float:
-        """Adds the gradients of summed loss / global targets of this rank's rows; returns the summed loss."""
+        """Adds gradients of this rank's loss sum / all ranks' targets; DDP adds up ranks. Returns the sum."""
         losses = []
         for part in core.micro_batches(ddp, rows, cfg.micro_batch, units.lengths[rows], cfg.micro_tokens):
             with precision.autocast():
@@ -266,23 +266,25 @@ def train(run, cfg, world) -> dict:
             core.scaled_backward(losses[-1], world, targets, precision)
         return sum(loss.item() for loss in losses)
 
+    # two steps of the longest rows, discarded: is there memory? Then the forecast of hours
     core.rehearse(run, ddp, saved, forward_backward, batches, total_steps - run.step)
     run.say(tuning.describe_example(parts["train"]))
     if cfg.mode == "find_lr":
         return core.find_lr(run, batches, units.targets, saved, forward_backward, multiplier=strength)
 
+    # batches depend on seed and step alone; before an evaluation it saves; a signal stops all ranks together
     for at in core.steps(run, batches, units.targets, saved, total_steps, evaluate_first=True):
         if at.evaluates:
             validate(run, cfg, model, val, plain, batches, at)
             continue
-        lr = core.lr_at(cfg, at.step, at.schedule_length)
+        lr = core.lr_at(cfg, at.step, at.schedule_length)  # length: total_steps, or what max_minutes leave
         loss_sum = forward_backward(at.rows, at.targets)
-        norm = core.gradient_norm(optimizer, precision)
+        norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
         figures = {"multiplier_lr": strength * lr, **tuning.batch_facts(units, at.batch)}
-        if at.spiked(loss_sum, norm) and world.is_main:
+        if at.spiked(loss_sum, norm) and world.is_main:  # over all ranks; skip_spikes leaves its update out
             rows = tuning.spike_rows(cfg, model, parts["train"], units.members(at.batch), world)
             at.note_spike(model, {"lr": lr, **figures, **rows})
-        at.update(optimizer, precision, lr, **figures)
+        at.update(optimizer, precision, lr, **figures)  # clips, updates, zeroes the gradients, logs
 
     if core.state_sha256(core.base_weights(model)) != base_sha256:
         raise RuntimeError("the base has moved: only adapters may")

@@ -274,12 +274,12 @@ def train(run, cfg, world) -> dict:
     precision, optimizer = core.Precision(cfg.dtype, world), make_optimizer(cfg, model)
     choices.announce(run, cfg, data, parts, units, lines, model)
     saved = trained, optimizer, precision
-    run.load(*saved)  # of a resumed run
+    run.load(*saved)  # a resumed run's; a new one has nothing to load
     core.on_main(world, keep_for_later, run.folder, cfg, model, tokenizer)
     ddp = core.wrap_ddp(model, world, model.h if cfg.compile else ())
 
     def forward_backward(rows, targets) -> float:
-        """Adds the gradients of summed loss / global targets of this rank's rows; returns the summed loss."""
+        """Adds gradients of this rank's loss sum / all ranks' targets; DDP adds up ranks. Returns the sum."""
         losses = []
         for part in core.micro_batches(ddp, rows, cfg.micro_batch, units.lengths[rows], cfg.micro_tokens):
             with precision.autocast():
@@ -288,6 +288,7 @@ def train(run, cfg, world) -> dict:
         return sum(loss.item() for loss in losses)
 
     int4.switch(model, True)  # the forecast is of the dearer steps
+    # two steps of the longest rows, discarded: is there memory? Then the forecast of hours
     core.rehearse(run, ddp, saved, forward_backward, batches, total_steps - run.step)
     run.say(tuning.describe_example(parts["train"]))
     if cfg.mode == "find_lr":
@@ -295,6 +296,7 @@ def train(run, cfg, world) -> dict:
         return core.find_lr(run, batches, units.targets, saved, forward_backward, beta1)
     switch_to_int4(run, cfg, model, run.step, run.clock.schedule_length(run.step, total_steps))
 
+    # batches depend on seed and step alone; before an evaluation it saves; a signal stops all ranks together
     for at in core.steps(run, batches, units.targets, saved, total_steps, evaluate_first=True):
         if at.evaluates:
             if at.ends:  # a clock that ends in one long step must not leave the float model
@@ -303,11 +305,11 @@ def train(run, cfg, world) -> dict:
             continue
         lr, beta1 = (rate(cfg, at.step, at.schedule_length) for rate in (core.lr_at, core.beta1_at))
         loss_sum = forward_backward(at.rows, at.targets)
-        norm = core.gradient_norm(optimizer, precision)
-        if at.spiked(loss_sum, norm) and world.is_main:
+        norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
+        if at.spiked(loss_sum, norm) and world.is_main:  # over all ranks; skip_spikes leaves its update out
             rows = tuning.spike_rows(cfg, model, parts["train"], units.members(at.batch), world)
             at.note_spike(model, {"lr": lr, **tuning.batch_facts(units, at.batch), **rows})
-        at.update(optimizer, precision, lr, beta1=beta1)
+        at.update(optimizer, precision, lr, beta1=beta1)  # clips, updates, zeroes the gradients, logs
         switch_to_int4(run, cfg, model, at.step + 1, run.clock.schedule_length(at.step + 1, total_steps))
     switch_to_int4(run, cfg, model, run.step, length=0)
     if cfg.method != "full":

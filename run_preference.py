@@ -257,7 +257,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     ddp = core.wrap_ddp(model, world, [model.encoder] if cfg.compile else ())
 
     def forward_backward(mine, targets, swaps=None) -> float:
-        """Adds the gradients of summed loss / global targets of this rank's rows; returns their summed loss.
+        """Adds gradients of this rank's loss sum / all ranks' targets; DDP adds up ranks. Returns the sum.
 
         mine: positions in rows["train"]. swaps: whether A and B of each are swapped.
         """
@@ -266,6 +266,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
 
     first_here = fold == run.position.get("fold", 0)  # later folds look the same
     steps_left = ((cfg.folds or 1) - fold) * total_steps - run.step if first_here else None
+    # two steps of the longest rows, discarded: is there memory? Then the forecast of hours
     core.rehearse(run, ddp, saved, forward_backward, batches, steps_left)
     if first_here:
         run.say(describe_row(data, rows["train"][0], cfg))
@@ -274,6 +275,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
             run.say(f"the head's rate moves along: it is {head:g} x what is shown")
         return core.find_lr(run, batches, len, saved, forward_backward)
 
+    # batches depend on seed and step alone; before an evaluation it saves; a signal stops all ranks together
     for at in core.steps(run, batches, len, saved, total_steps):
         if at.evaluates:
             log_probs = evaluate(model, data, rows["val"], cfg, world, at.poll)
@@ -283,12 +285,12 @@ def train(run, cfg, world, data, rows, fold) -> dict:
             continue
         core.reseed(cfg.seed, fold, at.step, world.rank)  # every fold has dropout of its own
         swaps = swapped(cfg, fold, at.step)
-        lr = core.lr_at(cfg, at.step, at.schedule_length)
+        lr = core.lr_at(cfg, at.step, at.schedule_length)  # length: total_steps, or what max_minutes leave
         loss_sum = forward_backward(at.rows, at.targets, swaps[world.rank :: world.size])
-        norm = core.gradient_norm(optimizer, precision)
-        if at.spiked(loss_sum, norm) and world.is_main:
+        norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
+        if at.spiked(loss_sum, norm) and world.is_main:  # over all ranks; skip_spikes leaves its update out
             at.note_spike(model, spike_facts(data, rows["train"][at.batch], swaps, cfg, lr))
-        at.update(optimizer, precision, lr)
+        at.update(optimizer, precision, lr)  # clips, updates, zeroes the gradients, logs
 
     return predict(run, cfg, world, data, rows, model, run.step)
 

@@ -269,7 +269,7 @@ def train(run, cfg, world) -> dict:
     ddp = core.wrap_ddp(model, world, model.h if cfg.compile else (), dynamic=None)
 
     def forward_backward(rows, targets) -> float:
-        """Adds the gradients of this rank's rows, of summed loss / global targets; returns their sum."""
+        """Adds gradients of this rank's loss sum / all ranks' targets; DDP adds up ranks. Returns the sum."""
         losses = []
         for part in core.micro_batches(ddp, rows, cfg.micro_batch):
             with precision.autocast():
@@ -277,6 +277,7 @@ def train(run, cfg, world) -> dict:
             core.scaled_backward(losses[-1], world, targets, precision)
         return sum(loss.item() for loss in losses)
 
+    # two steps of the longest rows, discarded: is there memory? Then the forecast of hours
     core.rehearse(run, ddp, saved, forward_backward, batches, total_steps - step)
     first = batches.blocks.tokens(int(batches.rows[0]) if len(batches.rows) else 0)
     run.say(gpt_scratch.describe_block(text.tokenizer, first))
@@ -286,6 +287,7 @@ def train(run, cfg, world) -> dict:
 
     every = cfg.eval_every or total_steps  # none: at the end only
     targets_of = batches.blocks.targets
+    # batches depend on seed and step alone; before an evaluation it saves; a signal stops all ranks together
     for at in core.steps(run, batches, targets_of, saved, total_steps, every=every, where=tokens_read):
         if at.evaluates:
             val = check(run, cfg, text, model, at)
@@ -294,10 +296,10 @@ def train(run, cfg, world) -> dict:
         loss_sum = forward_backward(at.rows, at.targets)
         for name, blocks in batches.seen(at.step).items():
             seen[name] += blocks
-        norm = core.gradient_norm(optimizer, precision)
-        if at.spiked(loss_sum, norm) and world.is_main:
+        norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
+        if at.spiked(loss_sum, norm) and world.is_main:  # over all ranks; skip_spikes leaves its update out
             at.note_spike(model, spike_facts(text, batches, at, lr))
-        at.update(optimizer, precision, lr)
+        at.update(optimizer, precision, lr)  # clips, updates, zeroes the gradients, logs
     return finish(run, cfg, world, text, model, batches, val if cfg.test_weights == "last" else None)
 
 
