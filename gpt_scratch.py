@@ -42,7 +42,7 @@ class Config(core.Studied):
     max_tokens: core.Count | None = None  # of training text, the first ones; none = all
     tokenizer: str = "chars"  # chars, ascii, bytes, bpe:<size>, bpe_scratch:<size>, Hub id or folder
     val_share: core.within(float, 1e-4, 0.9999) = 0.05  # of the documents; of a single document, its end
-    test_share: core.within(float, 0, 0.9999) = 0.05  # of the text, for the end
+    test_share: core.within(float, 0, 0.9999) = 0.05  # of the text; measured after training only
     split_seed: core.Seed = 42  # of what is held out
     block_size: core.Count = 64  # tokens of context
     # model
@@ -59,7 +59,7 @@ class Config(core.Studied):
     qkv_bias: bool = False  # of queries, keys and values
     tie_head: bool = True  # the output matrix is the embedding
     vocab_multiple: core.Count = 1  # the number of token embeddings is rounded up to it
-    head_bias: bool = False  # of an output matrix of its own
+    head_bias: bool = False  # of the output layer; with --no-tie_head
     dropout: core.Share = 0.0  # share of activations set to 0 in training
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory
     # optimisation
@@ -68,9 +68,9 @@ class Config(core.Studied):
     epochs: core.Whole | None = 10  # passes over the training rows
     max_steps: core.Whole | None = 3600  # optimizer steps; the shortest of these three ends it
     max_minutes: core.Amount | None = None  # of training, over resumes
-    lr: core.Rate = 3e-3  # peak; GPT-3's sizes and rates lie near 1.95 parameters^-0.437 (journal 003)
+    lr: core.Rate = 3e-3  # peak; GPT-3's are near 1.95 x parameters^-0.437 (journal 003)
     min_lr: core.Rate = 0.0  # at the end of the schedule
-    warmup: core.Share = 0.05  # fraction of all steps; of one_cycle its rise (the usual is 0.3)
+    warmup: core.Share = 0.05  # fraction of all steps in which the rate rises; one_cycle's is usually 0.3
     schedule: Literal["linear", "cosine", "constant", "one_cycle", "gpt3"] = "linear"  # of the rate
     cycle_beta1: bool = True  # one_cycle moves beta1 between 0.95 and 0.85, against the rate
     optimizer: Literal["adamw", "lion", "sgd"] = "adamw"  # sgd: momentum 0.9
@@ -80,7 +80,7 @@ class Config(core.Studied):
     weight_decay: core.Rate = 0.1  # of matrices
     decay_embedding: bool = True  # the token embedding decays, too
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
-    dtype: core.Dtype = "auto"  # auto: bf16 on a card (or fp16), else fp32, which untyped is tf32 on a card
+    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; a GPU takes untyped fp32 as tf32
     seed: core.Seed = 0  # of weights, order and dropout
     # evaluation and logging
     eval_batch: core.Count = 64  # blocks per evaluation step, over all ranks
@@ -93,11 +93,11 @@ class Config(core.Studied):
     sample_tokens: core.Whole = 300  # of each of three samples after an evaluation; 0 = none
     max_new_tokens: core.Count = 300  # in mode generate
     temperature: core.Amount = 0.8  # 0 = greedy
-    top_k: core.Count | None = None  # sample from so many of the likeliest; none = all
-    top_p: core.within(float, 1e-6, 1) | None = None  # sample from the likeliest that reach this; none = all
+    top_k: core.Count | None = None  # sample from this many likeliest tokens; none = all
+    top_p: core.within(float, 1e-6, 1) | None = None  # ... whose probabilities reach this; none = all
     stop: str | None = None  # a token that ends a continuation, beside end-of-text
     # run
-    mode: Literal["train", "find_lr", "study", "generate", "profile", "export"] = "train"  # what to do
+    mode: Literal["train", "find_lr", "study", "generate", "profile", "export"] = "train"
     dirty: bool = True  # --no-dirty refuses to start with uncommitted changes
 
     NO_TRAINING = ("generate", "export")
@@ -121,11 +121,11 @@ class Config(core.Studied):
             raise core.UserError(f"--model_step {self.model_step}: a new model has no checkpoints, drop it")
         if self.schedule in ("one_cycle", "gpt3") and self.min_lr:
             raise core.UserError(
-                f"min_lr {self.min_lr}: schedule {self.schedule} has an end of its own, leave it 0"
+                f"min_lr {self.min_lr}: schedule {self.schedule} sets its last rate itself, drop it"
             )
 
 
-JOURNAL = {  # what journal 003's code trained: articles of Wikipedia, 1 % held out, AdamW as torch has it
+JOURNAL = {  # what journal 003's code trained: Wikipedia, 1 % each for val and test, AdamW as torch has it
     "data": "wikimedia/wikipedia:20231101.en",
     "max_documents": 75_000,
     "val_share": 0.01,
@@ -153,8 +153,8 @@ JOURNAL = {  # what journal 003's code trained: articles of Wikipedia, 1 % held 
 }
 SMALL = JOURNAL | {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 2048, "batch": 2, "lr": 6e-4}
 MINI = JOURNAL | {"n_layer": 10, "n_head": 8, "n_embd": 512, "block_size": 256, "batch": 128}
-# Journal 004's 180M parameters, 64 x 4 blocks of 512 tokens a step. Its one-cycle ignored the 8e-4 of its
-# file and took 1e-3, and was 10,000 steps long whatever the clock said; here it ends with the clock.
+# Journal 004's 180M parameters, 4 x 64 blocks of 512 tokens a step. By a bug its one-cycle took 1e-3, not the
+# 8e-4 of its file, over 10,000 steps however long the run; here the schedule ends with max_minutes.
 NOAM_WIDE4 = {
     "data": "DKYoon/SlimPajama-6B",
     "tokenizer": "gpt2",
@@ -182,7 +182,7 @@ NOAM_WIDE4 = {
     "test_weights": "last",
     "compile": True,
 }
-PRESETS = {  # rates as the journal meant them: its code ran all of them at 1e-3 (seeds' bug D8)
+PRESETS = {  # rates as the journal meant them: a bug in its code ran all of them at 1e-3
     "cpu": {},
     "baby": JOURNAL | {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch": 64},
     "mini_v0": MINI,
@@ -200,7 +200,7 @@ PRESETS = {  # rates as the journal meant them: its code ran all of them at 1e-3
 SMOKE = {
     "data": "python-docs",
     "max_documents": 60,
-    "tokenizer": lambda name: "bpe:512" if name == "gpt2" else name,  # as the preset, without a network
+    "tokenizer": lambda name: "bpe:512" if name == "gpt2" else name,  # learnt here: no download
     "block_size": 32,
     "n_layer": 2,
     "n_head": 4,
@@ -300,7 +300,7 @@ def open_text(cfg, world) -> tuple[core.Tokens, dict[str, core.Blocks]]:
 def set_up(run, cfg, world, steps=None) -> Setup:
     """Makes data, model and optimizer, restores a resumed run, takes two discarded steps; says what will run.
 
-    `steps` none: as many as cfg.epochs and cfg.max_steps allow.
+    `steps` none: as many as cfg.epochs, max_steps and max_minutes allow.
     """
     tokens, blocks = open_text(cfg, world)
     run.pin("fingerprint", tokens.fingerprint)
@@ -339,13 +339,13 @@ def describe_model(folder, model, tokenizer):
 
 
 def forward_backward(setup, rows, targets) -> float:
-    """Adds gradients of this rank's loss sum / all ranks' targets; DDP adds up ranks. Returns the sum."""
+    """Adds gradients of this rank's summed loss, divided by the targets of all ranks. Returns the sum."""
     losses = []
     for part in core.micro_batches(setup.ddp, rows, setup.cfg.micro_batch):
         input_ids, labels = setup.blocks["train"].batch(part, setup.world.device)
         with setup.precision.autocast():
             losses.append(setup.ddp(input_ids, labels))
-        core.scaled_backward(losses[-1], setup.world, targets, setup.precision)
+        core.scaled_backward(losses[-1], setup.world, targets, setup.precision)  # DDP averages
     return sum(loss.item() for loss in losses)
 
 
@@ -358,7 +358,7 @@ def spike_facts(setup, rows, lr) -> dict:
 
 
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, dict[str, list]]:
-    """Measures a run's own val and test text again. Returns figures, and lines of losses.jsonl by its name.
+    """Measures a run's own val and test text again. Returns (figures, file name -> its lines).
 
     UserError if cfg.data or its tokenizer has changed since.
     """
@@ -384,7 +384,7 @@ def train(run, cfg, world) -> dict:
     setup = set_up(run, cfg, world)
     model, optimizer, precision = saved = setup.model, setup.optimizer, setup.precision
     looked_at = setup.blocks["val"].first(cfg.eval_rows)
-    # batches depend on seed and step alone; before an evaluation it saves; a signal stops all ranks together
+    # core.steps draws batches from seed and step alone, saves before evaluating, stops all ranks together
     for at in core.steps(run, setup.batches, setup.blocks["train"].targets, saved, setup.total_steps):
         if at.evaluates:
             sums = core.evaluate(model, looked_at, cfg, world, at.poll)
@@ -395,7 +395,7 @@ def train(run, cfg, world) -> dict:
         lr, beta1 = (rate(cfg, at.step, at.schedule_length) for rate in (core.lr_at, core.beta1_at))
         loss_sum = forward_backward(setup, at.rows, at.targets)
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
-        if at.spiked(loss_sum, norm) and world.is_main:  # over all ranks; skip_spikes leaves its update out
+        if at.spiked(loss_sum, norm) and world.is_main:  # every rank asks; with skip_spikes no update
             at.note_spike(model, spike_facts(setup, at.batch, lr))
         at.update(optimizer, precision, lr, beta1=beta1)  # clips, updates, zeroes the gradients, logs
     return finish(run, cfg, world, setup)
@@ -415,7 +415,8 @@ def finish(run, cfg, world, setup) -> dict:
             f"{part:5} loss {core.plus_minus(m['loss'], m['loss_interval'], 4)}   "
             f"perplexity {m['perplexity']:.2f}   "
             f"accuracy {core.plus_minus(m['accuracy'], m['accuracy_interval'])}   "
-            f"token frequencies {m['unigram_loss']:.4f}" + (f"\n{part:5} {m['alarm']}" if m["alarm"] else "")
+            f"token frequencies' loss {m['unigram_loss']:.4f}"
+            + (f"\n{part:5} {m['alarm']}" if m["alarm"] else "")
         )
     lines = core.loss_rows(part, sums, setup.blocks[part], sizes)
     core.on_main(world, core.write_lines, run.folder / "losses.jsonl", lines)
@@ -451,12 +452,12 @@ def announce(run, cfg, tokens, blocks, batches, total_steps, model):
         run.say(line)
     seen = f"{total_steps * cfg.batch * cfg.block_size / total:.2f} in {total_steps} steps"
     if total_steps == core.FOREVER:
-        seen = f"{cfg.batch * cfg.block_size / total:.2g} a step, whose number the clock decides"
+        seen = f"{cfg.batch * cfg.block_size / total:.2g} a step; max_minutes decide how many"
     run.say(f"tokens per parameter  {len(tokens.parts['train']) / total:.2f} in the data, {seen} "
             f"(Hoffmann et al. 2022: {RATIO} is best)")  # fmt: skip
     if left := len(blocks["train"]) % cfg.batch:
-        run.say(f"each epoch leaves out {left} of {len(blocks['train'])} blocks, others each time: "
-                f"they fill no batch of {cfg.batch}")  # fmt: skip
+        run.say(f"each epoch leaves out {left} of {len(blocks['train'])} blocks, "
+                f"not always the same: they fill no batch of {cfg.batch}")  # fmt: skip
 
 
 def describe_block(tokenizer, ids) -> str:
@@ -494,8 +495,8 @@ def newest_base(cfg) -> str:
 
 
 def with_newest(cfg, world, name):
-    """cfg with the newest base as its constant `name`. It counts as not typed: a resume keeps its base,
-    whatever is newest then."""
+    """cfg with the newest base as its constant `name`. It counts as not typed, so that a
+    resume keeps its base though a newer run may be there."""
     is_new = cfg.resume_timestamp in (None, "auto")
     base = core.on_main(world, newest_base, cfg) if is_new else getattr(cfg, name)
     return core.counting(replace(cfg, **{name: base}), flags=cfg.typed.flags - {name})

@@ -27,15 +27,15 @@ class Config(core.Studied):
     data: str = "tatsu-lab/alpaca"  # Hub id, file, folder, or python-instructions (built in)
     max_documents: core.Count | None = None  # rows read; none = all
     template: Literal["alpaca", "journal"] = "alpaca"  # the official two preambles, or the journal's one
-    split: Literal["seeded", "file_order"] = "seeded"  # 85/10/5 drawn by prompt, or as the file has them
-    split_seed: core.Seed = 42  # the same rows for every seed
+    split: Literal["seeded", "file_order"] = "seeded"  # 85/10/5 train/test/val: by prompt, or in file order
+    split_seed: core.Seed = 42  # draws the parts, whatever --seed is
     max_length: core.within(int, 16) = 512  # tokens of a row; what is over is cut, from the end of the answer
-    loss_on_prompt: bool = False  # prompts are learnt, too
-    pack: bool = False  # rows side by side, up to max_length tokens; a pack is then one unit of batch
+    loss_on_prompt: bool = False  # prompt tokens count in the loss, too
+    pack: bool = False  # several rows in max_length tokens, unseen by each other, count as one row of batch
     # model
     model: str = "gpt2-medium"  # Hub id, folder (GPT-2, or a run of gpt_scratch.py), or tiny:gpt2
-    tie_head: bool = True  # the output matrix is the embedding; the journal's was a copy
-    freeze_blocks: core.Whole = 0  # the lowest so many, positions, and an embedding that is not the head
+    tie_head: bool = True  # the output matrix is the embedding; the journal's was a copy of its own
+    freeze_blocks: core.Whole = 0  # lowest blocks; with them positions, and an embedding that is not the head
     dropout: core.Share = 0.0  # in the model
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory (for gpt2-xl)
     # optimisation
@@ -53,20 +53,20 @@ class Config(core.Studied):
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
     weight_decay: core.Rate = 0.1  # of matrices
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
-    dtype: core.Dtype = "auto"  # auto: bf16 on a card (or fp16), else fp32, which untyped is tf32 on a card
+    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; a GPU takes untyped fp32 as tf32
     seed: core.Seed = 0  # of order, dropout and fresh weights
     # evaluation and logging
-    eval_batch: core.Count = 32  # rows per evaluation step, over all ranks; on each when answering
+    eval_batch: core.Count = 32  # rows per evaluation step, over all ranks; of answers, on each rank
     eval_every: core.Count | None = 100  # steps; none = each epoch
     eval_rows: core.Count | None = 500  # validation rows looked at during training, spread evenly; none = all
     test_weights: Literal["best", "last"] = "best"  # lowest validation loss, or the final ones
     save_every: core.Count | None = None  # steps; none = at each evaluation, before it
     log_every: core.Count = 25  # steps
     # answers and forgetting
-    sample_tokens: core.Whole = 50  # most in an answer to a fixed prompt, at every evaluation; 0 = none
+    sample_tokens: core.Whole = 50  # most tokens of an answer to a fixed prompt, at evaluations; 0 = none
     answer_rows: core.Whole | None = None  # test rows answered at the end; none = all, 0 = none
-    max_new_tokens: core.Count = 256  # most in such an answer
-    plain: str | None = None  # shows what is forgotten; none = held out of the base's own text, if known
+    max_new_tokens: core.Count = 256  # most tokens of such an answer
+    plain: str | None = None  # text to measure forgetting on; none = held-out text of the base, if known
     plain_blocks: core.Whole = 50  # of max_length tokens; 0 = none
     prompt: str | None = None  # in mode ask: an instruction; none = a prompt loop
     # run
@@ -80,8 +80,8 @@ class Config(core.Studied):
     }
 
 
-# Some 12,000 training rows: the journal's runs ended at step 5975 with a batch of 2. Not repeated of the code
-# that it came from: gradients were clipped only after the warm-up; biases and norms decayed, too.
+# Some 12,000 training rows: the journal's runs ended at step 5975 with a batch of 2. We differ from its code
+# in two things: it clipped gradients only after the warm-up, and decayed biases and norms, too.
 JOURNAL = {
     "max_documents": 14_118,
     "template": "journal",
@@ -118,7 +118,7 @@ SMOKE = {
     "max_length": 128,
     "batch": 24,
     "epochs": 12,
-    "lr": lambda lr: 80 * lr,  # the model is random and tiny; presets keep their distance
+    "lr": lambda lr: 80 * lr,  # the model is random and tiny; presets still differ
     "min_lr": 0.0,
     "dtype": "auto",
     "eval_every": 100,
@@ -134,7 +134,7 @@ def build_model(cfg, tokenizer, world):
     """The pretrained GPT, with cfg.freeze_blocks of its lowest blocks frozen."""
     model = core.build_model(cfg, tokenizer, world)
     if cfg.freeze_blocks > len(model.h):
-        raise core.UserError(f"--freeze_blocks {cfg.freeze_blocks}: {cfg.model} has {len(model.h)}")
+        raise core.UserError(f"--freeze_blocks {cfg.freeze_blocks}: {cfg.model} has {len(model.h)} blocks")
     if cfg.freeze_blocks:
         bottom = [model.h[: cfg.freeze_blocks], *([model.wpe] if hasattr(model, "wpe") else [])]
         for part in bottom if model.config.tie_head else [*bottom, model.wte]:
@@ -151,30 +151,30 @@ def load_model(folder, world):
 
 
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, dict[str, list]]:
-    """Measures a run's own val and test rows again. Returns figures, and losses.jsonl: its lines."""
+    """Measures a run's own val and test rows again. Returns (figures, file name -> its lines)."""
     cfg, model, tokenizer = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
     return tuning.remeasure(model, tokenizer, cfg, core.read_config(folder)["facts"], world, poll)
 
 
 def validate(run, cfg, model, val, plain, batches, at):
-    """Loss of validation rows, best weights, answers to fixed prompts; plain text at step 0."""
+    """Measures validation loss, keeps the best weights, samples answers; at step 0 the plain text, too."""
     if at.step == 0 and plain:
         run.state["plain"] = tuning.plain_losses(run, cfg, plain, model, at.poll).tolist()
     sums = core.evaluate(model, val, cfg, run.world, at.poll)
-    figures = core.language_metrics(sums, val.data.groups[val.rows])  # with intervals, prompts redrawn
+    figures = core.language_metrics(sums, val.data.groups[val.rows])  # intervals: bootstrap over prompts
     tuning.report_validation(run, at, figures, at.keep_if_best(figures["loss"]), len(batches))
     answers.sample(run, cfg, at.step, model, val.data.tokenizer, at.poll)
 
 
 def train(run, cfg, world) -> dict:
     """Trains all weights and measures them. Returns the final figures."""
-    # data: rows of instruction, input and answer become token ids once (cached); the loss sees answers alone
+    # data: rows of instruction, input and answer become token ids; the loss sees answers, or all
     data = core.load_instructions(cfg, world)
     run.pin("fingerprint", data.fingerprint)  # a resume that finds other rows is refused
-    parts, lines = core.examples_of(data, cfg)  # train, test and val, split by prompt
+    parts, lines = core.examples_of(data, cfg)  # train, test and val, as cfg.split says
     units = core.Packs(parts["train"], cfg.max_length) if cfg.pack else parts["train"]
-    block = 50 if cfg.group_lengths else 1  # so many batches are sorted by length, then shuffled
+    block = 50 if cfg.group_lengths else 1  # so many batches' rows are sorted by length; the batches shuffled
     batches = core.ShardedBatches(units.lengths, cfg.batch, world, seed=cfg.seed, block=block)
     total_steps = core.count_steps(cfg, batches)
     val, plain = parts["val"].some(cfg.eval_rows), tuning.plain_text(run, cfg, data.tokenizer)
@@ -191,30 +191,30 @@ def train(run, cfg, world) -> dict:
     ddp = core.wrap_ddp(model, world, compiled=model.h if cfg.compile else ())
 
     def forward_backward(rows, targets) -> float:
-        """Adds gradients of this rank's loss sum / all ranks' targets; DDP adds up ranks. Returns the sum."""
+        """Adds gradients of this rank's summed loss, divided by the targets of all ranks. Returns the sum."""
         losses = []
         for part in core.micro_batches(ddp, rows, cfg.micro_batch, units.lengths[rows], cfg.micro_tokens):
             with precision.autocast():
                 losses.append(ddp(*units.batch(part, world.device)))  # cross-entropy, summed over targets
-            core.scaled_backward(losses[-1], world, targets, precision)
+            core.scaled_backward(losses[-1], world, targets, precision)  # x world.size: DDP averages
         return sum(loss.item() for loss in losses)
 
-    # two steps of the longest rows, discarded: is there memory? Then the forecast of hours
+    # two steps of the longest rows, undone afterwards: is there memory? Then the forecast of hours
     core.rehearse(run, ddp, saved, forward_backward, batches, total_steps - run.step)
     run.say(tuning.describe_example(parts["train"]))
     if cfg.mode == "find_lr":
         return core.find_lr(run, batches, units.targets, saved, forward_backward)
 
-    # batches depend on seed and step alone; before an evaluation it saves; a signal stops all ranks together
+    # core.steps draws batches from seed and step alone, saves before evaluating, stops all ranks together
     for at in core.steps(run, batches, units.targets, saved, total_steps, evaluate_first=True):
         if at.evaluates:
             validate(run, cfg, model, val, plain, batches, at)
             continue
-        lr = core.lr_at(cfg, at.step, at.schedule_length)  # length: total_steps, or what max_minutes leave
+        lr = core.lr_at(cfg, at.step, at.schedule_length)  # total_steps, or what fits into max_minutes
         loss_sum = forward_backward(at.rows, at.targets)
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
         figures = tuning.batch_facts(units, at.batch)
-        if at.spiked(loss_sum, norm) and world.is_main:  # over all ranks; skip_spikes leaves its update out
+        if at.spiked(loss_sum, norm) and world.is_main:  # every rank asks; with skip_spikes no update
             rows = tuning.spike_rows(cfg, model, parts["train"], units.members(at.batch), world)
             at.note_spike(model, {"lr": lr, **figures, **rows})
         at.update(optimizer, precision, lr, **figures)  # clips, updates, zeroes the gradients, logs

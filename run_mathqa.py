@@ -1,9 +1,9 @@
 """Timed pretraining, then MathQA: by all weights, LoRA, LoHa or LoKr; Lion; quantised to int4 (journal 004).
 
     torchrun --nproc_per_node=4 --shutdown-timeout 300 run_mathqa.py         # 3 h of text, 1 h of MathQA
-    python gpt_scratch.py --preset noam_wide4_effective                      # the first stage alone
+    python gpt_scratch.py --preset noam_wide4_effective                      # the first stage alone, at 1e-3
     python run_mathqa.py --mode train --method lora --lr 5e-4 --init_from runs/gpt_scratch/<run>
-    python run_mathqa.py --mode study                   # full, LoRA, LoHa, LoKr, QAT: equal steps, equal time
+    python run_mathqa.py --mode study                   # full, Lion, LoRA, LoHa, LoKr, QAT: by steps, by time
     python run_mathqa.py --mode split                   # how to share a fixed time between the two stages
     python run_mathqa.py --mode quantise --run_folder runs/run_mathqa/<run>
     python run_mathqa.py --smoke
@@ -37,21 +37,21 @@ class Config(core.Bookkeeping):
     data: str = "kinit/math_qa"  # Hub id, table, folder of train, validation, test, or template-problems
     max_documents: core.Count | None = None  # rows of each part, or of a single table; none = all
     answer_format: Literal["text", "letter"] = "text"  # problem -> option, or problem and options -> letter
-    loss_on_prompt: bool = False  # problems are learnt, too, as in the journal
+    loss_on_prompt: bool = False  # tokens of the problem count in the loss, too, as in the journal
     max_length: core.within(int, 16) = 512  # tokens of a problem and its answer; longer rows are left out
-    pack: bool = False  # rows side by side, up to max_length tokens; a pack is then one unit of batch
-    split_seed: core.Seed = 42  # the same held-out rows for every seed
+    pack: bool = False  # several rows in max_length tokens, unseen by each other, count as one row of batch
+    split_seed: core.Seed = 42  # draws the held-out rows, whatever --seed is
     # model
     pretrain: str = "noam_wide4"  # the first stage: a preset of gpt_scratch.py, then name=value,...
     init_from: str | None = None  # a run, newest, a GPT-2 or Llama folder, new; none = pretrained, or newest
     init_step: core.Whole | None = None  # a checkpoint of that run; none = the one it was tested with
-    method: Literal["full", "lora", "loha", "lokr"] = "full"  # all weights, or adapters on a base that stands
+    method: Literal["full", "lora", "loha", "lokr"] = "full"  # all weights, or adapters on a frozen base
     lora_rank: core.Count = 16  # of all three kinds of adapter
     lora_alpha: core.within(float, 1e-9) = 32.0  # they are multiplied by alpha / rank
-    lora_dropout: core.Share = 0.0  # of what LoRA reads
+    lora_dropout: core.Share = 0.0  # of LoRA's input
     qat: Literal["off", "int4"] = "off"  # train for int4 weights and int8 activations; with method full
-    qat_group: core.within(int, 2) = 256  # inputs of an output that share a scale; 32 is finer
-    qat_start: core.Share = 0.25  # share of the steps before it
+    qat_group: core.within(int, 2) = 256  # weights of a row that share one scale; 32 is finer
+    qat_start: core.Share = 0.25  # share of the steps that come before it, in float
     dropout: core.Share = 0.0  # share of activations set to 0 in training
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory
     # optimisation
@@ -62,37 +62,37 @@ class Config(core.Bookkeeping):
     epochs: core.Whole | None = None  # passes over the training rows
     max_steps: core.Whole | None = None  # the shortest of these three ends it
     max_minutes: core.Amount | None = 60.0  # of training, over resumes
-    lr: core.Rate = 5e-5  # peak; adapters want ten times it, Lion a third to a tenth
+    lr: core.Rate = 5e-5  # peak; adapters want 10 to 40 times it, Lion 1/3 to 1/10
     min_lr: core.Rate = 0.0  # at the end of the schedule
     warmup: core.Share = 0.05  # fraction of all steps
     schedule: Literal["linear", "cosine", "constant", "one_cycle"] = "cosine"  # of the rate
     cycle_beta1: bool = True  # one_cycle moves beta1 between 0.95 and 0.85, against the rate
     optimizer: Literal["adamw", "lion", "sgd"] = "adamw"  # sgd: momentum 0.9
     beta1: core.within(float, 0, 0.9999) = 0.9  # of Adam: how fast the mean forgets
-    beta2: core.within(float, 0, 0.9999) = 0.95  # of Lion 0.99 is usual
+    beta2: core.within(float, 0, 0.9999) = 0.95  # of Adam: how fast squares forget; of Lion: the mean (0.99)
     weight_decay: core.Rate = 0.1  # of matrices but the token embedding; Lion wants 3 to 10 times as much
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
-    dtype: core.Dtype = "auto"  # auto: bf16 on a card (or fp16), else fp32, which untyped is tf32 on a card
+    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; a GPU takes untyped fp32 as tf32
     seed: core.Seed = 0  # of weights, order and dropout; the first one of a study
     # evaluation and logging
     eval_batch: core.Count = 64  # rows per evaluation step, over all ranks
     eval_every: core.Count | None = 500  # steps; none = each epoch
     eval_rows: core.Count | None = 500  # validation rows looked at during training; none = all
     answer_rows: core.Whole = 200  # validation problems answered then; 0 = none
-    sample_tokens: core.Whole = 24  # most tokens generated after three of them; 0 = nothing
+    sample_tokens: core.Whole = 24  # most tokens generated for each of three of them; 0 = none
     test_weights: Literal["best", "last"] = "best"  # lowest validation loss, or the final ones
     save_every: core.Count | None = None  # steps; none = at each evaluation, before it
     log_every: core.Count = 25  # steps
-    plain: str | None = None  # shows what is forgotten; none = held out of the pretraining text, if known
+    plain: str | None = None  # text to measure forgetting on; none = what the base read, if known
     plain_blocks: core.Whole = 100  # of it; 0 = none
     # study
-    arms: tuple[str, ...] = ("full", "lion", "lora", "loha", "lokr", "int4")  # the first one sets the length
+    arms: tuple[str, ...] = ("full", "lion", "lora", "loha", "lokr", "int4")  # first: the length
     seeds: core.Count = 3  # of each arm: seed, seed + 1, ...
-    budgets: tuple[str, ...] = ("steps", "time")  # what the arms have equal
+    budgets: tuple[str, ...] = ("steps", "time")  # compared at equal steps, at equal time
     shares: tuple[str, ...] = ("0.5", "0.75", "0.9")  # of mode split: pretraining's share of both budgets
     max_hours: core.Amount | None = None  # ends several runs between two steps; the same command continues
     # run
-    mode: Mode = "both"  # stages, the second, its rate, several tunings, shares of time, int4, a Llama folder
+    mode: Mode = "both"  # train: the second stage; split: shares of the time; export: a Llama folder
     run_folder: str | None = None  # the run that is quantised or exported
 
     NO_TRAINING = ("quantise", "export")
@@ -114,10 +114,10 @@ class Config(core.Bookkeeping):
         if self.lora_dropout and self.method in ("loha", "lokr"):
             raise core.UserError(f"--lora_dropout {self.lora_dropout:g}: {self.method} has none, use 0")
         if self.schedule == "one_cycle" and self.min_lr:
-            raise core.UserError(f"--min_lr {self.min_lr}: one_cycle has an end of its own, leave it 0")
+            raise core.UserError(f"--min_lr {self.min_lr}: one_cycle sets its last rate itself, drop it")
         if self.mode in SEVERAL and (self.resume_timestamp not in (None, "auto") or self.resume_step):
             flags = "--resume_timestamp, --resume_step"
-            raise core.UserError(f"mode {self.mode} goes on by itself: drop {flags}")
+            raise core.UserError(f"mode {self.mode} continues its runs by itself: drop {flags}")
         if self.init_from == "new" and self.init_step is not None:
             raise core.UserError(f"--init_step {self.init_step}: a new model has no checkpoints, drop it")
         if self.mode in ("both", "split") and self.init_from:
@@ -127,8 +127,8 @@ class Config(core.Bookkeeping):
 SEVERAL = ("both", "study", "split")  # modes that make several runs
 SHARED = ("dtype", "compile", "skip_spikes", "keep", "log_every", "note", "price_per_hour", "backend", "out")
 # The journal's rows were padded to 1,024 tokens and cut into two windows of 512, the second one mostly
-# nothing but padding: 256 windows are 128 rows. It validated on the test part, which is not repeated. What is
-# not named here is as in Config.
+# nothing but padding: 256 windows are 128 rows. It validated on the test part; we do not. What is not
+# named here is as in Config.
 SECOND_STAGE_FULL = {
     "mode": "train",
     "loss_on_prompt": True,
@@ -139,7 +139,7 @@ SECOND_STAGE_FULL = {
     "eval_rows": 1536,
     "compile": True,
 }
-PRESETS = {  # the short ones are arms of a study, with rates as each kind of tuning wants them
+PRESETS = {  # full to int4 are arms of a study, with rates that suit each kind of tuning
     "recommended": {},
     "second_stage_full": SECOND_STAGE_FULL,
     "full": {},
@@ -237,7 +237,7 @@ def base_text(cfg, world):
 
 
 def plain_text(cfg, tokenizer, block_size, world) -> tuple[str, core.Blocks | None]:
-    """(name of the text, held-out blocks) to measure forgetting: cfg.plain, or what the base has read."""
+    """(name of the text, held-out blocks) to measure forgetting: cfg.plain, the base's, or python-docs."""
     if not cfg.plain_blocks:
         return "", None
     first, tokens = (None, None) if cfg.plain else base_text(cfg, world)
@@ -256,13 +256,13 @@ def plain_text(cfg, tokenizer, block_size, world) -> tuple[str, core.Blocks | No
 
 def train(run, cfg, world) -> dict:
     """Tunes the base on problems and measures it on held-out ones. Returns the final figures."""
-    # data: a problem and its right option become token ids once (cached); the loss sees the option
+    # data: a problem and its right option become token ids, cached; the loss sees the option
     base, tokenizer = open_base(cfg, world)
     data = core.load_problems(cfg, world, tokenizer)
     run.pin("fingerprint", data.fingerprint)  # a resume that finds other rows is refused
     parts, lines = choices.examples_of(data, cfg)
     units = core.Packs(parts["train"], cfg.max_length) if cfg.pack else parts["train"]
-    block = 50 if cfg.group_lengths else 1  # so many batches are sorted by length, then shuffled
+    block = 50 if cfg.group_lengths else 1  # so many batches' rows are sorted by length; the batches shuffled
     batches = core.ShardedBatches(units.lengths, cfg.batch, world, seed=cfg.seed, block=block)
     total_steps = core.count_steps(cfg, batches)
     text, plain = plain_text(cfg, tokenizer, base.config.block_size, world)
@@ -279,16 +279,16 @@ def train(run, cfg, world) -> dict:
     ddp = core.wrap_ddp(model, world, model.h if cfg.compile else ())
 
     def forward_backward(rows, targets) -> float:
-        """Adds gradients of this rank's loss sum / all ranks' targets; DDP adds up ranks. Returns the sum."""
+        """Adds gradients of this rank's summed loss, divided by the targets of all ranks. Returns the sum."""
         losses = []
         for part in core.micro_batches(ddp, rows, cfg.micro_batch, units.lengths[rows], cfg.micro_tokens):
             with precision.autocast():
                 losses.append(ddp(*units.batch(part, world.device)))  # cross-entropy, summed over targets
-            core.scaled_backward(losses[-1], world, targets, precision)
+            core.scaled_backward(losses[-1], world, targets, precision)  # x world.size: DDP averages
         return sum(loss.item() for loss in losses)
 
-    int4.switch(model, True)  # the forecast is of the dearer steps
-    # two steps of the longest rows, discarded: is there memory? Then the forecast of hours
+    int4.switch(model, True)  # the forecast is of the slower steps
+    # two steps of the longest rows, undone afterwards: is there memory? Then the forecast of hours
     core.rehearse(run, ddp, saved, forward_backward, batches, total_steps - run.step)
     run.say(tuning.describe_example(parts["train"]))
     if cfg.mode == "find_lr":
@@ -296,17 +296,17 @@ def train(run, cfg, world) -> dict:
         return core.find_lr(run, batches, units.targets, saved, forward_backward, beta1)
     switch_to_int4(run, cfg, model, run.step, run.clock.schedule_length(run.step, total_steps))
 
-    # batches depend on seed and step alone; before an evaluation it saves; a signal stops all ranks together
+    # core.steps draws batches from seed and step alone, saves before evaluating, stops all ranks together
     for at in core.steps(run, batches, units.targets, saved, total_steps, evaluate_first=True):
         if at.evaluates:
-            if at.ends:  # a clock that ends in one long step must not leave the float model
+            if at.ends:  # time may be spent before qat_start: it ends as int4 all the same
                 switch_to_int4(run, cfg, model, at.step, length=0)
             validate(run, cfg, model, parts["val"], plain, batches, at)
             continue
         lr, beta1 = (rate(cfg, at.step, at.schedule_length) for rate in (core.lr_at, core.beta1_at))
         loss_sum = forward_backward(at.rows, at.targets)
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
-        if at.spiked(loss_sum, norm) and world.is_main:  # over all ranks; skip_spikes leaves its update out
+        if at.spiked(loss_sum, norm) and world.is_main:  # every rank asks; with skip_spikes no update
             rows = tuning.spike_rows(cfg, model, parts["train"], units.members(at.batch), world)
             at.note_spike(model, {"lr": lr, **tuning.batch_facts(units, at.batch), **rows})
         at.update(optimizer, precision, lr, beta1=beta1)  # clips, updates, zeroes the gradients, logs
@@ -314,7 +314,7 @@ def train(run, cfg, world) -> dict:
     switch_to_int4(run, cfg, model, run.step, length=0)
     if cfg.method != "full":
         if core.state_sha256(core.base_weights(model)) != base_sha256:
-            raise RuntimeError("the base has moved: only adapters may")
+            raise RuntimeError("weights of the frozen base have changed: this is a bug")
         run.say("the base is unchanged (checksum)")
     named = replace(cfg, plain=Path(text).name)
     return finish(run, named, data, parts, plain, model, trained, optimizer) | {"base_sha256": base_sha256}
@@ -358,7 +358,7 @@ def validate(run, cfg, model, rows, plain, batches, at):
     if len(asked):
         scores = choices.Scores.of(model, choices.Choices(data, asked), cfg, world, at.poll)
         share = scores.right(data, asked).mean(0).tolist()
-        run.say(f"{at.where}  val  answers {share[0]:.3f}  per token {share[1]:.3f} of {len(asked)}")
+        run.say(f"{at.where}  val  right {share[0]:.3f}, by loss per token {share[1]:.3f}, of {len(asked)}")
         run.metrics(at.step, {"val/answer_accuracy": share[0], "val/answer_accuracy_per_token": share[1]})
         choices.sample(run, cfg, at, model, data, asked[:3])
 
@@ -485,7 +485,7 @@ ARM_MAY = frozenset({  # what an arm may have of its own: how it is tuned, not w
 
 @dataclass
 class Stages:
-    """What the runs of modes both, study and split share: how each stage's are made, and who listens."""
+    """What the runs of modes both, study and split share: how to make those of each stage; signals."""
 
     text: study.Plan  # of gpt_scratch.py
     pretraining: study.Arm
@@ -538,13 +538,13 @@ def compare_arms(stages):
 
 
 def split_budget(cfg, first) -> tuple[str, list]:
-    """(max_minutes or max_steps, of both stages). UserError unless both have the same bound alone."""
+    """(max_minutes or max_steps, its values of both stages). UserError unless both have that bound only."""
     for unit, other in (("max_minutes", "max_steps"), ("max_steps", "max_minutes")):
         total, others = ([getattr(each, name) for each in (first, cfg)] for name in (unit, other))
         if None not in total and others == [None, None] and cfg.epochs is first.epochs is None:
             return unit, total
     raise core.UserError(
-        "mode split shares out minutes or steps: bound both stages by the same alone, e.g. --pretrain "
+        "mode split shares out minutes or steps: bound both stages by one of them alone, e.g. --pretrain "
         "noam_wide4,max_minutes=none,max_steps=900 --max_minutes none --max_steps 300"
     )
 
@@ -578,7 +578,7 @@ def several(cfg, world):
     """Modes both, study and split. Checks everything before the first step."""
     check_words(cfg)
     if cfg.init_from == "newest":
-        raise core.UserError("--init_from newest would be another run one day: name the one that is tuned")
+        raise core.UserError("--init_from newest may be another run when this goes on: name the one to tune")
     unread = OF_A_STUDY - ({"pretrain"} if cfg.init_from == "new" else set())
     plan = study.Plan(cfg, world, __file__, Config, PRESETS, SMOKE, main, ARM_MAY, unread)
     if cfg.mode == "both":
@@ -596,7 +596,7 @@ def several(cfg, world):
 
 
 def check_words(cfg):
-    """UserError for --budgets and --shares that are none, or stand there twice."""
+    """UserError for --budgets and --shares that are invalid or repeated."""
     if not set(cfg.budgets) <= {"steps", "time"} or len(set(cfg.budgets)) < len(cfg.budgets):
         raise core.UserError(f"--budgets {' '.join(cfg.budgets)}: use steps, time, or both")
     try:
@@ -614,7 +614,7 @@ def check_stages(stages):
     if cfg.mode == "split":
         split_budget(cfg, first)
     if min(cfg.batch, first.batch) < world.size:
-        raise core.UserError(f"a batch of --batch or --pretrain is under {world.size} ranks: use more rows")
+        raise core.UserError(f"--batch (or --pretrain's) is under {world.size} ranks: use a larger one")
     if cfg.init_from:
         base, tokenizer = open_base(cfg, world)
     else:
@@ -645,7 +645,7 @@ def forecast(stages) -> list[str]:
         return [line]
     hours = cfg.seeds * (firsts * first.max_minutes + tunings * cfg.max_minutes) / 60
     cost = f", ${hours * cfg.price_per_hour:.2f}" if cfg.price_per_hour else ""
-    return [f"{line}, some {hours:.1f} h of training{cost}"]
+    return [f"{line}, at most {hours:.1f} h of training{cost}"]
 
 
 # ------------------------------------------------------------------------------------------------------ main
@@ -656,7 +656,7 @@ def check_flags(cfg):
     has_first = cfg.init_from == "new" or (not cfg.init_from and cfg.mode in SEVERAL)
     if "pretrain" in cfg.typed.flags and not has_first:
         what = f"--init_from {cfg.init_from}" if cfg.init_from else f"--mode {cfg.mode}"
-        raise core.UserError(f"--pretrain is the first stage, which {what} does not have: drop it")
+        raise core.UserError(f"--pretrain describes a first stage, and {what} has none: drop it")
     if cfg.mode in ("quantise", "export") and not cfg.run_folder:
         raise core.UserError(f"--mode {cfg.mode} needs --run_folder")
 

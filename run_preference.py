@@ -37,18 +37,18 @@ class Config(core.Studied):
     # data
     data: str = "lmsys/lmsys-arena-human-preference-55k"  # Hub id, file, zip, folder, or python-pairs
     max_documents: core.Count | None = None  # rows read; none = all
-    split_seed: core.Seed = 42  # of the 80/10/10 split or the folds: the same rows for every seed
+    split_seed: core.Seed = 42  # of the 80/10/10 split or the folds, whatever --seed is
     folds: core.within(int, 3) | None = None  # parts by prompt, each tested once; none = 80/10/10
     inputs: Literal["responses", "prompt+responses", "joint"] = "prompt+responses"  # joint: in one sequence
-    max_length: core.within(int, 16) = 512  # tokens of a sequence, special ones too: of a side, or joint
+    max_length: core.within(int, 16) = 512  # tokens of a sequence (a side; joint: both), special ones too
     test_csv: str | None = None  # rows to be judged, or Kaggle's zip: submission.csv is written
     # model
     model: str = "distilbert-base-uncased"  # Hub id, folder, or tiny:<family>
-    freeze: Literal["none", "all", "bottom", "blocks"] = "none"  # bottom: embeddings, lower half of blocks
+    freeze: Literal["none", "all", "bottom", "blocks"] = "none"  # bottom: embeddings and lower half
     encode_once: bool = True  # with freeze all: the encoder's vectors are computed once and cached
     pooling: Literal["first", "mean"] = "first"  # a sequence's vector: of its first token, or the mean
     head: Literal["mlp", "linear"] = "mlp"  # mlp: the journal's
-    start_at_prior: bool = True  # the untrained head says the training rows' class shares
+    start_at_prior: bool = True  # the head begins with the class shares of the training rows
     symmetric: bool = True  # logits of both orders of A and B averaged, in training and in testing
     dropout: core.Share = 0.1  # in the head
     encoder_dropout: core.Share | None = None  # of hidden states and attention; none = as pretrained
@@ -59,16 +59,16 @@ class Config(core.Studied):
     max_steps: core.Whole | None = None  # optimizer steps (per fold)
     max_minutes: core.Amount | None = None  # of training (all folds together), over resumes
     lr: core.Rate = 2e-5  # peak
-    head_lr: core.Rate | None = 2e-4  # peak of the head's; none, or freeze all: lr
+    head_lr: core.Rate | None = 2e-4  # peak of the head's; none = as lr, and so with freeze all
     layer_decay: core.within(float, 0.001, 1) = 1.0  # of the lr, from each block to the one below it
     min_lr: core.Rate = 0.0  # at the end of the schedule
     warmup: core.Share = 0.1  # fraction of all steps
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # of the rate, after the warm-up
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
     weight_decay: core.Rate = 0.01  # of matrices
-    swap_augmentation: bool = False  # half of the training rows, redrawn each epoch, with A and B swapped
+    swap_augmentation: bool = False  # swap A and B of half the training rows, drawn anew each epoch
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
-    dtype: core.Dtype = "auto"  # auto: bf16 on a card (or fp16), else fp32, which untyped is tf32 on a card
+    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; a GPU takes untyped fp32 as tf32
     seed: core.Seed = 0  # of weights, order and dropout
     # evaluation and logging
     eval_batch: core.Count = 64  # rows per evaluation step, over all ranks
@@ -76,8 +76,8 @@ class Config(core.Studied):
     test_weights: Literal["best", "last"] = "best"  # lowest validation loss, or the final ones
     save_every: core.Count | None = None  # steps; none = at each evaluation, before it
     # run
-    mode: Literal["train", "find_lr", "study", "submit"] = "train"  # submit: test_csv, by a run
-    run_folder: str | None = None  # the one that mode submit uses; none = the newest
+    mode: Literal["train", "find_lr", "study", "submit"] = "train"  # submit: a finished run judges test_csv
+    run_folder: str | None = None  # the finished run that submits; none = the newest
 
     NO_TRAINING = ("submit",)
     READ_BY = core.Studied.READ_BY | {
@@ -91,11 +91,11 @@ class Config(core.Studied):
             raise core.UserError("--freeze all trains the head alone, at --lr: drop --head_lr")
         if self.symmetric and self.swap_augmentation:
             raise core.UserError(
-                "--swap_augmentation changes nothing with --symmetric, which averages both orders: use one"
+                "--swap_augmentation changes nothing while both orders are averaged: add --no-symmetric"
             )
         if self.lr == 0 and self.head_lr:
             raise core.UserError(
-                f"--lr 0 with head_lr {self.head_lr:g}: --freeze all trains the head alone, at --lr"
+                f"--lr 0 with head_lr {self.head_lr:g}: to train the head alone, use --freeze all and --lr"
             )
         if self.mode == "submit" and not self.test_csv:
             raise core.UserError("--mode submit needs --test_csv: the rows to be judged")
@@ -105,7 +105,7 @@ class Config(core.Studied):
             )
 
 
-JOURNAL = {  # as its scripts trained; not repeated: prompt and answer as one string, cut on the right
+JOURNAL = {  # as its scripts trained, but for one thing: they cut prompt and answer as one string
     "schedule": "constant",
     "warmup": 0.0,
     "clip": None,
@@ -141,8 +141,8 @@ JOURNAL_RESULTS = {  # what the journal got with a preset, on LMSYS, one run eac
     "random": "accuracy 0.351, pretrained weights under an untrained head",
     "baseline": "accuracy 0.473",
     "frozen": "accuracy 0.453",
-    "bottom": "no figure, its 'bottom frozen' froze all blocks",
-    "bottom_journal": "accuracy 0.469; called 'bottom frozen', all blocks were",
+    "bottom": "no figure: its run 'bottom frozen' froze all blocks",
+    "bottom_journal": "accuracy 0.469; it says 'bottom frozen', but all blocks were",
     "bert": "accuracy 0.4835",
     "bert-large": "accuracy 0.4843",
     "roberta": "accuracy 0.486",
@@ -191,8 +191,8 @@ def build_model(cfg, data, world):
 
 
 def rebuild(folder, world, **changes):
-    """(Config, untrained model, tokenizer) of a run, from its folder alone; `changes`: of Config."""
-    before = {"symmetric": False}  # as runs were before both orders
+    """(Config, untrained model, tokenizer) of a run, from its folder alone; `changes`: of constants."""
+    before = {"symmetric": False}  # runs stored before --symmetric existed
     cfg = dataclasses.replace(core.stored_config(folder, Config, __file__, before), **changes)
     encoder = encoders.stored_encoder(Path(folder) / "encoder")
     model = core.Precision(cfg.dtype, world).prepare(scorer(cfg, encoder))
@@ -210,7 +210,7 @@ def load_model(folder, world):
 def evaluate(model, data, rows, cfg, world, poll=lambda: None) -> np.ndarray:
     """(N, 2, 3) fp64 log-probabilities of `rows` on every rank: as they are, and with A and B swapped.
 
-    `model` is unwrapped. Classes of the second order are swapped back: a symmetric model gives both alike.
+    `model` is unwrapped. The second order's classes are swapped back; nothing is averaged yet.
     """
 
     def log_probs(some):
@@ -257,25 +257,25 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     ddp = core.wrap_ddp(model, world, [model.encoder] if cfg.compile else ())
 
     def forward_backward(mine, targets, swaps=None) -> float:
-        """Adds gradients of this rank's loss sum / all ranks' targets; DDP adds up ranks. Returns the sum.
+        """Adds gradients of this rank's summed loss, divided by the targets of all ranks. Returns the sum.
 
         mine: positions in rows["train"]. swaps: whether A and B of each are swapped.
         """
         shown = list(zip(rows["train"][mine], swaps or [False] * len(mine), strict=True))
         return backward_of_sum(ddp, precision, data, shown, targets, cfg, world)
 
-    first_here = fold == run.position.get("fold", 0)  # later folds look the same
+    first_here = fold == run.position.get("fold", 0)  # what follows is said once
     steps_left = ((cfg.folds or 1) - fold) * total_steps - run.step if first_here else None
-    # two steps of the longest rows, discarded: is there memory? Then the forecast of hours
+    # two steps of the longest rows, undone afterwards: is there memory? Then the forecast of hours
     core.rehearse(run, ddp, saved, forward_backward, batches, steps_left)
     if first_here:
         run.say(describe_row(data, rows["train"][0], cfg))
     if cfg.mode == "find_lr":
         if own_rate:
-            run.say(f"the head's rate moves along: it is {head:g} x what is shown")
+            run.say(f"the rates shown are the encoder's; the head's is {head:g} x as large")
         return core.find_lr(run, batches, len, saved, forward_backward)
 
-    # batches depend on seed and step alone; before an evaluation it saves; a signal stops all ranks together
+    # core.steps draws batches from seed and step alone, saves before evaluating, stops all ranks together
     for at in core.steps(run, batches, len, saved, total_steps):
         if at.evaluates:
             log_probs = evaluate(model, data, rows["val"], cfg, world, at.poll)
@@ -285,10 +285,10 @@ def train(run, cfg, world, data, rows, fold) -> dict:
             continue
         core.reseed(cfg.seed, fold, at.step, world.rank)  # every fold has dropout of its own
         swaps = swapped(cfg, fold, at.step)
-        lr = core.lr_at(cfg, at.step, at.schedule_length)  # length: total_steps, or what max_minutes leave
+        lr = core.lr_at(cfg, at.step, at.schedule_length)  # total_steps, or what fits into max_minutes
         loss_sum = forward_backward(at.rows, at.targets, swaps[world.rank :: world.size])
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
-        if at.spiked(loss_sum, norm) and world.is_main:  # over all ranks; skip_spikes leaves its update out
+        if at.spiked(loss_sum, norm) and world.is_main:  # every rank asks; with skip_spikes no update
             at.note_spike(model, spike_facts(data, rows["train"][at.batch], swaps, cfg, lr))
         at.update(optimizer, precision, lr)  # clips, updates, zeroes the gradients, logs
 
@@ -309,7 +309,7 @@ def swapped(cfg, fold, step) -> list[bool]:
 
 
 def backward_of_sum(ddp, precision, data, shown, targets, cfg, world) -> float:
-    """Adds the gradients of this rank's rows, of summed loss / global targets; returns their summed loss.
+    """Adds gradients of this rank's summed loss, divided by the targets of all ranks. Returns the sum.
 
     shown: pairs (row, whether A and B are swapped).
     """
@@ -322,7 +322,7 @@ def backward_of_sum(ddp, precision, data, shown, targets, cfg, world) -> float:
             losses.append(
                 core.sum_cross_entropy(logits, torch.as_tensor(np.array(labels), device=world.device))
             )
-        core.scaled_backward(losses[-1], world, targets, precision)
+        core.scaled_backward(losses[-1], world, targets, precision)  # x world.size: DDP averages
     return sum(loss.item() for loss in losses)
 
 
@@ -360,7 +360,7 @@ def describe_row(data, row, cfg) -> str:
     return "\n".join(lines)
 
 
-VAL_METRICS = {"loss": "log_loss", "accuracy": "accuracy", "flips": "flips"}  # of TensorBoard
+VAL_METRICS = {"loss": "log_loss", "accuracy": "accuracy", "flips": "flips"}  # TensorBoard's name: ours
 
 
 def report_validation(run, at, val, is_best):
@@ -402,8 +402,8 @@ def report(run, cfg, data, splits, outcomes) -> dict:
 
 
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, dict[str, list]]:
-    """Measures a run's own val and test rows again (every fold by its own weights). Returns figures, and
-    lines of predictions.jsonl by its name. UserError if cfg.data has changed since.
+    """Measures a run's own val and test rows again (every fold by its own weights). Returns (figures,
+    file name -> its lines). UserError if cfg.data has changed since.
     """
     cfg, model, tokenizer = rebuild(folder, world, **({"eval_batch": eval_batch} if eval_batch else {}))
     data = core.load_pairs(cfg, world, tokenizer)
@@ -471,7 +471,7 @@ def rows_to_judge(cfg, tokenizer, world):
 def note_known_rows(name, data, fingerprint, say):
     """Says so where the rows to be judged are those of the run's own data, training rows included."""
     if data.fingerprint["data"] == fingerprint["data"] and not name.lower().endswith(".zip"):
-        say(f"NOTE {name} holds the rows that the run was trained on: their verdicts say nothing of new ones")
+        say(f"NOTE {name} holds the rows that the run was trained on: its verdicts say nothing of new rows")
 
 
 def submit(folder, checkpoints, cfg, model, data, world, poll=lambda: None, say=print):
@@ -551,16 +551,17 @@ def announce(run, cfg, data, rows, model):
     run.say(cut_line(data))
     if left := len(rows["train"]) % cfg.batch:
         run.say(
-            f"each epoch leaves out {left} training rows, others each time: they fill no batch of {cfg.batch}"
+            f"each epoch leaves out {left} training rows, not always the same: "
+            f"they fill no batch of {cfg.batch}"
         )
 
 
 def read_outcome(path) -> dict:
-    """What a fold's training returned. UserError where it is not what was written."""
+    """What a fold's training returned. UserError if it is missing or damaged."""
     try:
         return files.read_sealed(path)
     except (OSError, ValueError):
-        raise core.UserError(f"{path} is missing or damaged: copy it anew, or start a new run") from None
+        raise core.UserError(f"{path} is missing or damaged: use a copy of it, or start a new run") from None
 
 
 def cross_validate(run, cfg, world, data) -> tuple[list, list]:

@@ -42,16 +42,16 @@ class Config(core.Bookkeeping):
         "c4=allenai/c4:en",
     )
     neutral: str = "c4"  # a third text, that nobody trains on: val/loss and test/loss are on it
-    neutral_share: core.within(float, 1e-4, 0.5) | None = None  # of it; none = val_share, test_share
+    neutral_share: core.within(float, 1e-4, 0.5) | None = None  # val and test of it; none = as of the others
     text_column: str = "text"  # of tables and Hub sets
     max_documents: core.Count | None = None  # of each source; none = all that are needed
     max_tokens: core.Count | None = None  # of each source's training text; none = what the arms need
-    passes: core.Count = 1  # over the training text: in every arm 1 / passes of its tokens are distinct
+    passes: core.Count = 1  # how often an arm reads its training text; 1 = every token once
     repeat: bool = False  # a source that runs out is read again (and counted), otherwise it is an error
-    streaming: Literal["True", "CacheStream", "False"] = "True"  # or download Hub sets; False: and shuffle
+    streaming: Literal["True", "CacheStream", "False"] = "True"  # CacheStream: downloaded; False: shuffled, too
     tokenizer: str = "gpt2"  # of all arms: bpe:<size>, chars, bytes, Hub id or folder
-    val_share: core.within(float, 1e-4, 0.9999) = 0.005  # of each text's documents, by their hash
-    test_share: core.within(float, 0, 0.9999) = 0.005  # of the text, for the end
+    val_share: core.within(float, 1e-4, 0.9999) = 0.005  # of each text's documents, drawn by their hash
+    test_share: core.within(float, 0, 0.9999) = 0.005  # of the text; measured after training only
     held_out_tokens: core.Whole = 500_000  # so many in val and in test at least, where a text has them
     split_seed: core.Seed = 42  # of what is held out
     block_size: core.Count = 1024  # tokens of context
@@ -65,7 +65,7 @@ class Config(core.Bookkeeping):
     # optimisation
     batch: core.Count = 64  # blocks per optimizer step, over all ranks
     micro_batch: core.Count | None = None  # blocks per forward and rank; none = all of the rank's blocks
-    max_steps: core.Whole = 20_000  # with batch and block_size the token pool, the same for every arm
+    max_steps: core.Whole = 20_000  # each arm reads max_steps x batch x block_size tokens
     max_minutes: core.Amount | None = None  # of training; a study has none: its arms would differ
     lr: core.Rate = 6e-4  # peak
     min_lr: core.Rate = 6e-5  # at the end of the schedule
@@ -76,7 +76,7 @@ class Config(core.Bookkeeping):
     beta2: core.within(float, 0, 0.9999) = 0.95  # of Adam: how fast the squares forget
     weight_decay: core.Rate = 0.1  # of matrices
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
-    dtype: core.Dtype = "auto"  # auto: bf16 on a card (or fp16), else fp32, which untyped is tf32 on a card
+    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; a GPU takes untyped fp32 as tf32
     seed: core.Seed = 0  # of weights, order and dropout; the first one of a study
     seeds: core.Count = 3  # of each arm in a study: seed, seed + 1, ...
     # evaluation and logging
@@ -91,8 +91,8 @@ class Config(core.Bookkeeping):
     diversity_batches: core.Whole = 200  # of each arm; 0 = a study without coefficients
     diversity_batch: core.within(int, 2) = 512  # sequences
     diversity_length: core.within(int, 2) = 128  # tokens of a sequence
-    sequences: Literal["documents", "pieces"] = "documents"  # a document's first tokens, or all of them
-    head_epochs: core.Whole = 10  # over a batch, before its embedding is taken
+    sequences: Literal["documents", "pieces"] = "documents"  # one of each document, or all its pieces
+    head_epochs: core.Whole = 10  # of the probe's head on a batch, before its embedding
     fisher_samples: core.Count = 1  # target draws that an embedding averages
     floor_repeats: core.within(int, 2) = 4  # embeddings of one batch: their distance is the noise floor
     # run
@@ -106,7 +106,7 @@ class Config(core.Bookkeeping):
             "seeds",
             "max_hours",
             *DIVERSITY,
-        },  # parts of the study's work
+        },  # two do parts of a study's work
     }
 
     def __post_init__(self):
@@ -114,14 +114,14 @@ class Config(core.Bookkeeping):
         resumes = self.resume_timestamp not in (None, "auto") or self.resume_step is not None
         if self.mode not in mixture.ONE_ARM and resumes:
             raise core.UserError(
-                f"mode {self.mode} goes on by itself: drop --resume_timestamp, --resume_step"
+                f"mode {self.mode} continues its runs by itself: drop --resume_timestamp, --resume_step"
             )
         if self.mode == "study" and self.max_minutes is not None:
             raise core.UserError("--max_minutes: the arms of a study see the same tokens, use --max_steps")
         if self.mode == "study" and not self.final_eval:
             raise core.UserError("--no-final_eval: a study needs its runs measured")
         if self.diversity_batches == 1:
-            raise core.UserError("--diversity_batches 1: a distance needs 2, and 0 leaves it out")
+            raise core.UserError("--diversity_batches 1: a distance needs 2; 0 for no coefficient")
         if len({tuple(sorted(mixture.shares_of(arm).items())) for arm in self.arms}) < len(self.arms):
             raise core.UserError(f"--arms {' '.join(self.arms)}: two are the same text, name each once")
         if not self.test_share:
@@ -132,8 +132,8 @@ class Config(core.Bookkeeping):
             )
 
 
-# Journal 002: transformers' Trainer as it comes. A mirror may hold less than 1.31 billion tokens of a subset:
-# the journal's interleaving stopped there, ours reads it again and counts.
+# Journal 002: transformers' Trainer with its defaults. An arm reads 1.31 billion tokens; where a subset has
+# fewer, the journal's reading stopped, ours begins it again and says how often.
 JOURNAL = {
     "streaming": "CacheStream",
     "repeat": True,
@@ -218,7 +218,7 @@ def load_model(folder, world):
 
 
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, dict[str, list]]:
-    """Measures a run's own val and test text again. Returns figures, and losses.jsonl: its lines."""
+    """Measures a run's own val and test text again. Returns (figures, file name -> its lines)."""
     cfg, model, _ = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
     text, result = mixture.load_text(cfg, world), {}
@@ -251,11 +251,11 @@ def report(run, cfg, metrics, part, where="", note="", late=True):
 def train(run, cfg, world) -> dict:
     """Trains and measures one arm; returns the final figures."""
     if cfg.mode == "find_lr" and cfg.find_steps >= cfg.max_steps:
-        raise core.UserError(f"--find_steps {cfg.find_steps} reads as many batches: use a larger --max_steps")
+        raise core.UserError(f"--find_steps {cfg.find_steps} needs a --max_steps above it")
     text = mixture.load_text(cfg, world)
     batches = batches_of(cfg, cfg.data, text, world)
     for name, value in run_facts(cfg, text, batches).items():
-        run.pin(name, value)  # another length would be another order: start a new run
+        run.pin(name, value)  # a resume with another max_steps, that is another order, is refused
     held_out.require_windows(cfg, text, core.final_parts(cfg))
     core.reseed(cfg.seed, "init")
     precision = core.Precision(cfg.dtype, world)
@@ -269,15 +269,15 @@ def train(run, cfg, world) -> dict:
     ddp = core.wrap_ddp(model, world, model.h if cfg.compile else (), dynamic=None)
 
     def forward_backward(rows, targets) -> float:
-        """Adds gradients of this rank's loss sum / all ranks' targets; DDP adds up ranks. Returns the sum."""
+        """Adds gradients of this rank's summed loss, divided by the targets of all ranks. Returns the sum."""
         losses = []
         for part in core.micro_batches(ddp, rows, cfg.micro_batch):
             with precision.autocast():
                 losses.append(ddp(*batches.blocks.batch(part, world.device)))
-            core.scaled_backward(losses[-1], world, targets, precision)
+            core.scaled_backward(losses[-1], world, targets, precision)  # x world.size: DDP averages
         return sum(loss.item() for loss in losses)
 
-    # two steps of the longest rows, discarded: is there memory? Then the forecast of hours
+    # two steps of the longest rows, undone afterwards: is there memory? Then the forecast of hours
     core.rehearse(run, ddp, saved, forward_backward, batches, total_steps - step)
     first = batches.blocks.tokens(int(batches.rows[0]) if len(batches.rows) else 0)
     run.say(gpt_scratch.describe_block(text.tokenizer, first))
@@ -287,7 +287,7 @@ def train(run, cfg, world) -> dict:
 
     every = cfg.eval_every or total_steps  # none: at the end only
     targets_of = batches.blocks.targets
-    # batches depend on seed and step alone; before an evaluation it saves; a signal stops all ranks together
+    # core.steps draws batches from seed and step alone, saves before evaluating, stops all ranks together
     for at in core.steps(run, batches, targets_of, saved, total_steps, every=every, where=tokens_read):
         if at.evaluates:
             val = check(run, cfg, text, model, at)
@@ -297,7 +297,7 @@ def train(run, cfg, world) -> dict:
         for name, blocks in batches.seen(at.step).items():
             seen[name] += blocks
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
-        if at.spiked(loss_sum, norm) and world.is_main:  # over all ranks; skip_spikes leaves its update out
+        if at.spiked(loss_sum, norm) and world.is_main:  # every rank asks; with skip_spikes no update
             at.note_spike(model, spike_facts(text, batches, at, lr))
         at.update(optimizer, precision, lr)  # clips, updates, zeroes the gradients, logs
     return finish(run, cfg, world, text, model, batches, val if cfg.test_weights == "last" else None)
@@ -328,7 +328,7 @@ def announce(run, cfg, text, batches, model):
             run.say(f"{name}  {line}")
     passes = [source["epochs"] for source in ledger["sources"].values()]
     if cfg.repeat and max(passes) > cfg.passes:
-        run.say("NOTE --repeat: a source is read more often than the others, it has less new text")
+        run.say("NOTE --repeat: a source is read more than {cfg.passes} times: its arm sees fewer new tokens")
     core.on_main(run.world, core.write_json, run.folder / "ledger.json", ledger)
 
 
@@ -344,7 +344,7 @@ def spike_facts(text, batches, at, lr) -> dict:
 
 
 def check(run, cfg, text, model, at) -> tuple:
-    """Validates: says and logs figures, keeps the best weights. Returns figures and the neutral text's."""
+    """Validates: says and logs figures, keeps the best weights. Returns (figures, neutral rows)."""
     metrics, neutral = held_out.figures_of_part(model, cfg, text, "val", run.world, at.poll)
     where, is_best = f"step {at.step}/{cfg.max_steps}", at.keep_if_best(metrics["val/loss"])
     report(run, cfg, metrics, "val", where, "  -> best" if is_best else "", at.late)
@@ -359,7 +359,7 @@ def finish(run, cfg, world, text, model, batches, val=None) -> dict:
     ledger, seen = batches.ledger(), run.state["seen"]
     planned = {name: source["blocks"] for name, source in ledger["sources"].items()}
     if cfg.max_minutes is None and seen != planned:
-        raise RuntimeError(f"the run read {seen} blocks, its ledger says {planned}: start a new one")
+        raise RuntimeError(f"the run read {seen} blocks, its ledger says {planned}: start a new run")
     sha256, measured, result = core.weights_sha256(model), run.checkpoint, {}
     if cfg.test_weights == "best":
         measured = run.load_best(model)
@@ -385,12 +385,12 @@ def finish(run, cfg, world, text, model, batches, val=None) -> dict:
 # ------------------------------------------------------------------------------------------------------ study
 # Every arm with every seed, one after the other; then all of them on all held-out texts
 
-OWN = frozenset(DIVERSITY | {"data", "sources"})  # text_of_a_run says these
+OWN = frozenset(DIVERSITY | {"data", "sources"})  # set for each run by text_of_a_run, or read by none
 
 
 @dataclass
 class DiversityStudy:
-    """What the stages of a study share: how runs are made, the texts, and who listens to signals."""
+    """What the stages of a study share: how to make runs, the texts, and what looks for signals."""
 
     plan: studies.Plan
     text: mixture.Text
@@ -443,13 +443,13 @@ def open_study(plan, poll) -> DiversityStudy:
     if cfg.mode != "cache":
         core.on_main(world, core.prepare_folder, study_folder(plan))
     if cfg.neutral_share and cfg.mode != "diversity":
-        twice = "a document of the neutral text that a source holds too may be trained on"
+        twice = "a document that a source holds, too, may then be in its training text"
         plan.say(f"NOTE --neutral_share: {twice}")
     return study
 
 
 def compare_arms(study):
-    """Mode study: trains the missing runs, measures and compares all; finished work is found again."""
+    """Mode study: trains the missing runs, measures and compares all; finished work is kept."""
     plan, planned = study.plan, planned_runs(study.plan)
     core.on_main(plan.world, check_text, study, planned)
     runs = studies.make_runs(plan, planned, study.poll)
@@ -495,7 +495,7 @@ def probe_name(plan) -> str:
 
 
 def draws_of(study, tokenizer) -> diversity.Draws:
-    """The batches to embed, in tokens of the probe. UserError if a source is too small."""
+    """The batches to embed, as token ids of the probe's tokenizer. UserError if a source is too small."""
     cfg = study.plan.cfg
     return diversity.draws_of(cfg, study.text, mixture.sources_of(cfg), tokenizer, study.plan.world)
 
@@ -530,7 +530,7 @@ def cache(study):
     for name, tokens in texts.items():
         for line in tokens.lines:
             study.plan.say(f"{name}  {line}")
-    study.plan.say(f"tokens of {len(texts)} texts, enough for every arm: {core.cache_root()}")
+    study.plan.say(f"cached: tokens of {len(texts)} texts, enough for every arm, in {core.cache_root()}")
 
 
 def coefficients_alone(study):

@@ -56,7 +56,7 @@ BAD_INPUT = {
     "tag": (["--tag", "a/b"], ["--tag 'a/b'", "use letters"]),
     "clip": (["--clip", 0], ["--clip 0"]),
     "short": (["--max_length", 3], ["--max_length 3 is out of range: use 16 or more"]),
-    "swap twice": (["--swap_augmentation"], ["--swap_augmentation changes nothing with --symmetric"]),
+    "swap twice": (["--swap_augmentation"], ["--swap_augmentation changes nothing while both orders"]),
     "two rates": (["--freeze", "all", "--head_lr", 1e-3], ["--freeze all", "drop --head_lr"]),
     "no rate": (["--lr", 0, "--head_lr", 1e-3], ["--lr 0 with head_lr 0.001", "--freeze all"]),
     "nothing to submit": (["--mode", "submit"], ["--mode submit needs --test_csv"]),
@@ -437,7 +437,7 @@ def test_what_a_finished_fold_left_is_believed_only_as_it_was_written():
     assert script.read_outcome(path) == outcome
     for text in (path.read_text().replace("a1", "b1"), "{", ""):
         path.write_text(text)
-        with pytest.raises(core.UserError, match=r"^folds/fold_1.json is missing or damaged: copy it anew"):
+        with pytest.raises(core.UserError, match=r"^folds/fold_1.json is missing or damaged: use a copy"):
             script.read_outcome(path)
     path.unlink()
     with pytest.raises(core.UserError, match=r"^folds/fold_1.json is missing"):

@@ -254,7 +254,7 @@ def say_part(run, cfg, part, figures):
     m = {name.removeprefix(f"{part}/"): value for name, value in figures.items()}
     loss = plus_minus(m["loss"], m["loss_interval"], 4)
     accuracy = plus_minus(m["accuracy"], m["accuracy_interval"])
-    guess = f"token frequencies {m['unigram_loss']:.4f}"
+    guess = f"token frequencies' loss {m['unigram_loss']:.4f}"
     run.say(f"{part:5} loss {loss}  perplexity {m['perplexity']:.2f}  accuracy {accuracy}  {guess}")
     hits, share = "hits" if cfg.loss_on_prompt else "an answer's hits", m["accuracy_over_padding"]
     run.say(f"{part:5} accuracy as journal 004 counted, {hits} / all positions of padded rows: {share:.4f}")
@@ -273,7 +273,7 @@ def announce(run, cfg, data, parts, units, lines, model):
     tokens, targets = train.lengths.mean(), train.targets(range(len(train))).mean()
     run.say(f"train rows have {tokens:.0f} tokens, {targets:.1f} of them targets")
     if left := len(units) % cfg.batch:
-        run.say(f"each epoch leaves out {left} of {len(units)}, others each time: they fill no batch")
+        run.say(f"each epoch leaves out {left} of {len(units)}, not always the same: they fill no batch")
     if cfg.max_steps is cfg.epochs is None:
         run.say("the clock ends this run: its number of steps is estimated at each line")
     if cfg.optimizer == "lion" and cfg.batch < 64:

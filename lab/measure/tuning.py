@@ -94,7 +94,7 @@ def announce(run, cfg, parts, units, lines, model):
         run.say(f"a batch of {cfg.batch} packs is one of some {cfg.batch * rows:.0f} rows")
     if left := len(units) % cfg.batch:
         what = f"{left} of {len(units)} {'packs' if cfg.pack else 'rows'}"
-        run.say(f"each epoch leaves out {what}, others each time: they fill no batch of {cfg.batch}")
+        run.say(f"each epoch leaves out {what}, not always the same: they fill no batch of {cfg.batch}")
 
 
 def describe_example(examples, example=0) -> str:
@@ -241,7 +241,7 @@ def final_figures(run, cfg, parts, plain, model, merge=None) -> dict:
         result |= {f"{part}/{name}": value for name, value in m.items()}
         loss, accuracy = (plus_minus(m[k], m[f"{k}_interval"], n) for k, n in (("loss", 4), ("accuracy", 3)))
         perplexity = f"perplexity {m['perplexity']:.2f}"
-        guess = f"token frequencies {m['unigram_loss']:.4f}"
+        guess = f"token frequencies' loss {m['unigram_loss']:.4f}"
         run.say(f"{part:5} loss {loss}  {perplexity}  accuracy {accuracy}  {guess}")
         done = f"done  {part} loss {m['loss']:.4f}  {perplexity}"
     on_main(run.world, write_lines, run.folder / "losses.jsonl", losses)
