@@ -48,7 +48,7 @@ class Config(core.Bookkeeping):
     max_tokens: core.Count | None = None  # of each source's training text; none = what the arms need
     passes: core.Count = 1  # how often an arm reads its training text; 1 = every token once
     repeat: bool = False  # a source that runs out is read again (and counted), otherwise it is an error
-    streaming: Literal["True", "CacheStream", "False"] = "True"  # CacheStream: downloaded; False: shuffled, too
+    streaming: Literal["True", "CacheStream", "False"] = "True"  # CacheStream: download; False: and shuffle
     tokenizer: str = "gpt2"  # of all arms: bpe:<size>, chars, bytes, Hub id or folder
     val_share: core.within(float, 1e-4, 0.9999) = 0.005  # of each text's documents, drawn by their hash
     test_share: core.within(float, 0, 0.9999) = 0.005  # of the text; measured after training only
