@@ -415,8 +415,7 @@ def finish(run, cfg, world, setup) -> dict:
             f"{part:5} loss {core.plus_minus(m['loss'], m['loss_interval'], 4)}   "
             f"perplexity {m['perplexity']:.2f}   "
             f"accuracy {core.plus_minus(m['accuracy'], m['accuracy_interval'])}   "
-            f"token frequencies' loss {m['unigram_loss']:.4f}"
-            + (f"\n{part:5} {m['alarm']}" if m["alarm"] else "")
+            f"unigram loss {m['unigram_loss']:.4f}" + (f"\n{part:5} {m['alarm']}" if m["alarm"] else "")
         )
     lines = core.loss_rows(part, sums, setup.blocks[part], sizes)
     core.on_main(world, core.write_lines, run.folder / "losses.jsonl", lines)

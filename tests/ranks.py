@@ -32,6 +32,7 @@ _context.set_forkserver_preload(
         "transformers.convert_slow_tokenizer",
         "matplotlib.backends.backend_agg",
         "matplotlib.figure",
+        "frozen",
     ]
 )
 

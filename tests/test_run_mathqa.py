@@ -535,7 +535,9 @@ def test_a_run_of_another_script_is_not_quantised(made):
 @slow
 def test_the_smoke_run_learns_to_answer_with_all_weights_and_with_int4():
     arms = ["full", "full,qat=int4"]  # those that learn to answer in a smoke run
-    assert launch(NAME, "--smoke", "--arms", *arms, timeout=1500) == [0], Path("out.txt").read_text()
+    assert launch(NAME, "--smoke", "--arms", *arms, "--budgets", "steps", timeout=1500) == [0], Path(
+        "out.txt"
+    ).read_text()
     (path,) = Path("runs/smoke/run_mathqa").glob("study-*/study.md")
     learnt, int4 = path.read_text().split("**int4**")
     assert len(rows_of(learnt)) == len(arms)

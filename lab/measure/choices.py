@@ -254,7 +254,7 @@ def say_part(run, cfg, part, figures):
     m = {name.removeprefix(f"{part}/"): value for name, value in figures.items()}
     loss = plus_minus(m["loss"], m["loss_interval"], 4)
     accuracy = plus_minus(m["accuracy"], m["accuracy_interval"])
-    guess = f"token frequencies' loss {m['unigram_loss']:.4f}"
+    guess = f"unigram loss {m['unigram_loss']:.4f}"
     run.say(f"{part:5} loss {loss}  perplexity {m['perplexity']:.2f}  accuracy {accuracy}  {guess}")
     hits, share = "hits" if cfg.loss_on_prompt else "an answer's hits", m["accuracy_over_padding"]
     run.say(f"{part:5} accuracy as journal 004 counted, {hits} / all positions of padded rows: {share:.4f}")

@@ -241,7 +241,7 @@ def final_figures(run, cfg, parts, plain, model, merge=None) -> dict:
         result |= {f"{part}/{name}": value for name, value in m.items()}
         loss, accuracy = (plus_minus(m[k], m[f"{k}_interval"], n) for k, n in (("loss", 4), ("accuracy", 3)))
         perplexity = f"perplexity {m['perplexity']:.2f}"
-        guess = f"token frequencies' loss {m['unigram_loss']:.4f}"
+        guess = f"unigram loss {m['unigram_loss']:.4f}"
         run.say(f"{part:5} loss {loss}  {perplexity}  accuracy {accuracy}  {guess}")
         done = f"done  {part} loss {m['loss']:.4f}  {perplexity}"
     on_main(run.world, write_lines, run.folder / "losses.jsonl", losses)

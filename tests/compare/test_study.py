@@ -128,6 +128,11 @@ def study_of(out="out") -> dict:
     return json.loads(path.read_text())
 
 
+ONLY_LOSSES = ["--answer_rows", 0, "--sample_tokens", 0, "--plain_blocks", 0]
+FEWER = dict.fromkeys(("run_lora", "run_instruct"), ONLY_LOSSES)
+FEWER |= {"gpt_scratch": ["--sample_tokens", 0], "run_preference": []}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "size"),
@@ -137,7 +142,7 @@ def study_of(out="out") -> dict:
     ],
 )
 def test_a_study_killed_again_and_again_has_the_same_table_and_no_run_twice(script, size):
-    flags = [*SHORT[script], *ARMS, "--max_steps", 12]
+    flags = [*SHORT[script], *ARMS, "--max_steps", 10, *FEWER[script]]
     assert launch(script, "--out", "whole", *flags, size=size) == [0] * size, Path("out.txt").read_text()
     kills, rng = 0, random.Random(size)
     for attempt in range(5):

@@ -25,21 +25,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import core
 
-SHORT = {  # some thirty steps with several saves and evaluations, and a short last slice on 2 and 3 ranks
+SHORT = {  # some 24 steps with several saves and evaluations, and a short last slice on 2 and 3 ranks
     "run_preference": [
-        *("--smoke", "--max_documents", 140, "--batch", 7, "--epochs", 2),
+        *("--smoke", "--max_documents", 105, "--batch", 7, "--epochs", 2),
         *("--eval_every", 8, "--save_every", 4, "--log_every", 4),
         *("--dropout", 0.1, "--encoder_dropout", 0.1),  # resumed randomness is part of law 3
     ],
     "gpt_scratch": [
-        *("--smoke", "--max_documents", 20, "--val_share", 0.2, "--test_share", 0.2, "--n_embd", 32),
-        *("--batch", 7, "--max_steps", 28, "--eval_batch", 24),
+        *("--smoke", "--max_documents", 12, "--val_share", 0.2, "--test_share", 0.2, "--n_embd", 32),
+        *("--batch", 7, "--max_steps", 24, "--eval_batch", 24),
         *("--eval_every", 8, "--save_every", 4, "--log_every", 4, "--sample_tokens", 8),
         *("--dropout", 0.1),
     ],
 }
 TUNE = [
-    *("--smoke", "--max_documents", 140, "--batch", 7, "--epochs", 2, "--dropout", 0.1),
+    *("--smoke", "--max_documents", 105, "--batch", 7, "--epochs", 2, "--dropout", 0.1),
     *("--eval_every", 8, "--save_every", 5, "--log_every", 4),
     *("--sample_tokens", 4, "--answer_rows", 7, "--max_new_tokens", 4, "--plain_blocks", 3),
 ]
@@ -48,11 +48,11 @@ DIVERSE = [
     *("--held_out_tokens", 1500, "--n_embd", 32, "--block_size", 32, "--eval_rows", 20, "--eval_batch", 24),
 ]
 SHORT["run_pretrain_diversity"] = [
-    *(*DIVERSE, "--batch", 7, "--max_steps", 28, "--dropout", 0.1),
+    *(*DIVERSE, "--batch", 7, "--max_steps", 24, "--dropout", 0.1),
     *("--eval_every", 8, "--save_every", 5, "--log_every", 4),
 ]
 MATHQA = [
-    *("--smoke", "--mode", "train", "--init_from", "new", "--max_documents", 140, "--answer_rows", 7),
+    *("--smoke", "--mode", "train", "--init_from", "new", "--max_documents", 105, "--answer_rows", 7),
     *("--pretrain", "noam_wide4,max_documents=30,tokenizer=bpe:300,block_size=64,n_embd=32"),
     *("--plain_blocks", 3),
 ]
@@ -310,7 +310,7 @@ def test_a_signal_while_all_ranks_answer_is_agreed_on(size, straight):
     flags = [*SHORT[script], "--sample_tokens", 0]
     codes = launch(script, "--out", "out", *flags, size=size, sent=("sampling", 2, signal.SIGTERM))
     assert codes == stopped(size, signal.SIGTERM), Path("out.txt").read_text()
-    assert result()["why"] == "Stop: SIGTERM" and result()["checkpoint"] == "step_00000034"
+    assert result()["why"] == "Stop: SIGTERM" and result()["checkpoint"] == "step_00000024"
     same_outcome(run(script, *flags, *AUTO, size=size), straight(script, size)[0])
 
 

@@ -235,7 +235,7 @@ def wait_for_result(seconds=300):
 
 
 LONG = {  # so long that what is typed comes in time
-    "gpt_scratch": [*SHORT["gpt_scratch"], "--max_steps", 400, "--eval_every", 200, "--save_every", 100],
+    "gpt_scratch": [*SHORT["gpt_scratch"], "--max_steps", 300, "--eval_every", 150, "--save_every", 75],
     "run_preference": [*SHORT["run_preference"], "--epochs", 20, "--eval_every", 100, "--save_every", 100],
 }
 
