@@ -627,9 +627,13 @@ def check_stages(stages):
     if len(parts["train"]) < cfg.batch and not cfg.pack:
         rows = len(parts["train"])
         raise core.UserError(f"--batch {cfg.batch} is over the {rows} training rows: use fewer")
-    for arm in stages.arms:
-        if cfg.mode == "study" or arm.cfg.qat != "off":
-            int4.linear_layers(base, arm.cfg.qat_group)
+    for number, arm in enumerate(stages.arms):
+        if arm.cfg.qat != "off" or (cfg.mode == "study" and number == 0):
+            try:
+                int4.linear_layers(base, arm.cfg.qat_group)
+            except core.UserError as error:
+                too = " (a study measures its first arm in int4, too)" if arm.cfg.qat == "off" else ""
+                raise core.UserError(f"{error}{too}") from None
 
 
 def forecast(stages) -> list[str]:

@@ -31,7 +31,7 @@ import ranks  # noqa: E402
 from laws.test_laws import AUTO, SHORT  # noqa: E402
 
 KINDS = ["kill", "kill all", "SIGTERM", "SIGINT", "SIGHUP", "terminal", "terminal twice"]
-PLACES = {"step": 26, "evaluation": 8, "save": 4, "pruning": 2, "worst case": 1, "caching": 1}  # calls
+PLACES = {"step": 22, "evaluation": 8, "save": 4, "pruning": 2, "worst case": 1, "caching": 1}  # calls
 
 
 def drawn(rng, scripts) -> dict:

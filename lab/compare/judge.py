@@ -1,7 +1,8 @@
 """A language model grades answers: any endpoint that speaks OpenAI's chat completions.
 
-Every reply is written at once to <TOKEN_CACHE>/judge_<hash of judge>.jsonl: no question is asked twice, and a
-killed run continues. What is no answer (a refusal, an empty or a cut reply) is not kept: it is asked again.
+Every reply is written at once to runs/replies/judge_<hash of judge>.jsonl (not to the cache, which people
+empty): no question is asked twice, and a killed run continues. What is no answer (a refusal, an empty or a
+cut reply) is not kept: it is asked again.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import sys
 import threading
 import urllib.request
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -78,8 +80,9 @@ class Judge:
         self.endpoint = f"{self.url}/chat/completions{'?' * bool(query)}{query}"
         self.lock, self.asked, self.troubles, self.unanswered = threading.Lock(), 0, set(), {}
         name = short_hash([self.url + "?" * bool(query) + query, self.model, self.temperature])
-        self.path = cache_root() / f"judge_{name}.jsonl"
-        for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
+        self.path = Path("runs/replies") / f"judge_{name}.jsonl"
+        kept = [path.read_bytes() for path in (cache_root() / self.path.name, self.path) if path.exists()]
+        for line in b"\n".join(kept).splitlines():  # before 2026-11-28 they were kept in the cache
             try:
                 entry = json.loads(line)
                 self.replies |= {entry["key"]: entry["reply"]} if isinstance(entry["reply"], str) else {}

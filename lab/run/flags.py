@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from lab.errors import UserError
+from lab.run.files import PROJECT
 from lab.run.limits import Amount, Count, Whole, limits_of, within
 from lab.run.terminal import outlive_terminal
 
@@ -213,6 +214,8 @@ def _parser(config_class, defaults, presets, hints, doc) -> argparse.ArgumentPar
                 )
                 hint = f"did you mean --{near[0]}?" if near else "--help lists them"
                 message = f"unknown flag --{unknown[1]}: {hint}"
+            if wrong := re.search(r"argument --preset: invalid choice: '([^']*)'", message):
+                message = f"--preset {wrong[1]} is none of {', '.join(presets)}{_scripts_with(wrong[1])}"
             raise UserError(message)
 
     # absent unless typed: the defaults stay in Config, and a resume knows what was typed
@@ -228,6 +231,15 @@ def _parser(config_class, defaults, presets, hints, doc) -> argparse.ArgumentPar
         names = [f"--{name}", *([f"--{ALIASES[name]}"] if name in ALIASES else [])]
         parser.add_argument(*names, dest=name, help=text, **_flag(hints[name]))
     return parser
+
+
+def _scripts_with(preset) -> str:
+    """Which other script names it, for an error."""
+    tables = {
+        path: re.search(r"^PRESETS = .*?^}", path.read_text(), re.M | re.S) for path in PROJECT.glob("*.py")
+    }
+    names = sorted(path.name for path, table in tables.items() if table and f'"{preset}": ' in table[0])
+    return f": it is one of {' and '.join(names)}" if names else ""
 
 
 @functools.cache

@@ -117,7 +117,7 @@ def test_a_query_stays_behind_the_path_and_is_told_nowhere(serve, capfd, tmp_pat
     server.stop()
     assert in_process("--run", write([row(2)]), "--judge_url", url) == 2
     told = "".join(capfd.readouterr()) + "".join(
-        path.read_text() for path in (*tmp_path.glob("judged*"), *tmp_path.glob("cache/*"))
+        path.read_text() for path in (*tmp_path.glob("judged*"), *tmp_path.glob("runs/replies/*"))
     )
     assert server.url in told and SECRET not in told
 

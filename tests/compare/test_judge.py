@@ -36,7 +36,9 @@ def rows(n):
 
 
 def recorded(tmp_path):
-    return [json.loads(line) for path in tmp_path.glob("cache/*") for line in path.read_text().splitlines()]
+    return [
+        json.loads(line) for path in tmp_path.glob("runs/replies/*") for line in path.read_text().splitlines()
+    ]
 
 
 def gives_up(some, asked):
@@ -353,7 +355,7 @@ def test_a_server_that_dies_is_an_error_and_another_in_its_place_is_asked_for_th
 def test_half_a_line_of_a_killed_process_is_asked_again_and_begins_no_other_line(serve, tmp_path):
     server = serve()
     judge.score(judge_of(server), rows(3))
-    (path,) = tmp_path.glob("cache/judge_*.jsonl")
+    (path,) = tmp_path.glob("runs/replies/judge_*.jsonl")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) - 30])
     judge.score(judge_of(server), rows(4))

@@ -59,6 +59,7 @@ def test_defaults_preset_smoke_and_flags_win_in_that_order():
         (["--lr", "nan"], ["--lr", "nan"]),
         (["--dtype", "fp8"], ["fp8", "bf16"]),
         (["--preset", "slow"], ["slow", "fast"]),
+        (["--preset", "run_10"], ["--preset run_10 is none of fast", ": it is one of run_lora.py"]),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_exit_code_2(argv, words, capsys):
