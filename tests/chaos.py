@@ -34,11 +34,11 @@ KINDS = ["kill", "kill all", "SIGTERM", "SIGINT", "SIGHUP", "terminal", "termina
 PLACES = {"step": 22, "evaluation": 8, "save": 4, "pruning": 2, "worst case": 1, "caching": 1}  # calls
 
 
-def drawn(rng, scripts) -> dict:
+def drawn(rng, scripts, kinds=KINDS) -> dict:
     """What to strike, how and when, by the random numbers of `rng`."""
     place = rng.choice(["time", "time", *PLACES])
     nth = round(rng.uniform(0.1, 3.0), 2) if place == "time" else rng.randint(1, PLACES[place])
-    kind, size = rng.choice(KINDS), rng.randint(1, 2)
+    kind, size = rng.choice(kinds), rng.randint(1, 2)
     # only rank 0 saves, prunes and caches
     rank = rng.randrange(size) if place in ("time", "step", "evaluation") else 0
     return {
@@ -94,13 +94,13 @@ def tried(strike, want) -> tuple[str, str]:
     return met, f"left over: {left}" if (left := left_over()) else ""
 
 
-def strikes(seconds, seed, scripts, most=10**9):
+def strikes(seconds, seed, scripts, most=10**9, kinds=KINDS):
     """Yields (strike, what it met, what was wrong) until the time is over."""
     rng, known, began = random.Random(seed), {}, time.monotonic()
     for _ in range(most):
         if time.monotonic() - began > seconds:
             return
-        strike = drawn(rng, scripts)
+        strike = drawn(rng, scripts, kinds)
         key = strike["script"], strike["size"]
         if key not in known:
             shutil.rmtree("out", ignore_errors=True)
@@ -118,11 +118,12 @@ def main():
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--scripts", nargs="+", default=ranks.SCRIPTS, choices=ranks.SCRIPTS)
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     args = parser.parse_args()
     counts, wrong, began = Counter(), 0, time.monotonic()
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         os.environ["TOKEN_CACHE"] = str(Path(folder) / "tokens")
-        for strike, met, failure in strikes(args.seconds, args.seed, args.scripts):
+        for strike, met, failure in strikes(args.seconds, args.seed, args.scripts, kinds=args.kinds):
             counts[(strike["kind"], met)] += 1
             wrong += bool(failure)
             if failure:
