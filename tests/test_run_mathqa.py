@@ -512,7 +512,7 @@ def table(**columns):
         ([*SPLIT, "--init_from", "new"], "--init_from: mode split pretrains first"),
         ([*STUDY, "--resume_timestamp", "latest"], "mode study continues its runs by itself"),
         (["--smoke", "--mode", "quantise"], "--mode quantise needs --run_folder"),
-        (["--smoke", "--mode", "study", "--init_from", "newest"], "--init_from newest would be another run"),
+        (["--smoke", "--mode", "study", "--init_from", "newest"], "--init_from newest may be another run"),
         (["--smoke", "--mode", "export"], "--mode export needs --run_folder"),
         (["--smoke", "--mode", "quantise", "--run_folder", "."], ". is no run folder"),
         (["--smoke", "--mode", "quantise", "--run_folder", "nowhere"], "nowhere is no run folder"),
