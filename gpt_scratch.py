@@ -97,7 +97,7 @@ class Config(core.Studied):
     top_p: core.within(float, 1e-6, 1) | None = None  # ... whose probabilities reach this; none = all
     stop: str | None = None  # a token that ends a continuation, beside end-of-text
     # run
-    mode: Literal["train", "find_lr", "study", "generate", "profile", "export"] = "train"  # what is to be done
+    mode: Literal["train", "find_lr", "study", "generate", "profile", "export"] = "train"  # what is done
     dirty: bool = True  # --no-dirty refuses to start with uncommitted changes
 
     NO_TRAINING = ("generate", "export")
