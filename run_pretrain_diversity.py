@@ -443,7 +443,7 @@ def open_study(plan, poll) -> DiversityStudy:
     if cfg.mode != "cache":
         core.on_main(world, core.prepare_folder, study_folder(plan))
     if cfg.neutral_share and cfg.mode != "diversity":
-        twice = "a document that a source holds, too, may then be in its training text"
+        twice = "a document of the neutral text may stand in a source's training text, too"
         plan.say(f"NOTE --neutral_share: {twice}")
     return study
 

@@ -140,7 +140,7 @@ def test_a_larger_neutral_share_changes_the_neutral_text_alone_and_is_told(sourc
     assert shared == replace(mixture.neutral_corpus(plain), val_share=0.45, test_share=0.45)
     assert mixture.sources_of(cfg) == mixture.sources_of(plain)
     said = in_process([*tiny("--neutral_share", 0.45), "--out", "out", "--mode", "cache"], monkeypatch, capfd)
-    assert "NOTE --neutral_share: a document of the neutral text that a source holds too" in said
+    assert "NOTE --neutral_share: a document of the neutral text may stand in a source" in said
 
 
 class Endless:
