@@ -28,6 +28,7 @@ from toys.run_mathqa import (
 )
 
 import core
+from lab.run import files
 
 
 @pytest.mark.slow
@@ -108,7 +109,7 @@ def test_the_quantised_figures_of_the_study_are_those_of_its_folders(studied):
     assert list(study["quantised"]) == ["full", "full,qat=int4"]
     for arm, of_arm in study["quantised"].items():
         for folder, one in zip(study["runs"]["steps"][arm], of_arm, strict=True):
-            stored = json.loads((studied / folder / "quantised_32" / "result.json").read_text())
+            stored = files.read_sealed(studied / folder / "quantised_32" / "result.json")
             rows = stored.pop("rows")  # each row's, by which int4 and float are compared
             assert one == stored and np.shape(rows["loss"]) == (2, len(rows["targets"]))
             means = np.sum(rows["loss"], axis=1) / sum(rows["targets"])

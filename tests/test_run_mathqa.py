@@ -496,7 +496,7 @@ def table(**columns):
         ([*NEW, "--init_step", 3], "--init_step 3"),
         ([*BOTH, "--max_length", 65], "--max_length 65 is over the 64"),
         ([*BOTH, *QAT, "--qat_group", 24], "--qat_group 24 does not divide"),
-        ([*STUDY, "--arms", "full", "lora", "--qat_group", 24], "measures its first arm in int4"),
+        ([*arms("full", "lora"), "--qat_group", 24], "measures its first arm in int4"),
         ([*BOTH, "--data", "nowhere.jsonl"], "nowhere.jsonl"),
         ([*SPLIT, *first(lr="fast")], "argument --lr: invalid float value: 'fast'"),
         ([*SPLIT, "--pretrain", "noam,lr=1"], "--pretrain noam,lr=1: 'noam' is not a preset (cpu, "),

@@ -22,12 +22,17 @@ def evaluate(plan, text, runs, load_model, poll) -> dict:
             cfg = replace(cfg, eval_batch=plan.cfg.eval_batch)
         for name in missing:
             measured = measure_text(model, cfg, text, name, "test", world, poll)
-            on_main(world, write_lines, Path(files[name]), measured.lines("test"))
+            on_main(world, write_losses, Path(files[name]), measured.lines("test"))
         for name, file in files.items():
             losses.setdefault(arm, {}).setdefault(name, []).append(file)
         done = f"measured  {folder.name} on {', '.join(missing)}" if missing else f"known  {folder.name}"
         plan.say(done)
     return losses
+
+
+def write_losses(path, lines):
+    """Writes lines like losses.jsonl, and before them their hash."""
+    write_lines(path, [{"hash": short_hash(lines)}, *lines])
 
 
 def not_there(files) -> list[str]:

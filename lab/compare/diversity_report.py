@@ -6,17 +6,18 @@ coefficients: of lab/measure/diversity.py."""
 import itertools
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from lab.compare.difference import FEWEST, difference, mean
-from lab.compare.rows import Rows
+from lab.compare.rows import NEEDED, Rows
 from lab.compare.tables import markdown
 from lab.data import mixture
 from lab.errors import UserError
 from lab.measure.statistics import plus_minus
-from lab.run.files import whole_file, write_json
+from lab.run.files import short_hash, whole_file, write_json
 from lab.run.flags import constants_of
 from lab.run.provenance import git_state
 from lab.run.resume import changed_constants
@@ -97,10 +98,16 @@ def rows_of(files, figure) -> Rows:
 
 
 def read_lines(path) -> list[dict]:
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except ValueError:
-        raise UserError(f"{path} is damaged: delete it, and the same command makes it anew") from None
+    """Reads what cross.write_losses wrote. UserError where it is damaged."""
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        first, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+        if "hash" not in first:  # before 2026-11-28
+            lines = [first, *lines]
+        elif first["hash"] != short_hash(lines):
+            raise ValueError
+        if all(NEEDED["losses.jsonl"] <= line.keys() for line in lines):
+            return lines
+    raise UserError(f"{path} is damaged: delete it, and the same command makes it anew")
 
 
 FIGURES = ("loss", "accuracy", "bits per byte")

@@ -169,7 +169,7 @@ class Judge:
                     file.write(b"" if file.read(1) == b"\n" else b"\n")
         except OSError as error:
             where = f"judge's replies cannot be kept in {self.path.parent} ({error.strerror})"
-            raise UserError(f"{where}: set TOKEN_CACHE to a folder with room") from None
+            raise UserError(f"{where}: make room there, or start elsewhere") from None
 
     def _patiently(self, text) -> str:
         """Sends a request, again with growing pauses as long as that may help."""

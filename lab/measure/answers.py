@@ -10,12 +10,11 @@ import torch
 
 from lab.data.instructions import prompt_text
 from lab.data.tokenizers import begin_ids, prompt_ids
-from lab.measure.language import within_memory
 from lab.measure.statistics import bootstrap, plus_minus
 from lab.models.generate import generate, prompt_loop
 from lab.run.files import write_json
 from lab.run.terminal import one_line
-from lab.train.batches import ShardedBatches
+from lab.train.batches import ShardedBatches, within_memory
 from lab.train.processes import World, all_reduce_sum, progress
 
 

@@ -3,6 +3,7 @@
 An embedding is kept under a hash of all that it depends on, the sequences included: none is made twice, a
 killed job continues, and a stale one is never used."""
 
+import contextlib
 import hashlib
 import math
 import time
@@ -134,8 +135,7 @@ def measure(cfg, draws, probe, folder, world, say, poll) -> dict:
         vector = task2vec.embed(probe, draws.batch(name, i), draws.end, cfg.procedure, **choice)
         if not np.isfinite(vector).all():
             raise FloatingPointError(f"batch {i} of {name} has no finite embedding: is the probe whole?")
-        with whole_file(folder / file, "wb") as out:
-            np.save(out, vector)
+        keep(folder / file, vector)
 
     share_out(missing, embed, world, say, poll)
     return on_main(world, figures, cfg, draws, jobs, folder)
@@ -198,11 +198,28 @@ def figures(cfg, draws, jobs, folder) -> dict:
     return result | {"procedure": cfg.procedure, "probe": str(cfg.probe)}
 
 
+def keep(path, vector):
+    """Writes an embedding with its hash behind it, where np.load does not look."""
+    with whole_file(path, "wb") as out:
+        np.save(out, vector)
+        out.write(digest_of(vector))
+
+
 def kept(path) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r")
-    except (OSError, ValueError):
-        raise UserError(f"{path} is damaged: delete it, and the same command makes it anew") from None
+    """An embedding, mapped into memory. UserError where it is not as it was written."""
+    with contextlib.suppress(Exception):  # np.load of a damaged header: TokenError, SyntaxError and others
+        vector = np.load(path, mmap_mode="r")
+        with open(path, "rb") as file:
+            file.seek(vector.offset + vector.nbytes)
+            if file.read() in (b"", digest_of(vector)):  # those of before 2026-11-28 have none
+                return vector
+    raise UserError(f"{path} is damaged: delete it, and the same command makes it anew")
+
+
+def digest_of(vector) -> bytes:
+    digest = hashlib.sha256(f"{vector.dtype.str} {vector.shape}".encode())
+    digest.update(vector)
+    return digest.digest()
 
 
 def pair(first, second, a, b) -> dict:

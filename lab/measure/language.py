@@ -2,16 +2,14 @@
 
 import json
 import re
-from contextlib import contextmanager
 
 import numpy as np
 import torch
 
 from lab.data.blocks import stretches
 from lab.data.tokenizers import token_bytes
-from lab.errors import UserError
 from lab.measure.statistics import language_metrics, not_below
-from lab.train.batches import ShardedBatches
+from lab.train.batches import ShardedBatches, within_memory
 from lab.train.loss import IGNORE_INDEX, token_log_probs
 from lab.train.precision import Precision
 from lab.train.processes import all_reduce_sum, progress
@@ -33,18 +31,6 @@ def loss_lines(part, numbers, groups, sums, spelt) -> list[dict]:
         }
         for row, group, (nats, hits, targets), size in zip(*columns, strict=True)
     ]
-
-
-@contextmanager
-def within_memory(rows, tokens):
-    """Context of a forward pass in which running out of memory is a UserError that says what would help."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        size = f"out of memory with {rows} rows of {tokens} tokens at once"
-        raise UserError(f"{size}: use a smaller --eval_batch, or shorter rows (text: --context)") from None
 
 
 @torch.no_grad()

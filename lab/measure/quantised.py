@@ -1,6 +1,5 @@
 """An int4 model beside its float weights: figures that are known already, and the speed of each."""
 
-import json
 import shutil
 import statistics
 import time
@@ -12,7 +11,7 @@ from lab.measure import choices
 from lab.measure.language import evaluate
 from lab.models import int4
 from lab.run.checkpoints import weights_sha256
-from lab.run.files import write_json
+from lab.run.files import read_sealed, write_sealed
 from lab.train.processes import main_first, on_main
 
 
@@ -35,7 +34,7 @@ def beside_float(model, group, target, data, parts, cfg, world, poll) -> dict:
             loss = f"{kind:5} {part} loss {figures[f'{part}/loss']:.4f}"
             print(f"{loss}  {rate:.0f} tokens/s  of {target.parent.name}", flush=True)
     result["rows"] = paired_rows(lines["float"], lines["int4"])
-    on_main(world, write_json, target / "result.json", result)
+    on_main(world, write_sealed, target / "result.json", result)
     return result
 
 
@@ -56,7 +55,7 @@ def known_figures(target, weights) -> dict | None:
     """Figures that were measured of these weights before; removes a folder of other weights or without
     figures."""
     try:
-        known = json.loads((target / "result.json").read_text())
+        known = read_sealed(target / "result.json")
     except (OSError, ValueError):
         known = {}
     if known.get("weights_sha256") == weights:

@@ -15,7 +15,7 @@ import torch
 
 from lab.errors import UserError
 from lab.run.files import remove_leftovers, sha256_file, whole_folder, write_json
-from lab.run.stored import read_result, run_config
+from lab.run.stored import run_config, tested_names
 from lab.train.processes import on_main
 
 
@@ -135,7 +135,7 @@ def newest_whole_checkpoint(checkpoints, step=None) -> tuple[str | None, list[st
 def tested_or_newest_checkpoint(folder) -> str:
     """Name of the checkpoint that a run was tested with; of an unfinished run, the newest whole one."""
     folder = Path(folder)
-    tested = (read_result(folder).get("test_checkpoints") or [])[:1]
+    tested = tested_names(folder)[:1]
     reasons = {name: broken(folder / "checkpoints" / name) for name in tested}
     for name, reason in reasons.items():
         if reason is None:
@@ -159,7 +159,7 @@ def tested_checkpoints(folder) -> list[str]:
     UserError if one is damaged."""
     folder = Path(folder)
     run_config(folder)  # is it a run at all?
-    names = read_result(folder).get("test_checkpoints")
+    names = tested_names(folder)
     if not names:
         raise UserError(f"{folder} is not finished: resume it, or name another --run")
     for name in names:

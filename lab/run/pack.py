@@ -13,7 +13,7 @@ from lab.errors import UserError
 from lab.run import checkpoints
 from lab.run.checkpoints import broken, read_manifest, tested_or_newest_checkpoint
 from lab.run.files import flush
-from lab.run.stored import PACKED, SCRIPTS, locked, prepare_folder, read_config, read_result
+from lab.run.stored import PACKED, SCRIPTS, locked, prepare_folder, read_config, tested_names
 
 
 def pack(cfg, say):
@@ -26,7 +26,7 @@ def pack(cfg, say):
             raise UserError(f"{name} is no run: name a run folder")
         kept, out = packed_checkpoints(folder), Path(cfg.out or ".")
         prepare_folder(out)
-        if missing := set(read_result(folder).get("test_checkpoints", ["none"])) - set(kept):
+        if missing := set(tested_names(folder) or ["none"]) - set(kept):
             say(f"WARNING its tested weights ({', '.join(missing)}) are not whole: they are not inside")
         target = out / f"{folder.name}.tar.gz"
         small = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name[0] != "."]
@@ -54,7 +54,7 @@ def pack(cfg, say):
 
 def packed_checkpoints(folder) -> list[str]:
     """The checkpoints that the run was tested with, or the newest whole one; empty where there is none."""
-    tested = [Path(name).name for name in read_result(folder).get("test_checkpoints") or []]
+    tested = tested_names(folder)
     whole = [name for name in tested if broken(folder / "checkpoints" / name) is None]
     if whole and len(whole) == len(tested):
         return list(dict.fromkeys(whole))

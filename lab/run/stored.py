@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -121,6 +122,14 @@ def read_result(folder) -> dict:
         return read_sealed(Path(folder) / "result.json")
     except (OSError, ValueError):
         return {}
+
+
+def tested_names(folder) -> list[str]:
+    """Names of the checkpoints that a run was tested with, one per fold; empty where result.json has none.
+    What is no plain name is left out: a result that somebody has sent could lead to any file of this box."""
+    names = read_result(folder).get("test_checkpoints")
+    names = names if isinstance(names, list) else []
+    return [name for name in names if isinstance(name, str) and re.fullmatch(r"\w+", name)]
 
 
 def status_of(folder) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import math
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -140,15 +140,28 @@ def worst_case(world, model, step, optimizer, rows) -> float:
     return time.perf_counter() - began
 
 
+@contextmanager
+def within_memory(rows, tokens):
+    """Context of a forward pass in which running out of memory is a UserError that says what would help."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        size = f"out of memory with {rows} rows of {tokens} tokens at once"
+        raise UserError(f"{size}: use a smaller --eval_batch, or shorter rows (text: --context)") from None
+
+
 def each_once(compute, out, data, rows, cfg, world, poll, what):
     """Sets out[i] = compute(rows[i]), each row once, on one rank; every rank gets the whole `out`."""
     precision = Precision(cfg.dtype, world)
-    batches = ShardedBatches(data.lengths[rows].sum(1), cfg.eval_batch, world)
+    lengths = data.lengths[rows].sum(1)
+    batches = ShardedBatches(lengths, cfg.eval_batch, world)
     with progress(len(batches), what, world) as bar, torch.no_grad():
         for step in range(len(batches)):
             poll()
             if mine := batches.rank_batch(step):
-                with precision.autocast():
+                with precision.autocast(), within_memory(len(mine), lengths[mine].max()):
                     values = compute(rows[mine])
                 out[mine] = values.to("cpu", out.dtype)
             bar.update()

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lab.compare import diversity_report
+import core
+from lab.compare import cross, diversity_report
 
 
 def losses_of(arm, name, levels, noise=0.02, seeds=3, documents=40):
@@ -121,3 +122,26 @@ def test_cells_are_sums_over_sums():
     assert "95 % over documents and 3 seeds" in table
     assert "95 % over documents; one seed" in diversity_report.tables({"loss": found["loss"]}, 1)
     assert f"{math.exp(found['loss']['a']['n']['mean']):.2f}" in table
+
+
+def test_losses_of_a_study_that_are_not_as_they_were_written_are_named():
+    path, *_ = losses_of("a", "n", 5.0)
+    lines = diversity_report.read_lines(path)  # as they were kept before
+    cross.write_losses(path, lines)
+    assert diversity_report.read_lines(path) == lines and len(lines) == 40
+    whole = path.read_text()
+    changed, cut = whole.replace('"hits": 3', '"hits": 4', 1), whole[: whole.rindex("{")]
+    for text in (
+        changed,
+        cut,
+        whole[:-9],
+        whole.replace("hash", "hast"),
+        "[]",
+        "null",
+        "7",
+        "{}",
+        "",
+    ):
+        path.write_text(text)
+        with pytest.raises(core.UserError, match=r"^a-n-0.jsonl is damaged: delete it, and the same command"):
+            diversity_report.read_lines(path)

@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 
+import numpy as np
 import pytest
 from toys.judge import (
     in_process,
@@ -14,7 +15,7 @@ from toys.judge import (
 )
 
 import core
-from lab.compare import judge, responses
+from lab.compare import grades, judge, responses
 from lab.compare.grades import lines_of_duel
 
 
@@ -92,3 +93,13 @@ def test_a_duel_of_two_files_is_written_and_one_file_is_no_duel(serve, tmp_path,
     found = json.loads(written.read_text())
     assert found["sides"] == ["one", "two"] and found["wins"] == 1
     assert in_process(*run, "one") == 2 and "--pairwise" in capfd.readouterr().err
+
+
+def test_grades_of_answers_to_one_prompt_have_no_interval():
+    rows = [row(1, model_response=answer) for answer in ("good", "bad", "odd")]
+    found = grades.summary(rows, [[50], [60], [70]])
+    assert found["score"] == 60 and np.isnan(found["score_interval"]).all()
+    assert "60.00 ± unknown of 100" in grades.lines_of_score("run", found | {"judge": "j", "repeats": 1})[0]
+    apart = [row(i, model_response=one["model_response"]) for i, one in enumerate(rows)]
+    low, high = grades.summary(apart, [[50], [60], [70]])["score_interval"]
+    assert low < 60 < high

@@ -478,3 +478,10 @@ def test_a_file_that_cannot_be_judged_is_one_line_and_nothing_is_asked(serve, ca
     assert in_process("--run", tmp_path, "--judge_url", server.url) == 2
     err = capfd.readouterr().err
     assert said in err and "responses.json" in err and err.count("\n") == 1 and not server.bodies
+
+
+def test_replies_that_cannot_be_kept_are_one_line_before_anything_is_asked(serve, tmp_path):
+    (tmp_path / "runs").write_text("no folder")
+    server = serve()
+    assert "cannot be kept in runs/replies (Not a directory)" in gives_up(rows(2), judge_of(server))
+    assert not server.bodies

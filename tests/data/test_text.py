@@ -358,6 +358,14 @@ def test_a_damaged_cache_is_named_set_aside_and_made_anew(name, damage, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("tokenizer", ["chars", "bpe:300"])
+def test_tokens_that_cannot_be_kept_are_one_line(tokenizer, monkeypatch):
+    data = table(texts_of(12))
+    monkeypatch.setenv("TOKEN_CACHE", str(Path(data).absolute() / "below"))
+    with pytest.raises(UserError, match=r"cannot be written \(Not a directory\): set TOKEN_CACHE"):
+        opened(data, tokenizer)
+
+
 @pytest.mark.parametrize("name", ["train.bin", "progress.json", "tokenizer/tokenizer.json"])
 def test_what_a_killed_build_left_is_not_believed_when_damaged(name):
     spec = Corpus(table(LONG), "bpe:300", val_share=0.3, test_share=0.2)

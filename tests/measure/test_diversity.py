@@ -175,3 +175,24 @@ def test_embeddings_of_other_weights_have_other_names_and_more_repeats_keep_thei
     ]
     assert not plans[0] & plans[1] and not plans[0] & plans[2] and plans[0] < plans[3]
     assert len(plans[3] - plans[0]) == 3 * 3 * 2
+
+
+def test_an_embedding_that_is_not_as_it_was_written_is_named():
+    path, vector = Path("embeddings/a.npy"), np.arange(5, dtype=np.float32)
+    diversity.keep(path, vector)
+    whole = path.read_bytes()
+    assert diversity.kept(path).tolist() == vector.tolist()
+    path.write_bytes(whole[:-32])  # as they were kept before
+    assert diversity.kept(path).tolist() == vector.tolist()
+    for content in (whole[:-33], whole[:-1], whole.replace(b"<f4", b">f4"), b"", None):
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(core.UserError, match=r"^embeddings/a.npy is damaged: delete it, and the same"):
+            diversity.kept(path)
+    refused = 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        try:  # a blank of the header may change
+            assert diversity.kept(path).tolist() == vector.tolist()
+        except core.UserError:
+            refused += 1
+    assert refused > len(whole) - 9

@@ -27,8 +27,11 @@ def test_figures_of_the_same_weights_are_known_and_others_go():
     assert not Path("quantised_32").exists()
 
 
-@pytest.mark.parametrize("text", ["{", "", None])
-def test_a_folder_that_was_not_finished_is_measured_anew(text):
+CHANGED = '{"weights_sha256": "abc", "float": {"test/loss": 1.5}, "seal": "of another loss"}'
+
+
+@pytest.mark.parametrize("text", ["{", "", None, "[]", "null", "[" * 9999, CHANGED], ids=range(7))
+def test_figures_that_are_not_whole_are_measured_anew(text):
     Path("quantised_32").mkdir()
     if text is not None:
         Path("quantised_32/result.json").write_text(text)

@@ -40,6 +40,18 @@ def test_the_alarm_knows_a_model_that_learnt_nothing():
     assert low < 0 < high and "cannot be told from the class shares' 1.0986" in m["alarm"]
 
 
+@pytest.mark.parametrize("classes", [[0], [0, 1]])
+def test_far_above_a_prior_that_knows_the_absent_classes_is_not_called_the_same(classes):
+    """Of one class alone the class shares' loss is 0: 0.7 was "not to be told" from it."""
+    labels = np.resize(classes, 300)
+    wrong = np.log(np.random.default_rng(0).dirichlet([2, 2, 2], 300))
+    shares = np.bincount(labels, minlength=3) / 300
+    m = core.classification_metrics(wrong, labels, np.arange(300), shares, ["A", "B", "tie"])
+    prior = np.log(len(classes))
+    assert m["prior_log_loss"] == pytest.approx(prior, abs=1e-9) and m["log_loss"] > prior + 0.3
+    assert f"is above the class shares' {prior:.4f}" in m["alarm"]
+
+
 def test_intervals_respect_groups_and_are_never_of_width_zero():
     values = np.repeat(np.random.default_rng(0).normal(size=40), 25)[
         :, None

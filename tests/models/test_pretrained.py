@@ -141,6 +141,8 @@ DAMAGE = {  # of gpt.json
     "none": "{}",
     "another size": '{"vocab_size": 24, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}',
     "a text": '{"vocab_size": "23"}',
+    "deep": "[" * 100_000,
+    "no text": "\udcff",  # a byte that is no UTF-8
     "endless": '{"vocab_size": 23, "n_layer": 1000000000}',
 }
 
@@ -160,7 +162,7 @@ def test_a_damaged_run_is_one_line(case, monkeypatch):
     tokenizer.save_pretrained("run/tokenizer")
     with pytest.raises(UserError, match="tokenizer of run has 257 tokens, the model 23"):
         core.open_model("run")
-    Path("run/gpt.json").write_text(DAMAGE[case])
+    Path("run/gpt.json").write_bytes(DAMAGE[case].encode(errors="surrogateescape"))
     with pytest.raises(UserError, match="run is no whole run") as error:
         core.open_model("run")
     assert "\n" not in str(error.value)

@@ -14,6 +14,7 @@ import core
 import run_preference as script
 from core import UserError, World
 from lab.run import checkpoints
+from lab.run.files import write_json
 
 
 def test_after_a_broken_checkpoint_two_whole_ones_are_kept():
@@ -188,3 +189,25 @@ def test_a_file_that_cannot_be_read_makes_a_checkpoint_a_broken_one():
     Path("c/model.safetensors").unlink()
     Path("c/model.safetensors").mkdir()
     assert checkpoints.broken(Path("c")) == "model.safetensors cannot be read: Is a directory"
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", "[" * 100_000, '{"files": {}}', "", b"\xff"], ids=len)
+def test_a_manifest_that_is_none_makes_a_checkpoint_a_broken_one(text):
+    Path("c").mkdir()
+    Path("c/manifest.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert checkpoints.broken(Path("c")) == "manifest.json is absent or damaged"
+
+
+@pytest.mark.parametrize("tested", [[], None, 5, "step_00000009", [5], ["../../elsewhere"], [".."]])
+def test_without_the_name_of_a_tested_checkpoint_the_newest_is_used(tested, capfd):
+    kept, model, _ = kept_here()
+    kept.save(1, model, *parts(model), {})
+    for folder in ("elsewhere", "out/one"):
+        Path(folder).mkdir(exist_ok=True)
+        write_json(Path(folder, "manifest.json"), checkpoints.manifest({"step": 9}, {}))
+    write_json(Path("out/one/config.json"), {"script": "run_lora", "constants": {}})
+    write_json(Path("out/one/result.json"), {"status": "finished", "test_checkpoints": tested})
+    assert checkpoints.tested_or_newest_checkpoint("out/one") == "step_00000001"
+    with pytest.raises(UserError, match=r"^out/one is not finished: resume it, or name another --run$"):
+        checkpoints.tested_checkpoints("out/one")
+    assert capfd.readouterr().err == ""

@@ -166,7 +166,7 @@ def test_what_lies_beside_a_run_stops_no_resume():
     assert (run.folder / "checkpoints" / ".DS_Store").exists()
 
 
-@pytest.mark.parametrize("damage", ["half", "gone", "changed"])
+@pytest.mark.parametrize("damage", ["half", "gone", "changed", "{}", "[]", "null"])
 def test_auto_says_that_it_starts_anew_and_why(damage, capfd):
     with start("--resume_timestamp", "auto", "--tag", "a") as run:
         one_step(run)
@@ -176,7 +176,8 @@ def test_auto_says_that_it_starts_anew_and_why(damage, capfd):
     if damage == "gone":
         config.unlink()
     else:
-        config.write_text(text[:99] if damage == "half" else text.replace('"lr": 0.1', '"lr": 0.3'))
+        changed = {"half": text[:99], "changed": text.replace('"lr": 0.1', '"lr": 0.3')}
+        config.write_text(changed.get(damage, damage))
     with start("--resume_timestamp", "auto", "--tag", "a") as other:
         other.begin()
     out, err = capfd.readouterr()

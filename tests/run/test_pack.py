@@ -16,6 +16,7 @@ from toys.eval import (
 import core
 import eval as script
 from core import World
+from lab.run import checkpoints, pack
 
 
 @pytest.mark.slow
@@ -62,3 +63,22 @@ def test_links_are_not_followed(trained, tmp_path):
     with tarfile.open("away/copied.tar.gz") as tar:
         names = [Path(name).name for name in tar.getnames()]
     assert "log.txt" in names and not {"notes.txt", ".result.json.4711"} & {*names}
+
+
+@pytest.mark.parametrize("tested", [["../../secret"], [".."], None, [7]])
+def test_a_result_that_somebody_has_sent_brings_nothing_else_into_an_archive(tested):
+    """The names of checkpoints in it are a path of their own choice; the manifests there may be true."""
+    for folder in ("secret", "out/run", "out/run/checkpoints/step_00000001"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, "model.safetensors").write_text(f"weights of {folder}")
+        checkpoints.write_manifest(Path(folder), {"step": 1})
+    core.write_json(Path("out/run/config.json"), {"script": "run_instruct", "constants": {}})
+    core.write_json(Path("out/run/result.json"), {"test_checkpoints": tested})
+    said = []
+    pack.pack(script.Config(pack=("out/run",)), said.append)
+    with tarfile.open("run.tar.gz") as tar:
+        names = tar.getnames()
+    files = ("manifest.json", "model.safetensors")
+    inside = {f"runs/out/run/checkpoints/step_00000001/{name}" for name in files}
+    assert {name for name in names if "checkpoints" in name} == inside
+    assert not [name for name in names if ".." in name or "secret" in name]

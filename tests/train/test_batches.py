@@ -119,3 +119,19 @@ def test_micro_batches_hold_no_more_tokens_than_they_may_unless_a_size_is_given(
     ]
     assert tokens == [[40] * 3, [40] * 3, [10] * 6]
     assert [len(part) for part in core.micro_batches(model, range(12), 12, lengths, 120)] == [12]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory")])
+def test_measuring_rows_that_do_not_fit_says_what_would_help_and_other_faults_stay(error):
+    def compute(rows):
+        raise error
+
+    data = SimpleNamespace(lengths=np.array([[1, 2], [3, 4], [5, 60]]))
+    cfg = SimpleNamespace(dtype="fp32", eval_batch=2)
+    arguments = (torch.zeros(2), data, np.array([1, 2]), cfg, World(), int, "evaluating")
+    line = "out of memory with 2 rows of 65 tokens at once: use a smaller --eval_batch"
+    with pytest.raises(UserError, match=line):
+        core.each_once(compute, *arguments)
+    error = RuntimeError("shapes differ")
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        core.each_once(compute, *arguments)
