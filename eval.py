@@ -254,10 +254,9 @@ def measure(cfg, world, say, poll):
     rows, chosen = [], subjects(cfg, world)
     for subject in chosen:
         if not subject.script and set(cfg.data) == {"own"}:
-            kind = "a model" if Path(subject.name).exists() else "no folder here"
-            raise core.UserError(
-                f"{subject.name} is {kind}, no run with rows of its own: name some by --data"
-            )
+            if not Path(subject.name).exists():
+                raise core.UserError(f"{subject.name}: no such folder; a model of the Hub needs --data, too")
+            raise core.UserError(f"{subject.name} is a model, no run with rows of its own: use --data")
     failed, pairs_of = [], [(subject, data) for subject in chosen for data in cfg.data]
     for subject, data in pairs_of:
         if data == "own" and not subject.script:

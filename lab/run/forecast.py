@@ -40,7 +40,7 @@ def forecast(run, model, optimizer, steps, seconds, typical) -> int | None:
         run.say(note)
     loss.notes.clear()
     run.say(
-        f"forecast  {steps} steps  training {clock(3600 * hours)}  peak memory {memory_gb:.2f} GB  "
+        f"forecast  {steps} steps  training {clock(3600 * hours)}  a step takes {memory_gb:.2f} GB  "
         f"disk {disk_mb:.0f} MB" + (f"  ${price * hours:.2f}" if price else "")
     )
     if (runs := run.cfg.typed.runs) > 1:  # the others begin at step 0

@@ -31,7 +31,7 @@ def test_the_line_is_steps_times_a_typical_step_and_the_disk_of_all_that_is_kept
     run = make_run(price_per_hour=90.0)
     assert look_ahead(run) is None
     (line,) = run.lines
-    assert line.startswith("forecast  100 steps  training 0:00:40  peak memory ")
+    assert line.startswith("forecast  100 steps  training 0:00:40  a step takes ")
     # 4 MB of weights: with two moments 12 MB a checkpoint, 3 of them; best weights of one fold, twice
     assert line.endswith("disk 44 MB  $1.00")
 
