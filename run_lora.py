@@ -312,16 +312,15 @@ def one_process(cfg, world):
     asked = replace(stored, prompt=cfg.prompt, max_new_tokens=cfg.max_new_tokens)
     if cfg.mode == "ask":
         return core.ask(core.merge_lora(model), tokenizer, asked)
-    for name in ("base", "merged", "peft"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    core.save_pretrained(core.merge_lora(model), tokenizer, folder / "merged")
+    with core.whole_folder(folder / "merged", replace=True) as aside:
+        core.save_pretrained(core.merge_lora(model), tokenizer, aside)
     print(f"written: {folder}/merged\nnext: python gpt_scratch.py --mode generate --model {folder}/merged")
     base = stored.model
     if base.startswith("tiny:") or core.is_run(base) or "lm_head" in core.adapted(model):
         # peft needs a base that transformers loads, and one whose head is no embedding, which it would change
         base = str((folder / "base").resolve())
-        plain = core.with_weights(model.config, core.base_weights(model))
-        core.save_pretrained(plain, tokenizer, base)
+        with core.whole_folder(Path(base), replace=True) as aside:
+            core.save_pretrained(core.with_weights(model.config, core.base_weights(model)), tokenizer, aside)
     try:
         lora_peft.save_peft(model, folder / "peft", base)
         print(f"written: {folder}/peft, adapters for\n  {base}")

@@ -13,7 +13,6 @@ in noam_wide4,max_minutes=90. All other constants are fine-tuning's. Modes both,
 runs; started again, they continue where they stopped.
 """
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -468,8 +467,7 @@ def export(cfg, world, poll):
 
 
 def write_merged(model, tokenizer, folder):
-    shutil.rmtree(folder, ignore_errors=True)
-    with core.whole_folder(folder) as aside:
+    with core.whole_folder(folder, replace=True) as aside:
         core.save_pretrained(model, tokenizer, aside)
 
 

@@ -93,7 +93,7 @@ class Config(core.Studied):
             raise core.UserError(
                 "--swap_augmentation changes nothing while both orders are averaged: add --no-symmetric"
             )
-        if self.lr == 0 and self.head_lr:
+        if self.lr == 0 and self.head_lr and self.freeze != "all":
             raise core.UserError(
                 f"--lr 0 with head_lr {self.head_lr:g}: to train the head alone, use --freeze all and --lr"
             )
@@ -439,11 +439,9 @@ def measure_other(folder, name, world, max_documents=None, eval_batch=None, poll
     cfg, model, tokenizer = rebuild(folder, world, **changes)
     data = core.load_pairs(cfg, world, tokenizer)
     pairs.measure_sequences(data, cfg.inputs, cfg.max_length)
-    every, probs = np.arange(len(data.labels)), 0.0
     checkpoints = core.on_main(world, measured_checkpoints, folder, cfg)
-    for checkpoint in checkpoints:
-        core.load_weights(Path(folder) / "checkpoints" / checkpoint, model)
-        probs = probs + np.exp(evaluate(model, data, every, cfg, world, poll)) / len(checkpoints)
+    log_probs = mean_of_folds(folder, checkpoints, cfg, model, data, world, poll)
+    every = np.arange(len(data.labels))
     lengths, by_length = data.response_lengths(), np.zeros((len(every), len(preference.NAMES)))
     parts = core.split_by_group(data.groups, data.labels, [1] * 5, cfg.split_seed)
     for part in range(5):
@@ -451,11 +449,23 @@ def measure_other(folder, name, world, max_documents=None, eval_batch=None, poll
         by_length[rows] = preference.length_only(lengths, data.labels, ~rows, rows)
     prior = np.tile(core.class_shares(data.labels, len(preference.NAMES)), (len(every), 1))
     facts = {"labels": data.labels, "groups": data.groups, "lengths": lengths, "cut": data.cut.any(1)}
-    facts |= {"log_probs": np.log(probs), "prior": prior, "by_length": by_length, "temperatures": None}
+    facts |= {"log_probs": log_probs, "prior": prior, "by_length": by_length, "temperatures": None}
     v = preference.Verdicts(symmetric=cfg.symmetric, **facts)
     lines = list(preference.predictions(data, every, v, "test", None))
     notes = [*data.lines, cut_line(data)]
     return preference.make_card(v, preference.NAMES), notes, lines, data.fingerprint["data"]
+
+
+def mean_of_folds(folder, checkpoints, cfg, model, data, world, poll, say=None) -> np.ndarray:
+    """Log-probabilities of all rows, as of `evaluate`: of several folds' models the mean of their
+    probabilities. say: keep a frozen encoder's vectors, and say so."""
+    every, probs = np.arange(len(data.labels)), 0.0
+    for name in checkpoints:
+        core.load_weights(Path(folder) / "checkpoints" / name, model)
+        if say:
+            core.cache_vectors(model, data, cfg, world, poll, say)
+        probs = probs + np.exp(evaluate(model, data, every, cfg, world, poll)) / len(checkpoints)
+    return np.log(probs)
 
 
 # ----------------------------------------------------------------------------------------------------- Kaggle
@@ -476,21 +486,13 @@ def note_known_rows(name, data, fingerprint, say):
 
 def submit(folder, checkpoints, cfg, model, data, world, poll=lambda: None, say=print):
     """Writes submission.csv in Kaggle's format: a row for each row of `data`, folds averaged."""
-    core.on_main(world, remove_submission, folder)
-    probs = np.zeros((len(data.labels), len(preference.NAMES)))
-    for name in checkpoints:
-        core.load_weights(folder / "checkpoints" / name, model)
-        core.cache_vectors(model, data, cfg, world, poll, say)
-        log_probs = evaluate(model, data, np.arange(len(data.labels)), cfg, world, poll)
-        probs += np.exp(preference.combine(log_probs, cfg.symmetric)) / len(checkpoints)
+    # an older one would be mistaken for this one if this one fails
+    core.on_main(world, (folder / "submission.csv").unlink, True)
+    log_probs = mean_of_folds(folder, checkpoints, cfg, model, data, world, poll, say)
+    probs = np.exp(preference.combine(log_probs, cfg.symmetric))
     core.on_main(world, write_submission, folder / "submission.csv", data.ids, probs)
     for line in [*data.lines, cut_line(data), f"written: {folder}/submission.csv, {len(data.labels)} rows"]:
         say(line)
-
-
-def remove_submission(folder):
-    """Removes an older submission.csv, which would be mistaken for this one if this one fails."""
-    (folder / "submission.csv").unlink(missing_ok=True)
 
 
 def write_submission(path, ids, probs):

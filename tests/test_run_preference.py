@@ -455,3 +455,14 @@ def test_rows_that_a_run_was_trained_on_are_not_judged_without_a_word():
         judged = SimpleNamespace(fingerprint={"data": source, "tokenizer": "t"})
         script.note_known_rows(name, judged, {"data": "abc", "tokenizer": "t"}, said.append)
         assert len(said) == count and all("train.csv holds the rows" in line for line in said)
+
+
+def test_models_of_folds_are_averaged_in_their_probabilities_and_both_orders(monkeypatch):
+    """One function for other data and for a submission, which must not differ."""
+    sides = {"one": [[[0.2, 0.3, 0.5], [0.1, 0.1, 0.8]]], "two": [[[0.6, 0.3, 0.1], [0.3, 0.5, 0.2]]]}
+    loaded = []
+    monkeypatch.setattr(core, "load_weights", lambda path, model: loaded.append(Path(path).name))
+    monkeypatch.setattr(script, "evaluate", lambda *_: np.log(sides[loaded[-1]]))
+    data = SimpleNamespace(labels=[0])
+    found = script.mean_of_folds("run", ["one", "two"], None, None, data, World(), None)
+    np.testing.assert_allclose(np.exp(found), [[[0.4, 0.3, 0.3], [0.2, 0.3, 0.5]]])

@@ -46,7 +46,7 @@ def save_peft(model, folder, base):
         "lora_dropout": next(iter(layers.values())).dropout.p,
         "inference_mode": True,
     }
-    with whole_folder(Path(folder)) as aside:
+    with whole_folder(Path(folder), replace=True) as aside:
         safetensors.torch.save_file(tensors, aside / "adapter_model.safetensors", {"format": "pt"})
         write_json(aside / "adapter_config.json", config)
 

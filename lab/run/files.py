@@ -75,8 +75,9 @@ def _seal(content) -> str:
 
 
 @contextmanager
-def whole_folder(folder):
-    """Writes a folder atomically: built aside, flushed, renamed. Removes leftovers older than a day."""
+def whole_folder(folder, replace=False):
+    """Writes a folder atomically: built aside, flushed, renamed. Removes leftovers older than a day. replace:
+    what is there goes once the new one is whole; else it stays, for it is another run's and the same."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder.parent, folder.name, older=86_400)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -87,7 +88,9 @@ def whole_folder(folder):
         for path in (*aside.rglob("*"), aside):
             path.chmod(mode if path.is_dir() else mode & 0o666)
             flush(path)
-        if not folder.exists():  # otherwise another run has just written the same
+        if replace:
+            shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
             os.rename(aside, folder)
         flush(folder.parent)
     finally:

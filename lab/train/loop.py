@@ -176,7 +176,7 @@ def rehearse(run, ddp, saved, forward_backward, batches, steps_left):
     worst = batches.longest()[: math.ceil(cfg.batch / world.size)].tolist()
     at_once = min(cfg.micro_batch or len(worst), len(worst))
     if not cfg.micro_batch and hasattr(cfg, "micro_tokens"):
-        at_once = length_groups(lengths[worst].tolist(), cfg.micro_tokens)[0]
+        at_once = max(length_groups(lengths[worst].tolist(), cfg.micro_tokens))
     total = int(lengths[worst].sum())
     seconds = worst_case(world, ddp, lambda: forward_backward(worst, total), saved[1], at_once)
     run.poll()

@@ -83,7 +83,8 @@ def distributed(backend="auto", timeout_minutes=10):
         yield world
         barrier(world)  # rank 0 may host the store: nobody leaves while another still reads it
     except UserError as error:
-        if world.store or world.is_main:
+        # before this process knows its World, the first of each box speaks: the boxes may differ
+        if world.store or (world.is_main and os.environ.get("LOCAL_RANK", "0") == "0"):
             heartbeat.say_error(error, world.store)
         sys.exit(2)
     except Stop as stop:  # before there was a run to note it

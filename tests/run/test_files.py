@@ -64,3 +64,14 @@ def test_a_sealed_file_shows_every_later_change_and_one_without_a_seal_is_taken_
         path.write_text(text)
         with pytest.raises(ValueError, match=r"."):
             files.read_sealed(path)
+
+
+def test_a_folder_is_replaced_only_once_the_new_one_is_whole(tmp_path):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export/old").touch()
+    with pytest.raises(KeyError), core.whole_folder(tmp_path / "export", replace=True):
+        raise KeyError
+    assert [path.name for path in tmp_path.rglob("*")] == ["export", "old"]
+    with core.whole_folder(tmp_path / "export", replace=True) as aside:
+        (aside / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["export", "new"]

@@ -4,9 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from ranks import free_port
+from ranks import free_port, launch
 
 import core
 from lab.train import processes
@@ -96,3 +97,8 @@ def test_a_full_disk_is_one_line_and_a_fault_is_not(error, full, capsys, monkeyp
     assert (isinstance(raised.value, SystemExit) and raised.value.code == 1) is full
     assert (raised.value is error) is not full
     assert ("make room, then the same command resumes\n" in capsys.readouterr().err) is full
+
+
+def test_a_mistake_that_all_ranks_meet_before_they_join_is_said_once_a_box():
+    assert launch("run_lora", "--smoke", "--backend", "nccl", size=2) == [2, 2]
+    assert Path("out.txt").read_text().count("--backend nccl does not fit cpu") == 1
