@@ -41,7 +41,7 @@ BAD_INPUT = {
     "bad type": (["--lr", "fast"], ["--lr", "fast", "float"]),
     "tiny family": (["--model", "tiny:gpt"], ["tiny:gpt", "distilbert"]),
     "no folder": (["--model", "./nowhere"], ["no such folder: ./nowhere"]),
-    "no model": (["--model", "model_folder"], ["in folder model_folder cannot be: it has no config.json"]),
+    "no model": (["--model", "model_folder"], ["folder model_folder cannot be loaded: it has no config"]),
     "too long": (["--max_length", 600], ["--max_length 600 is more than the 512 positions"]),
     "out is a file": (["--out", "file"], ["file is a file: use a folder"]),
     "out in a file": (["--out", "file/x"], ["out file/x cannot be written"]),

@@ -11,6 +11,8 @@ from lab.errors import UserError
 def read_responses(path) -> list[dict]:
     """Reads responses.json: instruction, input, output, model_response. UserError for
     a row that is not text."""
+    if not Path(path).parent.exists():
+        raise UserError(f"{path}: there is no such folder, and no run has such a tag")
     if not Path(path).exists():
         raise UserError(f"{path} is not there: answer first, by eval.py --mode generate")
     rows = read_rows(str(path))

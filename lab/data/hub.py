@@ -74,8 +74,8 @@ def local_or_hub(what, name, load, built_in):
     except UserError:
         raise
     except Exception as error:  # as many kinds as there are ways to damage a folder
-        why = _what_it_is(Path(name)) or f"cannot be loaded: {first_line(error)}"
-        raise UserError(f"{what} in folder {name} {why}") from error
+        why = _what_it_is(Path(name)) or first_line(error)
+        raise UserError(f"{what} in folder {name} cannot be loaded: {why}") from error
 
 
 def _what_it_is(folder) -> str | None:
@@ -83,5 +83,5 @@ def _what_it_is(folder) -> str | None:
     if (folder / "config.json").exists() or any(folder.glob("tokenizer*")):
         return None
     if runs := sorted(path.parent for path in folder.glob("*/config.json")):
-        return f"cannot be: it holds runs, name one, e.g. {runs[-1]}"
-    return "cannot be: it has no config.json and no tokenizer.json"
+        return f"it holds runs, name one, e.g. {runs[-1]}"
+    return "it has no config.json and no tokenizer.json"
