@@ -74,13 +74,13 @@ class Config(core.Studied):
     schedule: Literal["linear", "cosine", "constant", "one_cycle", "gpt3"] = "linear"  # of the rate
     cycle_beta1: bool = True  # one_cycle moves beta1 between 0.95 and 0.85, against the rate
     optimizer: Literal["adamw", "lion", "sgd"] = "adamw"  # sgd: momentum 0.9
-    beta1: core.within(float, 0, 0.9999) = 0.9  # of Adam: how fast the mean forgets
-    beta2: core.within(float, 0, 0.9999) = 0.99  # of Adam: how fast the squares forget; of Lion the mean
+    beta1: core.within(float, 0, 0.9999) = 0.9  # of Adam: decay of the gradients' mean
+    beta2: core.within(float, 0, 0.9999) = 0.99  # decay of Adam's mean of squares, of Lion's mean
     eps: core.within(float, 1e-30) = 1e-8  # of Adam
     weight_decay: core.Rate = 0.1  # of matrices
     decay_embedding: bool = True  # the token embedding decays, too
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
-    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; a GPU takes untyped fp32 as tf32
+    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; fp32 on a GPU is tf32 unless typed
     seed: core.Seed = 0  # of weights, order and dropout
     # evaluation and logging
     eval_batch: core.Count = 64  # blocks per evaluation step, over all ranks
@@ -94,7 +94,7 @@ class Config(core.Studied):
     max_new_tokens: core.Count = 300  # in mode generate
     temperature: core.Amount = 0.8  # 0 = greedy
     top_k: core.Count | None = None  # sample from this many likeliest tokens; none = all
-    top_p: core.within(float, 1e-6, 1) | None = None  # ... whose probabilities reach this; none = all
+    top_p: core.within(float, 1e-6, 1) | None = None  # likeliest tokens that sum to this; none = all
     stop: str | None = None  # a token that ends a continuation, beside end-of-text
     # run
     mode: Literal["train", "find_lr", "study", "generate", "profile", "export"] = "train"  # what is done
@@ -395,7 +395,7 @@ def train(run, cfg, world) -> dict:
         lr, beta1 = (rate(cfg, at.step, at.schedule_length) for rate in (core.lr_at, core.beta1_at))
         loss_sum = forward_backward(setup, at.rows, at.targets)
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
-        if at.spiked(loss_sum, norm) and world.is_main:  # every rank asks; with skip_spikes no update
+        if at.spiked(loss_sum, norm) and world.is_main:  # spiked() runs on all ranks; skip_spikes: no update
             at.note_spike(model, spike_facts(setup, at.batch, lr))
         at.update(optimizer, precision, lr, beta1=beta1)  # clips, updates, zeroes the gradients, logs
     return finish(run, cfg, world, setup)

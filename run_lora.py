@@ -64,7 +64,7 @@ class Config(core.Studied):
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
     weight_decay: core.Rate = 0.0  # of A and B
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
-    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; a GPU takes untyped fp32 as tf32
+    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; fp32 on a GPU is tf32 unless typed
     seed: core.Seed = 0  # of order, dropout and fresh weights
     # evaluation and logging
     eval_batch: core.Count = 32  # rows per evaluation step, over all ranks; of answers, on each rank
@@ -98,8 +98,8 @@ class Config(core.Studied):
             raise core.UserError(f"--adapter brings its own {', '.join(typed)}: drop these flags")
 
 
-# Some 12,000 training rows; multiplier and A as in the journal's code. We differ from it in one thing: it
-# clipped gradients only after the warm-up.
+# Some 12,000 training rows; LoRA's multiplier and its matrix A as in the journal's code. We differ from it in
+# one thing: it clipped gradients only after the warm-up.
 JOURNAL = {
     "max_documents": 14_118,
     "template": "journal",
@@ -237,7 +237,7 @@ def train(run, cfg, world) -> dict:
     run.pin("fingerprint", data.fingerprint)  # a resume that finds other rows is refused
     parts, lines = core.examples_of(data, cfg)  # train, test and val, as cfg.split says
     units = core.Packs(parts["train"], cfg.max_length) if cfg.pack else parts["train"]
-    block = 50 if cfg.group_lengths else 1  # so many batches' rows are sorted by length; the batches shuffled
+    block = 50 if cfg.group_lengths else 1  # batches whose rows are sorted by length together, then shuffled
     batches = core.ShardedBatches(units.lengths, cfg.batch, world, seed=cfg.seed, block=block)
     total_steps = core.count_steps(cfg, batches)
     val, plain = parts["val"].some(cfg.eval_rows), tuning.plain_text(run, cfg, data.tokenizer)
@@ -281,7 +281,7 @@ def train(run, cfg, world) -> dict:
         loss_sum = forward_backward(at.rows, at.targets)
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
         figures = {"multiplier_lr": strength * lr, **tuning.batch_facts(units, at.batch)}
-        if at.spiked(loss_sum, norm) and world.is_main:  # every rank asks; with skip_spikes no update
+        if at.spiked(loss_sum, norm) and world.is_main:  # spiked() runs on all ranks; skip_spikes: no update
             rows = tuning.spike_rows(cfg, model, parts["train"], units.members(at.batch), world)
             at.note_spike(model, {"lr": lr, **figures, **rows})
         at.update(optimizer, precision, lr, **figures)  # clips, updates, zeroes the gradients, logs

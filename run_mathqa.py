@@ -33,10 +33,10 @@ Mode = Literal["both", "train", "find_lr", "study", "split", "quantise", "export
 @dataclass(frozen=True)
 class Config(core.Bookkeeping):
     # data
-    data: str = "kinit/math_qa"  # Hub id, table, folder of train, validation, test, or template-problems
+    data: str = "kinit/math_qa"  # Hub id, table, template-problems, or folder of train, validation, test
     max_documents: core.Count | None = None  # rows of each part, or of a single table; none = all
     answer_format: Literal["text", "letter"] = "text"  # problem -> option, or problem and options -> letter
-    loss_on_prompt: bool = False  # tokens of the problem count in the loss, too, as in the journal
+    loss_on_prompt: bool = False  # tokens of the problem count in the loss, too; the journal's did
     max_length: core.within(int, 16) = 512  # tokens of a problem and its answer; longer rows are left out
     pack: bool = False  # several rows in max_length tokens, unseen by each other, count as one row of batch
     split_seed: core.Seed = 42  # draws the held-out rows, whatever --seed is
@@ -50,7 +50,7 @@ class Config(core.Bookkeeping):
     lora_dropout: core.Share = 0.0  # of LoRA's input
     qat: Literal["off", "int4"] = "off"  # train for int4 weights and int8 activations; with method full
     qat_group: core.within(int, 2) = 256  # weights of a row that share one scale; 32 is finer
-    qat_start: core.Share = 0.25  # share of the steps that come before it, in float
+    qat_start: core.Share = 0.25  # share of the steps trained in float before it
     dropout: core.Share = 0.0  # share of activations set to 0 in training
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory
     # optimisation
@@ -67,29 +67,29 @@ class Config(core.Bookkeeping):
     schedule: Literal["linear", "cosine", "constant", "one_cycle"] = "cosine"  # of the rate
     cycle_beta1: bool = True  # one_cycle moves beta1 between 0.95 and 0.85, against the rate
     optimizer: Literal["adamw", "lion", "sgd"] = "adamw"  # sgd: momentum 0.9
-    beta1: core.within(float, 0, 0.9999) = 0.9  # of Adam: how fast the mean forgets
-    beta2: core.within(float, 0, 0.9999) = 0.95  # of Adam: how fast squares forget; of Lion: the mean (0.99)
+    beta1: core.within(float, 0, 0.9999) = 0.9  # of Adam: decay of the gradients' mean
+    beta2: core.within(float, 0, 0.9999) = 0.95  # decay of Adam's mean of squares, of Lion's mean (0.99)
     weight_decay: core.Rate = 0.1  # of matrices but the token embedding; Lion wants 3 to 10 times as much
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
-    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; a GPU takes untyped fp32 as tf32
+    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; fp32 on a GPU is tf32 unless typed
     seed: core.Seed = 0  # of weights, order and dropout; the first one of a study
     # evaluation and logging
     eval_batch: core.Count = 64  # rows per evaluation step, over all ranks
     eval_every: core.Count | None = 500  # steps; none = each epoch
     eval_rows: core.Count | None = 500  # validation rows looked at during training; none = all
     answer_rows: core.Whole = 200  # validation problems answered then; 0 = none
-    sample_tokens: core.Whole = 24  # most tokens generated for each of three of them; 0 = none
+    sample_tokens: core.Whole = 24  # most tokens of each of three sample answers; 0 = none
     test_weights: Literal["best", "last"] = "best"  # lowest validation loss, or the final ones
     save_every: core.Count | None = None  # steps; none = at each evaluation, before it
     log_every: core.Count = 25  # steps
     plain: str | None = None  # text to measure forgetting on; none = what the base read, if known
     plain_blocks: core.Whole = 100  # of it; 0 = none
     # study
-    arms: tuple[str, ...] = ("full", "lion", "lora", "loha", "lokr", "int4")  # first: the length
+    arms: tuple[str, ...] = ("full", "lion", "lora", "loha", "lokr", "int4")  # 1st sets lengths
     seeds: core.Count = 3  # of each arm: seed, seed + 1, ...
     budgets: tuple[str, ...] = ("steps", "time")  # compared at equal steps, at equal time
-    shares: tuple[str, ...] = ("0.5", "0.75", "0.9")  # of mode split: pretraining's share of both budgets
-    max_hours: core.Amount | None = None  # ends several runs between two steps; the same command continues
+    shares: tuple[str, ...] = ("0.5", "0.75", "0.9")  # of mode split: pretraining's share of the whole
+    max_hours: core.Amount | None = None  # ends modes of several runs between two steps; type it again
     # run
     mode: Mode = "both"  # train: the second stage; split: shares of the time; export: a Llama folder
     run_folder: str | None = None  # the run that is quantised or exported
@@ -177,7 +177,7 @@ SMOKE = {
 
 
 def first_stage(cfg, world) -> tuple[study.Plan, study.Arm]:
-    """The run of gpt_scratch.py that --pretrain describes: how it is made, its constants but for the seed."""
+    """The run of gpt_scratch.py that --pretrain describes: how to make it, its constants without the seed."""
     typed = cfg.typed
     argv = ["--smoke"] * typed.smoke
     for name in sorted(typed.flags & {*SHARED}):
@@ -261,7 +261,7 @@ def train(run, cfg, world) -> dict:
     run.pin("fingerprint", data.fingerprint)  # a resume that finds other rows is refused
     parts, lines = choices.examples_of(data, cfg)
     units = core.Packs(parts["train"], cfg.max_length) if cfg.pack else parts["train"]
-    block = 50 if cfg.group_lengths else 1  # so many batches' rows are sorted by length; the batches shuffled
+    block = 50 if cfg.group_lengths else 1  # batches whose rows are sorted by length together, then shuffled
     batches = core.ShardedBatches(units.lengths, cfg.batch, world, seed=cfg.seed, block=block)
     total_steps = core.count_steps(cfg, batches)
     text, plain = plain_text(cfg, tokenizer, base.config.block_size, world)
@@ -305,7 +305,7 @@ def train(run, cfg, world) -> dict:
         lr, beta1 = (rate(cfg, at.step, at.schedule_length) for rate in (core.lr_at, core.beta1_at))
         loss_sum = forward_backward(at.rows, at.targets)
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
-        if at.spiked(loss_sum, norm) and world.is_main:  # every rank asks; with skip_spikes no update
+        if at.spiked(loss_sum, norm) and world.is_main:  # spiked() runs on all ranks; skip_spikes: no update
             rows = tuning.spike_rows(cfg, model, parts["train"], units.members(at.batch), world)
             at.note_spike(model, {"lr": lr, **tuning.batch_facts(units, at.batch), **rows})
         at.update(optimizer, precision, lr, beta1=beta1)  # clips, updates, zeroes the gradients, logs

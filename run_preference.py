@@ -68,7 +68,7 @@ class Config(core.Studied):
     weight_decay: core.Rate = 0.01  # of matrices
     swap_augmentation: bool = False  # swap A and B of half the training rows, drawn anew each epoch
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
-    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; a GPU takes untyped fp32 as tf32
+    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; fp32 on a GPU is tf32 unless typed
     seed: core.Seed = 0  # of weights, order and dropout
     # evaluation and logging
     eval_batch: core.Count = 64  # rows per evaluation step, over all ranks
@@ -288,7 +288,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
         lr = core.lr_at(cfg, at.step, at.schedule_length)  # total_steps, or what fits into max_minutes
         loss_sum = forward_backward(at.rows, at.targets, swaps[world.rank :: world.size])
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
-        if at.spiked(loss_sum, norm) and world.is_main:  # every rank asks; with skip_spikes no update
+        if at.spiked(loss_sum, norm) and world.is_main:  # spiked() runs on all ranks; skip_spikes: no update
             at.note_spike(model, spike_facts(data, rows["train"][at.batch], swaps, cfg, lr))
         at.update(optimizer, precision, lr)  # clips, updates, zeroes the gradients, logs
 

@@ -72,11 +72,11 @@ class Config(core.Bookkeeping):
     warmup: core.Share = 0.02  # fraction of all steps
     schedule: Literal["linear", "cosine", "constant"] = "cosine"  # of the rate, after the warm-up
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
-    beta1: core.within(float, 0, 0.9999) = 0.9  # of Adam: how fast the mean forgets
-    beta2: core.within(float, 0, 0.9999) = 0.95  # of Adam: how fast the squares forget
+    beta1: core.within(float, 0, 0.9999) = 0.9  # of Adam: decay of the gradients' mean
+    beta2: core.within(float, 0, 0.9999) = 0.95  # of Adam: decay of the squares' mean
     weight_decay: core.Rate = 0.1  # of matrices
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
-    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; a GPU takes untyped fp32 as tf32
+    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; fp32 on a GPU is tf32 unless typed
     seed: core.Seed = 0  # of weights, order and dropout; the first one of a study
     seeds: core.Count = 3  # of each arm in a study: seed, seed + 1, ...
     # evaluation and logging
@@ -297,7 +297,7 @@ def train(run, cfg, world) -> dict:
         for name, blocks in batches.seen(at.step).items():
             seen[name] += blocks
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
-        if at.spiked(loss_sum, norm) and world.is_main:  # every rank asks; with skip_spikes no update
+        if at.spiked(loss_sum, norm) and world.is_main:  # spiked() runs on all ranks; skip_spikes: no update
             at.note_spike(model, spike_facts(text, batches, at, lr))
         at.update(optimizer, precision, lr)  # clips, updates, zeroes the gradients, logs
     return finish(run, cfg, world, text, model, batches, val if cfg.test_weights == "last" else None)
@@ -328,7 +328,7 @@ def announce(run, cfg, text, batches, model):
             run.say(f"{name}  {line}")
     passes = [source["epochs"] for source in ledger["sources"].values()]
     if cfg.repeat and max(passes) > cfg.passes:
-        run.say("NOTE --repeat: a source is read more than {cfg.passes} times: its arm sees fewer new tokens")
+        run.say(f"NOTE --repeat: a source is read more than {cfg.passes} x: its arm sees fewer new tokens")
     core.on_main(run.world, core.write_json, run.folder / "ledger.json", ledger)
 
 
@@ -354,8 +354,8 @@ def check(run, cfg, text, model, at) -> tuple:
 
 
 def finish(run, cfg, world, text, model, batches, val=None) -> dict:
-    """Checks that the run read what its ledger says; measures the chosen weights on val and test. val: what
-    is known of them already."""
+    """Checks that the run read what its ledger says; measures the chosen weights on val and test. val: their
+    figures on val, if measured already."""
     ledger, seen = batches.ledger(), run.state["seen"]
     planned = {name: source["blocks"] for name, source in ledger["sources"].items()}
     if cfg.max_minutes is None and seen != planned:
@@ -390,7 +390,7 @@ OWN = frozenset(DIVERSITY | {"data", "sources"})  # set for each run by text_of_
 
 @dataclass
 class DiversityStudy:
-    """What the stages of a study share: how to make runs, the texts, and what looks for signals."""
+    """What the stages of a study share: the plan of its runs, its texts, the check for signals."""
 
     plan: studies.Plan
     text: mixture.Text

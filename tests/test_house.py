@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,15 @@ LONGER = {
 @pytest.mark.parametrize("name", sorted(PROGRAMS))
 def test_a_program_is_short(name):
     assert len((PROJECT / f"{name}.py").read_text().splitlines()) <= LONGER.get(name, 450)
+
+
+@pytest.mark.parametrize("path", [*LAB, *PROJECT.glob("*.py")], ids=lambda path: path.stem)
+def test_no_sentence_prints_the_name_of_a_value_instead_of_it(path):
+    """Like "{cfg.passes} times" in a string that is no f-string."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    inside = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and id(node) not in inside]
+    assert [text for text in texts if re.search(r"\{\w+\.\w", str(text))] == []
 
 
 def test_no_test_file_is_long():
