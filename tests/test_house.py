@@ -130,7 +130,7 @@ def test_a_program_is_short(name):
     assert len((PROJECT / f"{name}.py").read_text().splitlines()) <= LONGER.get(name, 450)
 
 
-@pytest.mark.parametrize("path", [*LAB, *PROJECT.glob("*.py")], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*LAB, *sorted(PROJECT.glob("*.py"))], ids=lambda path: path.stem)
 def test_no_sentence_prints_the_name_of_a_value_instead_of_it(path):
     """Like "{cfg.passes} times" in a string that is no f-string."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
