@@ -174,7 +174,7 @@ def test_a_transformers_model_has_the_loss_that_transformers_gives_it():
     [folder] = Path("runs/eval").iterdir()
     assert result(folder)["test/loss"] == pytest.approx(wanted, rel=1e-5)
     assert result(folder)["test/targets"] == ids.shape[1] - 1 and f"loss {wanted:.3f}" in said
-    assert "model is a model, no run with rows of its own: name some by --data" in refused("--run", "model")
+    assert "model is a model, no run with rows of its own: use --data" in refused("--run", "model")
 
 
 @pytest.mark.slow
