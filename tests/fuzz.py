@@ -1,7 +1,7 @@
 """Damages good inputs at random and asks: the right result, or one line that says what is wrong?
 
     python tests/fuzz.py --seconds 60 --seed 7
-    python tests/fuzz.py --seconds 60 --seed 7 --only tables    # or text, names, caches, runs, checkpoints
+    python tests/fuzz.py --seconds 60 --seed 7 --only tables    # or another: --help
 
 Another exception, a message of several lines, rows that the file does not hold, or ten seconds without an end
 are failures: each is printed with its case number, which with the same seed makes it again (--case).
@@ -30,6 +30,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 from damage import DAMAGES, cut, flip, splice, zeros  # noqa: E402
+from fuzz_models import check_constants, check_model, templates  # noqa: E402
 from fuzz_runs import check_checkpoints, check_run, template  # noqa: E402
 
 from lab.data import instructions, pairs, paths, problems, tables, text  # noqa: E402
@@ -351,7 +352,8 @@ def write_cache(folder, content):
 
 CHECKS = {"tables": [check_good, check_damaged, check_damaged, check_damaged], "text": [check_text],
           "names": [check_names], "caches": [check_caches], "runs": [check_run],
-          "checkpoints": [check_checkpoints]}  # fmt: skip
+          "checkpoints": [check_checkpoints], "constants": [check_constants],
+          "models": [check_model]}  # fmt: skip
 
 
 def run_case(seed, number, checks) -> str:
@@ -378,6 +380,8 @@ def run(seed, seconds=None, cases=None, only=None, first=0) -> tuple[Counter, li
     checks = [check for name, some in CHECKS.items() if only in (None, name) for check in some]
     if {check_run, check_checkpoints} & {*checks}:
         template()  # the runs that are copied: no case's time
+    if check_model in checks:
+        templates()
     before = signal.signal(signal.SIGALRM, ring)
     counts, failures, began, number = Counter(), [], time.monotonic(), first
     try:

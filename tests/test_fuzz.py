@@ -2,13 +2,17 @@
 
 import random
 import signal
+import types
 from pathlib import Path
 
 import fuzz
+import fuzz_models
 import fuzz_runs
 import pytest
+import torch
 from ranks import everywhere
 
+import core
 from lab.data import cache, tables
 from lab.errors import UserError
 from lab.run import checkpoints, files, resume
@@ -70,6 +74,20 @@ def test_it_finds_a_cache_that_is_believed(monkeypatch):
     monkeypatch.setattr(cache, "damage", believe)
     monkeypatch.setattr(cache, "_checked", {})
     assert fuzz.run(seed=1, cases=20, only="caches")[1]
+
+
+def test_it_finds_code_that_runs_and_constants_that_are_none(monkeypatch):
+    monkeypatch.setattr(fuzz_models.pretrained, "open_any", lambda folder: pickled(Path(folder)))
+    assert fuzz.run(seed=1, cases=20, only="models")[1]
+    monkeypatch.setattr(core, "parsed_config", lambda *_: types.SimpleNamespace)
+    assert fuzz.run(seed=1, cases=2, only="constants")[1]
+
+
+def pickled(folder):
+    """Opens a pickle as one must not."""
+    for path in folder.glob("pytorch_model.bin"):
+        torch.load(path, weights_only=False)
+    raise UserError("refused")
 
 
 def test_a_case_is_a_function_of_seed_and_number(tmp_path):

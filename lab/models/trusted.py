@@ -1,5 +1,6 @@
 """What is asked of any model folder before its weights count: no code, no absurd size, every weight read."""
 
+import math
 import re
 from pathlib import Path
 
@@ -34,6 +35,9 @@ def config_of(name):
         value = getattr(config, size, None)
         if isinstance(value, int) and not 1 <= value <= most:
             raise UserError(f"model {name} has {size} {value} in its config.json: use one from 1 to {most}")
+    for key, value in config.to_dict().items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"model {name} has {key} {value} in its config.json: use a finite number")
     sizes = [getattr(config, size, None) for size in ("hidden_size", "num_hidden_layers", "vocab_size")]
     if all(isinstance(size, int) for size in sizes):
         width, layers, words = sizes
@@ -99,5 +103,7 @@ def probe(vocab_size, positions) -> torch.Tensor:
 
 
 def same(ours, wanted) -> bool:
-    """Whether logits or vectors agree but for rounding."""
+    """Whether logits or vectors agree but for rounding. UserError where they are no numbers."""
+    if not wanted.isfinite().all():
+        raise UserError("what the model says is no finite number: its weights or its config.json are damaged")
     return torch.allclose(ours, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))

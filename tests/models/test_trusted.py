@@ -256,6 +256,15 @@ def test_an_absurd_size_is_refused_by_name_before_anything_is_made(size, value):
     assert "\n" not in str(error.value)
 
 
+def test_numbers_that_are_none_are_refused_in_a_config_and_in_weights():
+    folder = gpt2("model")
+    edit_json(folder / "config.json", resid_pdrop=float("nan"))
+    with pytest.raises(UserError, match=r"model has resid_pdrop nan in its config.json: use a finite number"):
+        core.open_model(str(folder))
+    with pytest.raises(UserError, match=r"no finite number: its weights or its config.json are damaged"):
+        trusted.same(torch.zeros(2), torch.tensor([1.0, float("nan")]))
+
+
 def test_a_model_larger_than_memory_is_refused_before_memory_is_asked_for():
     folder = gpt2("model")
     edit_json(folder / "config.json", n_embd=100_000, n_layer=900)
