@@ -287,7 +287,7 @@ def train(run, cfg, world) -> dict:
         return sum(loss.item() for loss in losses)
 
     int4.switch(model, True)  # the forecast is of the slower steps
-    # two steps of the longest rows, undone afterwards: is there memory? Then the forecast of hours
+    # two forwards and backwards of the longest rows: is there memory? Then the forecast of hours
     core.rehearse(run, ddp, saved, forward_backward, batches, total_steps - run.step)
     run.say(tuning.describe_example(parts["train"]))
     if cfg.mode == "find_lr":

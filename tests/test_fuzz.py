@@ -1,8 +1,8 @@
 """A seeded share of tests/fuzz.py; and that it finds what it is for."""
 
+import math
 import random
 import signal
-import types
 from pathlib import Path
 
 import fuzz
@@ -79,8 +79,8 @@ def test_it_finds_a_cache_that_is_believed(monkeypatch):
 def test_it_finds_code_that_runs_and_constants_that_are_none(monkeypatch):
     monkeypatch.setattr(fuzz_models.pretrained, "open_any", lambda folder: pickled(Path(folder)))
     assert fuzz.run(seed=1, cases=20, only="models")[1]
-    monkeypatch.setattr(core, "parsed_config", lambda *_: types.SimpleNamespace)
-    assert fuzz.run(seed=1, cases=2, only="constants")[1]
+    monkeypatch.setattr(core, "parsed_config", lambda config, *_: config(lr=math.inf))
+    assert "lr became inf" in fuzz.run(seed=1, cases=1, only="constants")[1][0]
 
 
 def pickled(folder):

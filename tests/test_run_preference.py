@@ -466,3 +466,8 @@ def test_models_of_folds_are_averaged_in_their_probabilities_and_both_orders(mon
     data = SimpleNamespace(labels=[0])
     found = script.mean_of_folds("run", ["one", "two"], None, None, data, World(), None)
     np.testing.assert_allclose(np.exp(found), [[[0.4, 0.3, 0.3], [0.2, 0.3, 0.5]]])
+
+
+def test_a_frozen_encoder_needs_no_rate():
+    given = ["--freeze", "all", "--lr", "0"]
+    assert core.parsed_config(script.Config, script.PRESETS, script.SMOKE, "", given).lr == 0

@@ -1,5 +1,5 @@
 """Folders of the cache, believed only when whole; in them rows that are read and tokenised once and mapped
-into memory; bad rows are counted; splits by group."""
+into memory; bad rows are counted."""
 
 import json
 import os

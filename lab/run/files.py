@@ -88,8 +88,8 @@ def whole_folder(folder, replace=False):
         for path in (*aside.rglob("*"), aside):
             path.chmod(mode if path.is_dir() else mode & 0o666)
             flush(path)
-        if replace:
-            shutil.rmtree(folder, ignore_errors=True)
+        if replace and folder.exists():
+            shutil.rmtree(folder)
         if not folder.exists():
             os.rename(aside, folder)
         flush(folder.parent)

@@ -41,7 +41,11 @@ def heed(handler) -> dict:
     return {n: signal.signal(n, handler) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
 
 
-def restore(handlers):
+def restore(handlers, world):
+    """Gives the handlers back. Not under torchrun after a signal: all is written then, and the TERM that
+    follows a HUP must not kill a rank on its way out."""
+    if heard_signals and under_torchrun(world):
+        return
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -66,7 +70,7 @@ class Signals:
             raise Stop(self.name)
 
     def close(self):
-        restore(self._before)
+        restore(self._before, self.world)
 
     def _on_signal(self, number, frame):
         name, now = signal.Signals(number).name, time.monotonic()
@@ -112,4 +116,4 @@ def listening(world):
     try:
         yield poll
     finally:
-        restore(before)
+        restore(before, world)

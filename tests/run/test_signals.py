@@ -29,3 +29,21 @@ def test_a_second_signal_leaves_at_once_but_a_hangup_beside_it_is_the_same_event
     assert len(left) == 3
     heard.close()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_after_a_signal_a_rank_of_torchrun_is_not_killed_on_its_way_out(monkeypatch):
+    """All is written when the handlers are given back; the TERM behind a terminal's HUP comes as it likes."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(signals, "heard_signals", [])
+    for size, stays in [(2, True), (1, False)]:
+        signals.heard_signals.clear()
+        heard = signals.Signals(World(size=size))
+        heard.deferring = True
+        os.kill(os.getpid(), signal.SIGHUP)
+        heard.close()
+        assert (signal.getsignal(signal.SIGTERM) is not before) is stays
+        if stays:
+            os.kill(os.getpid(), signal.SIGTERM)  # nothing happens
+        signals.heard_signals.clear()
+        heard.close()
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -232,3 +232,11 @@ def test_the_rehearsal_takes_the_longest_rows_and_says_what_a_usual_step_costs(
     assert run.events == ["poll", ("forecast", 7, 2.0, 0.4)]
     loop.rehearse(run, "ddp", saved, lambda rows, targets: None, batches, None)
     assert run.events[2:] == ["poll"]  # a later fold says nothing
+
+
+def test_the_rehearsal_names_the_most_rows_at_once_not_those_of_the_longest(monkeypatch):
+    asked, run = [], Recorded(batch=4, micro_tokens=10)
+    monkeypatch.setattr(loop, "worst_case", lambda *given: asked.append(given[4]) or 1.0)
+    batches = core.ShardedBatches([10, 2, 2, 2], 4, World(), seed=1)
+    loop.rehearse(run, "ddp", ("weights", None, None), None, batches, None)
+    assert asked == [3]
