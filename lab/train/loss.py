@@ -71,9 +71,15 @@ def _chunks(hidden, weight) -> list[slice]:
 
 
 def _product_dtype(weight, kind) -> torch.dtype:
-    """bf16 under its autocast; otherwise the weight's: fp16 would overflow, so there the head stays fp32."""
+    """bf16 under its autocast; otherwise the weight's: fp16 would overflow."""
     half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
     return torch.bfloat16 if half else weight.dtype
+
+
+def _head_dtype(weight, kind) -> torch.dtype:
+    """The same, but fp16 on cards, where slopes are scaled (SLOPE_SCALE)."""
+    fp16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    return torch.float16 if fp16 and kind == "cuda" else _product_dtype(weight, kind)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -87,7 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, labels, bias, *terms):  # x, w, x, w, ...
         xs, ws, needs = terms[::2], terms[1::2], ctx.needs_input_grad
-        kind, dtype = xs[0].device.type, _product_dtype(ws[0], xs[0].device.type)
+        kind, dtype = xs[0].device.type, _head_dtype(ws[0], xs[0].device.type)
         to_x = [torch.empty_like(x) if need else None for x, need in zip(xs, needs[2::2], strict=True)]
         to_b = torch.zeros_like(bias) if needs[1] else None
         with torch.autocast(kind, enabled=False):
@@ -118,24 +124,27 @@ def _head_on_cpu(xs, ws, bias, labels, to_x, needs, to_b, dtype):
 def _head_on_card(xs, ws, bias, labels, to_x, needs, to_b, dtype):
     """The same, with the vocabulary rounded up: a product whose width is no multiple of the tensor cores'
     tile misses the fast kernels. The rows of zeros get no probability and no slope."""
-    V, wide = len(ws[0]), ws[0].dtype
+    V, wide, scale = len(ws[0]), ws[0].dtype, SLOPE_SCALE if dtype == torch.float16 else 1.0
     ws = [_whole_rows(w, dtype) for w in ws]
     to_w = [torch.zeros_like(w, dtype=wide) if need else None for w, need in zip(ws, needs, strict=True)]
     loss, x_all, w_all = ws[0].new_zeros((), dtype=wide), _side_by_side(xs), _side_by_side(ws)
     for c in _chunks(xs[0], ws[0]):
-        slope, chunk_loss = _slope(x_all[c] @ w_all.t(), bias, labels[c], V)
+        slope, chunk_loss = _slope(x_all[c] @ w_all.t(), bias, labels[c], V, scale)
         loss += chunk_loss
         if to_b is not None:
-            to_b += slope.sum(0, dtype=wide)[:V]
+            to_b += slope.sum(0, dtype=wide)[:V] / scale
         for x, w, by_x, by_w in zip(xs, ws, _rows(to_x, c), to_w, strict=True):
             if by_x is not None:
-                by_x.copy_(slope @ w)
+                by_x.copy_(slope @ w).mul_(1 / scale) if scale != 1 else by_x.copy_(slope @ w)
             if by_w is not None:
                 _add_product(by_w, slope.t(), x[c])
-    return loss, [None if w is None else w[:V] for w in to_w]
+    return loss, [None if w is None else (w / scale if scale != 1 else w)[:V] for w in to_w]
 
 
 TILE = 64
+SLOPE_SCALE = (
+    256.0  # of fp16, whose numbers end near 6e-8: a probability of 1 / 50,000 would lose half its digits
+)
 
 
 def _side_by_side(tensors) -> torch.Tensor:
@@ -153,33 +162,59 @@ def _whole_rows(weight, dtype) -> torch.Tensor:
     return whole
 
 
-def _slope(logits, bias, y, V):
-    """logits (n, padded V) -> their slope e / Z - one-hot, in the same dtype, and the summed loss.
+def _slope(logits, bias, y, V, scale=1.0):
+    """logits (n, padded V) -> scale x their slope e / Z - one-hot, in the same dtype, and the summed loss.
 
-    Compiled where that pays and works: one kernel instead of seven passes over the largest array of a step.
+    Large ones on a CUDA card by one kernel instead of seven passes over the largest array of a step; a way
+    that does not work there is said and left out.
     """
-    global _compiled_slope
-    if logits.device.type == "cuda" and logits.numel() >= LARGE and _compiled_slope is not _eager_slope:
+    large = logits.device.type == "cuda" and logits.numel() >= LARGE and logits.dtype != torch.float64
+    while FAST and large:
         try:
-            if _compiled_slope is None:
-                warnings.filterwarnings("ignore", message="\\s*Online softmax is disabled")
-                # fullgraph: too many recompilations raise, instead of running this formula step by step
-                _compiled_slope = torch.compile(_fused_slope, dynamic=True, fullgraph=True)
-            return _compiled_slope(logits, bias, y, V)
+            return FAST[0][1](logits, bias, y, V, scale)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no Triton, no C compiler
-            _compiled_slope = _eager_slope
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            notes.append(f"NOTE the head is not compiled, which is slower: {reason:.50}")
-    return _eager_slope(logits, bias, y, V)
+            notes.append(f"NOTE the head goes without {FAST.pop(0)[0]}, which is slower: {reason:.50}")
+    return _eager_slope(logits, bias, y, V, scale)
 
 
-LARGE = 1 << 24  # logits, from which on compiling pays
+LARGE = 1 << 24  # logits, from which on a kernel of one's own pays
 notes = []  # what a run should say once it has a log
 
 
-def _eager_slope(logits, bias, y, V):
+def _by_triton(logits, bias, y, V, scale):
+    global _is_checked
+    from lab.train.head_kernel import slope_in_place
+
+    if not _is_checked:  # a new card or compiler: a few rows by both ways first
+        few = slice(0, 8)
+        wanted = _eager_slope(logits[few].clone(), bias, y[few], V, scale)
+        got = slope_in_place(logits[few].clone(), bias, y[few], V, scale)
+        for one, other in zip(got, wanted, strict=True):
+            if not torch.allclose(one.float(), other.float(), rtol=0.02, atol=1e-4 * scale, equal_nan=True):
+                raise RuntimeError("it computes other numbers than torch")
+        _is_checked = True
+    return slope_in_place(logits, bias, y, V, scale)
+
+
+_is_checked = False
+
+
+def _by_compile(logits, bias, y, V, scale):
+    global _compiled_slope
+    if _compiled_slope is None:
+        warnings.filterwarnings("ignore", message="\\s*Online softmax is disabled")
+        # fullgraph: too many recompilations raise, instead of running this formula step by step
+        _compiled_slope = torch.compile(_fused_slope, dynamic=True, fullgraph=True)
+    return _compiled_slope(logits, bias, y, V, scale)
+
+
+FAST = [("its Triton kernel", _by_triton), ("torch.compile", _by_compile)]  # in this order
+
+
+def _eager_slope(logits, bias, y, V, scale=1.0):
     """20 bytes a bf16 logit are moved: 6 by log_softmax, 8 by exp_, 6 by the rounding."""
     half, wide = logits.dtype, torch.promote_types(logits.dtype, torch.float32)
     if bias is not None:
@@ -188,10 +223,10 @@ def _eager_slope(logits, bias, y, V):
     log_p = logits.log_softmax(-1, dtype=wide)
     loss = -log_p.gather(1, y[:, None]).sum()
     slope = log_p.exp_().scatter_add_(1, y[:, None], log_p.new_full((len(y), 1), -1))
-    return slope.to(half), loss
+    return (slope.mul_(scale) if scale != 1 else slope).to(half), loss
 
 
-def _fused_slope(logits, bias, y, V):
+def _fused_slope(logits, bias, y, V, scale=1.0):
     columns = torch.arange(logits.shape[1], device=logits.device)[None]
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if bias is not None:
@@ -200,7 +235,7 @@ def _fused_slope(logits, bias, y, V):
     top = x.amax(1, keepdim=True)
     total, hit = (x - top).exp().sum(1, keepdim=True), columns == y[:, None]
     target = torch.where(hit, x, 0.0).sum(1, keepdim=True)
-    slope = (x - top).exp() / total - hit.to(x.dtype)
+    slope = scale * ((x - top).exp() / total - hit.to(x.dtype))
     return slope.to(logits.dtype), (top + total.log() - target).sum()
 
 
@@ -213,6 +248,8 @@ def _add_product(total, a, b):
         total.addmm_(a, b)
     elif hasattr(torch.ops.aten.addmm, "dtype_out") and a.device.type == "cuda" and not torch.version.hip:
         torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    elif a.dtype == torch.float16:  # a sum over rows may be beyond its 65,504
+        total += a.to(total.dtype) @ b.to(total.dtype)
     else:
         total += a @ b
 

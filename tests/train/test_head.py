@@ -1,6 +1,8 @@
 """The language-model head as a card computes it (on a CPU): padded vocabulary, both formulas of the slope."""
 
 import itertools
+import sys
+import types
 from contextlib import nullcontext
 
 import pytest
@@ -12,6 +14,8 @@ import core
 import lab.train.loss
 from lab.train import cpu
 from lab.train.loss import (
+    FAST,
+    _by_triton,
     _compiled_slope,
     _eager_slope,
     _fused_slope,
@@ -99,6 +103,23 @@ def test_in_bf16_it_is_fp64_within_3_thousandths(V, terms, bias, on_card, monkey
         assert error(mine, reference) < 3e-3
 
 
+@pytest.mark.parametrize("terms", [1, 2])
+def test_in_fp16_it_is_fp64_within_a_thousandth(terms, on_card, monkeypatch):
+    """Also gradients whose sum over rows is beyond fp16, and probabilities that it would round to nothing."""
+    everywhere(monkeypatch.setattr, lab.train.loss, "_head_dtype", lambda weight, kind: torch.float16)
+    everywhere(monkeypatch.setattr, lab.train.loss, "_chunks", slices_of(300))
+    made, bias, labels = inputs(4096, terms, True, torch.float32, N=600)
+    with torch.no_grad():
+        made[0][0].mul_(40).clamp_(-200, 200)  # 300 rows x 256 x 200 is over 65,504
+        made[0][1].mul_(0.01)
+        labels[:] = 7
+    got = losses_and_slopes(made, bias, labels, nullcontext())
+    wanted = by_the_formula(made, bias, labels)
+    assert error(got[0], wanted[0]) < 1e-3
+    for mine, reference in zip(got[1], wanted[1], strict=True):
+        assert mine.isfinite().all() and error(mine, reference) < 1e-3
+
+
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16, None])
@@ -130,6 +151,7 @@ class FakeCard(torch.Tensor):
 @pytest.fixture
 def on_no_card(monkeypatch):
     everywhere(monkeypatch.setattr, lab.train.loss, "_compiled_slope", None)
+    everywhere(monkeypatch.setattr, lab.train.loss, "FAST", list(FAST[1:]))
     everywhere(monkeypatch.setattr, lab.train.loss, "notes", [])
     everywhere(monkeypatch.setattr, lab.train.loss, "LARGE", 100)
     logits = torch.randn(4, 64).as_subclass(FakeCard)
@@ -151,6 +173,49 @@ def test_where_nothing_compiles_the_other_formula_is_used_and_said_once(on_no_ca
     assert [_slope(*on_no_card), _slope(*on_no_card)] == ["eager", "eager"]
     (note,) = lab.train.loss.notes
     assert len(calls) == 1 and note.endswith("RuntimeError: no C compiler")
+
+
+def kernel_that(monkeypatch, computes):
+    """Puts a stand-in for lab/train/head_kernel.py, which needs Triton, in front of torch.compile."""
+    calls, stand_in = [], types.ModuleType("lab.train.head_kernel")
+
+    def slope_in_place(*given):
+        calls.append(len(given[0]))
+        return computes(*given)
+
+    stand_in.slope_in_place = slope_in_place
+    monkeypatch.setitem(sys.modules, "lab.train.head_kernel", stand_in)
+    everywhere(monkeypatch.setattr, lab.train.loss, "_is_checked", False)
+    lab.train.loss.FAST.insert(0, ("its Triton kernel", _by_triton))
+    return calls
+
+
+def test_a_kernel_is_held_against_torch_once_on_a_few_rows_and_then_believed(on_no_card, monkeypatch):
+    logits, _, y, V = on_no_card
+    calls = kernel_that(monkeypatch, _eager_slope)
+    wide, labels = logits.repeat(5, 1), y.repeat(5)
+    wanted = _eager_slope(wide.clone(), None, labels, V)
+    for _ in range(2):
+        got = _slope(wide.clone().as_subclass(FakeCard), None, labels, V)
+        assert torch.equal(got[0], wanted[0]) and got[1] == wanted[1]
+    assert calls == [8, 20, 20] and not lab.train.loss.notes
+
+
+@pytest.mark.parametrize("off", [0, 1], ids=["slope", "loss"])
+def test_a_kernel_that_computes_something_else_is_left_out_and_said(off, on_no_card, monkeypatch):
+    def wrong(*given):
+        found = list(_eager_slope(*given))
+        found[off] = found[off] * 1.1
+        return found
+
+    kernel_that(monkeypatch, wrong)
+    del lab.train.loss.FAST[1:]
+    logits, _, y, V = on_no_card
+    slope, loss = _slope(logits.clone().as_subclass(FakeCard), None, y, V)
+    wanted = _eager_slope(logits.clone(), None, y, V)
+    assert torch.allclose(slope, wanted[0], atol=1e-6) and torch.allclose(loss, wanted[1])
+    (note,) = lab.train.loss.notes
+    assert note.startswith("NOTE the head goes without its Triton kernel") and "other numbers" in note
 
 
 def test_out_of_memory_is_no_reason_to_give_up_compiling(on_no_card, monkeypatch):
