@@ -58,7 +58,7 @@ class Config(core.Studied):
     bias: bool = False  # of linear layers and LayerNorms
     qkv_bias: bool = False  # of queries, keys and values
     tie_head: bool = True  # the output matrix is the embedding
-    vocab_multiple: core.Count = 1  # the number of token embeddings is rounded up to it
+    vocab_multiple: core.Count = 1  # the embedding has a multiple of so many rows, at least the vocabulary
     head_bias: bool = False  # of the output layer; with --no-tie_head
     dropout: core.Share = 0.0  # share of activations set to 0 in training
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory
@@ -66,7 +66,7 @@ class Config(core.Studied):
     batch: core.Count = 8  # blocks per optimizer step, over all ranks
     micro_batch: core.Count | None = None  # blocks per forward and rank; none = all of the rank's blocks
     epochs: core.Whole | None = 10  # passes over the training rows
-    max_steps: core.Whole | None = 3600  # optimizer steps; the shortest of these three ends it
+    max_steps: core.Whole | None = 3600  # optimizer steps; the first of these three limits ends training
     max_minutes: core.Amount | None = None  # of training, over resumes
     lr: core.Rate = 3e-3  # peak; GPT-3's are near 1.95 x parameters^-0.437 (journal 003)
     min_lr: core.Rate = 0.0  # at the end of the schedule
@@ -80,7 +80,7 @@ class Config(core.Studied):
     weight_decay: core.Rate = 0.1  # of matrices
     decay_embedding: bool = True  # the token embedding decays, too
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
-    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; fp32 on a GPU is tf32 unless typed
+    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; a preset's fp32 is tf32 on a GPU
     seed: core.Seed = 0  # of weights, order and dropout
     # evaluation and logging
     eval_batch: core.Count = 64  # blocks per evaluation step, over all ranks
@@ -153,8 +153,8 @@ JOURNAL = {  # what journal 003's code trained: Wikipedia, 1 % each for val and 
 }
 SMALL = JOURNAL | {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 2048, "batch": 2, "lr": 6e-4}
 MINI = JOURNAL | {"n_layer": 10, "n_head": 8, "n_embd": 512, "block_size": 256, "batch": 128}
-# Journal 004's 180M parameters, 4 x 64 blocks of 512 tokens a step. By a bug its one-cycle took 1e-3, not the
-# 8e-4 of its file, over 10,000 steps however long the run; here the schedule ends with max_minutes.
+# Journal 004's 180M parameters, 4 x 64 blocks of 512 tokens a step. A bug made its one-cycle peak at 1e-3
+# instead of the 8e-4 of its settings, and span 10,000 steps however long the run; ours ends with max_minutes.
 NOAM_WIDE4 = {
     "data": "DKYoon/SlimPajama-6B",
     "tokenizer": "gpt2",
@@ -182,7 +182,7 @@ NOAM_WIDE4 = {
     "test_weights": "last",
     "compile": True,
 }
-PRESETS = {  # rates as the journal meant them: a bug in its code ran all of them at 1e-3
+PRESETS = {  # rates as journal 003's settings have them; a bug made it train all of these at 1e-3
     "cpu": {},
     "baby": JOURNAL | {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch": 64},
     "mini_v0": MINI,
@@ -227,7 +227,7 @@ RATIO = 20  # tokens per parameter that Hoffmann et al. 2022 find best
 
 def corpus_of(cfg) -> core.Corpus:
     """The Corpus that cfg describes. A model that is not new brings its own tokenizer and shape:
-    UserError for flags of these."""
+    UserError where flags of either are typed."""
     name = cfg.tokenizer
     if cfg.model != "new":
         own = {"tokenizer", "vocab_multiple", *(field.name for field in fields(core.GPTConfig))}
@@ -298,7 +298,8 @@ def open_text(cfg, world) -> tuple[core.Tokens, dict[str, core.Blocks]]:
 
 
 def set_up(run, cfg, world, steps=None) -> Setup:
-    """Makes data, model and optimizer, restores a resumed run, takes two discarded steps; says what will run.
+    """Makes data, model and optimizer, loads a resumed run's checkpoint, tries whether memory suffices by two
+    steps whose gradients are thrown away, and prints what will run.
 
     `steps` none: as many as cfg.epochs, max_steps and max_minutes allow.
     """
@@ -339,13 +340,13 @@ def describe_model(folder, model, tokenizer):
 
 
 def forward_backward(setup, rows, targets) -> float:
-    """Adds gradients of this rank's summed loss, divided by the targets of all ranks. Returns the sum."""
+    """Adds gradients of (this rank's loss sum / targets of all ranks). Returns that loss sum."""
     losses = []
     for part in core.micro_batches(setup.ddp, rows, setup.cfg.micro_batch):
         input_ids, labels = setup.blocks["train"].batch(part, setup.world.device)
         with setup.precision.autocast():
             losses.append(setup.ddp(input_ids, labels))
-        core.scaled_backward(losses[-1], setup.world, targets, setup.precision)  # DDP averages
+        core.scaled_backward(losses[-1], setup.world, targets, setup.precision)  # x world.size: DDP averages
     return sum(loss.item() for loss in losses)
 
 
@@ -395,14 +396,14 @@ def train(run, cfg, world) -> dict:
         lr, beta1 = (rate(cfg, at.step, at.schedule_length) for rate in (core.lr_at, core.beta1_at))
         loss_sum = forward_backward(setup, at.rows, at.targets)
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
-        if at.spiked(loss_sum, norm) and world.is_main:  # spiked() runs on all ranks; skip_spikes: no update
+        if at.spiked(loss_sum, norm) and world.is_main:  # spiked() asks all ranks, so it stands first
             at.note_spike(model, spike_facts(setup, at.batch, lr))
         at.update(optimizer, precision, lr, beta1=beta1)  # clips, updates, zeroes the gradients, logs
     return finish(run, cfg, world, setup)
 
 
 def finish(run, cfg, world, setup) -> dict:
-    """Measures the chosen weights on val and test, and how many sampled words are known; final figures."""
+    """Measures the chosen weights on val and test, and how many sampled words the text has: figures."""
     sha256, measured, result = core.weights_sha256(setup.model), run.checkpoint, {}
     if cfg.test_weights == "best":
         measured = run.load_best(setup.model)
@@ -451,18 +452,18 @@ def announce(run, cfg, tokens, blocks, batches, total_steps, model):
         run.say(line)
     seen = f"{total_steps * cfg.batch * cfg.block_size / total:.2f} in {total_steps} steps"
     if total_steps == core.FOREVER:
-        seen = f"{cfg.batch * cfg.block_size / total:.2g} a step; max_minutes decide how many"
+        seen = f"{cfg.batch * cfg.block_size / total:.2g} a step; max_minutes decides the number of steps"
     run.say(f"tokens per parameter  {len(tokens.parts['train']) / total:.2f} in the data, {seen} "
             f"(Hoffmann et al. 2022: {RATIO} is best)")  # fmt: skip
     if left := len(blocks["train"]) % cfg.batch:
         run.say(f"each epoch leaves out {left} of {len(blocks['train'])} blocks, "
-                f"not always the same: they fill no batch of {cfg.batch}")  # fmt: skip
+                f"(other ones each time): they fill no batch of {cfg.batch}")  # fmt: skip
 
 
 def describe_block(tokenizer, ids) -> str:
     """A block, decoded from its ids: garbage here is garbage in training (journal 003, v0.0.11)."""
     text = core.one_line(tokenizer.decode(ids[:201].tolist()))
-    return f"the loss sees, in {len(ids) - 1} targets (all but the first token):\n  {text[:96]}"
+    return f"the loss sees {len(ids) - 1} targets (all tokens of a block but its first):\n  {text[:96]}"
 
 
 def report_validation(run, at, val, is_best):
@@ -494,8 +495,8 @@ def newest_base(cfg) -> str:
 
 
 def with_newest(cfg, world, name):
-    """cfg with the newest base as its constant `name`. It counts as not typed, so that a
-    resume keeps its base though a newer run may be there."""
+    """cfg with the newest base as its constant `name`, which does not count as typed: a resumed run
+    keeps its first base even if a newer run is there by then."""
     is_new = cfg.resume_timestamp in (None, "auto")
     base = core.on_main(world, newest_base, cfg) if is_new else getattr(cfg, name)
     return core.counting(replace(cfg, **{name: base}), flags=cfg.typed.flags - {name})

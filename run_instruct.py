@@ -27,21 +27,21 @@ class Config(core.Studied):
     data: str = "tatsu-lab/alpaca"  # Hub id, file, folder, or python-instructions (built in)
     max_documents: core.Count | None = None  # rows read; none = all
     template: Literal["alpaca", "journal"] = "alpaca"  # the official two preambles, or the journal's one
-    split: Literal["seeded", "file_order"] = "seeded"  # 85/10/5 train/test/val: by prompt, or in file order
+    split: Literal["seeded", "file_order"] = "seeded"  # 85/10/5 train/test/val; seeded: at random, by prompt
     split_seed: core.Seed = 42  # draws the parts, whatever --seed is
     max_length: core.within(int, 16) = 512  # tokens of a row; what is over is cut, from the end of the answer
     loss_on_prompt: bool = False  # prompt tokens count in the loss, too
-    pack: bool = False  # several rows in max_length tokens, unseen by each other, count as one row of batch
+    pack: bool = False  # rows share max_length tokens (none sees another); batch then counts such packs
     # model
     model: str = "gpt2-medium"  # Hub id, folder (GPT-2, or a run of gpt_scratch.py), or tiny:gpt2
-    tie_head: bool = True  # the output matrix is the embedding; the journal's was a copy of its own
-    freeze_blocks: core.Whole = 0  # lowest blocks; with them positions, and an embedding that is not the head
+    tie_head: bool = True  # the output matrix is the embedding; the journal trained a copy apart
+    freeze_blocks: core.Whole = 0  # so many of the lowest, with positions and, if untied, the embedding
     dropout: core.Share = 0.0  # in the model
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory (for gpt2-xl)
     # optimisation
     batch: core.Count = 128  # rows (or packs) per optimizer step, over all ranks
     micro_batch: core.Count | None = None  # rows per forward and rank; none = groups with the least padding
-    micro_tokens: core.Count = 8192  # most tokens of such a group
+    micro_tokens: core.Count = 8192  # upper limit of a group's tokens
     group_lengths: bool = True  # rows of similar length meet in a batch; the journal's met by chance
     epochs: core.Whole = 3  # passes over the training rows
     max_steps: core.Whole | None = None  # optimizer steps
@@ -53,20 +53,20 @@ class Config(core.Studied):
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
     weight_decay: core.Rate = 0.1  # of matrices
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
-    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; fp32 on a GPU is tf32 unless typed
+    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; a preset's fp32 is tf32 on a GPU
     seed: core.Seed = 0  # of order, dropout and fresh weights
     # evaluation and logging
-    eval_batch: core.Count = 32  # rows per evaluation step, over all ranks; of answers, on each rank
+    eval_batch: core.Count = 32  # rows per evaluation step, over all ranks; answers: rows per rank
     eval_every: core.Count | None = 100  # steps; none = each epoch
     eval_rows: core.Count | None = 500  # validation rows looked at during training, spread evenly; none = all
     test_weights: Literal["best", "last"] = "best"  # lowest validation loss, or the final ones
     save_every: core.Count | None = None  # steps; none = at each evaluation, before it
     log_every: core.Count = 25  # steps
     # answers and forgetting
-    sample_tokens: core.Whole = 50  # most tokens of an answer to a fixed prompt, at evaluations; 0 = none
-    answer_rows: core.Whole | None = None  # test rows answered at the end; none = all, 0 = none
-    max_new_tokens: core.Count = 256  # most tokens of such an answer
-    plain: str | None = None  # text to measure forgetting on; none = held-out text of the base, if known
+    sample_tokens: core.Whole = 50  # limit of an answer to a fixed prompt, at evaluations; 0: no answers
+    answer_rows: core.Whole | None = None  # test rows answered at the end; none = all rows, 0 = no row
+    max_new_tokens: core.Count = 256  # limit of such an answer
+    plain: str | None = None  # text for forgetting; none = held-out text of the base's run, else python-docs
     plain_blocks: core.Whole = 50  # of max_length tokens; 0 = none
     prompt: str | None = None  # in mode ask: an instruction; none = a prompt loop
     # run
@@ -80,8 +80,9 @@ class Config(core.Studied):
     }
 
 
-# Some 12,000 training rows: the journal's runs ended at step 5975 with a batch of 2. We differ from its code
-# in two things: it clipped gradients only after the warm-up, and decayed biases and norms, too.
+# max_documents: the journal's runs ended at step 5975 with a batch of 2, so some 12,000 training rows (85 %).
+# We differ from its code in two things: it clipped gradients only after the warm-up, and decayed biases and
+# norms, too.
 JOURNAL = {
     "max_documents": 14_118,
     "template": "journal",
@@ -118,7 +119,7 @@ SMOKE = {
     "max_length": 128,
     "batch": 24,
     "epochs": 12,
-    "lr": lambda lr: 80 * lr,  # the model is random and tiny; presets still differ
+    "lr": lambda lr: 80 * lr,  # a tiny random model needs more; one factor for all presets
     "min_lr": 0.0,
     "dtype": "auto",
     "eval_every": 100,
@@ -158,12 +159,13 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
 
 
 def validate(run, cfg, model, val, plain, batches, at):
-    """Measures validation loss, keeps the best weights, samples answers; at step 0 the plain text, too."""
+    """Validation loss (at step 0 also that on `plain`), best weights, samples of answers."""
     if at.step == 0 and plain:
         run.state["plain"] = tuning.plain_losses(run, cfg, plain, model, at.poll).tolist()
     sums = core.evaluate(model, val, cfg, run.world, at.poll)
     figures = core.language_metrics(sums, val.data.groups[val.rows])  # intervals: bootstrap over prompts
-    tuning.report_validation(run, at, figures, at.keep_if_best(figures["loss"]), len(batches))
+    is_best = at.keep_if_best(figures["loss"])  # all ranks: it may save
+    tuning.report_validation(run, at, figures, is_best, len(batches))
     answers.sample(run, cfg, at.step, model, val.data.tokenizer, at.poll)
 
 
@@ -174,7 +176,7 @@ def train(run, cfg, world) -> dict:
     run.pin("fingerprint", data.fingerprint)  # a resume that finds other rows is refused
     parts, lines = core.examples_of(data, cfg)  # train, test and val, as cfg.split says
     units = core.Packs(parts["train"], cfg.max_length) if cfg.pack else parts["train"]
-    block = 50 if cfg.group_lengths else 1  # batches whose rows are sorted by length together, then shuffled
+    block = 50 if cfg.group_lengths else 1  # rows of 50 batches are sorted by length, the batches shuffled
     batches = core.ShardedBatches(units.lengths, cfg.batch, world, seed=cfg.seed, block=block)
     total_steps = core.count_steps(cfg, batches)
     val, plain = parts["val"].some(cfg.eval_rows), tuning.plain_text(run, cfg, data.tokenizer)
@@ -184,14 +186,14 @@ def train(run, cfg, world) -> dict:
     precision = core.Precision(cfg.dtype, world)
     model = precision.prepare(build_model(cfg, data.tokenizer, world))
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay)
-    tuning.announce(run, cfg, parts, units, lines, model)
+    tuning.announce(run, cfg, parts, units, lines, model)  # begins the run: from here its folder changes
     saved = model, optimizer, precision
-    run.load(*saved)  # a resumed run's; a new one has nothing to load
+    run.load(*saved)  # a resumed run's checkpoint; a new run has none
     core.on_main(world, gpt_scratch.describe_model, run.folder, model, data.tokenizer)
     ddp = core.wrap_ddp(model, world, compiled=model.h if cfg.compile else ())
 
     def forward_backward(rows, targets) -> float:
-        """Adds gradients of this rank's summed loss, divided by the targets of all ranks. Returns the sum."""
+        """Adds gradients of (this rank's loss sum / targets of all ranks). Returns that loss sum."""
         losses = []
         for part in core.micro_batches(ddp, rows, cfg.micro_batch, units.lengths[rows], cfg.micro_tokens):
             with precision.autocast():
@@ -214,7 +216,7 @@ def train(run, cfg, world) -> dict:
         loss_sum = forward_backward(at.rows, at.targets)
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
         figures = tuning.batch_facts(units, at.batch)
-        if at.spiked(loss_sum, norm) and world.is_main:  # spiked() runs on all ranks; skip_spikes: no update
+        if at.spiked(loss_sum, norm) and world.is_main:  # spiked() asks all ranks, so it stands first
             rows = tuning.spike_rows(cfg, model, parts["train"], units.members(at.batch), world)
             at.note_spike(model, {"lr": lr, **figures, **rows})
         at.update(optimizer, precision, lr, **figures)  # clips, updates, zeroes the gradients, logs

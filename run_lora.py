@@ -30,18 +30,18 @@ class Config(core.Studied):
     data: str = "tatsu-lab/alpaca"  # Hub id, file, folder, or python-instructions (built in)
     max_documents: core.Count | None = None  # rows read; none = all
     template: Literal["alpaca", "journal"] = "alpaca"  # the official two preambles, or the journal's one
-    split: Literal["seeded", "file_order"] = "seeded"  # 85/10/5 train/test/val: by prompt, or in file order
+    split: Literal["seeded", "file_order"] = "seeded"  # 85/10/5 train/test/val; seeded: at random, by prompt
     split_seed: core.Seed = 42  # draws the parts, whatever --seed is
     max_length: core.within(int, 16) = 512  # tokens of a row; what is over is cut, from the end of the answer
     loss_on_prompt: bool = False  # prompt tokens count in the loss, too
-    pack: bool = False  # several rows in max_length tokens, unseen by each other, count as one row of batch
+    pack: bool = False  # rows share max_length tokens (none sees another); batch then counts such packs
     # model
     model: str = "gpt2-medium"  # Hub id, folder (GPT-2, or a run of gpt_scratch.py), or tiny:gpt2
-    tie_head: bool = True  # the output matrix is the embedding; the journal's was a copy of its own
+    tie_head: bool = True  # the output matrix is the embedding; the journal trained a copy apart
     lora_rank: core.Count = 16  # columns of B and rows of A
-    lora_alpha: core.within(float, 1e-9) = 16.0  # lora_scaling makes the multiplier of it
+    lora_alpha: core.within(float, 1e-9) = 16.0  # the multiplier follows from it, as lora_scaling says
     lora_scaling: Literal["alpha/r", "alpha", "alpha/sqrt(r)"] = "alpha/r"  # multiplier of B A x
-    lora_init: Literal["fan_in", "rank"] = "fan_in"  # A begins uniform within 1 / sqrt of this
+    lora_init: Literal["fan_in", "rank"] = "fan_in"  # A begins uniform within ±1 / sqrt(fan_in or rank)
     lora_dropout: core.Share = 0.0  # of an adapter's input
     lora_targets: Literal["all", "attention", "mlp"] = "all"  # linear layers of the blocks
     lora_head: bool = False  # the output matrix too; needs --no-tie_head
@@ -52,7 +52,7 @@ class Config(core.Studied):
     # optimisation
     batch: core.Count = 128  # rows (or packs) per optimizer step, over all ranks
     micro_batch: core.Count | None = None  # rows per forward and rank; none = groups with the least padding
-    micro_tokens: core.Count = 8192  # most tokens of such a group
+    micro_tokens: core.Count = 8192  # upper limit of a group's tokens
     group_lengths: bool = True  # rows of similar length meet in a batch; the journal's met by chance
     epochs: core.Whole = 3  # passes over the training rows
     max_steps: core.Whole | None = None  # optimizer steps
@@ -64,20 +64,20 @@ class Config(core.Studied):
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
     weight_decay: core.Rate = 0.0  # of A and B
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
-    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; fp32 on a GPU is tf32 unless typed
+    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; a preset's fp32 is tf32 on a GPU
     seed: core.Seed = 0  # of order, dropout and fresh weights
     # evaluation and logging
-    eval_batch: core.Count = 32  # rows per evaluation step, over all ranks; of answers, on each rank
+    eval_batch: core.Count = 32  # rows per evaluation step, over all ranks; answers: rows per rank
     eval_every: core.Count | None = 100  # steps; none = each epoch
     eval_rows: core.Count | None = 500  # validation rows looked at during training, spread evenly; none = all
     test_weights: Literal["best", "last"] = "best"  # lowest validation loss, or the final ones
     save_every: core.Count | None = None  # steps; none = at each evaluation, before it
     log_every: core.Count = 25  # steps
     # answers and forgetting
-    sample_tokens: core.Whole = 50  # most tokens of an answer to a fixed prompt, at evaluations; 0 = none
-    answer_rows: core.Whole | None = None  # test rows answered at the end; none = all, 0 = none
-    max_new_tokens: core.Count = 256  # most tokens of such an answer
-    plain: str | None = None  # text to measure forgetting on; none = held-out text of the base, if known
+    sample_tokens: core.Whole = 50  # limit of an answer to a fixed prompt, at evaluations; 0: no answers
+    answer_rows: core.Whole | None = None  # test rows answered at the end; none = all rows, 0 = no row
+    max_new_tokens: core.Count = 256  # limit of such an answer
+    plain: str | None = None  # text for forgetting; none = held-out text of the base's run, else python-docs
     plain_blocks: core.Whole = 50  # of max_length tokens; 0 = none
     prompt: str | None = None  # in mode ask: an instruction; none = a prompt loop
     # run
@@ -98,8 +98,8 @@ class Config(core.Studied):
             raise core.UserError(f"--adapter brings its own {', '.join(typed)}: drop these flags")
 
 
-# Some 12,000 training rows; LoRA's multiplier and its matrix A as in the journal's code. We differ from it in
-# one thing: it clipped gradients only after the warm-up.
+# Some 12,000 training rows. LoRA's multiplier and A's first values are as in the journal's code. We differ
+# from it in one thing: it clipped gradients only after the warm-up.
 JOURNAL = {
     "max_documents": 14_118,
     "template": "journal",
@@ -147,7 +147,7 @@ SMOKE = {
     "epochs": 12,
     "tie_head": False,
     "lora_head": True,
-    "lr": lambda lr: 20 * lr,  # the base is random; presets still differ
+    "lr": lambda lr: 20 * lr,  # a tiny random base needs more; one factor for all presets
     "dtype": "auto",
     "eval_every": 100,
     "eval_rows": None,
@@ -172,8 +172,8 @@ def build_model(cfg, tokenizer, world, folder):
 
 
 def keep_for_later(folder, cfg, tokenizer):
-    """Writes tokenizer/ and adapter/, from which the folder, with the base that cfg
-    names, rebuilds the model."""
+    """Writes tokenizer/ and, with --adapter, a copy of it: with the base that cfg names, what the model is
+    built from again."""
     tokenizer.save_pretrained(folder / "tokenizer")
     if cfg.adapter and not (folder / "adapter").exists():
         with core.whole_folder(folder / "adapter") as aside:
@@ -198,7 +198,7 @@ def load_model(folder, world):
 def announce_lora(run, cfg, model):
     """Says where the adapters are, their multiplier, and multiplier x lr, the scale of a step."""
     layers = core.adapted(model)
-    strengths = sorted({layer.multiplier for layer in layers.values()})
+    multipliers = sorted({layer.multiplier for layer in layers.values()})
     ranks = "/".join(str(rank) for rank in sorted({layer.B.shape[1] for layer in layers.values()}))
     kind = f"alpha {cfg.lora_alpha:g}  scaling {cfg.lora_scaling}"
     if cfg.adapter:
@@ -209,8 +209,8 @@ def announce_lora(run, cfg, model):
         kind = f"from {cfg.adapter}, made for {config.get('base_model_name_or_path')}"
     count = core.count_parameters(model)[1]
     run.say(f"adapters {count:,} parameters on {len(layers)} layers  rank {ranks}  {kind}")
-    effective = "/".join(f"{strength:g}" for strength in strengths)
-    run.say(f"multiplier {effective}  largest multiplier x lr {strengths[-1] * cfg.lr:.2g}")
+    effective = "/".join(f"{m:g}" for m in multipliers)
+    run.say(f"multiplier {effective}  largest multiplier x lr {multipliers[-1] * cfg.lr:.2g}")
 
 
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, dict[str, list]]:
@@ -221,12 +221,13 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
 
 
 def validate(run, cfg, model, val, plain, batches, at):
-    """Measures validation loss, keeps the best weights, samples answers; at step 0 the plain text, too."""
+    """Validation loss (at step 0 also that on `plain`), best weights, samples of answers."""
     if at.step == 0 and plain:
         run.state["plain"] = tuning.plain_losses(run, cfg, plain, model, at.poll).tolist()
     sums = core.evaluate(model, val, cfg, run.world, at.poll)
     figures = core.language_metrics(sums, val.data.groups[val.rows])  # intervals: bootstrap over prompts
-    tuning.report_validation(run, at, figures, at.keep_if_best(figures["loss"]), len(batches))
+    is_best = at.keep_if_best(figures["loss"])  # all ranks: it may save
+    tuning.report_validation(run, at, figures, is_best, len(batches))
     answers.sample(run, cfg, at.step, model, val.data.tokenizer, at.poll)
 
 
@@ -237,28 +238,28 @@ def train(run, cfg, world) -> dict:
     run.pin("fingerprint", data.fingerprint)  # a resume that finds other rows is refused
     parts, lines = core.examples_of(data, cfg)  # train, test and val, as cfg.split says
     units = core.Packs(parts["train"], cfg.max_length) if cfg.pack else parts["train"]
-    block = 50 if cfg.group_lengths else 1  # batches whose rows are sorted by length together, then shuffled
+    block = 50 if cfg.group_lengths else 1  # rows of 50 batches are sorted by length, the batches shuffled
     batches = core.ShardedBatches(units.lengths, cfg.batch, world, seed=cfg.seed, block=block)
     total_steps = core.count_steps(cfg, batches)
     val, plain = parts["val"].some(cfg.eval_rows), tuning.plain_text(run, cfg, data.tokenizer)
 
-    # model: the base is frozen; a checkpoint holds the adapters alone
+    # model: the base is frozen; a checkpoint holds the adapters and their optimizer alone
     core.reseed(cfg.seed, "init")
     precision = core.Precision(cfg.dtype, world)
     model = precision.prepare(build_model(cfg, data.tokenizer, world, run.folder))
     adapters, base_sha256 = core.Adapters(model), core.state_sha256(core.base_weights(model))
     run.pin("base_sha256", base_sha256)
-    strength = max(layer.multiplier for layer in core.adapted(model).values())
+    largest_multiplier = max(layer.multiplier for layer in core.adapted(model).values())
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay)
-    tuning.announce(run, cfg, parts, units, lines, model)
+    tuning.announce(run, cfg, parts, units, lines, model)  # begins the run: from here its folder changes
     announce_lora(run, cfg, model)
     saved = adapters, optimizer, precision
-    run.load(*saved)  # a resumed run's; a new one has nothing to load
+    run.load(*saved)  # a resumed run's checkpoint; a new run has none
     core.on_main(world, keep_for_later, run.folder, cfg, data.tokenizer)
     ddp = core.wrap_ddp(model, world, compiled=model.h if cfg.compile else ())
 
     def forward_backward(rows, targets) -> float:
-        """Adds gradients of this rank's summed loss, divided by the targets of all ranks. Returns the sum."""
+        """Adds gradients of (this rank's loss sum / targets of all ranks). Returns that loss sum."""
         losses = []
         for part in core.micro_batches(ddp, rows, cfg.micro_batch, units.lengths[rows], cfg.micro_tokens):
             with precision.autocast():
@@ -270,7 +271,8 @@ def train(run, cfg, world) -> dict:
     core.rehearse(run, ddp, saved, forward_backward, batches, total_steps - run.step)
     run.say(tuning.describe_example(parts["train"]))
     if cfg.mode == "find_lr":
-        return core.find_lr(run, batches, units.targets, saved, forward_backward, multiplier=strength)
+        find = core.find_lr
+        return find(run, batches, units.targets, saved, forward_backward, multiplier=largest_multiplier)
 
     # core.steps draws batches from seed and step alone, saves before evaluating, stops all ranks together
     for at in core.steps(run, batches, units.targets, saved, total_steps, evaluate_first=True):
@@ -280,8 +282,8 @@ def train(run, cfg, world) -> dict:
         lr = core.lr_at(cfg, at.step, at.schedule_length)  # total_steps, or what fits into max_minutes
         loss_sum = forward_backward(at.rows, at.targets)
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
-        figures = {"multiplier_lr": strength * lr, **tuning.batch_facts(units, at.batch)}
-        if at.spiked(loss_sum, norm) and world.is_main:  # spiked() runs on all ranks; skip_spikes: no update
+        figures = {"multiplier_lr": largest_multiplier * lr, **tuning.batch_facts(units, at.batch)}
+        if at.spiked(loss_sum, norm) and world.is_main:  # spiked() asks all ranks, so it stands first
             rows = tuning.spike_rows(cfg, model, parts["train"], units.members(at.batch), world)
             at.note_spike(model, {"lr": lr, **figures, **rows})
         at.update(optimizer, precision, lr, **figures)  # clips, updates, zeroes the gradients, logs
@@ -317,7 +319,7 @@ def one_process(cfg, world):
     print(f"written: {folder}/merged\nnext: python gpt_scratch.py --mode generate --model {folder}/merged")
     base = stored.model
     if base.startswith("tiny:") or core.is_run(base) or "lm_head" in core.adapted(model):
-        # peft needs a base that transformers loads, and one whose head is no embedding, which it would change
+        # peft needs a base that transformers loads and, if the head has an adapter, one with an untied head
         base = str((folder / "base").resolve())
         with core.whole_folder(Path(base), replace=True) as aside:
             core.save_pretrained(core.with_weights(model.config, core.base_weights(model)), tokenizer, aside)

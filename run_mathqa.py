@@ -1,16 +1,16 @@
-"""Timed pretraining, then MathQA: by all weights, LoRA, LoHa or LoKr; Lion; quantised to int4 (journal 004).
+"""Pretraining for a fixed time, then MathQA: all weights, LoRA, LoHa, LoKr; AdamW, Lion; int4 (journal 004).
 
     torchrun --nproc_per_node=4 --shutdown-timeout 300 run_mathqa.py         # 3 h of text, 1 h of MathQA
-    python gpt_scratch.py --preset noam_wide4_effective                      # the first stage alone, at 1e-3
+    python gpt_scratch.py --preset noam_wide4_effective         # the first stage alone, as the journal ran it
     python run_mathqa.py --mode train --method lora --lr 5e-4 --init_from runs/gpt_scratch/<run>
-    python run_mathqa.py --mode study                   # full, Lion, LoRA, LoHa, LoKr, QAT: by steps, by time
+    python run_mathqa.py --mode study                   # full, Lion, LoRA ...: at equal steps and equal time
     python run_mathqa.py --mode split                   # how to share a fixed time between the two stages
     python run_mathqa.py --mode quantise --run_folder runs/run_mathqa/<run>
     python run_mathqa.py --smoke
 
-The first stage is a run of gpt_scratch.py, which --pretrain describes: a preset of it, then its constants, as
-in noam_wide4,max_minutes=90. All other constants are fine-tuning's. Modes both, study and split make several
-runs; started again, they continue where they stopped.
+The first stage is a run of gpt_scratch.py. --pretrain describes it: one of that script's presets, then
+changed constants, as in noam_wide4,max_minutes=90. All other constants are fine-tuning's. Modes both, study
+and split make several runs; started again, they continue where they stopped.
 """
 
 from dataclasses import dataclass, replace
@@ -38,15 +38,15 @@ class Config(core.Bookkeeping):
     answer_format: Literal["text", "letter"] = "text"  # problem -> option, or problem and options -> letter
     loss_on_prompt: bool = False  # tokens of the problem count in the loss, too; the journal's did
     max_length: core.within(int, 16) = 512  # tokens of a problem and its answer; longer rows are left out
-    pack: bool = False  # several rows in max_length tokens, unseen by each other, count as one row of batch
+    pack: bool = False  # rows share max_length tokens (none sees another); batch then counts such packs
     split_seed: core.Seed = 42  # draws the held-out rows, whatever --seed is
     # model
     pretrain: str = "noam_wide4"  # the first stage: a preset of gpt_scratch.py, then name=value,...
-    init_from: str | None = None  # a run, newest, a GPT-2 or Llama folder, new; none = pretrained, or newest
+    init_from: str | None = None  # a run, newest, a GPT-2 or Llama folder, new; none: first stage, or newest
     init_step: core.Whole | None = None  # a checkpoint of that run; none = the one it was tested with
     method: Literal["full", "lora", "loha", "lokr"] = "full"  # all weights, or adapters on a frozen base
     lora_rank: core.Count = 16  # of all three kinds of adapter
-    lora_alpha: core.within(float, 1e-9) = 32.0  # they are multiplied by alpha / rank
+    lora_alpha: core.within(float, 1e-9) = 32.0  # adapters' outputs are multiplied by lora_alpha / lora_rank
     lora_dropout: core.Share = 0.0  # of LoRA's input
     qat: Literal["off", "int4"] = "off"  # train for int4 weights and int8 activations; with method full
     qat_group: core.within(int, 2) = 256  # weights of a row that share one scale; 32 is finer
@@ -56,10 +56,10 @@ class Config(core.Bookkeeping):
     # optimisation
     batch: core.Count = 128  # rows (or packs) per optimizer step, over all ranks
     micro_batch: core.Count | None = None  # per forward and rank; none = groups that waste least on padding
-    micro_tokens: core.Count = 16384  # most tokens of such a group
+    micro_tokens: core.Count = 16384  # upper limit of a group's tokens
     group_lengths: bool = True  # rows of similar length meet in a batch
     epochs: core.Whole | None = None  # passes over the training rows
-    max_steps: core.Whole | None = None  # the shortest of these three ends it
+    max_steps: core.Whole | None = None  # the first of these three limits ends training
     max_minutes: core.Amount | None = 60.0  # of training, over resumes
     lr: core.Rate = 5e-5  # peak; adapters want 10 to 40 times it, Lion 1/3 to 1/10
     min_lr: core.Rate = 0.0  # at the end of the schedule
@@ -71,7 +71,7 @@ class Config(core.Bookkeeping):
     beta2: core.within(float, 0, 0.9999) = 0.95  # decay of Adam's mean of squares, of Lion's mean (0.99)
     weight_decay: core.Rate = 0.1  # of matrices but the token embedding; Lion wants 3 to 10 times as much
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
-    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; fp32 on a GPU is tf32 unless typed
+    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; a preset's fp32 is tf32 on a GPU
     seed: core.Seed = 0  # of weights, order and dropout; the first one of a study
     # evaluation and logging
     eval_batch: core.Count = 64  # rows per evaluation step, over all ranks
@@ -83,15 +83,15 @@ class Config(core.Bookkeeping):
     save_every: core.Count | None = None  # steps; none = at each evaluation, before it
     log_every: core.Count = 25  # steps
     plain: str | None = None  # text to measure forgetting on; none = what the base read, if known
-    plain_blocks: core.Whole = 100  # of it; 0 = none
+    plain_blocks: core.Whole = 100  # of that text; 0 = none
     # study
-    arms: tuple[str, ...] = ("full", "lion", "lora", "loha", "lokr", "int4")  # 1st sets lengths
+    arms: tuple[str, ...] = ("full", "lion", "lora", "loha", "lokr", "int4")  # the first's length is for all
     seeds: core.Count = 3  # of each arm: seed, seed + 1, ...
     budgets: tuple[str, ...] = ("steps", "time")  # compared at equal steps, at equal time
     shares: tuple[str, ...] = ("0.5", "0.75", "0.9")  # of mode split: pretraining's share of the whole
-    max_hours: core.Amount | None = None  # ends modes of several runs between two steps; type it again
+    max_hours: core.Amount | None = None  # ends both, study or split between two steps; the same line goes on
     # run
-    mode: Mode = "both"  # train: the second stage; split: shares of the time; export: a Llama folder
+    mode: Mode = "both"  # train: the second stage; split: a fixed time shared out; export: a Llama folder
     run_folder: str | None = None  # the run that is quantised or exported
 
     NO_TRAINING = ("quantise", "export")
@@ -126,8 +126,8 @@ class Config(core.Bookkeeping):
 SEVERAL = ("both", "study", "split")  # modes that make several runs
 SHARED = ("dtype", "compile", "skip_spikes", "keep", "log_every", "note", "price_per_hour", "backend", "out")
 # The journal's rows were padded to 1,024 tokens and cut into two windows of 512, the second one mostly
-# nothing but padding: 256 windows are 128 rows. It validated on the test part; we do not. What is not
-# named here is as in Config.
+# nothing but padding: its batch of 256 windows is our batch of 128 rows. It validated on the test part; we do
+# not. What is not named here is as in Config.
 SECOND_STAGE_FULL = {
     "mode": "train",
     "loss_on_prompt": True,
@@ -138,7 +138,7 @@ SECOND_STAGE_FULL = {
     "eval_rows": 1536,
     "compile": True,
 }
-PRESETS = {  # full to int4 are arms of a study, with rates that suit each kind of tuning
+PRESETS = {  # the last six are arms of a study, with rates that suit each kind of tuning
     "recommended": {},
     "second_stage_full": SECOND_STAGE_FULL,
     "full": {},
@@ -177,7 +177,7 @@ SMOKE = {
 
 
 def first_stage(cfg, world) -> tuple[study.Plan, study.Arm]:
-    """The run of gpt_scratch.py that --pretrain describes: how to make it, its constants without the seed."""
+    """The run of gpt_scratch.py that --pretrain describes: (how to start it, its constants but the seed)."""
     typed = cfg.typed
     argv = ["--smoke"] * typed.smoke
     for name in sorted(typed.flags & {*SHARED}):
@@ -211,7 +211,7 @@ def check_context(cfg, model):
 
 
 def tuned(cfg, base, world):
-    """Adds adapters or fake quantisation: (the model to train, what a checkpoint holds of it)."""
+    """Adds adapters or fake quantisation. Returns (the model to train, what a checkpoint holds of it)."""
     core.reseed(cfg.seed, "adapters")
     if cfg.method != "full":
         loha_lokr.add_adapters(base, cfg.method, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
@@ -261,7 +261,7 @@ def train(run, cfg, world) -> dict:
     run.pin("fingerprint", data.fingerprint)  # a resume that finds other rows is refused
     parts, lines = choices.examples_of(data, cfg)
     units = core.Packs(parts["train"], cfg.max_length) if cfg.pack else parts["train"]
-    block = 50 if cfg.group_lengths else 1  # batches whose rows are sorted by length together, then shuffled
+    block = 50 if cfg.group_lengths else 1  # rows of 50 batches are sorted by length, the batches shuffled
     batches = core.ShardedBatches(units.lengths, cfg.batch, world, seed=cfg.seed, block=block)
     total_steps = core.count_steps(cfg, batches)
     text, plain = plain_text(cfg, tokenizer, base.config.block_size, world)
@@ -273,12 +273,12 @@ def train(run, cfg, world) -> dict:
     precision, optimizer = core.Precision(cfg.dtype, world), make_optimizer(cfg, model)
     choices.announce(run, cfg, data, parts, units, lines, model)
     saved = trained, optimizer, precision
-    run.load(*saved)  # a resumed run's; a new one has nothing to load
+    run.load(*saved)  # a resumed run's checkpoint; a new run has none
     core.on_main(world, keep_for_later, run.folder, cfg, model, tokenizer)
     ddp = core.wrap_ddp(model, world, model.h if cfg.compile else ())
 
     def forward_backward(rows, targets) -> float:
-        """Adds gradients of this rank's summed loss, divided by the targets of all ranks. Returns the sum."""
+        """Adds gradients of (this rank's loss sum / targets of all ranks). Returns that loss sum."""
         losses = []
         for part in core.micro_batches(ddp, rows, cfg.micro_batch, units.lengths[rows], cfg.micro_tokens):
             with precision.autocast():
@@ -286,31 +286,31 @@ def train(run, cfg, world) -> dict:
             core.scaled_backward(losses[-1], world, targets, precision)  # x world.size: DDP averages
         return sum(loss.item() for loss in losses)
 
-    int4.switch(model, True)  # the forecast is of the slower steps
+    int4.switch(model, True)  # for the trial below: int4 steps are the slower ones, so forecast those
     # two forwards and backwards of the longest rows: is there memory? Then the forecast of hours
     core.rehearse(run, ddp, saved, forward_backward, batches, total_steps - run.step)
     run.say(tuning.describe_example(parts["train"]))
     if cfg.mode == "find_lr":
         beta1 = core.beta1_at(cfg, 0, cfg.find_steps)
         return core.find_lr(run, batches, units.targets, saved, forward_backward, beta1)
-    switch_to_int4(run, cfg, model, run.step, run.clock.schedule_length(run.step, total_steps))
+    int4_if_due(run, cfg, model, run.step, run.clock.schedule_length(run.step, total_steps))
 
     # core.steps draws batches from seed and step alone, saves before evaluating, stops all ranks together
     for at in core.steps(run, batches, units.targets, saved, total_steps, evaluate_first=True):
         if at.evaluates:
-            if at.ends:  # time may be spent before qat_start: it ends as int4 all the same
-                switch_to_int4(run, cfg, model, at.step, length=0)
+            if at.ends:  # max_minutes may end a run before qat_start: its final model is int4 even so
+                int4_if_due(run, cfg, model, at.step, length=0)
             validate(run, cfg, model, parts["val"], plain, batches, at)
             continue
         lr, beta1 = (rate(cfg, at.step, at.schedule_length) for rate in (core.lr_at, core.beta1_at))
         loss_sum = forward_backward(at.rows, at.targets)
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
-        if at.spiked(loss_sum, norm) and world.is_main:  # spiked() runs on all ranks; skip_spikes: no update
+        if at.spiked(loss_sum, norm) and world.is_main:  # spiked() asks all ranks, so it stands first
             rows = tuning.spike_rows(cfg, model, parts["train"], units.members(at.batch), world)
             at.note_spike(model, {"lr": lr, **tuning.batch_facts(units, at.batch), **rows})
         at.update(optimizer, precision, lr, beta1=beta1)  # clips, updates, zeroes the gradients, logs
-        switch_to_int4(run, cfg, model, at.step + 1, run.clock.schedule_length(at.step + 1, total_steps))
-    switch_to_int4(run, cfg, model, run.step, length=0)
+        int4_if_due(run, cfg, model, at.step + 1, run.clock.schedule_length(at.step + 1, total_steps))
+    int4_if_due(run, cfg, model, run.step, length=0)
     if cfg.method != "full":
         if core.state_sha256(core.base_weights(model)) != base_sha256:
             raise RuntimeError("weights of the frozen base have changed: this is a bug")
@@ -326,18 +326,18 @@ def make_optimizer(cfg, model):
 
 
 def keep_for_later(folder, cfg, model, tokenizer):
-    """Writes tokenizer/ and, if checkpoints hold whole models, gpt.json: the folder rebuilds it."""
+    """Writes tokenizer/; for method full gpt.json, too: its model is built from the run alone."""
     if cfg.method == "full":
         gpt_scratch.describe_model(folder, model, tokenizer)
     else:
         tokenizer.save_pretrained(folder / "tokenizer")
 
 
-def switch_to_int4(run, cfg, model, step, length):
+def int4_if_due(run, cfg, model, step, length):
     """Switches fake quantisation on from step qat_start x length on, for good; off before."""
     if cfg.qat != "off" and "quantised_from" not in run.state and step >= cfg.qat_start * length:
         run.state["quantised_from"] = step
-        for name in ("lowest", "evaluated"):  # of the float model
+        for name in ("lowest", "evaluated"):  # both are of the float model: start anew
             run.state.pop(name, None)
         run.say(f"step {step}: int4 weights and int8 activations from here on")
     int4.switch(model, "quantised_from" in run.state)
@@ -350,7 +350,7 @@ def validate(run, cfg, model, rows, plain, batches, at):
     data, world, val = rows.data, run.world, rows.some(cfg.eval_rows)
     sums = core.evaluate(model, val, cfg, world, at.poll)
     metrics = core.language_metrics(sums, data.groups[val.rows])
-    is_record = cfg.qat == "off" or "quantised_from" in run.state  # a loss without int4 is none to beat
+    is_record = cfg.qat == "off" or "quantised_from" in run.state  # best of int4, with qat
     is_best = is_record and at.keep_if_best(metrics["loss"])
     tuning.report_validation(run, at, metrics, is_best, len(batches))
     asked = choices.some(rows.rows, cfg.answer_rows)
@@ -378,10 +378,10 @@ def finish(run, cfg, data, parts, plain, model, trained, optimizer) -> dict:
 
 
 def stored_config(folder) -> Config:
-    """The constants of a run of this script. UserError for an older version's first stage."""
+    """The constants of a run of this script. UserError for a pretraining run that an older version made."""
     stored = core.read_config(folder)
     if stored["constants"].get("mode") == "pretrain":
-        raise core.UserError(f"{folder} is an older version's first stage: it can be an --init_from")
+        raise core.UserError(f"{folder} is an older version's pretraining run: only --init_from can read it")
     cfg = core.stored_config(folder, Config, __file__)
     return core.counting(cfg, smoke=stored["smoke"])
 
@@ -410,8 +410,8 @@ def own_rows(folder, cfg, tokenizer, world):
 
 
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, dict[str, list]]:
-    """Measures a run's own val and test data again. Returns figures, and lines of losses.jsonl and of
-    answers.jsonl by their names."""
+    """Measures a run's own val and test data again. Returns (figures, file name -> its
+    lines)."""
     cfg, model, tokenizer = load_model(folder, world)
     cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
     figures, losses, lines = choices.measure_parts(
@@ -437,8 +437,8 @@ def say(world, text):
 
 
 def quantise_run(folder, cfg, world, poll) -> dict:
-    """Writes <run>/quantised_<group>/, loads it again and measures it beside the float weights; not again if
-    it was measured before. Returns {"float": figures, "int4": figures, ...}."""
+    """Writes <run>/quantised_<group>/, loads it again and measures it beside the float weights, unless that
+    was done before. Returns {"float": figures, "int4": figures, ...}."""
     own, model, tokenizer = load_model(folder, world)
     group = own.qat_group if own.qat != "off" else cfg.qat_group  # the one it was trained for
     model, target = merged(model).eval(), Path(folder) / f"quantised_{group}"
@@ -473,8 +473,8 @@ def write_merged(model, tokenizer, folder):
 
 # ---------------------------------------------------------------------------------------------- several runs
 
-OF_A_STUDY = frozenset({"budgets", "shares", "pretrain"})  # read by none of its tunings
-ARM_MAY = frozenset({  # what an arm may have of its own: how it is tuned, not what on or how much of it
+OF_A_STUDY = frozenset({"budgets", "shares", "pretrain"})  # read by no fine-tuning run
+ARM_MAY = frozenset({  # constants that may differ between arms: the method, but not rows, base or length
     "method", "lr", "min_lr", "warmup", "schedule", "cycle_beta1", "optimizer", "beta1", "beta2",
     "weight_decay", "clip", "dropout", "lora_rank", "lora_alpha", "lora_dropout", "qat", "qat_group",
     "qat_start",
@@ -483,7 +483,7 @@ ARM_MAY = frozenset({  # what an arm may have of its own: how it is tuned, not w
 
 @dataclass
 class Stages:
-    """What the runs of modes both, study and split share: how to make those of each stage; signals."""
+    """What the runs of modes both, study and split share: how runs of either stage are made."""
 
     text: study.Plan  # of gpt_scratch.py
     pretraining: study.Arm
@@ -492,11 +492,11 @@ class Stages:
     poll: object  # () -> None: raises Stop after a signal
 
     def pretrained(self, seed, length=None) -> Path:
-        """The first stage's run with this seed. length: constants that bound it, if not its own."""
+        """The first stage's run with this seed. length: max_steps or max_minutes in place of its own."""
         return self.made(self.text, study.run_config(self.pretraining, seed, length))
 
     def tuned(self, arm, seed, base, length=None) -> Path:
-        """The run of an arm on this base. length: constants that bound it, if not its own."""
+        """The run of an arm on this base. length: max_steps or max_minutes in place of its own."""
         changes = {"init_from": str(base)} | (length or {})
         return self.made(self.rows, study.run_config(arm, seed, changes))
 
@@ -514,7 +514,7 @@ def both(stages):
 
 
 def compare_arms(stages):
-    """Mode study: every arm and seed at equal steps and at equal time; int4 of the first and of qat arms."""
+    """Mode study: all arms and seeds at equal steps and equal time; then int4 of the first and qat arms."""
     cfg, world, runs, (first, *others) = stages.rows.cfg, stages.rows.world, {}, stages.arms
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         base = cfg.init_from or stages.pretrained(seed)
@@ -536,7 +536,7 @@ def compare_arms(stages):
 
 
 def split_budget(cfg, first) -> tuple[str, list]:
-    """(max_minutes or max_steps, its values of both stages). UserError unless both have that bound only."""
+    """(max_minutes or max_steps, its values of both stages). UserError unless it alone bounds both stages."""
     for unit, other in (("max_minutes", "max_steps"), ("max_steps", "max_minutes")):
         total, others = ([getattr(each, name) for each in (first, cfg)] for name in (unit, other))
         if None not in total and others == [None, None] and cfg.epochs is first.epochs is None:
@@ -576,7 +576,7 @@ def several(cfg, world):
     """Modes both, study and split. Checks everything before the first step."""
     check_words(cfg)
     if cfg.init_from == "newest":
-        raise core.UserError("--init_from newest may be another run when this goes on: name the one to tune")
+        raise core.UserError("--init_from newest may be another run when this goes on: name its folder")
     unread = OF_A_STUDY - ({"pretrain"} if cfg.init_from == "new" else set())
     plan = study.Plan(cfg, world, __file__, Config, PRESETS, SMOKE, main, ARM_MAY, unread)
     if cfg.mode == "both":
@@ -612,7 +612,7 @@ def check_stages(stages):
     if cfg.mode == "split":
         split_budget(cfg, first)
     if min(cfg.batch, first.batch) < world.size:
-        raise core.UserError(f"--batch (or --pretrain's) is under {world.size} ranks: use a larger one")
+        raise core.UserError(f"--batch (or --pretrain's batch) is less than the {world.size} ranks: use more")
     if cfg.init_from:
         base, tokenizer = open_base(cfg, world)
     else:
@@ -624,7 +624,7 @@ def check_stages(stages):
     parts, _ = choices.examples_of(core.load_problems(cfg, world, tokenizer), cfg)
     if len(parts["train"]) < cfg.batch and not cfg.pack:
         rows = len(parts["train"])
-        raise core.UserError(f"--batch {cfg.batch} is over the {rows} training rows: use fewer")
+        raise core.UserError(f"--batch {cfg.batch} is more than the {rows} training rows: use less")
     for number, arm in enumerate(stages.arms):
         if arm.cfg.qat != "off" or (cfg.mode == "study" and number == 0):
             try:

@@ -38,17 +38,17 @@ class Config(core.Studied):
     data: str = "lmsys/lmsys-arena-human-preference-55k"  # Hub id, file, zip, folder, or python-pairs
     max_documents: core.Count | None = None  # rows read; none = all
     split_seed: core.Seed = 42  # of the 80/10/10 split or the folds, whatever --seed is
-    folds: core.within(int, 3) | None = None  # parts by prompt, each tested once; none = 80/10/10
-    inputs: Literal["responses", "prompt+responses", "joint"] = "prompt+responses"  # joint: in one sequence
-    max_length: core.within(int, 16) = 512  # tokens of a sequence (a side; joint: both), special ones too
-    test_csv: str | None = None  # rows to be judged, or Kaggle's zip: submission.csv is written
+    folds: core.within(int, 3) | None = None  # cross-validation, split by prompt; none = 80/10/10
+    inputs: Literal["responses", "prompt+responses", "joint"] = "prompt+responses"  # joint: A and B in one
+    max_length: core.within(int, 16) = 512  # of one sequence, special tokens too; joint: A and B share it
+    test_csv: str | None = None  # rows to predict, or Kaggle's zip of them: submission.csv is written
     # model
     model: str = "distilbert-base-uncased"  # Hub id, folder, or tiny:<family>
-    freeze: Literal["none", "all", "bottom", "blocks"] = "none"  # bottom: embeddings and lower half
+    freeze: Literal["none", "all", "bottom", "blocks"] = "none"  # bottom: lower half, and embeddings
     encode_once: bool = True  # with freeze all: the encoder's vectors are computed once and cached
     pooling: Literal["first", "mean"] = "first"  # a sequence's vector: of its first token, or the mean
     head: Literal["mlp", "linear"] = "mlp"  # mlp: the journal's
-    start_at_prior: bool = True  # the head begins with the class shares of the training rows
+    start_at_prior: bool = True  # the head's first bias: log of the class shares of the training rows
     symmetric: bool = True  # logits of both orders of A and B averaged, in training and in testing
     dropout: core.Share = 0.1  # in the head
     encoder_dropout: core.Share | None = None  # of hidden states and attention; none = as pretrained
@@ -59,8 +59,8 @@ class Config(core.Studied):
     max_steps: core.Whole | None = None  # optimizer steps (per fold)
     max_minutes: core.Amount | None = None  # of training (all folds together), over resumes
     lr: core.Rate = 2e-5  # peak
-    head_lr: core.Rate | None = 2e-4  # peak of the head's; none = as lr, and so with freeze all
-    layer_decay: core.within(float, 0.001, 1) = 1.0  # of the lr, from each block to the one below it
+    head_lr: core.Rate | None = 2e-4  # peak rate of the head; none, or freeze all: lr
+    layer_decay: core.within(float, 0.001, 1) = 1.0  # a block's rate is this times that of the block above it
     min_lr: core.Rate = 0.0  # at the end of the schedule
     warmup: core.Share = 0.1  # fraction of all steps
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # of the rate, after the warm-up
@@ -68,7 +68,7 @@ class Config(core.Studied):
     weight_decay: core.Rate = 0.01  # of matrices
     swap_augmentation: bool = False  # swap A and B of half the training rows, drawn anew each epoch
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
-    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; fp32 on a GPU is tf32 unless typed
+    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; a preset's fp32 is tf32 on a GPU
     seed: core.Seed = 0  # of weights, order and dropout
     # evaluation and logging
     eval_batch: core.Count = 64  # rows per evaluation step, over all ranks
@@ -76,7 +76,7 @@ class Config(core.Studied):
     test_weights: Literal["best", "last"] = "best"  # lowest validation loss, or the final ones
     save_every: core.Count | None = None  # steps; none = at each evaluation, before it
     # run
-    mode: Literal["train", "find_lr", "study", "submit"] = "train"  # submit: a finished run judges test_csv
+    mode: Literal["train", "find_lr", "study", "submit"] = "train"  # submit: a finished run predicts test_csv
     run_folder: str | None = None  # the finished run that submits; none = the newest
 
     NO_TRAINING = ("submit",)
@@ -98,14 +98,14 @@ class Config(core.Studied):
                 f"--lr 0 with head_lr {self.head_lr:g}: to train the head alone, use --freeze all and --lr"
             )
         if self.mode == "submit" and not self.test_csv:
-            raise core.UserError("--mode submit needs --test_csv: the rows to be judged")
+            raise core.UserError("--mode submit needs --test_csv: the rows to predict")
         if self.folds and self.max_minutes is not None:
             raise core.UserError(
                 "--folds and --max_minutes do not go together: use --max_steps, which is per fold"
             )
 
 
-JOURNAL = {  # as its scripts trained, but for one thing: they cut prompt and answer as one string
+JOURNAL = {  # as the journal's scripts trained, except that they truncated prompt and answer as one string
     "schedule": "constant",
     "warmup": 0.0,
     "clip": None,
@@ -141,8 +141,8 @@ JOURNAL_RESULTS = {  # what the journal got with a preset, on LMSYS, one run eac
     "random": "accuracy 0.351, pretrained weights under an untrained head",
     "baseline": "accuracy 0.473",
     "frozen": "accuracy 0.453",
-    "bottom": "no figure: its run 'bottom frozen' froze all blocks",
-    "bottom_journal": "accuracy 0.469; it says 'bottom frozen', but all blocks were",
+    "bottom": "no figure: in its run 'bottom frozen' all blocks were frozen",
+    "bottom_journal": "accuracy 0.469; called 'bottom frozen', but all blocks were frozen",
     "bert": "accuracy 0.4835",
     "bert-large": "accuracy 0.4843",
     "roberta": "accuracy 0.486",
@@ -191,7 +191,7 @@ def build_model(cfg, data, world):
 
 
 def rebuild(folder, world, **changes):
-    """(Config, untrained model, tokenizer) of a run, from its folder alone; `changes`: of constants."""
+    """(Config, untrained model, tokenizer) of a run, from its folder alone; `changes` override constants."""
     before = {"symmetric": False}  # runs stored before --symmetric existed
     cfg = dataclasses.replace(core.stored_config(folder, Config, __file__, before), **changes)
     encoder = encoders.stored_encoder(Path(folder) / "encoder")
@@ -242,8 +242,8 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     if cfg.start_at_prior:
         model.start_at(core.class_shares(data.labels[rows["train"]], len(preference.NAMES)))
     own_rate = cfg.head_lr is not None and cfg.lr > 0 and cfg.freeze != "all"
-    head = cfg.head_lr / cfg.lr if own_rate else 1.0
-    scales = encoders.lr_scales(model, cfg.layer_decay, head)
+    head_scale = cfg.head_lr / cfg.lr if own_rate else 1.0
+    scales = encoders.lr_scales(model, cfg.layer_decay, head_scale)
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay, scales=scales)
     lengths = data.lengths[rows["train"]].sum(1)
     batches = core.ShardedBatches(lengths, cfg.batch, world, seed=cfg.seed)
@@ -257,7 +257,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     ddp = core.wrap_ddp(model, world, [model.encoder] if cfg.compile else ())
 
     def forward_backward(mine, targets, swaps=None) -> float:
-        """Adds gradients of this rank's summed loss, divided by the targets of all ranks. Returns the sum.
+        """Adds gradients of (this rank's loss sum / targets of all ranks). Returns that loss sum.
 
         mine: positions in rows["train"]. swaps: whether A and B of each are swapped.
         """
@@ -272,23 +272,24 @@ def train(run, cfg, world, data, rows, fold) -> dict:
         run.say(describe_row(data, rows["train"][0], cfg))
     if cfg.mode == "find_lr":
         if own_rate:
-            run.say(f"the rates shown are the encoder's; the head's is {head:g} x as large")
+            run.say(f"the rates shown are the encoder's; the head's is {head_scale:g} x as large")
         return core.find_lr(run, batches, len, saved, forward_backward)
 
     # core.steps draws batches from seed and step alone, saves before evaluating, stops all ranks together
-    for at in core.steps(run, batches, len, saved, total_steps):
+    for at in core.steps(run, batches, len, saved, total_steps):  # len: a row is one target
         if at.evaluates:
             log_probs = evaluate(model, data, rows["val"], cfg, world, at.poll)
             val = measure(log_probs, data, rows["val"], rows["train"], cfg.symmetric)
             val["flips"] = float((log_probs[:, 0].argmax(1) != log_probs[:, 1].argmax(1)).mean())
-            report_validation(run, at, val, is_best=at.keep_if_best(val["log_loss"]))
+            is_best = at.keep_if_best(val["log_loss"])  # all ranks: it may save
+            report_validation(run, at, val, is_best)
             continue
-        core.reseed(cfg.seed, fold, at.step, world.rank)  # every fold has dropout of its own
+        core.reseed(cfg.seed, fold, at.step, world.rank)  # in place of core.steps' seed, which knows no fold
         swaps = swapped(cfg, fold, at.step)
         lr = core.lr_at(cfg, at.step, at.schedule_length)  # total_steps, or what fits into max_minutes
-        loss_sum = forward_backward(at.rows, at.targets, swaps[world.rank :: world.size])
+        loss_sum = forward_backward(at.rows, at.targets, swaps[world.rank :: world.size])  # cut as at.rows is
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
-        if at.spiked(loss_sum, norm) and world.is_main:  # spiked() runs on all ranks; skip_spikes: no update
+        if at.spiked(loss_sum, norm) and world.is_main:  # spiked() asks all ranks, so it stands first
             at.note_spike(model, spike_facts(data, rows["train"][at.batch], swaps, cfg, lr))
         at.update(optimizer, precision, lr)  # clips, updates, zeroes the gradients, logs
 
@@ -296,7 +297,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
 
 
 def write_encoder(folder, config, tokenizer):
-    """Writes shape and tokenizer, from which the folder alone rebuilds the model, without Hub or cache."""
+    """Writes the encoder's config and the tokenizer: with them the model is built again without the Hub."""
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -309,7 +310,7 @@ def swapped(cfg, fold, step) -> list[bool]:
 
 
 def backward_of_sum(ddp, precision, data, shown, targets, cfg, world) -> float:
-    """Adds gradients of this rank's summed loss, divided by the targets of all ranks. Returns the sum.
+    """Adds gradients of (this rank's loss sum / targets of all ranks). Returns that loss sum.
 
     shown: pairs (row, whether A and B are swapped).
     """
@@ -423,16 +424,15 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
 
 
 def measured_checkpoints(folder, cfg) -> list[str]:
-    """Checkpoints that the run was tested with, one per fold; of an unfinished run
-    without folds the newest."""
+    """Checkpoints that the run was tested with, one per fold. An unfinished run without folds: its newest."""
     return core.tested_checkpoints(folder) if cfg.folds else [core.tested_or_newest_checkpoint(folder)]
 
 
 def measure_other(folder, name, world, max_documents=None, eval_batch=None, poll=lambda: None):
     """(report card of other labelled rows, lines about them, lines of predictions.jsonl, their fingerprint)
 
-    Training rows are not needed: class shares are those of these rows, the length baseline is fitted in five
-    folds by prompt, and probabilities of several folds' models are averaged.
+    Training rows are not needed: class shares are those of these rows, and the baseline that sees nothing but
+    lengths is cross-validated on them. A run with folds: its models' probabilities are averaged.
     """
     changes = {"data": name, "max_documents": max_documents}
     changes |= {"eval_batch": eval_batch} if eval_batch else {}
@@ -457,8 +457,8 @@ def measure_other(folder, name, world, max_documents=None, eval_batch=None, poll
 
 
 def mean_of_folds(folder, checkpoints, cfg, model, data, world, poll, say=None) -> np.ndarray:
-    """Log-probabilities of all rows, as of `evaluate`: of several folds' models the mean of their
-    probabilities. say: keep a frozen encoder's vectors, and say so."""
+    """Log-probabilities of all rows, in the shape of `evaluate`'s; several folds' models: their mean
+    probabilities. With `say`, a frozen encoder's vectors are cached, and a line says so."""
     every, probs = np.arange(len(data.labels)), 0.0
     for name in checkpoints:
         core.load_weights(Path(folder) / "checkpoints" / name, model)
@@ -479,14 +479,14 @@ def rows_to_judge(cfg, tokenizer, world):
 
 
 def note_known_rows(name, data, fingerprint, say):
-    """Says so where the rows to be judged are those of the run's own data, training rows included."""
+    """Warns where the rows to predict are the run's own data, which hold its training rows."""
     if data.fingerprint["data"] == fingerprint["data"] and not name.lower().endswith(".zip"):
-        say(f"NOTE {name} holds the rows that the run was trained on: its verdicts say nothing of new rows")
+        say(f"NOTE {name} holds the rows that the run was trained on: this tells nothing of new rows")
 
 
 def submit(folder, checkpoints, cfg, model, data, world, poll=lambda: None, say=print):
     """Writes submission.csv in Kaggle's format: a row for each row of `data`, folds averaged."""
-    # an older one would be mistaken for this one if this one fails
+    # first, so that an older file is not taken for the result if this call fails
     core.on_main(world, (folder / "submission.csv").unlink, True)
     log_probs = mean_of_folds(folder, checkpoints, cfg, model, data, world, poll, say)
     probs = np.exp(preference.combine(log_probs, cfg.symmetric))
@@ -509,7 +509,7 @@ def run_to_submit(cfg) -> str:
 
 
 def submit_of_a_run(cfg, world):
-    """Mode submit: a finished run (all its folds) judges the rows of --test_csv."""
+    """Mode submit: a finished run (all its folds) predicts the rows of --test_csv."""
     folder = Path(core.on_main(world, run_to_submit, cfg))
     checkpoints = core.on_main(world, core.tested_checkpoints, folder)
     typed = cfg.typed.flags & {"eval_batch", "dtype", "encode_once"}
@@ -553,7 +553,7 @@ def announce(run, cfg, data, rows, model):
     run.say(cut_line(data))
     if left := len(rows["train"]) % cfg.batch:
         run.say(
-            f"each epoch leaves out {left} training rows, not always the same: "
+            f"each epoch leaves out {left} training rows (other ones each time): "
             f"they fill no batch of {cfg.batch}"
         )
 

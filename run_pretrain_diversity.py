@@ -42,17 +42,17 @@ class Config(core.Bookkeeping):
         "c4=allenai/c4:en",
     )
     neutral: str = "c4"  # a third text, that nobody trains on: val/loss and test/loss are on it
-    neutral_share: core.within(float, 1e-4, 0.5) | None = None  # val and test of it; none = as of the others
+    neutral_share: core.within(float, 1e-4, 0.5) | None = None  # for val, and for test; none = as others
     text_column: str = "text"  # of tables and Hub sets
     max_documents: core.Count | None = None  # of each source; none = all that are needed
     max_tokens: core.Count | None = None  # of each source's training text; none = what the arms need
     passes: core.Count = 1  # how often an arm reads its training text; 1 = every token once
     repeat: bool = False  # a source that runs out is read again (and counted), otherwise it is an error
-    streaming: Literal["True", "CacheStream", "False"] = "True"  # CacheStream: download; False: and shuffle
+    streaming: Literal["True", "CacheStream", "False"] = "True"  # CacheStream: download; False: also shuffle
     tokenizer: str = "gpt2"  # of all arms: bpe:<size>, chars, bytes, Hub id or folder
     val_share: core.within(float, 1e-4, 0.9999) = 0.005  # of each text's documents, drawn by their hash
     test_share: core.within(float, 0, 0.9999) = 0.005  # of the text; measured after training only
-    held_out_tokens: core.Whole = 500_000  # so many in val and in test at least, where a text has them
+    held_out_tokens: core.Whole = 500_000  # at least so many in val and in test, if a text is that long
     split_seed: core.Seed = 42  # of what is held out
     block_size: core.Count = 1024  # tokens of context
     # model
@@ -76,7 +76,7 @@ class Config(core.Bookkeeping):
     beta2: core.within(float, 0, 0.9999) = 0.95  # of Adam: decay of the squares' mean
     weight_decay: core.Rate = 0.1  # of matrices
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
-    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; fp32 on a GPU is tf32 unless typed
+    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; a preset's fp32 is tf32 on a GPU
     seed: core.Seed = 0  # of weights, order and dropout; the first one of a study
     seeds: core.Count = 3  # of each arm in a study: seed, seed + 1, ...
     # evaluation and logging
@@ -91,9 +91,9 @@ class Config(core.Bookkeeping):
     diversity_batches: core.Whole = 200  # of each arm; 0 = a study without coefficients
     diversity_batch: core.within(int, 2) = 512  # sequences
     diversity_length: core.within(int, 2) = 128  # tokens of a sequence
-    sequences: Literal["documents", "pieces"] = "documents"  # one of each document, or all its pieces
-    head_epochs: core.Whole = 10  # of the probe's head on a batch, before its embedding
-    fisher_samples: core.Count = 1  # target draws that an embedding averages
+    sequences: Literal["documents", "pieces"] = "documents"  # one of each document, or all that it holds
+    head_epochs: core.Whole = 10  # of training the probe's head on a batch, before Task2Vec embeds it
+    fisher_samples: core.Count = 1  # draws of targets, averaged in the Fisher information of an embedding
     floor_repeats: core.within(int, 2) = 4  # embeddings of one batch: their distance is the noise floor
     # run
     max_hours: core.Amount | None = None  # ends a study between two steps; the same command continues
@@ -106,7 +106,7 @@ class Config(core.Bookkeeping):
             "seeds",
             "max_hours",
             *DIVERSITY,
-        },  # two do parts of a study's work
+        },  # cache and diversity do parts of a study's work
     }
 
     def __post_init__(self):
@@ -255,7 +255,7 @@ def train(run, cfg, world) -> dict:
     text = mixture.load_text(cfg, world)
     batches = batches_of(cfg, cfg.data, text, world)
     for name, value in run_facts(cfg, text, batches).items():
-        run.pin(name, value)  # a resume with another max_steps, that is another order, is refused
+        run.pin(name, value)  # a resume with another max_steps is refused: it changes the order
     held_out.require_windows(cfg, text, core.final_parts(cfg))
     core.reseed(cfg.seed, "init")
     precision = core.Precision(cfg.dtype, world)
@@ -269,7 +269,7 @@ def train(run, cfg, world) -> dict:
     ddp = core.wrap_ddp(model, world, model.h if cfg.compile else (), dynamic=None)
 
     def forward_backward(rows, targets) -> float:
-        """Adds gradients of this rank's summed loss, divided by the targets of all ranks. Returns the sum."""
+        """Adds gradients of (this rank's loss sum / targets of all ranks). Returns that loss sum."""
         losses = []
         for part in core.micro_batches(ddp, rows, cfg.micro_batch):
             with precision.autocast():
@@ -297,7 +297,7 @@ def train(run, cfg, world) -> dict:
         for name, blocks in batches.seen(at.step).items():
             seen[name] += blocks
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
-        if at.spiked(loss_sum, norm) and world.is_main:  # spiked() runs on all ranks; skip_spikes: no update
+        if at.spiked(loss_sum, norm) and world.is_main:  # spiked() asks all ranks, so it stands first
             at.note_spike(model, spike_facts(text, batches, at, lr))
         at.update(optimizer, precision, lr)  # clips, updates, zeroes the gradients, logs
     return finish(run, cfg, world, text, model, batches, val if cfg.test_weights == "last" else None)
@@ -398,8 +398,7 @@ class DiversityStudy:
 
 
 def text_of_a_run(cfg, arm) -> dict:
-    """The constants that say what a run reads. Other arms are not its business, but for the sources that its
-    tokenizer is learnt from."""
+    """The constants that say what a run reads. A learnt tokenizer depends on all arms' text: these, too."""
     taught = cfg.arms if mixture.is_learnt(cfg.tokenizer) else (arm,)
     names = sorted({name for each in taught for name in mixture.shares_of(each)})
     named = mixture.named_sources(cfg.sources)
@@ -469,7 +468,8 @@ def check_text(study, planned):
         then = core.read_config(folder)["facts"]
         now = run_facts(cfg, study.text, batches_of(cfg, arm, study.text, study.plan.world))
         if odd := [name for name in now if then[name] != now[name]]:
-            raise core.UserError(f"{folder} read other text ({', '.join(odd)}): move it away, or use --out")
+            other = f"{folder} had read other text ({', '.join(odd)})"
+            raise core.UserError(f"{other}: move it away, or use --out")
 
 
 def check_runs(study, planned, runs) -> list[str]:
@@ -505,7 +505,7 @@ def measure_diversity(study) -> dict:
     plan, cfg, world = study.plan, study.plan.cfg, study.plan.world
     probe, tokenizer = diversity.open_probe(cfg, core.on_main(world, probe_name, plan), world)
     folder, draws = core.out_folder(cfg, __file__) / "embeddings", draws_of(study, tokenizer)
-    with core.Precision("fp32", world).products():  # not even in TF32
+    with core.Precision("fp32", world).products():  # true fp32, no TF32
         return diversity.measure(cfg, draws, probe, folder, world, plan.say, study.poll)
 
 
@@ -522,7 +522,7 @@ def conclude(plan, runs, losses, coefficients, notes):
 
 
 def cache(study):
-    """Mode cache: says how many tokens the texts have become, enough for every arm."""
+    """Mode cache: prints how many tokens each text has; they suffice for every arm (open_study looks)."""
     texts = study.text.tokens
     parts = {part: [f"{len(tokens.parts[part]):,}" for tokens in texts.values()] for part in core.PARTS}
     documents = [f"{sum(tokens.documents.values()):,}" for tokens in texts.values()]

@@ -121,7 +121,7 @@ def test_a_source_that_changed_after_its_run_finished_is_refused(copied):
     assert launch(NAME, "--out", "out", *TINY) == [2]
     lines = [line for line in Path("out.txt").read_text().splitlines() if "error:" in line]
     (line,) = lines
-    assert line.startswith(f"{NAME}.py: error: {run_folders()['b-s0']} read other text (")
+    assert line.startswith(f"{NAME}.py: error: {run_folders()['b-s0']} had read other text (")
     assert "(fingerprint" in line and line.endswith("move it away, or use --out")
     assert snapshot(*MADE) == made and "Traceback" not in Path("out.txt").read_text()
 

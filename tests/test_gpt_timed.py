@@ -195,7 +195,7 @@ def test_a_run_that_nothing_ends_is_one_line():
 def test_the_clock_ends_a_run_of_no_planned_length():
     found = here(*READ, "--max_steps", "none", "--max_minutes", 0.01)
     log = (newest() / "log.txt").read_text()
-    assert found["step"] > 0 and found["train_seconds"] >= 0.6 and "max_minutes decide how many" in log
+    assert found["step"] > 0 and found["train_seconds"] >= 0.6 and "max_minutes decides the number" in log
 
 
 def test_the_embedding_decays_unless_it_is_told_not_to():

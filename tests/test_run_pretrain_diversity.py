@@ -226,7 +226,7 @@ def test_runs_that_differ_in_more_than_their_text_are_refused(copied, place, val
     with pytest.raises(UserError) as error:
         script.check_runs(s, planned, where)
     words, folder = str(error.value), str(folders["a_b-s0"])
-    if words.startswith(f"{folder} read other text"):  # than it would read today
+    if words.startswith(f"{folder} had read other text"):  # than it would read today
         odd = words.partition("(")[2].partition(")")[0].split(", ")
     else:  # than the first arm of its seed
         begun = f"{folders['a-s0']} and {folder} differ in "

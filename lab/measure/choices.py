@@ -273,7 +273,7 @@ def announce(run, cfg, data, parts, units, lines, model):
     tokens, targets = train.lengths.mean(), train.targets(range(len(train))).mean()
     run.say(f"train rows have {tokens:.0f} tokens, {targets:.1f} of them targets")
     if left := len(units) % cfg.batch:
-        run.say(f"each epoch leaves out {left} of {len(units)}, not always the same: they fill no batch")
+        run.say(f"each epoch leaves out {left} of {len(units)} (other ones each time): they fill no batch")
     if cfg.max_steps is cfg.epochs is None:
         run.say("the clock ends this run: its number of steps is estimated at each line")
     if cfg.optimizer == "lion" and cfg.batch < 64:

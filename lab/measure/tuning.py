@@ -94,7 +94,7 @@ def announce(run, cfg, parts, units, lines, model):
         run.say(f"a batch of {cfg.batch} packs is one of some {cfg.batch * rows:.0f} rows")
     if left := len(units) % cfg.batch:
         what = f"{left} of {len(units)} {'packs' if cfg.pack else 'rows'}"
-        run.say(f"each epoch leaves out {what}, not always the same: they fill no batch of {cfg.batch}")
+        run.say(f"each epoch leaves out {what} (other ones each time): they fill no batch of {cfg.batch}")
 
 
 def describe_example(examples, example=0) -> str:
