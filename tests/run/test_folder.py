@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 
 import core
 from core import UserError, World
+from lab.run import folder
 from lab.run.resume import plan_run
 
 
@@ -68,6 +71,75 @@ def test_a_mistake_leaves_no_folder_and_a_fault_says_what_it_was():
         1 / 0  # noqa: B018
     assert result()["status"] == "failed" and result()["why"] == "ZeroDivisionError: division by zero"
     assert result()["checkpoint"] == "step_00000001"
+
+
+def full(*_):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("module", ["shutil.copy", "lab.run.provenance.write_sealed"])
+def test_a_disk_that_is_full_at_the_start_is_one_line_on_every_rank_and_leaves_no_folder(module, monkeypatch):
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(UserError, match=r"\(No space left on device\): free"),
+    ):
+        patched.setattr(module, full)
+        start()
+    assert list(Path("out").iterdir()) == []
+    waited = []
+
+    def on_main(world, function, *args):
+        waited.append(function.__name__)
+        if function.__name__ == "_create":  # what rank 0 raises in it, it raises on all
+            raise UserError("cannot be written")
+        return function(*args)
+
+    monkeypatch.setattr(folder, "on_main", on_main)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="cannot be written"):
+        core.open_run(core.parse_config(Config, {}, {}, "", []), World(rank=1, size=2), "script.py")
+    assert waited == ["plan_run", "_create"]
+
+
+def test_a_box_that_does_not_see_the_folder_leaves_none_and_a_finished_one_is_not_written_to(monkeypatch):
+    def blind(world, *folders):
+        raise UserError("rank 1 on box2 does not see it")
+
+    monkeypatch.setattr(folder, "require_one_disk", blind)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")  # as if there were a second box
+    with pytest.raises(UserError, match="box2"):
+        start()
+    assert list(Path("out").iterdir()) == []
+    with monkeypatch.context() as patched:
+        patched.setenv("LOCAL_WORLD_SIZE", "1")
+        with start() as run:
+            one_step(run)
+    with pytest.raises(UserError, match="box2"):
+        start("--resume_timestamp", run.folder.name)
+    assert run.folder.exists()  # an earlier run's
+    cfg = core.parse_config(Config, {}, {}, "", ["--resume_timestamp", "auto"])
+    assert core.open_run(cfg, World(), "script.py") is None
+
+
+@pytest.mark.parametrize("left", ["a step", "best weights"])
+def test_a_run_that_never_found_room_for_a_checkpoint_keeps_what_it_did(left, monkeypatch):
+    """An evaluation that runs out of memory, or the last save, is a UserError hours after the start."""
+    with pytest.raises(UserError, match="not saved"), start() as run:
+        run.begin()
+        model = nn.Linear(2, 2)
+        if left == "best weights":
+            assert run.save_best(0, 1.0, model)
+        else:
+            run.agree(4)
+            run.step_done(2.0, 4, 4)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        parts = torch.optim.SGD(model.parameters(), 0.1), core.Precision("fp32", World())
+        run.metrics(1, {"train/loss": 2.0})
+        run.save(1, model, *parts, must=True)
+    assert result()["status"] == "failed" and "not saved" in result()["why"]
+    assert '"train/loss": 2.0' in (run.folder / "metrics.jsonl").read_text()
+    kept = ["best_step_00000000"] if left == "best weights" else []
+    assert [path.name for path in (run.folder / "checkpoints").glob("*_step_*")] == kept
 
 
 def test_two_runs_of_one_second_have_two_folders_and_one_name_the_same_files():
