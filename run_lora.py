@@ -250,7 +250,7 @@ def train(run, cfg, world) -> dict:
     run.pin("base_sha256", base_sha256)
     strength = max(layer.multiplier for layer in core.adapted(model).values())
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay)
-    tuning.announce(run, cfg, parts, units, lines, model)
+    tuning.announce(run, cfg, parts, units, lines, model, total_steps)
     announce_lora(run, cfg, model)
     saved = adapters, optimizer, precision
     run.load(*saved)  # a resumed run's; a new one has nothing to load

@@ -190,9 +190,13 @@ class Run:
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 
-    def begin(self):
+    def begin(self, steps):
         """Starts the run once all input is checked: from here on a resumed folder is changed, and signals are
-        answered where all ranks agree."""
+        answered where all ranks agree. steps: planned, of this fold; UserError where the run is further."""
+        further = self.position.get("step", 0) - self.position.get("first_step", 0) - steps
+        if further > 0:
+            better = "use a larger --max_steps or --epochs"
+            raise UserError(f"{self.folder} is {further} steps further already: {better}")
         if not self.signals.deferring:
             self.signals.deferring = True
             on_main(self.world, self._open)

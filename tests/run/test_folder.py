@@ -43,7 +43,7 @@ def one_step(run):
     """A model, an optimizer and a precision behind one step, saved as step 1."""
     model = nn.Linear(2, 2)
     optimizer, precision = torch.optim.SGD(model.parameters(), 0.1), core.Precision("fp32", World())
-    run.begin()
+    run.begin(9)
     run.load(model, optimizer, precision)
     run.agree(4)
     run.step_done(2.0, 4, 4)
@@ -125,7 +125,7 @@ def test_a_box_that_does_not_see_the_folder_leaves_none_and_a_finished_one_is_no
 def test_a_run_that_never_found_room_for_a_checkpoint_keeps_what_it_did(left, monkeypatch):
     """An evaluation that runs out of memory, or the last save, is a UserError hours after the start."""
     with pytest.raises(UserError, match="not saved"), start() as run:
-        run.begin()
+        run.begin(9)
         model = nn.Linear(2, 2)
         if left == "best weights":
             assert run.save_best(0, 1.0, model)
@@ -144,7 +144,7 @@ def test_a_run_that_never_found_room_for_a_checkpoint_keeps_what_it_did(left, mo
 
 def test_two_runs_of_one_second_have_two_folders_and_one_name_the_same_files():
     with start() as first, start() as second:
-        first.begin(), second.begin()
+        first.begin(9), second.begin(9)
     assert first.folder != second.folder
     for run in (first, second):
         names = {path.name for path in run.folder.iterdir()}
@@ -168,7 +168,7 @@ def test_a_checkpoint_brings_back_weights_optimizer_and_meter():
     with start("--resume_timestamp", run.folder.name, "--lr", "0.1") as again:
         other = nn.Linear(2, 2)
         optimizer, precision = torch.optim.SGD(other.parameters(), 0.1), core.Precision("fp32", World())
-        again.begin()
+        again.begin(9)
         assert again.load(other, optimizer, precision) == 1
         assert core.weights_sha256(other) == core.weights_sha256(model) and again.meter.sums() == [2.0, 4]
     assert result()["status"] == "finished"
@@ -215,8 +215,22 @@ def test_a_refused_resume_leaves_every_file_as_it_was(capfd):
     assert files_of(run.folder) == before and "looks at its data" in capfd.readouterr().out
     with start("--resume_timestamp", "latest") as again:
         again.say("goes on")
-        again.begin()
+        again.begin(9)
     assert "goes on\n" in (run.folder / "log.txt").read_text()
+
+
+def test_a_run_that_is_further_than_it_is_to_go_is_told_what_to_type_and_stays_as_it_was():
+    with start() as run:
+        parts = one_step(run)
+        run.save(6, *parts)
+    before = files_of(run.folder)
+    line = "is 2 steps further already: use a larger --max_steps or --epochs"
+    with pytest.raises(UserError, match=line), start("--resume_timestamp", run.folder.name) as again:
+        again.begin(4)
+    assert files_of(run.folder) == before
+    with start("--resume_timestamp", run.folder.name) as again:
+        again.position |= {"first_step": 3}  # of the second fold, which counts its own steps
+        again.begin(4)
 
 
 def test_what_lies_beside_a_run_stops_no_resume():
@@ -234,7 +248,7 @@ def test_what_lies_beside_a_run_stops_no_resume():
         with start("--resume_timestamp", wanted) as again:
             assert again.folder == run.folder and again.checkpoint == "step_00000001"
     with start("--resume_timestamp", "latest") as again:
-        again.begin()
+        again.begin(9)
     assert (run.folder / "checkpoints" / ".DS_Store").exists()
 
 
@@ -251,7 +265,7 @@ def test_auto_says_that_it_starts_anew_and_why(damage, capfd):
         changed = {"half": text[:99], "changed": text.replace('"lr": 0.1', '"lr": 0.3')}
         config.write_text(changed.get(damage, damage))
     with start("--resume_timestamp", "auto", "--tag", "a") as other:
-        other.begin()
+        other.begin(9)
     out, err = capfd.readouterr()
     assert f"a new run: {run.folder.name} in out is damaged" in out and "WARNING passed over: " in err
     with pytest.raises(UserError, match=rf"--resume_timestamp {run.folder.name[:15]}: .* is no run folder"):
@@ -269,11 +283,11 @@ def test_a_constant_that_is_new_or_gone_since_the_run_began_is_named_on_resume(c
     (run.folder / "result.json").unlink()
     cfg = core.parse_config(Edited, {}, {}, "", ["--resume_timestamp", "latest"])
     with core.open_run(cfg, World(), "script.py") as again:
-        again.begin()
+        again.begin(9)
     assert "resumed: brand_new 0.7 is new: the run began without it" in capfd.readouterr().out
     (run.folder / "result.json").unlink()
     with start("--resume_timestamp", "latest") as again:
-        again.begin()
+        again.begin(9)
     assert "resumed: brand_new 0.7 is gone: the script has no such constant" in capfd.readouterr().out
 
 
