@@ -444,7 +444,7 @@ def announce(run, cfg, tokens, blocks, batches, total_steps, model):
     run.say(
         f"model {cfg.model}  {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M trainable   {sizes} tokens"
     )
-    run.begin()
+    run.begin(total_steps)
     counts = "  ".join(f"{part} {n}" for part, n in tokens.documents.items())
     tokenizer = corpus_of(cfg).tokenizer
     run.say(f"data {cfg.data}  documents {counts}  tokenizer {tokenizer} of {len(tokens.tokenizer)}")

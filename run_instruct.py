@@ -186,7 +186,7 @@ def train(run, cfg, world) -> dict:
     precision = core.Precision(cfg.dtype, world)
     model = precision.prepare(build_model(cfg, data.tokenizer, world))
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay)
-    tuning.announce(run, cfg, parts, units, lines, model)  # begins the run: from here its folder changes
+    tuning.announce(run, cfg, parts, units, lines, model, total_steps)  # and begins: the folder changes from here
     saved = model, optimizer, precision
     run.load(*saved)  # a resumed run's checkpoint; a new run has none
     core.on_main(world, gpt_scratch.describe_model, run.folder, model, data.tokenizer)

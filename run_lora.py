@@ -251,7 +251,7 @@ def train(run, cfg, world) -> dict:
     run.pin("base_sha256", base_sha256)
     largest_multiplier = max(layer.multiplier for layer in core.adapted(model).values())
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay)
-    tuning.announce(run, cfg, parts, units, lines, model)  # begins the run: from here its folder changes
+    tuning.announce(run, cfg, parts, units, lines, model, total_steps)  # and begins: the folder changes from here
     announce_lora(run, cfg, model)
     saved = adapters, optimizer, precision
     run.load(*saved)  # a resumed run's checkpoint; a new run has none

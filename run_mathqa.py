@@ -271,7 +271,7 @@ def train(run, cfg, world) -> dict:
     base_sha256 = core.state_sha256(core.base_weights(model))
     run.pin("base_sha256", base_sha256)
     precision, optimizer = core.Precision(cfg.dtype, world), make_optimizer(cfg, model)
-    choices.announce(run, cfg, data, parts, units, lines, model)
+    choices.announce(run, cfg, data, parts, units, lines, model, total_steps)
     saved = trained, optimizer, precision
     run.load(*saved)  # a resumed run's checkpoint; a new run has none
     core.on_main(world, keep_for_later, run.folder, cfg, model, tokenizer)

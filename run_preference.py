@@ -249,7 +249,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     batches = core.ShardedBatches(lengths, cfg.batch, world, seed=cfg.seed)
     total_steps = core.count_steps(cfg, batches)
     if fold == run.position.get("fold", 0):
-        announce(run, cfg, data, rows, model)
+        announce(run, cfg, data, rows, model, total_steps)
     saved = model, optimizer, precision
     run.load(*saved, fold=fold)
     core.on_main(world, write_encoder, run.folder / "encoder", model.encoder.config, data.tokenizer)
@@ -539,12 +539,12 @@ def cut_line(data) -> str:
     return "cut to fit  " + "  ".join(f"{name} in {share:.1%} of rows" for name, share in shares)
 
 
-def announce(run, cfg, data, rows, model):
+def announce(run, cfg, data, rows, model, total_steps):
     """Says what is about to be trained on what, and what was left out or cut."""
     total, trainable = core.count_parameters(model)
     parts = "  ".join(f"{part} {len(numbers)}" for part, numbers in rows.items())
     run.say(f"model {cfg.model}  {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M trainable   {parts}")
-    run.begin()
+    run.begin(total_steps)
     if line := journal_line(cfg):
         run.say(line)
     run.say(f"data {cfg.data}  {len(data.labels)} rows, {len(set(data.groups))} prompts")

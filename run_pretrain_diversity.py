@@ -317,7 +317,7 @@ def announce(run, cfg, text, batches, model):
         f"model {cfg.model}  {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M trainable   "
         f"{ledger['tokens']} tokens"
     )
-    run.begin()
+    run.begin(cfg.max_steps)
     for name, source in ledger["sources"].items():
         documents = "  ".join(f"{part} {n}" for part, n in text.tokens[name].documents.items())
         blocks = f"{source['distinct_blocks']} blocks of {ledger['block_size']} tokens"

@@ -55,7 +55,7 @@ def parts() -> tuple:
 def train(run, steps, seed):
     """Steps that save, log, sample and spike; figures and rows of losses."""
     model, optimizer, precision = parts()
-    run.begin()
+    run.begin(9)
     run.load(model, optimizer, precision)
     for step in range(1, steps + 1):
         model(torch.full((1, 3), float(step + seed))).sum().backward()
@@ -259,7 +259,7 @@ def check_resume(out, source, name, rng):
     model, optimizer, precision = parts()
     with run:
         run.load(model, optimizer, precision)
-        run.begin()
+        run.begin(9)
         if not new:
             went_on(run, model, source)
         raise core.Stop("enough")

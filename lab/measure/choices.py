@@ -260,13 +260,13 @@ def say_part(run, cfg, part, figures):
     run.say(f"{part:5} accuracy as journal 004 counted, {hits} / all positions of padded rows: {share:.4f}")
 
 
-def announce(run, cfg, data, parts, units, lines, model):
+def announce(run, cfg, data, parts, units, lines, model, total_steps):
     """Says what is about to be trained on what; begins the run."""
     (total, trains), method, train = count_parameters(model), cfg.method, parts["train"]
     counts = "  ".join(f"{name} {len(part)}" for name, part in parts.items())
     method += f" r={cfg.lora_rank}" if method != "full" else " int4" if cfg.qat != "off" else ""
     run.say(f"model {method} of {total / 1e6:.1f}M parameters, {trains:,} trainable   {counts}")
-    run.begin()
+    run.begin(total_steps)
     run.say(f"from {cfg.init_from}\ndata {cfg.data}  {len(data)} rows")
     for line in [*data.lines, *lines]:
         run.say(line)

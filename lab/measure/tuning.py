@@ -73,13 +73,13 @@ def plain_text(run, cfg, tokenizer) -> Blocks | None:
     return plain
 
 
-def announce(run, cfg, parts, units, lines, model):
+def announce(run, cfg, parts, units, lines, model, total_steps):
     """Says how large the model is (the journal's table: parameters, MB, trainable) and how the data is used.
     units: of the training part, examples or packs; lines: on rows that are cut or left out."""
     (total, trainable), examples = count_parameters(model), parts["train"]
     counts, data = "  ".join(f"{name} {len(part)}" for name, part in parts.items()), examples.data
     run.say(f"model {cfg.model}  {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M trainable   {counts}")
-    run.begin()  # all input is good
+    run.begin(total_steps)  # all input is good
     run.say(f"parameters {total:,}  {4 * total / 2**20:.2f} MB in fp32  trainable {trainable:,}")
     run.say(f"data {cfg.data}  {len(data)} rows, {len(set(data.groups))} prompts  split {cfg.split}")
     for line in [*data.lines, *lines]:

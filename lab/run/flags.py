@@ -163,7 +163,8 @@ def parsed_config(config_class, presets, smoke, doc, argv=None):
     given = vars(_parser(config_class, defaults, presets, hints, doc).parse_args(argv))
     preset, is_smoke = given.pop("preset", None), given.pop("smoke", False)
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    changed = ({"tag": preset} if "tag" in defaults else {}) | presets.get(preset, {})
+    named = preset and "tag" in defaults and defaults["tag"] is None
+    changed = ({"tag": preset} if named else {}) | presets.get(preset, {})
     for name, value in smoke.items() if is_smoke else ():
         changed[name] = value(changed.get(name, defaults[name])) if callable(value) else value
     overrides = {name: value for name, value in changed.items() if name not in {"tag", *given}}

@@ -50,9 +50,11 @@ def open_run(cfg, world, script, unit="examples"):
         undone.callback(signals.close)
         held = undone.enter_context(contextlib.ExitStack())
         plan = on_main(world, plan_run, cfg, Path(script), world.size, held)
-        if world.size > launch.number("LOCAL_WORLD_SIZE"):
-            require_one_disk(world, plan["folder"], cache_root())
         if not plan["finished"]:
+            if world.is_main and not plan["resumed"]:
+                undone.callback(shutil.rmtree, plan["folder"], ignore_errors=True)
+            if world.size > launch.number("LOCAL_WORLD_SIZE"):
+                require_one_disk(world, plan["folder"], cache_root())
             run = Run(cfg, world, script, unit, plan, signals, held)
             undone.pop_all()
             return run
@@ -66,7 +68,7 @@ class Run:
     `failed`.
 
     Until `begin` nothing of an earlier run is touched: a UserError leaves a resumed folder as it was. A new
-    one it removes, as long as there is no checkpoint.
+    one it removes, as long as no step was taken.
     """
 
     def __init__(self, cfg, world, script, unit, plan, signals, held):
@@ -88,9 +90,8 @@ class Run:
         self._lines = plan["lines"]
         if world.is_main:
             self._log = self.signals.log = Log(self.folder / "log.txt")
-            if not self.resumed:
-                self._log.open()
-                write_provenance(self)
+        if not self.resumed:
+            on_main(world, self._create)
         transport = world.device.type if world.size == 1 else world.backend
         ranks = f"{world.size} rank{'s' * (world.size > 1)} {transport}"
         share = f"batch {self.cfg.batch} = {world.size} x {self.cfg.batch / world.size:g}"
@@ -108,7 +109,8 @@ class Run:
     def __exit__(self, kind, error, trace):
         status = "finished" if kind is None else "stopped" if kind is Stop else "failed"
         heartbeat.last_words.clear()
-        unborn = kind is UserError and not self.resumed and self.checkpoint is None
+        worked = self.resumed or self.checkpoint or self.clock.seconds or self.checkpoints.kept
+        unborn = kind is UserError and not worked  # hours may lie behind it though no save found room
         touched = self.signals.deferring or not self.resumed
         self.signals.deferring = True  # a signal must not break this off
         if self.world.is_main:
@@ -188,9 +190,13 @@ class Run:
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 
-    def begin(self):
+    def begin(self, steps):
         """Starts the run once all input is checked: from here on a resumed folder is changed, and signals are
-        answered where all ranks agree."""
+        answered where all ranks agree. steps: planned, of this fold; UserError where the run is further."""
+        further = self.position.get("step", 0) - self.position.get("first_step", 0) - steps
+        if further > 0:
+            better = "use a larger --max_steps or --epochs"
+            raise UserError(f"{self.folder} is {further} steps further already: {better}")
         if not self.signals.deferring:
             self.signals.deferring = True
             on_main(self.world, self._open)
@@ -269,6 +275,14 @@ class Run:
         self.clock.fit = forecast.forecast(self, model, optimizer, steps, seconds, typical)
 
     # -- opening and closing -------------------------------------------------------------------------------
+
+    def _create(self):
+        """Rank 0: log.txt, config.json and source/ of a new run."""
+        try:
+            self._log.open()
+            write_provenance(self)
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be written ({error.strerror}): free some space") from None
 
     def _open(self):
         """Rank 0: cuts metrics, samples and checkpoints back to the checkpoint that is resumed from."""

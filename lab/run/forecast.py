@@ -24,9 +24,6 @@ def forecast(run, model, optimizer, steps, seconds, typical) -> int | None:
     moments = 2 if isinstance(optimizer, torch.optim.AdamW) else 1  # tensors of state per weight
     checkpoint_mb = 4 * (total + moments * trainable) / 1e6  # all of it in fp32
     disk_mb = _require_disk(run, checkpoint_mb, 4 * total / 1e6)
-    if steps < 0:
-        further = f"{run.folder} is {-steps} steps further already"
-        raise UserError(f"{further}: use a larger --max_steps or --epochs")
     fit, minutes = None, run.cfg.max_minutes
     if minutes is not None:
         fit = round(60 * minutes / max(seconds * typical, 1e-9))

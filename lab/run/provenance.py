@@ -46,11 +46,7 @@ def write_provenance(run):
                 run.say(f"WARNING {name} is not the one this run began with (that one is in source/)")
         config |= {"launcher": _all_launchers(), "constants": constants_of(run.cfg)}
     else:
-        try:
-            copy_sources(run.script, run.folder / "source")
-        except OSError as error:
-            shutil.rmtree(run.folder, ignore_errors=True)
-            raise UserError(f"{run.folder} cannot be written ({error.strerror}): free some space") from None
+        copy_sources(run.script, run.folder / "source")
         t = run.cfg.typed
         config = {"script": run.script.stem, "constants": constants_of(run.cfg), **now}
         config |= {"preset": t.preset, "smoke": t.smoke, "versions": _versions(), "git": git_state()}

@@ -47,12 +47,13 @@ def plan_run(cfg, script, ranks, held) -> dict:
         held.enter_context(locked(folder))
         lines += filter(None, [cfg.typed.chosen])
         return plan | {"folder": str(folder), "resumed": False, "constants": constants, "lines": lines}
-    stored = run_config(folder)["constants"]
-    if clash := contradictions(cfg, stored):
+    if clash := clashes(cfg, config := run_config(folder)):
         raise UserError(f"{folder} ran with {'; '.join(clash)}: drop these flags, or start a new run")
-    lines += merge_constants(stored, constants, cfg.typed.flags)
+    lines += merge_constants(config["constants"], constants, cfg.typed.flags)
     plan |= {"folder": str(folder), "constants": constants, "lines": lines}
-    if cfg.resume_timestamp == "auto" and status_of(folder) == "finished":
+    goes_on = has_restarted(config)  # torchrun's workers, amid this run
+    skips = goes_on or cfg.resume_timestamp == "auto"
+    if skips and status_of(folder) == "finished":
         return plan | {"finished": True}
     if (folder / PACKED).exists():
         raise UserError(f"{folder} was packed without optimizer state: resume the original, not this copy")
@@ -60,9 +61,10 @@ def plan_run(cfg, script, ranks, held) -> dict:
     require_files(folder)
     held.enter_context(locked(folder))
     # while this one waited for the lock
-    if cfg.resume_timestamp == "auto" and status_of(folder) == "finished":
+    if skips and status_of(folder) == "finished":
         return plan | {"finished": True}
-    name, notes = newest_whole_checkpoint(folder / "checkpoints", cfg.resume_step)
+    step = None if goes_on else cfg.resume_step  # it went back once, and has gone on from there
+    name, notes = newest_whole_checkpoint(folder / "checkpoints", step)
     notes.append(f"resumes {folder.name} from {name or 'step 0: there is no checkpoint yet'}")
     position = read_manifest(folder / "checkpoints" / name) if name else {}
     return plan | {"checkpoint": name, "position": position, "lines": notes + lines}
@@ -106,7 +108,7 @@ def merge_constants(stored, constants, flags) -> list[str]:
 
 def new_folder(out, tag) -> Path:
     while True:
-        folder = out / f"{datetime.datetime.now():%Y%m%d_%H%M%S}{f'-{tag}' if tag else ''}"
+        folder = out / f"{datetime.datetime.now():%Y%m%d_%H%M%S}{name_end(tag)}"
         try:
             out.mkdir(parents=True, exist_ok=True)
             folder.mkdir()
@@ -119,24 +121,34 @@ def new_folder(out, tag) -> Path:
             raise UserError(f"out {out} cannot be written ({error.strerror}): use another --out") from None
 
 
+def name_end(tag) -> str:
+    """What the tag adds to a folder's name."""
+    return f"-{tag}" if tag else ""
+
+
+def is_like(cfg, script, run) -> bool:
+    """Whether a run is one of this script and mode."""
+    config = run_config(run)
+    return config["script"] == script.stem and config["constants"].get("mode") == getattr(cfg, "mode", None)
+
+
+def has_restarted(config) -> bool:
+    """Whether torchrun has restarted this process (--max-restarts), and the one before it was at this run."""
+    return number("TORCHELASTIC_RESTART_COUNT") > 0 and launcher() in str(config.get("launcher")).split()
+
+
 def resume_folder(cfg, script, out) -> Path | None:
     """Finds the run to resume; None starts a new one. UserError if a resume was asked
     for and there is none."""
-    wanted, tag = cfg.resume_timestamp, f"-{cfg.tag}" if cfg.tag else ""
+    wanted, tag = cfg.resume_timestamp, name_end(cfg.tag)
+    if wanted in (None, "auto") and cfg.resume_step is not None:  # auto would go back each time it is typed
+        better = "--resume_timestamp with a timestamp, or latest"
+        raise UserError(f"--resume_step {cfg.resume_step} needs {better}")
     runs, damaged = found_runs(out)
-    if wanted is None and number("TORCHELASTIC_RESTART_COUNT") > 0:  # torchrun --max-restarts
-        mine = [run for run in runs if launcher() in str(run_config(run).get("launcher")).split()]
-        return mine[-1] if mine else None
+    runs = [run for run in runs if is_like(cfg, script, run)]
     if wanted is None:
-        if cfg.resume_step is not None:
-            raise UserError(f"--resume_step {cfg.resume_step} needs --resume_timestamp")
-        return None
-    mode = getattr(cfg, "mode", None)
-    runs = [
-        run
-        for run in runs
-        if (config := run_config(run))["script"] == script.stem and config["constants"].get("mode") == mode
-    ]
+        mine = [run for run in runs if run.name[15:] == tag and has_restarted(run_config(run))]
+        return mine[-1] if mine else None
     for name, why in damaged.items():
         if wanted[:15] == name[:15]:
             raise UserError(f"--resume_timestamp {wanted}: {why}")
@@ -144,7 +156,7 @@ def resume_folder(cfg, script, out) -> Path | None:
     if wanted in ("auto", "latest"):
         runs = [run for run in runs if run.name[15:] == tag]
         if wanted == "auto":  # a loop over seeds types the same words: another seed is another run
-            runs = [run for run in runs if not contradictions(cfg, run_config(run)["constants"])]
+            runs = [run for run in runs if not clashes(cfg, run_config(run))]
             return runs[-1] if runs else None
         if unfinished := [run for run in runs if status_of(run) != "finished"]:
             return unfinished[-1]
@@ -181,19 +193,36 @@ def passed_over(cfg, script, out) -> list[str]:
     if cfg.resume_timestamp != "auto":
         return []
     runs, damaged = found_runs(out)
-    tag = f"-{cfg.tag}" if cfg.tag else ""
+    tag = name_end(cfg.tag)
     if names := [name for name in damaged if name[15:] == tag]:
         return [f"a new run: {', '.join(names)} in {out} is damaged"]
     for run in reversed(runs):
-        config = run_config(run)
-        same = config["script"] == script.stem and run.name[15:] == tag
-        same &= config["constants"].get("mode") == getattr(cfg, "mode", None)
-        if same and status_of(run) != "finished" and (odd := contradictions(cfg, config["constants"])):
+        same = is_like(cfg, script, run) and run.name[15:] == tag
+        if same and status_of(run) != "finished" and (odd := clashes(cfg, run_config(run))):
             return [f"a new run: {run.name} is unfinished, but ran with {'; '.join(odd)}"]
     return [f"a new run: none to resume{f' with tag {cfg.tag}' if tag else ''} in {out}"]
 
 
+def clashes(cfg, config) -> list[str]:
+    """What was typed and is not so in a run's config.json: constants, --preset, --smoke. For auto, which
+    looks for the run that the same words began, --smoke counts where it is not typed, too."""
+    typed, odd = cfg.typed, contradictions(cfg, config["constants"])
+    preset, smoke = config.get("preset", typed.preset), config.get("smoke", typed.smoke)
+    if typed.preset and preset != typed.preset and differs(cfg, config["constants"]):
+        odd.append(f"--preset {preset or 'none'}, not {typed.preset}")
+    if smoke != typed.smoke and (typed.smoke or cfg.resume_timestamp == "auto"):
+        odd.append(f"--smoke {smoke}, not {typed.smoke}")
+    return odd
+
+
+def differs(cfg, stored) -> bool:
+    """Whether a constant that a resume may not change has another value now."""
+    kept = constants_of(cfg).keys() & stored.keys() - MAY_CHANGE - CALL_CONSTANTS
+    return any(stored[name] != getattr(cfg, name) for name in kept)
+
+
 def contradictions(cfg, stored) -> list[str]:
+    """The typed flags that a resume may not change and that have another value in `stored`."""
     names = sorted((cfg.typed.flags - MAY_CHANGE - CALL_CONSTANTS) & set(stored))
     return [f"--{n} {stored[n]}, not {getattr(cfg, n)}" for n in names if stored[n] != getattr(cfg, n)]
 

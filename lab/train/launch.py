@@ -7,7 +7,7 @@ import re
 import signal
 import socket
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -31,8 +31,15 @@ def number(name) -> int:
 
 
 def launcher() -> str | None:
-    """Identifies the torchrun that started this process; it stays the same when it restarts its workers."""
-    return f"{socket.gethostname()}/{os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else None
+    """Identifies the torchrun that started this process: host, process, and on Linux when it began, since
+    numbers of processes come again. It stays the same when torchrun restarts its workers."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    parent, began = os.getppid(), ""
+    with suppress(OSError):
+        stat = Path(f"/proc/{parent}/stat").read_text()
+        began = "/" + stat.rpartition(")")[2].split()[19]  # in ticks since the machine's start
+    return f"{socket.gethostname()}/{parent}{began}"
 
 
 launchers = []  # of all boxes, once their ranks have met

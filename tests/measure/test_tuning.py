@@ -163,12 +163,12 @@ def test_the_run_begins_with_the_journals_table():
         shape = {"n_layer": 24, "n_head": 16, "n_embd": 1024, "tie_head": False}
         model = core.GPT(core.GPTConfig(50257, **shape))
     said = []
-    run = SimpleNamespace(say=said.append, begin=lambda: said.append("begins"))
+    run = SimpleNamespace(say=said.append, begin=lambda steps: said.append(f"begins {steps}"))
     data, cfg = random_rows(23), config("run_instruct", "--preset", "run_1", "--batch", 4)
     parts = {"train": every(data, 64), "test": range(5), "val": range(3)}
-    tuning.announce(run, cfg, parts, parts["train"], ["a line"], model)
+    tuning.announce(run, cfg, parts, parts["train"], ["a line"], model, 7)
     assert said[0] == "model gpt2-medium  406.3M parameters, 406.3M trainable   train 23  test 5  val 3"
-    assert said[1:3] == ["begins", "parameters 406,286,336  1549.86 MB in fp32  trainable 406,286,336"]
+    assert said[1:3] == ["begins 7", "parameters 406,286,336  1549.86 MB in fp32  trainable 406,286,336"]
     assert "a line" in said and said[-1].startswith("each epoch leaves out 3 of 23 rows")
 
 

@@ -49,6 +49,16 @@ def test_defaults_preset_smoke_and_flags_win_in_that_order():
         cfg.batch = 3
 
 
+def test_a_tag_that_is_edited_in_config_counts_and_none_is_the_presets_name():
+    @dataclasses.dataclass(frozen=True)
+    class Edited(Config):
+        tag: str | None = "mine"
+
+    fast = ("--preset", "fast")
+    assert [parse(*argv, config=Edited).tag for argv in ((), fast, ("--tag", "x"))] == ["mine", "mine", "x"]
+    assert [parse(*argv).tag for argv in ((), fast, (*fast, "--tag", "x"))] == [None, "fast", "x"]
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 
 import core
 from core import UserError, World
+from lab.run import folder
 from lab.run.resume import plan_run
 
 
@@ -40,7 +43,7 @@ def one_step(run):
     """A model, an optimizer and a precision behind one step, saved as step 1."""
     model = nn.Linear(2, 2)
     optimizer, precision = torch.optim.SGD(model.parameters(), 0.1), core.Precision("fp32", World())
-    run.begin()
+    run.begin(9)
     run.load(model, optimizer, precision)
     run.agree(4)
     run.step_done(2.0, 4, 4)
@@ -70,9 +73,78 @@ def test_a_mistake_leaves_no_folder_and_a_fault_says_what_it_was():
     assert result()["checkpoint"] == "step_00000001"
 
 
+def full(*_):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("module", ["shutil.copy", "lab.run.provenance.write_sealed"])
+def test_a_disk_that_is_full_at_the_start_is_one_line_on_every_rank_and_leaves_no_folder(module, monkeypatch):
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(UserError, match=r"\(No space left on device\): free"),
+    ):
+        patched.setattr(module, full)
+        start()
+    assert list(Path("out").iterdir()) == []
+    waited = []
+
+    def on_main(world, function, *args):
+        waited.append(function.__name__)
+        if function.__name__ == "_create":  # what rank 0 raises in it, it raises on all
+            raise UserError("cannot be written")
+        return function(*args)
+
+    monkeypatch.setattr(folder, "on_main", on_main)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="cannot be written"):
+        core.open_run(core.parse_config(Config, {}, {}, "", []), World(rank=1, size=2), "script.py")
+    assert waited == ["plan_run", "_create"]
+
+
+def test_a_box_that_does_not_see_the_folder_leaves_none_and_a_finished_one_is_not_written_to(monkeypatch):
+    def blind(world, *folders):
+        raise UserError("rank 1 on box2 does not see it")
+
+    monkeypatch.setattr(folder, "require_one_disk", blind)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")  # as if there were a second box
+    with pytest.raises(UserError, match="box2"):
+        start()
+    assert list(Path("out").iterdir()) == []
+    with monkeypatch.context() as patched:
+        patched.setenv("LOCAL_WORLD_SIZE", "1")
+        with start() as run:
+            one_step(run)
+    with pytest.raises(UserError, match="box2"):
+        start("--resume_timestamp", run.folder.name)
+    assert run.folder.exists()  # an earlier run's
+    cfg = core.parse_config(Config, {}, {}, "", ["--resume_timestamp", "auto"])
+    assert core.open_run(cfg, World(), "script.py") is None
+
+
+@pytest.mark.parametrize("left", ["a step", "best weights"])
+def test_a_run_that_never_found_room_for_a_checkpoint_keeps_what_it_did(left, monkeypatch):
+    """An evaluation that runs out of memory, or the last save, is a UserError hours after the start."""
+    with pytest.raises(UserError, match="not saved"), start() as run:
+        run.begin(9)
+        model = nn.Linear(2, 2)
+        if left == "best weights":
+            assert run.save_best(0, 1.0, model)
+        else:
+            run.agree(4)
+            run.step_done(2.0, 4, 4)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        parts = torch.optim.SGD(model.parameters(), 0.1), core.Precision("fp32", World())
+        run.metrics(1, {"train/loss": 2.0})
+        run.save(1, model, *parts, must=True)
+    assert result()["status"] == "failed" and "not saved" in result()["why"]
+    assert '"train/loss": 2.0' in (run.folder / "metrics.jsonl").read_text()
+    kept = ["best_step_00000000"] if left == "best weights" else []
+    assert [path.name for path in (run.folder / "checkpoints").glob("*_step_*")] == kept
+
+
 def test_two_runs_of_one_second_have_two_folders_and_one_name_the_same_files():
     with start() as first, start() as second:
-        first.begin(), second.begin()
+        first.begin(9), second.begin(9)
     assert first.folder != second.folder
     for run in (first, second):
         names = {path.name for path in run.folder.iterdir()}
@@ -96,7 +168,7 @@ def test_a_checkpoint_brings_back_weights_optimizer_and_meter():
     with start("--resume_timestamp", run.folder.name, "--lr", "0.1") as again:
         other = nn.Linear(2, 2)
         optimizer, precision = torch.optim.SGD(other.parameters(), 0.1), core.Precision("fp32", World())
-        again.begin()
+        again.begin(9)
         assert again.load(other, optimizer, precision) == 1
         assert core.weights_sha256(other) == core.weights_sha256(model) and again.meter.sums() == [2.0, 4]
     assert result()["status"] == "finished"
@@ -143,8 +215,22 @@ def test_a_refused_resume_leaves_every_file_as_it_was(capfd):
     assert files_of(run.folder) == before and "looks at its data" in capfd.readouterr().out
     with start("--resume_timestamp", "latest") as again:
         again.say("goes on")
-        again.begin()
+        again.begin(9)
     assert "goes on\n" in (run.folder / "log.txt").read_text()
+
+
+def test_a_run_that_is_further_than_it_is_to_go_is_told_what_to_type_and_stays_as_it_was():
+    with start() as run:
+        parts = one_step(run)
+        run.save(6, *parts)
+    before = files_of(run.folder)
+    line = "is 2 steps further already: use a larger --max_steps or --epochs"
+    with pytest.raises(UserError, match=line), start("--resume_timestamp", run.folder.name) as again:
+        again.begin(4)
+    assert files_of(run.folder) == before
+    with start("--resume_timestamp", run.folder.name) as again:
+        again.position |= {"first_step": 3}  # of the second fold, which counts its own steps
+        again.begin(4)
 
 
 def test_what_lies_beside_a_run_stops_no_resume():
@@ -162,7 +248,7 @@ def test_what_lies_beside_a_run_stops_no_resume():
         with start("--resume_timestamp", wanted) as again:
             assert again.folder == run.folder and again.checkpoint == "step_00000001"
     with start("--resume_timestamp", "latest") as again:
-        again.begin()
+        again.begin(9)
     assert (run.folder / "checkpoints" / ".DS_Store").exists()
 
 
@@ -179,7 +265,7 @@ def test_auto_says_that_it_starts_anew_and_why(damage, capfd):
         changed = {"half": text[:99], "changed": text.replace('"lr": 0.1', '"lr": 0.3')}
         config.write_text(changed.get(damage, damage))
     with start("--resume_timestamp", "auto", "--tag", "a") as other:
-        other.begin()
+        other.begin(9)
     out, err = capfd.readouterr()
     assert f"a new run: {run.folder.name} in out is damaged" in out and "WARNING passed over: " in err
     with pytest.raises(UserError, match=rf"--resume_timestamp {run.folder.name[:15]}: .* is no run folder"):
@@ -197,11 +283,11 @@ def test_a_constant_that_is_new_or_gone_since_the_run_began_is_named_on_resume(c
     (run.folder / "result.json").unlink()
     cfg = core.parse_config(Edited, {}, {}, "", ["--resume_timestamp", "latest"])
     with core.open_run(cfg, World(), "script.py") as again:
-        again.begin()
+        again.begin(9)
     assert "resumed: brand_new 0.7 is new: the run began without it" in capfd.readouterr().out
     (run.folder / "result.json").unlink()
     with start("--resume_timestamp", "latest") as again:
-        again.begin()
+        again.begin(9)
     assert "resumed: brand_new 0.7 is gone: the script has no such constant" in capfd.readouterr().out
 
 

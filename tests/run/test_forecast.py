@@ -73,8 +73,3 @@ def test_too_little_memory_is_refused(monkeypatch):
         UserError, match=r"training needs [\d.]+ GB, the device has 0.0: use a smaller --micro"
     ):
         look_ahead(make_run())
-
-
-def test_a_run_that_is_further_already_is_told_what_to_type():
-    with pytest.raises(UserError, match="is 5 steps further already: use a larger --max_steps or --epochs"):
-        look_ahead(make_run(), steps=-5)

@@ -1,7 +1,6 @@
 """What a run notes of its code and checkout; --no-dirty."""
 
 import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -72,17 +71,3 @@ def test_a_name_of_another_encoding_and_a_git_that_cannot_start_do_not_stop_a_ru
 
 def _no_memory(*args, **options):
     raise OSError("no memory to fork")
-
-
-def test_a_disk_that_is_full_while_sources_are_copied_is_one_line_and_leaves_no_folder(monkeypatch):
-    run = SimpleNamespace(folder=Path("out/20260101_000000"), resumed=False, script=Path("script.py"))
-    run.world = core.World()
-    run.folder.mkdir(parents=True)
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(provenance.shutil, "copy", full)
-    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\): free some"):
-        provenance.write_provenance(run)
-    assert list(Path("out").iterdir()) == []

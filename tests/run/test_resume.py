@@ -1,6 +1,10 @@
 """Which run a command goes on with, and with whose constants, as a user stops and edits run_preference."""
 
+import contextlib
+import dataclasses
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +13,10 @@ from toys.preference import row, write_csv
 
 import core
 import gpt_scratch
-from lab.run import resume
+from core import UserError
+from lab.run import checkpoints, resume
+from lab.run.files import write_sealed
+from lab.train.launch import launcher
 
 
 def test_what_belongs_to_the_command_never_makes_another_run():
@@ -18,6 +25,112 @@ def test_what_belongs_to_the_command_never_makes_another_run():
     cfg = core.parsed_config(*given, ["--no-dirty", "--out", "elsewhere", "--lr", "0.5"])
     assert resume.contradictions(cfg, {"dirty": True, "out": None, "lr": 0.5}) == []
     assert resume.contradictions(cfg, {"dirty": True, "lr": 0.25}) == ["--lr 0.25, not 0.5"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(core.Constants):
+    batch: int = 8  # rows
+    lr: float = 0.1  # rate
+    max_steps: int = 9  # length
+    out: str | None = "out"  # folder of runs
+    tag: str | None = None  # end of the name
+    resume_timestamp: str | None = None  # which run
+    resume_step: int | None = None  # which checkpoint
+
+
+PRESETS = {"slow": {"lr": 0.01}, "fast": {"lr": 1.0}, "plain": {}}
+
+
+def planned(*argv) -> dict:
+    """What the command would do, resuming or not."""
+    cfg = core.parsed_config(Config, PRESETS, {"batch": 2}, "", list(argv))
+    with contextlib.ExitStack() as held:
+        return resume.plan_run(cfg, Path("script.py"), 1, held)
+
+
+def leave(name, status="finished", **config) -> Path:
+    """A run of script.py below out/, and how it ended."""
+    folder, constants = Path("out", name), dataclasses.asdict(Config()) | config.pop("constants", {})
+    del constants["typed"]
+    config = {"script": "script", "preset": None, "smoke": False, "constants": constants} | config
+    folder.mkdir(parents=True, exist_ok=True)
+    write_sealed(folder / "config.json", config)
+    write_sealed(folder / "result.json", {"status": status})
+    return folder
+
+
+def test_auto_in_a_loop_over_presets_or_behind_a_smoke_run_finds_each_its_own():
+    """All have one tag, or one --out: the second was called finished, and never trained."""
+    slow = leave("20260101_000000-x", preset="slow", constants={"lr": 0.01})
+    words = ["--tag", "x", "--resume_timestamp", "auto"]
+    assert planned("--preset", "slow", *words)["folder"] == str(slow)
+    assert planned(*words)["finished"]  # no preset typed: its own words say nothing against it
+    for other in ("fast", "plain"):
+        plan = planned("--preset", other, *words)
+        assert not plan["resumed"] and not plan["finished"]
+    smoke = leave("20260101_000001-x", smoke=True, status="stopped", constants={"batch": 2})
+    assert planned("--smoke", *words)["folder"] == str(smoke)
+    plan = planned("--lr", "0.1", *words)
+    assert not plan["resumed"]
+    assert plan["lines"][0].endswith(f"{smoke.name} is unfinished, but ran with --smoke True, not False")
+    stamp = ["--tag", "x", "--resume_timestamp"]
+    assert planned(*stamp, smoke.name)["folder"] == str(smoke)  # named: --smoke need not be typed again
+    with pytest.raises(UserError, match="ran with --preset slow, not fast: drop these flags"):
+        planned("--preset", "fast", *stamp, slow.name)
+
+
+def test_a_preset_of_another_name_and_the_same_constants_contradicts_nothing():
+    run = leave("20260101_000000-x", constants={"max_steps": 5})
+    plan = planned("--preset", "plain", "--tag", "x", "--resume_timestamp", "auto")
+    assert plan["folder"] == str(run) and plan["finished"]
+
+
+@pytest.fixture
+def restarted(monkeypatch):
+    """As a worker of a torchrun that has restarted its workers."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+
+
+def test_a_restarted_worker_finds_the_run_of_its_torchrun_alone(restarted):
+    """Numbers of processes come again, in a container at each start; several scripts may share --out."""
+    at = launcher()
+    for second, facts in enumerate([{}, {"script": "other"}, {"constants": {"mode": "find_lr"}}]):
+        leave(f"20260101_00000{second}", "stopped", **{"launcher": at} | facts)
+    leave("20260101_000005-tagged", "stopped", launcher=at)
+    leave("20260101_000006", "stopped", launcher=f"{at}1")
+    assert planned()["folder"] == "out/20260101_000000"
+    assert at.split("/")[1] == str(os.getppid())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_torchrun_is_known_by_when_it_began_too(restarted, monkeypatch):
+    began = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+    assert launcher().split("/")[1:] == [str(os.getppid()), began]
+
+
+def test_a_restarted_worker_goes_on_and_not_back_once_more(restarted, monkeypatch):
+    run = leave("20260101_000000", "stopped", launcher="another")
+    for step in (4, 8):
+        (run / "checkpoints" / f"step_0000000{step}").mkdir(parents=True)
+        checkpoints.write_manifest(run / "checkpoints" / f"step_0000000{step}", {"step": step})
+    back = ("--resume_timestamp", run.name, "--resume_step", "4")
+    assert planned(*back)["checkpoint"] == "step_00000004"  # it has not gone back yet
+    leave(run.name, "stopped", launcher=launcher())
+    assert planned(*back)["checkpoint"] == "step_00000008"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert planned(*back)["checkpoint"] == "step_00000004"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    leave(run.name, "finished", launcher=launcher())
+    assert planned(*back)["finished"]
+
+
+@pytest.mark.parametrize("wanted", [[], ["--resume_timestamp", "auto"]])
+def test_an_older_checkpoint_goes_with_a_run_that_is_named(wanted):
+    with pytest.raises(
+        UserError, match="--resume_step 5 needs --resume_timestamp with a timestamp, or latest"
+    ):
+        planned("--resume_step", "5", *wanted)
 
 
 def test_a_resume_that_contradicts_the_run_is_refused_and_lists_it():
