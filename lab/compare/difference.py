@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 
-from lab.measure.statistics import bootstrap, span, student
+from lab.measure.statistics import bootstrap, rule_of_three, span, student
 
+SHARES = ("accuracy", "answers", "shuffled")  # figures from 0 to 1
 POWER = ((1.96 + 0.84) / 1.96) ** 2  # rows for an interval that excludes 0 four times in five
 
 
@@ -29,10 +30,13 @@ def difference(rows, first, second) -> dict:
 
 
 def mean(rows, side) -> dict:
-    """Mean of the runs `side` with its 95 % interval, as in `difference`."""
+    """Mean of the runs `side` with its 95 % interval, as in `difference`; of a share that is 0 or 1 in all
+    rows and runs, which shows no spread, the rule of three."""
     total = rows.weights.sum()
     means = rows.sums[side].sum(1) / total
     figures = {"mean": float(means.mean()), "runs": means.tolist()}
+    if rows.name in SHARES and means.min() == means.max() and means[0] in (0, 1):
+        return figures | {"interval": [*rule_of_three(means, len(set(rows.groups.tolist())))]}
     if len(side) == 1:
         return figures | {"interval": _by_groups(rows, rows.sums[side[0]])}
     return figures | _over_seeds(rows, (side,), [means], figures["mean"])

@@ -82,6 +82,11 @@ def window(values) -> tuple[float, float] | tuple[None, None]:
     return low - margin, min(values[-1], high + 0.25 * (high - low)) + margin
 
 
+def _known_kind(value) -> bool | int | float | str:
+    """A constant as TensorBoard takes it: several values as text."""
+    return value if isinstance(value, bool | int | float | str) else str(value)
+
+
 def write_hparams(all_facts) -> int:
     """Writes <run>/hparams/ of each finished run for TensorBoard's HPARAMS page; returns how many.
 
@@ -97,8 +102,9 @@ def write_hparams(all_facts) -> int:
         values = {name: facts.constant(name) for name in names}
         values |= {name: ABSENT for name in names if facts.trained and not facts.has(name)}
         values |= {"code version": version(facts), "resumed": "; ".join(resume_words(facts))}
-        values = {name: value for name, value in values.items() if value not in (None, "")}
-        metrics = {f"final/{name}": facts.figure(*of)[0] for name, of in GROUPED.items()}
+        values = {name: _known_kind(value) for name, value in values.items() if value not in (None, "")}
+        final = "final" if facts.part == "test" else "final_val"  # figures of two parts are two columns
+        metrics = {f"{final}/{name}": facts.figure(*of)[0] for name, of in GROUPED.items()}
         metrics |= {f"judge/{name}": s.get("score") for name, s in facts.judged.items()}
         metrics = {name: value for name, value in metrics.items() if value is not None}
         folder = facts.folder / "hparams"

@@ -65,7 +65,8 @@ def sides(names, root) -> list[Side]:
 
 def experiment(facts) -> str:
     """Script, constants and data of a run: equal for runs that differ in seed and bookkeeping only."""
-    data = facts.config["facts"].get("fingerprint", {}).get("data")
+    found = facts.config["facts"].get("fingerprint", {})
+    data = found.get("data"), found.get("sources")  # of a mixture `data` is the neutral text
     return json.dumps([facts.config["script"], experiment_constants(facts), data], sort_keys=True)
 
 
@@ -248,7 +249,8 @@ def side_by_side(all_sides, most) -> str | None:
     grades = [
         {name: mean_grades(s.get("grades", [])) for name, s in facts.judged.items()} for facts in firsts
     ]
-    chosen = np.linspace(0, len(keys) - 1, min(most or len(keys), len(keys))).round().astype(int)
+    most = len(keys) if most is None else min(most, len(keys))
+    chosen = np.linspace(0, len(keys) - 1, most).round().astype(int)
     lines = ["# Answers side by side", "", f"{len(chosen)} of {len(keys)} prompts"]
     for number, key in enumerate((keys[i] for i in chosen), start=1):
         row = by_key[0][key]

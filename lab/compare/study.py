@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lab.compare.difference import difference, mean, verdict
+from lab.compare.difference import SHARES, difference, mean, verdict
 from lab.compare.facts import LENGTH, alarm_notes, read
 from lab.compare.rows import shared_rows
 from lab.compare.tables import markdown, slug
 from lab.errors import Stop, UserError
 from lab.measure.statistics import span
-from lab.run.files import short_hash, write_json
+from lab.run.files import short_hash, whole_file, write_json
 from lab.run.flags import STUDY_CONSTANTS, constants_of, counting, names_of, parsed_config
 from lab.run.forecast import runs_line
 from lab.run.meter import clock
@@ -260,7 +260,8 @@ def report(plan, arms, runs, folder):
     lines += [*told, "", *notes, *alarm_notes([(one.tag or one.name, one) for one in facts])]
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n".join(lines).rstrip() + "\n"
-    (folder / "study.md").write_text(text)
+    with whole_file(folder / "study.md") as file:
+        file.write(text)
     found = {name: [str(path) for path in paths] for name, paths in runs.items()}
     write_json(folder / "study.json", {"runs": found, "val/loss": validation, "means": means})
     name = next(iter(means))
@@ -291,7 +292,7 @@ def figures_of(arms, facts, at, validation) -> tuple[dict, list[str]]:
 
 def possible_mean(rows, side) -> dict:
     """The mean of the runs `side`, its interval cut to what the figure can be: Student's t has no limits."""
-    figure, most = mean(rows, side), 1.0 if rows.name in ("accuracy", "answers") else math.inf
+    figure, most = mean(rows, side), 1.0 if rows.name in SHARES else math.inf
     low, high = figure["interval"]
     return figure | {"interval": [max(low, 0.0), min(high, most)]}
 

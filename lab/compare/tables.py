@@ -233,7 +233,7 @@ def grouped(all_facts, names, order=None) -> str:
     cells["runs"] = [str(len(group)) for group in groups.values()]
     cells["seeds"] = [_seeds(group) for group in groups.values()]
     for header, of in GROUPED.items():
-        cells[header] = [_spread([f.figure(*of)[0] for f in group], 4) for group in groups.values()]
+        cells[header] = [_group_figure(group, of) for group in groups.values()]
     for judge in _judges(all_facts):
         scores = [[f.judged.get(judge, {}).get("score") for f in group] for group in groups.values()]
         cells[f"judge {judge}"] = [_spread(values, 2) for values in scores]
@@ -270,6 +270,14 @@ def _mean_order(group, order):
 
 def _seeds(group) -> str:
     return " ".join(sorted({_number(facts.constant("seed")) for facts in group}))
+
+
+def _group_figure(group, names) -> str:
+    """Mean and deviation of a figure; the part that it is of, where that is not the test part in all runs."""
+    known = [facts for facts in group if facts.figure(*names)[0] is not None]
+    parts = " and ".join(sorted({facts.part for facts in known}))
+    text = _spread([facts.figure(*names)[0] for facts in known], 4)
+    return text if parts in ("test", "") else f"{parts} {text}"
 
 
 def _spread(values, digits) -> str:

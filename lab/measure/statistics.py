@@ -33,9 +33,17 @@ def bootstrap(values, groups, *, weights=None, samples=2000, seed=0, of=None) ->
     if of is not None:
         return intervals
     intervals[(values == values[0]).all(0)] = np.nan
-    intervals[(values == 0).all(0)] = 0, min(1, 3 / n)
-    intervals[(values == 1).all(0)] = max(0, 1 - 3 / n), 1
+    for column, shares in enumerate(values.T):
+        if interval := rule_of_three(shares, n):
+            intervals[column] = interval
     return intervals
+
+
+def rule_of_three(shares, groups) -> tuple[float, float] | None:
+    """The 95 % interval of shares (rows,) that are all 0 or all 1, in so many groups; none for others."""
+    if (shares == 0).all():
+        return 0.0, min(1.0, 3 / groups)
+    return (max(0.0, 1 - 3 / groups), 1.0) if (shares == 1).all() else None
 
 
 def tails(n) -> list[float]:

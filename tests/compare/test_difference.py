@@ -102,3 +102,20 @@ def test_equal_by_chance_and_the_same_amount_everywhere_are_said_as_what_they_ar
     text = said(np.zeros(12), np.ones(12), name="accuracy")
     assert text.startswith("accuracy -1.0000 (the same on every one of 12 rows)\n  told apart")
     assert "a loss is no number" in said([np.nan] * 12, np.ones(12))
+
+
+@pytest.mark.parametrize("name", ["accuracy", "answers"])
+@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize("groups", [20, 1])
+def test_a_share_of_0_or_1_has_the_interval_that_the_runs_own_figures_have(name, share, groups):
+    """Of one run and of several: it was `1.000 ± 0.000` beside result.json's `1.000 (0.85 to 1)`."""
+    targets, group = np.arange(1.0, 61.0), np.arange(60) % groups
+    own = statistics.language_metrics(np.c_[targets, share * targets, targets], group)["accuracy_interval"]
+    assert own[1] - own[0] == pytest.approx(min(1, 3 / groups))
+    for runs in (1, 3):
+        rows = Rows(name, np.tile(share * targets, (runs, 1)), targets, group)
+        assert difference.mean(rows, list(range(runs)))["interval"] == own
+    half = Rows("accuracy", np.array([share * targets, 0.5 * targets]), targets, group)
+    assert difference.mean(half, [0, 1])["mean"] == pytest.approx((share + 0.5) / 2)
+    low, high = difference.mean(half, [0, 1])["interval"]
+    assert low != high  # seeds that disagree have a spread of their own

@@ -1,5 +1,6 @@
 """Curves and TensorBoard's HPARAMS from run folders made by hand."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -86,3 +87,24 @@ def test_tensorboard_shows_edited_code_and_a_resume_with_another_schedule():
     assert shown["old"]["code version"] != shown["new"]["code version"]
     assert shown["old"]["resumed"].startswith("at step 40 with epochs 6 (before: 3)")
     assert "resumed" not in shown["new"]
+
+
+def test_tensorboard_takes_constants_of_several_values_and_figures_of_two_parts():
+    """run_pretrain_diversity's sources raised a ValueError when the table had been written."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    for name, sources, part in (("one", [], "test"), ("two", ["b=b.txt", "c=c.txt"], "val")):
+        figures = {"status": "finished", "step": 9, f"{part}/loss": 2.0}
+        make_run(name, files={"result.json": json.dumps(figures)}, sources=sources, of={"x": 1})
+    make_run("three", sources=["b=b.txt"], of=None)
+    plots.write_hparams(facts.find(["runs/run_lora"]))
+    shown, tags = {}, {}
+    for name in ("one", "two"):
+        events = EventAccumulator(f"runs/run_lora/{name}/hparams").Reload()
+        content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+        values = HParamsPluginData.FromString(content).session_start_info.hparams
+        shown[name] = values["sources"].string_value, values["of"].string_value
+        tags[name] = events.Tags()["scalars"]
+    assert shown == {"one": ("()", "{'x': 1}"), "two": ("('b=b.txt', 'c=c.txt')", "{'x': 1}")}
+    assert tags == {"one": ["final/loss"], "two": ["final_val/loss"]}

@@ -87,6 +87,16 @@ def test_runs_that_differ_in_their_seed_are_one_side_and_what_else_differs_is_li
     assert constants_table(lab.compare.sides.sides(twins, "runs")).count("twin") == 2
 
 
+def test_runs_on_a_source_whose_text_has_changed_are_two_sides_and_not_seeds_of_one():
+    def mixed(name, text, seed):
+        found = {"data": "neutral", "sources": {"a": text}}
+        return make_run(name, "run_pretrain_diversity", config={"facts": {"fingerprint": found}}, seed=seed)
+
+    same, other, changed = mixed("x", "text", 0), mixed("y", "text", 1), mixed("z", "edited", 2)
+    found = lab.compare.sides.sides([same, other, changed], "runs")
+    assert [[facts.name for facts in side.all_facts] for side in found] == [["x", "y"], ["z"]]
+
+
 def head(*names):
     """What is said above the figures: the table of constants, and the notes."""
     sides = lab.compare.sides.sides(names, "runs")
@@ -208,6 +218,7 @@ def test_answers_and_grades_stand_side_by_side_and_none_breaks_out():
     assert rows.name == "grade by j" and rows.sums.tolist() == [[50, 77.5], [60, 90]]
     few = side_by_side(sides, 2)
     assert "2 of 3 prompts" in few and re.findall(r"> (right \d)", few) == ["right 0", "right 2"]
+    assert side_by_side(sides, 0) == "# Answers side by side\n\n0 of 3 prompts\n"
     assert side_by_side(lab.compare.sides.sides([a, losing("c", NATS, lr=3)], "runs"), None) is None
 
     code, out, err = typed("eval", "--compare", a, b, "--plot")

@@ -1,5 +1,6 @@
 """Tables from run folders made by hand: every cell against its file."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,21 @@ def test_groups_show_mean_and_deviation_over_seeds_and_those_without_figures_com
     make_run("answers", script="eval", files={"result.json": {"status": "finished", "step": 0}}, lora_rank=2)
     last = table("loss", ["lora_rank"])[-1]  # no figure to be sorted by, and no minutes
     assert (last["lora_rank"], last["loss"], last["min"]) == ("2", "", "")
+
+
+def test_a_group_says_where_its_figures_are_of_validation_rows():
+    only_val = {"test/loss": None, "test/accuracy": None, "val/loss": 3.0}
+    for name, lr, figures in (("a", 1, {}), ("b", 2, only_val), ("c", 3, {}), ("d", 3, only_val)):
+        folder = make_run(name, lr=lr)
+        result = {"status": "finished", "step": 5, "test/loss": 2.0, "test/accuracy": 0.5} | figures
+        kept = {key: value for key, value in result.items() if value is not None}
+        Path(folder, "result.json").write_text(json.dumps(kept))
+    assert [row["loss"] for row in table(by=["lr"])] == [
+        "2.0000",
+        "val 3.0000",
+        "test and val 2.5000 ± 0.7071",
+    ]
+    assert [row["accuracy"] for row in table(by=["lr"])] == ["0.5000", "", "0.5000"]
 
 
 @pytest.mark.slow
