@@ -1,6 +1,7 @@
 """Which files a name of data means, and opening them: one file, those below a folder, the members of a zip;
 packed (.gz .bz2 .xz .zst) or not. Only regular files are read, and a damaged or hostile one is one line."""
 
+import codecs
 import contextlib
 import io
 import os
@@ -70,6 +71,14 @@ class DataFile:
     def size(self) -> int:
         """Bytes, as far as they are known without unpacking."""
         return self.member.file_size if self.member else os.stat(self.path).st_size
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds, unpacked, nothing but perhaps a byte order mark."""
+        if self.size > 256:  # nothing is packed into fewer
+            return False
+        with self.open() as stream:
+            return stream.read(4) in (b"", codecs.BOM_UTF8)
 
     def open(self) -> io.BufferedReader:
         """Its bytes, unpacked. UserError for what is no regular file, cannot be read or unpacked."""

@@ -1,16 +1,14 @@
 """MathQA's multiple-choice problems: tables -> parsed rows and options -> token ids -> splits."""
 
 import functools
-import hashlib
 import itertools
-import json
 import re
 from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
 
-from lab.data.builtin import built_in_problems
+from lab.data.builtin import built_in_fingerprint, built_in_problems
 from lab.data.cache import BadRows, cached_rows, is_clean, write_texts
 from lab.data.columns import LETTERS, PROBLEM_COLUMNS
 from lab.data.instructions import Instructions, prompt_hash
@@ -200,7 +198,7 @@ def load_problems(cfg, world, tokenizer) -> Problems:
 def problems_key(cfg, tokenizer) -> dict:
     """All that the cached rows depend on."""
     if cfg.data == BUILT_IN:
-        source = hashlib.sha256(json.dumps(built_in_problems()).encode()).hexdigest()
+        source = built_in_fingerprint(cfg.data)
     else:
         parts = official_parts(cfg.data)
         source = joint_hash([data_fingerprint(cfg.data, begin) for begin in (parts or SINGLE).values()])
