@@ -247,7 +247,7 @@ def shape_of(cfg, vocab_size) -> core.GPTConfig:
 def build_model(cfg, tokens, world) -> core.GPT:
     """A new GPT of cfg's shape, or the model of cfg.model. UserError where it does not fit."""
     if cfg.model == "new":
-        rows = math.ceil(len(tokens.tokenizer) / cfg.vocab_multiple) * cfg.vocab_multiple
+        rows = math.ceil(len(tokens.unigram) / cfg.vocab_multiple) * cfg.vocab_multiple
         return core.GPT(shape_of(cfg, rows))
     how = cfg.dropout, cfg.checkpointing, cfg.model_step
     model, _ = core.main_first(world, core.open_model, cfg.model, *how)

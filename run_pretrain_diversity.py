@@ -259,7 +259,7 @@ def train(run, cfg, world) -> dict:
     held_out.require_windows(cfg, text, core.final_parts(cfg))
     core.reseed(cfg.seed, "init")
     precision = core.Precision(cfg.dtype, world)
-    model = precision.prepare(build_model(cfg, len(text.tokenizer)))
+    model = precision.prepare(build_model(cfg, len(text.sizes)))
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay, (cfg.beta1, cfg.beta2))
     run.pin("initial_weights", core.weights_sha256(model))
     saved = model, optimizer, precision

@@ -73,7 +73,7 @@ def test_a_preset_is_its_journals_row(preset):
     ],
 )
 def test_a_preset_builds_the_journals_model(preset, vocabulary, expected):
-    tokens = SimpleNamespace(tokenizer=range(vocabulary))  # only its length matters
+    tokens = SimpleNamespace(unigram=range(vocabulary))  # only its length matters
     with torch.device("meta"):
         model = script.build_model(parsed("--preset", preset), tokens, World())
     assert core.count_parameters(model)[0] == expected

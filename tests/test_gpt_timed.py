@@ -67,7 +67,7 @@ def test_a_preset_is_the_journals_row(preset):
 
 
 def test_the_preset_builds_the_journals_model():
-    tokens = SimpleNamespace(tokenizer=range(50257))  # only its length matters
+    tokens = SimpleNamespace(unigram=range(50257))  # only its length matters
     with torch.device("meta"):
         model = script.build_model(parsed("--preset", "noam_wide4"), tokens, core.World())
     assert model.config.vocab_size == 50304 and core.count_parameters(model)[0] == 179_983_360

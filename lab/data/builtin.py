@@ -4,10 +4,12 @@ instructions and preference pairs made of it, small problems from templates. Det
 import ast
 import contextlib
 import functools
+import hashlib
 import importlib
 import inspect
 import json
 import os
+import platform
 import re
 import sysconfig
 from collections import Counter
@@ -219,3 +221,19 @@ def template_problems(count=4000, seed=0) -> list[dict]:
 def built_in_problems() -> list[dict]:
     """template_problems(), made once per process: a study opens them for every run."""
     return template_problems()
+
+
+ROWS = {  # the sets that are rows
+    "python-instructions": python_instructions,
+    "python-pairs": python_pairs,
+    "template-problems": built_in_problems,
+}
+
+
+def built_in_fingerprint(name) -> str:
+    """What names a built-in set in caches and runs: SHA-256 of its rows, which differ between versions of
+    Python; of a text, which takes seconds to read, the version of the package that it comes from."""
+    if name in ROWS:
+        return hashlib.sha256(json.dumps(ROWS[name]()).encode()).hexdigest()
+    numpy = f"numpy {np.__version__}"
+    return f"{name} of {numpy if name == 'numpy-docs' else f'Python {platform.python_version()}'}"

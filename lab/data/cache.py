@@ -13,18 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
+from lab.data.tokenizers import AS_TEXT, id_kind
 from lab.errors import UserError
 from lab.run.checkpoints import manifest, read_manifest
 from lab.run.disks import cache_root
 from lab.run.files import sha256_file, short_hash, whole_folder, write_json
 from lab.train.processes import on_main, progress
 
-ROWS_CACHE_VERSION = 5  # of what the builders of all kinds of rows write: a change there is a change here
-AS_TEXT = {  # a text that spells a special token out means the letters
-    "add_special_tokens": False,
-    "split_special_tokens": True,
-    "verbose": False,
-}
+ROWS_CACHE_VERSION = 6  # of what the builders of all kinds of rows write: a change there is a change here
 
 
 class BadRows:
@@ -190,7 +186,7 @@ def write_texts(folder, texts, tokenizer, begin=(), every=1) -> str:
 
     `begin`: ids before the texts 0, every, 2 every ..., with which a row begins.
     """
-    integers = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
+    integers = id_kind(tokenizer)
     sequences = enumerate(ids_of(texts, tokenizer))
     begun = (ids if i % every or not begin else [*begin, *ids] for i, ids in sequences)
     write_ids(folder, begun, integers, len(texts))

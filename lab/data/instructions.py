@@ -3,14 +3,13 @@
 import functools
 import hashlib
 import itertools
-import platform
 from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from lab.data.builtin import python_instructions
+from lab.data.builtin import built_in_fingerprint, python_instructions
 from lab.data.cache import BadRows, cached_rows, is_clean, write_texts
 from lab.data.columns import INSTRUCTION_COLUMNS
 from lab.data.split import split_by_group
@@ -25,6 +24,7 @@ from lab.data.tables import (
 from lab.data.tokenizers import (
     begin_facts,
     begin_ids,
+    id_count,
     make_tokenizer,
     named_tokenizer,
     tokenizer_fingerprint,
@@ -139,7 +139,7 @@ def load_instructions(cfg, world, tokenizer=None) -> Instructions:
 def instructions_key(cfg, tokenizer) -> dict:
     """All that the cached rows depend on."""
     builtin = cfg.data == "python-instructions"
-    source = f"built in, Python {platform.python_version()}" if builtin else data_fingerprint(cfg.data)
+    source = built_in_fingerprint(cfg.data) if builtin else data_fingerprint(cfg.data)
     words = tokenizer_fingerprint(tokenizer) if tokenizer else f"bpe:{TINY_VOCABULARY}"
     fingerprint = {"data": source, "tokenizer": words, "template": cfg.template}
     fingerprint |= begin_facts(tokenizer) if tokenizer else {}
@@ -271,7 +271,8 @@ class Examples:
     @functools.cached_property
     def log_frequencies(self) -> np.ndarray:
         """(V,): how often each token is a target here, one more of each, as log shares."""
-        counts = np.bincount(np.concatenate(self.target_ids()), minlength=len(self.data.tokenizer)) + 1
+        ids = np.concatenate(self.target_ids())
+        counts = np.bincount(ids, minlength=id_count(self.data.tokenizer)) + 1
         return np.log(counts / counts.sum())
 
     def some(self, n):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lab.data.builtin import python_pairs
+from lab.data.builtin import built_in_fingerprint, python_pairs
 from lab.data.cache import BadRows, cached_rows, is_clean, write_texts
 from lab.data.columns import LABELS, PAIR_COLUMNS, TEXTS
 from lab.data.split import split_by_group
@@ -147,7 +147,7 @@ def as_preferences(rows, tokenizer) -> Preferences:
 def pairs_key(cfg, tokenizer) -> dict:
     """All that the cached rows depend on."""
     builtin = cfg.data == "python-pairs"
-    source = f"built in, {cfg.max_documents}" if builtin else data_fingerprint(cfg.data)
+    source = built_in_fingerprint(cfg.data) if builtin else data_fingerprint(cfg.data)
     words = tokenizer_fingerprint(tokenizer) if tokenizer else "words"
     return {"fingerprint": {"data": source, "tokenizer": words}, "max_documents": cfg.max_documents}
 
@@ -167,7 +167,7 @@ def write_pairs(folder, cfg, tokenizer) -> dict:
 
 
 def write_unlabelled(folder, name, tokenizer) -> dict:
-    """As JSON, all that the rows of a file to be judged depend on."""
+    """Every row of a file to be judged -> token ids and tokenizer in `folder`; gives the columns to keep."""
     rows = read_rows(name, prefer="test")
     require_columns(rows, ("id", *TEXTS), name)
     usable, lines = rows_to_judge(rows, name)

@@ -1,13 +1,14 @@
 """Which files a name of data means, and opening them: one file, those below a folder, the members of a zip;
 packed (.gz .bz2 .xz .zst) or not. Only regular files are read, and a damaged or hostile one is one line."""
 
+import codecs
 import contextlib
 import io
 import os
 import re
 import stat
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from lab.data.hub import first_line
@@ -48,6 +49,7 @@ class DataFile:
 
     path: Path
     member: zipfile.ZipInfo | None = None
+    inside: PurePath = field(default=PurePath(), compare=False)  # its folder, below the one that was named
 
     def __str__(self):
         return f"{self.path}/{self.member.filename}" if self.member else str(self.path)
@@ -70,9 +72,13 @@ class DataFile:
         """Bytes, as far as they are known without unpacking."""
         return self.member.file_size if self.member else os.stat(self.path).st_size
 
-    def begins(self, word) -> bool:
-        """Whether it belongs to the part `word`: by its name (train-00000.parquet), or its folder's."""
-        return self.name.lower().startswith(word) or self.folder.name.lower() == word
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds, unpacked, nothing but perhaps a byte order mark."""
+        if self.size > 256:  # nothing is packed into fewer
+            return False
+        with self.open() as stream:
+            return stream.read(4) in (b"", codecs.BOM_UTF8)
 
     def open(self) -> io.BufferedReader:
         """Its bytes, unpacked. UserError for what is no regular file, cannot be read or unpacked."""
@@ -219,11 +225,13 @@ def data_files(name) -> list[DataFile]:
     if not is_there(name):
         return []
     if path.is_dir():
-        return [DataFile(path / file) for file in sorted(walk(path)) if is_data(file, path.name)]
+        files = [file for file in sorted(walk(path)) if is_data(file, path.name)]
+        return [DataFile(path / file, inside=file.parent) for file in files]
     if form_of(path) == (".zip", ""):
         with zip_archive(path) as archive:
             members = [info for info in archive.infolist() if not info.filename.endswith("/")]
-        return [DataFile(path, info) for info in members if is_data(PurePath(info.filename))]
+        members = [(info, PurePath(info.filename)) for info in members]
+        return [DataFile(path, info, name.parent) for info, name in members if is_data(name)]
     return [DataFile(path)]
 
 
@@ -259,27 +267,46 @@ def is_hidden(path) -> bool:
 def table_files(name, prefer) -> list[DataFile]:
     """The tables of a file, folder or zip that are read as one: of several, those of the part `prefer`.
 
-    UserError unless they lie in one folder, are of one kind, and no numbered piece is missing.
+    UserError unless they lie in one folder, are of one kind, their names differ in numbers only, and no
+    numbered piece is missing.
     """
     files = data_files(name)
     if files == [DataFile(Path(name))]:
         return files
     tables = [file for file in files if file.form in TABLES]
-    chosen = [file for file in tables if file.begins(prefer)]
-    if not chosen and len({re.sub(r"\d+-of-\d+", "", str(file)) for file in tables}) != 1:
+    chosen = files_of(prefer, tables)
+    if not chosen and not is_one_set(tables):
         there = ", ".join(file.name for file in tables[:20]) or f"none of {', '.join(TABLES)}"
         raise UserError(f"{name} holds {there}: name one file, or call one {prefer}.csv")
     require_one_set(chosen or tables, name)
     return chosen or tables
 
 
+def files_of(part, files) -> list[DataFile]:
+    """Those of `files` that belong to a part (train, test): which are called so (train-00000.parquet), else
+    which lie in a folder of this name, below the one that was named."""
+    called = [file for file in files if file.name.lower().startswith(part)]
+    return called or [file for file in files if file.inside.name.lower() == part]
+
+
+def is_one_set(files) -> bool:
+    """Whether files are the pieces of one table: of one folder, with names that differ in numbers only. The
+    Hub's older ones have a hash behind them: train-00000-of-00002-a09b74b3ef9c3b56.parquet."""
+    numbers = re.compile(r"(?<=-of-\d{5})-[0-9a-f]{16}|\d+")
+    return len({(file.folder, numbers.sub("", file.name)) for file in files}) == 1
+
+
 def require_one_set(files, name):
-    """UserError for files of which some would be read twice, or of which one is missing."""
+    """UserError for files that are not one table's, some of which would be read twice, or where one is
+    missing."""
     if len(folders := sorted({str(file.folder) for file in files})) > 1:
         raise UserError(f"{name} holds such files in several folders: name one of {', '.join(folders[:10])}")
     if len({file.form for file in files}) > 1:
         both = ", ".join(file.name for file in files[:10])
         raise UserError(f"{name} holds tables of several kinds ({both}): name one file")
+    if not is_one_set(files):
+        both = ", ".join(file.name for file in files[:10])
+        raise UserError(f"{name} holds several tables ({both}): name one, or take the others out")
     pieces = [match for file in files if (match := re.search(r"(\d+)-of-(\d+)", file.name))]
     for match in pieces:
         missing = set(range(int(match[2]))) - {int(m[1]) for m in pieces if m[2] == match[2]}

@@ -1,20 +1,18 @@
 """MathQA's multiple-choice problems: tables -> parsed rows and options -> token ids -> splits."""
 
 import functools
-import hashlib
 import itertools
-import json
 import re
 from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
 
-from lab.data.builtin import built_in_problems
+from lab.data.builtin import built_in_fingerprint, built_in_problems
 from lab.data.cache import BadRows, cached_rows, is_clean, write_texts
 from lab.data.columns import LETTERS, PROBLEM_COLUMNS
 from lab.data.instructions import Instructions, prompt_hash
-from lab.data.paths import TABLES, data_files, is_there
+from lab.data.paths import TABLES, data_files, files_of, is_one_set, is_there
 from lab.data.split import split_by_group
 from lab.data.tables import columns_of, data_fingerprint, hub_split, read_rows, require_columns
 from lab.data.tokenizers import begin_facts, begin_ids, tokenizer_fingerprint
@@ -118,12 +116,9 @@ def official_parts(name) -> dict[str, str] | None:
         named = hub_split(name, None)
         return None if named else {"train": "train", "val": "validation", "test": "test"}
     tables = [file for file in data_files(name) if file.form in TABLES]
-    if len(tables) < 2 or all(table.begins("train") for table in tables):
+    if len(tables) < 2 or is_one_set(tables) or len(files_of("train", tables)) == len(tables):
         return None
-    found = {
-        part: next((p for p in begins if any(table.begins(p) for table in tables)), None)
-        for part, begins in PARTS.items()
-    }
+    found = {part: next((p for p in begins if files_of(p, tables)), None) for part, begins in PARTS.items()}
     if missing := [PARTS[part][0] for part, begin in found.items() if begin is None]:
         there = ", ".join(sorted(table.name for table in tables)[:20])
         raise UserError(f"{name} holds {there}, none of them {missing[0]}...: add it, or name one file")
@@ -203,7 +198,7 @@ def load_problems(cfg, world, tokenizer) -> Problems:
 def problems_key(cfg, tokenizer) -> dict:
     """All that the cached rows depend on."""
     if cfg.data == BUILT_IN:
-        source = hashlib.sha256(json.dumps(built_in_problems()).encode()).hexdigest()
+        source = built_in_fingerprint(cfg.data)
     else:
         parts = official_parts(cfg.data)
         source = joint_hash([data_fingerprint(cfg.data, begin) for begin in (parts or SINGLE).values()])

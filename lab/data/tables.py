@@ -233,7 +233,8 @@ def arrow_rows(stream, file):
     with stream:
         first = 1
         batches = iter(arrow_batches(stream, file))
-        while batch := arrow_call(next, file, f"row {first}", batches, None):
+        # a batch may be empty, and more stand behind it
+        while (batch := arrow_call(next, file, f"row {first}", batches, None)) is not None:
             if twice := len(batch.schema.names) - len(set(batch.schema.names)):
                 raise UserError(f"{file} has {twice} column name(s) twice: rename them")
             if batch.num_rows:

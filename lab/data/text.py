@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from lab.data import tables
-from lab.data.builtin import BUILT_IN, built_in_texts
+from lab.data.builtin import BUILT_IN, built_in_fingerprint, built_in_texts
 from lab.data.cache import BadRows, cache_root, damage, first_few, is_clean, is_whole, seal, writable_cache
 from lab.data.paths import descriptions, files_hash, text_files
 from lab.data.split import PARTS
@@ -27,7 +26,9 @@ from lab.data.tables import LOOK, is_missing, require_columns, stream_rows
 from lab.data.tokenizers import (
     ScratchBPE,
     begin_facts,
-    begin_ids,
+    document_start,
+    id_count,
+    id_kind,
     is_built_in,
     make_tokenizer,
     named_tokenizer,
@@ -38,7 +39,7 @@ from lab.errors import UserError
 from lab.run.files import sha256_file, short_hash, write_json
 from lab.train.processes import on_main, progress
 
-TEXT_CACHE_VERSION = 2  # of the layout: change both together
+TEXT_CACHE_VERSION = 3  # of what a cache of tokens holds: a change there is a change here
 # of fields that Corpus has grown: older caches keep their names
 ADDED_FIELDS = {"max_tokens": None, "held_out_tokens": 0, "streaming": None, "first_trains": True}
 PIECE = 1 << 16  # characters of a document that are read and encoded at once
@@ -77,9 +78,7 @@ class Tokens:
     documents: dict[str, int]
     fingerprint: dict
     lines: list[str]  # what to tell the user about unusable documents
-    text_bytes: dict[str, int] = field(
-        default_factory=dict
-    )  # UTF-8 bytes of each part; caches of before: none
+    text_bytes: dict[str, int] = field(default_factory=dict)  # UTF-8 bytes of val and test
 
 
 def open_corpus(corpus, world) -> Tokens:
@@ -115,9 +114,9 @@ def token_cache(corpus) -> Path:
 
 
 def words_of(tokenizer):
-    """All that a cache of tokens depends on in a tokenizer."""
-    begin, fingerprint = begin_ids(tokenizer), tokenizer_fingerprint(tokenizer)
-    return [fingerprint, begin] if begin else fingerprint
+    """All that a cache of tokens depends on in a tokenizer: a base and its -Instruct may share tokenizer.json
+    and end a text by other tokens."""
+    return [tokenizer_fingerprint(tokenizer), document_start(tokenizer)]
 
 
 def open_cache(folder) -> Tokens:
@@ -134,8 +133,7 @@ def open_cache(folder) -> Tokens:
 def text_fingerprint(corpus) -> str:
     """Hash of the text: names the cache, and shows a resume that data changed."""
     if corpus.data in BUILT_IN:
-        python = f"Python {platform.python_version()}"
-        return f"{corpus.data} of {f'numpy {np.__version__}' if corpus.data == 'numpy-docs' else python}"
+        return built_in_fingerprint(corpus.data)
     if files := text_files(corpus.data):
         return files_hash(files)
     return tables.data_fingerprint(corpus.data, streaming=corpus.streams)
@@ -148,8 +146,11 @@ def documents(corpus, bad):
     elif files := text_files(corpus.data):
         if about := descriptions(corpus.data):
             bad.notes.append(f"left out, as they describe the data: {first_few(about)}")
-        for file in files[: corpus.max_documents]:
-            yield functools.partial(open_text, file)
+        chosen = {str(file): file for file in files[: corpus.max_documents]}
+        if empty := [name for name, file in chosen.items() if file.is_empty]:
+            bad.notes.append(f"passed over {len(empty)} empty file(s): {first_few(empty)}")
+        left_out = {*empty}  # there may be thousands
+        yield from (functools.partial(open_text, chosen[name]) for name in chosen if name not in left_out)
         return
     else:
         shuffled = corpus.split_seed if corpus.streaming == "False" else None
@@ -208,8 +209,7 @@ def pieces(stream):
 
 
 def split_pieces(corpus, bad):
-    """Yields (part, text, whether a document begins). Equal documents are in one
-    part; a single one is cut."""
+    """Yields (part, text, whether a document begins). Equal documents share a part; a single one is cut."""
     opened = documents(corpus, bad)
     first, second = next(opened, None), next(opened, None)
     if first is None:
@@ -265,12 +265,12 @@ def build_cache(corpus, source, folder):
         make_tokenizer(corpus.tokenizer, train_texts).save_pretrained(path)
         seal(path)
     tokenizer = pretrained_tokenizer(str(path), "")
-    kind = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+    kind = np.dtype(id_kind(tokenizer))
     state = write_tokens(folder, corpus, tokenizer, kind, bad)
-    counts = np.zeros(len(tokenizer), dtype=np.int64)
+    counts = np.zeros(id_count(tokenizer), dtype=np.int64)
     train = np.memmap(folder / "train.bin", dtype=kind, mode="r")
     for start in range(0, len(train), 1 << 24):
-        counts += np.bincount(train[start : start + (1 << 24)], minlength=len(tokenizer))
+        counts += np.bincount(train[start : start + (1 << 24)], minlength=len(counts))
     np.save(folder / "unigram.npy", counts)
     write_json(folder / "meta.json", {
         "fingerprint": {"data": source, "tokenizer": sha256_file(path / "tokenizer.json")}
@@ -284,9 +284,8 @@ def build_cache(corpus, source, folder):
 
 
 def write_tokens(folder, corpus, tokenizer, kind, bad) -> dict:
-    """Appends to the streams piece by piece. progress.json notes every few seconds how
-    far they are complete."""
-    head = np.array([tokenizer.eos_token_id, *begin_ids(tokenizer)], kind)  # what a document begins with
+    """Appends to the streams piece by piece. progress.json notes every few seconds how far they are."""
+    head = np.array(document_start(tokenizer), kind)
     encode, end = encoder(corpus.tokenizer, tokenizer), head[:1]
     state = progress_of(folder)
     files = {part: open(folder / f"{part}.bin", "ab") for part in PARTS}
@@ -377,8 +376,8 @@ def up_to(unread, characters) -> list:
 
 
 def encoder(name, tokenizer):
-    """Returns texts -> a list of ids each: in Rust on all cores, characters by a table,
-    bpe_scratch in Python."""
+    """Returns texts -> a list of ids each: in Rust on all cores; characters by a table, bpe_scratch in
+    Python."""
     rust = tokenizer.backend_tokenizer
     rust.encode_special_tokens = True  # a text that spells the end token out does not end
     rust.no_truncation()  # some files of the Hub hold one

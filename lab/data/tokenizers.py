@@ -11,11 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from lab.data.cache import AS_TEXT
 from lab.data.hub import local_or_hub
 from lab.errors import UserError
 from lab.run.stored import is_run
 from lab.train.processes import progress
+
+AS_TEXT = {  # a text that spells a special token out means the letters
+    "add_special_tokens": False,
+    "split_special_tokens": True,
+    "verbose": False,
+}
 
 
 def pretrained_tokenizer(name, built_in):
@@ -50,9 +55,19 @@ def require_words(tokenizer, name):
 def require_ids(tokenizer, rows, name):
     """UserError where a tokenizer gives ids beyond the `rows` of a model's embedding, or knows no text."""
     require_words(tokenizer, name)
-    if (ids := 1 + max(tokenizer.get_vocab().values())) > rows:
+    if (ids := id_count(tokenizer)) > rows:
         sizes = f"has {ids} tokens, the model {rows}"
         raise UserError(f"the tokenizer of {name} {sizes}: they do not belong together")
+
+
+def id_count(tokenizer) -> int:
+    """One more than the largest id: more than len(tokenizer) where a vocabulary has holes."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
+def id_kind(tokenizer) -> str:
+    """The kind of integer that holds every id of a tokenizer."""
+    return "uint16" if id_count(tokenizer) <= 1 << 16 else "uint32"
 
 
 def begin_ids(tokenizer) -> list[int]:
@@ -66,6 +81,11 @@ def begin_ids(tokenizer) -> list[int]:
 def begin_facts(tokenizer) -> dict:
     """What a fingerprint of rows says of begin_ids: nothing where there are none."""
     return {"begin": ids} if (ids := begin_ids(tokenizer)) else {}
+
+
+def document_start(tokenizer) -> list[int]:
+    """Ids before each document of a stream: the end of the one before it, then begin_ids."""
+    return [tokenizer.eos_token_id, *begin_ids(tokenizer)]
 
 
 def prompt_ids(tokenizer, text) -> list[int]:
@@ -186,10 +206,11 @@ BYTES = byte_symbols()
 
 
 def token_bytes(tokenizer) -> np.ndarray:
-    """(V,): UTF-8 bytes of text that each id spells; 0 for special tokens, 1 for the unknown token."""
-    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    """(V,): UTF-8 bytes of text that each id spells; 0 for special tokens and ids without a token, 1 for the
+    unknown token."""
+    tokens = tokenizer.convert_ids_to_tokens(list(range(id_count(tokenizer))))
     byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
-    sizes = np.array([spelt_bytes(token, byte_level) for token in tokens])
+    sizes = np.array([spelt_bytes(token or "", byte_level) for token in tokens])
     if tokenizer.unk_token_id is not None:
         sizes[tokenizer.unk_token_id] = 1
     # GPT-2 has one id for both unknown and end: it is an end

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lab.data.instructions import prompt_text
-from lab.data.tokenizers import begin_ids, prompt_ids
+from lab.data.tokenizers import begin_ids, id_count, prompt_ids
 from lab.measure.statistics import bootstrap, plus_minus
 from lab.models.generate import generate, prompt_loop
 from lab.run.files import write_json
@@ -66,7 +66,7 @@ def answer_ids(model, tokenizer, prompts, max_new_tokens, batch, world, poll=lam
     # id + 1; a sum over ranks is a gather
     written = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64)
     batches = ShardedBatches([len(ids) for ids in prompts], batch, world)
-    how = {"temperature": 0, "stop": {tokenizer.eos_token_id}, "vocab_size": len(tokenizer)}
+    how = {"temperature": 0, "stop": {tokenizer.eos_token_id}, "vocab_size": id_count(tokenizer)}
     how["begin"] = begin_ids(tokenizer)
     write = getattr(model, "continuations", None) or functools.partial(generate, model)
     with progress(len(batches), "answering", world) as bar:

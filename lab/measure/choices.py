@@ -10,7 +10,7 @@ from lab.data.columns import LETTERS
 from lab.data.instructions import Examples
 from lab.data.problems import FIRST, split
 from lab.data.split import final_parts
-from lab.data.tokenizers import token_bytes
+from lab.data.tokenizers import id_count, token_bytes
 from lab.measure import tuning
 from lab.measure.answers import answers as greedy_answers
 from lab.measure.answers import shortened
@@ -202,9 +202,8 @@ def unigram_losses(examples, train) -> np.ndarray:
 def log_shares(train) -> np.ndarray:
     """(V,): log share of each token among the training targets, with Witten-Bell smoothing: adding one to
     each of 50,000 tokens, as Examples.log_frequencies does, would drown five letters."""
-    counts = np.bincount(np.concatenate(train.target_ids()), minlength=len(train.data.tokenizer)).astype(
-        float
-    )
+    ids = np.concatenate(train.target_ids())
+    counts = np.bincount(ids, minlength=id_count(train.data.tokenizer)).astype(float)
     kinds = np.count_nonzero(counts)
     counts[counts == 0] = kinds / max(1, len(counts) - kinds)
     return np.log(counts / counts.sum())

@@ -12,7 +12,8 @@ import numpy as np
 
 from lab.data.cache import cache_root, cached_folder
 from lab.data.mixture import apportion, labelled_shares, open_text, source_order
-from lab.data.tokenizers import tokenizer_fingerprint
+from lab.data.text import words_of
+from lab.data.tokenizers import id_count
 from lab.errors import UserError
 from lab.measure import task2vec
 from lab.measure.task2vec import (
@@ -62,13 +63,13 @@ def check_length(cfg, most):
 def draws_of(cfg, text, corpora, tokenizer, world) -> "Draws":
     """The batches to embed, in tokens of the probe: `text` is read again from its corpora for another
     tokenizer than its own. UserError if a source is too small."""
-    if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(text.tokenizer):
-        folder = cache_root() / f"probe_tokenizer_{tokenizer_fingerprint(tokenizer)[:16]}"
+    if words_of(tokenizer) != words_of(text.tokenizer):
+        folder = cache_root() / f"probe_tokenizer_{short_hash(words_of(tokenizer))}"
         name = on_main(world, cached_folder, folder, save_tokenizer, tokenizer)
         text = open_text(corpora, name, {}, world)
     arms = {arm: labelled_shares(arm) for arm in cfg.arms}
     sequences = sequences_of(cfg, text, {name for shares in arms.values() for name in shares})
-    return Draws(cfg, arms, sequences, len(tokenizer), tokenizer.eos_token_id)
+    return Draws(cfg, arms, sequences, id_count(tokenizer), tokenizer.eos_token_id)
 
 
 def save_tokenizer(folder, tokenizer):

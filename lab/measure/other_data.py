@@ -8,12 +8,12 @@ import numpy as np
 
 from lab.data.blocks import Windows, stretches
 from lab.data.builtin import BUILT_IN
-from lab.data.cache import AS_TEXT, BadRows, cached_rows, write_ids
+from lab.data.cache import BadRows, cached_rows, write_ids
 from lab.data.instructions import Examples, load_instructions
 from lab.data.paths import text_files
 from lab.data.tables import LOOK, columns_of, hub_split, require_columns, stream_rows
 from lab.data.text import Corpus, documents, pieces, text_fingerprint
-from lab.data.tokenizers import begin_ids, token_bytes, tokenizer_fingerprint
+from lab.data.tokenizers import AS_TEXT, begin_ids, token_bytes, tokenizer_fingerprint
 from lab.errors import UserError
 from lab.measure.language import evaluate, loss_lines
 from lab.measure.statistics import language_metrics
@@ -65,6 +65,7 @@ def documents_key(source, tokenizer) -> dict:
     words = tokenizer_fingerprint(tokenizer)
     return {
         "fingerprint": {"data": text_fingerprint(source), "tokenizer": words, "begin": begin_ids(tokenizer)},
+        "end": tokenizer.eos_token_id,
         "corpus": [source.data, source.text_column, source.max_documents],
     }
 

@@ -11,7 +11,7 @@ from lab.data.cache import BadRows
 from lab.data.instructions import Examples, Instructions, examples_of, load_instructions
 from lab.data.split import final_parts
 from lab.data.text import Corpus, split_pieces
-from lab.data.tokenizers import prompt_ids, token_bytes
+from lab.data.tokenizers import AS_TEXT, document_start, token_bytes
 from lab.errors import UserError
 from lab.measure.answers import shortened, write_responses
 from lab.measure.language import evaluate, loss_lines, unigram_alarm
@@ -28,9 +28,10 @@ def plain_blocks(corpus, tokenizer, block_size, most) -> Blocks:
     """Held-out plain text: the first `most` blocks of a corpus' test documents (of its validation documents
     where it keeps none for a test). UserError if it has none."""
     ids, part = [], "test" if corpus.test_share else "val"
-    for of, text, _ in split_pieces(corpus, BadRows()):
+    for of, text, begins in split_pieces(corpus, BadRows()):
         if of == part:
-            ids += [tokenizer.eos_token_id, *prompt_ids(tokenizer, text)]
+            ids += document_start(tokenizer) if begins else []  # a long one comes in pieces
+            ids += tokenizer(text, **AS_TEXT).input_ids
         if len(ids) > most * block_size:
             break
     if len(ids) < 2:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lab.data.hub import local_or_hub
-from lab.data.tokenizers import require_ids
+from lab.data.tokenizers import id_count, require_ids
 from lab.errors import UserError
 from lab.models.trusted import config_of, require_whole
 from lab.train.batches import OVERHEAD, length_groups
@@ -57,7 +57,7 @@ def load_encoder(name, tokenizer, dropout=None) -> nn.Module:
     if name.startswith("tiny:"):
         if (family := name.removeprefix("tiny:")) not in TINY_FAMILIES:
             raise UserError(f"--model {name}: use tiny: with one of {', '.join(TINY_FAMILIES)}")
-        ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+        ids = {"vocab_size": id_count(tokenizer), "pad_token_id": tokenizer.pad_token_id}
         config = AutoConfig.for_model(family, **TINY, **TINY_FAMILIES[family], **ids)
         return encoder_from_config(_with_dropout(config, dropout))
 

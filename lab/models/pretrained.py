@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lab.data.hub import first_line
-from lab.data.tokenizers import own_tokenizer, pretrained_tokenizer, require_ids
+from lab.data.tokenizers import id_count, own_tokenizer, pretrained_tokenizer, require_ids
 from lab.errors import UserError
 from lab.models.encoders import position_limit
 from lab.models.generate import in_context, left_padded
@@ -34,7 +34,7 @@ def build_model(cfg, tokenizer, world) -> GPT:
         if cfg.model != "tiny:gpt2":
             raise UserError(f"--model {cfg.model}: the only tiny one here is tiny:gpt2")
         own = {name: getattr(cfg, name) for name in ("tie_head", "dropout", "checkpointing")}
-        config = GPTConfig(len(tokenizer), **TINY, **own)
+        config = GPTConfig(id_count(tokenizer), **TINY, **own)
         model = GPT(config)
         with torch.no_grad():
             for weight in model.parameters():

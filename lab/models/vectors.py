@@ -54,6 +54,7 @@ def vector_folder(model, data, cfg) -> str:
     code = [sha256_file(module.__file__) for module in (pairs, encoders)]
     known = [state_sha256(model.encoder.state_dict()), model.encoder.config.to_json_string(), *code]
     known += [cfg.inputs, cfg.max_length, cfg.pooling, cfg.dtype]
+    known += [data.tokenizer.cls_token_id, data.tokenizer.sep_token_id]  # around each piece
     return str(data.folder / f"vectors_{short_hash(known)}")
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from ranks import everywhere
 from toys.begun import TEXT, begun_tokenizer
 from toys.gpt import random_gpt
 
@@ -16,6 +17,7 @@ import eval as script
 from core import World
 from lab.data import instructions, problems, text
 from lab.data import tokenizers as names
+from lab.data.cache import cached_rows
 from lab.measure import answers, other_data, tuning
 from lab.models import generate
 
@@ -141,12 +143,46 @@ def test_what_is_answered_and_continued_is_the_prompt_by_the_same_rule(around, m
     assert prompts == [[*begin, *plain(tokenizer, "The </s> cat")]]
 
 
-def test_caches_of_texts_and_rows_know_begin_tokens_apart_and_are_as_before_without():
+def test_caches_of_texts_and_rows_know_begin_tokens_apart():
     """Their tokenizers differ in what stands around a text alone."""
     without, begun = made(("", ""))[0], made(("<s>", ""))[0]
     assert names.begin_facts(without) == {} and names.begin_facts(begun) == {"begin": names.begin_ids(begun)}
-    assert text.words_of(without) == names.tokenizer_fingerprint(without)
-    assert text.words_of(begun) == [names.tokenizer_fingerprint(begun), names.begin_ids(begun)]
+    assert text.words_of(without) != text.words_of(begun)
+
+
+def test_caches_of_texts_know_end_tokens_apart():
+    """A base and its -Instruct share tokenizer.json, and end a text by <|endoftext|> and by <|im_end|>."""
+    base, chat = made(("", ""))[0], made(("", ""))[0]
+    chat.eos_token = "<s>"
+    assert names.tokenizer_fingerprint(base) == names.tokenizer_fingerprint(chat)
+    for name, tokenizer in (("base", base), ("chat", chat)):
+        tokenizer.save_pretrained(name)
+    Path("rows.jsonl").write_text("".join(json.dumps({"text": f"The cat {i}."}) + "\n" for i in range(40)))
+    for name, tokenizer in (("base", base), ("chat", chat), ("base", base)):
+        stream = core.open_corpus(core.Corpus("rows.jsonl", name), World()).parts["train"]
+        assert stream[0] == stream[-1] == tokenizer.eos_token_id
+        source = core.Corpus("rows.jsonl", "")
+        rows = cached_rows(
+            World(), "measured", other_data.documents_key, other_data.write_documents, source, tokenizer
+        )
+        assert rows.tokens[-1] == tokenizer.eos_token_id
+
+
+@BEGUN
+def test_a_long_document_begins_once(around, monkeypatch):
+    """It is read in pieces, each of which began behind an end token of its own."""
+    tokenizer, _, end = made(around)
+    tokenizer.save_pretrained("mine")
+    everywhere(monkeypatch.setattr, text, "PIECE", 64)
+    Path("long").mkdir()
+    for i in range(6):
+        Path(f"long/{i}.txt").write_text(f"{i} The cat sat on the mat.\n" * 30)
+    parts = {"val_share": 0.3, "test_share": 0.3, "split_seed": 3}
+    tokens = core.open_corpus(core.Corpus("long", "mine", **parts), World())
+    assert tokens.documents["test"] > 0
+    blocks = tuning.plain_blocks(core.Corpus("long", "", **parts), tokenizer, 8, 10_000)
+    assert blocks.tokens.tolist() == tokens.parts["test"][:-1].tolist()
+    assert blocks.tokens.tolist().count(end) == tokens.documents["test"]
 
 
 def test_windows_without_begin_tokens_are_what_they_were():

@@ -1,8 +1,12 @@
 """The built-in data: the same on every machine, and not to be guessed without reading them."""
 
+import hashlib
 import itertools
+import json
+import platform
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -116,3 +120,26 @@ def test_the_built_in_pairs_need_the_prompt():
         by_topics.setdefault((*topic_a, *topic_b), []).append(label)
     for labels in by_topics.values():  # given the two answers, every label is as likely
         np.testing.assert_allclose(np.bincount(labels) / len(labels), 1 / 3, atol=0.12)
+
+
+def test_a_built_in_set_of_other_rows_is_another_one_to_caches_and_runs(monkeypatch):
+    """The rows are made of names and docstrings of live modules, which differ between versions of Python."""
+    asked = SimpleNamespace(max_documents=None, template="alpaca")
+    keys = {"python-pairs": pairs.pairs_key, "python-instructions": instructions.instructions_key}
+
+    def sources():
+        asked_of = {name: SimpleNamespace(**vars(asked), data=name) for name in keys}
+        return {name: key(asked_of[name], None)["fingerprint"]["data"] for name, key in keys.items()}
+
+    before = sources()
+    assert before == sources() and len({*before.values()}) == 2
+    words = builtin.topic_words
+    monkeypatch.setattr(builtin, "topic_words", lambda topic: [*words(topic)[:-1], "a_new_name"])
+    monkeypatch.setattr(builtin, "MODULES", builtin.MODULES[:-1])
+    after = sources()
+    assert all(after[name] != before[name] for name in keys)
+    assert (
+        builtin.built_in_fingerprint("template-problems")
+        == hashlib.sha256(json.dumps(builtin.template_problems()).encode()).hexdigest()
+    )
+    assert builtin.built_in_fingerprint("python-docs") == f"python-docs of Python {platform.python_version()}"

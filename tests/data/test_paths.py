@@ -134,6 +134,48 @@ def test_two_sets_in_one_clone_are_never_mixed():
     assert "both holds tables of several kinds (train.csv, train.jsonl)" in refusal(core.read_rows, "both")
 
 
+@pytest.mark.parametrize(
+    "other", ["train.tok.jsonl", "train_small.jsonl", "train (copy).jsonl", "training.jsonl"]
+)
+def test_two_tables_of_one_part_are_never_read_as_one(other):
+    """A clone of AQuA has each problem twice, in dev.json and dev.tok.json."""
+    put("d/train.jsonl")
+    put(f"d/{other}")
+    with zipfile.ZipFile("d.zip", "w") as archive:
+        archive.write("d/train.jsonl")
+        archive.write(f"d/{other}")
+    for name in ("d", "d.zip"):
+        line = refusal(core.read_rows, name)
+        assert f"{name} holds several tables" in line and "train.jsonl" in line and other in line
+
+
+@pytest.mark.parametrize("pieces", [
+    ("train1.jsonl", "train2.jsonl"), ("train_2019.jsonl", "train_2020.jsonl"),
+    ("train-00000-of-00002-a09b74b3ef9c3b56.jsonl", "train-00001-of-00002-0011223344556677.jsonl"),
+    ("part-0.jsonl", "part-1.jsonl"),
+    ("a-00000-of-00002-a09b74b3ef9c3b56.jsonl", "a-00001-of-00002-0b.jsonl"),
+])  # fmt: skip
+def test_names_that_differ_in_numbers_are_pieces_of_one_table(pieces):
+    for piece, line in zip(pieces, LINES.splitlines(), strict=True):
+        put(f"d/{piece}", line)
+    if pieces[1].endswith("-0b.jsonl"):  # no hash of the Hub's
+        assert "name one file, or call one train.csv" in refusal(core.read_rows, "d")
+    else:
+        assert core.read_rows("d") == ROWS
+
+
+@pytest.mark.parametrize("name", ["x/test", "x/train", "x/dev"])
+def test_the_name_of_the_folder_that_is_named_is_no_part(name):
+    for part, line in zip(("train", "test"), LINES.splitlines(), strict=True):
+        put(f"{name}/{part}.jsonl", line)
+    assert core.read_rows(name) == ROWS[:1] and core.read_rows(name, prefer="test") == ROWS[1:]
+    put("y/test/a.jsonl")
+    put("y/train/a.jsonl", b'{"a": "3"}')
+    assert core.read_rows("y") == [{"a": "3"}] and core.read_rows("y", prefer="test") == ROWS
+    put("y/test/b.jsonl")
+    assert "y/test holds a.jsonl, b.jsonl: name one file" in refusal(core.read_rows, "y/test", None, "test")
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 def test_what_datasets_saved_to_disk_is_read(shards):
     import datasets

@@ -6,6 +6,7 @@ import re
 import zipfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -562,3 +563,13 @@ def test_fingerprints_tell_data_tokenizer_and_format_apart(letters):
     ]
     changed = [{key for key in prints[0] if prints[0][key] != other[key]} for other in prints[1:]]
     assert changed == [{"answer_format"}, {"tokenizer"}, {"data"}]
+
+
+@pytest.mark.parametrize("folder", ["x/train", "x/test", "dev"])
+def test_parts_are_found_whatever_their_folder_is_called(folder):
+    for part in ("train", "validation", "test"):
+        write(made_up(2, 1), f"{folder}/{part}.json")
+    assert problems.official_parts(folder) == {"train": "train", "val": "validation", "test": "test"}
+    write(made_up(2, 1), f"{folder}/validation.tok.json")
+    with pytest.raises(UserError, match=r"holds several tables \(validation.json, validation.tok.json\)"):
+        problems.read_parts(SimpleNamespace(data=folder, max_documents=None))

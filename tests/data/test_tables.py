@@ -198,6 +198,18 @@ def test_dates_that_python_lacks_and_damaged_columns_are_one_line():
     assert refusal("t.parquet").startswith("t.parquet cannot be read as parquet (row 1: ")
 
 
+@pytest.mark.parametrize("form", ["stream", "file"])
+def test_an_empty_batch_amid_an_arrow_file_ends_nothing(form):
+    import pyarrow.ipc
+
+    schema = pyarrow.Table.from_pylist(ROWS).schema
+    opened = pyarrow.ipc.new_stream if form == "stream" else pyarrow.ipc.new_file
+    with opened("t.arrow", schema) as writer:
+        for rows in (ROWS[:1], [], ROWS[1:], []):
+            writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema=schema))
+    assert core.read_rows("t.arrow") == ROWS
+
+
 def test_a_flipped_bit_in_the_offsets_of_an_arrow_file_is_refused_and_crashes_nothing():
     """Without a full validation of each batch, pyarrow reads outside its memory: a segmentation fault."""
     import pyarrow.ipc

@@ -1,5 +1,6 @@
 """Text to token ids: whole documents in one part, a cache that survives kills, refusals."""
 
+import gzip
 import itertools
 import json
 import random
@@ -33,6 +34,7 @@ from core import Corpus, UserError, World
 from lab.data import cache
 from lab.data.text import open_cache, pieces, split_pieces, text_files, token_cache
 from lab.data.tokenizers import END
+from lab.measure import other_data
 
 
 def folder_of_files(texts):
@@ -216,6 +218,20 @@ def test_hidden_files_in_a_folder_are_left_out_but_the_folder_may_lie_in_a_hidde
     (folder / ".c.txt").write_text("nor this")
     for name in (folder, folder.absolute(), Path("..") / Path.cwd().name / folder):
         assert [file.name for file in text_files(str(name))] == ["a.txt"]
+
+
+def test_an_empty_file_is_no_document_and_told():
+    """Beside one, a single text was not cut, and had nothing held out."""
+    Path("texts").mkdir()
+    for name, content in (("a", b""), ("b", b"\xef\xbb\xbf"), ("c", "".join(texts_of(60)).encode())):
+        Path(f"texts/{name}.txt").write_bytes(content)
+    Path("texts/d.txt.gz").write_bytes(gzip.compress(b""))
+    tokens = opened("texts", val_share=0.2, test_share=0.1)
+    assert tokens.documents == {"train": 1, "val": 1, "test": 1}
+    assert tokens.lines == ["passed over 3 empty file(s): texts/a.txt, texts/b.txt, texts/d.txt.gz"]
+    bad, sizes = cache.BadRows(), []
+    tokenizer = core.make_tokenizer("bytes", lambda: [])
+    assert len(list(other_data.document_ids(Corpus("texts", ""), tokenizer, bad, sizes))) == len(sizes) == 1
 
 
 def test_a_readme_beside_texts_is_left_out_and_told():

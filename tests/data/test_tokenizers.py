@@ -24,6 +24,7 @@ import lab.data.text
 import lab.run.files
 from core import UserError
 from lab.data import tokenizers
+from lab.data.cache import read_texts, write_texts
 from lab.data.tokenizers import END
 
 ODD = [  # each comes back to the character
@@ -164,3 +165,24 @@ def test_a_tokenizers_own_truncation_cuts_nothing():
     data = table(texts_of(12))
     whole, cut = (opened(data, name).parts for name in ("bytes", "mine"))
     assert {part: len(ids) for part, ids in cut.items()} == {part: len(ids) for part, ids in whole.items()}
+
+
+@pytest.mark.parametrize(("last", "kind"), [(900, "uint16"), (70_000, "uint32")])
+def test_ids_beyond_a_hole_of_the_vocabulary_are_counted(last, kind):
+    """len(tokenizer) counts tokens, and is less than the largest id where some are missing before it."""
+    import tokenizers as library
+
+    inner = core.make_tokenizer("bytes", lambda: []).backend_tokenizer
+    vocabulary = {**inner.get_vocab(), "e": last}
+    holed = tokenizers.byte_level(vocabulary, [])
+    assert isinstance(holed.backend_tokenizer, library.Tokenizer) and len(holed) == 257
+    assert tokenizers.id_count(holed) == last + 1 and tokenizers.id_kind(holed) == kind
+    sizes = core.token_bytes(holed)
+    assert len(sizes) == last + 1 and sizes[last] == 1 and not sizes[257:last].any()
+    holed.save_pretrained("holed")
+    tokens = opened(table(["eel"] * 9), "holed")
+    assert tokens.parts["train"].dtype == kind and len(tokens.unigram) == last + 1
+    assert tokens.parts["train"].tolist().count(last) == tokens.unigram[last] > 0
+    Path("cached").mkdir()
+    integers = write_texts(Path("cached"), ["eel"], holed)
+    assert read_texts(Path("cached"), integers)[0].tolist()[:2] == [last, last]

@@ -351,7 +351,7 @@ def test_dropout_is_of_what_lora_reads():
 
 def counts(method, rank):
     cfg = script.Config(method=method, lora_rank=rank)
-    tokens = SimpleNamespace(tokenizer=range(50257))  # only its length matters
+    tokens = SimpleNamespace(unigram=range(50257))  # only its length matters
     with torch.device("meta"):
         model = gpt_scratch.build_model(gpt_scratch.Config(**gpt_scratch.NOAM_WIDE4), tokens, core.World())
     total = core.count_parameters(model)
