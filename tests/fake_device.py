@@ -1,5 +1,5 @@
-"""A pretend accelerator: its tensors say fake:0, hold real numbers in host memory, and refuse to meet
-host tensors.
+"""A pretend accelerator: its tensors say privateuseone:0, hold real numbers in host memory, and refuse to
+meet host tensors.
 
 It is torch's own backend for Python (PrivateUse1) below a tensor subclass. A process that has it keeps it, so
 `on_device` and `run` start one. What happened there is in Found:
@@ -26,7 +26,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-KIND, HOST, aten = "fake", torch.device("cpu"), torch.ops.aten
+DEVICE, HOST, aten = torch.device("privateuseone", 0), torch.device("cpu"), torch.ops.aten
+KIND = DEVICE.type
 
 
 @dataclass
@@ -77,7 +78,7 @@ class OnDevice(torch.Tensor):
         if host.dtype in (torch.float64, torch.complex128) and not knows_fp64[0]:
             mixup("fp64 on a device without it")
         where = {"strides": host.stride(), "storage_offset": host.storage_offset()}
-        how = {"dtype": host.dtype, "layout": host.layout, "device": torch.device(KIND, 0)}
+        how = {"dtype": host.dtype, "layout": host.layout, "device": DEVICE}
         tensor = torch.Tensor._make_wrapper_subclass(cls, host.size(), **where, **how)
         tensor.host = host
         return tensor
@@ -256,7 +257,7 @@ def add_autocast() -> list:
 
 
 class Backend:
-    """torch.fake, as torch.cuda is to CUDA."""
+    """torch.privateuseone, as torch.cuda is to CUDA."""
 
     is_available = is_initialized = staticmethod(lambda: True)
     _is_in_bad_fork = staticmethod(lambda: False)
@@ -278,11 +279,11 @@ class Backend:
 
 
 def install(fp64=False):
-    """From here on torch.device("fake", 0) exists in this process, and is what its scripts find."""
+    """From here on DEVICE works in this process, and is what its scripts find."""
     from lab.train import processes
 
     knows_fp64[0] = fp64
-    torch.utils.backend_registration._setup_privateuseone_for_python_backend(KIND, backend_module=Backend)
+    torch.utils.backend_registration._setup_privateuseone_for_python_backend(KIND, Backend)
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # .to() makes new parameters
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=...) is a host tensor and a copy
     torch.Tensor.pin_memory, generator = pinned, torch.Generator
@@ -292,7 +293,7 @@ def install(fp64=False):
             return generator("cpu")
 
     torch.Generator = Generator
-    processes._pick_device = lambda *sizes: torch.device(KIND, 0)
+    processes._pick_device = lambda *sizes: DEVICE
     _kept.extend([*add_autocast(), Everything()])
     _kept[-1].__enter__()
 
