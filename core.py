@@ -17,6 +17,7 @@ from lab.train.processes import all_reduce_sum, barrier, wrap_ddp  # all do the 
 
 # 3  batches: row numbers are a pure function of (seed, epoch, step)
 from lab.train.batches import ShardedBatches, each_once, length_groups, micro_batches, reseed, worst_case
+from lab.train.device import to_device  # copies that nobody waits for
 
 # 4  data: rows become token ids once, mapped into memory; six sets are built in (lab/data/builtin.py)
 from lab.run.disks import cache_root

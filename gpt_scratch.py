@@ -339,15 +339,15 @@ def describe_model(folder, model, tokenizer):
     files.write_sealed(folder / "gpt.json", asdict(model.config))
 
 
-def forward_backward(setup, rows, targets) -> float:
-    """Adds gradients of (this rank's loss sum / targets of all ranks). Returns that loss sum."""
+def forward_backward(setup, rows, targets) -> list:
+    """Adds gradients of (this rank's loss sum / targets of all ranks). Returns the sum's parts."""
     losses = []
     for part in core.micro_batches(setup.ddp, rows, setup.cfg.micro_batch):
         input_ids, labels = setup.blocks["train"].batch(part, setup.world.device)
         with setup.precision.autocast():
             losses.append(setup.ddp(input_ids, labels))
         core.scaled_backward(losses[-1], setup.world, targets, setup.precision)  # x world.size: DDP averages
-    return sum(loss.item() for loss in losses)
+    return [loss.detach() for loss in losses]  # read later, with the norm
 
 
 def spike_facts(setup, rows, lr) -> dict:
@@ -394,9 +394,9 @@ def train(run, cfg, world) -> dict:
             core.on_main(world, sample, run, cfg, at, model, setup.tokens.tokenizer)
             continue
         lr, beta1 = (rate(cfg, at.step, at.schedule_length) for rate in (core.lr_at, core.beta1_at))
-        loss_sum = forward_backward(setup, at.rows, at.targets)
+        losses = forward_backward(setup, at.rows, at.targets)
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
-        if at.spiked(loss_sum, norm) and world.is_main:  # spiked() asks all ranks, so it stands first
+        if at.spiked(losses, norm) and world.is_main:  # spiked() asks all ranks, so it stands first
             at.note_spike(model, spike_facts(setup, at.batch, lr))
         at.update(optimizer, precision, lr, beta1=beta1)  # clips, updates, zeroes the gradients, logs
     return finish(run, cfg, world, setup)

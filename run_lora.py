@@ -251,21 +251,21 @@ def train(run, cfg, world) -> dict:
     run.pin("base_sha256", base_sha256)
     largest_multiplier = max(layer.multiplier for layer in core.adapted(model).values())
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay)
-    tuning.announce(run, cfg, parts, units, lines, model, total_steps)  # and begins: the folder changes from here
+    tuning.announce(run, cfg, parts, units, lines, model, total_steps)  # begins: the folder changes
     announce_lora(run, cfg, model)
     saved = adapters, optimizer, precision
     run.load(*saved)  # a resumed run's checkpoint; a new run has none
     core.on_main(world, keep_for_later, run.folder, cfg, data.tokenizer)
     ddp = core.wrap_ddp(model, world, compiled=model.h if cfg.compile else ())
 
-    def forward_backward(rows, targets) -> float:
-        """Adds gradients of (this rank's loss sum / targets of all ranks). Returns that loss sum."""
+    def forward_backward(rows, targets) -> list:
+        """Adds gradients of (this rank's loss sum / targets of all ranks). Returns the sum's parts."""
         losses = []
         for part in core.micro_batches(ddp, rows, cfg.micro_batch, units.lengths[rows], cfg.micro_tokens):
             with precision.autocast():
                 losses.append(ddp(*units.batch(part, world.device)))  # cross-entropy, summed over targets
             core.scaled_backward(losses[-1], world, targets, precision)  # x world.size: DDP averages
-        return sum(loss.item() for loss in losses)
+        return [loss.detach() for loss in losses]  # read later, with the norm
 
     # two forwards and backwards of the longest rows: is there memory? Then the forecast of hours
     core.rehearse(run, ddp, saved, forward_backward, batches, total_steps - run.step)
@@ -280,10 +280,10 @@ def train(run, cfg, world) -> dict:
             validate(run, cfg, model, val, plain, batches, at)
             continue
         lr = core.lr_at(cfg, at.step, at.schedule_length)  # total_steps, or what fits into max_minutes
-        loss_sum = forward_backward(at.rows, at.targets)
+        losses = forward_backward(at.rows, at.targets)
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
         figures = {"multiplier_lr": largest_multiplier * lr, **tuning.batch_facts(units, at.batch)}
-        if at.spiked(loss_sum, norm) and world.is_main:  # spiked() asks all ranks, so it stands first
+        if at.spiked(losses, norm) and world.is_main:  # spiked() asks all ranks, so it stands first
             rows = tuning.spike_rows(cfg, model, parts["train"], units.members(at.batch), world)
             at.note_spike(model, {"lr": lr, **figures, **rows})
         at.update(optimizer, precision, lr, **figures)  # clips, updates, zeroes the gradients, logs

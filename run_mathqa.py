@@ -277,14 +277,14 @@ def train(run, cfg, world) -> dict:
     core.on_main(world, keep_for_later, run.folder, cfg, model, tokenizer)
     ddp = core.wrap_ddp(model, world, model.h if cfg.compile else ())
 
-    def forward_backward(rows, targets) -> float:
-        """Adds gradients of (this rank's loss sum / targets of all ranks). Returns that loss sum."""
+    def forward_backward(rows, targets) -> list:
+        """Adds gradients of (this rank's loss sum / targets of all ranks). Returns the sum's parts."""
         losses = []
         for part in core.micro_batches(ddp, rows, cfg.micro_batch, units.lengths[rows], cfg.micro_tokens):
             with precision.autocast():
                 losses.append(ddp(*units.batch(part, world.device)))  # cross-entropy, summed over targets
             core.scaled_backward(losses[-1], world, targets, precision)  # x world.size: DDP averages
-        return sum(loss.item() for loss in losses)
+        return [loss.detach() for loss in losses]  # read later, with the norm
 
     int4.switch(model, True)  # for the trial below: int4 steps are the slower ones, so forecast those
     # two forwards and backwards of the longest rows: is there memory? Then the forecast of hours
@@ -303,9 +303,9 @@ def train(run, cfg, world) -> dict:
             validate(run, cfg, model, parts["val"], plain, batches, at)
             continue
         lr, beta1 = (rate(cfg, at.step, at.schedule_length) for rate in (core.lr_at, core.beta1_at))
-        loss_sum = forward_backward(at.rows, at.targets)
+        losses = forward_backward(at.rows, at.targets)
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
-        if at.spiked(loss_sum, norm) and world.is_main:  # spiked() asks all ranks, so it stands first
+        if at.spiked(losses, norm) and world.is_main:  # spiked() asks all ranks, so it stands first
             rows = tuning.spike_rows(cfg, model, parts["train"], units.members(at.batch), world)
             at.note_spike(model, {"lr": lr, **tuning.batch_facts(units, at.batch), **rows})
         at.update(optimizer, precision, lr, beta1=beta1)  # clips, updates, zeroes the gradients, logs

@@ -215,7 +215,7 @@ def evaluate(model, data, rows, cfg, world, poll=lambda: None) -> np.ndarray:
 
     def log_probs(some):
         logits = model(**core.collate(data, some, cfg, world.device))
-        return logits.double().log_softmax(-1).transpose(0, 1)
+        return logits.cpu().double().log_softmax(-1).transpose(0, 1)  # not all cards know fp64
 
     model.eval()
     out = torch.zeros(len(rows), 2, len(preference.NAMES), dtype=torch.float64)
@@ -256,8 +256,8 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     core.cache_vectors(model, data, cfg, world, run.poll, run.say)
     ddp = core.wrap_ddp(model, world, [model.encoder] if cfg.compile else ())
 
-    def forward_backward(mine, targets, swaps=None) -> float:
-        """Adds gradients of (this rank's loss sum / targets of all ranks). Returns that loss sum.
+    def forward_backward(mine, targets, swaps=None) -> list:
+        """Adds gradients of (this rank's loss sum / targets of all ranks). Returns the sum's parts.
 
         mine: positions in rows["train"]. swaps: whether A and B of each are swapped.
         """
@@ -287,9 +287,9 @@ def train(run, cfg, world, data, rows, fold) -> dict:
         core.reseed(cfg.seed, fold, at.step, world.rank)  # in place of core.steps' seed, which knows no fold
         swaps = swapped(cfg, fold, at.step)
         lr = core.lr_at(cfg, at.step, at.schedule_length)  # total_steps, or what fits into max_minutes
-        loss_sum = forward_backward(at.rows, at.targets, swaps[world.rank :: world.size])  # cut as at.rows is
+        losses = forward_backward(at.rows, at.targets, swaps[world.rank :: world.size])
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
-        if at.spiked(loss_sum, norm) and world.is_main:  # spiked() asks all ranks, so it stands first
+        if at.spiked(losses, norm) and world.is_main:  # spiked() asks all ranks, so it stands first
             at.note_spike(model, spike_facts(data, rows["train"][at.batch], swaps, cfg, lr))
         at.update(optimizer, precision, lr)  # clips, updates, zeroes the gradients, logs
 
@@ -309,8 +309,8 @@ def swapped(cfg, fold, step) -> list[bool]:
     return (np.random.default_rng([cfg.seed, fold, step]).random(cfg.batch) < 0.5).tolist()
 
 
-def backward_of_sum(ddp, precision, data, shown, targets, cfg, world) -> float:
-    """Adds gradients of (this rank's loss sum / targets of all ranks). Returns that loss sum.
+def backward_of_sum(ddp, precision, data, shown, targets, cfg, world) -> list:
+    """Adds gradients of (this rank's loss sum / targets of all ranks). Returns the sum's parts.
 
     shown: pairs (row, whether A and B are swapped).
     """
@@ -318,13 +318,12 @@ def backward_of_sum(ddp, precision, data, shown, targets, cfg, world) -> float:
     for part in core.micro_batches(ddp, shown, cfg.micro_batch):
         rows, swaps = zip(*part, strict=True)
         labels = [encoders.SWAP[data.labels[row]] if swap else data.labels[row] for row, swap in part]
+        labels = core.to_device(torch.tensor(labels), world.device)
         with precision.autocast():
             logits = ddp(**core.collate(data, rows, cfg, world.device, orders, swaps)).mean(0)
-            losses.append(
-                core.sum_cross_entropy(logits, torch.as_tensor(np.array(labels), device=world.device))
-            )
+            losses.append(core.sum_cross_entropy(logits, labels))
         core.scaled_backward(losses[-1], world, targets, precision)  # x world.size: DDP averages
-    return sum(loss.item() for loss in losses)
+    return [loss.detach() for loss in losses]  # read later, with the norm
 
 
 def spike_facts(data, rows, swaps, cfg, lr) -> dict:

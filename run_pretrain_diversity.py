@@ -268,14 +268,14 @@ def train(run, cfg, world) -> dict:
     core.on_main(world, gpt_scratch.describe_model, run.folder, model, text.tokenizer)
     ddp = core.wrap_ddp(model, world, model.h if cfg.compile else (), dynamic=None)
 
-    def forward_backward(rows, targets) -> float:
-        """Adds gradients of (this rank's loss sum / targets of all ranks). Returns that loss sum."""
+    def forward_backward(rows, targets) -> list:
+        """Adds gradients of (this rank's loss sum / targets of all ranks). Returns the sum's parts."""
         losses = []
         for part in core.micro_batches(ddp, rows, cfg.micro_batch):
             with precision.autocast():
                 losses.append(ddp(*batches.blocks.batch(part, world.device)))
             core.scaled_backward(losses[-1], world, targets, precision)  # x world.size: DDP averages
-        return sum(loss.item() for loss in losses)
+        return [loss.detach() for loss in losses]  # read later, with the norm
 
     # two forwards and backwards of the longest rows: is there memory? Then the forecast of hours
     core.rehearse(run, ddp, saved, forward_backward, batches, total_steps - step)
@@ -293,11 +293,11 @@ def train(run, cfg, world) -> dict:
             val = check(run, cfg, text, model, at)
             continue
         val, lr = None, core.lr_at(cfg, at.step, at.schedule_length)
-        loss_sum = forward_backward(at.rows, at.targets)
+        losses = forward_backward(at.rows, at.targets)
         for name, blocks in batches.seen(at.step).items():
             seen[name] += blocks
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
-        if at.spiked(loss_sum, norm) and world.is_main:  # spiked() asks all ranks, so it stands first
+        if at.spiked(losses, norm) and world.is_main:  # spiked() asks all ranks, so it stands first
             at.note_spike(model, spike_facts(text, batches, at, lr))
         at.update(optimizer, precision, lr)  # clips, updates, zeroes the gradients, logs
     return finish(run, cfg, world, text, model, batches, val if cfg.test_weights == "last" else None)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import torch
 
+from lab.train.device import to_device
 from lab.train.loss import IGNORE_INDEX
 
 
@@ -33,13 +34,14 @@ class Blocks:
         return self.targets(range(len(self)))
 
     def batch(self, rows, device) -> tuple[torch.Tensor, torch.Tensor]:
-        """(input_ids, labels), both (B, block_size); a short last block is padded and masked."""
+        """(input_ids, labels), both (B, block_size); a short last block is padded and masked. Labels stay on
+        the host, which knows without a wait where the targets are."""
         ids = np.zeros((len(rows), self.block_size + 1), dtype=np.int64)
         for i, (row, n) in enumerate(zip(rows, self.targets(rows), strict=True)):
             ids[i, : n + 1] = self.tokens[row * self.block_size : row * self.block_size + n + 1]
             ids[i, n + 1 :] = IGNORE_INDEX
         ids = torch.from_numpy(ids)
-        return ids[:, :-1].clamp(min=0).to(device), ids[:, 1:].to(device)
+        return to_device(ids[:, :-1].clamp(min=0), device), ids[:, 1:]
 
 
 class Windows:
@@ -67,7 +69,7 @@ class Windows:
         return [self.documents[number][first : end + 1] for number, _, end, first in self.windows]
 
     def batch(self, chosen, device) -> tuple[torch.Tensor, torch.Tensor]:
-        """(input_ids, labels), both (B, T), padded on the right."""
+        """(input_ids, labels), both (B, T), padded on the right; labels on the host."""
         shape = len(chosen), int(self.lengths[chosen].max())
         input_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE_INDEX)
         for row, window in enumerate(chosen):
@@ -77,7 +79,7 @@ class Windows:
             if start:  # none of the tokens that give way is a target
                 input_ids[row, : len(self.begin)] = self.begin
             labels[row, first - 1 - start : end - start] = ids[first - start :]
-        return input_ids.to(device), labels.to(device)
+        return to_device(input_ids, device), labels
 
 
 def stretches(n) -> np.ndarray:

@@ -31,6 +31,7 @@ from lab.data.tokenizers import (
     tokenizer_of,
 )
 from lab.errors import UserError
+from lab.train.device import to_device
 from lab.train.loss import IGNORE_INDEX
 from lab.train.processes import main_first
 
@@ -255,13 +256,13 @@ class Examples:
         return ids[:-1], [IGNORE_INDEX] * masked + ids[1 + masked :]
 
     def batch(self, examples, device) -> tuple[torch.Tensor, torch.Tensor]:
-        """(input_ids, labels), both (B, T), padded on the right, where no real token looks."""
+        """(input_ids, labels), both (B, T), padded on the right, where none looks; labels on the host."""
         pairs = [self.pair(example) for example in examples]
         shape = len(pairs), max(len(ids) for ids, _ in pairs)
         input_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE_INDEX)
         for row, (ids, wanted) in enumerate(pairs):
             input_ids[row, : len(ids)], labels[row, : len(ids)] = torch.tensor(ids), torch.tensor(wanted)
-        return input_ids.to(device), labels.to(device)
+        return to_device(input_ids, device), labels
 
     def target_ids(self) -> list[np.ndarray]:
         """The target ids of each example."""
@@ -310,7 +311,7 @@ class Packs:
         return np.array([self.examples.targets(self.packs[pack]).sum() for pack in packs], dtype=int)
 
     def batch(self, packs, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(input_ids, labels, segments), all (B, T); the segment of padding is -1."""
+        """(input_ids, labels, segments), all (B, T); the segment of padding is -1; labels on the host."""
         shape = len(packs), int(self.lengths[list(packs)].max())
         both = torch.zeros(*shape, dtype=torch.int64), torch.full(shape, IGNORE_INDEX)
         segments = torch.full(shape, -1)
@@ -322,7 +323,7 @@ class Packs:
                 for tensor, values in zip(both, pair, strict=True):
                     tensor[i, start:end] = torch.tensor(values)
                 segments[i, start:end], start = number, end
-        return tuple(tensor.to(device) for tensor in (*both, segments))
+        return to_device(both[0], device), both[1], to_device(segments, device)
 
     def members(self, units) -> list[int]:
         return [example for unit in units for example in self.packs[unit]]

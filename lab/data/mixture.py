@@ -23,6 +23,7 @@ from lab.data.text import TEXT_CACHE_VERSION, Corpus, Tokens, open_corpus, split
 from lab.data.tokenizers import is_built_in, make_tokenizer, token_bytes, tokenizer_fingerprint
 from lab.errors import UserError
 from lab.run.files import short_hash
+from lab.train.device import to_device
 from lab.train.processes import on_main
 
 
@@ -240,10 +241,10 @@ class MixedBlocks:
         return np.searchsorted(self.starts, np.asarray(rows, dtype=int), side="right") - 1
 
     def batch(self, rows, device) -> tuple[torch.Tensor, torch.Tensor]:
-        """(input_ids, labels), both (B, block_size)"""
+        """(input_ids, labels), both (B, block_size); labels on the host."""
         ids = np.stack([self.tokens(row) for row in rows]).astype(np.int64)
-        ids = torch.from_numpy(ids).to(device)
-        return ids[:, :-1], ids[:, 1:]
+        ids = torch.from_numpy(ids)
+        return to_device(ids[:, :-1], device), ids[:, 1:]
 
     def tokens(self, row) -> np.ndarray:
         """(block_size + 1,)"""

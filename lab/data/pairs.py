@@ -17,6 +17,7 @@ from lab.data.split import split_by_group
 from lab.data.tables import data_fingerprint, hub_split, read_rows, require_columns
 from lab.data.tokenizers import encoder_tokenizer, tokenizer_fingerprint
 from lab.errors import UserError
+from lab.train.device import to_device
 from lab.train.processes import main_first
 
 UNKNOWN = -1  # label of a row that is to be judged
@@ -335,10 +336,11 @@ def collate(data, rows, cfg, device, orders=2, swapped=None) -> dict:
     if data.vectors is not None:
         numbers = np.array(wanted)
         vectors = torch.from_numpy(data.vectors[numbers[:, 0], numbers[:, 1] - 1])
-        return {"vectors": vectors.to(device), "size": len(rows), "orders": orders}
+        return {"vectors": to_device(vectors, device), "size": len(rows), "orders": orders}
     ids = [sequence_ids(data, row, which, cfg.inputs, cfg.max_length) for row, which in wanted]
     lengths = [len(sequence) for sequence in ids]
     input_ids = torch.full((len(ids), max(lengths)), data.tokenizer.pad_token_id or 0)
     for i, sequence in enumerate(ids):
         input_ids[i, : len(sequence)] = torch.tensor(sequence)
-    return {"input_ids": input_ids.to(device), "lengths": lengths, "size": len(rows), "orders": orders}
+    input_ids = to_device(input_ids, device)
+    return {"input_ids": input_ids, "lengths": lengths, "size": len(rows), "orders": orders}

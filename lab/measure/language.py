@@ -10,7 +10,7 @@ from lab.data.blocks import stretches
 from lab.data.tokenizers import token_bytes
 from lab.measure.statistics import language_metrics, not_below
 from lab.train.batches import ShardedBatches, within_memory
-from lab.train.loss import IGNORE_INDEX, token_log_probs
+from lab.train.loss import IGNORE_INDEX, targets_only, token_log_probs
 from lab.train.precision import Precision
 from lab.train.processes import all_reduce_sum, progress
 
@@ -37,7 +37,8 @@ def loss_lines(part, numbers, groups, sums, spelt) -> list[dict]:
 def evaluate(model, blocks, cfg, world, poll=lambda: None) -> np.ndarray:
     """(blocks, 3) on every rank: summed loss in nats, hits of the likeliest token, targets of each block.
 
-    `model` is unwrapped. `blocks`: Blocks, Windows, Examples: whatever has `lengths` and `batch`.
+    `model` is unwrapped. `blocks`: Blocks, Windows, Examples: whatever has `lengths` and `batch`, whose
+    labels are on the host.
     """
     was_training = model.training
     model.eval()
@@ -49,11 +50,10 @@ def evaluate(model, blocks, cfg, world, poll=lambda: None) -> np.ndarray:
             poll()
             if mine := batches.rank_batch(step):
                 input_ids, labels = blocks.batch(mine, world.device)
-                counted = labels != IGNORE_INDEX
                 with precision.autocast(), within_memory(*input_ids.shape):
-                    hidden = model.hidden(input_ids)[counted]
-                    log_probs, hits = token_log_probs(*model.head(hidden), labels[counted])
-                rows = torch.tensor(mine)[counted.cpu().nonzero()[:, 0]]
+                    hidden, targets = targets_only(model.hidden(input_ids), labels)
+                    log_probs, hits = token_log_probs(*model.head(hidden), targets)
+                rows = torch.tensor(mine)[(labels != IGNORE_INDEX).nonzero()[:, 0]]
                 sums.index_add_(
                     0, rows, torch.stack([-log_probs, hits.double(), torch.ones_like(log_probs)], 1)
                 )

@@ -10,7 +10,8 @@ from lab.errors import Stop
 from lab.run.checkpoints import weights_sha256
 from lab.run.files import write_json
 from lab.train.batches import reseed
-from lab.train.optim import optimizer_step
+from lab.train.device import read_step
+from lab.train.optim import gradient_norm, optimizer_step
 from lab.train.processes import all_reduce_sum, on_main
 
 DIVERGED = 4  # times the lowest smoothed loss so far, as in fastai and Lightning
@@ -31,8 +32,9 @@ def find_lr(run, batches, targets_of, saved, forward_backward, beta1=None, multi
         if run.stopping:
             raise Stop(run.stopping)
         reseed(cfg.seed, step, world.rank)
-        loss_sum = forward_backward(rows, targets)
-        optimizer_step(optimizer, precision, cfg.clip, lr, beta1)
+        losses, norm = forward_backward(rows, targets), gradient_norm(optimizer, precision)
+        loss_sum, known = read_step(losses, norm)
+        optimizer_step(optimizer, precision, cfg.clip, lr, beta1, norm, known=known)
         return all_reduce_sum(world, torch.tensor(loss_sum, dtype=torch.float64)).item() / targets
 
     lrs = np.geomspace(cfg.find_from, cfg.find_to, cfg.find_steps)

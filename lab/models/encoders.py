@@ -14,6 +14,7 @@ from lab.data.tokenizers import id_count, require_ids
 from lab.errors import UserError
 from lab.models.trusted import config_of, require_whole
 from lab.train.batches import OVERHEAD, length_groups
+from lab.train.device import to_device
 
 TINY = {  # 0.1: a vector of 64 numbers then starts as large as one of 768 does with the usual 0.02
     "hidden_size": 64,
@@ -190,6 +191,7 @@ class PairScorer(nn.Module):
         h = encoder.config.hidden_size
         width = h if joint else 2 * h
         self.encoder, self.joint, self.pooling, self.frozen = encoder, joint, pooling, list(frozen)
+        self.register_buffer("swap", torch.tensor(SWAP), persistent=False)  # on the device
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, len(SWAP)))
         if head == "mlp":  # the journal's
             self.head = nn.Sequential(
@@ -226,7 +228,7 @@ class PairScorer(nn.Module):
         else:
             seen = [torch.cat(pair, dim=-1) for pair in ([first, second], [second, first])[:orders]]
         logits = [self.head(one) for one in seen]
-        return torch.stack([logits[0], *(one[:, SWAP] for one in logits[1:])])
+        return torch.stack([logits[0], *(one[:, self.swap] for one in logits[1:])])
 
     def encode(self, input_ids, lengths):
         """Pooled vectors (N, h) in the order given: of the first token, or the mean over tokens.
@@ -237,20 +239,33 @@ class PairScorer(nn.Module):
         overhead = OVERHEAD * (1 if device.type == "cpu" else 16)  # launches: an estimate, not measured
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         ordered = [lengths[i] for i in order]
-        longest_first = torch.tensor(order, device=device)
-        input_ids, ends = input_ids[longest_first], torch.tensor(ordered, device=device)[:, None]
+        longest_first = torch.tensor(order)
+        input_ids = input_ids[to_device(longest_first, device)]
+        ends = to_device(torch.tensor(ordered), device)[:, None]
         parts, start = [], 0
         for n in length_groups(ordered, math.inf, overhead):
-            group = slice(start, start + n)
-            parts.append(self._encode_group(input_ids[group, : ordered[start]], ends[group]))
+            group, longest = slice(start, start + n), ordered[start]
+            is_padded = ordered[start + n - 1] < longest
+            parts.append(self._encode_group(input_ids[group, :longest], ends[group], is_padded))
             start += n
-        return torch.cat(parts)[longest_first.argsort()]
+        return torch.cat(parts)[to_device(longest_first.argsort(), device)]
 
-    def _encode_group(self, input_ids, ends):
-        mask = (
-            torch.arange(input_ids.shape[1], device=input_ids.device) < ends
-        )  # by length, never by token id
-        hidden = self.encoder(input_ids, attention_mask=mask.long()).last_hidden_state
+    def _encode_group(self, input_ids, ends, is_padded):
+        T = input_ids.shape[1]
+        mask = torch.arange(T, device=input_ids.device) < ends  # by length, never by token id
+        shown = mask.long()
+        if takes_whole_masks(self.encoder.config):  # of (B, T) it asks the card: is any false?
+            shown = mask[:, None, None].expand(-1, 1, T, -1) if is_padded else None
+        hidden = self.encoder(input_ids, attention_mask=shown).last_hidden_state
         if self.pooling == "first":
             return hidden[:, 0]
         return (hidden * mask[..., None]).sum(1) / ends
+
+
+WHOLE_MASKS = ("distilbert", "bert", "roberta", "electra", "albert")
+
+
+def takes_whole_masks(config) -> bool:
+    """Whether an encoder hands a mask (B, 1, T, T) to torch's attention as it is; others (ModernBERT with its
+    windows, DeBERTa) make their own of a mask (B, T)."""
+    return config.model_type in WHOLE_MASKS and config._attn_implementation == "sdpa"

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from lab.errors import UserError
 from lab.train import cpu
 from lab.train.cpu import onednn, require_memory
+from lab.train.device import to_device
 from lab.train.loss import IGNORE_INDEX, linear_cross_entropy, targets_only
 from lab.train.objective import objective
 
@@ -195,15 +196,16 @@ class GPT(nn.Module):
     def forward(self, input_ids, labels=None, segments=None, weights=None, **options):
         """input_ids (B, T) -> logits (B, T, V); with labels (B, T) the summed loss, a scalar.
 
-        weights (B, T) of the targets and `options` (label_smoothing, z_loss, of_logits): see objective.py.
-        For several rows packed into one, `segments` (B, T) numbers them: none sees
-        another, positions restart.
+        weights (B, T) of the targets and `options` (label_smoothing, z_loss, of_logits): see objective.py;
+        labels and weights may be on the host. For several rows packed into one, `segments` (B, T) numbers
+        them: none sees another, positions restart.
         """
         hidden = self.hidden(input_ids, segments=segments)
         if labels is None:
             return self.logits(hidden)
         if weights is not None:
-            options["weights"] = weights[labels != IGNORE_INDEX]
+            counted = to_device(labels != IGNORE_INDEX, weights.device)
+            options["weights"] = to_device(weights[counted], hidden.device)
         hidden, labels = targets_only(hidden, labels)
         if options:
             return objective(*self.head(hidden), labels, **options)

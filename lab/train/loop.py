@@ -5,9 +5,9 @@ one step, when the clock ends a run, what a spike is. What is computed stands in
         if at.evaluates:                                    # behind a checkpoint, and at the end
             at.keep_if_best(validate(model))
             continue
-        loss_sum = forward_backward(at.rows, at.targets)
+        losses = forward_backward(at.rows, at.targets)      # of the micro-batches
         norm = core.gradient_norm(optimizer, precision)
-        if at.spiked(loss_sum, norm):                       # noted; with skip_spikes its update is left out
+        if at.spiked(losses, norm):                         # noted; with skip_spikes its update is left out
             at.note_spike(model, spike_facts(at))
         at.update(optimizer, precision, core.lr_at(cfg, at.step, at.schedule_length))
 """
@@ -23,6 +23,7 @@ from lab.errors import Stop
 from lab.run import spikes
 from lab.run.folder import Run
 from lab.train.batches import length_groups, reseed, worst_case
+from lab.train.device import read_step
 from lab.train.optim import optimizer_step
 
 
@@ -70,18 +71,22 @@ class Step:
     where: str  # after this step
     read: int  # examples or tokens of the global batch, for the rate
     loss_sum: float = math.nan
-    norm: Any = None
+    norm: Any = None  # of the gradients, where they are
+    grad_norm: float = math.nan  # the same as a number
     left_out: bool = False
     spike: dict = field(default_factory=dict)
     updated: bool = False
     evaluates = False
 
-    def spiked(self, loss_sum, norm) -> bool:
-        """Whether the mean loss or the gradient norm leaves its usual band. loss_sum: of this rank's rows."""
-        self.loss_sum, self.norm = loss_sum, norm
-        if self.run.cfg.dtype == "fp16" and not math.isfinite(norm):  # the scaler's overflows are none
+    def spiked(self, losses, norm) -> bool:
+        """Whether the mean loss or the gradient norm leaves its usual band. losses: of this rank's
+        micro-batches, read here: a card is waited for."""
+        self.norm = norm
+        self.loss_sum, self.grad_norm = read_step(losses, norm)
+        # the overflows of fp16 are the scaler's, no spikes
+        if self.run.cfg.dtype == "fp16" and not math.isfinite(self.grad_norm):
             return False
-        self.spike = spikes.judge(self.run, self.step + 1, loss_sum, self.targets, float(norm))
+        self.spike = spikes.judge(self.run, self.step + 1, self.loss_sum, self.targets, self.grad_norm)
         self.left_out = self.spike["left_out"]
         return bool(self.spike["odd"])
 
@@ -96,14 +101,15 @@ class Step:
         objective: the loss holds more than val/loss does (smoothing, z-loss): logged as train/objective.
         """
         if self.norm is None:
-            raise RuntimeError("at.update(...) comes after at.spiked(loss_sum, norm)")
+            raise RuntimeError("at.update(...) comes after at.spiked(losses, norm)")
         run, cfg, step = self.run, self.run.cfg, self.step + 1
-        optimizer_step(optimizer, precision, cfg.clip, lr, beta1, self.norm, self.left_out)
+        known = self.grad_norm
+        optimizer_step(optimizer, precision, cfg.clip, lr, beta1, self.norm, self.left_out, known)
         run.step_done(self.loss_sum, self.targets, self.read)
         if cfg.max_minutes is not None:  # such a run is not repeated to the bit: its path is kept
             run.metrics(step, {"clock/lr": lr, "clock/share": run.clock.share})
         if step % cfg.log_every == 0 or step == self.total_steps:
-            values = {"lr": lr, "grad_norm": float(self.norm), **values}
+            values = {"lr": lr, "grad_norm": known, **values}
             name = "objective" if objective else "loss"
             run.log_training(self.where, step, round(self.schedule_length), values, name)
         self.updated = True

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lab.train.cpu import linear
+from lab.train.device import to_device
 
 IGNORE_INDEX = -100  # a label that no loss and no accuracy looks at (torch's own default)
 
@@ -19,11 +20,15 @@ def sum_cross_entropy(logits, labels) -> torch.Tensor:
 
 
 def targets_only(hidden, labels) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden (..., C), labels (...) -> (N, C), (N,): only the positions that have a target."""
+    """hidden (..., C), labels (...) -> (N, C), (N,): only the positions that have a target.
+
+    Labels on the host, where batches leave them, say where these are without waiting for a card.
+    """
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if not (counted := labels != IGNORE_INDEX).all():
-        hidden, labels = hidden[counted], labels[counted]
-    return hidden, labels
+        at = counted.nonzero()[:, 0]
+        hidden, labels = hidden[to_device(at, hidden.device)], labels[at]
+    return hidden, to_device(labels, hidden.device)
 
 
 def linear_cross_entropy(terms, bias, labels) -> torch.Tensor:
@@ -45,7 +50,7 @@ def token_log_probs(terms, bias, labels) -> tuple[torch.Tensor, torch.Tensor]:
     Logits have the weights' dtype, whatever the autocast: near -100, where GPT-2's lie, bf16 has steps of a
     half, and many ids would be the likeliest together; fp16 would overflow.
     """
-    log_probs, hits = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.bool)]
+    log_probs, hits = [], []
     V, device = len(terms[0][1]), terms[0][0].device.type
     if device != "cpu":
         terms = [(x, _whole_rows(w, w.dtype)) for x, w in terms]
@@ -53,9 +58,11 @@ def token_log_probs(terms, bias, labels) -> tuple[torch.Tensor, torch.Tensor]:
         for chunk in _chunks(*terms[0]):
             scores = sum(linear(x[chunk].to(w.dtype), w) for x, w in terms)[:, :V]
             scores = (scores if bias is None else scores + bias).log_softmax(-1)
-            log_probs.append(scores.gather(1, labels[chunk, None])[:, 0].cpu().double())
-            hits.append((scores.argmax(-1) == labels[chunk]).cpu())
-    return torch.cat(log_probs), torch.cat(hits)
+            log_probs.append(scores.gather(1, labels[chunk, None])[:, 0])
+            hits.append(scores.argmax(-1) == labels[chunk])
+    if not hits:
+        return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.bool)
+    return torch.cat(log_probs).cpu().double(), torch.cat(hits).cpu()  # on the host: not all cards know fp64
 
 
 def _chunks(hidden, weight) -> list[slice]:

@@ -94,9 +94,11 @@ def gradient_norm(optimizer, precision) -> torch.Tensor:
     return nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
 
 
-def optimizer_step(optimizer, precision, clip, lr, beta1=None, norm=None, leave_out=False) -> float:
+def optimizer_step(
+    optimizer, precision, clip, lr, beta1=None, norm=None, leave_out=False, known=None
+) -> float:
     """Clips to the global norm `clip` (none: not), steps at `lr`, or leaves the update out; zeroes. Returns
-    the unclipped norm; norm: of gradient_norm, if it is known.
+    the unclipped norm; norm: of gradient_norm, if it is there; known: the same as a number, if it was read.
 
     An fp16 overflow skips the update and returns inf; a norm that is not finite otherwise, or 51 overflows in
     a row, raise FloatingPointError before any weight changes.
@@ -109,7 +111,7 @@ def optimizer_step(optimizer, precision, clip, lr, beta1=None, norm=None, leave_
     if clip is not None:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         nn.utils.clip_grads_with_norm_(params, clip, norm)
-    norm, halves = float(norm), precision.scaler.is_enabled()
+    norm, halves = float(norm if known is None else known), precision.scaler.is_enabled()
     overflow = not math.isfinite(norm)
     precision.skipped_in_a_row = precision.skipped_in_a_row + 1 if overflow else 0
     precision.skipped += overflow

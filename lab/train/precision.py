@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from lab.errors import UserError
 from lab.run.flags import counting
 
 Dtype = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
@@ -19,12 +20,24 @@ def native_dtype(device) -> str:
     return "bf16" if device.type == "xpu" else "fp32"
 
 
+def refuse_without_fp64(dtype, device):
+    """UserError on a card without fp64 (Intel's Arc) for fp64, and for fp16, whose loss scaler needs it."""
+    if device.type != "xpu" or dtype not in ("fp16", "fp64"):
+        return
+    if not torch.xpu.get_device_properties(device).has_fp64:
+        needs = ", which scales its losses in fp64," if dtype == "fp16" else ""
+        raise UserError(
+            f"--dtype {dtype}{needs} does not run on this card, which has no fp64: use --dtype bf16"
+        )
+
+
 def with_dtype(cfg, world):
     """`cfg` with the dtype that this device will compute in, as config.json then has it.
 
     auto becomes native_dtype. On a card fp32 becomes tf32, unless --dtype fp32 was typed.
     """
     given, dtype = cfg.typed, native_dtype(world.device) if cfg.dtype == "auto" else cfg.dtype
+    refuse_without_fp64(dtype, world.device)
     has_tf32 = world.device.type == "cuda"
     if dtype == "fp32" and has_tf32 and "dtype" not in given.flags:
         dtype = "tf32"

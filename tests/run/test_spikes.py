@@ -112,7 +112,7 @@ def test_an_overflow_of_fp16_is_no_spike(tmp_path):
         if overflow:
             model.wte.weight.grad[3, 5] = math.inf
         norm, at = core.gradient_norm(optimizer, precision), a_step(run)
-        spiked = at.spiked(20.0, norm)
+        spiked = at.spiked([torch.tensor(20.0)], norm)
         core.optimizer_step(optimizer, precision, 1.0, 0.01, norm=norm, leave_out=at.left_out)
         return spiked, norm
 
@@ -130,9 +130,13 @@ def test_an_overflow_of_fp32_is_a_spike_before_it_is_an_error(tmp_path):
     for weight in model.parameters():
         weight.grad = torch.full_like(weight, math.inf)
     norm, at = core.gradient_norm(optimizer, precision), a_step(run)
-    assert at.spiked(7.0, norm) and at.spike["odd"] == ["grad_norm"]
+    assert at.spiked([torch.tensor(7.0)], norm) and at.spike["odd"] == ["grad_norm"]
     with pytest.raises(FloatingPointError, match="gradient norm is inf"):
         core.optimizer_step(optimizer, precision, 1.0, 0.01, norm=norm)
+
+
+def exact(value) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def watched(losses, norms, folder, skip_spikes) -> tuple[list[bool], list[str], SimpleNamespace]:
@@ -142,7 +146,7 @@ def watched(losses, norms, folder, skip_spikes) -> tuple[list[bool], list[str], 
     run = a_run(folder, said, skip_spikes=skip_spikes)
     for step, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
         at = a_step(run, step)
-        if at.spiked(7 * loss, norm):  # the sum of 7 targets
+        if at.spiked([exact(7 * loss)], exact(norm)):  # the sum of 7 targets
             at.note_spike(model, {})
         left_out.append(at.left_out)
     return left_out, said, run

@@ -79,7 +79,7 @@ def through(run, total_steps, evaluate=None, **how) -> list[str]:
         assert at.batch == batches.global_batch(at.step).tolist()
         assert at.rows == batches.rank_batch(at.step)
         weight.grad = torch.ones(2)
-        at.spiked(1.0, core.gradient_norm(optimizer, precision))
+        at.spiked([torch.tensor(1.0)], core.gradient_norm(optimizer, precision))
         at.update(optimizer, precision, 0.1)
         run.events.append(f"step {at.step}")
     return [event for event in run.events if event.split()[0] in ("save", "best", "evaluate", "poll", "step")]

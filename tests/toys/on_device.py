@@ -1,0 +1,133 @@
+"""What test_fake_device.py tries on the pretend device, in a process of its own: planted mix-ups, waits."""
+
+import contextlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from fake_device import DEVICE, MixUp, OnDevice, found
+
+import core
+import lab.train.loss
+import run_preference
+
+WORLD = core.World(device=DEVICE)
+
+
+def stays(tensor, device):
+    """A to_device that was forgotten."""
+    return tensor
+
+
+def on_host() -> core.GPT:
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 8, "positions": "rotary"}
+    return core.GPT(core.GPTConfig(23, 16, **shape))
+
+
+def blocks() -> core.Blocks:
+    return core.Blocks(np.arange(30) % 23, 8)  # the last one is short: not every position has a target
+
+
+def labels_of_training():
+    with patch.object(lab.train.loss, "to_device", stays):
+        on_host().to(DEVICE)(*blocks().batch([2, 3], DEVICE))
+
+
+def ids_of_generation():
+    model = on_host().to(DEVICE)
+    hidden = model.hidden
+    with patch.object(model, "hidden", lambda ids, cache: hidden(ids.cpu(), cache)):
+        core.generate(model, [[1, 2]], 2)
+
+
+def mask_of_evaluation():
+    class OnCard(core.Blocks):
+        def batch(self, rows, device):
+            ids, labels = super().batch(rows, device)
+            return ids, labels.to(device)
+
+    cfg = SimpleNamespace(dtype="fp32", eval_batch=2)
+    core.evaluate(on_host().to(DEVICE), OnCard(np.arange(30) % 23, 8), cfg, WORLD)
+
+
+def buffer_that_is_none():
+    model = on_host()
+    model.angles = model._buffers.pop("angles")
+    model.to(DEVICE).hidden(torch.zeros(1, 4, dtype=torch.int64, device=DEVICE))
+
+
+def hash_without_cpu():
+    with patch.object(OnDevice, "cpu", lambda self: self, create=True):
+        core.weights_sha256(on_host().to(DEVICE))
+
+
+def labels_of_preferences():
+    def collated(*given):
+        return {"input": torch.zeros(2, 2, 3, device=DEVICE, requires_grad=True)}
+
+    data, cfg = SimpleNamespace(labels=[0, 2]), SimpleNamespace(symmetric=True, micro_batch=None)
+    how = core.Precision("fp32", WORLD), data, [(0, False), (1, True)], 2, cfg, WORLD
+    with patch.object(core, "to_device", stays), patch.object(core, "collate", collated):
+        run_preference.backward_of_sum(lambda input: input, *how)
+
+
+def fp64_where_there_is_none():
+    on_host().to(DEVICE).wte.weight.double()
+
+
+PLANTS = {  # what is planted, and in which file it is found
+    labels_of_training: "lab/train/loss.py",
+    ids_of_generation: "lab/models/gpt.py",
+    mask_of_evaluation: "lab/measure/language.py",
+    buffer_that_is_none: "lab/models/gpt.py",
+    hash_without_cpu: "lab/run/checkpoints.py",
+    labels_of_preferences: "lab/train/loss.py",
+    fp64_where_there_is_none: "tests/toys/on_device.py",
+}
+
+
+def there(*values) -> torch.Tensor:
+    return torch.tensor(values).pin_memory().to(DEVICE, non_blocking=True)
+
+
+def weighed() -> dict:
+    """How often each of these makes the host wait."""
+    a, chosen, at = there(1.0, 2.0, 3.0), there(True, False, True), there(0, 2)
+    leaf = there(1.0, 2.0, 3.0).requires_grad_()
+    return {
+        "item": lambda: a[0].item(),
+        "if": lambda: a.sum() > 1 and None,
+        "while": lambda: bool(a.all()),
+        "tolist": lambda: a.tolist(),
+        "to the host": lambda: a.cpu(),
+        "from pageable memory": lambda: torch.tensor([1.0]).to(DEVICE, non_blocking=True),
+        "made of a list": lambda: torch.tensor([1.0], device=DEVICE),
+        "pinned but blocking": lambda: torch.tensor([1.0]).pin_memory().to(DEVICE),
+        "a mask": lambda: a[chosen],
+        "a list": lambda: a[[0, 2]],
+        "nonzero": lambda: chosen.nonzero(),
+        "nothing: pinned": lambda: there(1.0),
+        "nothing: ids": lambda: a[at],
+        "nothing: arithmetic": lambda: torch.softmax(a * 2 + a.mean(), 0),
+        "nothing: a backward": lambda: (leaf * a).sum().backward(),
+        "nothing: new": lambda: torch.zeros(3, device=DEVICE),
+    }
+
+
+def report():
+    """Writes what was found of all of these to report.json."""
+    waits, mixups = {}, {}
+    for name, code in weighed().items():
+        found.waits.clear()
+        code()
+        waits[name] = sum(found.waits.values())
+    for plant in PLANTS:
+        found.mixups.clear()
+        with contextlib.suppress(MixUp):
+            plant()
+        mixups[plant.__name__] = list(found.mixups)
+    found.mixups.clear()
+    Path("report.json").write_text(json.dumps([waits, mixups]))
