@@ -169,8 +169,8 @@ def runs_out_of_memory(step) -> bool:
 
 def forget_freed_memory(world):
     """Gives what an attempt has left back to the accelerator, and measures its peak anew."""
-    gc.collect()  # an error's frames hold tensors
     if world.device.type != "cpu":
+        gc.collect()  # an error's frames hold tensors
         getattr(torch, world.device.type).empty_cache()
         getattr(torch, world.device.type).reset_peak_memory_stats()
 

@@ -9,10 +9,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ranks
 import torch
+from toys.sft import BARE, go, toy_file
 
 import core
+import run_preference
 from core import World
+from lab.train import prefetch
 
 LENGTHS = np.random.default_rng(0).integers(1, 40, 60)
 
@@ -29,7 +33,11 @@ def card(monkeypatch):
 
 
 def threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("next batch")]
+    """Those that lay out rows, and stay when they are through."""
+    found = [thread for thread in threading.enumerate() if thread.name.startswith("next batch")]
+    for thread in found:
+        thread.join(30)
+    return [thread for thread in found if thread.is_alive()]
 
 
 def make(device, lay_out, lengths=LENGTHS, **constants):
@@ -101,7 +109,31 @@ def test_the_thread_ends_with_its_work_though_nobody_takes_it(card):
     run, parts = make(card, lambda part, device: part)
     run.rows_ahead = [3, 4]
     list(parts([1, 2]))
-    parts._ahead[1].result()
-    for thread in threads():
-        thread.join(10)
     assert threads() == []
+
+
+def test_a_run_ends_with_the_same_weights_and_all_steps_but_the_first_were_ready(monkeypatch):
+    """The thread switched on beside a CPU, over an evaluation, which takes no part in it."""
+    flags = ["--data", toy_file(), *BARE, "--max_steps", 4, "--eval_every", 2]
+    expected, ready, prepared = go("run_lora", *flags)[0], [], prefetch.MicroBatches._prepared
+
+    def noted(self, rows):
+        made = prepared(self, rows)
+        ready.append(made is not None)
+        return made
+
+    monkeypatch.setattr(prefetch.MicroBatches, "_prepared", noted)
+    ranks.everywhere(monkeypatch.setattr, prefetch, "prepares", lambda world: True)
+    assert go("run_lora", *flags)[0]["weights_sha256"] == expected["weights_sha256"]
+    assert ready == [False, False, False, True, True, True]  # twice rehearsed, four steps
+    assert threads() == []
+
+
+def test_pairs_are_prepared_as_their_step_will_ask_for_them():
+    """Whether A and B of a row are swapped depends on the step: rows_ahead become pairs of its own."""
+    cfg = SimpleNamespace(swap_augmentation=True, batch=8, seed=3)
+    swaps = [run_preference.swapped(cfg, 0, step) for step in (4, 5)]
+    assert swaps[0] != swaps[1] and run_preference.swapped(cfg, 0, 5) == swaps[1]
+    shown = run_preference.shown_rows(np.arange(100, 200), [3, 1, 4], swaps[1][:3])
+    assert shown == list(zip([103, 101, 104], swaps[1][:3], strict=True))
+    assert run_preference.shown_rows(np.arange(100, 200), [3]) == [(103, False)]
