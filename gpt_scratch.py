@@ -73,7 +73,7 @@ class Config(core.Studied):
     warmup: core.Share = 0.05  # fraction of all steps in which the rate rises; one_cycle's is usually 0.3
     schedule: Literal["linear", "cosine", "constant", "one_cycle", "gpt3"] = "linear"  # of the rate
     cycle_beta1: bool = True  # one_cycle moves beta1 between 0.95 and 0.85, against the rate
-    optimizer: Literal["adamw", "lion", "sgd"] = "adamw"  # sgd: momentum 0.9
+    optimizer: core.Optimizer = "adamw"  # adafactor: least memory, lr is a share of a weight's size
     beta1: core.within(float, 0, 0.9999) = 0.9  # of Adam: decay of the gradients' mean
     beta2: core.within(float, 0, 0.9999) = 0.99  # decay of Adam's mean of squares, of Lion's mean
     eps: core.within(float, 1e-30) = 1e-8  # of Adam
@@ -279,6 +279,7 @@ class Setup:
     total_steps: int
     model: core.GPT
     ddp: nn.Module
+    micro_batches: core.MicroBatches
     optimizer: torch.optim.Optimizer
     precision: core.Precision
     step: int = 0  # where a resumed run stands
@@ -318,12 +319,14 @@ def set_up(run, cfg, world, steps=None) -> Setup:
     core.on_main(world, describe_model, run.folder, model, tokens.tokenizer)
     generate.stop_ids(tokens.tokenizer, cfg.stop)  # a mistake should not wait for the first sample
     ddp = core.wrap_ddp(model, world, model.h if cfg.compile else (), dynamic=None)
-    setup = Setup(cfg, world, tokens, blocks, batches, total_steps, model, ddp, optimizer, precision, step)
+    micro_batches = core.MicroBatches(run, ddp, blocks["train"].batch)
+    data = tokens, blocks, batches, total_steps
+    setup = Setup(cfg, world, *data, model, ddp, micro_batches, optimizer, precision, step)
     if step == 0:
         loss, _, targets = core.evaluate(model, blocks["val"].first(16), cfg, world).sum(0)
         run.say(f"initial loss {loss / targets:.4f}  ln V {math.log(model.config.vocab_size):.4f}")
     saved, gradients = (model, optimizer, precision), functools.partial(forward_backward, setup)
-    core.rehearse(run, ddp, saved, gradients, batches, total_steps - step)
+    core.rehearse(run, micro_batches, saved, gradients, batches, total_steps - step)
     run.say(describe_block(tokens.tokenizer, blocks["train"].tokens[: cfg.block_size + 1]))
     return setup
 
@@ -342,10 +345,9 @@ def describe_model(folder, model, tokenizer):
 def forward_backward(setup, rows, targets) -> list:
     """Adds gradients of (this rank's loss sum / targets of all ranks). Returns the sum's parts."""
     losses = []
-    for part in core.micro_batches(setup.ddp, rows, setup.cfg.micro_batch):
-        input_ids, labels = setup.blocks["train"].batch(part, setup.world.device)
+    for _, batch in setup.micro_batches(rows):
         with setup.precision.autocast():
-            losses.append(setup.ddp(input_ids, labels))
+            losses.append(setup.ddp(*batch))  # cross-entropy, summed over targets
         core.scaled_backward(losses[-1], setup.world, targets, setup.precision)  # x world.size: DDP averages
     return [loss.detach() for loss in losses]  # read later, with the norm
 

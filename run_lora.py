@@ -61,7 +61,7 @@ class Config(core.Studied):
     min_lr: core.Rate = 0.0  # at the end of the schedule
     warmup: core.Share = 0.05  # fraction of all steps
     schedule: Literal["linear", "cosine", "constant"] = "cosine"  # of the rate, after the warm-up
-    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
+    optimizer: core.Optimizer = "adamw"  # adafactor: least memory, lr is a share of a weight's size
     weight_decay: core.Rate = 0.0  # of A and B
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
     dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; a preset's fp32 is tf32 on a GPU
@@ -258,17 +258,19 @@ def train(run, cfg, world) -> dict:
     core.on_main(world, keep_for_later, run.folder, cfg, data.tokenizer)
     ddp = core.wrap_ddp(model, world, compiled=model.h if cfg.compile else ())
 
+    micro_batches = core.MicroBatches(run, ddp, units.batch, units.lengths)
+
     def forward_backward(rows, targets) -> list:
         """Adds gradients of (this rank's loss sum / targets of all ranks). Returns the sum's parts."""
         losses = []
-        for part in core.micro_batches(ddp, rows, cfg.micro_batch, units.lengths[rows], cfg.micro_tokens):
+        for _, batch in micro_batches(rows):  # _: the numbers of its rows
             with precision.autocast():
-                losses.append(ddp(*units.batch(part, world.device)))  # cross-entropy, summed over targets
+                losses.append(ddp(*batch))  # cross-entropy, summed over targets
             core.scaled_backward(losses[-1], world, targets, precision)  # x world.size: DDP averages
         return [loss.detach() for loss in losses]  # read later, with the norm
 
     # two forwards and backwards of the longest rows: is there memory? Then the forecast of hours
-    core.rehearse(run, ddp, saved, forward_backward, batches, total_steps - run.step)
+    core.rehearse(run, micro_batches, saved, forward_backward, batches, total_steps - run.step)
     run.say(tuning.describe_example(parts["train"]))
     if cfg.mode == "find_lr":
         find = core.find_lr

@@ -66,7 +66,7 @@ class Config(core.Bookkeeping):
     warmup: core.Share = 0.05  # fraction of all steps
     schedule: Literal["linear", "cosine", "constant", "one_cycle"] = "cosine"  # of the rate
     cycle_beta1: bool = True  # one_cycle moves beta1 between 0.95 and 0.85, against the rate
-    optimizer: Literal["adamw", "lion", "sgd"] = "adamw"  # sgd: momentum 0.9
+    optimizer: core.Optimizer = "adamw"  # adafactor: least memory, lr is a share of a weight's size
     beta1: core.within(float, 0, 0.9999) = 0.9  # of Adam: decay of the gradients' mean
     beta2: core.within(float, 0, 0.9999) = 0.95  # decay of Adam's mean of squares, of Lion's mean (0.99)
     weight_decay: core.Rate = 0.1  # of matrices but the token embedding; Lion wants 3 to 10 times as much
@@ -277,18 +277,20 @@ def train(run, cfg, world) -> dict:
     core.on_main(world, keep_for_later, run.folder, cfg, model, tokenizer)
     ddp = core.wrap_ddp(model, world, model.h if cfg.compile else ())
 
+    micro_batches = core.MicroBatches(run, ddp, units.batch, units.lengths)
+
     def forward_backward(rows, targets) -> list:
         """Adds gradients of (this rank's loss sum / targets of all ranks). Returns the sum's parts."""
         losses = []
-        for part in core.micro_batches(ddp, rows, cfg.micro_batch, units.lengths[rows], cfg.micro_tokens):
+        for _, batch in micro_batches(rows):  # _: the numbers of its rows
             with precision.autocast():
-                losses.append(ddp(*units.batch(part, world.device)))  # cross-entropy, summed over targets
+                losses.append(ddp(*batch))  # cross-entropy, summed over targets
             core.scaled_backward(losses[-1], world, targets, precision)  # x world.size: DDP averages
         return [loss.detach() for loss in losses]  # read later, with the norm
 
     int4.switch(model, True)  # for the trial below: int4 steps are the slower ones, so forecast those
     # two forwards and backwards of the longest rows: is there memory? Then the forecast of hours
-    core.rehearse(run, ddp, saved, forward_backward, batches, total_steps - run.step)
+    core.rehearse(run, micro_batches, saved, forward_backward, batches, total_steps - run.step)
     run.say(tuning.describe_example(parts["train"]))
     if cfg.mode == "find_lr":
         beta1 = core.beta1_at(cfg, 0, cfg.find_steps)

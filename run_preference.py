@@ -17,6 +17,7 @@ and report.png hold all of it, predictions.jsonl what was said of every row, sub
 
 import csv
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -64,7 +65,7 @@ class Config(core.Studied):
     min_lr: core.Rate = 0.0  # at the end of the schedule
     warmup: core.Share = 0.1  # fraction of all steps
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # of the rate, after the warm-up
-    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
+    optimizer: core.Optimizer = "adamw"  # adafactor: least memory, lr is a share of a weight's size
     weight_decay: core.Rate = 0.01  # of matrices
     swap_augmentation: bool = False  # swap A and B of half the training rows, drawn anew each epoch
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
@@ -256,18 +257,21 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     core.cache_vectors(model, data, cfg, world, run.poll, run.say)
     ddp = core.wrap_ddp(model, world, [model.encoder] if cfg.compile else ())
 
+    lay_out = functools.partial(laid_out, data, cfg)
+    micro_batches = core.MicroBatches(run, ddp, lay_out)
+
     def forward_backward(mine, targets, swaps=None) -> list:
         """Adds gradients of (this rank's loss sum / targets of all ranks). Returns the sum's parts.
 
         mine: positions in rows["train"]. swaps: whether A and B of each are swapped.
         """
-        shown = list(zip(rows["train"][mine], swaps or [False] * len(mine), strict=True))
-        return backward_of_sum(ddp, precision, data, shown, targets, cfg, world)
+        shown = shown_rows(rows["train"], mine, swaps)
+        return backward_of_sum(ddp, precision, micro_batches(shown), targets, world)
 
     first_here = fold == run.position.get("fold", 0)  # what follows is said once
     steps_left = ((cfg.folds or 1) - fold) * total_steps - run.step if first_here else None
     # two forwards and backwards of the longest rows: is there memory? Then the forecast of hours
-    core.rehearse(run, ddp, saved, forward_backward, batches, steps_left)
+    core.rehearse(run, micro_batches, saved, forward_backward, batches, steps_left)
     if first_here:
         run.say(describe_row(data, rows["train"][0], cfg))
     if cfg.mode == "find_lr":
@@ -287,6 +291,9 @@ def train(run, cfg, world, data, rows, fold) -> dict:
         core.reseed(cfg.seed, fold, at.step, world.rank)  # in place of core.steps' seed, which knows no fold
         swaps = swapped(cfg, fold, at.step)
         lr = core.lr_at(cfg, at.step, at.schedule_length)  # total_steps, or what fits into max_minutes
+        if run.rows_ahead:  # this rank's of the next step, which a thread lays out
+            ahead = swapped(cfg, fold, at.step + 1)[world.rank :: world.size]
+            run.rows_ahead = shown_rows(rows["train"], run.rows_ahead, ahead)
         losses = forward_backward(at.rows, at.targets, swaps[world.rank :: world.size])
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
         if at.spiked(losses, norm) and world.is_main:  # spiked() asks all ranks, so it stands first
@@ -309,18 +316,25 @@ def swapped(cfg, fold, step) -> list[bool]:
     return (np.random.default_rng([cfg.seed, fold, step]).random(cfg.batch) < 0.5).tolist()
 
 
-def backward_of_sum(ddp, precision, data, shown, targets, cfg, world) -> list:
-    """Adds gradients of (this rank's loss sum / targets of all ranks). Returns the sum's parts.
+def shown_rows(train_rows, positions, swaps=None) -> list[tuple]:
+    """Pairs (row, whether A and B are swapped) of positions in the training rows."""
+    return list(zip(train_rows[positions].tolist(), swaps or [False] * len(positions), strict=True))
 
-    shown: pairs (row, whether A and B are swapped).
-    """
-    losses, orders = [], 2 if cfg.symmetric else 1
-    for part in core.micro_batches(ddp, shown, cfg.micro_batch):
-        rows, swaps = zip(*part, strict=True)
-        labels = [encoders.SWAP[data.labels[row]] if swap else data.labels[row] for row, swap in part]
-        labels = core.to_device(torch.tensor(labels), world.device)
+
+def laid_out(data, cfg, shown, device) -> tuple[dict, torch.Tensor]:
+    """What the model takes of pairs (row, whether A and B are swapped), and their labels."""
+    rows, swaps = zip(*shown, strict=True)
+    labels = [encoders.SWAP[data.labels[row]] if swap else data.labels[row] for row, swap in shown]
+    sequences = core.collate(data, rows, cfg, device, 2 if cfg.symmetric else 1, swaps)
+    return sequences, core.to_device(torch.tensor(labels), device)
+
+
+def backward_of_sum(ddp, precision, micro_batches, targets, world) -> list:
+    """Adds gradients of (this rank's loss sum / targets of all ranks). Returns the sum's parts."""
+    losses = []
+    for _, (sequences, labels) in micro_batches:
         with precision.autocast():
-            logits = ddp(**core.collate(data, rows, cfg, world.device, orders, swaps)).mean(0)
+            logits = ddp(**sequences).mean(0)  # of both orders
             losses.append(core.sum_cross_entropy(logits, labels))
         core.scaled_backward(losses[-1], world, targets, precision)  # x world.size: DDP averages
     return [loss.detach() for loss in losses]  # read later, with the norm

@@ -71,7 +71,7 @@ class Config(core.Bookkeeping):
     min_lr: core.Rate = 6e-5  # at the end of the schedule
     warmup: core.Share = 0.02  # fraction of all steps
     schedule: Literal["linear", "cosine", "constant"] = "cosine"  # of the rate, after the warm-up
-    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: momentum 0.9
+    optimizer: core.Optimizer = "adamw"  # adafactor: least memory, lr is a share of a weight's size
     beta1: core.within(float, 0, 0.9999) = 0.9  # of Adam: decay of the gradients' mean
     beta2: core.within(float, 0, 0.9999) = 0.95  # of Adam: decay of the squares' mean
     weight_decay: core.Rate = 0.1  # of matrices
@@ -268,17 +268,19 @@ def train(run, cfg, world) -> dict:
     core.on_main(world, gpt_scratch.describe_model, run.folder, model, text.tokenizer)
     ddp = core.wrap_ddp(model, world, model.h if cfg.compile else (), dynamic=None)
 
+    micro_batches = core.MicroBatches(run, ddp, batches.blocks.batch)
+
     def forward_backward(rows, targets) -> list:
         """Adds gradients of (this rank's loss sum / targets of all ranks). Returns the sum's parts."""
         losses = []
-        for part in core.micro_batches(ddp, rows, cfg.micro_batch):
+        for _, batch in micro_batches(rows):
             with precision.autocast():
-                losses.append(ddp(*batches.blocks.batch(part, world.device)))
+                losses.append(ddp(*batch))
             core.scaled_backward(losses[-1], world, targets, precision)  # x world.size: DDP averages
         return [loss.detach() for loss in losses]  # read later, with the norm
 
     # two forwards and backwards of the longest rows: is there memory? Then the forecast of hours
-    core.rehearse(run, ddp, saved, forward_backward, batches, total_steps - step)
+    core.rehearse(run, micro_batches, saved, forward_backward, batches, total_steps - step)
     first = batches.blocks.tokens(int(batches.rows[0]) if len(batches.rows) else 0)
     run.say(gpt_scratch.describe_block(text.tokenizer, first))
     if cfg.mode == "find_lr":

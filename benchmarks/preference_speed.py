@@ -67,7 +67,8 @@ def ours(cfg, data, steps, counter):
         counter.begin()
         rows = batches.rank_batch(step * len(batches) // steps)
         shown = [(row, False) for row in rows]
-        run_preference.backward_of_sum(model, precision, data, shown, BATCH, cfg, world)
+        parts = [(shown, run_preference.laid_out(data, cfg, shown, world.device))]
+        run_preference.backward_of_sum(model, precision, parts, BATCH, world)
         core.optimizer_step(optimizer, precision, 1.0, 1e-5)
         counter.end()
 

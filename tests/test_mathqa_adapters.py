@@ -33,7 +33,7 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "adafactor"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_moves_every_adapter_keeps_the_base_and_is_loaded_as_it_ended(method, optimizer):
     cfg = config(*SMALL, "--method", method, "--optimizer", optimizer)

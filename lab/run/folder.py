@@ -86,6 +86,7 @@ class Run:
             self.signals.saved = self.checkpoints.told()
         self.state = self.position.get("state", {})  # what a script wants to find again after a resume (JSON)
         self.fold, self.first_step, self._last_step = 0, 0, 0  # folds follow each other on one axis of steps
+        self.rows_ahead = []  # this rank's of the step after the one it takes, for prefetch.py
         self.result, self.stopping, self.meter, self.unit = {}, None, Meter(world), unit
         self._lines = plan["lines"]
         if world.is_main:
@@ -303,10 +304,16 @@ class Run:
         """Notes a fact (a fingerprint, say) in config.json. A resume that finds another value is refused."""
         on_main(self.world, self._pin, name, value)
 
-    def _pin(self, name, value):
+    def note(self, name, value):
+        """Notes a fact in config.json that may differ after a resume."""
+        on_main(self.world, self._pin, name, value, True)
+
+    def _pin(self, name, value, may_change=False):
         config = read_config(self.folder)
-        absent = name not in config["facts"]
-        if config["facts"].setdefault(name, value) != value:
+        absent = may_change or name not in config["facts"]
+        if may_change:
+            config["facts"][name] = value
+        elif config["facts"].setdefault(name, value) != value:
             raise UserError(f"{name} is not what {self.folder} began with: start a new run")
         if absent:
             write_sealed(self.folder / "config.json", config)

@@ -11,7 +11,7 @@ import torch
 from lab.errors import UserError
 from lab.run.meter import clock
 from lab.train import loss
-from lab.train.optim import count_parameters
+from lab.train.optim import count_parameters, state_numbers
 from lab.train.processes import on_main
 
 
@@ -20,9 +20,8 @@ def forecast(run, model, optimizer, steps, seconds, typical) -> int | None:
 
     Returns how many steps fit into max_minutes. UserError where memory or a new run's disk is too small.
     """
-    total, trainable = count_parameters(model)
-    moments = 2 if isinstance(optimizer, torch.optim.AdamW) else 1  # tensors of state per weight
-    checkpoint_mb = 4 * (total + moments * trainable) / 1e6  # all of it in fp32
+    total, _ = count_parameters(model)
+    checkpoint_mb = 4 * (total + state_numbers(optimizer)) / 1e6  # all of it in fp32
     disk_mb = _require_disk(run, checkpoint_mb, 4 * total / 1e6)
     fit, minutes = None, run.cfg.max_minutes
     if minutes is not None:
@@ -32,7 +31,7 @@ def forecast(run, model, optimizer, steps, seconds, typical) -> int | None:
     hours, price = steps * seconds * typical / 3600, run.cfg.price_per_hour
     if minutes is not None:
         hours = min(hours, max(0, minutes / 60 - run.clock.seconds / 3600))
-    memory_gb = _require_memory(run.world, 0 if optimizer.state else 4 * moments * trainable / 1e6)
+    memory_gb = _require_memory(run.world, optimizer)
     for note in loss.notes:
         run.say(note)
     loss.notes.clear()
@@ -68,13 +67,24 @@ def _require_disk(run, checkpoint_mb, weights_mb) -> float:
     return disk_mb
 
 
-def _require_memory(world, to_come_mb) -> float:
-    """Returns the GB of the peak so far plus what the optimizer will add."""
-    memory_gb = (peak_memory_mb(world) + to_come_mb) / 1e3
-    if memory_gb > (room_gb := device_memory_gb(world)):
-        room = f"training needs {memory_gb:.1f} GB, the device has {room_gb:.1f}"
-        raise UserError(f"{room}: use a smaller --micro_batch, --checkpointing, or a smaller model")
-    return memory_gb
+def _require_memory(world, optimizer) -> float:
+    """Returns the GB that training takes. UserError where the device has less."""
+    needed, room = needed_gb(world, optimizer), device_memory_gb(world)
+    if needed > room:
+        better = "a smaller --micro_batch, --checkpointing, or a smaller model"
+        raise UserError(f"training needs {needed:.1f} GB, the device has {room:.1f}: use {better}")
+    return needed
+
+
+def has_room(world, optimizer) -> bool:
+    """Whether what was computed so far fits beside the state that the optimizer will add, with 8 % of the
+    memory left for fragments."""
+    return needed_gb(world, optimizer) <= 0.92 * device_memory_gb(world)
+
+
+def needed_gb(world, optimizer) -> float:
+    """GB of the peak so far and of the optimizer's state, in fp32, if that is still to come."""
+    return peak_memory_mb(world) / 1e3 + (0 if optimizer.state else 4 * state_numbers(optimizer) / 1e9)
 
 
 def peak_memory_mb(world) -> float:
@@ -86,7 +96,13 @@ def peak_memory_mb(world) -> float:
 
 
 def device_memory_gb(world) -> float:
-    """Memory of the accelerator in GB; infinity for a CPU, whose free memory is not known."""
+    """GB of the accelerator that this process can have: what its driver calls free and what it holds already.
+    Infinity for a CPU, whose free memory is not known."""
     if world.device.type == "cpu":
         return math.inf
-    return getattr(torch, world.device.type).get_device_properties(world.device).total_memory / 1e9
+    device = getattr(torch, world.device.type)
+    try:
+        free = device.mem_get_info(world.device)[0] + device.memory_reserved(world.device)
+    except (AttributeError, RuntimeError):  # an older torch.xpu; some of Intel's drivers do not tell
+        free = device.get_device_properties(world.device).total_memory
+    return free / 1e9

@@ -1,5 +1,6 @@
 """Which rows stand in which batch: a pure function of (seed, epoch, step), cut by rank and micro-batch."""
 
+import gc
 import hashlib
 import itertools
 import math
@@ -18,20 +19,26 @@ OVERHEAD = 128  # tokens that could be computed while a forward and backward is 
 
 
 def micro_batches(model, rows, size=None, lengths=None, most=math.inf):
-    """Yields parts of `rows`, `size` each (none: all at once). Ranks exchange gradients in the last
-    backward only.
+    """Yields the parts of `rows` that `cut` makes. Ranks exchange gradients in the last backward only."""
+    parts = cut(rows, size, lengths, most)
+    for n, part in enumerate(parts, start=1):
+        with exchanging(model, n == len(parts)):
+            yield part
 
-    With `lengths`, rows of similar length share a part, and none means length_groups(lengths, most).
-    """
+
+def exchanging(model, exchanges):
+    """Context of a forward and backward in which ranks exchange their gradients, or do not."""
+    return nullcontext() if exchanges or not isinstance(model, DistributedDataParallel) else model.no_sync()
+
+
+def cut(rows, size=None, lengths=None, most=math.inf) -> list[list]:
+    """Parts of `rows`, `size` each (none: all at once). With `lengths`, rows of similar length share a part,
+    and none means length_groups(lengths, most)."""
     if lengths is not None:
         order = np.argsort(-np.asarray(lengths), kind="stable")  # longest first: memory fails early
         rows, lengths = [rows[i] for i in order], [int(lengths[i]) for i in order]
     sizes = length_groups(lengths, most) if lengths and not size else _equal(len(rows), size or len(rows))
-    ends = list(itertools.accumulate(sizes))
-    for end, n in zip(ends, sizes, strict=True):
-        alone = end < len(rows) and isinstance(model, DistributedDataParallel)
-        with model.no_sync() if alone else nullcontext():
-            yield rows[end - n : end]
+    return [rows[end - n : end] for end, n in zip(itertools.accumulate(sizes), sizes, strict=True)]
 
 
 def _equal(n, size) -> list[int]:
@@ -112,23 +119,23 @@ class ShardedBatches:
         return order.reshape(self.steps_per_epoch, self.batch)[shuffled].reshape(-1)
 
 
-def worst_case(world, model, step, optimizer, rows) -> float:
-    """Makes two discarded steps of the longest rows, `rows` at once; `step()` is forward and backward.
-    Returns the seconds of one.
+def worst_case(world, micro_batches, step, optimizer, rows, fits) -> float:
+    """Makes two discarded steps of the longest rows; `step()` is forward and backward, `fits()` whether there
+    is memory for what comes later. Returns the seconds of one. Where they do not fit, micro_batches is
+    halved, if it may be, until they do; UserError if one row does not.
 
     The first exchanges no gradients, so that all ranks can agree if one runs out of memory; the second makes
     DDP settle its buckets: otherwise a resumed run on 3 or more ranks would sum in another order.
     """
-    failed = torch.zeros(1)
-    try:
-        with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
-            step()
-    except torch.OutOfMemoryError:
-        failed += 1
-    optimizer.zero_grad(set_to_none=True)
-    if all_reduce_sum(world, failed).item():
-        better = f"--micro_batch {rows // 2}" if rows > 1 else "shorter rows or a smaller model"
-        raise UserError(f"out of memory with {rows} of the longest rows at once: use {better}")
+    model = micro_batches.model
+    failed, tight = _shortage(world, model, step, optimizer, fits)
+    while (failed or tight) and micro_batches.halve(rows):
+        forget_freed_memory(world)
+        failed, tight = _shortage(world, model, step, optimizer, fits)
+    if failed:  # what is only tight is the forecast's to refuse
+        n = micro_batches.at_once(rows)
+        better = f"--micro_batch {n // 2}" if n > 1 else "shorter rows or a smaller model"
+        raise UserError(f"out of memory with {n} of the longest rows at once: use {better}")
     began = time.perf_counter()
     step()
     if world.device.type != "cpu":
@@ -140,13 +147,47 @@ def worst_case(world, model, step, optimizer, rows) -> float:
     return time.perf_counter() - began
 
 
+def _shortage(world, model, step, optimizer, fits) -> list[int]:
+    """On how many ranks a step, without an exchange of gradients, ran out of memory, and what comes later
+    will."""
+    with exchanging(model, False):
+        failed = runs_out_of_memory(step)
+    optimizer.zero_grad(set_to_none=True)
+    return all_reduce_sum(world, torch.tensor([failed, not fits()], dtype=torch.int64)).tolist()
+
+
+def runs_out_of_memory(step) -> bool:
+    """Calls `step()`; says whether there was too little memory for it."""
+    try:
+        step()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return True
+    return False
+
+
+def forget_freed_memory(world):
+    """Gives what an attempt has left back to the accelerator, and measures its peak anew."""
+    if world.device.type != "cpu":
+        gc.collect()  # an error's frames hold tensors
+        getattr(torch, world.device.type).empty_cache()
+        getattr(torch, world.device.type).reset_peak_memory_stats()
+
+
+def is_out_of_memory(error) -> bool:
+    """Whether an error says so: torch's own, that of a CPU's allocator, or that of cuBLAS."""
+    words = ("allocate memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
 @contextmanager
 def within_memory(rows, tokens):
     """Context of a forward pass in which running out of memory is a UserError that says what would help."""
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         size = f"out of memory with {rows} rows of {tokens} tokens at once"
         raise UserError(f"{size}: use a smaller --eval_batch, or shorter rows (text: --context)") from None

@@ -12,19 +12,23 @@ one step, when the clock ends a run, what a spike is. What is computed stands in
         at.update(optimizer, precision, core.lr_at(cfg, at.step, at.schedule_length))
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
-from lab.errors import Stop
-from lab.run import spikes
+from lab.errors import Stop, UserError
+from lab.run import forecast, spikes
 from lab.run.folder import Run
-from lab.train.batches import length_groups, reseed, worst_case
+from lab.train.batches import reseed, runs_out_of_memory, worst_case
 from lab.train.device import read_step
 from lab.train.optim import optimizer_step
+from lab.train.prefetch import prepares
+from lab.train.processes import all_reduce_sum
 
 
 @dataclass
@@ -168,24 +172,44 @@ def steps(
         if run.unit == "tokens":
             read = int(batches.lengths[batch].sum())
         at = Step(run, step, batch, rows, targets, length, total_steps, where(run, batches, step + 1), read)
+        more = prepares(world) and step + 1 < total_steps
+        run.rows_ahead = batches.rank_batch(step + 1) if more else []
         yield at
         if not at.updated:
             raise RuntimeError(f"step {step} has no at.update(...)")
         step += 1
 
 
-def rehearse(run, ddp, saved, forward_backward, batches, steps_left):
-    """Makes two steps of the longest rows and discards them: UserError if memory is too small. Then says what
-    the run will need. steps_left: none says nothing (a later fold)."""
+def rehearse(run, micro_batches, saved, forward_backward, batches, steps_left):
+    """Makes two steps of the longest rows and discards them. Where memory is too small, micro_batches becomes
+    smaller, if nobody has set its size; else UserError. Then says what the run will need. steps_left: none
+    says nothing (a later fold)."""
     cfg, world, lengths = run.cfg, run.world, np.asarray(batches.lengths)
     reseed(cfg.seed, "worst case")
-    worst = batches.longest()[: math.ceil(cfg.batch / world.size)].tolist()
-    at_once = min(cfg.micro_batch or len(worst), len(worst))
-    if not cfg.micro_batch and hasattr(cfg, "micro_tokens"):
-        at_once = max(length_groups(lengths[worst].tolist(), cfg.micro_tokens))
+    longest = batches.longest()
+    worst = longest[: math.ceil(cfg.batch / world.size)].tolist()
     total = int(lengths[worst].sum())
-    seconds = worst_case(world, ddp, lambda: forward_backward(worst, total), saved[1], at_once)
+    fits = functools.partial(forecast.has_room, world, saved[1])
+    step = functools.partial(forward_backward, worst, total)
+    seconds = worst_case(world, micro_batches, step, saved[1], worst, fits)
     run.poll()
+    if micro_batches.found:
+        name, before, after = micro_batches.found
+        run.say(f"{name} {before} -> {after}: the largest that fits the longest rows")
+        run.note(name, after)  # the constant stays none: a resume, on another card perhaps, looks anew
+    if world.device.type != "cpu":
+        _rehearse_evaluation(run, micro_batches, forward_backward, longest)
     steps_left = cfg.find_steps if cfg.mode == "find_lr" else steps_left
     if steps_left is not None:
         run.forecast(*saved[:2], steps_left, seconds, lengths.mean() / lengths[worst].mean())
+
+
+def _rehearse_evaluation(run, micro_batches, forward_backward, longest):
+    """A forward of as many of the longest rows as an evaluation sees at once: its memory is then part of the
+    forecast. UserError if it is too small."""
+    rows = longest[: math.ceil(run.cfg.eval_batch / run.world.size)].tolist()
+    with micro_batches.for_evaluation(), torch.no_grad():
+        failed = runs_out_of_memory(functools.partial(forward_backward, rows, 1))
+    if all_reduce_sum(run.world, torch.tensor(float(failed))).item():
+        better = f"--eval_batch {max(1, run.cfg.eval_batch // 2)}"
+        raise UserError(f"out of memory in an evaluation with {len(rows)} of the longest rows: use {better}")

@@ -296,5 +296,7 @@ def scaled_backward(loss_sum, world, targets, precision):
 
     DDP averages over ranks, hence the factor of world size. Without targets gradients are zero.
     """
+    if not loss_sum.requires_grad:  # a rehearsal of what evaluations need
+        return
     with precision.products():
         precision.scaler.scale(loss_sum * (world.size / max(targets, 1))).backward()

@@ -1,9 +1,12 @@
 """Optimizers, the schedule of rates, and one update."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import nn
+
+Optimizer = Literal["adamw", "lion", "adafactor", "sgd"]
 
 
 def count_parameters(model) -> tuple[int, int]:
@@ -68,15 +71,27 @@ def parameter_groups(model, weight_decay, scales=None, undecayed=()) -> list[dic
 
 
 def make_optimizer(
-    model, optimizer, weight_decay, betas=(0.9, 0.999), eps=1e-8, scales=None, undecayed=()
+    model, optimizer, weight_decay, betas=None, eps=1e-8, scales=None, undecayed=()
 ) -> torch.optim.Optimizer:
-    """Makes adamw (fused), lion or sgd (momentum 0.9) over parameter_groups. optimizer_step sets the lr."""
+    """Makes an Optimizer by name over parameter_groups; optimizer_step sets the lr. betas none: 0.9 and 0.999
+    (Lion: 0.99). sgd has a momentum of 0.9. adafactor is torch's (Shazeer and Stern 2018), which decays the
+    squares' mean in its own way: a step is lr times the size of a weight."""
     groups = parameter_groups(model, weight_decay, scales, undecayed)
     if optimizer == "lion":
-        return Lion(groups, betas)
+        return Lion(groups, betas or (0.9, 0.99))
+    if optimizer == "adafactor":
+        return torch.optim.Adafactor(groups)
     if optimizer == "adamw":
-        return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
+        return torch.optim.AdamW(groups, betas=betas or (0.9, 0.999), eps=eps, fused=True)
     return torch.optim.SGD(groups, momentum=0.9)
+
+
+def state_numbers(optimizer) -> int:
+    """How many numbers an optimizer keeps once it has stepped: two a weight (AdamW), one, or Adafactor's."""
+    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+    if isinstance(optimizer, torch.optim.Adafactor):
+        return sum(n.numel() // n[-1] + n.numel() // n[-2] if len(n) > 1 else n.numel() for n in shapes)
+    return (2 if isinstance(optimizer, torch.optim.AdamW) else 1) * sum(map(math.prod, shapes))
 
 
 def state_megabytes(model, optimizer) -> float:

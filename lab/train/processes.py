@@ -155,6 +155,10 @@ def _cores() -> int:
 
 
 def _pick_device(local_rank, local_size) -> torch.device:
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & {*os.environ} and torch.version.cuda:
+        # lengths vary from batch to batch: without this, memory falls to pieces that fit none. Read when CUDA
+        # starts; until torch 2.9 under the second name
+        os.environ["PYTORCH_ALLOC_CONF"] = os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu)):
         if module.is_available():
             if local_size > (n := module.device_count()):

@@ -9,6 +9,7 @@ import torch
 from ranks import everywhere
 from torch import nn
 
+import core
 from core import UserError, World
 from lab.run import flags, forecast
 from lab.run.meter import Clock
@@ -73,3 +74,60 @@ def test_too_little_memory_is_refused(monkeypatch):
         UserError, match=r"training needs [\d.]+ GB, the device has 0.0: use a smaller --micro"
     ):
         look_ahead(make_run())
+
+
+class Card:
+    """What torch.cuda says of a card of 24 GB, of which other programs hold 3; this one has peaked at 10."""
+
+    def __init__(self, peak=10e9, **changes):
+        self.mem_get_info = lambda device: (9e9, 24e9)
+        self.memory_reserved = lambda device: 12e9
+        self.max_memory_allocated = lambda: peak
+        self.get_device_properties = lambda device: SimpleNamespace(total_memory=24e9)
+        vars(self).update(changes)
+
+
+@pytest.fixture
+def on_card(monkeypatch):
+    def make(**changes):
+        monkeypatch.setattr(torch, "pretended", Card(**changes), raising=False)
+        return World(device=SimpleNamespace(type="pretended"))
+
+    return make
+
+
+def test_the_room_on_a_card_is_what_its_driver_calls_free_and_what_is_held_already(on_card):
+    assert forecast.device_memory_gb(on_card()) == 21
+    untold = RuntimeError("the device doesn't support querying the available free memory")
+
+    def mem_get_info(device):
+        raise untold
+
+    assert forecast.device_memory_gb(on_card(mem_get_info=mem_get_info)) == 24
+    assert forecast.device_memory_gb(World()) == float("inf")
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_memory_is_the_peak_so_far_and_the_state_that_is_to_come(name, on_card):
+    model = nn.Linear(10**5, 10**4, bias=False, device="meta")  # 1e9 weights: a moment is 4 GB
+    optimizer = core.make_optimizer(model, name, 0.1)
+    moments = {"adamw": 2, "sgd": 1}[name]
+    assert forecast.needed_gb(on_card(), optimizer) == pytest.approx(10 + 4 * moments)
+    optimizer.state[model.weight] = {"exp_avg": model.weight}  # resumed: it is there already
+    assert forecast.needed_gb(on_card(), optimizer) == pytest.approx(10)
+
+
+def test_a_part_is_left_for_fragments_before_a_micro_batch_is_called_the_largest(on_card):
+    model = nn.Linear(10, 10)
+    optimizer = core.make_optimizer(model, "sgd", 0.1)
+    assert forecast.has_room(on_card(peak=0.91 * 21e9), optimizer)
+    assert not forecast.has_room(on_card(peak=0.93 * 21e9), optimizer)
+    run = make_run()
+    run.world = on_card(peak=0.93 * 21e9)  # a typed one is refused where there is no room at all
+    forecast.forecast(run, model, optimizer, 100, 0.5, 0.8)
+    assert "a step takes 19.53 GB" in run.lines[0]
+    run.world = on_card(peak=22e9)
+    with pytest.raises(
+        UserError, match=r"training needs 22.0 GB, the device has 21.0: use a smaller --micro"
+    ):
+        forecast.forecast(run, model, optimizer, 100, 0.5, 0.8)

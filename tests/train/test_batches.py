@@ -52,12 +52,13 @@ def test_a_batch_depends_on_seed_and_step_only_and_holds_similar_lengths():
 
 def test_running_out_of_memory_names_the_micro_batch_to_try():
     model = torch.nn.Linear(1, 1)
+    fixed = SimpleNamespace(model=model, at_once=lambda rows: 32, halve=lambda rows: False)
 
     def step():
         raise torch.OutOfMemoryError
 
     with pytest.raises(UserError, match="with 32 of the longest rows at once: use --micro_batch 16"):
-        core.worst_case(World(), model, step, torch.optim.SGD(model.parameters()), 32)
+        core.worst_case(World(), fixed, step, torch.optim.SGD(model.parameters()), [], lambda: True)
 
 
 def set_partitions(items):

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 import core
-from core import World
+from core import UserError, World
 from lab.errors import Stop
+from lab.run import forecast
+from lab.train import batches as loop_batches
 from lab.train import loop
 
 CONSTANTS = {
@@ -28,6 +30,8 @@ class Recorded:
         self.stopping, self.events, self.agreed = None, [], 0
         self.clock = SimpleNamespace(share=0.0, schedule_length=lambda step, total_steps: total_steps)
         self.stops_at, self.clock_ends_at = stops_at, clock_ends_at
+        self.rows_ahead, self.lines, self.noted = [], [], {}
+        self.say = self.lines.append
 
     def save(self, step, *saved, must=False):
         self.events.append(f"save {step}{' must' if must else ''}")
@@ -59,6 +63,9 @@ class Recorded:
     def log_training(self, where, step, total_steps, values, name):
         assert name == "loss"
         self.events.append(f"log {where} {step}/{total_steps} {sorted(values)}")
+
+    def note(self, name, value):
+        self.noted[name] = value
 
     def forecast(self, *needs):
         self.events.append(("forecast", *needs[2:]))
@@ -216,27 +223,92 @@ def test_targets_are_whole_numbers_or_one_a_row():
         assert next(loop.steps(Recorded(), batches, targets_of, (), 1)).targets == want
 
 
+class Weights(nn.Module):
+    """Sums its rows; there is memory for `room` of them at once."""
+
+    def __init__(self, room=10):
+        super().__init__()
+        self.weight, self.room, self.seen = nn.Parameter(torch.ones(1)), room, []
+
+    def forward(self, rows):
+        self.seen.append(len(rows))
+        if len(rows) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return (self.weight * rows).sum()
+
+
+def rehearsed(run, room=10, lengths=(3, 5, 10, 2, 10, 2, 2, 2, 2, 2), grouped=False, steps_left=7):
+    """What a rehearsal with memory for `room` rows computed: sizes of forwards, the rows of each step."""
+    model, lengths, steps = Weights(room), np.array(lengths), []
+    parts = core.MicroBatches(
+        run, model, lambda part, device: torch.tensor(part), lengths if grouped else None
+    )
+
+    def forward_backward(rows, targets):
+        steps.append((rows, targets))
+        for _, batch in parts(rows):
+            core.scaled_backward(model(batch), run.world, targets, core.Precision("fp32", run.world))
+
+    batches = core.ShardedBatches(lengths, run.cfg.batch, run.world, seed=1)
+    loop.rehearse(
+        run, parts, ("weights", torch.optim.SGD([model.weight]), None), forward_backward, batches, steps_left
+    )
+    assert model.weight.grad is None
+    return model.seen, steps
+
+
 @pytest.mark.parametrize(
-    ("constants", "at_once"), [({}, 2), ({"micro_batch": 1}, 1), ({"micro_tokens": 8}, 1)]
+    ("constants", "sizes"), [({}, [2, 2]), ({"micro_batch": 1}, [1] * 4), ({"micro_tokens": 8}, [1] * 4)]
 )
-def test_the_rehearsal_takes_the_longest_rows_and_says_what_a_usual_step_costs(
-    constants, at_once, monkeypatch
-):
+def test_the_rehearsal_takes_the_longest_rows_and_says_what_a_usual_step_costs(constants, sizes, monkeypatch):
     """4 of 10 tokens in the mean: a step of the longest rows lasts longer than a usual one."""
-    asked, run, weight = [], Recorded(**constants), nn.Parameter(torch.ones(1))
-    monkeypatch.setattr(loop, "worst_case", lambda *given: asked.append(given) or given[2]() or 2.0)
-    batches, shown = core.ShardedBatches([3, 5, 10, 2, 10, 2, 2, 2, 2, 2], 2, World(), seed=1), []
-    saved = "weights", torch.optim.SGD([weight]), None
-    loop.rehearse(run, "ddp", saved, lambda rows, targets: shown.append((rows, targets)), batches, 7)
-    assert shown == [([2, 4], 20)] and asked[0][4] == at_once
-    assert run.events == ["poll", ("forecast", 7, 2.0, 0.4)]
-    loop.rehearse(run, "ddp", saved, lambda rows, targets: None, batches, None)
+    run = Recorded(**constants)
+    seen, steps = rehearsed(run, grouped="micro_tokens" in constants)
+    assert seen == sizes and steps == [([2, 4], 20)] * 2
+    (poll, (word, steps_left, seconds, typical)) = run.events
+    assert (poll, word, steps_left, typical) == ("poll", "forecast", 7, 0.4) and seconds > 0
+    rehearsed(run, steps_left=None)
     assert run.events[2:] == ["poll"]  # a later fold says nothing
 
 
-def test_the_rehearsal_names_the_most_rows_at_once_not_those_of_the_longest(monkeypatch):
-    asked, run = [], Recorded(batch=4, micro_tokens=10)
-    monkeypatch.setattr(loop, "worst_case", lambda *given: asked.append(given[4]) or 1.0)
-    batches = core.ShardedBatches([10, 2, 2, 2], 4, World(), seed=1)
-    loop.rehearse(run, "ddp", ("weights", None, None), None, batches, None)
-    assert asked == [3]
+def test_a_micro_batch_that_nobody_has_set_is_the_largest_that_fits():
+    run = Recorded(batch=8)
+    seen, _ = rehearsed(run, room=3)
+    assert seen == [8, 4, *[2] * 4, *[2] * 4]
+    assert run.lines == ["micro_batch 8 -> 2: the largest that fits the longest rows"]
+    assert run.noted == {"micro_batch": 2}
+
+
+def test_groups_of_similar_rows_are_halved_by_their_tokens():
+    run = Recorded(batch=8, micro_tokens=8192)
+    seen, _ = rehearsed(run, room=3, lengths=[10] * 4 + [4] * 4, grouped=True)
+    assert seen == [8, 4, 2, 2, 4, *[1, 1, 1, 1, 2, 2] * 2]
+    assert run.lines == ["micro_tokens 8192 -> 10: the largest that fits the longest rows"]
+
+
+@pytest.mark.parametrize(
+    ("constants", "room", "line"),
+    [({"micro_batch": 4}, 3, "with 4 of the longest rows at once: use --micro_batch 2"),
+     ({}, 0, "with 1 of the longest rows at once: use shorter rows or a smaller model")],
+)  # fmt: skip
+def test_a_micro_batch_that_was_typed_stays_and_a_row_that_does_not_fit_is_refused(constants, room, line):
+    with pytest.raises(UserError, match=line):
+        rehearsed(Recorded(batch=8, **constants), room=room)
+
+
+def test_what_comes_later_needs_room_too(monkeypatch):
+    answers = iter([False, False, True])
+    monkeypatch.setattr(forecast, "has_room", lambda world, optimizer: next(answers))
+    run = Recorded(batch=8)
+    assert rehearsed(run)[0] == [8, 4, 4, *[2] * 8]
+    monkeypatch.setattr(forecast, "has_room", lambda world, optimizer: False)
+    run = Recorded(batch=8, micro_batch=4)  # whether that is too much says the forecast, with figures
+    assert rehearsed(run)[0] == [4] * 4 and not run.lines
+
+
+def test_one_rank_that_is_short_of_memory_makes_the_parts_of_all_smaller(monkeypatch):
+    """This rank has room for all; the other reports that it has none, once."""
+    others = iter([[1, 0], [0, 0]])
+    monkeypatch.setattr(loop_batches, "all_reduce_sum", lambda world, mine: mine + torch.tensor(next(others)))
+    run = Recorded(batch=8)
+    assert rehearsed(run)[0] == [8, 4, 4, 4, 4]

@@ -96,9 +96,9 @@ def test_the_recipe_of_the_docs_trains_and_is_logged_under_a_name_of_its_own(pac
     import run_lora
 
     text = open(run_lora.__file__).read()
-    line = "losses.append(ddp(*units.batch(part, world.device)))"
+    line = "losses.append(ddp(*batch))"
     assert text.count(line) == 1 and text.count("at.update(optimizer, precision, lr, ") == 1
-    text = text.replace(line, "losses.append(ddp(*units.batch(part, world.device), label_smoothing=0.1))")
+    text = text.replace(line, "losses.append(ddp(*batch, label_smoothing=0.1))")
     update = "at.update(optimizer, precision, lr, "
     text = text.replace(update, f"{update}objective=True, ")
     edited = {"__name__": "edited", "__file__": run_lora.__file__}

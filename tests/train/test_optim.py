@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import typing
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from toys.sft import config
 
 import core
 from core import World
+from lab.train import optim
 
 
 def schedule(name, warmup, steps=100, lr=2e-3, min_lr=1e-4):
@@ -155,3 +157,56 @@ def test_the_peak_comes_behind_the_warm_up(preset, peak):
     assert rates[peak - 2] < cfg.lr > rates[peak + 1]
     assert rates[0] == pytest.approx(cfg.lr / peak, rel=1e-12)
     assert rates[-1] >= 1e-5 and rates[-1] == pytest.approx(1e-5, rel=1e-4)  # a step before the cosine's end
+
+
+def stepped(optimizer, model, steps, first=0):
+    """The weights after these steps of drawn gradients."""
+    for step in range(first, first + steps):
+        generator = torch.Generator().manual_seed(step)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        core.optimizer_step(optimizer, core.Precision("fp64", World()), 1.0, 0.01)
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("name", typing.get_args(core.Optimizer))
+def test_every_optimizer_goes_on_from_its_state_to_the_same_weights_bit_for_bit(name, tmp_path):
+    straight, first, second = (small_model()[0].double() for _ in range(3))
+    expected = stepped(core.make_optimizer(straight, name, 0.1), straight, 5)
+    optimizer = core.make_optimizer(first, name, 0.1)
+    weights = stepped(optimizer, first, 2)
+    assert not torch.equal(weights[0], expected[0])
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    second.load_state_dict(first.state_dict())
+    again = core.make_optimizer(second, name, 0.1)
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert all(map(torch.equal, stepped(again, second, 3, first=2), expected))
+
+
+@pytest.mark.parametrize("name", typing.get_args(core.Optimizer))
+def test_the_state_is_counted_before_it_is_there(name):
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.LayerNorm(5)).double()
+    model[0].bias.requires_grad_(False)
+    optimizer = core.make_optimizer(model, name, 0.1)
+    expected = optim.state_numbers(optimizer)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    core.optimizer_step(optimizer, core.Precision("fp64", World()), None, 0.01)
+    kept = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
+    assert sum(value.numel() for value in kept) == expected > 0
+
+
+def test_adafactor_is_its_formula_in_the_first_step():
+    """Shazeer and Stern 2018: squares' means by row and column, a step clipped to a mean size of one, times
+    the weights' size, times the rate."""
+    weight, slope = (torch.randn(4, 3, generator=torch.Generator().manual_seed(n)).double() for n in (0, 1))
+    p = nn.Parameter(weight.clone())
+    optimizer = core.make_optimizer(nn.ParameterList([p]), "adafactor", 0.1)
+    p.grad = slope.clone()
+    core.optimizer_step(optimizer, core.Precision("fp64", World()), None, 0.02)
+    squares = slope**2
+    guess = squares.mean(1, keepdim=True) * squares.mean(0, keepdim=True) / squares.mean()
+    step = slope / guess.sqrt()
+    step /= max(1.0, float(step.pow(2).mean().sqrt()))
+    expected = weight * (1 - 0.02 * 0.1) - 0.02 * weight.pow(2).mean().sqrt() * step
+    torch.testing.assert_close(p.detach(), expected, rtol=1e-9, atol=1e-12)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import free_port, launch
 
 import core
@@ -102,3 +103,23 @@ def test_a_full_disk_is_one_line_and_a_fault_is_not(error, full, capsys, monkeyp
 def test_a_mistake_that_all_ranks_meet_before_they_join_is_said_once_a_box():
     assert launch("run_lora", "--smoke", "--backend", "nccl", size=2) == [2, 2]
     assert Path("out.txt").read_text().count("--backend nccl does not fit cpu") == 1
+
+
+NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+@pytest.mark.parametrize("typed", [None, *NAMES])
+@pytest.mark.parametrize("cuda", [None, "12.8"])
+def test_segments_of_memory_may_grow_on_nvidias_cards_unless_the_user_says_otherwise(
+    typed, cuda, monkeypatch
+):
+    for name in NAMES:
+        monkeypatch.setenv(name, "to be restored")
+        monkeypatch.delenv(name)
+    if typed:
+        monkeypatch.setenv(typed, "max_split_size_mb:64")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert processes._pick_device(0, 1).type == "cpu"
+    ours = dict.fromkeys(NAMES, "expandable_segments:True") if cuda else {}
+    expected = {typed: "max_split_size_mb:64"} if typed else ours
+    assert {name: os.environ[name] for name in NAMES if name in os.environ} == expected
