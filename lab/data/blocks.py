@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from lab.train.loss import IGNORE_INDEX
+from lab.train.waits import waiting
 
 
 class Blocks:
@@ -32,6 +33,7 @@ class Blocks:
     def lengths(self) -> np.ndarray:
         return self.targets(range(len(self)))
 
+    @waiting("data")
     def batch(self, rows, device) -> tuple[torch.Tensor, torch.Tensor]:
         """(input_ids, labels), both (B, block_size); a short last block is padded and masked."""
         ids = np.zeros((len(rows), self.block_size + 1), dtype=np.int64)

@@ -24,6 +24,7 @@ from lab.data.tokenizers import is_built_in, make_tokenizer, token_bytes, tokeni
 from lab.errors import UserError
 from lab.run.files import short_hash
 from lab.train.processes import on_main
+from lab.train.waits import waiting
 
 
 def named_sources(pairs) -> dict[str, str]:
@@ -239,6 +240,7 @@ class MixedBlocks:
         """Index of the source of each row."""
         return np.searchsorted(self.starts, np.asarray(rows, dtype=int), side="right") - 1
 
+    @waiting("data")
     def batch(self, rows, device) -> tuple[torch.Tensor, torch.Tensor]:
         """(input_ids, labels), both (B, block_size)"""
         ids = np.stack([self.tokens(row) for row in rows]).astype(np.int64)
