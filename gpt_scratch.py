@@ -97,14 +97,14 @@ class Config(core.Studied):
     top_p: core.within(float, 1e-6, 1) | None = None  # likeliest tokens that sum to this; none = all
     stop: str | None = None  # a token that ends a continuation, beside end-of-text
     # run
-    mode: Literal["train", "find_lr", "study", "generate", "profile", "export"] = "train"  # what is done
+    mode: Literal["train", "find_lr", "study", "generate", "export"] = "train"  # what is done
     dirty: bool = True  # --no-dirty refuses to start with uncommitted changes
 
     NO_TRAINING = ("generate", "export")
     READ_BY = core.Studied.READ_BY | {
         "generate": {"prompt", "max_new_tokens"},
-        "train find_lr study profile generate": {"temperature", "top_k", "top_p", "stop", "seed"},
-        "train find_lr study profile generate export": {"model", "dirty"},
+        "train find_lr study generate": {"temperature", "top_k", "top_p", "stop", "seed"},
+        "train find_lr study generate export": {"model", "dirty"},
     }
 
     def __post_init__(self):
@@ -269,7 +269,7 @@ def load_model(folder, world):
 
 @dataclass
 class Setup:
-    """Data, model and optimizer, for train, find_lr and profile."""
+    """Data, model and optimizer, for train and find_lr."""
 
     cfg: Config
     world: core.World
@@ -512,7 +512,7 @@ def find_lr(run, cfg, world) -> dict:
     return core.find_lr(run, setup.batches, targets_of, saved, gradients, beta1)
 
 
-# ----------------------------------------------------------------------------- generate, export and profile
+# ---------------------------------------------------------------------------------------- generate and export
 
 
 def generate_mode(cfg, world):
@@ -543,34 +543,6 @@ def export(cfg, world):
     print(f"written: {folder}")
 
 
-def profile(run, cfg, world) -> dict:
-    """Mode profile: where ten steps spend their time; a table, and trace.json for a browser."""
-    from torch.profiler import profile as profiler
-
-    setup = set_up(run, cfg, world, 10)
-    with profiler() as seen:
-        for step in range(10):
-            rows = setup.batches.rank_batch(step)
-            targets = run.agree(int(setup.blocks["train"].targets(rows).sum()))
-            if run.stopping:
-                raise core.Stop(run.stopping)
-            lr, beta1 = core.lr_at(cfg, step, setup.total_steps), core.beta1_at(cfg, step, setup.total_steps)
-            core.reseed(cfg.seed, step, world.rank)
-            forward_backward(setup, rows, targets)
-            core.optimizer_step(setup.optimizer, setup.precision, cfg.clip, lr, beta1)
-    kind = "self_device_time_total" if world.device.type != "cpu" else "self_cpu_time_total"
-    rows = sorted(seen.key_averages(), key=lambda row: -getattr(row, kind))
-    total = sum(getattr(row, kind) for row in rows)
-    run.say(f"{'self time':60} {'calls a step':>12} {'ms a step':>10} {'share':>7}")
-    for row in rows[:20]:
-        spent = getattr(row, kind)
-        run.say(f"{row.key[:60]:60} {row.count / 10:12.1f} {spent / 1e4:10.2f} {spent / total:7.1%}")
-    if world.is_main:
-        seen.export_chrome_trace(str(run.folder / "trace.json"))
-    run.say(f"trace: {run.folder}/trace.json (open it at ui.perfetto.dev)")
-    return {"profile": {row.key: getattr(row, kind) / 1e4 for row in rows[:20]}}
-
-
 # ----------------------------------------------------------------------------------------------------- main
 
 
@@ -590,7 +562,7 @@ def main(cfg, world):
     if not (run := core.open_run(cfg, world, __file__, unit="tokens")):
         return None
     with run:
-        run.result = {"train": train, "find_lr": find_lr, "profile": profile}[cfg.mode](run, run.cfg, world)
+        run.result = {"train": train, "find_lr": find_lr}[cfg.mode](run, run.cfg, world)
     return run.result
 
 

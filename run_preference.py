@@ -271,7 +271,8 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     first_here = fold == run.position.get("fold", 0)  # what follows is said once
     steps_left = ((cfg.folds or 1) - fold) * total_steps - run.step if first_here else None
     # two forwards and backwards of the longest rows: is there memory? Then the forecast of hours
-    core.rehearse(run, micro_batches, saved, forward_backward, batches, steps_left)
+    read = 0.5 if cfg.inputs == "joint" and not cfg.symmetric else 1.0  # of the two orders one
+    core.rehearse(run, micro_batches, saved, forward_backward, batches, steps_left, read)
     if first_here:
         run.say(describe_row(data, rows["train"][0], cfg))
     if cfg.mode == "find_lr":

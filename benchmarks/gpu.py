@@ -5,8 +5,7 @@ python benchmarks/gpu.py --tiny     # the same on a CPU, to try the logic
 
 The peer: SDPA, half precision, fused AdamW, whole model compiled, vocabulary padded to 50,304. Ours is what
 gpt_scratch.py does in a step with nothing typed (dtype auto), then with --compile. All in one process, 4
-steps to warm up and 12 timed. MFU: 6 FLOPs a weight and token and attention's 12 L C T, of the card's dense
-peak.
+steps to warm up and 12 timed. MFU: of ours, by lab/train/flops.py.
 """
 
 import argparse
@@ -22,11 +21,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import core
-from lab.train import loss
+from lab.train import flops, loss
 from lab.train.loss import linear_cross_entropy
 from lab.train.precision import native_dtype
 
-PEAK = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A40": 150, "4090": 165, "L4": 121, "T4": 65}
 TINY = "--tiny" in sys.argv
 WORLD = core.World(device=torch.device("cpu" if TINY else "cuda"))
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(native_dtype(WORLD.device), torch.float32)
@@ -68,9 +66,10 @@ def row(name, make, tokens=None):
     if tokens:
         figures["tokens/s"] = 1e3 * tokens / figures["ms"]
         card = torch.cuda.get_device_name() if WORLD.device.type == "cuda" else "CPU"
-        flops = 6 * (12 * L * C * C + V * C) + 12 * L * C * T
-        if peak := next((peak for key, peak in PEAK.items() if key in card), None):
-            figures["MFU"] = figures["tokens/s"] * flops / peak / 1e12
+        if most := flops.peak(card, native_dtype(WORLD.device)):
+            with torch.device("meta"):
+                model = core.GPT(core.GPTConfig(V, T, L, H, C))
+            figures["MFU"] = 1e3 * flops.training_flops(model).of([T] * B, B * T) / figures["ms"] / most
     print(f"{name:44}", "  ".join(f"{key} {value:.5g}" for key, value in figures.items()), flush=True)
 
 

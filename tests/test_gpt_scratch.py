@@ -1,9 +1,10 @@
-"""gpt_scratch.py: presets as in the journal, bad constants, finder, profile, export, talk."""
+"""gpt_scratch.py: presets as in the journal, bad constants, finder, profiling, export, talk."""
 
 import functools
 import inspect
 import json
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -145,17 +146,24 @@ def test_the_finder_draws_the_same_curve_on_two_ranks_and_leaves_the_weights():
 
 @pytest.mark.slow
 def test_a_run_can_be_profiled_exported_and_talked_to():
-    launched("--max_steps", 30, "--sample_tokens", 20, "--test_share", 0)
-    folder = ranks.newest()
+    flags = ["--max_steps", 30, "--sample_tokens", 20, "--test_share", 0]
+    sha256, folder = launched(*flags)["weights_sha256"], ranks.newest()
+    profiled = [*("--smoke", "--max_documents", 20, "--val_share", 0.2), *flags, *("--profile", 2)]
+    profiled += ["--save_every", 10, "--out", "other", "--resume_timestamp", "auto"]
+    assert ranks.launch("gpt_scratch", *profiled, kill=("step", 15, 0)) == [-signal.SIGKILL]
+    (ranks.newest("other") / "trace.json").unlink()  # the record of steps that are lost
     codes = [
-        ranks.launch("gpt_scratch", "--smoke", "--mode", "profile", "--test_share", 0, "--out", "other"),
+        ranks.launch("gpt_scratch", *profiled),
         ranks.launch("gpt_scratch", "--mode", "export", "--model", folder, "--out", "theirs"),
         ranks.launch("gpt_scratch", "--mode", "generate", "--model", folder, "--prompt", "The ",
                      "--max_new_tokens", 5),
     ]  # fmt: skip
     assert codes == [[0], [0], [0]], Path("out.txt").read_text()
     assert Path("out.txt").read_text().splitlines()[-1].startswith("The ")
-    assert json.loads((ranks.newest("other") / "trace.json").read_text())["traceEvents"]
+    other = ranks.newest("other")
+    assert json.loads((other / "result.json").read_text())["weights_sha256"] == sha256
+    assert json.loads((other / "trace.json").read_text())["traceEvents"]
+    assert (other / "log.txt").read_text().count("profile  2 steps of") == 2  # of each process one
     from transformers import AutoModelForCausalLM
 
     model, tokenizer = core.open_model(folder)

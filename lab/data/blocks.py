@@ -7,6 +7,7 @@ import torch
 
 from lab.train.device import to_device
 from lab.train.loss import IGNORE_INDEX
+from lab.train.waits import waiting
 
 
 class Blocks:
@@ -33,6 +34,7 @@ class Blocks:
     def lengths(self) -> np.ndarray:
         return self.targets(range(len(self)))
 
+    @waiting("data")
     def batch(self, rows, device) -> tuple[torch.Tensor, torch.Tensor]:
         """(input_ids, labels), both (B, block_size); a short last block is padded and masked. Labels stay on
         the host, which knows without a wait where the targets are."""

@@ -34,6 +34,7 @@ from lab.errors import UserError
 from lab.train.device import to_device
 from lab.train.loss import IGNORE_INDEX
 from lab.train.processes import main_first
+from lab.train.waits import waiting
 
 SHARES = {"train": 0.85, "test": 0.10, "val": 0.05}  # journal 001's, in the order in which it took them
 
@@ -255,6 +256,7 @@ class Examples:
         ids, masked = self.data.whole(self.rows[example])[: self.max_length], int(self.masked([example])[0])
         return ids[:-1], [IGNORE_INDEX] * masked + ids[1 + masked :]
 
+    @waiting("data")
     def batch(self, examples, device) -> tuple[torch.Tensor, torch.Tensor]:
         """(input_ids, labels), both (B, T), padded on the right, where none looks; labels on the host."""
         pairs = [self.pair(example) for example in examples]
@@ -310,6 +312,7 @@ class Packs:
     def targets(self, packs) -> np.ndarray:
         return np.array([self.examples.targets(self.packs[pack]).sum() for pack in packs], dtype=int)
 
+    @waiting("data")
     def batch(self, packs, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(input_ids, labels, segments), all (B, T); the segment of padding is -1; labels on the host."""
         shape = len(packs), int(self.lengths[list(packs)].max())

@@ -25,6 +25,7 @@ from lab.errors import UserError
 from lab.run.files import short_hash
 from lab.train.device import to_device
 from lab.train.processes import on_main
+from lab.train.waits import waiting
 
 
 def named_sources(pairs) -> dict[str, str]:
@@ -240,6 +241,7 @@ class MixedBlocks:
         """Index of the source of each row."""
         return np.searchsorted(self.starts, np.asarray(rows, dtype=int), side="right") - 1
 
+    @waiting("data")
     def batch(self, rows, device) -> tuple[torch.Tensor, torch.Tensor]:
         """(input_ids, labels), both (B, block_size); labels on the host."""
         ids = np.stack([self.tokens(row) for row in rows]).astype(np.int64)

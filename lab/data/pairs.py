@@ -19,6 +19,7 @@ from lab.data.tokenizers import encoder_tokenizer, tokenizer_fingerprint
 from lab.errors import UserError
 from lab.train.device import to_device
 from lab.train.processes import main_first
+from lab.train.waits import waiting
 
 UNKNOWN = -1  # label of a row that is to be judged
 
@@ -321,6 +322,7 @@ def measure_sequences(data, inputs, max_length):
             data.cut[row, list(lost)] = True
 
 
+@waiting("data")
 def collate(data, rows, cfg, device, orders=2, swapped=None) -> dict:
     """What PairScorer.forward takes: sequence 1 of every row, then (but for joint in one order) sequence 2.
 

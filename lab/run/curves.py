@@ -41,14 +41,16 @@ class Curves:
             self._show_sample(row["step"], row["number"], row["text"])
         self._tensorboard.flush()
 
-    def metrics(self, step, values):
-        """Appends a line to metrics.jsonl, and the same numbers to TensorBoard."""
+    def metrics(self, step, values, flush=True):
+        """Appends a line to metrics.jsonl, and the same numbers to TensorBoard. flush: shows them at once;
+        what comes with every step waits for the next line of the log."""
         record = {"step": step, "time": time.time()}
         record |= {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON knows no inf
         self._metrics.write(json.dumps(record) + "\n")
-        self._metrics.flush()
         self._show(record)
-        self._tensorboard.flush()
+        if flush:
+            self._metrics.flush()
+            self._tensorboard.flush()
 
     def samples(self, step, texts):
         """Appends texts to samples.jsonl and TensorBoard."""
@@ -60,6 +62,7 @@ class Curves:
 
     def flushed_bytes(self) -> int:
         """Flushes metrics.jsonl to the disk and returns its size, which a checkpoint notes."""
+        self._metrics.flush()
         os.fsync(self._metrics.fileno())
         return self._metrics.tell()
 

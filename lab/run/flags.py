@@ -96,6 +96,7 @@ class Bookkeeping(Constants):
     keep: within(int, 2) = 2  # checkpoints: the newest, and one to fall back to
     log_every: Count = 50  # steps
     price_per_hour: Amount | None = None  # dollars for the whole box
+    profile: within(int, 1, 1000) | None = None  # steps to record: trace.json, and ten lines
     note: str = ""  # anything; eval.py --table shows it
     out: str | None = None  # none = runs/<script> below the current folder
     tag: str | None = None  # none = the preset's name

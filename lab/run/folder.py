@@ -29,7 +29,7 @@ from lab.run.checkpoints import Checkpoints
 from lab.run.curves import Curves, keep_rows
 from lab.run.disks import cache_root, require_one_disk
 from lab.run.files import remove_leftovers, row_hashes, write_sealed
-from lab.run.meter import Clock, Meter, clock
+from lab.run.meter import Clock, Meter, clock, with_shares
 from lab.run.provenance import write_provenance
 from lab.run.resume import plan_run, require_rows
 from lab.run.signals import Signals
@@ -88,6 +88,8 @@ class Run:
         self.fold, self.first_step, self._last_step = 0, 0, 0  # folds follow each other on one axis of steps
         self.rows_ahead = []  # this rank's of the step after the one it takes, for prefetch.py
         self.result, self.stopping, self.meter, self.unit = {}, None, Meter(world), unit
+        self.profiled = False  # by this process, for --profile
+        self.at_peak = None  # Flops of a step, in seconds at the cards' peak
         self._lines = plan["lines"]
         if world.is_main:
             self._log = self.signals.log = Log(self.folder / "log.txt")
@@ -138,10 +140,10 @@ class Run:
         tqdm.write(text, file=sys.stdout)  # past a bar, if there is one
         sys.stdout.flush()
 
-    def metrics(self, step, values):
+    def metrics(self, step, values, flush=True):
         """Writes numbers of a step to metrics.jsonl and TensorBoard. Rank 0 only."""
         if self.world.is_main:
-            self.curves.metrics(self.first_step + step, values)
+            self.curves.metrics(self.first_step + step, values, flush)
 
     def samples(self, step, texts):
         """Writes generated texts to samples.jsonl and TensorBoard. Rank 0 only."""
@@ -150,15 +152,17 @@ class Run:
 
     def log_training(self, where, step, total_steps, values, name="loss"):
         """Prints the line of every log_every steps, writes its numbers to the metrics. name: of the loss."""
+        shares = self.meter.shares()
         loss, rate, step_seconds = self.meter.read()
-        values = {f"train/{name}": loss, **values, f"{self.unit}_per_second": rate}
+        values = {f"train/{name}": loss, **values, f"{self.unit}_per_second": rate, **shares}
         if self.unit == "tokens" and name == "loss":
             values["train/perplexity"] = math.exp(min(loss, 700))
         eta, unit = clock((total_steps - step) * step_seconds), self.unit.replace("examples", "rows")
-        self.say(
+        line = (
             f"{where}  step {step:{len(str(total_steps))}}/{total_steps}  {name} {loss:.4f}  "
             f"lr {values['lr']:.1e}  grad {values['grad_norm']:.2f}  {rate:.0f} {unit}/s  eta {eta}"
         )
+        self.say(with_shares(line, shares))
         self.metrics(step, values)
 
     # -- what all ranks decide together --------------------------------------------------------------------
@@ -266,9 +270,9 @@ class Run:
         """Wall-clock seconds of this run so far, over all resumes."""
         return self.seconds_before + time.time() - self.started
 
-    def step_done(self, loss_sum, targets, examples):
-        """Counts a step: its loss for the next log line, its seconds for max_minutes."""
-        self.meter.add(loss_sum, targets, examples, self.clock.end_step())
+    def step_done(self, loss_sum, targets, examples, at_peak=0.0):
+        """Counts a step: its loss for the next log line, its seconds for max_minutes; at_peak: see Meter."""
+        self.meter.add(loss_sum, targets, examples, self.clock.end_step(), at_peak, self.clock.waited())
 
     def forecast(self, model, optimizer, steps, seconds, typical):
         """Says in one line what the run will need; see forecast.forecast. All ranks,
@@ -346,7 +350,7 @@ class Run:
 
     def _flags_to_go_on(self) -> str:
         """What a resume needs beside the command as it was typed. None without a checkpoint: the same command
-        starts over (find_lr and profile never save one, and refuse to be resumed)."""
+        starts over (find_lr never saves one, and refuses to be resumed)."""
         flags = []
         if self.checkpoint and self.cfg.resume_timestamp != "auto":
             flags.append(f"with --resume_timestamp {self.folder.name[:15]}")

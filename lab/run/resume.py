@@ -31,7 +31,7 @@ MAY_CHANGE = {  # what a flag may change in a resumed run: length, cadence, book
     *FIND_CONSTANTS,  # no run that is resumed reads them
 }
 # of the call, not of the run: what was stored of these never counts
-CALL_CONSTANTS = {"out", "tag", "resume_timestamp", "resume_step", "backend", "dirty"}
+CALL_CONSTANTS = {"out", "tag", "resume_timestamp", "resume_step", "backend", "dirty", "profile"}
 
 
 def plan_run(cfg, script, ranks, held) -> dict:

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from lab.errors import Stop, UserError
-from lab.run import forecast, spikes
+from lab.run import forecast, profiling, spikes
 from lab.run.folder import Run
+from lab.train import flops
 from lab.train.batches import reseed, runs_out_of_memory, worst_case
 from lab.train.device import read_step
 from lab.train.optim import optimizer_step
@@ -74,6 +75,7 @@ class Step:
     total_steps: int
     where: str  # after this step
     read: int  # examples or tokens of the global batch, for the rate
+    at_peak: float  # seconds that its FLOPs would take at the cards' peak; 0 where that is not known
     loss_sum: float = math.nan
     norm: Any = None  # of the gradients, where they are
     grad_norm: float = math.nan  # the same as a number
@@ -109,9 +111,9 @@ class Step:
         run, cfg, step = self.run, self.run.cfg, self.step + 1
         known = self.grad_norm
         optimizer_step(optimizer, precision, cfg.clip, lr, beta1, self.norm, self.left_out, known)
-        run.step_done(self.loss_sum, self.targets, self.read)
+        run.step_done(self.loss_sum, self.targets, self.read, self.at_peak)
         if cfg.max_minutes is not None:  # such a run is not repeated to the bit: its path is kept
-            run.metrics(step, {"clock/lr": lr, "clock/share": run.clock.share})
+            run.metrics(step, {"clock/lr": lr, "clock/share": run.clock.share}, flush=False)
         if step % cfg.log_every == 0 or step == self.total_steps:
             values = {"lr": lr, "grad_norm": known, **values}
             name = "objective" if objective else "loss"
@@ -146,18 +148,22 @@ def steps(
     """
     cfg, world, step = run.cfg, run.world, run.step
     every = every or cfg.eval_every or len(batches)
+    profile = profiling.Profile(run)
     while True:
         ends = step >= total_steps
         due = ends or (step % every == 0 and (step > 0 or evaluate_first))
         saves = step % cfg.save_every == 0 if cfg.save_every else due
         if ends or (saves and step > 0):
             run.save(step, *saved, must=ends)
+        if due:
+            profile.end_at(ends)
         if due and run.state.get("evaluated") != step:
             late = 2 * step >= total_steps
             yield Evaluation(run, step, where(run, batches, step), late, ends, ends or saves, saved[0])
             run.state["evaluated"] = step  # a resume does not repeat it
         if ends:
             return
+        profile.begin_step()
         batch = batches.global_batch(step).tolist()
         rows = batch[world.rank :: world.size]
         targets = run.agree(int(np.sum(targets_of(rows))))  # with the signals, in one small reduction
@@ -171,7 +177,9 @@ def steps(
         length, read = run.clock.schedule_length(step, total_steps), len(batch)
         if run.unit == "tokens":
             read = int(batches.lengths[batch].sum())
-        at = Step(run, step, batch, rows, targets, length, total_steps, where(run, batches, step + 1), read)
+        at_peak = run.at_peak.of(batches.lengths[batch], targets) if run.at_peak else 0.0
+        said = where(run, batches, step + 1)
+        at = Step(run, step, batch, rows, targets, length, total_steps, said, read, at_peak)
         more = prepares(world) and step + 1 < total_steps
         run.rows_ahead = batches.rank_batch(step + 1) if more else []
         yield at
@@ -180,10 +188,10 @@ def steps(
         step += 1
 
 
-def rehearse(run, micro_batches, saved, forward_backward, batches, steps_left):
+def rehearse(run, micro_batches, saved, forward_backward, batches, steps_left, share_read=1.0):
     """Makes two steps of the longest rows and discards them. Where memory is too small, micro_batches becomes
     smaller, if nobody has set its size; else UserError. Then says what the run will need. steps_left: none
-    says nothing (a later fold)."""
+    says nothing (a later fold). share_read: of the rows' tokens."""
     cfg, world, lengths = run.cfg, run.world, np.asarray(batches.lengths)
     reseed(cfg.seed, "worst case")
     longest = batches.longest()
@@ -199,8 +207,12 @@ def rehearse(run, micro_batches, saved, forward_backward, batches, steps_left):
         run.note(name, after)  # the constant stays none: a resume, on another card perhaps, looks anew
     if world.device.type != "cpu":
         _rehearse_evaluation(run, micro_batches, forward_backward, longest)
+    model = getattr(micro_batches.model, "module", micro_batches.model)
+    run.at_peak, note = flops.seconds_at_peak(model, world, cfg.dtype, share_read)
     steps_left = cfg.find_steps if cfg.mode == "find_lr" else steps_left
     if steps_left is not None:
+        for line in filter(None, [note]):
+            run.say(line)
         run.forecast(*saved[:2], steps_left, seconds, lengths.mean() / lengths[worst].mean())
 
 

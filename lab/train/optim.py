@@ -155,13 +155,19 @@ class Lion(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, (beta1, beta2) = group["lr"], group["betas"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
                 if not self.state[p]:
                     self.state[p]["exp_avg"] = torch.zeros_like(p)
-                m = self.state[p]["exp_avg"]
-                p.mul_(1 - lr * group["weight_decay"])
-                p.add_(m.lerp(p.grad, 1 - beta1).sign_(), alpha=-lr)
-                m.lerp_(p.grad, 1 - beta2)
+            # a card takes all tensors at once, in few launches; a CPU each by itself, while the cache has it
+            on_cpu = all(p.device.type == "cpu" for p in params)
+            for some in [[p] for p in params] if on_cpu else [params]:
+                self._update(some, group["lr"], *group["betas"], group["weight_decay"])
+
+    def _update(self, params, lr, beta1, beta2, decay):
+        grads, means = [p.grad for p in params], [self.state[p]["exp_avg"] for p in params]
+        directions = torch._foreach_lerp(means, grads, 1 - beta1)
+        torch._foreach_sign_(directions)
+        torch._foreach_mul_(params, 1 - lr * decay)
+        torch._foreach_add_(params, directions, alpha=-lr)
+        torch._foreach_lerp_(means, grads, 1 - beta2)

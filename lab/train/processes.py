@@ -25,6 +25,7 @@ from lab.run.terminal import outlive_terminal
 from lab.train import heartbeat
 from lab.train.cpu import keep_freed_memory
 from lab.train.launch import end_with_torchrun, first_sentence, heard_at_once, join, number
+from lab.train.waits import waiting
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,7 @@ def _pick_device(local_rank, local_size) -> torch.device:
     return torch.device("cpu")
 
 
+@waiting("ranks")
 def all_reduce_sum(world, values: torch.Tensor) -> torch.Tensor:
     """Sums a CPU tensor over the ranks, in place. Raises LostRanks, which names the rank that is missing."""
     if world.size > 1:

@@ -148,7 +148,6 @@ FIRST = f"{MATHQA[MATHQA.index('--pretrain') + 1]},max_steps=6,batch=6,sample_to
 ROWS = [*MATHQA[:1], *MATHQA[5:9], "--plain_blocks", 3]
 NEXT = [
     ("gpt_scratch", [*SHORT["gpt_scratch"], "--mode", "find_lr", "--find_steps", 9], ""),
-    ("gpt_scratch", [*SHORT["gpt_scratch"], "--mode", "profile"], ""),
     *((script, SHORT[script], STAMP) for script in ranks.SCRIPTS[::3]),
 ]
 

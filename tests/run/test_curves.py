@@ -44,6 +44,20 @@ def test_a_resume_cuts_what_came_after_its_checkpoint_and_forks_no_curve():
     assert [json.loads(line)["text"] for line in Path("samples.jsonl").read_text().splitlines()] == ["early"]
 
 
+def test_what_comes_with_every_step_is_written_with_the_next_line_or_checkpoint():
+    def written():
+        return [json.loads(line)["step"] for line in Path("metrics.jsonl").read_text().splitlines()]
+
+    curves = Curves(Path())
+    curves.metrics(1, {"clock/share": 0.1}, flush=False)
+    assert written() == []
+    curves.metrics(2, {"loss": 2.0})
+    assert written() == [1, 2]
+    curves.metrics(3, {"clock/share": 0.2}, flush=False)
+    assert curves.flushed_bytes() == Path("metrics.jsonl").stat().st_size and written() == [1, 2, 3]
+    curves.close()
+
+
 def test_half_a_line_of_a_killed_process_goes():
     Path("rows.jsonl").write_text('{"step": 1}\n{"step": 5}\n{"st')
     rows, lines = keep_rows(Path("rows.jsonl"), 5)

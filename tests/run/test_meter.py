@@ -6,7 +6,8 @@ import pytest
 
 from core import World
 from lab.run import meter as module
-from lab.run.meter import Clock, Meter, clock
+from lab.run.meter import Clock, Meter, clock, with_shares
+from lab.train import waits
 
 
 def test_a_reading_is_the_mean_since_the_last_one_and_the_rate_that_of_the_process():
@@ -18,6 +19,35 @@ def test_a_reading_is_the_mean_since_the_last_one_and_the_rate_that_of_the_proce
     meter.add(3.0, 1, 6, 1.0)
     assert meter.read() == (3.0, 6.0, 1.0)
     assert meter.rate() == pytest.approx(10 / 3)
+
+
+def test_shares_are_of_the_time_of_the_steps_since_the_last_reading():
+    alone, one_of_two = Meter(World()), Meter(World(size=2))
+    for meter in (alone, one_of_two):
+        meter.add(6.0, 4, 2, 0.5, at_peak=0.2, waited={"data": 0.1, "ranks": 0.3})
+        meter.add(6.0, 4, 2, 1.5, at_peak=0.6, waited={"data": 0.0, "ranks": 0.1})
+    assert alone.shares() == pytest.approx({"mfu": 0.4, "wait/data": 0.05})
+    assert one_of_two.shares() == pytest.approx({"mfu": 0.4, "wait/data": 0.05, "wait/ranks": 0.2})
+    alone.read()
+    alone.add(6.0, 4, 2, 0.5)  # on a CPU
+    assert alone.shares() == {"wait/data": 0.0}
+
+
+LINE = "epoch 1.25/10  step 1200/3600  loss 3.1234  lr 1.0e-03  grad 1.23  123456 tokens/s  eta 0:12:34"
+
+
+@pytest.mark.parametrize(
+    ("line", "shares", "added"),
+    [
+        (LINE, {"mfu": 0.414, "wait/data": 0.049}, "  mfu 41%"),
+        (LINE, {"wait/data": 0.049, "wait/ranks": 0.0}, ""),
+        (LINE, {"wait/data": 0.12, "wait/ranks": 0.3}, "  data 12%"),
+        (LINE[9:], {"mfu": 0.41, "wait/data": 0.01, "wait/ranks": 0.05}, "  mfu 41%  ranks 5%"),
+        (LINE + 12 * ".", {"mfu": 0.41}, ""),
+    ],
+)
+def test_a_log_line_has_the_shares_that_matter_and_at_most_110_columns(line, shares, added):
+    assert with_shares(line, shares) == line + added and len(line + added) <= 110
 
 
 def test_no_step_since_the_last_reading_divides_by_nothing():
@@ -49,7 +79,9 @@ def test_a_clock_counts_steps_alone_over_all_processes_and_without_minutes_ends_
     for seconds, between in [(6.0, 100.0), (9.0, 0.0)]:
         first.begin_step()
         now[0] += seconds
+        monkeypatch.setitem(waits.seconds, "data", waits.seconds["data"] + 2)
         assert first.end_step() == seconds
+        assert first.waited() == pytest.approx({"data": 2, "ranks": 0})
         now[0] += between  # an evaluation
     assert Clock(1.0, first.seconds).spent() == pytest.approx(0.25) and endless.spent() == 0.0
     assert endless.schedule_length(7, 100) == 100

@@ -17,7 +17,7 @@ from lab.train import loop
 CONSTANTS = {
     "eval_every": 4, "save_every": None, "test_weights": "last", "max_minutes": None, "log_every": 3,
     "epochs": 2, "folds": None, "seed": 5, "clip": None, "dtype": "fp32", "skip_spikes": False,
-    "micro_batch": None, "batch": 2, "mode": "train",
+    "micro_batch": None, "batch": 2, "mode": "train", "profile": None,
 }  # fmt: skip
 
 
@@ -28,6 +28,7 @@ class Recorded:
         self.cfg, self.world = SimpleNamespace(**(CONSTANTS | constants)), world or World()
         self.step, self.state, self.unit, self.first_step, self.fold = step, {}, "tokens", 0, 0
         self.stopping, self.events, self.agreed = None, [], 0
+        self.at_peak, self.profiled = None, False
         self.clock = SimpleNamespace(share=0.0, schedule_length=lambda step, total_steps: total_steps)
         self.stops_at, self.clock_ends_at = stops_at, clock_ends_at
         self.rows_ahead, self.lines, self.noted = [], [], {}
@@ -54,10 +55,11 @@ class Recorded:
     def require_finite(self, loss):
         assert loss == 0.5
 
-    def step_done(self, loss_sum, targets, examples):
+    def step_done(self, loss_sum, targets, examples, at_peak):
         self.events.append(f"done {targets} targets {examples} tokens")
 
-    def metrics(self, step, values):
+    def metrics(self, step, values, flush):
+        assert not flush  # it comes with every step
         self.events.append(f"metrics {step} {sorted(values)}")
 
     def log_training(self, where, step, total_steps, values, name):

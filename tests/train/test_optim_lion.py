@@ -62,6 +62,28 @@ def test_lion_is_its_formula(betas):
     assert params[1][2] == values[1][2] and params[1][0] != values[1][0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_all_tensors_at_once_as_on_a_card_are_to_the_bit_what_each_one_is_by_itself(dtype):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(33, 17), (5,), (7, 64), (1,)]
+    drawn = [[torch.randn(s, generator=generator, dtype=dtype) for s in shapes] for _ in range(6)]
+    whole, single = ([nn.Parameter(value.clone()) for value in drawn[0]] for _ in range(2))
+    optimizer, state = optim.Lion([{"params": whole, "weight_decay": 0.3}]), {}
+    for p in whole:
+        optimizer.state[p]["exp_avg"] = torch.zeros_like(p)
+    for grads in drawn[1:]:
+        for p, q, grad in zip(whole, single, grads, strict=True):
+            p.grad = grad
+            with torch.no_grad():
+                m = state.setdefault(q, torch.zeros_like(q))
+                q.mul_(1 - 0.01 * 0.3).add_(m.lerp(grad, 1 - 0.9).sign_(), alpha=-0.01)
+                m.lerp_(grad, 1 - 0.99)
+        with torch.no_grad():
+            optimizer._update(whole, 0.01, 0.9, 0.99, 0.3)
+    for p, q in zip(whole, single, strict=True):
+        assert torch.equal(p, q) and torch.equal(optimizer.state[p]["exp_avg"], state[q])
+
+
 def test_lion_leaves_alone_what_has_no_gradient():
     values, _ = drawn()
     params, optimizer = lion_over(values, [0.7, 0.7], (0.9, 0.99))
