@@ -1,111 +1,67 @@
-"""Generation: cache of keys and values, sampling, prompts of different lengths, prompts typed by a person."""
+"""Generation: sampling, prompts of different lengths, contexts that slide, prompts typed by a person."""
 
 import math
 import sys
-from contextlib import contextmanager, nullcontext
 
 import torch
 
 from lab.data.tokenizers import begin_ids, prompt_ids
 from lab.errors import UserError
-from lab.models.gpt import FEW_ROWS, SECOND_LAYOUT, Linear
-from lab.train.cpu import ONEDNN
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far. The first padding[i] positions of row i are padding."""
-
-    def __init__(self, n_layer, capacity, padding=None):
-        self.keys, self.values = [None] * n_layer, [None] * n_layer
-        self.capacity, self.padding, self.length = capacity, padding, 0
-
-    def append(self, layer, k, v):
-        """Adds k and v of new tokens (B, H, T, D); returns those of all tokens (B, H, S, D)."""
-        if self.keys[layer] is None:
-            shape = (*k.shape[:2], self.capacity, k.shape[3])
-            self.keys[layer], self.values[layer] = k.new_empty(shape), v.new_empty(shape)
-        end = self.length + k.shape[2]
-        self.keys[layer][:, :, self.length : end], self.values[layer][:, :, self.length : end] = k, v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-
-    def mask(self, T, device):
-        """Which keys each of T new tokens sees: (1 or B, 1, T, S) bool. None where that is all of them, or
-        the plain causal mask."""
-        if self.padding is None and (T == 1 or self.length == 0):
-            return None
-        keys = torch.arange(self.length + T, device=device)
-        queries = keys[self.length :, None]
-        seen = (keys <= queries)[None]
-        if self.padding is not None:  # padding sees itself: a softmax over nothing would be NaN
-            seen = seen & (keys >= self.padding[:, None, None]) | (keys == queries)
-        return seen[:, None]
+from lab.models.decoding import decoder_of
 
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, stop=(), seed=0,
-             begin=(), vocab_size=None, use_cache=True, poll=lambda: None):  # fmt: skip
+             begin=(), vocab_size=None, use_cache=True, decoder=None, poll=lambda: None):  # fmt: skip
     """Continues prompts (lists of ids, any lengths). Returns lists of ids, cut before the first id in `stop`.
 
     temperature 0 is greedy. Ids from `vocab_size` on (a padded vocabulary) are never chosen. Row i has its
     own generator, seeded by (seed, i). A full context slides: its later half is read again, behind `begin`.
+    decoder: of decoding.decoder_of, where several calls share one.
     """
     size, device, rows = model.config.block_size, model.wte.weight.device, [list(p) for p in prompts]
     if not all(rows):
         raise UserError("a prompt has no token: give it some text")
     generators = [torch.Generator(device).manual_seed(seed * 1_000_003 + i) for i in range(len(rows))]
-    first, ended, cache = [0] * len(rows), [None] * len(rows), None
+    first, ended, left, reads, ids = [0] * len(rows), [None] * len(rows), max_new_tokens, True, None
+    decoder = decoder or decoder_of(model)
 
-    def step():
-        nonlocal cache, first
-        if max(len(row) - start for row, start in zip(rows, first, strict=True)) > size:
-            windows = zip(rows, first, strict=True)  # a row slides when it is full itself, as it would alone
-            first = [s if len(row) - s <= size else len(row) - (size + 1) // 2 for row, s in windows]
-            cache = None
-        if cache is None or not use_cache:
+    def write():
+        """The next id (B,) of each row."""
+        nonlocal reads, ids
+        if reads:
             seen = [in_context(row, start, begin) for row, start in zip(rows, first, strict=True)]
             input_ids, padding = left_padded(seen)
             capacity = min(size, input_ids.shape[1] + max_new_tokens)
-            cache = KVCache(len(model.h), capacity, None if padding is None else padding.to(device))
+            padding = None if padding is None else padding.to(device)
+            logits, reads = decoder.read(input_ids.to(device), padding, capacity), not use_cache
         else:
-            input_ids = torch.tensor([row[-1:] for row in rows])
-        logits = model.logits(model.hidden(input_ids.to(device), cache)[:, -1])[:, :vocab_size]
-        for i, token in enumerate(choose(logits, generators, temperature, top_k, top_p).tolist()):
-            if token in stop and ended[i] is None:
-                ended[i] = len(rows[i])
-            rows[i].append(token)
+            logits = decoder.step(ids)
+        ids = choose(logits[:, :vocab_size], generators, temperature, top_k, top_p)
+        return ids
 
-    with generating(model, len(rows)):
-        for _ in range(max_new_tokens):
+    with decoder.ready(len(rows)):
+        while left and None in ended:
             poll()
-            step()
-            if None not in ended:
-                break
+            if longest(rows, first) > size:
+                windows = zip(
+                    rows, first, strict=True
+                )  # a row slides when it is full itself, as it would alone
+                first = [s if len(row) - s <= size else len(row) - (size + 1) // 2 for row, s in windows]
+                reads = True
+            n = min(left, decoder.at_once if use_cache else 1, size + 1 - longest(rows, first))
+            left -= n
+            for chosen in torch.stack([write() for _ in range(n)]).tolist():  # the one wait for a card
+                for i, token in enumerate(chosen):
+                    if token in stop and ended[i] is None:
+                        ended[i] = len(rows[i])
+                    rows[i].append(token)
     return [row[len(prompt) : end] for row, prompt, end in zip(rows, prompts, ended, strict=True)]
 
 
-@contextmanager
-def generating(model, rows):
-    """Context of generation: evaluation mode, and on a CPU a copy of the matrices in oneDNN's own layout, in
-    which products with few rows take a third to a half of the time (as torch.compile's freezing has it).
-    """
-    holders = [(module, module.weight) for module in model.modules() if isinstance(module, Linear)]
-    holders += [(model, model.wte.matrix())] if model.config.tie_head else []
-    fits = all(weight.device.type == "cpu" and weight.dtype == torch.float32 for _, weight in holders)
-    # compiled blocks would be compiled again for every length; set_stance imports the compiler (1.5 s)
-    compiled = "torch._dynamo" in sys.modules
-    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-    was_training = model.training
-    model.eval()
-    try:
-        if fits and rows <= FEW_ROWS and ONEDNN:
-            for module, weight in holders:
-                SECOND_LAYOUT[module] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-        with eager:
-            yield
-    finally:
-        model.train(was_training)
-        for module, _ in holders:
-            SECOND_LAYOUT.pop(module, None)
+def longest(rows, first) -> int:
+    """Tokens of the longest context: row i from first[i] on."""
+    return max(len(row) - start for row, start in zip(rows, first, strict=True))
 
 
 def in_context(row, start, begin) -> list[int]:
@@ -134,7 +90,17 @@ def choose(logits, generators, temperature, top_k, top_p) -> torch.Tensor:
         ordered, ids = probs.sort(descending=True)
         enough = ordered.cumsum(-1) - ordered >= top_p
         probs = probs.scatter(1, ids, ordered.masked_fill(enough, 0))
+    if probs.device.type != "cpu":
+        return drawn(probs, generators)
     return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators, strict=True)])
+
+
+def drawn(probs, generators) -> torch.Tensor:
+    """What torch.multinomial draws of each row, without its two waits for a card a row."""
+    race = torch.empty_like(probs)
+    for row, generator in zip(race, generators, strict=True):
+        row.exponential_(generator=generator)
+    return (probs / race).argmax(-1)
 
 
 def continuations(model, tokenizer, cfg, prompts, max_new_tokens, seed, poll=lambda: None) -> list[str]:

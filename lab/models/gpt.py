@@ -96,11 +96,12 @@ class Embedding(nn.Embedding):
 
 
 def linear(x, weight, bias, module):
-    """`linear` of lab/train/cpu.py, with the second layout of a weight that `generating` has made, if any."""
-    if torch.compiler.is_compiling() or x.numel() // x.shape[-1] > FEW_ROWS:
-        return cpu.linear(x, weight, bias)
-    packed = SECOND_LAYOUT.get(module)
-    return cpu.linear(x, weight, bias) if packed is None else onednn(x, packed, bias)
+    """`linear` of lab/train/cpu.py, with the second layout of a weight that decoding has made, if any."""
+    packed = None if torch.compiler.is_compiling() else SECOND_LAYOUT.get(module)
+    if isinstance(packed, tuple):
+        return F.linear(x, *packed)  # in half, with the bias
+    few = packed is not None and x.numel() // x.shape[-1] <= FEW_ROWS
+    return onednn(x, packed, bias) if few else cpu.linear(x, weight, bias)
 
 
 FEW_ROWS = 64  # from here on the usual layout is as fast
@@ -227,10 +228,9 @@ class GPT(nn.Module):
         T, past = input_ids.shape[1], cache.length if cache else 0
         if past + T > self.config.block_size:
             raise ValueError(f"{past + T} tokens exceed block_size {self.config.block_size}")
-        positions = torch.arange(past, past + T, device=input_ids.device)
-        if cache and cache.padding is not None:
-            positions = (positions - cache.padding[:, None]).clamp(min=0)  # (B, T)
-        x, rotary, mask = self.wte(input_ids), None, cache.mask(T, input_ids.device) if cache else None
+        device = input_ids.device
+        positions = cache.positions(T, device) if cache else torch.arange(T, device=device)  # (T,) or (B, T)
+        x, rotary, mask = self.wte(input_ids), None, cache.mask(T, device) if cache else None
         if segments is not None:
             mask = (segments[:, :, None] == segments[:, None, :]).tril()[:, None]  # (B, 1, T, T)
             positions = mask.sum(-1)[:, 0] - 1  # (B, T)
@@ -246,7 +246,7 @@ class GPT(nn.Module):
             else:
                 x = block(x, rotary, mask, functools.partial(cache.append, i) if cache else None)
         if cache:
-            cache.length += T
+            cache.advance(T)
         return self.ln_f(x)
 
 

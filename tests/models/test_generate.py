@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from toys.gpt import ids, random_gpt, transformers_model
+from toys.gpt import PROMPTS, ids, lively_gpt, random_gpt, transformers_model
 
 from core import UserError, generate
 from lab.models import gpt_formats
@@ -19,20 +19,6 @@ def written_out(model, prompt, n, pick=lambda logits: int(logits.argmax())):
         with torch.no_grad():
             row.append(pick(model(torch.tensor([row[start:]]))[0, -1]))
     return row[len(prompt) :]
-
-
-def lively_gpt(**config):
-    """Small random models soon repeat one token for ever; this one, without constants in its stream, not."""
-    model = random_gpt(tie_head=False, seed=2, **config)
-    with torch.no_grad():
-        model.wte.weight *= 3
-        for name, weight in model.named_parameters():
-            if weight.dim() == 1:
-                weight.fill_(name.endswith("weight"))  # norms 1, biases 0
-    return model
-
-
-PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]]
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])

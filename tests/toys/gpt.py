@@ -31,6 +31,20 @@ def random_gpt(std=0.3, dtype=torch.float64, seed=0, **config):
     return model.eval()
 
 
+def lively_gpt(**config):
+    """Small random models soon repeat one token for ever; this one, without constants in its stream, not."""
+    model = random_gpt(tie_head=False, seed=2, **config)
+    with torch.no_grad():
+        model.wte.weight *= 3
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1:
+                weight.fill_(name.endswith("weight"))  # norms 1, biases 0
+    return model
+
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]]
+
+
 def ids(*size, vocab_size=23, seed=1):
     return torch.randint(vocab_size, size, generator=torch.Generator().manual_seed(seed))
 
