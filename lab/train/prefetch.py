@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from lab.train.batches import cut, exchanging
+from lab.train.waits import waiting
 
 
 def prepares(world) -> bool:
@@ -58,7 +59,8 @@ class MicroBatches:
     def _prepared(self, rows) -> tuple[list[list], list] | None:
         """What the thread has made, if it is of these rows. Raises what it raised."""
         (ahead, made), self._ahead = self._ahead or (None, None), None
-        whole = made.result() if made else None
+        with waiting("data"):
+            whole = made.result() if made else None
         return whole if ahead == rows else None
 
     # -- how many rows at once -----------------------------------------------------------------------------
