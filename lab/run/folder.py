@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from lab.errors import LostRanks, Stop, UserError
 from lab.run import forecast
-from lab.run.checkpoints import Checkpoints
+from lab.run.checkpoints import Checkpoints, step_name
 from lab.run.curves import Curves, keep_rows
 from lab.run.disks import cache_root, require_one_disk
 from lab.run.files import remove_leftovers, row_hashes, write_sealed
@@ -232,6 +232,10 @@ class Run:
         position |= {"train_seconds": self.clock.seconds, "seconds": self.seconds, "state": self.state}
         self.checkpoints.save(self._last_step, model, optimizer, precision.scaler, position, must)
         self.signals.saved = self.checkpoints.told()
+
+    def has_saved(self, step) -> bool:
+        """Whether the newest checkpoint is that of this step of the fold."""
+        return self.checkpoint == step_name(self.first_step + step)
 
     def require_finite(self, loss):
         if not math.isfinite(loss):

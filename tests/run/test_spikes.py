@@ -135,6 +135,13 @@ def test_an_overflow_of_fp32_is_a_spike_before_it_is_an_error(tmp_path):
         core.optimizer_step(optimizer, precision, 1.0, 0.01, norm=norm)
 
 
+def test_a_first_step_that_is_no_number_is_noted_before_it_is_an_error(tmp_path):
+    _, said, _ = watched([math.nan, 1.0], [math.nan, 1.0], tmp_path, skip_spikes=False)
+    (spike,) = spikes_of(tmp_path)
+    assert spike["step"] == 1 and spike["loss"] is spike["loss_usual"] is spike["grad_norm_usual"] is None
+    assert said[0].startswith("spike  step 1  loss nan")
+
+
 def watched(losses, norms, folder, skip_spikes) -> tuple[list[bool], list[str], SimpleNamespace]:
     """Which of these steps are left out, what is said, the run."""
     said, left_out, model = [], [], nn.Linear(2, 2)
