@@ -242,16 +242,14 @@ class Run:
             raise FloatingPointError(f"validation loss is {loss}: try a lower lr, clipping, or dtype fp32")
 
     def save_best(self, step, loss, model) -> bool:
-        """Saves the weights if `loss` is the fold's lowest so far. Returns whether it is."""
+        """Saves the weights if `loss` is the fold's lowest so far. Returns whether they are kept."""
         self.require_finite(loss)
         is_best = self.checkpoints.is_best(self.fold, loss)
-        if is_best:
-            self.keep_weights(step, model, "best", loss)
-        return is_best
+        return is_best and self.keep_weights(step, model, "best", loss) is not None
 
-    def keep_weights(self, step, model, kind, loss=None) -> str:
-        """Saves the weights as <kind>_step_…; see Checkpoints. Returns the name."""
-        return self.checkpoints.keep_weights(self.first_step + step, model, kind, self.fold, loss)
+    def keep_weights(self, step, model, kind, loss=None, must=False) -> str | None:
+        """Saves the weights as <kind>_step_…; see Checkpoints. Returns the name, if there was room."""
+        return self.checkpoints.keep_weights(self.first_step + step, model, kind, self.fold, loss, must)
 
     def load_best(self, model) -> str:
         """Loads the fold's best weights; see Checkpoints. Returns the checkpoint's name."""
