@@ -36,6 +36,7 @@ from lab.run.signals import Signals
 from lab.run.stored import read_config, stored_constants
 from lab.run.terminal import Log
 from lab.train import heartbeat, launch
+from lab.train.batches import is_out_of_memory
 from lab.train.precision import Precision
 from lab.train.processes import all_reduce_sum, on_main
 
@@ -209,11 +210,12 @@ class Run:
         All ranks, before DDP."""
         self.fold = fold
         if not self.position or self.position["fold"] != fold:
-            self.first_step, self.meter = self._last_step, Meter(self.world)
+            self.first_step = self._last_step
+            self.meter.begin()
             self.state = {name: self.state[name] for name in ("spikes", "left_out") if name in self.state}
             return 0
         self.first_step, self._last_step = self.position["first_step"], self.position["step"]
-        self.meter = Meter(self.world, self.position["sums"])
+        self.meter.begin(self.position["sums"])
         self.checkpoints.load(model, optimizer, precision.scaler)
         return self.step
 
@@ -315,7 +317,7 @@ class Run:
 
     def _write_result(self, status, error):
         why = None if error is None else " ".join(f"{type(error).__name__}: {error}".split())
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             why += " (resume with a smaller --micro_batch or --eval_batch)"
         self.result = {
             "status": status,

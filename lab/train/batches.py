@@ -123,7 +123,9 @@ def worst_case(world, model, step, optimizer, rows) -> float:
     try:
         with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
             step()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         failed += 1
     optimizer.zero_grad(set_to_none=True)
     if all_reduce_sum(world, failed).item():
@@ -140,13 +142,18 @@ def worst_case(world, model, step, optimizer, rows) -> float:
     return time.perf_counter() - began
 
 
+def is_out_of_memory(error) -> bool:
+    """Whether an error says so: torch's own, or that of a CPU's allocator."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 @contextmanager
 def within_memory(rows, tokens):
     """Context of a forward pass in which running out of memory is a UserError that says what would help."""
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         size = f"out of memory with {rows} rows of {tokens} tokens at once"
         raise UserError(f"{size}: use a smaller --eval_batch, or shorter rows (text: --context)") from None
