@@ -354,8 +354,8 @@ def predict(run, cfg, world, data, rows, model, step) -> dict:
     sha256, checkpoint = core.weights_sha256(model), run.checkpoint
     if cfg.test_weights == "best":
         checkpoint = run.load_best(model)
-    elif cfg.folds:  # later folds push this one's checkpoints out
-        checkpoint = run.keep_weights(step, model, "last")
+    if cfg.folds and checkpoint == run.checkpoint:  # later folds push this one's checkpoints out
+        checkpoint = run.keep_weights(step, model, "last", must=True)
     log_probs = {
         part: evaluate(model, data, rows[part], cfg, world, run.poll).tolist()
         for part in core.final_parts(cfg)

@@ -444,6 +444,37 @@ def test_what_a_finished_fold_left_is_believed_only_as_it_was_written():
         script.read_outcome(path)
 
 
+@pytest.mark.parametrize(
+    ("test_weights", "folds", "best", "tested"),
+    [
+        ("last", 2, None, "last_step_9"),
+        ("best", 2, "best_step_3", "best_step_3"),
+        ("best", 2, "step_9", "last_step_9"),
+        ("last", None, None, "step_9"),
+        ("best", None, "step_9", "step_9"),
+    ],
+)
+def test_a_fold_names_weights_that_later_folds_do_not_push_out(
+    test_weights, folds, best, tested, monkeypatch
+):
+    """Where its best ones found no room, or are damaged, the last ones are tested: they are kept beside."""
+    kept = []
+
+    def keep_weights(step, model, kind, must=False):
+        kept.append(must)
+        return f"{kind}_step_{step}"
+
+    run = SimpleNamespace(
+        checkpoint="step_9", load_best=lambda model: best, keep_weights=keep_weights, poll=None
+    )
+    monkeypatch.setattr(script, "evaluate", lambda *given: np.zeros(0))
+    cfg = SimpleNamespace(test_weights=test_weights, folds=folds, final_eval=True)
+    rows = dict.fromkeys(("val", "test"))
+    found = script.predict(run, cfg, World(), None, rows, torch.nn.Linear(2, 2), 9)
+    assert found["checkpoint"] == tested
+    assert kept == [True] * tested.startswith("last")  # without them the fold would be trained in vain
+
+
 def test_rows_that_a_run_was_trained_on_are_not_judged_without_a_word():
     cases = [
         ("train.csv", "abc", 1),

@@ -119,9 +119,12 @@ def newest_whole_checkpoint(checkpoints, step=None) -> tuple[str | None, list[st
     """Returns the newest whole checkpoint (or that of `step`), and a line for each broken one before it."""
     names, lines = [path.name for path in step_folders(checkpoints)], []
     if step is not None:
-        if step_name(step) not in names:
+        if (name := step_name(step)) not in names:
             raise UserError(f"--resume_step {step}: there are {', '.join(names) or 'none'} in {checkpoints}")
-        names = [step_name(step)]
+        if reason := broken(checkpoints / name):
+            others = ", ".join(other for other in names if other != name) or "no others"
+            raise UserError(f"--resume_step {step}: {name} is broken ({reason}); there are {others}")
+        return name, []
     for name in reversed(names):
         reason = broken(checkpoints / name)
         if reason is None:
@@ -130,6 +133,17 @@ def newest_whole_checkpoint(checkpoints, step=None) -> tuple[str | None, list[st
     if lines:
         raise UserError(f"no checkpoint in {checkpoints} is whole ({', '.join(names)}): start a new run")
     return None, lines
+
+
+def drop_broken_best(checkpoints, position) -> list[str]:
+    """Drops the best weights of a position's fold where they are broken: else only later ones of a lower loss
+    would be kept. Returns a line."""
+    best = f"best {position.get('fold')}"
+    name = position.get("kept", {}).get(best, {}).get("name")
+    if not name or not (reason := broken(checkpoints / name)):
+        return []
+    del position["kept"][best]
+    return [f"WARNING the best weights are {name} ({reason}): the next evaluation's take their place"]
 
 
 def tested_or_newest_checkpoint(folder) -> str:
@@ -208,13 +222,15 @@ class Checkpoints:
         if scaler.is_enabled():
             scaler.load_state_dict(tensors["scaler"])
 
-    def keep_weights(self, step, model, kind, fold, loss=None) -> str:
+    def keep_weights(self, step, model, kind, fold, loss=None, must=False) -> str | None:
         """All ranks: <kind>_step_... with weights alone, in place of the fold's earlier ones of this kind.
-        Returns the name."""
+        Returns the name; where the disk is too full none, and a warning, or UserError if it `must` succeed.
+        """
         entry = {"name": f"{kind}_{step_name(step)}", "step": step, "loss": loss}
         kept = self.kept | {f"{kind} {fold}": entry}
-        if on_main(self.world, self._write, entry["name"], model, {}, {"step": step, "kept": kept}):
-            self.kept = kept
+        if not on_main(self.world, self._write, entry["name"], model, {}, {"step": step, "kept": kept}, must):
+            return None
+        self.kept = kept
         return entry["name"]
 
     def is_best(self, fold, loss) -> bool:

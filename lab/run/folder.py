@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from lab.errors import LostRanks, Stop, UserError
 from lab.run import forecast
-from lab.run.checkpoints import Checkpoints
+from lab.run.checkpoints import Checkpoints, step_name
 from lab.run.curves import Curves, keep_rows
 from lab.run.disks import cache_root, require_one_disk
 from lab.run.files import remove_leftovers, row_hashes, write_sealed
@@ -36,6 +36,7 @@ from lab.run.signals import Signals
 from lab.run.stored import read_config, stored_constants
 from lab.run.terminal import Log
 from lab.train import heartbeat, launch
+from lab.train.batches import is_out_of_memory
 from lab.train.precision import Precision
 from lab.train.processes import all_reduce_sum, on_main
 
@@ -214,11 +215,12 @@ class Run:
         All ranks, before DDP."""
         self.fold = fold
         if not self.position or self.position["fold"] != fold:
-            self.first_step, self.meter = self._last_step, Meter(self.world)
+            self.first_step = self._last_step
+            self.meter.begin()
             self.state = {name: self.state[name] for name in ("spikes", "left_out") if name in self.state}
             return 0
         self.first_step, self._last_step = self.position["first_step"], self.position["step"]
-        self.meter = Meter(self.world, self.position["sums"])
+        self.meter.begin(self.position["sums"])
         self.checkpoints.load(model, optimizer, precision.scaler)
         return self.step
 
@@ -238,21 +240,23 @@ class Run:
         self.checkpoints.save(self._last_step, model, optimizer, precision.scaler, position, must)
         self.signals.saved = self.checkpoints.told()
 
+    def has_saved(self, step) -> bool:
+        """Whether the newest checkpoint is that of this step of the fold."""
+        return self.checkpoint == step_name(self.first_step + step)
+
     def require_finite(self, loss):
         if not math.isfinite(loss):
             raise FloatingPointError(f"validation loss is {loss}: try a lower lr, clipping, or dtype fp32")
 
     def save_best(self, step, loss, model) -> bool:
-        """Saves the weights if `loss` is the fold's lowest so far. Returns whether it is."""
+        """Saves the weights if `loss` is the fold's lowest so far. Returns whether they are kept."""
         self.require_finite(loss)
         is_best = self.checkpoints.is_best(self.fold, loss)
-        if is_best:
-            self.keep_weights(step, model, "best", loss)
-        return is_best
+        return is_best and self.keep_weights(step, model, "best", loss) is not None
 
-    def keep_weights(self, step, model, kind, loss=None) -> str:
-        """Saves the weights as <kind>_step_…; see Checkpoints. Returns the name."""
-        return self.checkpoints.keep_weights(self.first_step + step, model, kind, self.fold, loss)
+    def keep_weights(self, step, model, kind, loss=None, must=False) -> str | None:
+        """Saves the weights as <kind>_step_…; see Checkpoints. Returns the name, if there was room."""
+        return self.checkpoints.keep_weights(self.first_step + step, model, kind, self.fold, loss, must)
 
     def load_best(self, model) -> str:
         """Loads the fold's best weights; see Checkpoints. Returns the checkpoint's name."""
@@ -324,7 +328,7 @@ class Run:
 
     def _write_result(self, status, error):
         why = None if error is None else " ".join(f"{type(error).__name__}: {error}".split())
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             why += " (resume with a smaller --micro_batch or --eval_batch)"
         self.result = {
             "status": status,

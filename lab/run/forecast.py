@@ -9,28 +9,30 @@ import sys
 import torch
 
 from lab.errors import UserError
+from lab.run.flags import KEEPS_NOTHING
 from lab.run.meter import clock
 from lab.train import loss
 from lab.train.optim import count_parameters, state_numbers
-from lab.train.processes import on_main
+from lab.train.processes import all_reduce_sum, on_main
 
 
 def forecast(run, model, optimizer, steps, seconds, typical) -> int | None:
     """Says what a run will need, from the seconds of a worst-case step; `typical` is an average step's share.
 
-    Returns how many steps fit into max_minutes. UserError where memory or a new run's disk is too small.
+    Returns how many steps the run will have by max_minutes. UserError where memory or a new run's disk is too
+    small.
     """
-    total, _ = count_parameters(model)
-    checkpoint_mb = 4 * (total + state_numbers(optimizer)) / 1e6  # all of it in fp32
-    disk_mb = _require_disk(run, checkpoint_mb, 4 * total / 1e6)
+    total, size = count_parameters(model)[0], next(model.parameters()).element_size()  # 4 bytes in fp32
+    checkpoint_mb = size * (total + state_numbers(optimizer)) / 1e6
+    disk_mb = _require_disk(run, checkpoint_mb, size * total / 1e6)
     fit, minutes = None, run.cfg.max_minutes
     if minutes is not None:
-        fit = round(60 * minutes / max(seconds * typical, 1e-9))
-        fit = max(1, on_main(run.world, int, fit))
-        steps = min(steps, fit)
+        left = max(0.0, 60 * minutes - run.clock.seconds)
+        more = max(1, on_main(run.world, int, round(left / max(seconds * typical, 1e-9))))
+        steps, fit = min(steps, more), run.step + more
     hours, price = steps * seconds * typical / 3600, run.cfg.price_per_hour
     if minutes is not None:
-        hours = min(hours, max(0, minutes / 60 - run.clock.seconds / 3600))
+        hours = min(hours, left / 3600)
     memory_gb = _require_memory(run.world, optimizer)
     for note in loss.notes:
         run.say(note)
@@ -58,6 +60,8 @@ def _free_mb(folder) -> float:
 
 def _require_disk(run, checkpoint_mb, weights_mb) -> float:
     """Returns the MB that the run's checkpoints will take at most. UserError where a new run has no room."""
+    if run.cfg.mode in KEEPS_NOTHING:
+        return 0.0
     kept = (getattr(run.cfg, "folds", None) or 1) + 1  # while one is being written
     disk_mb = (run.cfg.keep + 1) * checkpoint_mb + kept * weights_mb
     free_mb = on_main(run.world, _free_mb, run.folder)
@@ -68,8 +72,12 @@ def _require_disk(run, checkpoint_mb, weights_mb) -> float:
 
 
 def _require_memory(world, optimizer) -> float:
-    """Returns the GB that training takes. UserError where the device has less."""
-    needed, room = needed_gb(world, optimizer), device_memory_gb(world)
+    """Returns the GB that training takes on the rank with the least room. UserError, on all ranks, where its
+    device has less."""
+    figures = torch.zeros(world.size, 2, dtype=torch.float64)
+    figures[world.rank, 0] = needed_gb(world, optimizer)
+    figures[world.rank, 1] = device_memory_gb(world)
+    needed, room = max(all_reduce_sum(world, figures).tolist(), key=_excess)
     if needed > room:
         better = "a smaller --micro_batch, --checkpointing, or a smaller model"
         raise UserError(f"training needs {needed:.1f} GB, the device has {room:.1f}: use {better}")
@@ -83,8 +91,14 @@ def has_room(world, optimizer) -> bool:
 
 
 def needed_gb(world, optimizer) -> float:
-    """GB of the peak so far and of the optimizer's state, in fp32, if that is still to come."""
-    return peak_memory_mb(world) / 1e3 + (0 if optimizer.state else 4 * state_numbers(optimizer) / 1e9)
+    """GB of the peak so far and of the optimizer's state, if that is still to come."""
+    size = optimizer.param_groups[0]["params"][0].element_size()
+    return peak_memory_mb(world) / 1e3 + (0 if optimizer.state else size * state_numbers(optimizer) / 1e9)
+
+
+def _excess(figures) -> float:
+    needed, room = figures
+    return needed - room
 
 
 def peak_memory_mb(world) -> float:

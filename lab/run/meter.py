@@ -15,8 +15,12 @@ class Meter:
 
     def __init__(self, world, sums=(0.0, 0)):
         self.world, self.all_examples, self.all_seconds = world, 0, 0.0
+        self.begin(sums)
+
+    def begin(self, sums=(0.0, 0)):
+        """Sets the loss sum and targets since the last log line. For a fold, too: the rate is that of all."""
         # the stored sum is global: one rank carries it
-        self._restart(sums[0] if world.is_main else 0.0, sums[1])
+        self._restart(sums[0] if self.world.is_main else 0.0, sums[1])
 
     def _restart(self, loss=0.0, targets=0):
         self.loss, self.targets, self.steps, self.examples, self.seconds = loss, targets, 0, 0, 0.0

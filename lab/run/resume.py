@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from lab.errors import UserError
-from lab.run.checkpoints import newest_whole_checkpoint, read_manifest
+from lab.run.checkpoints import drop_broken_best, newest_whole_checkpoint, read_manifest
 from lab.run.flags import FIND_CONSTANTS, constants_of, override_lines
 from lab.run.stored import PACKED, locked, out_folder, run_config, status_of
 from lab.train.launch import launcher, number
@@ -67,6 +67,7 @@ def plan_run(cfg, script, ranks, held) -> dict:
     name, notes = newest_whole_checkpoint(folder / "checkpoints", step)
     notes.append(f"resumes {folder.name} from {name or 'step 0: there is no checkpoint yet'}")
     position = read_manifest(folder / "checkpoints" / name) if name else {}
+    notes += drop_broken_best(folder / "checkpoints", position)
     return plan | {"checkpoint": name, "position": position, "lines": notes + lines}
 
 

@@ -57,7 +57,8 @@ def note(run, spike, model, facts):
     largest = max(norms, key=norms.get)
     record = {name: spike[name] for name in names} | values
     record |= {f"{name}_limit": limit for name, limit in limits.items()}
-    record |= {f"{name}_usual": statistics.median(band) for name, band in run.state["bands"].items()}
+    bands = run.state["bands"].items()  # empty where the first step already is no number
+    record |= {f"{name}_usual": statistics.median(band) if band else None for name, band in bands}
     record |= {"largest_gradient": largest, "largest_gradient_norm": norms[largest]}
     for name, value in record.items():
         if isinstance(value, float) and not math.isfinite(value):

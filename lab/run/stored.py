@@ -29,7 +29,7 @@ def prepare_folder(folder):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        (folder / ".writable").unlink(missing_ok=True)  # several commands may start at once
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}): use another --out") from None
 

@@ -100,7 +100,7 @@ class Heartbeat:
     def _end(self, text):
         """Ends this process, whose main thread hangs where no exception reaches it."""
         for say in last_words:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):  # whatever it is, this process must end
                 say(text)
         say_error(text, self.store if self.answers else None)
         os._exit(1)

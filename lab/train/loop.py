@@ -39,9 +39,9 @@ class Evaluation:
     run: Run
     step: int
     where: str  # for a line: "epoch 1.5/3"
-    late: bool  # half of the steps are done, so that an alarm is worth a line
+    late: bool  # half of the steps, or of max_minutes, are done, so that an alarm is worth a line
     ends: bool  # no step follows
-    saved: bool  # a checkpoint has just been made: a signal may end the evaluation; else it waits for its end
+    saved: bool  # nothing would be lost: a signal may end the evaluation; else it waits for its end
     trained: Any  # what a checkpoint holds
     evaluates = True
 
@@ -82,6 +82,7 @@ class Step:
     left_out: bool = False
     spike: dict = field(default_factory=dict)
     updated: bool = False
+    logged: bool = False
     evaluates = False
 
     def spiked(self, losses, norm) -> bool:
@@ -114,11 +115,19 @@ class Step:
         run.step_done(self.loss_sum, self.targets, self.read, self.at_peak)
         if cfg.max_minutes is not None:  # such a run is not repeated to the bit: its path is kept
             run.metrics(step, {"clock/lr": lr, "clock/share": run.clock.share}, flush=False)
+        self.values, self.name = {"lr": lr, "grad_norm": known, **values}, "loss"
+        if objective:
+            self.name = "objective"
         if step % cfg.log_every == 0 or step == self.total_steps:
-            values = {"lr": lr, "grad_norm": known, **values}
-            name = "objective" if objective else "loss"
-            run.log_training(self.where, step, round(self.schedule_length), values, name)
+            self.log()
         self.updated = True
+
+    def log(self):
+        """Logs this step, and the loss since the last one that was; once."""
+        if not self.logged:
+            length = round(self.schedule_length)
+            self.run.log_training(self.where, self.step + 1, length, self.values, self.name)
+        self.logged = True
 
 
 FOREVER = 10**9  # steps, where only the clock ends a run
@@ -146,7 +155,7 @@ def steps(
     optimizer, precision), restored by run.load. every: steps between evaluations (none: an epoch).
     With save_every, checkpoints are written every so many steps instead of before each evaluation.
     """
-    cfg, world, step = run.cfg, run.world, run.step
+    cfg, world, step, at = run.cfg, run.world, run.step, None
     every = every or cfg.eval_every or len(batches)
     profile = profiling.Profile(run)
     while True:
@@ -157,9 +166,10 @@ def steps(
             run.save(step, *saved, must=ends)
         if due:
             profile.end_at(ends)
-        if due and run.state.get("evaluated") != step:
-            late = 2 * step >= total_steps
-            yield Evaluation(run, step, where(run, batches, step), late, ends, ends or saves, saved[0])
+        if due and (ends or run.state.get("evaluated") != step):  # the last one says that it is
+            late = ends or 2 * step >= total_steps or run.clock.share >= 0.5
+            safe = step == 0 or run.has_saved(step)  # the disk may have had no room
+            yield Evaluation(run, step, where(run, batches, step), late, ends, safe, saved[0])
             run.state["evaluated"] = step  # a resume does not repeat it
         if ends:
             return
@@ -171,6 +181,8 @@ def steps(
             run.save(step, *saved, must=True)
             raise Stop(run.stopping)
         if run.clock.share >= 1:  # max_minutes are spent
+            if at:
+                at.log()  # no step has known that it is the last
             total_steps = step
             continue
         reseed(cfg.seed, step, world.rank)  # dropout depends on the position only

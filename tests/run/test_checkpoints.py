@@ -28,7 +28,7 @@ def test_after_a_broken_checkpoint_two_whole_ones_are_kept():
 
 
 @pytest.mark.slow
-def test_damaged_best_weights_are_named_and_the_last_ones_tested():
+def test_damaged_best_weights_are_named_and_those_of_the_next_evaluation_tested():
     flags = [
         "--smoke",
         "--max_documents",
@@ -47,7 +47,7 @@ def test_damaged_best_weights_are_named_and_the_last_ones_tested():
     assert (
         f"WARNING the best weights are {best.name} (model.safetensors is not" in Path("out.txt").read_text()
     )
-    assert result()["test_checkpoints"] == ["step_00000012"]
+    assert result()["test_checkpoints"] == ["best_step_00000012"]
 
 
 def test_too_little_disk_is_refused_at_the_start_and_survived_later(monkeypatch):
@@ -164,7 +164,39 @@ def test_a_save_that_finds_no_room_is_told_or_an_error_and_the_one_before_stays(
     assert kept.newest == "step_00000001" and said[0].endswith("the newest checkpoint is step_00000001")
     with pytest.raises(UserError, match=r"^not saved: step_00000002 needs 1 MB, .* free some, then --resume"):
         kept.save(2, model, *parts(model), {}, must=True)
+    assert kept.keep_weights(2, model, "last", 0) is None and kept.kept == {}  # no name of what is not there
+    with pytest.raises(UserError, match=r"^not saved: last_step_00000002 needs"):
+        kept.keep_weights(2, model, "last", 0, must=True)
     assert names() == ["step_00000001"]
+
+
+def test_a_step_that_is_asked_for_and_broken_is_named_with_the_others():
+    kept, model, _ = kept_here()
+    for step in (1, 2):
+        kept.save(step, model, *parts(model), {})
+    folder = Path("out/one/checkpoints")
+    assert checkpoints.newest_whole_checkpoint(folder, 2) == ("step_00000002", [])
+    (folder / "step_00000002" / "state.pt").unlink()
+    line = r"^--resume_step 2: step_00000002 is broken \(state.pt is missing\); there are step_00000001$"
+    with pytest.raises(UserError, match=line):
+        checkpoints.newest_whole_checkpoint(folder, 2)
+
+
+def test_best_weights_that_are_broken_are_no_others_rivals():
+    kept, model, _ = kept_here()
+    for fold in (0, 1):
+        kept.keep_weights(fold, model, "best", fold, 1.0)
+    folder = Path("out/one/checkpoints")
+    position = {"fold": 1, "kept": dict(kept.kept)}
+    assert checkpoints.drop_broken_best(folder, position) == [] and position["kept"] == kept.kept
+    for fold in (0, 1):  # the first fold is finished: its weights are its own business
+        shutil.rmtree(folder / f"best_step_0000000{fold}")
+    (line,) = checkpoints.drop_broken_best(folder, position)
+    assert line.startswith("WARNING the best weights are best_step_00000001 (manifest.json is absent")
+    assert [*position["kept"]] == ["best 0"]
+    back, *_ = kept_here(kept=position["kept"])
+    assert back.is_best(1, 2.0) and not back.is_best(0, 2.0)
+    assert checkpoints.drop_broken_best(folder, {}) == []
 
 
 def test_of_a_linked_checkpoint_only_the_link_is_removed_and_foreign_files_are_none():

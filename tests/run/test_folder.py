@@ -303,5 +303,6 @@ def test_a_resumed_runs_own_batch_is_what_the_ranks_must_fill(capfd):
 def test_spikes_count_over_folds_and_what_else_a_fold_noted_is_its_own():
     with start() as run:
         run.state |= {"spikes": 2, "left_out": 1, "lowest": [1.0, 3]}
-        assert run.load(None, None, None, fold=1) == 0
+        run.step_done(2.0, 4, 4)
+        assert run.load(None, None, None, fold=1) == 0 and run.meter.all_examples == 4
         assert run.state == {"spikes": 2, "left_out": 1}

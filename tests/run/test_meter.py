@@ -50,6 +50,15 @@ def test_a_log_line_has_the_shares_that_matter_and_at_most_110_columns(line, sha
     assert with_shares(line, shares) == line + added and len(line + added) <= 110
 
 
+def test_the_rate_is_that_of_all_folds_and_a_fold_begins_without_the_last_ones_loss():
+    meter = Meter(World())
+    meter.add(6.0, 4, 2, 0.5)
+    meter.begin()
+    assert meter.sums() == [0.0, 0]
+    meter.add(1.0, 1, 8, 4.5)
+    assert meter.rate() == pytest.approx(2.0)
+
+
 def test_no_step_since_the_last_reading_divides_by_nothing():
     assert Meter(World()).read() == (0.0, 0.0, 0.0)
 

@@ -93,7 +93,7 @@ def test_a_step_that_is_left_out_moves_nothing_and_the_next_one_does():
 
 
 def a_step(run, step=0, targets=7) -> loop.Step:
-    return loop.Step(run, step, [], [], targets, 100, 100, "epoch 1", 1)
+    return loop.Step(run, step, [], [], targets, 100, 100, "epoch 1", 1, 0.0)
 
 
 def a_run(folder, said, **constants) -> SimpleNamespace:
@@ -137,6 +137,13 @@ def test_an_overflow_of_fp32_is_a_spike_before_it_is_an_error(tmp_path):
 
 def exact(value) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.float64)
+
+
+def test_a_first_step_that_is_no_number_is_noted_before_it_is_an_error(tmp_path):
+    _, said, _ = watched([math.nan, 1.0], [math.nan, 1.0], tmp_path, skip_spikes=False)
+    (spike,) = spikes_of(tmp_path)
+    assert spike["step"] == 1 and spike["loss"] is spike["loss_usual"] is spike["grad_norm_usual"] is None
+    assert said[0].startswith("spike  step 1  loss nan")
 
 
 def watched(losses, norms, folder, skip_spikes) -> tuple[list[bool], list[str], SimpleNamespace]:

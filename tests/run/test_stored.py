@@ -53,6 +53,12 @@ def test_a_place_that_cannot_be_written_is_refused_before_work_begins():
     assert list(Path("new/out").iterdir()) == []
 
 
+def test_another_command_that_starts_at_the_same_moment_is_no_reason_to_refuse_a_folder(monkeypatch):
+    monkeypatch.setattr(Path, "touch", lambda path: None)  # it was there, and the other one has removed it
+    prepare_folder("out")
+    assert list(Path("out").iterdir()) == []
+
+
 def test_the_newest_run_is_one_of_the_script_that_holds_a_checkpoint_and_is_finished():
     """A damaged config or result hides no other run."""
     runs = [("a", "gpt_scratch", "finished"), ("b", "gpt_scratch", "stopped"), ("c", "run_lora", "finished")]

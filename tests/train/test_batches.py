@@ -50,15 +50,23 @@ def test_a_batch_depends_on_seed_and_step_only_and_holds_similar_lengths():
     assert first.global_batch(0).tolist() != other.global_batch(0).tolist()
 
 
-def test_running_out_of_memory_names_the_micro_batch_to_try():
+TOO_MUCH = [torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory: you tried to allocate")]
+
+
+@pytest.mark.parametrize("error", TOO_MUCH)
+def test_running_out_of_memory_names_the_micro_batch_to_try(error):
     model = torch.nn.Linear(1, 1)
     fixed = SimpleNamespace(model=model, at_once=lambda rows: 32, halve=lambda rows: False)
 
     def step():
-        raise torch.OutOfMemoryError
+        raise error
 
+    given = World(), fixed, step, torch.optim.SGD(model.parameters()), [], lambda: True
     with pytest.raises(UserError, match="with 32 of the longest rows at once: use --micro_batch 16"):
-        core.worst_case(World(), fixed, step, torch.optim.SGD(model.parameters()), [], lambda: True)
+        core.worst_case(*given)
+    error = RuntimeError("shapes differ")
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        core.worst_case(*given)
 
 
 def set_partitions(items):
@@ -122,7 +130,7 @@ def test_micro_batches_hold_no_more_tokens_than_they_may_unless_a_size_is_given(
     assert [len(part) for part in core.micro_batches(model, range(12), 12, lengths, 120)] == [12]
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory")])
+@pytest.mark.parametrize("error", TOO_MUCH)
 def test_measuring_rows_that_do_not_fit_says_what_would_help_and_other_faults_stay(error):
     def compute(rows):
         raise error

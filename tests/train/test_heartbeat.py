@@ -79,6 +79,14 @@ def _broken(keys):
     raise RuntimeError("Connection reset by peer")
 
 
+def test_last_words_that_fail_in_any_way_keep_no_process_alive(monkeypatch, capsys):
+    ended = []
+    monkeypatch.setattr(heartbeat.os, "_exit", ended.append)
+    monkeypatch.setattr(heartbeat, "last_words", [_broken])
+    Heartbeat(Store(), 0, 2)._end("rank 1 is lost")
+    assert ended == [1] and "rank 1 is lost" in capsys.readouterr().err
+
+
 def test_ranks_that_have_not_come_are_named(monkeypatch, capsys):
     store = Store({"beat/0": "", "beat/2": ""})
     monkeypatch.setattr(heartbeat, "JOIN_SECONDS", 0.0)

@@ -33,9 +33,14 @@ class Recorded:
         self.stops_at, self.clock_ends_at = stops_at, clock_ends_at
         self.rows_ahead, self.lines, self.noted = [], [], {}
         self.say = self.lines.append
+        self.newest, self.no_room_at = step, ()
 
     def save(self, step, *saved, must=False):
         self.events.append(f"save {step}{' must' if must else ''}")
+        self.newest = self.newest if step in self.no_room_at else step
+
+    def has_saved(self, step):
+        return self.newest == step
 
     def save_best(self, step, loss, trained):
         self.events.append(f"best {step} {loss} {trained}")
@@ -120,6 +125,13 @@ def test_without_a_checkpoint_just_made_a_signal_waits_for_the_end_of_an_evaluat
     assert run.events.count("leave") == 1
 
 
+def test_where_a_checkpoint_found_no_room_a_signal_waits_for_the_end_of_the_evaluation():
+    run, saved = Recorded(eval_every=2), {}
+    run.no_room_at = (4,)
+    through(run, 8, evaluate=lambda at: saved.update({at.step: at.saved}), evaluate_first=True)
+    assert saved == {0: True, 2: True, 4: False, 6: True, 8: True}
+
+
 def test_an_update_before_the_question_of_spikes_is_an_error_at_once():
     batches = core.ShardedBatches([3] * 4, 2, World(), seed=1)
     at = next(loop.steps(Recorded(), batches, len, (None, None, None), 2))
@@ -182,10 +194,37 @@ def test_the_clock_ends_a_run_as_its_last_step_would():
     assert clocks == [f"metrics {step} ['clock/lr', 'clock/share']" for step in (1, 2, 3)]
 
 
+def test_a_clock_that_ends_right_behind_an_evaluation_ends_in_one_that_knows_it_is_the_last():
+    for run in (Recorded(clock_ends_at=4), Recorded(step=4)):
+        run.state["evaluated"] = run.step  # of a resumed run: by a process that planned further
+        assert through(run, 10**9 if run.step == 0 else 4)[-1] == "evaluate 4 ends"
+
+
+def test_steps_that_the_clock_leaves_behind_the_last_line_are_logged():
+    for ends_at, logged in [(5, ["3/", "5/"]), (6, ["3/", "6/"])]:
+        run = Recorded(clock_ends_at=ends_at, epochs=None)
+        events = through(run, 10**9)
+        lines = [event.split()[3] for event in run.events if event.startswith("log")]
+        assert [line[:2] for line in lines] == logged and events[-1] == f"evaluate {ends_at} ends"
+
+
 def test_late_is_the_second_half():
     late = {}
     through(Recorded(eval_every=2), 6, evaluate=lambda at: late.update({at.step: at.late}))
     assert late == {2: False, 4: True, 6: True}
+    run, late = Recorded(eval_every=1, clock_ends_at=3), {}
+    run.clock.share = 0.0
+    half = {"evaluate": lambda at: late.update({at.step: at.late}), "evaluate_first": True}
+    agree = run.agree
+
+    def halved(targets):
+        agree(targets)
+        run.clock.share = max(run.clock.share, 0.5 * (run.agreed > 1))
+        return targets
+
+    run.agree = halved
+    through(run, 10**9, **half)
+    assert late == {0: False, 1: False, 2: True, 3: True}  # where the clock alone ends a run
 
 
 def test_lines_stand_at_every_third_step_and_at_the_last():
