@@ -520,13 +520,16 @@ def judge_answers(cfg, say):
     rows, asked = [responses.read_responses(path) for path in paths], judge.make_judge(cfg)
     if cfg.pairwise:
         return duel(cfg, names, paths, rows, asked, say)
-    for name, path, some in zip(names, paths, rows, strict=True):
+    hashes = [core.sha256_file(path) for path in paths]  # of the answers that are graded: others may come
+    for path in paths:
+        core.prepare_folder(path.parent, "copy the answers to a folder of yours and name that")
+    for name, path, some, digest in zip(names, paths, rows, hashes, strict=True):
         before, summary = asked.asked, judge.score(asked, some, cfg.judge_repeats)
         for line in grades.lines_of_score(name, summary):
             say(line)
         target = path.with_name(judged_name(path)).with_suffix(".json")
-        summary["responses_sha256"] = core.sha256_file(path)  # of the answers that were graded
-        core.write_json(target, facts.read_judged(target) | {cfg.judge_model: summary})
+        summary["responses_sha256"] = digest
+        core.write_json(target, facts.with_summary(facts.read_judged(target), summary))
         say(f"  written: {target}; {asked.asked - before} questions were asked now")
 
 
@@ -545,8 +548,7 @@ def duel(cfg, names, paths, rows, asked, say):
     figures = judge.duel(asked, *rows, cfg.judge_repeats)
     for line in grades.lines_of_duel(*names, figures):
         say(line)
-    words = [cfg.judge_model, *(path.parent.name or path.stem for path in paths)]
-    target = folder / f"duel_{'_'.join(map(tables.slug, words))}.json"
+    target = folder / judge.duel_name(asked, paths)
     core.write_json(target, {"sides": list(names), **figures})
     say(f"written: {target}")
 

@@ -16,6 +16,7 @@ from lab.errors import UserError
 from lab.run.terminal import one_line
 
 LOCAL = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
+SECRET = 8  # characters from which on a key is one: `x` and `EMPTY` are what servers without keys are given
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -23,9 +24,6 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *args):
         return None
-
-
-OPENER = urllib.request.build_opener(NoRedirect)
 
 
 def in_time(seconds, work, *args):
@@ -52,8 +50,10 @@ def in_time(seconds, work, *args):
 def exchange(request, seconds, most=1 << 24) -> tuple[int, str, object, bytes]:
     """(status, reason, headers, the first `most` bytes of the body) of what a server answers, errors too."""
     deadline, read = time.monotonic() + seconds, b""
+    # a proxy of the environment would be handed the key for a server on this machine, in clear
+    direct = [urllib.request.ProxyHandler({})] if host_of(request.full_url) in LOCAL else []
     try:
-        response = OPENER.open(request, timeout=seconds)
+        response = urllib.request.build_opener(NoRedirect, *direct).open(request, timeout=seconds)
     except urllib.error.HTTPError as error:
         response = error
     with response:
@@ -107,6 +107,10 @@ def fault(error) -> str:
     return str(error) or type(error).__name__
 
 
+def host_of(url) -> str | None:
+    return urllib.parse.urlsplit(url).hostname
+
+
 def checked_host(url) -> str:
     """The host of --judge_url. UserError for what is no address, or holds a password, which would be told."""
     if "@" in url:
@@ -124,6 +128,15 @@ def checked_host(url) -> str:
 def shown_url(url) -> str:
     """An address in one line without its query, in which keys are given, too."""
     return one_line(url.partition("?")[0])
+
+
+def secrets_of(key, url) -> list[str]:
+    """What no message and no file may hold: the key, and values of the address' query, as they stand there
+    and decoded. A short one is none: it would be found in any text."""
+    query = url.partition("?")[2]
+    values = {key or "", *(value for _, value in urllib.parse.parse_qsl(query))}
+    values |= {part.rpartition("=")[2] for part in query.split("&")}
+    return sorted((value for value in values if len(value) >= SECRET), key=len, reverse=True)
 
 
 def key_of(name) -> str:

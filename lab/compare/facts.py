@@ -30,7 +30,7 @@ class Facts:
     config: dict
     result: dict  # empty while it runs, or when it was killed
     metrics: list[dict]
-    judged: dict  # judge -> its summary
+    judged: dict  # name -> summary of a judge's grades; see judge_of
 
     @property
     def name(self) -> str:
@@ -153,6 +153,40 @@ def _is_summary(summary) -> bool:
 
 def _is_grade(entry) -> bool:
     return isinstance(entry, dict) and "group" in entry and isinstance(entry.get("grades"), list)
+
+
+def judge_of(name, summary) -> tuple:
+    """(model, address, temperature) of the judge whose summary stands under a name in judged.json; `unknown`:
+    of grades from before it was noted."""
+    about = summary.get("judge", name), summary.get("url"), summary.get("temperature", "unknown")
+    return tuple(map(str, about))
+
+
+def judges_of(all_facts) -> dict[tuple, str]:
+    """Each judge that graded one of these runs -> its name, in this order: the model's, with address and
+    temperature where that is not enough."""
+    judges = {judge_of(*item) for facts in all_facts for item in facts.judged.items()}
+    models = [model for model, *_ in judges]
+    names = {judge: judge[0] if models.count(judge[0]) == 1 else _full_name(*judge) for judge in judges}
+    return dict(sorted(names.items(), key=lambda item: item[1]))
+
+
+def _full_name(model, url, temperature) -> str:
+    return f"{model} at {url}, temperature {temperature}"
+
+
+def graded_by(facts, judge) -> dict | None:
+    """The summary of a judge's grades of a run."""
+    return next((s for name, s in facts.judged.items() if judge_of(name, s) == judge), None)
+
+
+def with_summary(judged, summary) -> dict:
+    """What judged.json holds, with a summary that replaces the same judge's, and never another's of its
+    name."""
+    judge = judge_of(None, summary)
+    there = judge_of(judge[0], judged.get(judge[0], summary))
+    is_same = there[:2] == judge[:2] and there[2] in (judge[2], "unknown")
+    return judged | {judge[0] if is_same else _full_name(*judge): summary}
 
 
 def read_all(folders) -> list[Facts]:

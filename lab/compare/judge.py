@@ -20,7 +20,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lab.compare.endpoint import LOCAL, checked_host, exchange, fault, in_time, key_of, shown_url, told_pause
+from lab.compare.endpoint import (
+    LOCAL,
+    checked_host,
+    exchange,
+    fault,
+    in_time,
+    key_of,
+    secrets_of,
+    shown_url,
+    told_pause,
+)
 from lab.compare.grades import duel_figures, summary
 from lab.compare.protocols import (
     pair_question,
@@ -30,6 +40,7 @@ from lab.compare.protocols import (
     without_thoughts,
 )
 from lab.compare.responses import by_prompt
+from lab.compare.tables import slug
 from lab.data.cache import cache_root
 from lab.errors import Stop, UserError
 from lab.run.files import short_hash
@@ -39,9 +50,10 @@ from lab.train.processes import progress
 BACK_OFF = 1.0  # seconds before the second attempt; doubled before each further one, up to a minute
 TRIED_AGAIN = {408, 409, 425, 429}  # and all from 500 on: worth another attempt
 OF_ONE_QUESTION = {400, 413, 414, 422, 451}  # too long, filtered: others may be answered
+NOTHING_ELSE = {413, 414, 451}  # of these whatever is said; 400 and 422 may also mean a wrong parameter
 OF_THE_ACCOUNT = re.compile(r"quota|billing|credit|balance|payment|insufficient|suspended|deactivated", re.I)
 FILTERED = re.compile(r"filter|flagged|moderat|content.policy|safety", re.I)
-SECRET = 8  # characters from which on a key is one: `x` and `EMPTY` are what servers without keys are given
+TOO_LONG = re.compile(r"context.?(length|window|size)|too (long|large)|maximum .{0,30}(length|tokens)", re.I)
 LONGEST_WAIT = 600.0  # seconds: told to wait longer, the judge is asked another day
 
 
@@ -79,15 +91,16 @@ class Judge:
         self.url = base.rstrip("/").removesuffix("/chat/completions")
         self.endpoint = f"{self.url}/chat/completions{'?' * bool(query)}{query}"
         self.lock, self.asked, self.troubles, self.unanswered = threading.Lock(), 0, set(), {}
+        self.secrets = secrets_of(self.key, self.endpoint)
         name = short_hash([self.url + "?" * bool(query) + query, self.model, self.temperature])
         self.path = Path("runs/replies") / f"judge_{name}.jsonl"
-        kept = [path.read_bytes() for path in (cache_root() / self.path.name, self.path) if path.exists()]
-        for line in b"\n".join(kept).splitlines():  # before 2026-11-28 they were kept in the cache
-            try:
-                entry = json.loads(line)
-                self.replies |= {entry["key"]: entry["reply"]} if isinstance(entry["reply"], str) else {}
-            except (ValueError, TypeError, KeyError, RecursionError):
-                continue  # half a line of a killed process: that reply is asked for again
+        for path in (cache_root() / self.path.name, self.path):  # before 2026-11-28: in the cache
+            self.replies |= kept_replies(path)
+
+    @property
+    def about(self) -> dict:
+        """Which judge it is: grades of another are not to be compared with its own."""
+        return {"judge": self.model, "url": self.url, "temperature": self.temperature}
 
     def ask(self, questions) -> list[str | None]:
         """Replies to questions (text, repeat number); None where the judge has none. UserError for a lasting
@@ -147,13 +160,14 @@ class Judge:
         try:
             reply = self._patiently(text)
         except Unanswered as error:
-            self.unanswered[key], self.asked = str(error), self.asked + 1
+            with self.lock:
+                self.unanswered[key], self.asked = str(error), self.asked + 1
             return
         line = json.dumps({"key": key, "reply": reply, "question": text})
         with self.lock:
             try:
                 with open(self.path, "ab", buffering=0) as file:
-                    if not (self._is_secret() and self.key in reply):  # it counts as it is, and is not kept
+                    if not any(secret in reply for secret in self.secrets):  # else it counts, and is not kept
                         file.write(f"{line}\n".encode())  # at once: other processes may append, too
             except OSError as error:
                 raise Refused(f"{self.path} cannot be written ({error.strerror})") from None
@@ -233,19 +247,37 @@ class Judge:
         """What an HTTP error means: another attempt, another question, or the end."""
         if status >= 500 or status in TRIED_AGAIN:
             return Busy(reason, told_pause(headers, said))
-        one = status in OF_ONE_QUESTION or (status == 403 and FILTERED.search(said))
-        if one and self.replies and not OF_THE_ACCOUNT.search(said):
+        of_its_text = FILTERED.search(said) or (status != 403 and TOO_LONG.search(said))
+        one = status in NOTHING_ELSE or (of_its_text and status in {403, *OF_ONE_QUESTION})
+        one = one or (status in OF_ONE_QUESTION and self.replies)
+        if one and not OF_THE_ACCOUNT.search(said):
             return Unanswered(reason)
         without = ", or leave a parameter out: --judge_temperature none" if status in (400, 422) else ""
         return Refused(f"{reason} (see --judge_url, --judge_model, --judge_key{without})")
 
-    def _is_secret(self) -> bool:
-        return len(self.key or "") >= SECRET
-
     def _shown(self, text) -> str:
-        """What a server said, as a message may hold it: without the key, in one line, cut."""
-        hidden = text.replace(self.key, "***") if self.key else text
-        return " ".join(one_line(hidden).split())[:160]
+        """What a server said, as a message may hold it: without a secret, in one line, cut."""
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
+        return " ".join(one_line(text).split())[:160]
+
+
+def kept_replies(path) -> dict[str, str]:
+    """key -> reply of a judge's file; empty where there is none. UserError where it cannot be read."""
+    try:
+        lines, replies = path.read_bytes().splitlines(), {}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        where = f"judge's replies in {path} cannot be read ({error.strerror})"
+        raise UserError(f"{where}: give them back, or start elsewhere") from None
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            replies |= {entry["key"]: entry["reply"]} if isinstance(entry["reply"], str) else {}
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue  # half a line of a killed process: that reply is asked for again
+    return replies
 
 
 def text_of(content) -> str:
@@ -279,8 +311,7 @@ def score(judge, rows, repeats=1) -> dict:
     grades = [[0] * repeats if nothing else [] for nothing in empty]
     for (i, _), reply in zip(asked, replies, strict=True):
         grades[i].append(parse_score(reply or ""))
-    about = {"judge": judge.model, "url": judge.url, "repeats": repeats, "unanswered": replies.count(None)}
-    return summary(rows, grades) | about
+    return summary(rows, grades) | judge.about | {"repeats": repeats, "unanswered": replies.count(None)}
 
 
 def duel(judge, ours, theirs, repeats=1) -> dict:
@@ -302,5 +333,14 @@ def duel(judge, ours, theirs, repeats=1) -> dict:
     replies = judge.ask(questions)
     verdicts = [parse_verdict(reply or "") for reply in replies]
     alone = {"without_partner": len(ours) + len(theirs) - 2 * len(pairs)}
-    asked = {"judge": judge.model, "url": judge.url, "repeats": repeats, "unanswered": replies.count(None)}
+    asked = judge.about | {"repeats": repeats, "unanswered": replies.count(None)}
     return duel_figures(pairs, where, verdicts) | alone | asked
+
+
+def duel_name(judge, paths) -> str:
+    """Name of the file of a duel between two files of answers: another pair's or judge's is another."""
+    words = [judge.model]
+    for path in paths:
+        words.append((path.name == "responses.json" and path.parent.name) or path.stem)
+    known = [*judge.about.values(), *(str(path.resolve()) for path in paths)]
+    return f"duel_{'_'.join(map(slug, words))}-{short_hash(known, 6)}.json"

@@ -3,7 +3,7 @@
 import os
 import shutil
 
-from lab.compare.facts import ABSENT, differing, resume_words
+from lab.compare.facts import ABSENT, differing, judge_of, judges_of, resume_words
 from lab.compare.tables import GROUPED, code_version, sorted_facts, values_of
 from lab.errors import UserError
 
@@ -97,7 +97,7 @@ def write_hparams(all_facts) -> int:
     from torch.utils.tensorboard.summary import hparams
 
     names, version = ["script", "seed", "tag", *differing(all_facts)], code_version(all_facts)
-    finished = [facts for facts in all_facts if facts.finished]
+    finished, judges = [facts for facts in all_facts if facts.finished], judges_of(all_facts)
     for facts in finished:
         values = {name: facts.constant(name) for name in names}
         values |= {name: ABSENT for name in names if facts.trained and not facts.has(name)}
@@ -105,7 +105,7 @@ def write_hparams(all_facts) -> int:
         values = {name: _known_kind(value) for name, value in values.items() if value not in (None, "")}
         final = "final" if facts.part == "test" else "final_val"  # figures of two parts are two columns
         metrics = {f"{final}/{name}": facts.figure(*of)[0] for name, of in GROUPED.items()}
-        metrics |= {f"judge/{name}": s.get("score") for name, s in facts.judged.items()}
+        metrics |= {f"judge/{judges[judge_of(*item)]}": item[1].get("score") for item in facts.judged.items()}
         metrics = {name: value for name, value in metrics.items() if value is not None}
         folder = facts.folder / "hparams"
         if not os.access(facts.folder, os.W_OK):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lab.compare.facts import graded_by, judges_of
 from lab.compare.responses import numbered
 from lab.errors import UserError
 from lab.run.files import sha256_file
@@ -191,10 +192,13 @@ def has_losses(facts) -> bool:
 
 
 def judged_rows(all_facts) -> list[Rows]:
-    """Grades by prompt, for each judge that graded all of the runs."""
+    """Grades by prompt, for each judge (model, address and temperature) that graded all of the runs."""
     all_rows = []
-    for name in sorted(set(all_facts[0].judged).intersection(*(facts.judged for facts in all_facts[1:]))):
-        by_key = [mean_grades(facts.judged[name].get("grades", [])) for facts in all_facts]
+    for judge, name in judges_of(all_facts).items():
+        summaries = [graded_by(facts, judge) for facts in all_facts]
+        if None in summaries:
+            continue
+        by_key = [mean_grades(summary.get("grades", [])) for summary in summaries]
         if not set(by_key[0]).intersection(*by_key[1:]):
             continue  # answers to other prompts: no reason to compare nothing at all
         keys, note = _in_common(by_key)
@@ -204,6 +208,17 @@ def judged_rows(all_facts) -> list[Rows]:
         )
         all_rows.append(Rows(f"grade by {name}", sums, np.ones(len(keys)), np.array(groups), note))
     return all_rows
+
+
+def judge_notes(all_facts) -> list[str]:
+    """A line for each model that graded all of the runs, but none of whose judges did."""
+    notes, judges = [], judges_of(all_facts)
+    for model in dict.fromkeys(model for model, *_ in judges):
+        named = {name: judge for judge, name in judges.items() if judge[0] == model}
+        graded = [[graded_by(facts, judge) is not None for judge in named.values()] for facts in all_facts]
+        if all(map(any, graded)) and not any(map(all, zip(*graded, strict=True))):
+            notes.append(f"NOTE grades by {'; '.join(named)} are not compared: grade all by one of them")
+    return notes
 
 
 def mean_grades(entries) -> dict:

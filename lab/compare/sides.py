@@ -18,6 +18,8 @@ from lab.compare.facts import (
     experiment_constants,
     had_by_some,
     how_to_see,
+    judge_of,
+    judges_of,
     not_the_same,
     read,
     read_all,
@@ -26,7 +28,7 @@ from lab.compare.facts import (
     value_of,
 )
 from lab.compare.responses import by_prompt, read_responses
-from lab.compare.rows import has_losses, judged_rows, mean_grades, shared_rows
+from lab.compare.rows import has_losses, judge_notes, judged_rows, mean_grades, shared_rows
 from lab.compare.tables import markdown, slug
 from lab.errors import UserError
 from lab.run.files import short_hash
@@ -201,6 +203,7 @@ def report(all_sides) -> tuple[list[str], dict]:
         where.append(list(range(place, place + len(side.all_facts))))
         place += len(side.all_facts)
     graded = judged_rows(all_facts)
+    lines += judge_notes(all_facts)
     silent = [facts.name for facts in all_facts if facts.config.get("kind") and not has_losses(facts)]
     if silent and graded:  # a plain model's answers were judged, its loss not measured
         lines.append(f"(no losses of {', '.join(silent)}: grades only)")
@@ -246,8 +249,10 @@ def side_by_side(all_sides, most) -> str | None:
     keys = [key for key in by_key[0] if all(key in run_answers for run_answers in by_key)]
     if not keys:
         return None
+    names = judges_of(firsts)
     grades = [
-        {name: mean_grades(s.get("grades", [])) for name, s in facts.judged.items()} for facts in firsts
+        {names[judge_of(*item)]: mean_grades(item[1].get("grades", [])) for item in facts.judged.items()}
+        for facts in firsts
     ]
     most = len(keys) if most is None else min(most, len(keys))
     chosen = np.linspace(0, len(keys) - 1, most).round().astype(int)

@@ -11,7 +11,9 @@ from lab.compare.facts import (
     code_versions,
     differing,
     differing_scripts,
+    graded_by,
     how_to_see,
+    judges_of,
     not_the_same,
     resume_notes,
 )
@@ -80,11 +82,10 @@ def _status(facts) -> str:
 
 def _judges(all_facts) -> dict:
     """A column for each judge that graded one of them."""
-    names = sorted({name for facts in all_facts for name in facts.judged})
 
-    def column(name):
+    def column(judge):
         def text(facts):
-            s = facts.judged.get(name, {})
+            s = graded_by(facts, judge) or {}
             if s.get("score") is None or not s.get("score_interval"):
                 return ""
             some = f" ({s['graded']} of {s['rows']})" if s.get("graded", 0) < s.get("rows", 0) else ""
@@ -92,7 +93,7 @@ def _judges(all_facts) -> dict:
 
         return text
 
-    return {name: column(name) for name in names}
+    return {name: column(judge) for judge, name in judges_of(all_facts).items()}
 
 
 def code_version(all_facts):
@@ -234,9 +235,9 @@ def grouped(all_facts, names, order=None) -> str:
     cells["seeds"] = [_seeds(group) for group in groups.values()]
     for header, of in GROUPED.items():
         cells[header] = [_group_figure(group, of) for group in groups.values()]
-    for judge in _judges(all_facts):
-        scores = [[f.judged.get(judge, {}).get("score") for f in group] for group in groups.values()]
-        cells[f"judge {judge}"] = [_spread(values, 2) for values in scores]
+    for judge, name in judges_of(all_facts).items():
+        scores = [[(graded_by(f, judge) or {}).get("score") for f in group] for group in groups.values()]
+        cells[f"judge {name}"] = [_spread(values, 2) for values in scores]
     times = [[f.result["seconds"] / 60 for f in group if "seconds" in f.result] for group in groups.values()]
     cells["min"] = [_spread(values, 1) for values in times]
     cells["also differ in"] = [_also_differing(group, names) for group in groups.values()]

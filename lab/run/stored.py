@@ -23,15 +23,15 @@ SCRIPTS = (  # whose runs are known
 PACKED = "packed.txt"  # says of a folder that it came out of eval.py --pack
 
 
-def prepare_folder(folder):
-    """Makes a folder and checks that it can be written to. UserError where it cannot."""
+def prepare_folder(folder, instead="use another --out"):
+    """Makes a folder and checks that it can be written to. UserError where it cannot: says what to do."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
         (folder / ".writable").unlink(missing_ok=True)  # several commands may start at once
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}): use another --out") from None
+        raise UserError(f"{folder} cannot be written ({error.strerror}): {instead}") from None
 
 
 def locked(folder):

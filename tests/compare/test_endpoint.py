@@ -2,10 +2,12 @@
 
 import email.utils
 import time
+import urllib.parse
 from email.message import Message
 
 import pytest
 from toys.judge import (
+    grade,
     in_process,
     judge_of,
     row,
@@ -149,3 +151,41 @@ def test_a_key_over_plain_http_to_another_machine_is_said_and_the_key_is_no_part
     assert SECRET not in repr(judge.make_judge(Constants)) + str(judge.make_judge(Constants))
     err = capfd.readouterr().err
     assert "WARNING the key goes to 192.0.2.1 unencrypted" in err and SECRET not in err
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_no_proxy_is_given_a_question_for_this_machine(serve, host, monkeypatch):
+    """It would get the key in clear, and knows no localhost of ours."""
+    server, proxy = serve(), serve(fault=lambda number, handler: handler.send(502, "proxy"))
+    monkeypatch.delenv("no_proxy")
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, proxy.url.removesuffix("/v1"))
+    asked = judge.Judge(server.url.replace("127.0.0.1", host), "m", SECRET)
+    assert judge.score(asked, [row(1)])["score"] == 1 and len(server.bodies) == 1 and not proxy.bodies
+    elsewhere = judge.Judge("http://judge.invalid/v1", "m", attempts=1)
+    with pytest.raises(UserError, match="HTTP 502"):
+        judge.score(elsewhere, [row(1)])
+    assert len(proxy.bodies) == 1
+
+
+@pytest.mark.parametrize("value", [SECRET, "sk%2FZq7Vb2Xw9%3D"])
+def test_a_key_of_the_query_that_a_server_echoes_is_not_told_nor_kept(serve, value, tmp_path):
+    plain = urllib.parse.unquote(value)
+
+    def echo(number, handler):
+        return grade(handler.text) == "2" and handler.send(404, f"no {handler.path}, key {plain}")
+
+    server = serve(lambda text: f"{plain}: 5", fault=echo)
+    asked = judge.Judge(f"{server.url}?api-version=1&key={value}", "m")
+    judge.score(asked, [row(1)])
+    assert plain not in "".join(path.read_text() for path in tmp_path.glob("runs/replies/*"))
+    with pytest.raises(UserError, match="HTTP 404") as error:
+        judge.score(asked, [row(2)])
+    assert value not in str(error.value) and plain not in str(error.value)
+
+
+def test_a_short_key_is_left_in_messages(serve):
+    """`x` is what servers without keys are given: hidden, it would take every x out of every line."""
+    server = serve(fault=lambda number, handler: handler.send(404, "no such index: xyz"))
+    with pytest.raises(UserError, match="no such index: xyz"):
+        judge.score(judge_of(server, "x"), [row(1)])

@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,10 +90,26 @@ def test_a_duel_of_two_files_is_written_and_one_file_is_no_duel(serve, tmp_path,
     run = ["--judge_url", server.url, "--pairwise", "--out", "results", "--run"]
     assert in_process(*run, "one", "two") == 0
     assert "one against two: wins 1.000" in capfd.readouterr().out
-    [written] = (tmp_path / "results").glob("duel_*_one_two.json")  # the judge's name between
+    [written] = (tmp_path / "results").glob("duel_*_one_two-*.json")  # the judge's name between
     found = json.loads(written.read_text())
     assert found["sides"] == ["one", "two"] and found["wins"] == 1
     assert in_process(*run, "one") == 2 and "--pairwise" in capfd.readouterr().err
+
+
+def test_another_pair_or_judge_has_another_file(serve):
+    asked, folders = judge_of(serve()), ("d", "e")
+    pairs = [(f"{d}/responses_a.json", f"{d}/responses_{x}.json") for d in folders for x in "bc"]
+    pairs += [(f"{d}/20260101_000000/responses.json", f"{d}/20260102_000000/responses.json") for d in folders]
+    names = [judge.duel_name(asked, [*map(Path, pair)]) for pair in pairs]
+    assert names[0].startswith("duel_m_responses_a_responses_b-")
+    assert names[4].startswith("duel_m_20260101_000000_20260102_000000-")
+    asked.temperature = 0.7
+    assert len({*names, judge.duel_name(asked, [*map(Path, pairs[0])])}) == 7
+    assert names[0] == judge.duel_name(judge_of_url(asked.url), [*map(Path, pairs[0])])
+
+
+def judge_of_url(url):
+    return judge.Judge(url, "m")
 
 
 def test_grades_of_answers_to_one_prompt_have_no_interval():

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,10 +24,12 @@ from toys.judge import (
     serve,  # noqa: F401 (a fixture)
     write,
 )
+from toys.results import make_run
 
 import core
-from lab.compare import judge
+from lab.compare import facts, judge
 from lab.compare.grades import lines_of_score
+from lab.compare.rows import judge_notes, judged_rows
 
 KEY = "sk-Zq7Vb2Xw9"  # no part of it is to be found anywhere
 
@@ -281,6 +284,22 @@ def test_what_is_no_answer_is_said_not_kept_and_asked_again(serve, fault, tmp_pa
     assert judge.score(judge_of(server), rows(4))["score"] == 1.5
 
 
+FIRST = {
+    "too long": NO_ANSWER["too long"],
+    "too large": NO_ANSWER["too large"],
+    "filtered": NO_ANSWER["filtered"],
+    "filtered otherwise": lambda h: h.send(400, '{"error": {"code": "content_filter"}}'),
+    "many tokens": lambda h: h.send(422, "inputs must have fewer than the maximum of 4096 tokens"),
+}
+
+
+@pytest.mark.parametrize("fault", FIRST)
+def test_a_first_question_that_the_judge_cannot_take_ends_nothing(serve, fault):
+    server = serve(fault=lambda number, handler: grade(handler.text) == "0" and FIRST[fault](handler))
+    found = judge.score(judge_of(server), rows(4))
+    assert (found["score"], found["unanswered"]) == (2, 1) and len(server.bodies) == 4
+
+
 def test_a_judge_that_answers_less_than_half_grades_nothing(serve):
     server = serve(fault=lambda number, handler: number > 3 and handler.send(400, "unheard of"))
     said = gives_up(rows(8), judge_of(server))
@@ -437,6 +456,64 @@ def test_a_key_comes_from_the_environment_or_not_at_all(serve, monkeypatch, capf
     assert in_process(*run[:2], "--judge_url", "https://judge.invalid/v1") == 2
     err = capfd.readouterr().err
     assert "JUDGE_API_KEY" in err and err.count("\n") == 1
+
+
+def test_grades_of_a_judge_at_another_temperature_or_address_replace_none_and_are_never_paired(serve):
+    server, other, run = serve(), serve(lambda text: "50"), "runs/run_lora"
+    for name, seed in (("a", 1), ("b", 2)):
+        write(rows(3), Path(make_run(name, seed=seed)) / "responses.json")
+
+    def judged(name, url, *flags):
+        assert in_process("--run", f"{run}/{name}", "--judge_url", url, "--judge_model", "m", *flags) == 0
+        return json.loads(Path(run, name, "judged.json").read_text())
+
+    judged("a", server.url)
+    found = judged("a", other.url)
+    assert [found[name]["score"] for name in ("m", f"m at {other.url}, temperature 0.0")] == [1, 50]
+    warm = judged("a", server.url, "--judge_temperature", 0.5)
+    assert len(warm) == 3 and len(judged("a", server.url)) == 3  # replaces its own
+    judged("b", server.url, "--judge_temperature", 1)
+    both = [facts.read(f"{run}/{name}") for name in ("a", "b")]
+    (note,) = judge_notes(both)
+    assert judged_rows(both) == [] and note.startswith(f"NOTE grades by m at {server.url[:17]}")
+    assert note.count(", temperature ") == 4 and note.endswith("are not compared: grade all by one of them")
+    judged("b", other.url)
+    both = [facts.read(f"{run}/{name}") for name in ("a", "b")]
+    (paired,) = judged_rows(both)
+    assert (
+        paired.name == f"grade by m at {other.url}, temperature 0.0"
+        and paired.sums.tolist() == [[50] * 3] * 2
+    )
+    assert judge_notes(both) == []
+
+
+def test_where_grades_cannot_be_written_nothing_is_asked(serve, monkeypatch, capfd):
+    server, run = serve(), ["--run", write(rows(3)), "--judge_url"]
+
+    def refused(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "touch", refused)  # as root every folder can be written
+        assert in_process(*run, server.url) == 2
+    err = capfd.readouterr().err
+    assert "cannot be written (Permission denied): copy the answers" in err and err.count("\n") == 1
+    assert not server.bodies
+
+
+def test_the_hash_of_graded_answers_is_of_what_was_read_not_of_what_came_meanwhile(serve):
+    before = write(rows(3))
+    wanted = core.sha256_file(Path(before))
+    server = serve(fault=lambda number, handler: Path(before).write_text("[]") == 0)
+    assert in_process("--run", before, "--judge_url", server.url, "--judge_model", "m") == 0
+    assert json.loads(Path("judged.json").read_text())["m"]["responses_sha256"] == wanted
+
+
+def test_replies_that_cannot_be_read_are_one_line(serve):
+    server = serve()
+    judge_of(server).path.mkdir(parents=True)
+    with pytest.raises(core.UserError, match=r"^judge's replies in runs/replies/\S+ cannot be read"):
+        judge_of(server)
 
 
 def test_summaries_of_several_judges_stand_beside_the_answers(serve, tmp_path, capfd):
