@@ -26,12 +26,13 @@ from typing import Literal
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import core
-from lab.compare import facts, grades, judge, plots, responses, sides, tables
+from lab.compare import eval_folder, facts, grades, judge, plots, responses, sides, tables
 from lab.compare.facts import find, read_all
+from lab.compare.prompts import read_prompts
 from lab.data import columns, instructions
-from lab.data.paths import text_files
-from lab.data.tables import text_lines
+from lab.data.paths import is_there
 from lab.data.tokenizers import prompt_ids
+from lab.errors import OutOfMemory
 from lab.measure import answers, other_data, preference, tuning
 from lab.models import int4, pretrained, trusted
 from lab.run import files, pack
@@ -84,40 +85,47 @@ class Config(core.Constants):
             raise core.UserError("--pairwise belongs to --mode judge")
 
 
-MODEL = {
-    "run_folder",
-    "data",
-    "max_documents",
-    "text_column",
-    "tokenizer",
-    "template",
-    "max_length",
-    "eval_batch",
-    "dtype",
-}
+MODEL = {"run_folder", "data", "max_documents", "tokenizer", "template", "eval_batch"}
 JUDGE = {field.name for field in fields(Config) if field.name.startswith("judge_")}
-TAKES = {  # what each job looks at; other flags would change nothing
-    "measure": MODEL | {"context", "stride"},
+TAKES = {  # what each job may look at; other flags would change nothing
+    "measure": MODEL | {"context", "stride", "text_column", "max_length", "dtype"},
     "generate": MODEL | {"max_new_tokens"},
     "judge": JUDGE | {"run_folder", "pairwise"},
     "compare": {"compare", "answer_rows", "plot"},
     "table": {"table", "group_by", "sort", "plot"},
     "pack": {"pack"},
 }
+OF_A_MODEL = {"template", "max_length", "dtype"}  # a run may have its own
+OF_OTHER_DATA = OF_A_MODEL | {"max_documents", "text_column", "context", "stride", "out"}
 
 
 def job_of(cfg) -> str:
     """measure, generate, judge, compare, table or pack. UserError for a flag that this job does not read."""
-    job = next((name for name in ("compare", "table", "pack") if getattr(cfg, name)), cfg.mode)
-    for name in sorted(cfg.typed.flags - TAKES[job] - {"mode", "out", "backend"}):
+    job, typed = (
+        next((name for name in ("compare", "table", "pack") if getattr(cfg, name)), cfg.mode),
+        cfg.typed.flags,
+    )
+    if "mode" in typed and job != cfg.mode:
+        raise core.UserError(f"--mode {cfg.mode} and --{job} are different jobs: one at a time")
+    for name in sorted(typed - TAKES[job] - {"mode", "out", "backend"}):
         readers = [each for each, names in TAKES.items() if name in names]
         raise core.UserError(f"--{name} is read by {' or '.join(readers)}, not by {job}")
+    if job == "judge" and "out" in typed and not cfg.pairwise:
+        raise core.UserError("--out: grades lie beside the answers (of --pairwise elsewhere): drop it")
+    if job in ("measure", "generate") and set(cfg.data) == {"own"}:
+        for name in sorted(typed & OF_OTHER_DATA):
+            raise core.UserError(f"--{name} says nothing of a run's own rows: drop it, or name other --data")
     return job
 
 
 def root(cfg) -> Path:
     """The folder of runs and results: runs, with --smoke runs/smoke."""
     return Path("runs/smoke" if cfg.typed.smoke else "runs")
+
+
+def out(cfg, job) -> Path:
+    """Where a job's folders are made: --out, or eval, compare, tables below the root."""
+    return Path(cfg.out or root(cfg) / job)
 
 
 # ------------------------------------------------------------------------------------------ runs and models
@@ -172,6 +180,9 @@ def subjects(cfg, world) -> list[Subject]:
     chosen = [subject(name) for name in names]
     if cfg.tokenizer and (runs := [one.name for one in chosen if one.script]):
         raise core.UserError(f"{runs[0]} is a run and has a tokenizer of its own: drop --tokenizer")
+    has = [core.read_config(one.name)["constants"] if one.script else {} for one in chosen]
+    if own := [name for name in sorted(cfg.typed.flags & OF_A_MODEL) if all(name in each for each in has)]:
+        raise core.UserError(f"{chosen[0].name} has a {own[0]} of its own: drop --{own[0]}")
     return chosen
 
 
@@ -179,7 +190,7 @@ def named_runs(cfg) -> list[str]:
     """The names of --run; a tag or preset stands for the finished runs that have it."""
     names = []
     for name in cfg.run_folder:
-        known = [] if Path(name).exists() or "/" in name else sides.tagged(name, root(cfg))
+        known = [] if is_there(name) or "/" in name else sides.tagged(name, root(cfg))
         names += [str(facts.folder) for facts in known] or [name]
     return names
 
@@ -249,33 +260,40 @@ def tell_weights(subject, world, say):
 # ----------------------------------------------------------------------------------------------- measuring
 
 
+def sets_of(chosen, cfg, say) -> list[list[str]]:
+    """For each subject the sets of --data that it is measured on or answers: a model that is no run has no
+    rows of its own. UserError where nothing is left, before anything is made or loaded."""
+    for subject in chosen:
+        if subject.script or "own" not in cfg.data:
+            continue
+        if set(cfg.data) != {"own"}:
+            say(f"{subject.name}  own: skipped, a model that is no run has no rows of its own")
+        elif not is_there(subject.name):
+            raise core.UserError(f"{subject.name}: no such folder; a model of the Hub needs --data, too")
+        else:
+            raise core.UserError(f"{subject.name} is a model, no run with rows of its own: use --data")
+    return [[data for data in cfg.data if subject.script or data != "own"] for subject in chosen]
+
+
 def measure(cfg, world, say, poll):
     """Measures every subject on every set of --data: a line each, a table at the end."""
-    rows, chosen = [], subjects(cfg, world)
-    for subject in chosen:
-        if not subject.script and set(cfg.data) == {"own"}:
-            if not Path(subject.name).exists():
-                raise core.UserError(f"{subject.name}: no such folder; a model of the Hub needs --data, too")
-            raise core.UserError(f"{subject.name} is a model, no run with rows of its own: use --data")
-    failed, pairs_of = [], [(subject, data) for subject in chosen for data in cfg.data]
-    for subject, data in pairs_of:
-        if data == "own" and not subject.script:
-            say(f"{subject.name}  own: skipped, a model that is no run has no rows of its own")
-            continue
-        how = measure_own if data == "own" else functools.partial(measure_other, data=data)
-        try:
-            if data == cfg.data[0]:
-                tell_weights(subject, world, say)
-            metrics = how(subject, cfg=cfg, world=world, say=say, poll=poll)
-        except core.UserError as error:
-            if len(pairs_of) == 1:
-                raise
-            failed.append(f"{subject.name} on {data}: {error}")  # the others still count
-            say(f"FAILED {failed[-1]}")
-        else:
-            rows.append({"model": Path(subject.name).name, "data": Path(data).name, **cells(metrics)})
-        if data == cfg.data[-1]:
-            subject.loaded = None  # its memory is the next one's
+    rows, failed, chosen = [], [], subjects(cfg, world)
+    sets = sets_of(chosen, cfg, say)
+    for subject, names in zip(chosen, sets, strict=True):
+        for data in names:
+            how = measure_own if data == "own" else functools.partial(measure_other, data=data)
+            try:
+                if data == names[0]:
+                    tell_weights(subject, world, say)
+                metrics = how(subject, cfg=cfg, world=world, say=say, poll=poll)
+            except core.UserError as error:
+                if sum(map(len, sets)) == 1 or (world.size > 1 and isinstance(error, OutOfMemory)):
+                    raise
+                failed.append(f"{subject.name} on {data}: {error}")  # the others still count
+                say(f"FAILED {failed[-1]}")
+            else:
+                rows.append({"model": Path(subject.name).name, "data": Path(data).name, **cells(metrics)})
+        subject.loaded = None  # its memory is the next one's
     if len(rows) > 1:
         headers = dict.fromkeys(header for row in rows for header in row)
         say("\n" + tables.markdown({header: [row.get(header, "") for row in rows] for header in headers}))
@@ -289,7 +307,8 @@ def cells(m) -> dict[str, str]:
     def figure(name, digits=3):
         return core.plus_minus(m[name], m[f"{name}_interval"], digits)
 
-    row = {"loss": figure("loss" if "loss" in m else "log_loss", 4)}
+    row = {"part": m["part"]} if m.get("part", "test") != "test" else {}
+    row |= {"loss": figure("loss" if "loss" in m else "log_loss", 4)}
     row |= {"perplexity": f"{m['perplexity']:.2f}"} if "perplexity" in m else {}
     row |= {"bits/byte": figure("bits_per_byte", 4)} if "bits_per_byte" in m else {}
     row |= {"accuracy": figure("accuracy")}
@@ -322,7 +341,7 @@ def measure_own(subject, cfg, world, say, poll) -> dict:
     say(f"  {sentence}")
     if same:
         core.on_main(world, write_rows, Path(subject.name), rows)
-    return shown
+    return shown | {"part": last}
 
 
 def write_rows(folder, rows):
@@ -350,7 +369,7 @@ def agreement(figures, stored) -> tuple[bool, str]:
 
 def measure_other(subject, data, cfg, world, say, poll) -> dict:
     """Measures other data; writes a folder below runs/eval/ that can be used like a run's."""
-    began, folder = time.time(), other_folder(subject, data, cfg)
+    began, folder = time.time(), eval_folder.folder_of(subject, data, cfg, out(cfg, "eval"))
     core.on_main(world, core.prepare_folder, folder.parent)
     if subject.is_preference:
         kind, measured = "preference", measure_pairs(subject, data, cfg, world, poll)
@@ -359,7 +378,7 @@ def measure_other(subject, data, cfg, world, say, poll) -> dict:
         kind = core.on_main(world, other_data.kind_of, data, cfg.text_column)
         how = {"text": other_data.measure_text, "rows": other_data.measure_rows}[kind]
         measured = how(data, stored, model, tokenizer, cfg, world, poll)
-    if measured.fingerprint == subject.facts.get("fingerprint", {}).get("data"):
+    if other_data.was_trained_on(measured.fingerprint, subject.facts):
         measured.lines.append("NOTE this is the data that the run was trained on, its training rows included")
     constants = {
         "model": subject.name,
@@ -367,12 +386,10 @@ def measure_other(subject, data, cfg, world, say, poll) -> dict:
         "max_documents": cfg.max_documents,
         **measured.constants,
     }
-    config = about(subject, kind, constants, world) | {
-        "facts": {"fingerprint": {"data": measured.fingerprint}}
-    }
-    result = {"status": "finished", "step": 0, "seconds": time.time() - began}
-    result |= {f"test/{name}": value for name, value in measured.metrics.items()}
-    core.on_main(world, write_folder, folder, config, result, measured.file)
+    seconds = time.time() - began
+    core.on_main(
+        world, eval_folder.write_measured, folder, subject, kind, constants, measured, seconds, world
+    )
     say(f"{subject.name} on {data}")
     for line in [cells_line(measured.metrics), *measured.lines]:
         say(f"  {line}")
@@ -390,33 +407,6 @@ def measure_pairs(subject, data, cfg, world, poll) -> other_data.Measured:
     return other_data.Measured(card, lines, ("predictions.jsonl", predictions), fingerprint, {})
 
 
-def other_folder(subject, data, cfg) -> Path:
-    """runs/eval/<model>-<data>-<hash of their paths and of all that the figures depend on>."""
-    words = "-".join(tables.slug(Path(name).name) for name in (subject.name, data))
-    known = [str(Path(name).resolve()) if Path(name).exists() else name for name in (subject.name, data)]
-    known += [getattr(cfg, name) for name in ("max_documents", "text_column", "context", "stride")]
-    known += [] if subject.script else [cfg.template, cfg.max_length, cfg.dtype]
-    known += [cfg.tokenizer] if cfg.tokenizer else []
-    return Path(cfg.out or root(cfg) / "eval") / f"{words}-{core.short_hash(known, 6)}"
-
-
-def about(subject, kind, constants, world) -> dict:
-    """config.json of a folder below runs/eval/."""
-    config = {"script": "eval", "kind": kind, "constants": constants, "facts": {}, "preset": None}
-    config |= {"command": " ".join(sys.argv), "device": core.device_name(world), "git": core.git_state()}
-    return config | ({"checkpoint": core.tested_or_newest_checkpoint(subject.name)} if subject.script else {})
-
-
-def write_folder(folder, config, result, file):
-    """Writes config.json, `file` (name, lines) and, last, result.json; removes the old one first."""
-    folder.mkdir(exist_ok=True)
-    (folder / "result.json").unlink(missing_ok=True)
-    name, lines = file
-    core.write_lines(folder / name, lines)
-    files.write_sealed(folder / "config.json", config)
-    files.write_sealed(folder / "result.json", result | {"files": files.row_hashes(folder)})
-
-
 # ------------------------------------------------------------------------------------------------ answering
 
 
@@ -427,16 +417,20 @@ def generate(cfg, world, say, poll):
     for subject in chosen:
         if subject.is_preference:
             raise core.UserError(f"{subject.name} judges answers and writes none: use a language model")
-    for subject in chosen:
-        for data in cfg.data:
+        if "own" in cfg.data and subject.script not in (None, "run_instruct", "run_lora"):
+            raise core.UserError(f"{subject.name} has no instruction rows of its own: name some by --data")
+    for subject, names in zip(chosen, sets_of(chosen, cfg, say), strict=True):
+        tell_weights(subject, world, say)
+        for data in names:
             answer(subject, data, cfg, world, say, poll)
         subject.loaded = None
 
 
 def answer(subject, data, cfg, world, say, poll):
     """Answers one set of prompts; writes responses.json."""
-    folder = Path(subject.name) if data == "own" else other_folder(subject, data, cfg)
-    core.on_main(world, core.prepare_folder, folder)
+    own = data == "own"
+    folder = Path(subject.name) if own else eval_folder.folder_of(subject, data, cfg, out(cfg, "eval"))
+    core.on_main(world, core.prepare_folder, folder if own else folder.parent)
     stored, model, tokenizer = subject.load(cfg, world)
     most = cfg.max_new_tokens or getattr(stored, "max_new_tokens", None) or LONGEST
     rows, prompts = core.main_first(world, prompts_of, subject, data, stored, tokenizer, cfg)
@@ -447,7 +441,12 @@ def answer(subject, data, cfg, world, say, poll):
         say(line)
     texts = [tokenizer.decode(each).strip() for each in ids]
     rows = [row | {"model_response": text} for row, text in zip(rows, texts, strict=True)]
-    core.on_main(world, write_answers, folder, subject, data, cfg, rows, most, world)
+    constants = {"model": subject.name, "data": data}
+    constants |= {"max_documents": cfg.max_documents, "max_new_tokens": most}
+    if own:
+        core.on_main(world, core.write_json, folder / "responses.json", rows)
+    else:
+        core.on_main(world, eval_folder.write_answers, folder, subject, constants, rows, world)
     empty = sum(not text for text in texts)
     say(f"{subject.name}  {len(rows)} answers, {empty} empty: {folder}/responses.json")
     say(f"next: python eval.py --mode judge --run {folder}")
@@ -456,57 +455,14 @@ def answer(subject, data, cfg, world, say, poll):
 LONGEST = 256  # tokens of an answer, where neither a run nor a flag says otherwise
 
 
-def write_answers(folder, subject, data, cfg, rows, most, world):
-    """Writes responses.json; a new folder below runs/eval/ also gets config.json and result.json."""
-    core.write_json(folder / "responses.json", rows)
-    if not (folder / "config.json").exists():
-        constants = {
-            "model": subject.name,
-            "data": data,
-            "max_documents": cfg.max_documents,
-            "max_new_tokens": most,
-        }
-        files.write_sealed(folder / "config.json", about(subject, "rows", constants, world))
-        files.write_sealed(folder / "result.json", {"status": "finished", "step": 0})
-
-
 def prompts_of(subject, data, stored, tokenizer, cfg) -> tuple[list[dict], list[list[int]]]:
     """(rows with all their columns, prompts as lists of ids)"""
     if data == "own":
-        if subject.script not in ("run_instruct", "run_lora"):
-            raise core.UserError(f"{subject.name} has no instruction rows of its own: name some by --data")
         rows = tuning.own_data(stored, core.World(), tokenizer, subject.facts)
         test = instructions.examples_of(rows, stored)[0]["test"].rows
         return [rows.columns(row) for row in test], [rows.prompt(row) for row in test]
-    if text_files(data):
-        lines = [line for file in text_files(data) for line in prompts_in(file)]
-        rows = [{"instruction": line, "input": "", "output": ""} for line in lines if line.strip()]
-        rows = rows[: cfg.max_documents]
-        prompts = [row["instruction"] for row in rows]
-    else:
-        rows = core.read_rows(data, cfg.max_documents)
-        core.require_columns(rows, ("instruction",), data)
-        template = getattr(stored, "template", cfg.template)
-        numbered = enumerate(rows, start=1)
-        prompts = [instructions.prompt_text(*asked(row, number, data), template) for number, row in numbered]
-    if not rows:
-        raise core.UserError(f"{data} has no prompts: use instruction rows, or text, one prompt a line")
-    return rows, [prompt_ids(tokenizer, text) for text in prompts]
-
-
-def prompts_in(file) -> list[str]:
-    """The lines of a text file; only \\n and \\r\\n end one."""
-    with file.open() as stream:
-        return [line.removesuffix("\n").removesuffix("\r") for line in text_lines(stream, file)]
-
-
-def asked(row, number, data) -> tuple[str, str]:
-    """(instruction, input) of a row. UserError without an instruction."""
-    try:
-        instruction, given, _ = instructions.parse(row | {"output": ""} if isinstance(row, dict) else row)
-    except ValueError as error:
-        raise core.UserError(f"{data}: row {number} has no usable instruction ({error}): mend it") from None
-    return instruction, given
+    rows, texts = read_prompts(data, cfg.max_documents, getattr(stored, "template", cfg.template))
+    return rows, [prompt_ids(tokenizer, text) for text in texts]
 
 
 # -------------------------------------------------------------------------------- judging, comparing, listing
@@ -543,7 +499,7 @@ def duel(cfg, names, paths, rows, asked, say):
     """--pairwise: which of two runs answers better? Writes duel_....json."""
     if len(names) != 2:
         raise core.UserError(f"--pairwise compares two, not {len(names)}: name both by --run")
-    folder = Path(cfg.out or root(cfg) / "compare")
+    folder = out(cfg, "compare")
     core.prepare_folder(folder)
     figures = judge.duel(asked, *rows, cfg.judge_repeats)
     for line in grades.lines_of_duel(*names, figures):
@@ -556,7 +512,7 @@ def duel(cfg, names, paths, rows, asked, say):
 def compare_runs(cfg, say):
     """--compare: writes compare.md and compare.json (constants, verdicts) and answers.md (side by side)."""
     all_sides = sides.sides(cfg.compare, root(cfg))
-    folder = Path(cfg.out or root(cfg) / "compare") / sides.folder_name(all_sides)
+    folder = out(cfg, "compare") / sides.folder_name(all_sides)
     core.prepare_folder(folder)
     for stale in ("answers.md", "curves.png"):  # of an earlier call
         (folder / stale).unlink(missing_ok=True)

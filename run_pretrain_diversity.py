@@ -122,6 +122,8 @@ class Config(core.Bookkeeping):
             raise core.UserError("--no-final_eval: a study needs its runs measured")
         if self.diversity_batches == 1:
             raise core.UserError("--diversity_batches 1: a distance needs 2; 0 for no coefficient")
+        if self.mode == "diversity" and not self.diversity_batches:
+            raise core.UserError("--diversity_batches 0 leaves --mode diversity nothing to do: use 2 or more")
         if len({tuple(sorted(mixture.shares_of(arm).items())) for arm in self.arms}) < len(self.arms):
             raise core.UserError(f"--arms {' '.join(self.arms)}: two are the same text, name each once")
         if not self.test_share:

@@ -11,6 +11,10 @@ class UserError(Exception):
         super().__init__(printable(line))
 
 
+class OutOfMemory(UserError):
+    """One rank's own error: the others do not have it, and wait for that rank."""
+
+
 def printable(text) -> str:
     """A text with its line breaks, control characters and lone surrogates escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ranks
+import torch
 from toys.eval import (
     MADE,
     evaluate,
@@ -24,9 +25,10 @@ import eval as script
 from core import UserError, World
 from lab.compare.facts import find
 from lab.data import instructions
-from lab.data.paths import text_files
+from lab.errors import OutOfMemory
 from lab.measure import answers
 from lab.run import files
+from lab.train.batches import within_memory
 
 
 @pytest.fixture
@@ -275,20 +277,6 @@ def test_what_mode_judge_wants_of_a_folder_is_refused_for_preference_runs(traine
         find(["nowhere"])
 
 
-def test_prompts_of_a_text_file_end_at_line_feeds_only():
-    prompts = ["What is a river?", "one\u2028two", "page\x0ctwo", "next\x85line", "", "last"]
-    Path("prompts.txt").write_bytes("\r\n".join(prompts).encode() + b"\n")
-    (file,) = text_files("prompts.txt")
-    assert script.prompts_in(file) == prompts
-
-
-def test_a_row_to_be_answered_is_read_as_one_to_be_trained_on():
-    assert script.asked({"instruction": " a ", "input": "nan"}, 1, "t.json") == ("a", "")
-    for row in ({"instruction": None}, {"instruction": "nan"}, ["a"], {"instruction": "a\ud800"}):
-        with pytest.raises(UserError, match=r"t\.json: row 7 has no usable instruction"):
-            script.asked(row, 7, "t.json")
-
-
 def test_tags_and_presets_name_runs_wherever_runs_are_named():
     tagged = [make_run(f"r{seed}", tag="boss", seed=seed) for seed in (0, 1)]
     make_run("stopped", tag="boss", status="stopped")
@@ -323,3 +311,110 @@ def test_answers_of_five_are_among_the_figures_of_a_run_that_answers():
     figures |= {"answer_accuracy": 0.25, "answer_accuracy_interval": [0.2, 0.3]}
     assert script.cells(figures)["answers"] == "0.250 ± 0.050"
     assert script.cells(figures | {"rows": 1, "loss_interval": [math.nan] * 2})["loss"] == "2.0000 ± unknown"
+
+
+def parsed(*argv):
+    return core.parse_config(script.Config, {}, {}, "", [str(word) for word in argv])
+
+
+def test_a_model_that_is_asked_for_its_own_rows_leaves_no_folder_behind_and_is_passed_over_among_others():
+    """An empty ./gpt2 was made, and then read instead of the Hub's."""
+    for mode in ("measure", "generate"):
+        with pytest.raises(UserError, match="nobody: no such folder; a model of the Hub needs --data"):
+            script.main(parsed("--mode", mode, "--run", "nobody"), World())
+        assert not Path("nobody").exists()
+    said, asked = [], parsed("--run", "gpt2", "--data", "own", "x.txt")
+    plain, run = script.Subject("gpt2"), script.Subject("r", "run_lora")
+    assert script.sets_of([plain, run], asked, said.append) == [["x.txt"], ["own", "x.txt"]]
+    assert said == ["gpt2  own: skipped, a model that is no run has no rows of its own"]
+
+
+FAULTS = {"a rank's memory": OutOfMemory("out of memory"), "data of all": UserError("no such file")}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_of_several_sets_one_failure_is_passed_over_unless_other_ranks_wait_for_this_one(
+    size, fault, monkeypatch
+):
+    """The rank that had run out of memory went on, and the others waited for it for ten minutes."""
+    subjects, loaded = [script.Subject("m"), script.Subject("n")], []
+
+    def measured(subject, data, **how):
+        subject.loaded = True
+        loaded.append([one.name for one in subjects if one.loaded])
+        if data == "b":
+            raise FAULTS[fault]
+        return {"loss": 1.0, "loss_interval": [1, 1], "accuracy": 0.5, "accuracy_interval": [0, 1], "rows": 2}
+
+    monkeypatch.setattr(script, "subjects", lambda cfg, world: subjects)
+    monkeypatch.setattr(script, "measure_other", measured)
+    said, world = [], World(size=size)
+    with pytest.raises(UserError, match=r"2 of 4 failed|out of memory") as error:
+        script.measure(parsed("--run", "m", "--data", "b", "c", "own"), world, said.append, int)
+    assert ("failed" in str(error.value)) == (size == 1 or fault == "data of all")
+    if "failed" in str(error.value):
+        assert loaded == [["m"], ["m"], ["n"], ["n"]]  # one model at a time, though `own` is passed over
+
+
+def test_running_out_of_memory_is_a_ranks_own_error():
+    line = "out of memory with 3 rows of 7 tokens at once: use a smaller"
+    with pytest.raises(OutOfMemory, match=line), within_memory(3, 7):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(("argv", "line"), [
+    (["--mode", "generate", "--data", "x", "--dtype", "fp32"], "--dtype is read by measure, not by generate"),
+    (["--mode", "generate", "--data", "x", "--max_length", 99], "--max_length is read by measure, not by"),
+    (["--mode", "generate", "--data", "x", "--text_column", "y"], "--text_column is read by measure, not"),
+    (["--mode", "judge", "--compare", "a", "b"], "--mode judge and --compare are different jobs"),
+    (["--mode", "measure", "--table", "a"], "--mode measure and --table are different jobs"),
+    (["--mode", "judge", "--out", "x"], "--out: grades lie beside the answers"),
+    (["--out", "x"], "--out says nothing of a run's own rows: drop it, or name other --data"),
+    (["--max_documents", 3], "--max_documents says nothing of a run's own rows"),
+    (["--mode", "generate", "--template", "journal"], "--template says nothing of a run's own rows"),
+])  # fmt: skip
+def test_a_flag_that_would_change_nothing_is_named(argv, line):
+    with pytest.raises(UserError, match=line):
+        script.job_of(parsed(*argv))
+
+
+def test_flags_that_are_read_are_taken():
+    for argv in (
+        ["--data", "x", "--out", "y", "--dtype", "fp32"],
+        ["--mode", "judge", "--pairwise", "--out", "y"],
+    ):
+        assert script.job_of(parsed(*argv)) in ("measure", "judge")
+    assert script.job_of(parsed("--mode", "generate", "--data", "x", "--template", "journal")) == "generate"
+    assert script.job_of(parsed("--compare", "a", "b", "--out", "x", "--answer_rows", 0)) == "compare"
+
+
+def test_what_a_run_has_of_its_own_is_no_flag_of_measuring_it():
+    run, plain = make_run("r", template="alpaca"), "some/model"
+    argv = ["--data", "rows.json", "--template", "journal", "--run", run]
+    with pytest.raises(UserError, match=r"runs/run_lora/r has a template of its own: drop --template"):
+        script.subjects(parsed(*argv), World())
+    assert len(script.subjects(parsed(*argv, plain), World())) == 2
+    other = make_run("s", "gpt_scratch")
+    assert len(script.subjects(parsed(*argv[:-1], other), World())) == 1
+
+
+def test_names_that_no_disk_takes_are_one_line():
+    with pytest.raises(UserError, match=r"cannot be read .File name too long.: name another file"):
+        script.named_runs(parsed("--run", "x" * 300))
+
+
+def test_a_run_whose_weights_were_not_tested_says_so_before_it_answers(monkeypatch):
+    run = make_run("r", status=None)
+    monkeypatch.setattr(script.core, "tested_or_newest_checkpoint", lambda folder: "step_7")
+    asked, said = [], []
+    monkeypatch.setattr(script, "answer", lambda subject, data, *rest: asked.append((data, list(said))))
+    script.generate(parsed("--run", run, "--data", "own", "x.json"), World(), said.append, int)
+    note = f"{run} is not finished: its newest whole checkpoint, step_7, is used"
+    assert asked == [("own", [note]), ("x.json", [note])]
+
+
+def test_validation_rows_are_marked_in_the_table_of_several():
+    figures = {"rows": 40, "loss": 2.0, "loss_interval": [1, 3], "accuracy": 0.5, "accuracy_interval": [0, 1]}
+    assert script.cells(figures | {"part": "val"})["part"] == "val"
+    assert "part" not in script.cells(figures | {"part": "test"}) and "part" not in script.cells(figures)

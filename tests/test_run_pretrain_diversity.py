@@ -290,6 +290,7 @@ def test_a_run_by_itself_is_the_run_of_the_study(copied):
                                         "use fewer --diversity_batches, smaller ones"]),
         (["--diversity_batches", 500, "--repeat"], ["sequences of 12 tokens, 2000 are asked for"]),
         (["--diversity_batches", 1], ["--diversity_batches 1: a distance needs 2"]),
+        (["--mode", "diversity", "--diversity_batches", 0], ["--diversity_batches 0 leaves --mode"]),
         (["--diversity_length", 17], ["--diversity_length 17 is over the probe's 16 tokens"]),
         (["--probe", "absent/folder"], ["absent/folder"]),
         (["--max_minutes", 1], ["--max_minutes", "use --max_steps"]),

@@ -16,7 +16,7 @@ from lab.compare.rows import NEEDED, Rows
 from lab.compare.tables import markdown
 from lab.data import mixture
 from lab.errors import UserError
-from lab.measure.statistics import plus_minus
+from lab.measure.statistics import plus_minus, span
 from lab.run.files import short_hash, whole_file, write_json
 from lab.run.flags import constants_of
 from lab.run.provenance import git_state
@@ -100,7 +100,7 @@ def rows_of(files, figure) -> Rows:
 def read_lines(path) -> list[dict]:
     """Reads what cross.write_losses wrote. UserError where it is damaged."""
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        first, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+        first, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         if "hash" not in first:  # before 2026-11-28
             lines = [first, *lines]
         elif first["hash"] != short_hash(lines):
@@ -186,7 +186,8 @@ def sentence(mixed, name, against, seeds) -> str:
         differences.append(f"{figures['difference']:+.4f} ({low:+.4f} to {high:+.4f}) against {arm}")
     ends = [end for figures in against.values() for end in figures["interval"]]
     if any(figures["groups"] < FEWEST for figures in against.values()) or not np.isfinite(ends).all():
-        verdict = f"fewer than {FEWEST} held-out documents, or a loss that is no number: nothing to decide"
+        few = f"fewer than {FEWEST} documents (or stretches of one)"
+        verdict = f"{few}, or a loss that is no number: nothing to decide"
     elif seeds < FEWEST_SEEDS:
         verdict = f"too few seeds ({seeds} of {FEWEST_SEEDS}) to say whether the mixture wins"
     elif all(figures["interval"][1] < 0 for figures in against.values()):
@@ -223,7 +224,7 @@ def diversity_table(coefficients) -> str:
         columns["distance"] = [f"{figures['coefficient']:.4f}" for figures in crossed.values()]
         columns["95 %"] = [span(figures["interval"]) for figures in crossed.values()]
         columns["diversity differs by"] = [f"{figures['difference']:+.4f}" for figures in crossed.values()]
-        columns["its 95 %"] = [span(figures["difference_interval"], "+") for figures in crossed.values()]
+        columns["its 95 %"] = [span(figures["difference_interval"], sign="+") for figures in crossed.values()]
         text += "\n\n" + markdown(columns)
     drowned = [
         arm
@@ -234,11 +235,6 @@ def diversity_table(coefficients) -> str:
         better = "use larger batches, or more --fisher_samples"
         text += f"\n\nnot above the distance of a batch from itself: {', '.join(drowned)}; {better}"
     return text
-
-
-def span(interval, sign="") -> str:
-    low, high = interval
-    return f"{low:{sign}.4f} to {high:{sign}.4f}" if low == low else "too few batches"
 
 
 def link_table(coefficients, neutral, cells, seeds, matrix) -> str:

@@ -193,8 +193,8 @@ def check_names(all_facts, group_by, sort):
 
 
 def slug(text) -> str:
-    """`text` as part of a file name."""
-    return re.sub(r"[^\w.]+", "_", text)[:60]
+    """`text` as part of a file name: 60 bytes at most."""
+    return re.sub(r"[^\w.]+", "_", text).encode()[:60].decode(errors="ignore")
 
 
 def markdown(cells) -> str:

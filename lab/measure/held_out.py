@@ -25,7 +25,10 @@ def held_out_windows(cfg, text, name, part):
 
 
 def require_windows(cfg, text, parts):
-    """UserError unless every text leaves something to measure in every part."""
+    """UserError unless every text leaves something to measure in every part, under a name of its own."""
+    if "own" in text.tokens:
+        why = "its figures would take the place of test/own/..., those of all sources together"
+        raise UserError(f"a text is called own: {why}; name it otherwise by --sources name=where")
     for name in text.tokens:
         for part in parts:
             held_out_windows(cfg, text, name, part)

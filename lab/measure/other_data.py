@@ -48,6 +48,13 @@ def kind_of(data, text_column) -> str:
     raise UserError(f"{data} cannot be measured: use text, or rows with instruction and output")
 
 
+def was_trained_on(fingerprint, facts) -> bool:
+    """Whether data of this hash are among those that a run read, by its facts: of a mixture its sources, for
+    there `data` is the neutral text, which nobody trains on."""
+    known = facts.get("fingerprint", {})
+    return fingerprint in known.get("sources", {"": known.get("data")}).values()
+
+
 def split_of(data) -> dict[str, str]:
     """{"split": ...} of a Hub set: which of its splits is measured; empty for anything else."""
     split = None if data in (*BUILT_IN, "python-instructions") else hub_split(data)

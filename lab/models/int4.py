@@ -7,7 +7,6 @@ The scheme is torchao's Int8DynActInt4Weight."""
 
 import json
 import math
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -212,8 +211,7 @@ def save(model, group, tokenizer, folder):
     """Writes model.safetensors, quantised.json and tokenizer/, all that `load` needs; replaces older ones."""
     import safetensors.torch
 
-    shutil.rmtree(folder, ignore_errors=True)
-    with whole_folder(Path(folder)) as aside:
+    with whole_folder(Path(folder), replace=True) as aside:
         tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
         safetensors.torch.save_file(tensors, aside / "model.safetensors", {"format": "pt"})
         write_json(aside / "quantised.json", {"group": group, "config": asdict(model.config)})

@@ -75,6 +75,8 @@ def load_other(name):
     model = load_causal(name, "a gpt2 or a llama")
     wrapped = OtherModel(model)
     kind = f"model {name} ({model.config.model_type})"
+    if wrapped.config.block_size < 2:
+        raise UserError(f"{kind} has {wrapped.config.block_size} position by its config.json: it needs 2")
     input_ids = probe(wrapped.config.vocab_size, wrapped.config.block_size)
     half = input_ids.shape[1] // 2
     with torch.no_grad():
@@ -108,9 +110,13 @@ class OtherModel(nn.Module):
         return [(hidden, out.weight)], out.bias
 
     @torch.no_grad()
-    def continuations(self, prompts, max_new_tokens, *, stop, poll, begin=(), **greedy) -> list[list[int]]:
+    def continuations(
+        self, prompts, max_new_tokens, *, stop, poll, begin=(), vocab_size=None, **greedy
+    ) -> list[list[int]]:
         """Greedy continuations, cut before the first id in `stop`; ignores the model's
-        own generation settings. A full context slides as in `generate`: its later half is read again."""
+        own generation settings. A full context slides as in `generate`: its later half is read again.
+        Ids from `vocab_size` on (a padded vocabulary) are never chosen."""
+        padded = [*range(vocab_size or self.config.vocab_size, self.config.vocab_size)]
         size, rows, first, ended = self.config.block_size, [*map(list, prompts)], [0] * len(prompts), {}
         wanted = [len(prompt) + max_new_tokens for prompt in prompts]
         while going := [i for i in range(len(rows)) if i not in ended and len(rows[i]) < wanted[i]]:
@@ -118,15 +124,16 @@ class OtherModel(nn.Module):
                 if len(rows[i]) - first[i] > size:
                     first[i] = len(rows[i]) - (size + 1) // 2
             room = min(min(size + 1 - len(rows[i]) + first[i], wanted[i] - len(rows[i])) for i in going)
-            new = self._greedy([in_context(rows[i], first[i], begin) for i in going], room, stop, poll)
+            seen = [in_context(rows[i], first[i], begin) for i in going]
+            new = self._greedy(seen, room, stop, padded, poll)
             for i, ids in zip(going, new, strict=True):
                 end = next((n for n, token in enumerate(ids) if token in stop), None)
                 rows[i] += ids[:end]
                 ended |= {} if end is None else {i: True}
         return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
 
-    def _greedy(self, rows, n, stop, poll) -> list[list[int]]:
-        """The likeliest n next ids of each row, or fewer where each has ended."""
+    def _greedy(self, rows, n, stop, padded, poll) -> list[list[int]]:
+        """The likeliest n next ids of each row, none of them `padded`, or fewer where each has ended."""
         from transformers import GenerationConfig, StoppingCriteriaList
 
         def polled(input_ids, scores, **_):
@@ -134,7 +141,10 @@ class OtherModel(nn.Module):
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
         self.model.generation_config = GenerationConfig(
-            do_sample=False, pad_token_id=min(stop), eos_token_id=[*stop]
+            do_sample=False,
+            pad_token_id=min(stop),
+            eos_token_id=[*stop],
+            suppress_tokens=padded or None,
         )
         input_ids, padding = left_padded(rows)
         seen = torch.ones_like(input_ids)

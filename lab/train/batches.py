@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from lab.errors import UserError
+from lab.errors import OutOfMemory, UserError
 from lab.train.precision import Precision
 from lab.train.processes import all_reduce_sum, progress
 
@@ -183,14 +183,14 @@ def is_out_of_memory(error) -> bool:
 
 @contextmanager
 def within_memory(rows, tokens):
-    """Context of a forward pass in which running out of memory is a UserError that says what would help."""
+    """Context of a forward pass in which running out of memory is one line on what would help."""
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         size = f"out of memory with {rows} rows of {tokens} tokens at once"
-        raise UserError(f"{size}: use a smaller --eval_batch, or shorter rows (text: --context)") from None
+        raise OutOfMemory(f"{size}: use a smaller --eval_batch, or shorter rows (text: --context)") from None
 
 
 def each_once(compute, out, data, rows, cfg, world, poll, what):

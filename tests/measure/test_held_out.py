@@ -1,10 +1,13 @@
 """Several held-out texts: measured each, and as one whose documents stay apart."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 import core
-from lab.measure.held_out import MeasuredText, pooled
+from lab.errors import UserError
+from lab.measure.held_out import MeasuredText, pooled, require_windows
 
 
 def measured(groups, seed) -> MeasuredText:
@@ -28,3 +31,10 @@ def test_lines_are_those_by_which_runs_are_compared():
     lines = measured([0, 0, 1], 1).lines("test")
     assert [line["row"] for line in lines] == [0, 1, 2] and [line["group"] for line in lines] == [0, 0, 1]
     assert {line["part"] for line in lines} == {"test"} and {line["bytes"] for line in lines} == {12}
+
+
+def test_a_source_does_not_take_the_place_of_all_together():
+    with pytest.raises(
+        UserError, match=r"a text is called own: .* name it otherwise by --sources name=where"
+    ):
+        require_windows(None, SimpleNamespace(tokens={"a": None, "own": None}), ("val", "test"))

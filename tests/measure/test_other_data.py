@@ -228,3 +228,12 @@ def test_the_kind_of_a_table_is_decided_by_its_first_rows_together():
     rows = [{"instruction": "a"}, {"id": 1}, {"instruction": "b", "output": "c"}]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert other_data.kind_of("rows.jsonl", "text") == "rows"
+
+
+def test_data_are_known_as_those_that_a_run_read_and_the_neutral_text_of_a_mixture_is_not():
+    """It was the other way round: `data` of a mixture is the text that nobody trains on."""
+    alone = {"fingerprint": {"data": "x", "tokenizer": "t"}}
+    mixed = {"fingerprint": {"data": "neutral", "sources": {"a": "x", "b": "y"}, "tokenizer": "t"}}
+    known = [[name for name in ("x", "y", "neutral", "t") if other_data.was_trained_on(name, facts)]
+             for facts in (alone, mixed, {})]  # fmt: skip
+    assert known == [["x"], ["x", "y"], []]

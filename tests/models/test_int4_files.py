@@ -67,6 +67,24 @@ def test_another_process_loads_the_same_model_bit_for_bit(shape, tmp_path, token
     assert_close(there, logits(model))
 
 
+def test_a_folder_is_replaced_once_the_new_one_is_whole(saved, tokenizer, monkeypatch):
+    """A kill or a full disk in between left none."""
+    model, folder = saved
+    before = numbers(int4.load(folder)[0])
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(int4, "write_json", full)
+        int4.save(int4.convert(model, 8), 8, tokenizer, folder)
+    assert_same(numbers(int4.load(folder)[0]), before)
+    small = int4.convert(model, 8)
+    int4.save(small, 8, tokenizer, folder)
+    assert_same(numbers(int4.load(folder)[0]), numbers(small))
+    assert [path.name for path in folder.parent.iterdir()] == ["small"]
+
+
+def full(path, content):
+    raise OSError("the disk is full")
+
+
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_a_loaded_model_generates_what_the_prepared_one_does(temperature, saved):
     model, folder = saved

@@ -103,6 +103,32 @@ def test_an_answer_beyond_the_models_positions_slides_as_a_gpts_does(kind):
     assert [ours.continuations([ids], 40, stop=stop, poll=int)[0] for ids in prompts] == wanted
 
 
+def test_ids_of_a_padded_vocabulary_are_never_chosen():
+    """They spell nothing, and were written where they were likeliest."""
+    model, tokenizer = make("gpt_neox")
+    words, prompts = len(tokenizer), [tokenizer(text).input_ids for text in ("The cat", "A bird sang")]
+    how = {"stop": {tokenizer.eos_token_id}, "poll": int, "vocab_size": words, "temperature": 0}
+    wanted = pretrained.OtherModel(model).continuations(prompts, 12, **how)
+    model.resize_token_embeddings(words + 7)
+    head = model.get_output_embeddings().weight
+    with torch.no_grad():
+        head[words:] = torch.stack(
+            [sign * 5 * head[i] for i, sign in zip(range(7), (1, -1) * 4, strict=False)]
+        )
+    padded = pretrained.OtherModel(model)
+    free = padded.continuations(prompts, 12, **how | {"vocab_size": None})
+    assert max(map(max, free)) >= words  # they are likeliest somewhere
+    assert padded.continuations(prompts, 12, **how) == wanted
+
+
+def test_a_model_of_a_single_position_is_one_line():
+    make("gpt_neox", positions=1)
+    with pytest.raises(
+        UserError, match=r"model model .gpt_neox. has 1 position by its config.json: it needs 2"
+    ):
+        pretrained.open_any("model")
+
+
 @pytest.mark.parametrize("kind", ["llama", "opt"])
 def test_a_tokenizer_that_a_model_is_too_small_for_is_refused_and_another_can_be_named(kind):
     make(kind)
