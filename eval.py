@@ -16,6 +16,7 @@ What is measured on other data than a run's own stands in a folder below runs/ev
 import functools
 import importlib
 import os
+import shlex
 import sys
 import time
 from dataclasses import dataclass, fields, replace
@@ -403,7 +404,7 @@ def other_folder(subject, data, cfg) -> Path:
 def about(subject, kind, constants, world) -> dict:
     """config.json of a folder below runs/eval/."""
     config = {"script": "eval", "kind": kind, "constants": constants, "facts": {}, "preset": None}
-    config |= {"command": " ".join(sys.argv), "device": core.device_name(world), "git": core.git_state()}
+    config |= {"command": shlex.join(sys.argv), "device": core.device_name(world), "git": core.git_state()}
     return config | ({"checkpoint": core.tested_or_newest_checkpoint(subject.name)} if subject.script else {})
 
 
