@@ -109,8 +109,6 @@ class Config(core.Studied):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.mode != "train" and self.resume_timestamp:
-            raise core.UserError(f"--resume_timestamp goes with mode train, not with {self.mode}")
         if self.val_share + self.test_share >= 1:
             raise core.UserError(
                 f"val_share {self.val_share} + test_share {self.test_share} leave nothing to train on"

@@ -114,7 +114,8 @@ class Config(core.Bookkeeping):
             raise core.UserError(f"--lora_dropout {self.lora_dropout:g}: {self.method} has none, use 0")
         if self.schedule == "one_cycle" and self.min_lr:
             raise core.UserError(f"--min_lr {self.min_lr}: one_cycle sets its last rate itself, drop it")
-        if self.mode in SEVERAL and (self.resume_timestamp not in (None, "auto") or self.resume_step):
+        resumes = self.resume_timestamp not in (None, "auto") or self.resume_step is not None
+        if self.mode in SEVERAL and resumes:
             flags = "--resume_timestamp, --resume_step"
             raise core.UserError(f"mode {self.mode} continues its runs by itself: drop {flags}")
         if self.init_from == "new" and self.init_step is not None:

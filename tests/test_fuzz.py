@@ -35,7 +35,7 @@ def none(*_):
 @pytest.mark.parametrize(
     ("module", "name", "fault", "first"),
     [
-        (files, "_seal", str, 0),  # config.json and result.json are believed
+        (files, "seal_of", str, 0),  # config.json and result.json are believed
         (checkpoints, "broken", believe, 0),
         (resume, "passed_over", none, 85),
     ],

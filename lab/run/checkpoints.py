@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from lab.errors import UserError
-from lab.run.files import remove_leftovers, sha256_file, whole_folder, write_json
+from lab.run.files import remove_leftovers, seal_of, sha256_file, whole_folder, write_json
 from lab.run.stored import run_config, tested_names
 from lab.train.processes import on_main
 
@@ -22,10 +22,6 @@ from lab.train.processes import on_main
 def step_name(step) -> str:
     """Folder name of a checkpoint: step_00001234."""
     return f"step_{step:08d}"
-
-
-def _manifest_hash(content) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def write_manifest(folder, position):
@@ -37,7 +33,7 @@ def write_manifest(folder, position):
 def manifest(position, hashes) -> dict:
     """Content of manifest.json; `hashes`: file -> SHA-256."""
     content = position | {"files": hashes}
-    return content | {"manifest": _manifest_hash(content)}
+    return content | {"manifest": seal_of(content)}
 
 
 def read_manifest(folder) -> dict | None:
@@ -47,7 +43,7 @@ def read_manifest(folder) -> dict | None:
         digest = content.pop("manifest")
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return None
-    return content if digest == _manifest_hash(content) else None
+    return content if digest == seal_of(content) else None
 
 
 def broken(folder) -> str | None:
@@ -149,15 +145,14 @@ def drop_broken_best(checkpoints, position) -> list[str]:
 def tested_or_newest_checkpoint(folder) -> str:
     """Name of the checkpoint that a run was tested with; of an unfinished run, the newest whole one."""
     folder = Path(folder)
-    tested = tested_names(folder)[:1]
-    reasons = {name: broken(folder / "checkpoints" / name) for name in tested}
-    for name, reason in reasons.items():
-        if reason is None:
-            return name
+    tested = next(iter(tested_names(folder)), None)
+    reason = broken(folder / "checkpoints" / tested) if tested else None
+    if tested and reason is None:
+        return tested
     name, _ = newest_whole_checkpoint(folder / "checkpoints")
     if name is None:
         raise UserError(f"{folder} has no checkpoint")
-    for tested, reason in reasons.items():
+    if tested:
         _warn(f"{folder}: checkpoint {tested} is broken ({reason}): {name} is used, figures may differ")
     return name
 

@@ -47,7 +47,7 @@ def write_sealed(path, content):
     """write_json of a dict, with a hash of itself: read_sealed sees any later change."""
     content = json.loads(json.dumps(content))  # tuples are lists, and keys text, before they are hashed
     content.pop("seal", None)
-    write_json(path, content | {"seal": _seal(content)})
+    write_json(path, content | {"seal": seal_of(content)})
 
 
 def read_sealed(path) -> dict:
@@ -57,7 +57,7 @@ def read_sealed(path) -> dict:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply") from None
-    if not isinstance(content, dict) or ("seal" in content and content.pop("seal") != _seal(content)):
+    if not isinstance(content, dict) or ("seal" in content and content.pop("seal") != seal_of(content)):
         raise ValueError(f"{path} is not what was written")
     return content
 
@@ -70,7 +70,8 @@ def row_hashes(folder) -> dict[str, str]:
     return {name: sha256_file(folder / name) for name in ROW_FILES if (folder / name).exists()}
 
 
-def _seal(content) -> str:
+def seal_of(content) -> str:
+    """The hash of a dict, which is stored beside it."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -116,8 +116,9 @@ class Bookkeeping(Constants):
     def __post_init__(self):
         if self.find_from >= self.find_to:
             raise UserError(f"find_from {self.find_from} is not below find_to {self.find_to}")
-        if getattr(self, "mode", None) == "find_lr" and (self.resume_timestamp or self.resume_step):
-            raise UserError("--resume_timestamp goes with training, not with find_lr, which keeps nothing")
+        mode, resumes = getattr(self, "mode", None), self.resume_timestamp or self.resume_step is not None
+        if mode in KEEPS_NOTHING and resumes:
+            raise UserError(f"--resume_timestamp goes with training, not with {mode}, which keeps nothing")
 
 
 @dataclass(frozen=True)

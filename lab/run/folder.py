@@ -29,11 +29,12 @@ from lab.run.checkpoints import Checkpoints, step_name
 from lab.run.curves import Curves, keep_rows
 from lab.run.disks import cache_root, require_one_disk
 from lab.run.files import remove_leftovers, row_hashes, write_sealed
+from lab.run.flags import KEEPS_NOTHING
 from lab.run.meter import Clock, Meter, clock, with_shares
 from lab.run.provenance import write_provenance
 from lab.run.resume import plan_run, require_rows
 from lab.run.signals import Signals
-from lab.run.stored import read_config, stored_constants
+from lab.run.stored import run_config, stored_constants
 from lab.run.terminal import Log
 from lab.train import heartbeat, launch
 from lab.train.batches import is_out_of_memory
@@ -75,10 +76,11 @@ class Run:
     def __init__(self, cfg, world, script, unit, plan, signals, held):
         self.world, self.script, self.started = world, Path(script), time.time()
         self.signals, self._held = signals, held  # held: rank 0's lock of the folder
+        self.signals.saves = getattr(cfg, "mode", "train") not in KEEPS_NOTHING
         self._log = self.curves = None
         self.folder, self.resumed = Path(plan["folder"]), plan["resumed"]
         self.cfg = dataclasses.replace(cfg, **stored_constants(plan["constants"]))
-        self.position = plan["position"]  # of the checkpoint: step, fold, first_step, best, sums, seconds ...
+        self.position = plan["position"]  # of the checkpoint: step, fold, first_step, kept, sums, seconds ...
         self.seconds_before = self.position.get("seconds", 0.0)  # of earlier processes of this run
         self.clock = Clock(self.cfg.max_minutes, self.position.get("train_seconds", 0.0))
         found = plan["checkpoint"], self.position.get("kept")
@@ -317,7 +319,7 @@ class Run:
         on_main(self.world, self._pin, name, value, True)
 
     def _pin(self, name, value, may_change=False):
-        config = read_config(self.folder)
+        config = run_config(self.folder)
         absent = may_change or name not in config["facts"]
         if may_change:
             config["facts"][name] = value

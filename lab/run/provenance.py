@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+import shlex
 import shutil
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from lab.errors import UserError
 from lab.run.files import PROJECT, sha256_file, write_sealed
 from lab.run.flags import constants_of
 from lab.run.resume import changed_constants
-from lab.run.stored import read_config
+from lab.run.stored import run_config
 from lab.train.launch import launcher, launchers
 
 
@@ -27,14 +28,14 @@ def refuse_other_data(stored, now, name, what=("data",)):
 
 def write_provenance(run):
     """Writes config.json and source/ of a new run; notes a resume in config.json."""
-    now = {"started": datetime.datetime.now().isoformat(timespec="seconds"), "command": " ".join(sys.argv)}
+    now = {"started": datetime.datetime.now().isoformat(timespec="seconds"), "command": shlex.join(sys.argv)}
     now |= {
         "world_size": run.world.size,
         "threads": torch.get_num_threads(),
         "device": device_name(run.world),
     }
     if run.resumed:
-        config = read_config(run.folder)
+        config = run_config(run.folder)
         entry = {"step": run.position.get("step", 0), **now, "git": git_state()}
         entry["changed"] = changed_constants(config["constants"], constants_of(run.cfg))
         entry["other_code"] = []

@@ -60,7 +60,7 @@ class Signals:
 
     def __init__(self, world):
         self.world, self.name, self.log, self.deferring = world, None, None, False
-        self.saved = "nothing is saved"
+        self.saved, self.saves = "nothing is saved", True  # saves: the mode writes checkpoints
         self._heard = 0.0
         self._before = heed(self._on_signal)
 
@@ -80,7 +80,8 @@ class Signals:
             if not self.deferring and may_leave(self.world):
                 raise Stop(name)  # nothing to save: leave from wherever this is
             if self.world.is_main:
-                write_in_handler(f"{name}: saves after this step; one more Ctrl-C leaves at once\n")
+                next_thing = f"{'saves' if self.saves else 'ends'} after this step"
+                write_in_handler(f"{name}: {next_thing}; one more Ctrl-C leaves at once\n")
         elif forces_exit(self.name, self._heard, name, now, self.world):
             write_in_handler(f"second signal: out at once; {self.saved}\n", self.log)
             leave_at_once(number, self.world)

@@ -141,7 +141,8 @@ def _full_disk(error) -> str | None:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     torchs = ("No space left on device", "File too large", "PytorchStreamWriter failed")  # no OSErrors
     if full or any(words in said for words in torchs):
-        return f"the disk is full, or a file may not grow ({said}): make room, then the same command resumes"
+        better = "make room, then go on by --resume_timestamp auto or latest"
+        return f"the disk is full, or a file may not grow ({said}): {better}"
 
 
 def die_of(number):

@@ -162,6 +162,22 @@ def test_a_fact_that_is_pinned_may_not_change_over_a_resume():
             again.pin("fingerprint", {"data": "xyz"})
 
 
+def test_a_fact_is_pinned_to_a_run_that_has_none_and_its_command_can_be_typed_again(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script.py", "--note", "two words"])
+    with start() as run:
+        one_step(run)
+    config = json.loads((run.folder / "config.json").read_text())
+    assert config["command"] == "script.py --note 'two words'"
+    for name in ("facts", "resumes", "seal"):  # of an older version
+        del config[name]
+    (run.folder / "config.json").write_text(json.dumps(config))
+    with start("--resume_timestamp", run.folder.name) as again:
+        again.pin("fingerprint", "abc")
+        again.begin(9)
+    config = json.loads((run.folder / "config.json").read_text())
+    assert config["facts"] == {"fingerprint": "abc"} and [entry["step"] for entry in config["resumes"]] == [1]
+
+
 def test_a_checkpoint_brings_back_weights_optimizer_and_meter():
     with start() as run:
         model, *_ = one_step(run)

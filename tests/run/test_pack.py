@@ -16,7 +16,7 @@ from toys.eval import (
 import core
 import eval as script
 from core import World
-from lab.run import checkpoints, pack
+from lab.run import checkpoints, pack, stored
 
 
 @pytest.mark.slow
@@ -50,6 +50,18 @@ def test_a_killed_packing_leaves_no_archive_under_its_name(trained, monkeypatch)
     with pytest.raises(OSError, match="disk full"):
         script.main(cfg, World())
     assert list(Path("away").iterdir()) == []
+
+
+def test_a_run_that_is_being_written_is_refused_before_it_is_looked_at(monkeypatch):
+    """Its checkpoints come and go meanwhile."""
+    Path("out/run/checkpoints").mkdir(parents=True)
+    core.write_json(Path("out/run/config.json"), {"script": "run_instruct", "constants": {}})
+    lock = stored.locked(Path("out/run"))
+    monkeypatch.setattr(pack, "packed_checkpoints", lambda folder: pytest.fail("it was looked at"))
+    monkeypatch.setattr(stored.time, "sleep", lambda seconds: None)
+    with lock, pytest.raises(core.UserError, match="is being written by process"):
+        pack.pack(script.Config(pack=("out/run",)), print)
+    assert not Path("run.tar.gz").exists()
 
 
 def test_links_are_not_followed(trained, tmp_path):

@@ -31,6 +31,16 @@ def test_a_second_signal_leaves_at_once_but_a_hangup_beside_it_is_the_same_event
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_mode_that_keeps_nothing_promises_no_save(capfd, monkeypatch):
+    for saves, said in [(True, "SIGHUP: saves after this step;"), (False, "SIGHUP: ends after this step;")]:
+        heard = signals.Signals(World())
+        heard.deferring, heard.saves = True, saves
+        os.kill(os.getpid(), signal.SIGHUP)
+        heard.close()
+        signals.heard_signals.clear()
+        assert capfd.readouterr().err.startswith(said)
+
+
 def test_after_a_signal_a_rank_of_torchrun_is_not_killed_on_its_way_out(monkeypatch):
     """All is written when the handlers are given back; the TERM behind a terminal's HUP comes as it likes."""
     before = signal.getsignal(signal.SIGTERM)

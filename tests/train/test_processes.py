@@ -97,7 +97,7 @@ def test_a_full_disk_is_one_line_and_a_fault_is_not(error, full, capsys, monkeyp
         raise error
     assert (isinstance(raised.value, SystemExit) and raised.value.code == 1) is full
     assert (raised.value is error) is not full
-    assert ("make room, then the same command resumes\n" in capsys.readouterr().err) is full
+    assert ("make room, then go on by --resume_timestamp auto or latest\n" in capsys.readouterr().err) is full
 
 
 def test_a_mistake_that_all_ranks_meet_before_they_join_is_said_once_a_box():
