@@ -10,20 +10,32 @@ from toys import on_device
 pytestmark = pytest.mark.skipif(not fake_device.WORKS, reason="this torch has no devices written in Python")
 
 SHORT = ["--smoke", "--batch", 10, "--micro_batch", 4, "--max_steps", 3, "--log_every", 1, "--out", "out"]
-GPT = [*SHORT, "--max_documents", 20, "--sample_tokens", 3]
+GPT = [*SHORT, "--max_documents", 20, "--n_layer", 1, "--eval_batch", 99, "--sample_tokens", 3]
 TUNE = [*SHORT, "--max_documents", 60, "--eval_rows", 4, "--sample_tokens", 2, "--answer_rows", 2]
 ROWS = [*TUNE, "--max_new_tokens", 2, "--plain_blocks", 1]
 FIRST = "noam_wide4,max_documents=20,tokenizer=bpe:300,block_size=64,vocab_multiple=32,n_embd=32,n_layer=1"
 MATHS = [*TUNE, "--mode", "train", "--init_from", "new", "--pretrain", FIRST, "--plain_blocks", 1]
-MIXED = [*SHORT, "--mode", "train", "--max_documents", 60, "--val_share", 0.2, "--test_share", 0.2]
+MIXED = [
+    *SHORT,
+    "--mode",
+    "train",
+    "--max_documents",
+    30,
+    "--n_layer",
+    1,
+    "--val_share",
+    0.2,
+    "--test_share",
+    0.2,
+]
 CASES = [
     ("gpt_scratch", *GPT, "--dtype", "fp16", "--checkpointing", "--dropout", 0.1, "--eval_every", 3),
     ("gpt_scratch", *GPT, "--dtype", "bf16", "--mode", "find_lr", "--find_steps", 4),
     ("run_instruct", *ROWS, "--dtype", "bf16", "--pack"),
     ("run_lora", *ROWS, "--dtype", "fp32"),
-    ("run_preference", *SHORT, "--max_documents", 120, "--dtype", "bf16"),
+    ("run_preference", *SHORT, "--max_documents", 60, "--dtype", "bf16"),
     ("run_mathqa", *MATHS, "--dtype", "bf16", "--qat", "int4", "--optimizer", "lion"),
-    ("run_pretrain_diversity", *MIXED, "--held_out_tokens", 1500, "--eval_rows", 4, "--dtype", "fp32"),
+    ("run_pretrain_diversity", *MIXED, "--held_out_tokens", 600, "--eval_rows", 4, "--dtype", "fp32"),
 ]
 
 

@@ -27,7 +27,7 @@ def targets_only(hidden, labels) -> tuple[torch.Tensor, torch.Tensor]:
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if not (counted := labels != IGNORE_INDEX).all():
         at = counted.nonzero()[:, 0]
-        hidden, labels = hidden[to_device(at, hidden.device)], labels[at]
+        hidden, labels = hidden.index_select(0, to_device(at, hidden.device)), labels[at]
     return hidden, to_device(labels, hidden.device)
 
 

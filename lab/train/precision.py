@@ -25,10 +25,8 @@ def refuse_without_fp64(dtype, device):
     if device.type != "xpu" or dtype not in ("fp16", "fp64"):
         return
     if not torch.xpu.get_device_properties(device).has_fp64:
-        needs = ", which scales its losses in fp64," if dtype == "fp16" else ""
-        raise UserError(
-            f"--dtype {dtype}{needs} does not run on this card, which has no fp64: use --dtype bf16"
-        )
+        needs = " (its loss scaler needs it)" if dtype == "fp16" else ""
+        raise UserError(f"--dtype {dtype}{needs}: this card has no fp64, use --dtype bf16")
 
 
 def with_dtype(cfg, world):

@@ -125,6 +125,25 @@ def test_every_parameter_gets_a_gradient_and_grouping_changes_nothing(family):
     assert not any(module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))
 
 
+@pytest.mark.parametrize("family", encoders.WHOLE_MASKS)
+def test_a_whole_mask_is_bit_for_bit_what_transformers_makes_of_a_plain_one(family, monkeypatch):
+    model, lengths = scorer(family).eval(), [5, 30, 9, 2, 17, 3, 3, 8]
+    ids = padded(lengths)
+    assert encoders.takes_whole_masks(model.encoder.config)
+    whole = model.encode(ids, lengths)
+    monkeypatch.setattr(encoders, "WHOLE_MASKS", ())
+    assert torch.equal(model.encode(ids, lengths), whole)
+
+
+def test_an_encoder_that_makes_its_own_masks_gets_a_plain_one():
+    """Windows of ModernBERT, relative positions of DeBERTa; and attention that adds a mask to the scores."""
+    from transformers import BertConfig, ModernBertConfig
+
+    assert not encoders.takes_whole_masks(scorer("deberta").encoder.config)
+    assert not encoders.takes_whole_masks(ModernBertConfig(attn_implementation="sdpa"))
+    assert not encoders.takes_whole_masks(BertConfig(attn_implementation="eager"))
+
+
 @pytest.mark.parametrize("joint", [False, True])
 def test_the_second_order_is_the_first_one_of_exchanged_sequences_with_classes_put_back(joint):
     model = scorer(joint=joint).eval()

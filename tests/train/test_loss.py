@@ -31,6 +31,17 @@ def test_the_head_in_bf16_is_the_one_in_fp64(case):
     half_head.check(half_head.errors("cpu", "bf16", *case))  # test_gpu.py has larger ones
 
 
+@pytest.mark.parametrize("every", [True, False])
+def test_what_has_a_target_is_what_a_mask_would_take_with_its_slope(every):
+    hidden, labels = torch.randn(3, 5, 4, requires_grad=True), ids(3, 5)
+    labels[:, :2] = labels[:, :2] if every else core.IGNORE_INDEX
+    slope = torch.randn(int((labels >= 0).sum()), 4)
+    ours, targets = targets_only(hidden, labels)
+    assert torch.equal(ours, hidden[labels >= 0]) and torch.equal(targets, labels[labels >= 0])
+    by_mask = torch.autograd.grad(hidden[labels >= 0], hidden, slope)[0]
+    assert torch.equal(torch.autograd.grad(ours, hidden, slope)[0], by_mask)
+
+
 def loss_of(hidden, weight, bias, labels):
     hidden, labels = targets_only(hidden, labels)
     return linear_cross_entropy([(hidden, weight)], bias, labels)

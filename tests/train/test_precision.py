@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,6 +65,18 @@ def test_what_was_chosen_is_one_line_and_on_a_cpu_none(native):
     xpu = World(device=torch.device("xpu", 0))
     assert settled("--dtype", "tf32", world=xpu).typed.chosen == "dtype tf32 is fp32 on this xpu"
     assert settled("--dtype", "tf32", world=CPU).typed.chosen == "dtype tf32 is fp32 on this cpu"
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp64"])
+def test_what_needs_fp64_is_refused_on_an_intel_card_without_it(dtype, monkeypatch):
+    """torch's loss scaler computes in fp64; on those cards each step would end in an error of the driver."""
+    has, xpu = SimpleNamespace(has_fp64=False), World(device=torch.device("xpu", 0))
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: has)
+    with pytest.raises(core.UserError, match=f"--dtype {dtype}.* no fp64, use --dtype bf16"):
+        settled("--dtype", dtype, world=xpu)
+    assert settled("--dtype", "bf16", world=xpu).dtype == settled(world=xpu).dtype == "bf16"
+    has.has_fp64 = True  # a data centre's
+    assert settled("--dtype", dtype, world=xpu).dtype == dtype
 
 
 def test_auto_on_the_command_line_asks_a_resumed_run_for_nothing(native):
