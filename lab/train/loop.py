@@ -173,7 +173,6 @@ def steps(
             run.state["evaluated"] = step  # a resume does not repeat it
         if ends:
             return
-        profile.begin_step()
         batch = batches.global_batch(step).tolist()
         rows = batch[world.rank :: world.size]
         targets = run.agree(int(np.sum(targets_of(rows))))  # with the signals, in one small reduction
@@ -185,6 +184,7 @@ def steps(
                 at.log()  # no step has known that it is the last
             total_steps = step
             continue
+        profile.begin_step()
         reseed(cfg.seed, step, world.rank)  # dropout depends on the position only
         length, read = run.clock.schedule_length(step, total_steps), len(batch)
         if run.unit == "tokens":

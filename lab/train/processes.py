@@ -287,13 +287,28 @@ def main_first(world, function, *args):
     return results[0] if results else function(*args)
 
 
+def compile_training(part, dynamic):
+    """Compiles a module for calls that record gradients; under no_grad it runs as it is written.
+
+    Evaluation and generation would each be further graphs, of the eight that torch keeps of a piece of code,
+    and each a minute on a card, for a few percent of a run's time.
+    """
+    part.compile(dynamic=dynamic)
+    fast = part._compiled_call_impl
+
+    def call(*args, **kwargs):
+        return (fast if torch.is_grad_enabled() else part._call_impl)(*args, **kwargs)
+
+    part._compiled_call_impl = call  # what Module.compile sets, too
+
+
 def wrap_ddp(model, world, compiled=(), dynamic=True):
     """Wraps in DistributedDataParallel if there are several ranks. Evaluate and save the model itself.
 
     compiled: parts of it to compile; dynamic: one graph for all lengths (none: once a second one comes).
     """
     for part in compiled:
-        part.compile(dynamic=dynamic)
+        compile_training(part, dynamic)
     if world.size == 1:
         return model
     # no rank's buffers ever differ; the argument was renamed in torch 2.13

@@ -1,16 +1,19 @@
-"""torch.compile of a GPT's blocks: whole graphs, one for all lengths, and none of them lost by generating."""
+"""torch.compile of blocks and encoders as scripts have it: whole graphs, few of them, none of evaluations."""
 
 import pytest
 import torch
 
 import core
-from lab.models import gpt
+from core import World
+from lab.data.tokenizers import encoder_tokenizer
+from lab.models import gpt, int4, loha_lokr
 from lab.train import cpu
 
 SHAPES = {
     "gpt2": {},
     "llama": {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False},
 }
+HEAD = {"joint": False, "pooling": "first", "head": "linear", "dropout": 0.0}
 
 
 @pytest.fixture
@@ -32,66 +35,128 @@ def _compile(module, backend, **how):
     module._compiled_call_impl = torch.compile(module._call_impl, backend=backend, fullgraph=True, **how)
 
 
-def compiled(shape, adapted=False):
+def small_gpt(shape="gpt2", **options):
     torch.manual_seed(0)
-    model = core.GPT(core.GPTConfig(50, 32, 2, 2, 16, **SHAPES[shape]))
-    if adapted:
-        core.add_lora(model, 4, 4)
-    for block in model.h:
-        block.compile(dynamic=True)
+    return core.GPT(core.GPTConfig(50, 32, 2, 2, 16, **SHAPES[shape], **options)).train()
+
+
+def compiled(model, dynamic=True):
+    """As a script has it."""
+    assert core.wrap_ddp(model, World(), model.h, dynamic) is model
     return model
 
 
-def train(model, length, rows=3):
-    ids = torch.randint(50, (rows, length))
-    model(ids, ids).backward()
+def train(model, shapes, packed=False):
+    """A forward and backward of each (rows, tokens)."""
+    for rows, length in shapes:
+        ids = torch.randint(50, (rows, length))
+        model(ids, ids, torch.arange(length).expand(rows, length) // 4 if packed else None).backward()
 
 
-@pytest.mark.parametrize("adapted", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_rows_of_all_lengths_share_a_graph_and_generating_costs_none(shape, adapted, graphs):
-    """fullgraph: a break would raise."""
-    model = compiled(shape, adapted).train()
-    for length in (7, 12, 20, 9):
-        train(model, length, rows=length % 4 + 2)
-    once = len(graphs)
-    assert once <= 2 * len(model.h)  # the first block of a frozen base is handed what needs no gradient
-    core.generate(model, [[1, 2, 3]], 5)
-    train(model, 11)
-    core.generate(model, [[1, 2, 3], [4]], 40)
-    train(model, 14)
-    assert len(graphs) == once
-
-
-def test_a_fixed_length_is_at_most_one_graph_a_block(graphs):
-    model = compiled("gpt2").train()
-    for _ in range(3):
-        train(model, 16)
-        core.generate(model, [[1, 2, 3]], 5)
-    assert 1 <= len(graphs) <= len(model.h)  # blocks of one shape may share theirs
-
-
-def test_a_compiled_block_computes_what_it_computes_otherwise(graphs):
-    model = compiled("llama").eval()
-    ids = torch.randint(50, (3, 13))
+def look(model):
+    """What comes between two steps: evaluations of other numbers of rows, and samples."""
+    model.eval()
     with torch.no_grad():
-        assert torch.equal(model(ids), model(ids)) and graphs
-        with torch.compiler.set_stance("force_eager"):
-            plain = model(ids)
-        torch.testing.assert_close(model(ids), plain, rtol=0, atol=1e-6)
+        for rows, length in [(5, 9), (1, 12), (3, 32)]:
+            model(torch.randint(50, (rows, length)))
+    model.train()
+    core.generate(model, [[1, 2, 3]], 5)
+    core.generate(model, [[1, 2, 3], [4]], 40)
+
+
+LENGTHS = [(3, 7), (2, 12), (4, 20), (1, 9), (6, 16), (1, 30)]  # rows and tokens of micro-batches
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "lora", "packed", "most"),
+    [
+        pytest.param("gpt2", {}, None, False, 2, id="run_instruct"),
+        pytest.param("llama", {"checkpointing": True, "dropout": 0.1}, None, True, 2, marks=slow, id="pack"),
+        pytest.param("gpt2", {}, {}, False, 4, marks=slow, id="run_lora"),
+        pytest.param("llama", {}, {"last_layers": 1}, True, 6, marks=slow, id="lora_layers"),
+    ],
+)
+def test_rows_of_all_lengths_share_a_graph_and_what_comes_between_costs_none(
+    shape, options, lora, packed, most, graphs
+):
+    """fullgraph: a break would raise. A single row is a graph of its own, and so is the lowest block of a
+    frozen base, which is handed what needs no gradient, and a block without adapters. torch keeps eight."""
+    model = small_gpt(shape, **options)
+    if lora is not None:
+        core.add_lora(model, 4, 4, **lora)
+    compiled(model)
+    look(model)
+    assert not graphs
+    train(model, LENGTHS, packed)
+    look(model)
+    train(model, LENGTHS[::-1], packed)
+    assert len(graphs) == most
+
+
+@pytest.mark.slow
+def test_fake_quantisation_switched_on_and_off_is_within_the_eight_graphs_that_torch_keeps(graphs):
+    """run_mathqa rehearses quantised steps, trains others, then quantised ones."""
+    model = small_gpt()
+    loha_lokr.add_adapters(model, "lora", 4, 4)
+    int4.insert_fake_quant(model, 8)
+    compiled(model.float())
+    for on in (True, False, True):
+        int4.switch(model, on)
+        train(model, LENGTHS)
+        look(model)
+    assert len(graphs) == 8
+
+
+@pytest.mark.parametrize("rows", [4, pytest.param(1, marks=slow)])
+def test_of_one_length_the_usual_rows_are_one_graph_and_the_rest_of_a_batch_another(rows, graphs):
+    """gpt_scratch and run_pretrain_diversity; blocks of one shape share their graph."""
+    model = compiled(small_gpt(), dynamic=None)
+    for _ in range(2):
+        train(model, [(8, 16), (8, 16)])
+        look(model)
+    assert len(graphs) == 1
+    train(model, [(rows, 16), (8, 16), (rows, 16)])
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("family", ["distilbert", pytest.param("roberta", marks=slow)])
+def test_an_encoder_is_one_graph_for_all_lengths_and_one_for_a_single_row(family, graphs):
+    """run_preference, whose rows are encoded in groups of similar length."""
+    tokenizer = encoder_tokenizer("tiny:", ["one two three"])
+    model = core.PairScorer(core.load_encoder(f"tiny:{family}", tokenizer), **HEAD)
+    core.wrap_ddp(model, World(), [model.encoder])
+    for lengths in ([9, 9, 8, 8], [5, 30, 30, 5], [7, 7, 6, 20]):
+        ids = torch.randint(4, 7, (4, max(lengths)))
+        model(ids, lengths, size=2).sum().backward()
+        with torch.no_grad():
+            model.eval()(ids[:2], lengths[:2], size=1)
+        model.train()
+    assert len(graphs) <= 2
+
+
+def test_a_compiled_block_computes_what_it_computes_otherwise_and_runs_as_written_without_gradients(graphs):
+    model, ids = compiled(small_gpt("llama")), torch.randint(50, (3, 13))
+    once, again = model(ids), model(ids)
+    assert torch.equal(once, again) and graphs
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), once.detach(), rtol=0, atol=1e-6)
+        before = len(graphs)
+        model(ids[:, :5])
+    assert len(graphs) == before
 
 
 def test_nothing_is_written_to_a_module_while_generating():
     """A compiled block looks at its module's attributes: one more and it would be compiled anew."""
-    model = compiled("gpt2")
+    model = compiled(small_gpt())
     before = {name: set(module.__dict__) for name, module in model.named_modules()}
     during = []
 
-    def look():
+    def see():
         during.append({name: set(module.__dict__) for name, module in model.named_modules()})
         assert gpt.SECOND_LAYOUT or not cpu.ONEDNN
 
-    core.generate(model, [[1, 2, 3]], 4, poll=look)
+    core.generate(model, [[1, 2, 3]], 4, poll=see)
     assert during == [before] * 4 and not gpt.SECOND_LAYOUT
 
 

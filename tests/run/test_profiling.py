@@ -109,16 +109,24 @@ def test_nothing_that_ran_covers_no_time():
     assert profiling.covered([]) == 0.0
 
 
-def trained(profile) -> torch.Tensor:
-    """The weights of a model with dropout behind eight steps of the loop."""
+def trained(profile, spent_after=8) -> tuple[torch.Tensor, list[str]]:
+    """The weights of a model with dropout behind eight steps of the loop, or those that its clock allows; and
+    what was said."""
     world = World()
-    constants = {"eval_every": 4, "save_every": None, "max_minutes": None, "log_every": 99, "clip": None}
+    constants = {"eval_every": 8, "save_every": None, "max_minutes": None, "log_every": 99, "clip": None}
     constants |= {"seed": 0, "dtype": "fp32", "skip_spikes": False, "epochs": 1, "test_weights": "last"}
     run = a_run(profile)
     run.cfg = SimpleNamespace(profile=profile, **constants)
     run.step, run.state, run.unit, run.first_step, run.fold, run.at_peak = 0, {}, "rows", 0, 0, None
     run.clock = SimpleNamespace(share=0.0, schedule_length=lambda step, total_steps: total_steps)
-    run.stopping, run.agree, run.save = None, lambda targets: targets, lambda *given, must: None
+    run.stopping, run.save = None, lambda *given, must: None
+
+    def agree(targets):
+        run.asked += 1
+        run.clock.share = float(run.asked > spent_after)
+        return targets
+
+    run.asked, run.agree = 0, agree
     run.step_done, run.log_training = lambda *given: None, lambda *given: None
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(6, 9), nn.Dropout(0.3), nn.Linear(9, 1))
@@ -130,10 +138,14 @@ def trained(profile) -> torch.Tensor:
             loss.backward()
             at.spiked(loss.item(), core.gradient_norm(optimizer, precision))
             at.update(optimizer, precision, 0.1)
-    assert bool(run.said) == bool(profile)
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), run.said
 
 
 @pytest.mark.parametrize("profile", [1, 3])
 def test_profiling_changes_no_weight(profile):
-    assert torch.equal(trained(None), trained(profile))
+    (plain, nothing), (weights, said) = trained(None), trained(profile)
+    assert torch.equal(plain, weights) and said and not nothing
+
+
+def test_a_step_that_the_clock_forbids_is_not_counted():
+    assert trained(4, spent_after=5)[1][0].startswith("profile  2 steps of ")
