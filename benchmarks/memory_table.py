@@ -156,24 +156,28 @@ def cell(shape, cards, gb) -> str:
     return "-"
 
 
+def rows_of(shape) -> list[tuple[str, list[str]]]:
+    """(numbers of cards, a cell for each of CARDS); numbers that make no difference share a row."""
+    cells = {cards: [cell(shape, cards, gb) for gb in CARDS] for cards in (1, 2, 4)}
+    if cells[1] == cells[2] == cells[4]:
+        return [("1, 2, 4", cells[1])]
+    return [(str(cards), of) for cards, of in cells.items()]
+
+
 def table():
     as_on_a_card()
     print(f"| | cards | {' | '.join(f'{gb} GB' for gb in CARDS)} |")
     print("|---|---" + "|---" * len(CARDS) + "|")
     for shape in SHAPES:
-        for cards in (1, 2, 4):
-            cells = [cell(shape, cards, gb) for gb in CARDS]
-            print(f"| {shape if cards == 1 else ''} | {cards} | {' | '.join(cells)} |", flush=True)
+        for cards, cells in rows_of(shape):
+            print(f"| {shape} | {cards} | {' | '.join(cells)} |", flush=True)
     alone = {mode: how for mode, how in MODES.items() if not how[2]}
     print(f"\n| GB of a step, 1 and {ROWS[1]} rows at once | {' | '.join(alone)} |")
     print("|---" * (1 + len(alone)) + "|")
     for shape in SHAPES:
         known = [peaks(shape, *how[:2]) for how in alone.values()]
-        print(
-            f"| {shape} | "
-            + " | ".join(f"{p[0] + state:.1f}, {p[1] + state:.1f}" for p, state in known)
-            + " |"
-        )
+        cells = [f"{peak[0] + state:.1f}, {peak[1] + state:.1f}" for peak, state in known]
+        print(f"| {shape} | {' | '.join(cells)} |")
 
 
 CHECKED = {  # what one process of this CPU takes: small enough for fp32 on two cores
