@@ -7,7 +7,7 @@ from lab.errors import Stop, UserError
 from lab.run.limits import Amount, Count, Rate, Seed, Share, Whole, within
 from lab.run.flags import Bookkeeping, Constants, Studied, parse_config, parsed_config
 from lab.run.flags import constants_of, counting, names_of, override_lines
-from lab.train.precision import Dtype, with_dtype
+from lab.train.precision import BaseDtype, Dtype, with_dtype
 
 # 2  processes: with one of them every verb does the obvious thing
 from lab.run.signals import listening
@@ -42,7 +42,7 @@ from lab.models.encoders import PairScorer, load_encoder
 from lab.models.generate import continuations, generate
 from lab.models.gpt import GPT, GPTConfig
 from lab.models.gpt_formats import save_pretrained, with_weights
-from lab.models.lora import Adapters, LoRALinear, adapted, add_lora, base_weights, merge_lora
+from lab.models.lora import Adapters, LoRALinear, adapted, add_lora, base_weights, merge_lora, narrow_base
 from lab.models.pretrained import build_model, open_model  # any language model, by its name
 from lab.models.vectors import cache_vectors  # of a frozen encoder
 

@@ -65,6 +65,7 @@ class Config(core.Studied):
     weight_decay: core.Rate = 0.0  # of A and B
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
     dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; a preset's fp32 is tf32 on a GPU
+    base_dtype: core.BaseDtype = "auto"  # of the frozen matrices; auto: bf16 on a GPU that computes in bf16
     seed: core.Seed = 0  # of order, dropout and fresh weights
     # evaluation and logging
     eval_batch: core.Count = 32  # rows per evaluation step, over all ranks; answers: rows per rank
@@ -180,15 +181,16 @@ def keep_for_later(folder, cfg, tokenizer):
             shutil.copytree(cfg.adapter, aside, dirs_exist_ok=True)
 
 
-def load_model(folder, world):
-    """(Config, model, tokenizer) of a run: the adapters that it was tested with, on its base. UserError
-    if the base has changed."""
+def load_model(folder, world, base_dtype=None):
+    """(Config, model, tokenizer) of a run: the adapters that it was tested with, on its base, held as in
+    training unless base_dtype says otherwise. UserError if the base has changed."""
     cfg = core.stored_config(folder, Config, __file__)
     tokenizer = core.named_tokenizer(str(Path(folder) / "tokenizer"))
     core.reseed(cfg.seed, "init")  # the random weights of tiny:gpt2 come from it
     model = core.Precision(cfg.dtype, world).prepare(build_model(cfg, tokenizer, world, folder))
     if core.state_sha256(core.base_weights(model)) != core.read_config(folder)["facts"].get("base_sha256"):
         raise core.UserError(f"model {cfg.model} is not the one that {folder} was trained on")
+    core.narrow_base(model, base_dtype or cfg.base_dtype)
     core.load_weights(
         Path(folder) / "checkpoints" / core.tested_or_newest_checkpoint(folder), core.Adapters(model)
     )
@@ -249,6 +251,8 @@ def train(run, cfg, world) -> dict:
     model = precision.prepare(build_model(cfg, data.tokenizer, world, run.folder))
     adapters, base_sha256 = core.Adapters(model), core.state_sha256(core.base_weights(model))
     run.pin("base_sha256", base_sha256)
+    core.narrow_base(model, cfg.base_dtype)
+    held_sha256 = core.state_sha256(core.base_weights(model)) if cfg.base_dtype == "bf16" else base_sha256
     largest_multiplier = max(layer.multiplier for layer in core.adapted(model).values())
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay)
     tuning.announce(run, cfg, parts, units, lines, model, total_steps)  # begins: the folder changes
@@ -290,7 +294,7 @@ def train(run, cfg, world) -> dict:
             at.note_spike(model, {"lr": lr, **figures, **rows})
         at.update(optimizer, precision, lr, **figures)  # clips, updates, zeroes the gradients, logs
 
-    if core.state_sha256(core.base_weights(model)) != base_sha256:
+    if core.state_sha256(core.base_weights(model)) != held_sha256:
         raise RuntimeError("weights of the frozen base have changed: this is a bug")
     run.say("the base is unchanged (checksum)")
     return finish(run, cfg, parts, plain, model, adapters, optimizer) | {"base_sha256": base_sha256}
@@ -312,7 +316,7 @@ def one_process(cfg, world):
     if world.size > 1:
         raise core.UserError(f"--mode {cfg.mode} runs in one process: start it with python")
     folder = Path(cfg.run_folder or core.newest_run(cfg, __file__))
-    stored, model, tokenizer = load_model(folder, world)
+    stored, model, tokenizer = load_model(folder, world, "fp32" if cfg.mode == "export" else None)
     asked = replace(stored, prompt=cfg.prompt, max_new_tokens=cfg.max_new_tokens)
     if cfg.mode == "ask":
         return core.ask(core.merge_lora(model), tokenizer, asked)

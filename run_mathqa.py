@@ -72,6 +72,7 @@ class Config(core.Bookkeeping):
     weight_decay: core.Rate = 0.1  # of matrices but the token embedding; Lion wants 3 to 10 times as much
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
     dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; a preset's fp32 is tf32 on a GPU
+    base_dtype: core.BaseDtype = "auto"  # of matrices under adapters; auto: bf16 on a GPU computing in bf16
     seed: core.Seed = 0  # of weights, order and dropout; the first one of a study
     # evaluation and logging
     eval_batch: core.Count = 64  # rows per evaluation step, over all ranks
@@ -110,6 +111,8 @@ class Config(core.Bookkeeping):
             raise core.UserError("nothing ends fine-tuning: use --max_minutes, --max_steps or --epochs")
         if self.qat != "off" and self.method != "full":
             raise core.UserError(f"--qat int4 trains all weights: use --method full, not {self.method}")
+        if self.base_dtype == "bf16" and self.method == "full":
+            raise core.UserError("--base_dtype bf16: method full trains all weights, none is frozen: drop it")
         if self.lora_dropout and self.method in ("loha", "lokr"):
             raise core.UserError(f"--lora_dropout {self.lora_dropout:g}: {self.method} has none, use 0")
         if self.schedule == "one_cycle" and self.min_lr:
@@ -271,6 +274,8 @@ def train(run, cfg, world) -> dict:
     model, trained = tuned(cfg, base, world)
     base_sha256 = core.state_sha256(core.base_weights(model))
     run.pin("base_sha256", base_sha256)
+    core.narrow_base(model, cfg.base_dtype)
+    held_sha256 = core.state_sha256(core.base_weights(model)) if cfg.base_dtype == "bf16" else base_sha256
     precision, optimizer = core.Precision(cfg.dtype, world), make_optimizer(cfg, model)
     choices.announce(run, cfg, data, parts, units, lines, model, total_steps)
     saved = trained, optimizer, precision
@@ -315,7 +320,7 @@ def train(run, cfg, world) -> dict:
         int4_if_due(run, cfg, model, at.step + 1, run.clock.schedule_length(at.step + 1, total_steps))
     int4_if_due(run, cfg, model, run.step, length=0)
     if cfg.method != "full":
-        if core.state_sha256(core.base_weights(model)) != base_sha256:
+        if core.state_sha256(core.base_weights(model)) != held_sha256:
             raise RuntimeError("weights of the frozen base have changed: this is a bug")
         run.say("the base is unchanged (checksum)")
     named = replace(cfg, plain=Path(text).name)
@@ -389,8 +394,9 @@ def stored_config(folder) -> Config:
     return core.counting(cfg, smoke=stored["smoke"])
 
 
-def load_model(folder, world):
-    """(Config, model, tokenizer) of a run as it was tested, fake-quantised as in training."""
+def load_model(folder, world, base_dtype=None):
+    """(Config, model, tokenizer) of a run as it was tested, fake-quantised as in training; so is its base
+    held, unless base_dtype says otherwise."""
     cfg = stored_config(folder)
     if cfg.method == "full":  # the base is in the folder
         base, tokenizer = core.open_model(folder)
@@ -401,6 +407,7 @@ def load_model(folder, world):
     model, trained = tuned(cfg, base, world)
     if core.state_sha256(core.base_weights(model)) != core.read_config(folder)["facts"].get("base_sha256"):
         raise core.UserError(f"--init_from {cfg.init_from} is not the model that {folder} was trained on")
+    core.narrow_base(model, base_dtype or cfg.base_dtype)
     core.load_weights(Path(folder) / "checkpoints" / core.tested_or_newest_checkpoint(folder), trained)
     return cfg, model.eval(), tokenizer
 
@@ -463,7 +470,7 @@ def quantise(cfg, world, poll):
 
 def export(cfg, world, poll):
     """Mode export: <run>/merged/, a Llama folder."""
-    _, model, tokenizer = load_model(cfg.run_folder, world)
+    _, model, tokenizer = load_model(cfg.run_folder, world, "fp32")
     folder = Path(cfg.run_folder) / "merged"
     core.on_main(world, write_merged, merged(model), tokenizer, folder)
     say(world, f"written: {folder}\nnext: python gpt_scratch.py --mode generate --model {folder}")
@@ -478,8 +485,8 @@ def write_merged(model, tokenizer, folder):
 
 OF_A_STUDY = frozenset({"budgets", "shares", "pretrain"})  # read by no fine-tuning run
 ARM_MAY = frozenset({  # constants that may differ between arms: the method, but not rows, base or length
-    "method", "lr", "min_lr", "warmup", "schedule", "cycle_beta1", "optimizer", "beta1", "beta2",
-    "weight_decay", "clip", "dropout", "lora_rank", "lora_alpha", "lora_dropout", "qat", "qat_group",
+    "method", "base_dtype", "lr", "min_lr", "warmup", "schedule", "cycle_beta1", "optimizer", "beta1",
+    "beta2", "weight_decay", "clip", "dropout", "lora_rank", "lora_alpha", "lora_dropout", "qat", "qat_group",
     "qat_start",
 })  # fmt: skip
 

@@ -201,3 +201,19 @@ def test_adapters_on_the_output_matrix_alone_are_a_run():
     assert any(held["lm_head.B"].any() for held in weights)
     assert {key.split(".lora_")[0] for key in exported(folder) if key.startswith("peft")} == {
         "peft base_model.model.lm_head"}  # fmt: skip
+
+
+def test_a_run_on_a_base_held_in_bf16_ends_with_the_same_adapters_and_exports_the_whole_base():
+    flags = ["--data", toy_file(), *BARE, "--max_steps", 3, "--dtype", "bf16", "--batch", 2]
+    wide, _ = go("run_lora", *flags)
+    narrow, folder = go("run_lora", *flags, "--base_dtype", "bf16", out="narrow")
+    for name in ("weights_sha256", "base_sha256", "val/loss"):
+        assert narrow[name] == wide[name], name
+    facts = core.read_config(folder)
+    assert facts["constants"]["base_dtype"] == "bf16" and facts["facts"]["base_sha256"] == wide["base_sha256"]
+    dtypes = [
+        {p.dtype for p in run_lora.load_model(folder, World(), *base)[1].h.parameters()}
+        for base in ((), ("fp32",))
+    ]
+    assert dtypes == [{torch.float32, torch.bfloat16}, {torch.float32}]
+    assert core.read_config(ranks.newest("out"))["constants"]["base_dtype"] == "fp32"  # auto, on a CPU

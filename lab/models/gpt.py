@@ -80,7 +80,10 @@ class Linear(nn.Linear):
     """nn.Linear whose products a CPU computes by oneDNN."""
 
     def forward(self, x):
-        return linear(x, self.weight, self.bias, self)
+        weight = self.weight
+        if weight.dtype == torch.bfloat16 != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            weight = weight.to(x.dtype)  # a frozen base, held in bf16
+        return linear(x, weight, self.bias, self)
 
     def terms(self, x):
         """forward(x) unmultiplied, for linear_cross_entropy: ([(x, weight)], bias)."""

@@ -69,7 +69,7 @@ class _LoHa(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             whole = _whole(weight, ctx.multiplier, factors).to(slope.dtype)
             to_x = linear(slope, whole.t()).to(x.dtype)
-        G = (rows.t() @ x.reshape(-1, x.shape[-1]).to(slope.dtype)).to(weight.dtype).mul_(ctx.multiplier)
+        G = (rows.t() @ x.reshape(-1, x.shape[-1]).to(slope.dtype)).to(W1a.dtype).mul_(ctx.multiplier)
         by_1 = G * (W2a @ W2b)
         by_2 = G.mul_(W1a @ W1b)
         to_factors = by_1 @ W1b.t(), W1a.t() @ by_1, by_2 @ W2b.t(), W2a.t() @ by_2

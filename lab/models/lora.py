@@ -170,10 +170,21 @@ def base_weights(model) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
+def narrow_base(model, dtype):
+    """With dtype bf16, holds the frozen matrices of the blocks in it: half the memory, and what autocast
+    makes of them for each product. Embeddings, norms and the output matrix stay: they are read in fp32."""
+    if dtype == "bf16":
+        for module in model.h.modules():
+            if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+                module.weight.data = module.weight.to(torch.bfloat16)
+
+
+@torch.no_grad()
 def merge_lora(model) -> GPT:
-    """A model without adapters that gives the same logits. Merged matrices are new, the others shared;
-    `model` does not change."""
+    """A model without adapters that gives the same logits. Merged matrices are new, others shared unless
+    held in bf16; `model` does not change."""
     weights = base_weights(model)
+    weights |= {name: w.float() for name, w in weights.items() if w.dtype == torch.bfloat16}
     for name, layer in adapted(model).items():
         weights[f"{name}.weight"] = layer.base.weight + layer.delta()
     merged = with_weights(model.config, weights)

@@ -11,6 +11,7 @@ from lab.errors import UserError
 from lab.run.flags import counting
 
 Dtype = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
+BaseDtype = Literal["auto", "fp32", "bf16"]
 
 
 def native_dtype(device) -> str:
@@ -32,8 +33,18 @@ def refuse_without_fp64(dtype, device):
 def with_dtype(cfg, world):
     """`cfg` with the dtype that this device will compute in, as config.json then has it.
 
-    auto becomes native_dtype. On a card fp32 becomes tf32, unless --dtype fp32 was typed.
+    auto becomes native_dtype. On a card fp32 becomes tf32, unless --dtype fp32 was typed. base_dtype auto, of
+    weights frozen under adapters, becomes bf16 where a card computes in bf16.
     """
+    cfg = _with_computed_dtype(cfg, world)
+    if getattr(cfg, "base_dtype", None) != "auto":
+        return cfg
+    narrow = cfg.dtype == "bf16" and world.device.type != "cpu" and getattr(cfg, "method", "lora") != "full"
+    resolved = dataclasses.replace(cfg, base_dtype="bf16" if narrow else "fp32")
+    return counting(resolved, flags=cfg.typed.flags - {"base_dtype"})
+
+
+def _with_computed_dtype(cfg, world):
     given, dtype = cfg.typed, native_dtype(world.device) if cfg.dtype == "auto" else cfg.dtype
     refuse_without_fp64(dtype, world.device)
     has_tf32 = world.device.type == "cuda"

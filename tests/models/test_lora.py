@@ -23,7 +23,7 @@ from toys.lora import (
 
 import core
 from core import GPT, GPTConfig, UserError
-from lab.models import gpt, gpt_formats, lora
+from lab.models import gpt, gpt_formats, loha_lokr, lora
 
 GPT2_SIZES = {"small": (12, 12, 768), "medium": (24, 16, 1024), "large": (36, 20, 1280), "xl": (48, 25, 1600)}
 SHAPES = {"gpt2": {}, "gpt2 untied": {"tie_head": False}, "llama": LLAMA | {"tie_head": False}}
@@ -392,3 +392,46 @@ def test_the_loss_of_packed_rows_is_the_sum_of_their_own(positions, adapted):
     expected = torch.autograd.grad(alone, weights)
     for mine, reference in zip(torch.autograd.grad(packed, weights), expected, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-9)  # fp64, slopes up to hundreds
+
+
+def stepped(model, half):
+    """Loss and the adapters' slopes of a batch."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        loss = model.train()(ids(3, 16), ids(3, 16, seed=2))
+    loss.backward()
+    return [loss.detach(), *(p.grad for _, p in core.Adapters(model).named_parameters())]
+
+
+def test_a_base_held_in_bf16_is_what_autocast_makes_of_it_anyway():
+    wide, narrow = adapted_gpt(), adapted_gpt()
+    core.narrow_base(narrow, "bf16")
+    held = {name for name, p in narrow.named_parameters() if p.dtype == torch.bfloat16}
+    assert held == {f"{name}.base.weight" for name in ALL}  # not the embeddings, not what trains
+    assert all(map(torch.equal, stepped(narrow, True), stepped(wide, True)))
+
+
+@pytest.mark.parametrize("method", loha_lokr.METHODS)
+def test_without_autocast_a_base_held_in_bf16_counts_as_its_rounded_numbers(method):
+    models = []
+    for _ in range(2):
+        model = random_gpt(**LLAMA)
+        loha_lokr.add_adapters(model, method, 4, 6)
+        torch.manual_seed(5)
+        for p in core.Adapters(model).parameters():
+            nn.init.normal_(p, std=0.2)
+        models.append(model)
+    narrow, rounded = models
+    core.narrow_base(narrow, "bf16")
+    core.narrow_base(rounded, "fp32")
+    assert {p.dtype for p in rounded.parameters()} == {torch.float32}
+    with torch.no_grad():
+        for layer in core.adapted(rounded).values():
+            layer.base.weight.copy_(layer.base.weight.bfloat16())
+    before = numbers(narrow)
+    for got, expected in zip(stepped(narrow, False), stepped(rounded, False), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert all(torch.isfinite(slope).all() for slope in stepped(narrow, True))
+    merged = core.merge_lora(narrow)
+    assert {p.dtype for p in merged.parameters()} == {torch.float32}
+    assert_same(numbers(merged), numbers(core.merge_lora(rounded)))
+    assert_same(numbers(narrow), before)

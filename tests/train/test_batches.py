@@ -3,10 +3,12 @@
 import itertools
 import math
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ranks
 import torch
 
 import core
@@ -144,3 +146,52 @@ def test_measuring_rows_that_do_not_fit_says_what_would_help_and_other_faults_st
     error = RuntimeError("shapes differ")
     with pytest.raises(RuntimeError, match="shapes differ"):
         core.each_once(compute, *arguments)
+
+
+SHORT = """
+import dataclasses, os
+from types import SimpleNamespace
+import torch
+import core
+
+@dataclasses.dataclass(frozen=True)
+class Config(core.Constants):
+    out: str = ""  # where runs go
+    backend: str = "auto"  # of the exchange
+
+class Model(torch.nn.Module):
+    def __init__(self, room):
+        super().__init__()
+        self.weight, self.room, self.seen = torch.nn.Parameter(torch.ones(1)), room, []
+
+    def forward(self, rows):
+        self.seen.append(len(rows))
+        if len(rows) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return (self.weight * rows).sum()
+
+def main(cfg, world):
+    model = Model(room=8 if world.is_main else 3)
+    ddp, precision = core.wrap_ddp(model, world), core.Precision("fp32", world)
+    run = SimpleNamespace(cfg=SimpleNamespace(micro_batch=None), world=world, rows_ahead=[])
+    parts = core.MicroBatches(run, ddp, lambda part, device: torch.tensor(part))
+
+    def step():
+        for _, batch in parts(range(8)):
+            core.scaled_backward(ddp(batch), world, 1, precision)
+        seen.append(float(model.weight.grad))
+
+    seen = []
+    core.worst_case(world, parts, step, torch.optim.SGD(model.parameters()), range(8), lambda: True)
+    os.write(1, f"rank {world.rank} {model.seen} {parts.found[1:]} {seen}\\n".encode())
+"""
+
+
+def test_two_ranks_of_which_one_has_less_memory_agree_on_the_smaller_parts(tmp_path, monkeypatch):
+    """The last step is exchanged: both ranks have the sum of both, 28 + 28."""
+    (tmp_path / "short.py").write_text(SHORT)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert ranks.launch("short", size=2) == [0, 0], Path("out.txt").read_text()
+    first, second = sorted(Path("out.txt").read_text().splitlines())
+    assert first == f"rank 0 {[8, 4, 4, *[2] * 8]} (8, 2) [56.0, 56.0, 56.0, 56.0]"
+    assert second == f"rank 1 {[8, 4, *[2] * 8]} (8, 2) [56.0, 56.0]"

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import torch
@@ -77,6 +78,27 @@ def test_what_needs_fp64_is_refused_on_an_intel_card_without_it(dtype, monkeypat
     assert settled("--dtype", "bf16", world=xpu).dtype == settled(world=xpu).dtype == "bf16"
     has.has_fp64 = True  # a data centre's
     assert settled("--dtype", dtype, world=xpu).dtype == dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted(Config):
+    base_dtype: core.BaseDtype = "auto"
+    method: Literal["full", "lora"] = "lora"
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_frozen_base_is_held_in_bf16_where_a_card_computes_in_it(method, native):
+    def held(*argv, world=CARD):
+        argv = ["--method", method, *argv]
+        return core.with_dtype(core.parse_config(Adapted, {}, {}, "doc", argv), world)
+
+    narrow = "bf16" if (method, native) == ("lora", "bf16") else "fp32"
+    assert held().base_dtype == held("--base_dtype", "auto").base_dtype == narrow
+    assert "base_dtype" not in held("--base_dtype", "auto").typed.flags
+    assert held("--dtype", "fp32").base_dtype == held("--dtype", "bf16", world=CPU).base_dtype == "fp32"
+    assert held("--base_dtype", "fp32").base_dtype == "fp32"
+    typed = held("--base_dtype", "bf16", world=CPU)
+    assert typed.base_dtype == "bf16" and "base_dtype" in typed.typed.flags
 
 
 def test_auto_on_the_command_line_asks_a_resumed_run_for_nothing(native):
