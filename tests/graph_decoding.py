@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from toys.gpt import PROMPTS, lively_gpt
+
 import core
 from lab.models import decoding
 
-PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]]
 CHOICES = [{"temperature": 0}, {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 3}]
 SHAPES = [{}, {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False}]
 
@@ -25,11 +26,8 @@ def main(kind, half):
 
     decoding.captured = captured
     for shape in SHAPES:
-        torch.manual_seed(0)
-        model = core.GPT(core.GPTConfig(5000, 64, 4, 4, 128, **shape)).to(kind).eval()
-        with torch.no_grad():
-            for weight in model.parameters():
-                weight.mul_(4 if weight.dim() == 2 else 1)  # so that tokens differ
+        size = {"vocab_size": 500, "block_size": 64, "n_layer": 4, "n_embd": 128}
+        model = lively_gpt(**size, **shape).float().to(kind)
         decoder = decoding.decoder_of(model)
         for choice in CHOICES:  # 90 tokens: the context slides
             both = (decoder, decoding.Decoder(model))

@@ -194,9 +194,7 @@ def test_where_even_one_prompt_has_no_room_it_is_one_line(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(lab.measure.answers, "generate", no_room)
-    with pytest.raises(
-        UserError, match=r"^out of memory with 2 rows of 7 tokens at once: use a smaller --ev"
-    ):
+    with pytest.raises(UserError, match=r"^out of memory with 2 rows of 7 tokens at once: use a smaller"):
         answer_ids(model, Numbers(), [[1, 2], [3]], 5, 2, World())
 
 
