@@ -106,6 +106,11 @@ class Run:
             self._write_result("failed", LostRanks(text))
 
     def __exit__(self, kind, error, trace):
+        unsaved = self.checkpoints.settle_alone() if self.world.is_main else None
+        if unsaved and kind is None:
+            kind, error = type(unsaved), unsaved
+        elif unsaved:
+            self.say(f"WARNING the last checkpoint is not written: {unsaved}")
         status = "finished" if kind is None else "stopped" if kind is Stop else "failed"
         heartbeat.last_words.clear()
         unborn = kind is UserError and not self.resumed and self.checkpoint is None
@@ -123,6 +128,8 @@ class Run:
             if unborn:
                 shutil.rmtree(self.folder)
         self.signals.close()
+        if unsaved and error is unsaved:
+            raise unsaved
         return status == "stopped"
 
     # -- what the terminal, the log and the curves show ----------------------------------------------------
