@@ -435,8 +435,9 @@ def answer(subject, data, cfg, world, say, poll):
     most = cfg.max_new_tokens or getattr(stored, "max_new_tokens", None) or LONGEST
     rows, prompts = core.main_first(world, prompts_of, subject, data, stored, tokenizer, cfg)
     model = core.merge_lora(model) if subject.script == "run_lora" else model
-    batch = stored.eval_batch * world.size
-    ids = answers.answer_ids(model, tokenizer, prompts, most, batch, world, poll)
+    with core.Precision(stored.dtype, world).generation():
+        batch = answers.rows_at_once(model, prompts, most, world, stored.eval_batch, bool(cfg.eval_batch))
+        ids = answers.answer_ids(model, tokenizer, prompts, most, batch, world, poll)
     for line in answers.room_lines(model, prompts, ids, most):
         say(line)
     texts = [tokenizer.decode(each).strip() for each in ids]

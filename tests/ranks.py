@@ -231,6 +231,8 @@ def _rank(
     import torch
 
     torch.set_num_threads(1)
+    if "WRITE_APART" in env:  # checkpoints in a thread, as beside a card
+        importlib.import_module("lab.run.checkpoints").apart = bool
     if kill and kill[0] != "time" and kill[2] in (rank, "all"):
         strike(script, kill[0], kill[1], lambda: os.kill(os.getpid(), signal.SIGKILL))
     if crash and crash[2] == rank:

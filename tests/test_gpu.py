@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cards
+import graph_decoding
 import half_head
 import pytest
 from conftest import PROJECT
@@ -182,6 +183,19 @@ def test_the_head_in_half_precision_is_the_one_in_fp64():
     for case, found in zip(HEADS, json.loads(done.stdout.splitlines()[-1]), strict=True):
         print(case, found)
         half_head.check(found)
+
+
+@pytest.mark.usefixtures("made")
+def test_a_graph_a_token_writes_what_single_kernels_write():
+    card = cards.found()
+    command = [sys.executable, graph_decoding.__file__, card["kind"], card["half"]]
+    done = subprocess.run(command, env=cards.environment(), capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert all(found["equal"]), found
+    graphs = 6 if card["kind"] == "cuda" else 0  # of a shape: fp32's decoder one, those in half one each
+    assert found["graphs"] == graphs, done.stderr
+    assert ("NOTE" in done.stderr) == (card["kind"] not in ("cpu", "cuda")), done.stderr
 
 
 @keys("smoke", SCRIPTS)

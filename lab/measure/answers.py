@@ -11,10 +11,12 @@ import torch
 from lab.data.instructions import prompt_text
 from lab.data.tokenizers import begin_ids, id_count, prompt_ids
 from lab.measure.statistics import bootstrap, plus_minus
+from lab.models.decoding import decoder_of, note
 from lab.models.generate import generate, prompt_loop
 from lab.run.files import write_json
 from lab.run.terminal import one_line
 from lab.train.batches import ShardedBatches, within_memory
+from lab.train.precision import Precision
 from lab.train.processes import World, all_reduce_sum, progress
 
 
@@ -65,16 +67,16 @@ def answer_ids(model, tokenizer, prompts, max_new_tokens, batch, world, poll=lam
     rooms = [room(model, prompt, max_new_tokens) for prompt in prompts]
     # id + 1; a sum over ranks is a gather
     written = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64)
-    batches = ShardedBatches([len(ids) for ids in prompts], batch, world)
+    batches, at_once = ShardedBatches([len(ids) for ids in prompts], batch, world), batch
     how = {"temperature": 0, "stop": {tokenizer.eos_token_id}, "vocab_size": id_count(tokenizer)}
     how["begin"] = begin_ids(tokenizer)
-    write = getattr(model, "continuations", None) or functools.partial(generate, model)
+    write = functools.partial(writer(model), **how, poll=lambda: poll(1))
     with progress(len(batches), "answering", world) as bar:
         for step in range(len(batches)):
             if mine := batches.rank_batch(step):
                 chosen, most = [prompts[i] for i in mine], max(rooms[i] for i in mine)
                 with within_memory(len(chosen), max(map(len, chosen)) + most):
-                    rows = write(chosen, most, **how, poll=lambda: poll(1))
+                    rows, at_once = write_in_parts(write, chosen, most, at_once)
                 for i, ids in zip(mine, rows, strict=True):
                     ids = torch.tensor(ids[: rooms[i]], dtype=torch.int64)
                     written[i, : len(ids)] = ids + 1
@@ -85,12 +87,55 @@ def answer_ids(model, tokenizer, prompts, max_new_tokens, batch, world, poll=lam
     return [ids[ids > 0] - 1 for ids in written]
 
 
+def writer(model):
+    """What continues prompts greedily: transformers, or one decoder of ours for all calls."""
+    theirs = getattr(model, "continuations", None)
+    return theirs or functools.partial(generate, model, decoder=decoder_of(model))
+
+
+def write_in_parts(write, prompts, most, at_once) -> tuple[list, int]:
+    """(ids after each prompt, how many prompts a card's memory held at once: `at_once`, or halves of it)"""
+    rows = []
+    while part := prompts[len(rows) : len(rows) + at_once]:
+        try:
+            rows += write(part, most)
+        except torch.OutOfMemoryError:
+            if len(part) == 1:
+                raise
+            at_once = (len(part) + 1) // 2
+            note(f"memory is too small to answer {len(part)} prompts at once: {at_once} from here on")
+    return rows, at_once
+
+
+ROWS = 256  # at once on a card, which takes about as long for a token of each as of 32
+SHARE = 0.6  # of free memory: fragments, and what is not counted
+
+
+def rows_at_once(model, prompts, most, world, eval_batch, typed) -> int:
+    """Prompts to answer at once, over all ranks: eval_batch on each. On a card as many as its free memory
+    holds, unless eval_batch was typed: the most that all ranks can. Inside Precision.generation."""
+    device, shape = world.device, model.config
+    memory = getattr(getattr(torch, device.type, None), "mem_get_info", None)
+    if device.type == "cpu" or typed or not memory or not hasattr(shape, "n_layer"):
+        return eval_batch * world.size
+    size = 2 if torch.is_autocast_enabled(device.type) else model.wte.weight.element_size()  # bytes
+    length = min(max(map(len, prompts), default=0) + most, shape.block_size)
+    token = (2 * shape.n_layer + 16) * shape.n_embd * size + 4 * length  # cache, one block's work, mask
+    row = length * token + 12 * shape.vocab_size
+    backend = getattr(torch, device.type)
+    free = memory(device)[0] + backend.memory_reserved(device) - backend.memory_allocated(device)
+    mine = torch.zeros(world.size, dtype=torch.int64)
+    mine[world.rank] = max(1, min(ROWS, int(SHARE * free / row)))
+    return int(all_reduce_sum(world, mine).min()) * world.size
+
+
 def sample(run, cfg, step, model, tokenizer, poll):
     """Answers the fixed prompts: all to samples.jsonl and TensorBoard, one of them
     in turn to the terminal."""
     if cfg.sample_tokens:
         prompts = [prompt_ids(tokenizer, prompt_text(text, "", cfg.template)) for text in PROMPTS]
-        texts = answers(model, tokenizer, prompts, cfg.sample_tokens, len(prompts), run.world, poll)
+        with Precision(cfg.dtype, run.world).generation():
+            texts = answers(model, tokenizer, prompts, cfg.sample_tokens, len(prompts), run.world, poll)
         run.samples(step, [f"{text}\n{answer}" for text, answer in zip(PROMPTS, texts, strict=True)])
         turn = run.state["asked"] = (run.state.get("asked", -1) + 1) % len(PROMPTS)
         run.say(f"  | {PROMPTS[turn]} -> {shortened(one_line(texts[turn]), 90 - len(PROMPTS[turn]))}")
@@ -101,8 +146,10 @@ def write_responses(run, cfg, parts, model) -> dict:
     test = parts["test"].some(cfg.answer_rows)
     data = test.data
     prompts, most = [data.prompt(row) for row in test.rows], cfg.max_new_tokens
-    batch = cfg.eval_batch * run.world.size
-    ids = answer_ids(model, data.tokenizer, prompts, most, batch, run.world, run.poll)
+    with Precision(cfg.dtype, run.world).generation():
+        typed = "eval_batch" in cfg.typed.flags
+        batch = rows_at_once(model, prompts, most, run.world, cfg.eval_batch, typed)
+        ids = answer_ids(model, data.tokenizer, prompts, most, batch, run.world, run.poll)
     texts = [data.tokenizer.decode(each).strip() for each in ids]
     rows = [data.columns(row) | {"model_response": text} for row, text in zip(test.rows, texts, strict=True)]
     if run.world.is_main:
@@ -139,8 +186,9 @@ def first_word(text) -> str:
 
 def ask(model, tokenizer, cfg):
     """Mode ask: answers --prompt, or each typed line, in the template of the tuning."""
-    interactive = cfg.prompt is None and sys.stdin.isatty()
+    interactive, world = cfg.prompt is None and sys.stdin.isatty(), World(device=model.wte.weight.device)
     for text in [cfg.prompt] if cfg.prompt is not None else prompt_loop(interactive):
         if text.strip():
             ids = prompt_ids(tokenizer, prompt_text(text.strip(), "", cfg.template))
-            print(answers(model, tokenizer, [ids], cfg.max_new_tokens, 1, World())[0])
+            with Precision(cfg.dtype, world).generation():
+                print(answers(model, tokenizer, [ids], cfg.max_new_tokens, 1, world)[0])

@@ -20,6 +20,7 @@ from lab.run.files import write_lines
 from lab.run.terminal import one_line
 from lab.train.loss import IGNORE_INDEX
 from lab.train.optim import count_parameters
+from lab.train.precision import Precision
 from lab.train.processes import on_main
 
 CHANCE = 1 / len(LETTERS)
@@ -284,7 +285,9 @@ def sample(run, cfg, at, model, data, rows):
     if not cfg.sample_tokens:
         return
     prompts, decode = [data.prompt(row) for row in rows], data.tokenizer.decode
-    texts = greedy_answers(model, data.tokenizer, prompts, cfg.sample_tokens, len(rows), run.world, at.poll)
+    with Precision(cfg.dtype, run.world).generation():
+        how = (cfg.sample_tokens, len(rows), run.world, at.poll)
+        texts = greedy_answers(model, data.tokenizer, prompts, *how)
     asked = [one_line(decode(prompt)) for prompt in prompts]
     run.samples(at.step, [f"{problem}\n{text}" for problem, text in zip(asked, texts, strict=True)])
     right = decode(data.whole(rows[0])[len(prompts[0]) : -1]).strip()

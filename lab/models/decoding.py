@@ -234,7 +234,7 @@ def second_layouts(model, rows) -> dict:
     if kind != "cpu":
         return half_copies(layers, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else {}
     fits = all(weight.device.type == "cpu" and weight.dtype == torch.float32 for _, weight, _ in layers)
-    if not (fits and rows <= FEW_ROWS and ONEDNN):
+    if not (fits and rows <= FEW_ROWS and ONEDNN) or torch.is_autocast_enabled("cpu"):
         return {}
     reorder = torch.ops.mkldnn._reorder_linear_weight
     return {module: reorder(weight.detach(), rows) for module, weight, _ in layers}
@@ -246,6 +246,7 @@ def half_copies(layers, dtype) -> dict:
         return {
             module: (weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype))
             for module, weight, bias in layers
+            if weight.dtype == torch.float32  # autocast leaves fp64 alone, too
         }
     except torch.OutOfMemoryError:
         note("no memory for weights in half precision: each token casts them again, which is slower")

@@ -8,6 +8,8 @@ import torch
 from lab.data.tokenizers import begin_ids, prompt_ids
 from lab.errors import UserError
 from lab.models.decoding import decoder_of
+from lab.train.precision import Precision
+from lab.train.processes import World
 
 
 @torch.no_grad()
@@ -104,14 +106,15 @@ def drawn(probs, generators) -> torch.Tensor:
 
 
 def continuations(model, tokenizer, cfg, prompts, max_new_tokens, seed, poll=lambda: None) -> list[str]:
-    """Generates the text after each prompt. An empty prompt is an end-of-text token:
+    """Generates the text after each prompt, in the run's precision. An empty prompt is an end-of-text token:
     a new document begins."""
     ids = [prompt_ids(tokenizer, prompt) or [tokenizer.eos_token_id] for prompt in prompts]
     choice = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
     choice |= {"stop": stop_ids(tokenizer, cfg.stop), "seed": seed, "poll": poll}
     choice["begin"] = begin_ids(tokenizer)
     choice["vocab_size"] = len(tokenizer) - (tokenizer.unk_token_id == len(tokenizer) - 1)  # no <unk>
-    return [tokenizer.decode(row) for row in generate(model, ids, max_new_tokens, **choice)]
+    with Precision(cfg.dtype, World(device=model.wte.weight.device)).generation():
+        return [tokenizer.decode(row) for row in generate(model, ids, max_new_tokens, **choice)]
 
 
 def stop_ids(tokenizer, stop) -> set[int]:

@@ -1,6 +1,7 @@
 """Checkpoints: what they hold (weights, optimizer, position); whole or not there, hashed, pruned, checked
 before they are read."""
 
+import copy
 import functools
 import hashlib
 import json
@@ -9,6 +10,7 @@ import pickle
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -181,12 +183,14 @@ class Checkpoints:
     """checkpoints/ of a run: the newest of them, the weights kept beside them, and how both come back.
 
     Made of what plan_run found; `open` begins to change the folder, and `curves` are those whose length a
-    checkpoint notes (rank 0).
+    checkpoint notes (rank 0). Beside a card rank 0 writes in a thread, from a copy in the host's memory:
+    `pending` is what it writes, and the newest only once it is whole. All ranks `settle` before they read.
     """
 
     def __init__(self, run_folder, world, keep, say, newest=None, kept=None):
         self.folder, self.world, self.keep, self.say = run_folder / "checkpoints", world, keep, say
         self.newest, self.curves = newest, None
+        self.pending, self._writing = None, None  # a name on all ranks; rank 0's future
         self.kept = kept or {}  # "best <fold>" -> name, step, loss of weights to keep
 
     def told(self) -> str:
@@ -201,13 +205,41 @@ class Checkpoints:
 
     def save(self, step, model, optimizer, scaler, position, must=False):
         """All ranks: step_... with weights, optimizer and position, unless it is there. A warning where the
-        disk is too full, or UserError if it `must` succeed."""
-        if self.newest == (name := step_name(step)):
+        disk is too full, or UserError if it `must` succeed: then it is whole on return."""
+        if self.pending != step_name(step) or must:
+            self.settle()
+        if (name := step_name(step)) in (self.newest, self.pending):
             return
         tensors = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         position = position | {"step": step, "kept": self.kept}
         if on_main(self.world, self._write, name, model, tensors, position, must):
+            self.pending = name
+            if must or not apart(self.world):
+                self.settle()
+
+    def settle(self):
+        """All ranks: waits until `pending` is whole. Raises what went wrong."""
+        if self.pending:
+            self._settle(on_main, self.world, self._join)
+
+    def settle_alone(self) -> Exception | None:
+        """Rank 0 on its way out, without the others. Returns what went wrong."""
+        try:
+            return self._settle(self._join) if self.pending else None
+        except Exception as error:
+            return error
+
+    def _settle(self, join, *args):
+        name, self.pending = self.pending, None  # of one that fails nothing is expected any more
+        if apart(self.world):
+            join(*args)
+        if name.startswith("step_"):
             self.newest = name
+
+    def _join(self):
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
 
     def load(self, model, optimizer, scaler):
         """Restores what `save` wrote in the newest checkpoint."""
@@ -223,9 +255,10 @@ class Checkpoints:
         """
         entry = {"name": f"{kind}_{step_name(step)}", "step": step, "loss": loss}
         kept = self.kept | {f"{kind} {fold}": entry}
+        self.settle()
         if not on_main(self.world, self._write, entry["name"], model, {}, {"step": step, "kept": kept}, must):
             return None
-        self.kept = kept
+        self.kept, self.pending = kept, entry["name"]
         return entry["name"]
 
     def is_best(self, fold, loss) -> bool:
@@ -235,6 +268,7 @@ class Checkpoints:
     def load_best(self, model, fold) -> str:
         """Loads the fold's best weights; leaves the last ones if none were saved. Returns the checkpoint's
         name."""
+        self.settle()
         name = self.kept.get(f"best {fold}", {}).get("name")
         if not name or (reason := on_main(self.world, broken, self.folder / name)):
             which = f"are {name} ({reason})" if name else "were never saved"
@@ -244,37 +278,69 @@ class Checkpoints:
         return name
 
     def _write(self, name, model, tensors, position, must=False) -> bool:
-        """Rank 0: whether it was written. The manifest says how much of metrics.jsonl counts."""
+        """Rank 0: whether it is written, or begun. The manifest says how much of metrics.jsonl counts."""
         position = position | {"metrics_bytes": self.curves.flushed_bytes()}
-        line = save_checkpoint(self.folder / name, model, tensors, position)
+        weights, folder = model.state_dict(), self.folder / name
+        size = tensor_bytes(weights) + tensor_bytes(tensors)
+        line = no_room(folder, size)
         if line and must:
             raise UserError(f"{line}: free some, then --resume_timestamp {self.folder.parent.name[:15]}")
         if line:
             self.say(f"WARNING {line}: free some; {self.told()}")
             return False
-        prune(self.folder, self.keep, position)
+        if must or not apart(self.world) or not memory_for(size):
+            save_checkpoint(folder, weights, tensors, position, self.keep)
+        else:
+            held = on_host(weights), on_host(tensors), copy.deepcopy(position)  # training changes all three
+            self._writing = WRITER.submit(save_checkpoint, folder, *held, self.keep)
         return True
 
 
-def save_checkpoint(folder, model, tensors, position) -> str | None:
-    """Writes a checkpoint (weights, `tensors`, position) atomically. Returns a line where the disk is too
-    full."""
+WRITER = ThreadPoolExecutor(1, "checkpoint")  # its thread begins with the first piece of work
+
+
+def apart(world) -> bool:
+    """Whether checkpoints are written beside the training: not on a CPU, which has no core to spare."""
+    return world.device.type != "cpu"
+
+
+def memory_for(size) -> bool:
+    """Whether the host's memory takes a copy of `size` bytes, with as much again left over."""
+    meminfo = Path("/proc/meminfo")
+    free = re.search(r"MemAvailable: +(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
+    return free is None or 2 * size < 1024 * int(free[1])
+
+
+def on_host(tree):
+    """A copy of nested dicts of tensors in the host's memory."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().to("cpu", copy=True)
+    return {key: on_host(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
+
+
+def no_room(folder, size) -> str | None:
+    """A line where the disk is too full for a checkpoint of `size` bytes of tensors."""
+    folder.parent.mkdir(exist_ok=True)
+    needed = 1.05 * size + 1e6
+    if (free := shutil.disk_usage(folder.parent).free) >= needed:
+        return None
+    room = f"{folder.parent} has {free / 1e6:.0f} MB free"
+    return f"not saved: {folder.name} needs {needed / 1e6:.0f} MB, {room}"
+
+
+def save_checkpoint(folder, weights, tensors, position, keep):
+    """Writes a checkpoint (weights, `tensors`, position) atomically; then removes old ones, see prune."""
     import safetensors.torch
 
-    folder.parent.mkdir(exist_ok=True)
-    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    needed = 1.05 * (tensor_bytes(weights) + tensor_bytes(tensors)) + 1e6
-    if (free := shutil.disk_usage(folder.parent).free) < needed:
-        room = f"{folder.parent} has {free / 1e6:.0f} MB free"
-        return f"not saved: {folder.name} needs {needed / 1e6:.0f} MB, {room}"
     if folder.exists():  # of the same step: it was passed over as broken, or --resume_step went back
         remove_checkpoint(folder)
     with whole_folder(folder) as aside:
+        weights = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
         safetensors.torch.save_file(weights, aside / "model.safetensors")
         if tensors:
             torch.save(tensors, aside / "state.pt")
         write_manifest(aside, position)
-    return None
+    prune(folder.parent, keep, position)
 
 
 def prune(checkpoints, keep, position):

@@ -113,6 +113,11 @@ class Run:
             self._write_result("failed", LostRanks(text))
 
     def __exit__(self, kind, error, trace):
+        unsaved = self.checkpoints.settle_alone() if self.world.is_main else None
+        if unsaved and kind is None:
+            kind, error = type(unsaved), unsaved
+        elif unsaved:
+            self.say(f"WARNING the last checkpoint is not written: {unsaved}")
         status = "finished" if kind is None else "stopped" if kind is Stop else "failed"
         heartbeat.last_words.clear()
         worked = self.resumed or self.checkpoint or self.clock.seconds or self.checkpoints.kept
@@ -131,6 +136,8 @@ class Run:
             if unborn:
                 shutil.rmtree(self.folder)
         self.signals.close()
+        if unsaved and error is unsaved:
+            raise unsaved
         return status == "stopped"
 
     # -- what the terminal, the log and the curves show ----------------------------------------------------
@@ -243,8 +250,8 @@ class Run:
         self.signals.saved = self.checkpoints.told()
 
     def has_saved(self, step) -> bool:
-        """Whether the newest checkpoint is that of this step of the fold."""
-        return self.checkpoint == step_name(self.first_step + step)
+        """Whether the newest checkpoint, or the one that is being written, is that of this step of the fold."""
+        return step_name(self.first_step + step) in (self.checkpoint, self.checkpoints.pending)
 
     def require_finite(self, loss):
         if not math.isfinite(loss):

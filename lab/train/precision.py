@@ -82,6 +82,11 @@ class Precision:
         with self.products(), torch.autocast(self.world.device.type, half) if half else nullcontext():
             yield
 
+    def generation(self):
+        """Context of writing text: of a forward pass on a card, so that the cache is in half, too. A CPU
+        writes in fp32 or fp64: half is no faster there."""
+        return nullcontext() if self.world.device.type == "cpu" else self.autocast()
+
     @contextmanager
     def products(self):
         """Context in which a card multiplies fp32 in TF32, unless dtype is fp32 or fp64."""

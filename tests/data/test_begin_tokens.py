@@ -128,12 +128,13 @@ def test_what_is_answered_and_continued_is_the_prompt_by_the_same_rule(around, m
         return [[] for _ in prompts]
 
     monkeypatch.setattr(generate, "generate", remember)
-    cfg = SimpleNamespace(temperature=0, top_k=None, top_p=None, stop=None)
-    generate.continuations(None, tokenizer, cfg, ["The </s> cat", ""], 4, 0)
+    cfg = SimpleNamespace(temperature=0, top_k=None, top_p=None, stop=None, dtype="fp32")
+    model = SimpleNamespace(wte=torch.nn.Embedding(1, 1))
+    generate.continuations(model, tokenizer, cfg, ["The </s> cat", ""], 4, 0)
     assert asked == [[*begin, *plain(tokenizer, "The </s> cat")], begin or [end]]
-    model = SimpleNamespace(continuations=functools.partial(remember, None))
+    model.continuations = functools.partial(remember, None)
     model.config = SimpleNamespace(block_size=1000)
-    cfg = SimpleNamespace(prompt="The </s> cat", template="alpaca", max_new_tokens=3)
+    cfg = SimpleNamespace(prompt="The </s> cat", template="alpaca", max_new_tokens=3, dtype="fp32")
     asked.clear()
     answers.ask(model, tokenizer, cfg)
     assert asked == [names.prompt_ids(tokenizer, instructions.prompt_text("The </s> cat", "", "alpaca"))]

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,8 +34,16 @@ import lab.train.loss
 import run_instruct
 from core import UserError, World
 from lab.data import columns, instructions
-from lab.measure.answers import answer_ids, first_word, first_words, write_responses
+from lab.measure.answers import (
+    answer_ids,
+    first_word,
+    first_words,
+    rows_at_once,
+    write_in_parts,
+    write_responses,
+)
 from lab.models import generate
+from lab.models.decoding import note
 
 
 @pytest.mark.slow
@@ -155,6 +164,64 @@ def test_answers_fit_into_the_models_positions(monkeypatch):
     ]
     assert len(got[3]) == most
     assert lab.measure.answers.room_lines(model, prompts[:1], got[:1], most) == []
+
+
+def test_where_a_card_has_no_room_for_all_prompts_they_are_answered_in_halves(capfd):
+    asked = []
+
+    def write(prompts, most):
+        asked.append(len(prompts))
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [[prompt[0]] * most for prompt in prompts]
+
+    note.cache_clear()
+    prompts = [[i] for i in range(7)]
+    wanted = [[i] * 3 for i in range(7)]
+    assert write_in_parts(write, prompts, 3, 9) == (wanted, 2)
+    assert asked == [7, 4, 2, 2, 2, 1]
+    assert "NOTE memory is too small to answer 7 prompts at once: 4 from here on" in capfd.readouterr().err
+    asked.clear()
+    assert write_in_parts(write, prompts, 3, 2) == (wanted, 2) and asked == [2, 2, 2, 1]
+    with pytest.raises(torch.OutOfMemoryError):
+        write_in_parts(lambda prompts, most: write([[0]] * 3, most), prompts, 3, 2)
+
+
+def test_where_even_one_prompt_has_no_room_it_is_one_line(monkeypatch):
+    model = core.GPT(core.GPTConfig(100, block_size=16, n_layer=1, n_head=2, n_embd=8))
+
+    def no_room(*args, **how):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(lab.measure.answers, "generate", no_room)
+    with pytest.raises(UserError, match=r"^out of memory with 2 rows of 7 tokens at once: use a smaller"):
+        answer_ids(model, Numbers(), [[1, 2], [3]], 5, 2, World())
+
+
+def test_as_many_prompts_at_once_as_the_free_memory_of_every_rank_holds(monkeypatch):
+    config = core.GPTConfig(1000, block_size=256, n_layer=4, n_head=2, n_embd=64)
+    model, free = core.GPT(config), 10**9
+    card = SimpleNamespace(
+        mem_get_info=lambda device: (free, 2 * free),
+        memory_reserved=lambda device: 0,
+        memory_allocated=lambda device: 0,
+    )
+    prompts, cpu = [[1] * 20, [1] * 100], World()
+    assert rows_at_once(model, prompts, 50, cpu, 32, False) == 32
+    assert rows_at_once(model, prompts, 50, replace(cpu, size=3), 32, False) == 96
+    world = World(device=torch.device("xpu"))
+    monkeypatch.setattr(torch, "xpu", card)
+    assert rows_at_once(model, prompts, 50, world, 32, False) == lab.measure.answers.ROWS
+    assert rows_at_once(model, prompts, 50, world, 32, True) == 32
+    cache = 150 * 2 * 4 * 64 * 4  # bytes of a row: tokens, keys and values, layers, width, fp32
+    free = 40 * cache
+    few = rows_at_once(model, prompts, 50, world, 32, False)
+    assert 5 < few < 0.6 * 40
+    monkeypatch.setattr(lab.measure.answers, "all_reduce_sum", lambda world, own: own + torch.tensor([0, 4]))
+    assert rows_at_once(model, prompts, 50, replace(world, size=2), 32, False) == 2 * 4
+    free = 1
+    assert rows_at_once(model, prompts, 50, replace(world, size=2), 32, False) == 2
+    assert rows_at_once(SimpleNamespace(config=SimpleNamespace()), prompts, 50, world, 32, False) == 32
 
 
 def test_rows_whose_answer_has_no_word_do_not_count_among_first_words():

@@ -1,8 +1,11 @@
 """Damaged checkpoints, damaged best weights and full disks cost no more than they must."""
 
+import errno
 import pickle
 import shutil
+import signal
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +17,7 @@ import core
 import run_preference as script
 from core import UserError, World
 from lab.run import checkpoints
+from lab.run.checkpoints import write_manifest
 from lab.run.files import write_json
 
 
@@ -243,3 +247,127 @@ def test_without_the_name_of_a_tested_checkpoint_the_newest_is_used(tested, capf
     with pytest.raises(UserError, match=r"^out/one is not finished: resume it, or name another --run$"):
         checkpoints.tested_checkpoints("out/one")
     assert capfd.readouterr().err == ""
+
+
+# ------------------------------------------------------------- written in a thread, as beside a card
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Checkpoints are written in a thread, which waits for the gate before it writes a manifest."""
+    opened, write = threading.Event(), checkpoints.write_manifest
+
+    def wait_and_write(folder, position):
+        assert threading.current_thread().name.startswith("checkpoint") and opened.wait(30)
+        write(folder, position)
+
+    monkeypatch.setattr(checkpoints, "apart", bool)
+    monkeypatch.setattr(checkpoints, "write_manifest", wait_and_write)
+    yield opened
+    opened.set()
+
+
+def trained_once():
+    """(Checkpoints, a model, its optimizer, a scaler, a position), the same each time"""
+    kept, model, said = kept_here()
+    optimizer, scaler = torch.optim.AdamW(model.parameters(), 0.1), parts(model)[1]
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    return kept, said, model, optimizer, scaler, {"fold": 0, "state": {"lowest": [1.0]}}
+
+
+def files(name):
+    return {path.name: path.read_bytes() for path in Path("out/one/checkpoints", name).iterdir()}
+
+
+def test_a_thread_writes_the_files_of_the_moment_whatever_training_does_meanwhile(gate, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "apart", lambda world: False)
+        patch.setattr(checkpoints, "write_manifest", write_manifest)
+        kept, _, model, optimizer, scaler, position = trained_once()
+        kept.save(1, model, optimizer, scaler, position)
+        kept.keep_weights(1, model, "best", 0, 1.0)
+    want = files("step_00000001"), files("best_step_00000001")
+    shutil.rmtree("out")
+    kept, said, model, optimizer, scaler, position = trained_once()
+    kept.save(1, model, optimizer, scaler, position)
+    assert kept.told() == "there is no checkpoint" and kept.pending == "step_00000001"
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    position["state"]["lowest"].append(0.5)
+    assert [name for name in names() if not name.startswith(".")] == []
+    gate.set()
+    kept.settle()
+    assert kept.told() == "the newest checkpoint is step_00000001" and kept.pending is None
+    kept, _, model, optimizer, scaler, position = trained_once()
+    gate.clear()
+    kept.keep_weights(1, model, "best", 0, 1.0)
+    with torch.no_grad():
+        model.weight.zero_()
+    gate.set()
+    assert kept.load_best(model, 0) == "best_step_00000001"  # waits for it
+    assert (files("step_00000001"), files("best_step_00000001")) == want and said == []
+
+
+def test_one_is_whole_before_the_next_is_begun_and_one_that_must_be_on_return(gate):
+    kept, _, *saved, position = trained_once()
+    kept.save(1, *saved, position)
+    threading.Timer(0.05, gate.set).start()
+    kept.save(2, *saved, position)
+    assert kept.newest == "step_00000001" and kept.pending == "step_00000002"
+    kept.save(2, *saved, position)  # it is being written
+    kept.save(2, *saved, position, must=True)
+    assert kept.newest == "step_00000002" and kept.pending is None
+    assert [checkpoints.broken(path) for path in Path("out/one/checkpoints").iterdir()] == [None, None]
+
+
+def test_a_disk_that_fills_while_a_thread_writes_is_an_error_where_it_is_waited_for(gate, monkeypatch):
+    kept, said, *saved, position = trained_once()
+    gate.set()
+    kept.save(1, *saved, position)
+    kept.settle()
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lab.run.files.flush", full)
+        kept.save(2, *saved, position)
+        with pytest.raises(OSError, match="No space left"):
+            kept.save(3, *saved, position)
+        kept.save(4, *saved, position)
+        assert isinstance(kept.settle_alone(), OSError) and kept.settle_alone() is None
+    assert names() == ["step_00000001"] == [kept.newest] and kept.told().endswith("is step_00000001")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        kept.save(5, *saved, position)  # this is known at once
+        assert kept.pending is None and said[0].startswith("WARNING not saved: step_00000005 needs 1 MB")
+
+
+def test_without_memory_for_a_copy_the_training_waits(monkeypatch):
+    monkeypatch.setattr(checkpoints, "apart", bool)
+    monkeypatch.setattr(checkpoints, "memory_for", lambda size: False)
+    kept, _, *saved, position = trained_once()
+    kept.save(1, *saved, position)
+    assert checkpoints.broken(Path("out/one/checkpoints/step_00000001")) is None
+    kept.settle()
+    assert kept.newest == "step_00000001"
+
+
+def test_a_copy_leaves_as_much_memory_again():
+    assert checkpoints.memory_for(1) and not checkpoints.memory_for(10**15)
+
+
+@pytest.mark.slow
+def test_killed_while_a_thread_writes_the_one_before_stays_and_a_stop_waits_for_it():
+    """By SIGKILL in the second checkpoint; then by TERM in the next; both before its manifest."""
+    flags = ["--smoke", "--max_documents", 200, "--epochs", 2, "--save_every", 2, "--out", "out"]
+    again, apart = ["--resume_timestamp", "auto"], {"WRITE_APART": "1"}
+    assert launch("run_preference", *flags, kill=("save", 2, 0), env=apart) == [-signal.SIGKILL]
+    assert [path.name for path in checkpoints.step_folders(newest() / "checkpoints")] == ["step_00000002"]
+    codes = launch("run_preference", *flags, *again, sent=("save", 1, signal.SIGTERM), env=apart)
+    assert codes == [-signal.SIGTERM] and result()["status"] == "stopped"
+    assert len(list(Path("out").iterdir())) == 1
+    last = newest() / "checkpoints" / result()["checkpoint"]
+    assert int(last.name[5:]) > 2 and checkpoints.broken(last) is None
+    assert not list(last.parent.glob(".*"))

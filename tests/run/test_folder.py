@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import shutil
 import signal
@@ -16,7 +17,7 @@ from torch import nn
 
 import core
 from core import UserError, World
-from lab.run import folder
+from lab.run import checkpoints, folder
 from lab.run.resume import plan_run
 
 
@@ -322,3 +323,33 @@ def test_spikes_count_over_folds_and_what_else_a_fold_noted_is_its_own():
         run.step_done(2.0, 4, 4)
         assert run.load(None, None, None, fold=1) == 0 and run.meter.all_examples == 4
         assert run.state == {"spikes": 2, "left_out": 1}
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_run_waits_on_its_way_out_for_the_checkpoint_that_a_thread_writes(stopped, monkeypatch):
+    monkeypatch.setattr(checkpoints, "apart", bool)
+    with contextlib.nullcontext() if stopped else pytest.raises(ZeroDivisionError), start() as run:
+        one_step(run)
+        assert run.checkpoint is None and run.checkpoints.pending
+        if stopped:
+            raise core.Stop("SIGTERM")
+        1 / 0  # noqa: B018
+    assert result()["checkpoint"] == "step_00000001"
+    assert checkpoints.broken(run.folder / "checkpoints" / "step_00000001") is None
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_last_checkpoint_that_finds_no_room_is_no_finished_run(stopped, monkeypatch, capfd):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "apart", bool)
+    monkeypatch.setattr(checkpoints, "write_manifest", full)
+    ends = contextlib.nullcontext() if stopped else pytest.raises(OSError, match="No space left")
+    with ends, start() as run:
+        one_step(run)
+        if stopped:
+            raise core.Stop("SIGTERM")
+    said = "WARNING the last checkpoint is not written: [Errno 28] No space left on device"
+    assert (said in capfd.readouterr().out) == stopped
+    assert result()["status"] == ("stopped" if stopped else "failed") and result()["checkpoint"] is None

@@ -1,6 +1,7 @@
 """Which dtype a device computes in: auto, TF32, what a run notes and keeps."""
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -139,6 +140,15 @@ def test_emulated_bf16_is_warned_of(native):
 
 def test_a_precision_is_never_auto(native):
     assert core.Precision("auto", CPU).dtype == "fp32" and core.Precision("auto", CARD).dtype == native
+
+
+def test_text_is_written_in_half_on_a_card_and_in_fp32_on_a_cpu(monkeypatch):
+    entered = []
+    monkeypatch.setattr(core.Precision, "autocast", lambda self: entered.append(self.dtype) or nullcontext())
+    for device in ("cpu", "xpu"):
+        with core.Precision("bf16", World(device=torch.device(device))).generation():
+            entered.append(device)
+    assert entered == ["cpu", "bf16", "xpu"]
 
 
 def test_an_encoder_that_overflows_in_half_precision_is_refused_by_name():
