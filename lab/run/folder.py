@@ -250,7 +250,7 @@ class Run:
         self.signals.saved = self.checkpoints.told()
 
     def has_saved(self, step) -> bool:
-        """Whether the newest checkpoint, or the one that is being written, is that of this step of the fold."""
+        """Whether the newest checkpoint, or that which is being written, is this step's of the fold."""
         return step_name(self.first_step + step) in (self.checkpoint, self.checkpoints.pending)
 
     def require_finite(self, loss):
