@@ -5,11 +5,13 @@ import math
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ranks
 import safetensors.torch
 import torch
+from toys.results import make_run
 from toys.sft import (
     BARE,
     adapted,  # noqa: F401 (a fixture)
@@ -201,3 +203,23 @@ def test_adapters_on_the_output_matrix_alone_are_a_run():
     assert any(held["lm_head.B"].any() for held in weights)
     assert {key.split(".lora_")[0] for key in exported(folder) if key.startswith("peft")} == {
         "peft base_model.model.lm_head"}  # fmt: skip
+
+
+def test_a_run_keeps_of_an_adapter_what_it_reads_and_nothing_else(monkeypatch):
+    """A pipe beside it, or the runs' own folder in it, must not be copied."""
+    Path("mine/sub").mkdir(parents=True)
+    os.mkfifo("mine/pipe")
+    for name in ("adapter_config.json", "adapter_model.safetensors", "notes.txt"):
+        Path("mine", name).write_text(name)
+    monkeypatch.chdir("mine")
+    Path("runs/a").mkdir(parents=True)
+    tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
+    run_lora.keep_for_later(Path("runs/a"), SimpleNamespace(adapter="."), tokenizer)
+    kept = {path.name: path.read_text() for path in Path("runs/a/adapter").iterdir()}
+    assert kept == {name: name for name in ("adapter_config.json", "adapter_model.safetensors")}
+
+
+def test_a_run_that_lost_its_tokenizer_says_so_and_asks_no_hub():
+    folder = make_run("a")
+    with pytest.raises(UserError, match=f"^{folder} has lost its tokenizer: copy {folder}/tokenizer anew$"):
+        run_lora.load_model(folder, World())

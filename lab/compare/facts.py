@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab.errors import UserError
-from lab.run.files import read_sealed, sha256_file
+from lab.run.files import is_folder, is_there, read_sealed, sha256_file
 from lab.run.flags import STUDY_CONSTANTS
 from lab.run.resume import CALL_CONSTANTS, MAY_CHANGE
 from lab.run.stored import read_result, run_config
@@ -217,9 +217,9 @@ def find(names) -> list[Facts]:
     single, inside_of = {}, {}
     for name in names:
         path = Path(name)
-        if not path.is_dir():
+        if not is_folder(path):
             raise UserError(f"no such folder: {name}")
-        if (path / "config.json").exists():
+        if is_there(path / "config.json"):
             single[path.resolve()] = read(path)
             continue
         inside = sorted(p.parent for p in path.glob("*/config.json"))

@@ -32,7 +32,7 @@ from lab.data.tokenizers import (
 )
 from lab.errors import UserError
 from lab.train.loss import IGNORE_INDEX
-from lab.train.processes import main_first
+from lab.train.processes import main_first, on_main
 
 SHARES = {"train": 0.85, "test": 0.10, "val": 0.05}  # journal 001's, in the order in which it took them
 
@@ -118,7 +118,7 @@ def load_instructions(cfg, world, tokenizer=None) -> Instructions:
 
     `tokenizer`: none is that of cfg.model; of tiny:gpt2 it is made of the rows.
     """
-    hub_split(cfg.data)  # a mistyped file must not wait for a tokenizer
+    on_main(world, hub_split, cfg.data)  # a mistyped file must not wait for a tokenizer
     name = tokenizer_of(cfg.model)
     if not tokenizer and not cfg.model.startswith("tiny:"):
         tokenizer = main_first(world, named_tokenizer, name, KINDS)

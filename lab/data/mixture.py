@@ -18,11 +18,11 @@ from lab.data import blocks
 from lab.data.blocks import Windows, stretches
 from lab.data.builtin import BUILT_IN
 from lab.data.cache import BadRows, cache_root, cached_folder
-from lab.data.paths import is_there, stem_of
+from lab.data.paths import stem_of
 from lab.data.text import TEXT_CACHE_VERSION, Corpus, Tokens, open_corpus, split_pieces, text_fingerprint
 from lab.data.tokenizers import is_built_in, make_tokenizer, token_bytes, tokenizer_fingerprint
 from lab.errors import UserError
-from lab.run.files import short_hash
+from lab.run.files import is_there, short_hash
 from lab.train.processes import on_main
 
 

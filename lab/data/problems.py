@@ -12,12 +12,12 @@ from lab.data.builtin import built_in_fingerprint, built_in_problems
 from lab.data.cache import BadRows, cached_rows, is_clean, write_texts
 from lab.data.columns import LETTERS, PROBLEM_COLUMNS
 from lab.data.instructions import Instructions, prompt_hash
-from lab.data.paths import TABLES, data_files, files_of, is_one_set, is_there
+from lab.data.paths import TABLES, data_files, files_of, is_one_set
 from lab.data.split import split_by_group
 from lab.data.tables import columns_of, data_fingerprint, hub_split, read_rows, require_columns
 from lab.data.tokenizers import begin_facts, begin_ids, tokenizer_fingerprint
 from lab.errors import UserError
-from lab.run.files import joint_hash
+from lab.run.files import is_there, joint_hash
 
 OTHER_NAMES = {"Problem": "question"}  # AQuA's
 BUILT_IN = "template-problems"
