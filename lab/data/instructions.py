@@ -219,13 +219,16 @@ def split(data, cfg) -> tuple[dict[str, np.ndarray], list[str]]:
         lines.append(f"{cut} row(s) are cut at {room}: they lose the end of the answer and its end token")
     if left := int((~fits).sum()):
         lines.append(f"{left} row(s) are left out: their prompts alone fill {room}")
-    known = set(data.groups[parts["train"]])
-    for name in ("test", "val"):
-        if seen := sum(group in known for group in data.groups[parts[name]]):
-            lines.append(
-                f"{seen} of {len(parts[name])} {name} rows have a prompt that training rows have, too"
-            )
-    return parts, lines
+    return parts, [*lines, *lines_on_known(data, parts, "prompt")]
+
+
+def lines_on_known(data, parts, what) -> list[str]:
+    """A line for each held-out part in which rows have a prompt that training rows have; `what`: its name."""
+    known, lines = set(data.groups[parts["train"]]), []
+    for name, rows in parts.items():
+        if name != "train" and (seen := sum(group in known for group in data.groups[rows])):
+            lines.append(f"{seen} of {len(rows)} {name} rows have a {what} that training rows have, too")
+    return lines
 
 
 class Examples:

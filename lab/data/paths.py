@@ -222,12 +222,20 @@ def data_files(name) -> list[DataFile]:
 
 
 def walk(folder):
-    """Yields the path of every file below a folder, relative to it. UserError where that is not allowed."""
+    """Yields the path of every file below a folder, relative to it, links to folders followed; each folder is
+    read once, whatever leads to it. UserError where that is not allowed."""
+    seen = set()
 
     def refuse(error):
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): take it out or give it back")
 
-    for where, _, names in os.walk(folder, onerror=refuse):
+    for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(where)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        links = {name for name in folders if os.path.islink(os.path.join(where, name))}
+        folders[:] = [*sorted({*folders} - links), *sorted(links)]  # its own name before a link's
         for name in names:
             yield Path(where, name).relative_to(folder)
 

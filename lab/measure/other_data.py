@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from lab.data.blocks import Windows, stretches
+from lab.data.blocks import Windows
 from lab.data.builtin import BUILT_IN
 from lab.data.cache import BadRows, cached_rows, write_ids
 from lab.data.instructions import Examples, load_instructions
@@ -111,9 +111,7 @@ def measure_text(data, stored, model, tokenizer, cfg, world, poll) -> Measured:
     sizes = token_bytes(tokenizer)
     sums = evaluate(model, windows, stored, world, poll)
     spelt = np.array([sizes[ids].sum() for ids in windows.target_ids()])
-    groups = stretches(len(windows))
-    if len(documents) >= 100:
-        groups = np.array([number for number, *_ in windows.windows])
+    groups = windows.groups()
     counts = f"{len(documents)} documents, {int(sums[:, 2].sum()):,} targets"
     lines = [
         *split_lines(data, split),
