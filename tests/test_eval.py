@@ -323,3 +323,9 @@ def test_answers_of_five_are_among_the_figures_of_a_run_that_answers():
     figures |= {"answer_accuracy": 0.25, "answer_accuracy_interval": [0.2, 0.3]}
     assert script.cells(figures)["answers"] == "0.250 ± 0.050"
     assert script.cells(figures | {"rows": 1, "loss_interval": [math.nan] * 2})["loss"] == "2.0000 ± unknown"
+
+
+def test_rows_of_a_run_that_cannot_be_written_are_one_line_behind_the_figures():
+    Path("file").write_text("")
+    with pytest.raises(UserError, match=r"^file/run cannot be written .*: the figures above are right"):
+        script.write_rows(Path("file/run"), {"losses.jsonl": []})

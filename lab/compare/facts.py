@@ -126,7 +126,11 @@ def current_grades(folder, judged) -> dict:
     path = folder / "responses.json"
     if not judged or not path.exists():
         return judged
-    now = sha256_file(path)
+    try:
+        now = sha256_file(path)
+    except OSError as error:
+        print(f"WARNING {path} cannot be read ({error.strerror}): its grades are not shown", file=sys.stderr)
+        return {}
     old = [name for name, summary in judged.items() if summary.get("responses_sha256", now) != now]
     for name in old:
         print(f"WARNING {folder}: {name} graded other answers than responses.json now holds", file=sys.stderr)
@@ -201,7 +205,12 @@ def read_all(folders) -> list[Facts]:
 
 
 def _text(path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    """What a file of a run holds; nothing where there is none, or it cannot be read: then with a warning."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    except OSError as error:
+        print(f"WARNING {path} cannot be read ({error.strerror}): it counts as empty", file=sys.stderr)
+        return ""
 
 
 def _json(text):
