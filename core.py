@@ -31,7 +31,7 @@ from lab.data.tables import read_rows, require_columns
 from lab.data.text import Corpus, Tokens, open_corpus
 from lab.data.tokenizers import (
     make_tokenizer,
-    named_tokenizer,
+    own_tokenizer,
     token_bytes,
     tokenizer_fingerprint,
     tokenizer_of,

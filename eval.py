@@ -210,16 +210,16 @@ def subject(name) -> Subject:
     """Checks a name of --run. UserError for a folder that is neither a run nor a model, or for a
     mistyped path."""
     folder = Path(name)
-    if not folder.exists() and (
+    if not files.is_there(folder) and (
         name.count("/") > 1 or name[0] in "./~" or ("/" in name and folder.parent.is_dir())
     ):
         raise core.UserError(f"no such folder: {name}")
-    if folder.is_file():
+    if files.is_file(folder):
         raise core.UserError(f"{name} is a file: name a run's folder, or a model")
     if int4.is_quantised(folder):
         return Subject(str(folder))
-    if not (folder / "config.json").exists():
-        if (folder / "adapter_config.json").exists():
+    if not files.is_there(folder / "config.json"):
+        if files.is_there(folder / "adapter_config.json"):
             raise core.UserError(f"{name} is an adapter: {trusted.adapter_hint(name)}")
         if folder.exists():
             inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
@@ -346,6 +346,7 @@ def measure_own(subject, cfg, world, say, poll) -> dict:
 
 def write_rows(folder, rows):
     """Writes files of rows (name -> lines) anew, and their hashes to result.json."""
+    core.prepare_folder(folder, "the figures above are right, its files stay as they were")
     for name, lines in rows.items():
         core.write_lines(folder / name, lines)
     result = facts.read(folder).result
@@ -473,7 +474,7 @@ def judge_answers(cfg, say):
     """Mode judge: grades each --run's responses.json (or such a file) into
     judged.json beside it; or a duel."""
     names = named_runs(cfg) or [newest(root(cfg), "responses.json")]
-    paths = [path if (path := Path(name)).is_file() else path / "responses.json" for name in names]
+    paths = [Path(name) if files.is_file(name) else Path(name, "responses.json") for name in names]
     rows, asked = [responses.read_responses(path) for path in paths], judge.make_judge(cfg)
     if cfg.pairwise:
         return duel(cfg, names, paths, rows, asked, say)

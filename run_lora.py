@@ -178,14 +178,15 @@ def keep_for_later(folder, cfg, tokenizer):
     tokenizer.save_pretrained(folder / "tokenizer")
     if cfg.adapter and not (folder / "adapter").exists():
         with core.whole_folder(folder / "adapter") as aside:
-            shutil.copytree(cfg.adapter, aside, dirs_exist_ok=True)
+            for name in lora_peft.FILES:  # not whatever else lies there
+                shutil.copyfile(Path(cfg.adapter) / name, aside / name)
 
 
 def load_model(folder, world, base_dtype=None):
     """(Config, model, tokenizer) of a run: the adapters that it was tested with, on its base, held as in
     training unless base_dtype says otherwise. UserError if the base has changed."""
     cfg = core.stored_config(folder, Config, __file__)
-    tokenizer = core.named_tokenizer(str(Path(folder) / "tokenizer"))
+    tokenizer = core.own_tokenizer(folder)
     core.reseed(cfg.seed, "init")  # the random weights of tiny:gpt2 come from it
     model = core.Precision(cfg.dtype, world).prepare(build_model(cfg, tokenizer, world, folder))
     if core.state_sha256(core.base_weights(model)) != core.read_config(folder)["facts"].get("base_sha256"):

@@ -418,3 +418,9 @@ def test_validation_rows_are_marked_in_the_table_of_several():
     figures = {"rows": 40, "loss": 2.0, "loss_interval": [1, 3], "accuracy": 0.5, "accuracy_interval": [0, 1]}
     assert script.cells(figures | {"part": "val"})["part"] == "val"
     assert "part" not in script.cells(figures | {"part": "test"}) and "part" not in script.cells(figures)
+
+
+def test_rows_of_a_run_that_cannot_be_written_are_one_line_behind_the_figures():
+    Path("file").write_text("")
+    with pytest.raises(UserError, match=r"^file/run cannot be written .*: the figures above are right"):
+        script.write_rows(Path("file/run"), {"losses.jsonl": []})

@@ -5,11 +5,13 @@ import math
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ranks
 import safetensors.torch
 import torch
+from toys.results import make_run
 from toys.sft import (
     BARE,
     adapted,  # noqa: F401 (a fixture)
@@ -217,3 +219,23 @@ def test_a_run_on_a_base_held_in_bf16_ends_with_the_same_adapters_and_exports_th
     ]
     assert dtypes == [{torch.float32, torch.bfloat16}, {torch.float32}]
     assert core.read_config(ranks.newest("out"))["constants"]["base_dtype"] == "fp32"  # auto, on a CPU
+
+
+def test_a_run_keeps_of_an_adapter_what_it_reads_and_nothing_else(monkeypatch):
+    """A pipe beside it, or the runs' own folder in it, must not be copied."""
+    Path("mine/sub").mkdir(parents=True)
+    os.mkfifo("mine/pipe")
+    for name in ("adapter_config.json", "adapter_model.safetensors", "notes.txt"):
+        Path("mine", name).write_text(name)
+    monkeypatch.chdir("mine")
+    Path("runs/a").mkdir(parents=True)
+    tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
+    run_lora.keep_for_later(Path("runs/a"), SimpleNamespace(adapter="."), tokenizer)
+    kept = {path.name: path.read_text() for path in Path("runs/a/adapter").iterdir()}
+    assert kept == {name: name for name in ("adapter_config.json", "adapter_model.safetensors")}
+
+
+def test_a_run_that_lost_its_tokenizer_says_so_and_asks_no_hub():
+    folder = make_run("a")
+    with pytest.raises(UserError, match=f"^{folder} has lost its tokenizer: copy {folder}/tokenizer anew$"):
+        run_lora.load_model(folder, World())

@@ -14,7 +14,7 @@ import numpy as np
 from lab.compare.difference import FEWEST, difference, mean
 from lab.compare.rows import NEEDED, Rows
 from lab.compare.tables import markdown
-from lab.data import mixture
+from lab.data import blocks, mixture
 from lab.errors import UserError
 from lab.measure.statistics import plus_minus, span
 from lab.run.files import short_hash, whole_file, write_json
@@ -81,7 +81,7 @@ def notes_of(runs, documents) -> list[str]:
             count = f"{idle} of {len(folders)} runs of {arm}"
             lines.append(f"NOTE NOT LEARNING: {count} do not beat token frequencies")
     few = " (few: intervals by stretch of text)"
-    counts = [f"{name} {n}{few if n < mixture.FEWEST else ''}" for name, n in documents.items()]
+    counts = [f"{name} {n}{few if n < blocks.FEWEST else ''}" for name, n in documents.items()]
     return [*lines, f"tested on documents  {'  '.join(counts)}"]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab.errors import UserError
-from lab.run.files import read_sealed, sha256_file
+from lab.run.files import is_folder, is_there, read_sealed, sha256_file
 from lab.run.flags import STUDY_CONSTANTS
 from lab.run.resume import CALL_CONSTANTS, MAY_CHANGE
 from lab.run.stored import read_result, run_config
@@ -126,7 +126,11 @@ def current_grades(folder, judged) -> dict:
     path = folder / "responses.json"
     if not judged or not path.exists():
         return judged
-    now = sha256_file(path)
+    try:
+        now = sha256_file(path)
+    except OSError as error:
+        print(f"WARNING {path} cannot be read ({error.strerror}): its grades are not shown", file=sys.stderr)
+        return {}
     old = [name for name, summary in judged.items() if summary.get("responses_sha256", now) != now]
     for name in old:
         print(f"WARNING {folder}: {name} graded other answers than responses.json now holds", file=sys.stderr)
@@ -201,7 +205,12 @@ def read_all(folders) -> list[Facts]:
 
 
 def _text(path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    """What a file of a run holds; nothing where there is none, or it cannot be read: then with a warning."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    except OSError as error:
+        print(f"WARNING {path} cannot be read ({error.strerror}): it counts as empty", file=sys.stderr)
+        return ""
 
 
 def _json(text):
@@ -217,9 +226,9 @@ def find(names) -> list[Facts]:
     single, inside_of = {}, {}
     for name in names:
         path = Path(name)
-        if not path.is_dir():
+        if not is_folder(path):
             raise UserError(f"no such folder: {name}")
-        if (path / "config.json").exists():
+        if is_there(path / "config.json"):
             single[path.resolve()] = read(path)
             continue
         inside = sorted(p.parent for p in path.glob("*/config.json"))

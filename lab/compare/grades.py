@@ -47,7 +47,7 @@ def mean_and_interval(means, groups, counted) -> dict:
 def lines_of_score(name, scored) -> list[str]:
     """Lines for the terminal on what judge.score returns."""
     if scored["score"] is None:
-        return [f"{name}  no grade could be read in {scored['unreadable']} replies of {scored['judge']}"]
+        return [f"{name}  no grade could be read of {scored['judge']}: {words_on_missing(scored, 'grade')}"]
     score = plus_minus(scored["score"], scored["score_interval"], 2)
     counts = f"{scored['graded']} of {scored['rows']} answers, {scored['empty']} empty"
     lines = [f"{name}  {scored['judge']}  {score} of 100  {counts}"]
@@ -55,9 +55,7 @@ def lines_of_score(name, scored) -> list[str]:
         lowest = np.mean(
             [np.mean([grade or 0 for grade in row_grades["grades"]]) for row_grades in scored["grades"]]
         )
-        lines.append(
-            f"  {scored['unreadable']} replies hold no grade; counted as 0 the mean would be {lowest:.2f}"
-        )
+        lines.append(f"  {words_on_missing(scored, 'grade')}; counted as 0 the mean would be {lowest:.2f}")
     if scored["noise"] is not None:
         lines.append(
             f"  the judge's own noise: {scored['noise']:.1f} between {scored['repeats']} grades of one answer"
@@ -66,6 +64,16 @@ def lines_of_score(name, scored) -> list[str]:
         figure = plus_minus(part["score"], part["score_interval"], 2)
         lines.append(f"  {category}: {figure}, {part['rows']} answers")
     return lines
+
+
+def words_on_missing(figures, what) -> str:
+    """How many replies hold no grade (or verdict), and how many questions have no reply."""
+    unanswered = figures.get("unanswered", 0)
+    counts = {
+        f"replies hold no {what}": figures["unreadable"] - unanswered,
+        "questions have no reply": unanswered,
+    }
+    return ", ".join(f"{count} {words}" for words, count in counts.items() if count)
 
 
 def duel_figures(pairs, where, verdicts) -> dict:
@@ -83,7 +91,8 @@ def duel_figures(pairs, where, verdicts) -> dict:
                 longers.append((i, (verdict == place) == (a > b)))
     both = {i: row_grades for i, row_grades in wins.items() if len(places[i]) == 2}
     groups = [group_of(a) for a, _ in pairs]
-    equal = [i for i in range(len(pairs)) if i not in {i for i, _ in where}]
+    asked = {i for i, _ in where}
+    equal = [i for i in range(len(pairs)) if i not in asked]
     outcome = [(i, settled(row_grades)) for i, row_grades in both.items()] + [(i, 0.5) for i in equal]
     consistent = [(i, len(set(row_grades)) == 1) for i, row_grades in both.items()]
     figures = {"prompts": len(pairs), "equal": len(equal), "unreadable": verdicts.count(None)}
@@ -124,6 +133,6 @@ def lines_of_duel(first, second, d) -> list[str]:
         lines.append(f"  {verdict} by {d['judge']}; {d['equal']} pairs of answers are equal")
     lines.append(f"  same verdict in both orders {figure('same_in_both_orders')}")
     lines.append(f"  the one shown first wins {figure('first_place')}, the longer one {figure('longer')}")
-    lines += [f"  {d['unreadable']} replies hold no verdict"] if d["unreadable"] else []
+    lines += [f"  {words_on_missing(d, 'verdict')}"] if d["unreadable"] else []
     alone = f"  {d['without_partner']} answers to prompts that the other side lacks are left out"
     return [*lines, *([alone] if d["without_partner"] else [])]

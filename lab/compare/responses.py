@@ -6,14 +6,15 @@ from lab.data.cache import is_clean
 from lab.data.instructions import prompt_hash
 from lab.data.tables import read_rows, require_columns
 from lab.errors import UserError
+from lab.run.files import is_there
 
 
 def read_responses(path) -> list[dict]:
     """Reads responses.json: instruction, input, output, model_response. UserError for
     a row that is not text."""
-    if not Path(path).parent.exists():
+    if not is_there(Path(path).parent):
         raise UserError(f"{path}: there is no such folder, and no run has such a tag")
-    if not Path(path).exists():
+    if not is_there(path):
         raise UserError(f"{path} is not there: answer first, by eval.py --mode generate")
     rows = read_rows(str(path))
     require_columns(rows, ("instruction", "model_response"), path)

@@ -31,7 +31,7 @@ from lab.compare.responses import by_prompt, read_responses
 from lab.compare.rows import has_losses, judge_notes, judged_rows, mean_grades, shared_rows
 from lab.compare.tables import markdown, slug
 from lab.errors import UserError
-from lab.run.files import short_hash
+from lab.run.files import is_there, short_hash
 
 
 @dataclass
@@ -81,7 +81,7 @@ def is_same_experiment(one, other) -> bool:
 
 def named(name, root) -> list[Facts]:
     """The run of a folder, or the finished runs with this tag or preset. UserError without any."""
-    if (Path(name) / "config.json").exists():
+    if is_there(Path(name) / "config.json"):
         return [read(name)]
     if finished := tagged(name, root):
         return finished

@@ -70,6 +70,13 @@ class Windows:
         """The target ids of each window."""
         return [self.documents[number][first : end + 1] for number, _, end, first in self.windows]
 
+    def groups(self) -> np.ndarray:
+        """(windows,): what an interval redraws: documents, or of fewer than FEWEST (a book) stretches of
+        neighbouring windows."""
+        if len(self.documents) < FEWEST:
+            return stretches(len(self))
+        return np.array([number for number, *_ in self.windows], dtype=int)
+
     def batch(self, chosen, device) -> tuple[torch.Tensor, torch.Tensor]:
         """(input_ids, labels), both (B, T), padded on the right; labels on the host."""
         shape = len(chosen), int(self.lengths[chosen].max())
@@ -82,6 +89,9 @@ class Windows:
                 input_ids[row, : len(self.begin)] = self.begin
             labels[row, first - 1 - start : end - start] = ids[first - start :]
         return to_device(input_ids, device), labels
+
+
+FEWEST = 10  # documents that an interval can redraw
 
 
 def stretches(n) -> np.ndarray:

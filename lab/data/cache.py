@@ -66,7 +66,8 @@ def is_clean(text) -> bool:
 
 @contextmanager
 def writable_cache():
-    """Makes one line of it when the cache cannot be written: a full disk, a read-only one, no permission."""
+    """Makes one line of it when the cache cannot be written: a full disk, a read-only one, no permission; or
+    when a file of the data, which lies elsewhere, cannot be read."""
     try:
         yield
     except Exception as error:
@@ -74,8 +75,16 @@ def writable_cache():
         if not isinstance(error, OSError) and not rust:
             raise
         reason = getattr(error, "strerror", None) or (rust[1] if rust else str(error))
+        if (name := getattr(error, "filename", None)) and not on_the_way(name, cache_root()):
+            raise UserError(f"{name} cannot be read ({reason}): take it out or give it back") from error
         where = f"the cache {cache_root()} cannot be written ({reason})"
         raise UserError(f"{where}: set TOKEN_CACHE to a folder with room") from error
+
+
+def on_the_way(name, folder) -> bool:
+    """Whether a file lies in a folder, or is one of its parents."""
+    name, folder = Path(os.path.abspath(name)), Path(os.path.abspath(folder))
+    return name.is_relative_to(folder) or folder.is_relative_to(name)
 
 
 def seal(folder):

@@ -9,6 +9,7 @@ import urllib.request
 from pathlib import Path
 
 from lab.errors import UserError
+from lab.run.files import is_folder, is_there
 
 
 def from_hub(what, name, load, instead):
@@ -19,7 +20,7 @@ def from_hub(what, name, load, instead):
     except UserError:
         raise
     except Exception as error:  # every library on the way has its own kinds
-        reason = first_line(error) if online else "the Hub does not answer and HF_HOME holds no copy"
+        reason = first_line(error) if online else f"{_silence()} and HF_HOME holds no copy"
         raise UserError(f"{what} {name} cannot be fetched ({reason}): use {instead}") from error
 
 
@@ -46,7 +47,8 @@ def _hub_answers(seconds=5) -> bool:
     answers = []
 
     def probe():  # in a thread: looking a name up has no time-out of its own
-        with contextlib.suppress(OSError):
+        # many kinds: no network, an HF_ENDPOINT that is no address, an answer that is no HTTP
+        with contextlib.suppress(Exception):
             with contextlib.suppress(urllib.error.HTTPError):  # it spoke
                 urllib.request.urlopen(
                     os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=seconds
@@ -54,18 +56,31 @@ def _hub_answers(seconds=5) -> bool:
             answers.append(True)
 
     if "HF_HUB_OFFLINE" not in os.environ:
+        _asked.append(True)
         thread = threading.Thread(target=probe, daemon=True)
         thread.start()
         thread.join(seconds)
         os.environ["HF_HUB_OFFLINE"] = "0" if answers else "1"  # read when huggingface_hub is first imported
         if hub := sys.modules.get("huggingface_hub.constants"):  # it was: a local tokenizer did that
             hub.HF_HUB_OFFLINE = not answers
-    return os.environ["HF_HUB_OFFLINE"] == "0"
+    # as huggingface_hub reads it
+    return os.environ["HF_HUB_OFFLINE"].upper() not in ("1", "ON", "YES", "TRUE")
+
+
+_asked = []  # whether this process has asked the Hub; else HF_HUB_OFFLINE was set by the user
+
+
+def _silence() -> str:
+    """Why the Hub is not asked."""
+    if not _asked:
+        return "HF_HUB_OFFLINE is set"
+    endpoint = os.environ.get("HF_ENDPOINT")
+    return f"the Hub does not answer{f' at HF_ENDPOINT {endpoint}' if endpoint else ''}"
 
 
 def local_or_hub(what, name, load, built_in):
     """Calls `load()` for a folder or Hub id; every failure is a UserError of one line."""
-    if not Path(name).is_dir():
+    if not is_folder(name):
         if name[:1] in ("", ".", "/", "~"):
             raise UserError(f"no such folder: {name or repr(name)}")
         return from_hub(what, name, load, f"a local folder, or {built_in}")
@@ -80,7 +95,7 @@ def local_or_hub(what, name, load, built_in):
 
 def _what_it_is(folder) -> str | None:
     """Words for a folder in which nobody has put a model: there is none, or runs are; none for another."""
-    if (folder / "config.json").exists() or any(folder.glob("tokenizer*")):
+    if is_there(folder / "config.json") or any(folder.glob("tokenizer*")):
         return None
     if runs := sorted(path.parent for path in folder.glob("*/config.json")):
         return f"it holds runs, name one, e.g. {runs[-1]}"

@@ -33,7 +33,7 @@ from lab.data.tokenizers import (
 from lab.errors import UserError
 from lab.train.device import to_device
 from lab.train.loss import IGNORE_INDEX
-from lab.train.processes import main_first
+from lab.train.processes import main_first, on_main
 from lab.train.waits import waiting
 
 SHARES = {"train": 0.85, "test": 0.10, "val": 0.05}  # journal 001's, in the order in which it took them
@@ -120,7 +120,7 @@ def load_instructions(cfg, world, tokenizer=None) -> Instructions:
 
     `tokenizer`: none is that of cfg.model; of tiny:gpt2 it is made of the rows.
     """
-    hub_split(cfg.data)  # a mistyped file must not wait for a tokenizer
+    on_main(world, hub_split, cfg.data)  # a mistyped file must not wait for a tokenizer
     name = tokenizer_of(cfg.model)
     if not tokenizer and not cfg.model.startswith("tiny:"):
         tokenizer = main_first(world, named_tokenizer, name, KINDS)
@@ -221,13 +221,16 @@ def split(data, cfg) -> tuple[dict[str, np.ndarray], list[str]]:
         lines.append(f"{cut} row(s) are cut at {room}: they lose the end of the answer and its end token")
     if left := int((~fits).sum()):
         lines.append(f"{left} row(s) are left out: their prompts alone fill {room}")
-    known = set(data.groups[parts["train"]])
-    for name in ("test", "val"):
-        if seen := sum(group in known for group in data.groups[parts[name]]):
-            lines.append(
-                f"{seen} of {len(parts[name])} {name} rows have a prompt that training rows have, too"
-            )
-    return parts, lines
+    return parts, [*lines, *lines_on_known(data, parts, "prompt")]
+
+
+def lines_on_known(data, parts, what) -> list[str]:
+    """A line for each held-out part in which rows have a prompt that training rows have; `what`: its name."""
+    known, lines = set(data.groups[parts["train"]]), []
+    for name, rows in parts.items():
+        if name != "train" and (seen := sum(group in known for group in data.groups[rows])):
+            lines.append(f"{seen} of {len(rows)} {name} rows have a {what} that training rows have, too")
+    return lines
 
 
 class Examples:

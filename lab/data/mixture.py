@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from lab.data import blocks
-from lab.data.blocks import Windows, stretches
+from lab.data.blocks import Windows
 from lab.data.builtin import BUILT_IN
 from lab.data.cache import BadRows, cache_root, cached_folder
-from lab.data.paths import is_there, stem_of
+from lab.data.paths import stem_of
 from lab.data.text import TEXT_CACHE_VERSION, Corpus, Tokens, open_corpus, split_pieces, text_fingerprint
 from lab.data.tokenizers import is_built_in, make_tokenizer, token_bytes, tokenizer_fingerprint
 from lab.errors import UserError
-from lab.run.files import short_hash
+from lab.run.files import is_there, short_hash
 from lab.train.device import to_device
 from lab.train.processes import on_main
 from lab.train.waits import waiting
@@ -139,7 +139,7 @@ def sources_of(cfg) -> dict[str, Corpus]:
     alone = cfg.mode in ONE_ARM and (cfg.data not in cfg.arms or not is_learnt(cfg.tokenizer))
     arms = (cfg.data,) if alone else cfg.arms
     for name in dict.fromkeys(name for arm in arms for name in shares_of(arm)):
-        where = address(named, name, "--arms")
+        where = address(named, name, "--data" if alone else "--arms")
         corpus = corpus_of(cfg, where, max_tokens=cfg.max_tokens or pool)
         if sources.setdefault(label(name), corpus) != corpus:
             raise UserError(f"two sources are called {label(name)}: name them by --sources name=where")
@@ -212,12 +212,7 @@ def windows_of(tokens, part, context) -> tuple[Windows, np.ndarray]:
     ends = np.flatnonzero(stream == tokens.tokenizer.eos_token_id)
     documents = [stream[start : end + 1] for start, end in itertools.pairwise(ends)]
     windows = Windows(documents, context, context)
-    if len(documents) < FEWEST:
-        return windows, stretches(len(windows))
-    return windows, np.array([number for number, *_ in windows.windows], dtype=int)
-
-
-FEWEST = 10  # documents that an interval can redraw; of fewer (a book), stretches of neighbouring windows
+    return windows, windows.groups()
 
 
 class MixedBlocks:

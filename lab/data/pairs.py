@@ -18,7 +18,7 @@ from lab.data.tables import data_fingerprint, hub_split, read_rows, require_colu
 from lab.data.tokenizers import encoder_tokenizer, tokenizer_fingerprint
 from lab.errors import UserError
 from lab.train.device import to_device
-from lab.train.processes import main_first
+from lab.train.processes import main_first, on_main
 from lab.train.waits import waiting
 
 UNKNOWN = -1  # label of a row that is to be judged
@@ -116,7 +116,7 @@ def load_pairs(cfg, world, tokenizer=None) -> Preferences:
 
     `tokenizer`: none is that of cfg.model.
     """
-    hub_split(cfg.data)  # a mistyped file must not wait for a tokenizer
+    on_main(world, hub_split, cfg.data)  # a mistyped file must not wait for a tokenizer
     # a tiny model's tokenizer is made of the rows' words
     if not tokenizer and not cfg.model.startswith("tiny:"):
         tokenizer = main_first(world, encoder_tokenizer, cfg.model)

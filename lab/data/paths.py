@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 
 from lab.data.hub import first_line
 from lab.errors import UserError
-from lab.run.files import joint_hash, sha256_file
+from lab.run.files import is_folder, is_there, joint_hash, sha256_file
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow")
 TEXT_FILES = (".txt", ".text", ".md", ".rst", ".py")
@@ -204,20 +204,6 @@ def refuse_foreign(head, file):
         raise UserError(f"{file} is a Parquet file: name it .parquet")
 
 
-def is_there(name) -> bool:
-    """Whether there is a file or folder of this name. UserError for a name that no disk takes."""
-    try:
-        os.stat(name)
-        return True
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        short = str(name) if len(str(name)) < 100 else f"{str(name)[:60]}..."
-        raise UserError(f"{short} cannot be read ({error.strerror}): name another file") from None
-    except ValueError as error:  # a NUL byte, a lone surrogate
-        raise UserError(f"{str(name)[:60]!r} is no file name ({first_line(error)})") from None
-
-
 def data_files(name) -> list[DataFile]:
     """Every file of data that a file, folder or zip holds, in the order of their paths (in a zip: its own);
     hidden files and those that only describe data are left out. Empty if there is nothing of this name."""
@@ -236,19 +222,27 @@ def data_files(name) -> list[DataFile]:
 
 
 def walk(folder):
-    """Yields the path of every file below a folder, relative to it. UserError where that is not allowed."""
+    """Yields the path of every file below a folder, relative to it, links to folders followed; each folder is
+    read once, whatever leads to it. UserError where that is not allowed."""
+    seen = set()
 
     def refuse(error):
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): take it out or give it back")
 
-    for where, _, names in os.walk(folder, onerror=refuse):
+    for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(where)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        links = {name for name in folders if os.path.islink(os.path.join(where, name))}
+        folders[:] = [*sorted({*folders} - links), *sorted(links)]  # its own name before a link's
         for name in names:
             yield Path(where, name).relative_to(folder)
 
 
 def descriptions(name) -> list[str]:
     """Names of the text files of a folder that are left out, since they describe it: README.md and such."""
-    files = sorted(walk(Path(name))) if Path(name).is_dir() else []
+    files = sorted(walk(Path(name))) if is_folder(name) else []
     texts = [file for file in files if form_of(file)[0] in TEXT_FILES and not is_hidden(file)]
     return [str(file) for file in texts if not is_data(file, Path(name).name)]
 

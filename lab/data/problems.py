@@ -11,13 +11,13 @@ import numpy as np
 from lab.data.builtin import built_in_fingerprint, built_in_problems
 from lab.data.cache import BadRows, cached_rows, is_clean, write_texts
 from lab.data.columns import LETTERS, PROBLEM_COLUMNS
-from lab.data.instructions import Instructions, prompt_hash
-from lab.data.paths import TABLES, data_files, files_of, is_one_set, is_there
+from lab.data.instructions import Instructions, lines_on_known, prompt_hash
+from lab.data.paths import TABLES, data_files, files_of, is_one_set
 from lab.data.split import split_by_group
 from lab.data.tables import columns_of, data_fingerprint, hub_split, read_rows, require_columns
 from lab.data.tokenizers import begin_facts, begin_ids, tokenizer_fingerprint
 from lab.errors import UserError
-from lab.run.files import joint_hash
+from lab.run.files import is_there, joint_hash
 
 OTHER_NAMES = {"Problem": "question"}  # AQuA's
 BUILT_IN = "template-problems"
@@ -287,8 +287,4 @@ def split(data, cfg) -> tuple[dict[str, np.ndarray], list[str]]:
     parts = {name: rows[fits[rows]] for name, rows in parts.items()}
     if empty := [name for name, rows in parts.items() if not len(rows)]:
         raise UserError(f"{cfg.data} leaves no {empty[0]} rows: use more rows or a larger --max_length")
-    known = set(data.groups[parts["train"]])
-    for name in ("val", "test"):
-        if seen := sum(group in known for group in data.groups[parts[name]]):
-            lines.append(f"{seen} of {len(parts[name])} {name} rows have a problem that training rows have")
-    return parts, lines
+    return parts, [*lines, *lines_on_known(data, parts, "problem")]

@@ -13,8 +13,9 @@ import tempfile
 from pathlib import Path
 
 from lab.data.hub import first_line, from_hub
-from lab.data.paths import SUFFIXES, TABLES, DataFile, data_files, files_hash, form_of, is_there, table_files
+from lab.data.paths import SUFFIXES, TABLES, DataFile, data_files, files_hash, form_of, table_files
 from lab.errors import UserError, printable
+from lab.run.files import is_there
 
 LOOK = 100  # rows of a stream that are looked at to know its columns
 LONGEST = 1 << 28  # bytes of a line: what is longer is no row

@@ -13,6 +13,7 @@ import numpy as np
 
 from lab.data.hub import local_or_hub
 from lab.errors import UserError
+from lab.run.files import is_folder
 from lab.run.stored import is_run
 from lab.train.processes import progress
 
@@ -41,7 +42,7 @@ def pretrained_tokenizer(name, built_in):
 def own_tokenizer(folder):
     """The tokenizer that a run or a cache keeps in its folder. UserError where it is gone: a name that is no
     folder would be looked for on the Hub."""
-    if not (Path(folder) / "tokenizer").is_dir():
+    if not is_folder(Path(folder) / "tokenizer"):
         raise UserError(f"{folder} has lost its tokenizer: copy {folder}/tokenizer anew")
     return pretrained_tokenizer(str(Path(folder) / "tokenizer"), "")
 

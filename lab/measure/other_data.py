@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from lab.data.blocks import Windows, stretches
+from lab.data.blocks import Windows
 from lab.data.builtin import BUILT_IN
 from lab.data.cache import BadRows, cached_rows, write_ids
 from lab.data.instructions import Examples, load_instructions
@@ -18,6 +18,7 @@ from lab.errors import UserError
 from lab.measure.language import evaluate, loss_lines
 from lab.measure.statistics import language_metrics
 from lab.measure.tuning import spelt_bytes
+from lab.train.processes import on_main
 
 LONGEST_WINDOW = 2048  # tokens, unless --context asks for more: a model may advertise 131,072 of them
 
@@ -61,10 +62,10 @@ def split_of(data) -> dict[str, str]:
     return {"split": split} if split else {}
 
 
-def split_lines(data) -> list[str]:
-    """Says which split of a Hub set is measured, and how to name another."""
+def split_lines(data, split) -> list[str]:
+    """Says which split of a Hub set is measured (`split_of`), and how to name another."""
     other = "the id with #validation behind it is another one"
-    return [f"split {split} of {data}: {other}" for split in split_of(data).values()]
+    return [f"split {name} of {data}: {other}" for name in split.values()]
 
 
 def documents_key(source, tokenizer) -> dict:
@@ -110,18 +111,20 @@ def measure_text(data, stored, model, tokenizer, cfg, world, poll) -> Measured:
         raise UserError(f"--context {context} is over the {most} positions of the model")
     if stride > context:
         raise UserError(f"--stride {stride} is over the {context} tokens of a window: use half of them")
-    source = Corpus(data, "", cfg.text_column, cfg.max_documents)
+    source, split = Corpus(data, "", cfg.text_column, cfg.max_documents), on_main(world, split_of, data)
     rows = cached_rows(world, "measured", documents_key, write_documents, source, tokenizer)
     documents = [rows.tokens[start:end] for start, end in itertools.pairwise(rows.offsets)]
     windows = Windows(documents, context, stride, begin_ids(tokenizer))
     sizes = token_bytes(tokenizer)
     sums = evaluate(model, windows, stored, world, poll)
     spelt = np.array([sizes[ids].sum() for ids in windows.target_ids()])
-    groups = stretches(len(windows))
-    if len(documents) >= 100:
-        groups = np.array([number for number, *_ in windows.windows])
+    groups = windows.groups()
     counts = f"{len(documents)} documents, {int(sums[:, 2].sum()):,} targets"
-    lines = [*split_lines(data), *rows.columns["lines"], f"{counts}, windows of {context}, stride {stride}"]
+    lines = [
+        *split_lines(data, split),
+        *rows.columns["lines"],
+        f"{counts}, windows of {context}, stride {stride}",
+    ]
     if not cfg.context and context < most:
         lines.append(f"the model holds {most:,} tokens: --context for longer windows")
     size = rows.columns["bytes"]
@@ -131,7 +134,7 @@ def measure_text(data, stored, model, tokenizer, cfg, world, poll) -> Measured:
     if spelt.sum():
         spelt = spelt * (size / spelt.sum()) if spelt.sum() != size else spelt
     file = "losses.jsonl", loss_lines("test", np.arange(len(windows)), groups, sums, spelt)
-    constants = {"text_column": cfg.text_column, "context": context, "stride": stride} | split_of(data)
+    constants = {"text_column": cfg.text_column, "context": context, "stride": stride} | split
     metrics = language_metrics(sums, groups, byte_counts=spelt)
     return Measured(metrics, lines, file, rows.fingerprint["data"], constants)
 
@@ -146,7 +149,8 @@ def measure_rows(data, stored, model, tokenizer, cfg, world, poll) -> Measured:
     fits = np.flatnonzero(rows.prompt_lengths < np.minimum(whole, most))
     if not len(fits):
         raise UserError(f"the prompts of all {len(rows)} rows fill {most} tokens: use a model with more")
-    examples, lines = Examples(rows, fits, most), [*split_lines(data), *rows.lines]
+    split = on_main(world, split_of, data)
+    examples, lines = Examples(rows, fits, most), [*split_lines(data, split), *rows.lines]
     if cut := int((whole[fits] > most).sum()):
         lines.append(f"{cut} row(s) are cut at {most} tokens: they lose the end of the answer")
     if left := len(rows) - len(fits):
@@ -155,4 +159,4 @@ def measure_rows(data, stored, model, tokenizer, cfg, world, poll) -> Measured:
     spelt, groups = spelt_bytes(examples), rows.groups[fits]
     file = "losses.jsonl", loss_lines("test", rows.numbers[fits], groups, sums, spelt)
     metrics = language_metrics(sums, groups, byte_counts=spelt)
-    return Measured(metrics, lines, file, rows.fingerprint["data"], shape | split_of(data))
+    return Measured(metrics, lines, file, rows.fingerprint["data"], shape | split)

@@ -4,7 +4,6 @@ Every family of transformers that ends in one vector per token fits; tiny:<famil
 random weights and a word tokenizer, for a machine without a network."""
 
 import math
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from lab.data.hub import local_or_hub
 from lab.data.tokenizers import id_count, require_ids
 from lab.errors import UserError
 from lab.models.trusted import config_of, require_whole
+from lab.run.files import is_folder
 from lab.train.batches import OVERHEAD, length_groups
 from lab.train.device import to_device
 
@@ -101,7 +101,7 @@ def encoder_from_config(config) -> nn.Module:
 
 def stored_encoder(folder) -> nn.Module:
     """The architecture that a run keeps in its folder encoder/, with random weights. UserError for none."""
-    if not Path(folder).is_dir():
+    if not is_folder(folder):
         raise UserError(f"{folder} is missing: the run stopped before its first step")
 
     def build():

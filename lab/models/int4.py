@@ -16,7 +16,7 @@ from torch import nn
 from lab.data.tokenizers import own_tokenizer
 from lab.errors import UserError
 from lab.models.gpt import GPT, Embedding, GPTConfig, Linear, rotary_angles
-from lab.run.files import whole_folder, write_json
+from lab.run.files import is_there, whole_folder, write_json
 from lab.train.cpu import linear
 
 # The largest weight of a group stands at 7.5 levels, halfway between two: a last digit, as another order of
@@ -220,7 +220,7 @@ def save(model, group, tokenizer, folder):
 
 def is_quantised(name) -> bool:
     """Whether `name` is a folder that `save` wrote."""
-    return (Path(name) / "quantised.json").exists()
+    return is_there(Path(name) / "quantised.json")
 
 
 def load(folder) -> tuple[GPT, object]:

@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lab.data.paths import require_regular
 from lab.errors import UserError
 from lab.models.gpt_formats import FORMATS, misfit
 from lab.models.lora import adapted, fused_parts, wrap_layer
-from lab.run.files import whole_folder, write_json
+from lab.run.files import is_there, whole_folder, write_json
 
 PREFIX = "base_model.model."
+FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def save_peft(model, folder, base):
@@ -70,6 +72,8 @@ def load_peft(model, folder, dropout=0.0) -> list[str]:
         A, B = (tensors.get(f"{name}.lora_{letter}.weight", torch.empty(0)) for letter in "AB")
         if not isinstance(layers.get(name), nn.Linear):
             raise UserError(f"{folder} adapts {name}: the model lacks it (a head needs --no-tie_head)")
+        if not A.numel():
+            raise UserError(f"{folder} adapts {name} by matrices of rank 0: train it anew, with a rank")
         if A.shape[1:] != (layers[name].in_features,) or B.shape != (layers[name].out_features, len(A)):
             raise UserError(f"{folder} adapts a {name} of another shape: it belongs to another model")
     model.requires_grad_(False)
@@ -107,6 +111,9 @@ def _read_peft(folder) -> tuple[dict, dict]:
     """(adapter_config.json, tensors under our names)"""
     import safetensors.torch
 
+    for name in FILES:
+        if is_there(folder / name):
+            require_regular(folder / name)  # a pipe would be waited for
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
         tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")

@@ -18,7 +18,7 @@ from lab.models.gpt_formats import OtherKind, load_pretrained, untied, with_weig
 from lab.models.int4 import is_quantised, load
 from lab.models.trusted import load_causal, probe, same
 from lab.run.checkpoints import broken, step_name, tested_or_newest_checkpoint
-from lab.run.files import read_sealed
+from lab.run.files import is_file, is_folder, is_there, read_sealed
 from lab.run.stored import is_run
 from lab.train.cpu import linear
 from lab.train.processes import main_first
@@ -160,11 +160,11 @@ class OtherModel(nn.Module):
 
 def refuse_no_model(name, step, flag):
     """UserError for a path that cannot be a model, or a run without a checkpoint of this step."""
-    if Path(name).is_file():
+    if is_file(name):
         raise UserError(f"{flag} {name} is a file: use a run's folder")
-    if name.count("/") > 1 and not Path(name).exists():
+    if name.count("/") > 1 and not is_there(name):
         raise UserError(f"{flag} {name} is not there; paths count from where the run was started")
-    if (Path(name) / "checkpoints").is_dir() and not is_run(name):
+    if is_folder(Path(name) / "checkpoints") and not is_run(name):
         raise UserError(f"{flag} {name} holds no whole model: adapters are merged by --mode export")
     if step is not None and (not is_run(name) or broken(Path(name) / "checkpoints" / step_name(step))):
         there = sorted(path.name for path in Path(name).glob("checkpoints/step_*"))

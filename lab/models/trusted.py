@@ -8,6 +8,7 @@ import torch
 
 from lab.data.hub import local_or_hub
 from lab.errors import UserError
+from lab.run.files import is_there
 from lab.train.cpu import require_memory
 
 MOST = {  # in any model; beyond these a config.json is damaged, and would cost memory or hours
@@ -26,7 +27,7 @@ def config_of(name):
     an adapter."""
     from transformers import AutoConfig
 
-    if (Path(name) / "adapter_config.json").exists():
+    if is_there(Path(name) / "adapter_config.json"):
         raise UserError(f"{name} holds an adapter: {adapter_hint(name)}")
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if "/" in str(getattr(config, "_attn_implementation", "")):  # of the Hub: code, too

@@ -12,7 +12,34 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from lab.errors import UserError
+
 PROJECT = Path(__file__).resolve().parents[2]
+
+
+def is_there(name) -> bool:
+    """Whether there is a file or folder of this name, which a user typed: Path.exists would raise. UserError
+    for a name that no disk takes, or that lies where nobody may look."""
+    try:
+        os.stat(name)
+        return True
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        short = str(name) if len(str(name)) < 100 else f"{str(name)[:60]}..."
+        raise UserError(f"{short} cannot be read ({error.strerror}): name another file") from None
+    except ValueError as error:  # a NUL byte, a lone surrogate
+        raise UserError(f"{str(name)[:60]!r} is no file name ({error})") from None
+
+
+def is_folder(name) -> bool:
+    """Whether there is a folder of this name; UserError as in is_there."""
+    return is_there(name) and os.path.isdir(name)
+
+
+def is_file(name) -> bool:
+    """Whether there is a file of this name; UserError as in is_there."""
+    return is_there(name) and os.path.isfile(name)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Which folder a command resumes, from which checkpoint, and with which constants."""
 
 import datetime
+import os
 import re
 import sys
 import time
@@ -182,7 +183,8 @@ def found_runs(out) -> tuple[list[Path], dict[str, str]]:
             run_config(folder)
             runs.append(folder)
         except UserError as error:
-            has_begun = (folder / "config.json").exists() or (folder / "checkpoints").exists()
+            # of a folder that may not be looked into: False
+            has_begun = any(os.path.exists(folder / name) for name in ("config.json", "checkpoints"))
             if has_begun and re.fullmatch(r"\d{8}_\d{6}(-.*)?", folder.name):
                 damaged[folder.name] = str(error)
     return runs, damaged

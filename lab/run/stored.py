@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from lab.errors import UserError
-from lab.run.files import read_sealed
+from lab.run.files import is_there, read_sealed
 from lab.run.flags import names_of
 
 SCRIPTS = (  # whose runs are known
@@ -54,8 +54,10 @@ def locked(folder):
 
 
 def out_folder(cfg, script) -> Path:
-    """The folder of a script's runs: cfg.out, or runs/<script>."""
-    return Path(cfg.out or f"runs/{'smoke/' if cfg.typed.smoke else ''}{Path(script).stem}")
+    """The folder of a script's runs: cfg.out, or runs/<script>. UserError for a name that no disk takes."""
+    out = Path(cfg.out or f"runs/{'smoke/' if cfg.typed.smoke else ''}{Path(script).stem}")
+    is_there(out)
+    return out
 
 
 def newest_run(cfg, script, finished=False) -> Path:
@@ -139,4 +141,4 @@ def status_of(folder) -> str:
 
 def is_run(name) -> bool:
     """Whether a folder is a run that brings a GPT of its own."""
-    return (Path(name) / "gpt.json").exists()
+    return is_there(Path(name) / "gpt.json")

@@ -106,6 +106,26 @@ def test_one_damaged_file_of_one_run_ends_no_table(file, content, capfd):
     assert ("WARNING" in capfd.readouterr().err) != quiet
 
 
+def test_a_file_of_a_run_that_may_not_be_read_ends_no_table(monkeypatch, capfd):
+    make_run("good", lr=0.5)
+    bad = Path(make_run("bad", files={"judged.json": {"j": {"score": 1.0, "score_interval": [0, 2]}}}))
+    (bad / "responses.json").mkdir()  # to be hashed
+    read_text = Path.read_text
+
+    def refused(path, *args, **options):
+        if path == bad / "metrics.jsonl":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_text(path, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", refused)  # as root every file may be read
+        text = tables.table(facts.find(["runs/run_lora"]))
+    assert "good" in text and "bad" in text
+    err = capfd.readouterr().err
+    assert f"WARNING {bad}/metrics.jsonl cannot be read (Permission denied): it counts as empty" in err
+    assert f"WARNING {bad}/responses.json cannot be read (Is a directory): its grades are not shown" in err
+
+
 def test_a_figure_that_was_changed_since_is_not_shown(capfd):
     run = Path(make_run("a"))
     files.write_sealed(run / "result.json", json.loads((run / "result.json").read_text()))

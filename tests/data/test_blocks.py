@@ -6,6 +6,7 @@ import torch
 from toys.corpus import own_cache  # noqa: F401 (a fixture)
 
 import core
+from lab.data.blocks import Windows
 
 
 @pytest.mark.parametrize("kind", [np.uint16, np.uint32])
@@ -28,3 +29,10 @@ def test_every_token_but_the_first_is_the_target_of_exactly_one_block(kind, bloc
 
 def test_a_stream_without_a_target_has_no_block():
     assert len(core.Blocks(np.zeros(1, np.uint16), 8)) == 0
+
+
+@pytest.mark.parametrize(("documents", "wanted"), [(9, [0, 1, 2, 3]), (10, [0, 0, 1, 1])])
+def test_an_interval_redraws_documents_or_of_a_few_stretches_of_windows(documents, wanted):
+    """By one rule in every script: a document of two windows says the same twice."""
+    windows = Windows([np.arange(9)] * documents, 4, 4)
+    assert len(windows) == 2 * documents and windows.groups()[:4].tolist() == wanted

@@ -226,3 +226,21 @@ def test_empty_rows_are_passed_over_and_told_unless_hardly_others_come():
     with pytest.raises(UserError, match=r"x.jsonl: 1000 of 1000 rows are empty"):
         for number in range(500, 1001):
             bad.pass_over(number, "x.jsonl")
+
+
+@pytest.mark.parametrize("where", ["data/rows.csv", "/usr/lib/python3/os.py"])
+def test_data_that_cannot_be_read_amid_a_build_are_named_and_not_the_cache(where):
+    def unreadable(folder):
+        raise PermissionError(13, "Permission denied", where)
+
+    with pytest.raises(UserError, match=rf"^{where} cannot be read \(Permission denied\): take it out"):
+        cached_folder(core.cache_root() / "x", unreadable)
+
+
+@pytest.mark.parametrize("where", ["cache", "cache/x/tokens.bin", "."])
+def test_a_place_on_the_way_to_the_cache_is_the_caches(where):
+    def unwritable(folder):
+        raise PermissionError(13, "Permission denied", where)
+
+    with pytest.raises(UserError, match=r"cache cannot be written \(Permission denied\): set TOKEN_CACHE"):
+        cached_folder(core.cache_root() / "x", unwritable)

@@ -1,5 +1,7 @@
 """Two sets of one Hub repository are two texts."""
 
+import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,39 @@ def test_a_folder_without_a_model_is_called_so_and_its_runs_are_named():
 
 def fails():
     raise ValueError("of several lines\nand more")
+
+
+@pytest.mark.parametrize(("variables", "words"), [
+    ({"HF_HUB_OFFLINE": "1"}, "(HF_HUB_OFFLINE is set and HF_HOME"),
+    ({"HF_ENDPOINT": "hf-mirror.com"}, "(the Hub does not answer at HF_ENDPOINT hf-mirror.com and HF_HOME"),
+    ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "(the Hub does not answer at HF_ENDPOINT http://127.0.0.1:9 "),
+    ({"HF_HUB_OFFLINE": "off"}, "(of several lines)"),
+])  # fmt: skip
+def test_why_the_hub_is_not_asked_is_said(variables, words, monkeypatch, capfd):
+    import huggingface_hub.constants
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(hub, "_asked", [])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # is put back
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as error:
+        hub.from_hub("model", "owner/name", fails, "tiny:gpt2")
+    assert words in str(error.value) and capfd.readouterr().err == ""
+
+
+def test_an_answer_that_is_no_HTTP_is_none_and_ends_no_thread_in_a_traceback(monkeypatch):
+    raised = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def garble():
+            with server.accept()[0] as connection:
+                connection.recv(100)
+                connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+
+        threading.Thread(target=garble, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.delenv("HF_HUB_OFFLINE")
+        assert not hub._hub_answers()
+    assert raised == []

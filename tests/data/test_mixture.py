@@ -5,6 +5,7 @@ import itertools
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from toys.mixture import (
 import core
 from core import Corpus, UserError, World
 from lab.data import mixture
+from lab.data.blocks import FEWEST
 
 CPU = torch.device("cpu")
 
@@ -360,7 +362,7 @@ def test_intervals_over_few_documents_redraw_stretches_of_windows():
     """Of three documents nothing can be redrawn; of a single one (a book) even less."""
     tokens = opened(table(texts_of(8, words=300)), val_share=0.3, test_share=0.3)
     documents = documents_of(tokens, "test")
-    assert 0 < len(documents) < mixture.FEWEST
+    assert 0 < len(documents) < FEWEST
     windows, groups = mixture.windows_of(tokens, "test", 16)
     assert len(set(groups.tolist())) == min(100, len(windows)) > len(documents)
 
@@ -385,3 +387,11 @@ def test_a_damaged_shared_tokenizer_is_learnt_again():
 def test_a_label_has_no_suffix_of_any_kind(name, short):
     Path("a.jsonl.gz").touch()
     assert mixture.label(name) == short
+
+
+@pytest.mark.parametrize(("mode", "flag"), [("train", "--data"), ("study", "--arms")])
+def test_a_text_that_is_nowhere_is_told_under_the_flag_that_named_it(mode, flag):
+    cfg = SimpleNamespace(sources=(), max_steps=2, batch=2, passes=1, block_size=8, max_tokens=None)
+    vars(cfg).update(mode=mode, data="nowhere", arms=("nowhere",), tokenizer="bytes", text_column="text")
+    with pytest.raises(UserError, match=f"^{flag} 'nowhere': no such text"):
+        mixture.sources_of(cfg)

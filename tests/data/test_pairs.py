@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROJECT
-from ranks import launch
+from ranks import everywhere, launch
 from toys.preference import row, write_csv
 
 import core
 import run_preference as script
 from core import UserError, World
-from lab.data import pairs
+from lab.data import pairs, tables
 from lab.data.cache import is_clean
+from lab.train import processes
 
 SHARED = PROJECT.parent / "shared" / "data" / "preference" / "pandalm_part1.csv"
 
@@ -212,3 +213,18 @@ def test_a_deep_cell_is_a_bad_row():
     assert pairs.rows_to_judge([deep], "t.json")[1] == [
         '1 row(s) are judged as plain text: prompt is no JSON (a text is written ["text"])'
     ]
+
+
+@pytest.mark.parametrize("load", [core.load_pairs, core.load_instructions])
+def test_rank_0_alone_looks_for_the_file_and_its_word_counts_on_all_ranks(load, monkeypatch):
+    """Another box may not see it, and reads nothing but the cache."""
+    asked = []
+
+    def on_main(world, function, *args):
+        asked.append((function, *args))
+        raise UserError("not here")
+
+    everywhere(monkeypatch.setattr, processes, "on_main", on_main)
+    with pytest.raises(UserError, match="not here"):
+        load(SimpleNamespace(data="rows.csv", model="tiny:"), World())
+    assert asked == [(tables.hub_split, "rows.csv")]

@@ -314,3 +314,15 @@ def test_the_hash_of_a_folder_is_that_of_the_files_it_is_read_from():
     put("d/test.jsonl", b"other")
     assert data_fingerprint("d") == data_fingerprint("d/train.jsonl") == core.sha256_file("d/train.jsonl")
     assert table_files("d", "train") == [DataFile(Path("d/train.jsonl"))]
+
+
+def test_links_to_folders_are_followed_and_each_folder_is_read_once():
+    put("far/b.jsonl", LINES[11:])
+    put("d/train/a.jsonl", LINES[:11])
+    os.symlink("../far", "d/linked")
+    os.symlink("..", "d/train/loop")
+    os.symlink("train", "d/again")
+    assert names(data_files("d")) == ["d/linked/b.jsonl", "d/train/a.jsonl"]
+    os.symlink("d", "link")
+    assert names(data_files("link")) == ["link/linked/b.jsonl", "link/train/a.jsonl"]
+    assert core.read_rows("d") == ROWS[:1]

@@ -438,8 +438,8 @@ def test_problems_that_training_has_are_counted_not_hidden(letters):
     cfg = cfg_of(official("set", validation=val, test=test))
     parts, lines = problems.split(load(cfg.data, letters), cfg)
     assert lines[1:] == [
-        "1 of 5 val rows have a problem that training rows have",
-        "2 of 6 test rows have a problem that training rows have",
+        "1 of 5 val rows have a problem that training rows have, too",
+        "2 of 6 test rows have a problem that training rows have, too",
     ]
     assert [len(rows) for rows in parts.values()] == [12, 5, 6]
 

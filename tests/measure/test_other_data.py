@@ -219,7 +219,8 @@ def test_the_split_of_a_hub_set_is_said_and_kept():
         {}
     ] * 3
     assert other_data.split_of("owner/set") == {"split": "train"}
-    assert other_data.split_lines("owner/set:en#test")[0].startswith("split test of owner/set:en#test: ")
+    (line,) = other_data.split_lines("owner/set:en#test", other_data.split_of("owner/set:en#test"))
+    assert line.startswith("split test of owner/set:en#test: ")
     with pytest.raises(core.UserError, match="no such file"):
         other_data.split_of("absent.jsonl")
 

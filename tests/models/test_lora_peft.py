@@ -1,6 +1,7 @@
 """Adapters in peft's format, both ways; what is more than plain LoRA is refused by name."""
 
 import json
+import os
 import re
 
 import peft
@@ -168,8 +169,15 @@ NONSENSE = {
     "no tensor inside": (lambda f: edit_tensors(f, dict.clear), ""),
     "an A without its B": (lambda f: edit_tensors(f, lambda ts: ts.pop(B_OF_FC)), "h.0.mlp.c_fc"),
     "a B of another rank": (lambda f: edit_tensors(f, lambda ts: cut(ts, 2)), "h.0.mlp.c_fc"),
+    "A and B of rank 0": (lambda f: edit_tensors(f, no_rank), "by matrices of rank 0"),
     "a B of rank 1": (lambda f: edit_tensors(f, lambda ts: cut(ts, 1)), "h.0.mlp.c_fc"),  # copy_ would repeat
 }
+
+
+def no_rank(tensors):
+    tensors |= {
+        name: tensor[:0] if ".lora_A" in name else tensor[:, :0].clone() for name, tensor in tensors.items()
+    }
 
 
 def cut(tensors, rank):
@@ -188,6 +196,14 @@ def test_a_folder_that_is_none_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for name in ("nowhere", "file"):
         assert "no whole adapter of peft" in refusal(random_gpt(), tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, name):
+    lora_peft.save_peft(adapted_gpt(), tmp_path / "adapter", "base")
+    (tmp_path / "adapter" / name).unlink()
+    os.mkfifo(tmp_path / "adapter" / name)
+    assert f"{name} is a pipe" in refusal(random_gpt(), tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -2,11 +2,17 @@
 
 import contextlib
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import core
-from lab.run import files
+import eval as script
+from lab.compare import facts, responses, sides
+from lab.data import hub
+from lab.models import int4, pretrained, trusted
+from lab.run import files, stored
 
 
 def test_a_folder_or_file_appears_whole_or_not_at_all(tmp_path):
@@ -75,3 +81,37 @@ def test_a_folder_is_replaced_only_once_the_new_one_is_whole(tmp_path):
     with core.whole_folder(tmp_path / "export", replace=True) as aside:
         (aside / "new").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["export", "new"]
+
+
+TYPED = {  # whatever a user may type in place of a model, a run or a folder
+    "is_run": stored.is_run,
+    "is_quantised": int4.is_quantised,
+    "a model": lambda name: pretrained.open_model(name),
+    "any model": lambda name: pretrained.open_any(name),
+    "a config": trusted.config_of,
+    "the Hub": lambda name: hub.local_or_hub("model", name, list, "tiny:gpt2"),
+    "eval's subject": script.subject,
+    "answers": lambda name: responses.read_responses(Path(name, "responses.json")),
+    "a side": lambda name: sides.named(name, "runs"),
+    "a table": lambda name: facts.find([name]),
+    "out": lambda name: stored.out_folder(SimpleNamespace(out=name), "run_lora.py"),
+}
+
+
+@pytest.mark.parametrize("call", TYPED)
+def test_a_name_that_no_disk_takes_or_a_folder_that_may_not_be_entered_is_one_line(call, monkeypatch):
+    """Path.exists raises for these: a traceback."""
+    stat = os.stat
+
+    def refused(path, *args, **options):
+        if "secret" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **options)
+
+    Path("secret").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", refused)  # as root every folder may be entered
+        for name, words in (("x" * 300, "File name too long"), ("secret", "Permission denied")):
+            with pytest.raises(core.UserError, match=rf"^[^\n]*cannot be read \({words}\)[^\n]*$") as error:
+                TYPED[call](name)
+            assert len(str(error.value)) < 200

@@ -136,7 +136,7 @@ def trained(profile, spent_after=8) -> tuple[torch.Tensor, list[str]]:
         if not at.evaluates:
             loss = model(torch.ones(len(at.rows), 6)).square().mean()
             loss.backward()
-            at.spiked(loss.item(), core.gradient_norm(optimizer, precision))
+            at.spiked([loss.detach()], core.gradient_norm(optimizer, precision))
             at.update(optimizer, precision, 0.1)
     return torch.cat([p.detach().flatten() for p in model.parameters()]), run.said
 
