@@ -418,3 +418,18 @@ def test_validation_rows_are_marked_in_the_table_of_several():
     figures = {"rows": 40, "loss": 2.0, "loss_interval": [1, 3], "accuracy": 0.5, "accuracy_interval": [0, 1]}
     assert script.cells(figures | {"part": "val"})["part"] == "val"
     assert "part" not in script.cells(figures | {"part": "test"}) and "part" not in script.cells(figures)
+
+
+def test_a_refusal_leaves_earlier_comparisons_and_tables_as_they_are():
+    """It emptied a comparison's folder of its answers and curves, or made an empty one."""
+    one, other = make_run("a", lr=1), make_run("b", lr=2, status="stopped")
+    asked = parsed("--compare", one, other)
+    folder = Path("runs/compare") / script.sides.folder_name(script.sides.sides(asked.compare, Path("runs")))
+    folder.mkdir(parents=True)
+    (folder / "answers.md").write_text("of an earlier call")
+    with pytest.raises(UserError, match="is not finished"):
+        script.compare_runs(asked, print)
+    assert (folder / "answers.md").read_text() == "of an earlier call"
+    with pytest.raises(UserError, match="none of 1 runs is finished"):
+        script.tabulate(parsed("--table", other, "--group_by", "lr"), print)
+    assert not Path("runs/tables").exists()

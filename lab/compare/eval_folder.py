@@ -1,6 +1,7 @@
 """The folders below runs/eval/, of what eval.py measured or had answered: their names and small files."""
 
 import contextlib
+import shlex
 import sys
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def folder_of(subject, data, cfg, root) -> Path:
 def about(subject, kind, constants, world) -> dict:
     """config.json of such a folder, without facts. Rank 0's: it hashes a checkpoint."""
     config = {"script": "eval", "kind": kind, "constants": constants, "facts": {}, "preset": None}
-    config |= {"command": " ".join(sys.argv), "device": device_name(world), "git": git_state()}
+    config |= {"command": shlex.join(sys.argv), "device": device_name(world), "git": git_state()}
     return config | ({"checkpoint": tested_or_newest_checkpoint(subject.name)} if subject.script else {})
 
 
