@@ -514,14 +514,14 @@ def duel(cfg, names, paths, rows, asked, say):
 def compare_runs(cfg, say):
     """--compare: writes compare.md and compare.json (constants, verdicts) and answers.md (side by side)."""
     all_sides = sides.sides(cfg.compare, root(cfg))
+    head = sides.constants_table(all_sides)
+    lines, figures = sides.report(all_sides)
+    answers = sides.side_by_side(all_sides, cfg.answer_rows)
+    say("\n".join([head, "", *lines]))
     folder = out(cfg, "compare") / sides.folder_name(all_sides)
     core.prepare_folder(folder)
     for stale in ("answers.md", "curves.png"):  # of an earlier call
         (folder / stale).unlink(missing_ok=True)
-    head = sides.constants_table(all_sides)
-    lines, figures = sides.report(all_sides)
-    say("\n".join([head, "", *lines]))
-    answers = sides.side_by_side(all_sides, cfg.answer_rows)
     texts = {"compare.md": "\n".join(["# Comparison", "", head, "", *lines, ""]), "answers.md": answers}
     for name, text in texts.items():
         if text:
@@ -544,13 +544,13 @@ def tabulate(cfg, say):
     parents = dict.fromkeys(os.path.relpath(facts.folder.resolve().parent, "runs") for facts in all_facts)
     where = "-".join(tables.slug(parent).strip("._") or "runs" for parent in parents)  # smoke_run_lora
     folder = Path(cfg.out or root(cfg) / "tables" / where[:200])
-    core.prepare_folder(folder)
     text = (
         tables.grouped(all_facts, cfg.group_by, cfg.sort)
         if cfg.group_by
         else tables.table(all_facts, cfg.sort)
     )
     say(text)
+    core.prepare_folder(folder)
     by = "_by_" + "_".join(cfg.group_by) if cfg.group_by else ""
     if len(by) > 200:  # a file's name has 255 bytes
         by = f"{by[:180]}_{core.short_hash(cfg.group_by, 6)}"

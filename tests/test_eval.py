@@ -424,3 +424,18 @@ def test_rows_of_a_run_that_cannot_be_written_are_one_line_behind_the_figures():
     Path("file").write_text("")
     with pytest.raises(UserError, match=r"^file/run cannot be written .*: the figures above are right"):
         script.write_rows(Path("file/run"), {"losses.jsonl": []})
+
+
+def test_a_refusal_leaves_earlier_comparisons_and_tables_as_they_are():
+    """It emptied a comparison's folder of its answers and curves, or made an empty one."""
+    one, other = make_run("a", lr=1), make_run("b", lr=2, status="stopped")
+    asked = parsed("--compare", one, other)
+    folder = Path("runs/compare") / script.sides.folder_name(script.sides.sides(asked.compare, Path("runs")))
+    folder.mkdir(parents=True)
+    (folder / "answers.md").write_text("of an earlier call")
+    with pytest.raises(UserError, match="is not finished"):
+        script.compare_runs(asked, print)
+    assert (folder / "answers.md").read_text() == "of an earlier call"
+    with pytest.raises(UserError, match="none of 1 runs is finished"):
+        script.tabulate(parsed("--table", other, "--group_by", "lr"), print)
+    assert not Path("runs/tables").exists()

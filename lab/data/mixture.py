@@ -185,6 +185,7 @@ LEARNT_FROM = 5_000_000  # characters of each source
 
 def shared_tokenizer(kind, corpora) -> str:
     """A folder in the token cache with the tokenizer (bpe:<size>, chars ...) that all arms share."""
+    corpora = dict(sorted(corpora.items()))  # a study and its runs name them in other orders
     sources = {name: [text_fingerprint(corpus), repr(corpus)] for name, corpus in corpora.items()}
     folder = cache_root() / f"tokenizer_{short_hash([TEXT_CACHE_VERSION, kind, sources])}"
 

@@ -381,6 +381,13 @@ def test_a_damaged_shared_tokenizer_is_learnt_again():
     assert Path(mixture.shared_tokenizer("bpe:300", corpora)) == path.parent and path.read_bytes() == before
 
 
+def test_a_study_and_its_runs_share_a_tokenizer_in_whatever_order_they_name_the_sources():
+    """Each learnt one of its own: the same, in two folders."""
+    corpora = {name: Corpus(table(texts_of(40, seed), f"{name}.jsonl"), "") for seed, name in enumerate("ab")}
+    turned = dict(reversed(corpora.items()))
+    assert mixture.shared_tokenizer("bpe:300", corpora) == mixture.shared_tokenizer("bpe:300", turned)
+
+
 @pytest.mark.parametrize(
     ("name", "short"), [("a.jsonl.gz", "a"), ("x/B.CSV", "B"), ("owner/set@main", "set")]
 )
