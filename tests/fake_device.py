@@ -24,7 +24,6 @@ from pathlib import Path
 import ranks
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 DEVICE, HOST, aten = torch.device("privateuseone", 0), torch.device("cpu"), torch.ops.aten
 KIND = DEVICE.type
@@ -129,6 +128,13 @@ WAITS = {
 INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 
 
+def mapped(change, value):
+    """`change` of every element of nested tuples and lists, which is all that operators take and give."""
+    if isinstance(value, tuple | list):
+        return type(value)([mapped(change, each) for each in value])
+    return change(value)
+
+
 def on_host(value):
     return value.host if isinstance(value, OnDevice) else HOST if isinstance(value, torch.device) else value
 
@@ -141,21 +147,22 @@ def computed(operator, args, kwargs):
         return copied_into(*args, **kwargs)
     if operator is aten._to_copy.default:
         return copied(*args, **kwargs)
-    flat, spec = tree_flatten((args, kwargs))
-    tensors = [value for value in flat if isinstance(value, torch.Tensor)]
-    ours = {id(t.host): t for t in tensors if isinstance(t, OnDevice)}
+    tensors, keywords = [], {name: value for name, value in kwargs.items() if name != "pin_memory"}
+    mapped(lambda value: tensors.append(value) if isinstance(value, torch.Tensor) else None, args)
+    ours = {id(tensor.host): tensor for tensor in tensors if isinstance(tensor, OnDevice)}
     if ours:
         look_at(operator, args, tensors)
     stays = kwargs["device"].type == KIND if kwargs.get("device") is not None else bool(ours)
-    args, kwargs = tree_unflatten([on_host(value) for value in flat], spec)
-    kwargs.pop("pin_memory", None)
     with _disable_current_modes():
-        out = operator(*args, **kwargs)
+        given = {name: mapped(on_host, value) for name, value in keywords.items()}
+        out = operator(*mapped(on_host, args), **given)
 
-    def back(tensor):  # what works in place gives its argument back
-        return ours[id(tensor)] if id(tensor) in ours else OnDevice(tensor)
+    def back(value):  # what works in place gives its argument back
+        if not isinstance(value, torch.Tensor):
+            return value
+        return ours[id(value)] if id(value) in ours else OnDevice(value)
 
-    return tree_map_only(torch.Tensor, back, out) if stays else out
+    return mapped(back, out) if stays else out
 
 
 def look_at(operator, args, tensors):
@@ -229,18 +236,14 @@ def add_autocast() -> list:
 
     def rule(operator, half):
         def cast(tensor):
-            if tensor.device.type != KIND or tensor.dtype not in (
-                torch.float32,
-                torch.bfloat16,
-                torch.float16,
-            ):
+            if not isinstance(tensor, OnDevice) or tensor.dtype not in FLOATS:
                 return tensor
             return tensor.to(torch.get_autocast_dtype(KIND) if half else torch.float32)
 
         def run(*args, **kwargs):
             with torch._C._ExcludeDispatchKeyGuard(inside):
-                args, kwargs = tree_map_only(torch.Tensor, cast, (args, kwargs))
-                return operator(*args, **kwargs)
+                kwargs = {name: cast(value) for name, value in kwargs.items()}
+                return operator(*mapped(cast, args), **kwargs)
 
         return run
 

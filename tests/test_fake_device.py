@@ -53,10 +53,21 @@ def test_a_script_runs_whole_and_a_step_of_many_micro_batches_waits_at_most_twic
     assert max(sum(step.values()) for step in found.steps) <= 2, found.steps
 
 
+def reported(function):
+    found = fake_device.on_device(function)
+    assert found.error == "", Path("out.txt").read_text()
+    return found, json.loads(Path("report.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_step_of_every_kind_of_model_waits_once_in_every_dtype():
+    """Full, LoRA, LoHa, LoKr, int4 (in bf16 evaluated and asked, too, and so is the packed int4 model)."""
+    found, steps = reported(on_device.report_steps)
+    assert found.mixups == {} and len(steps) == 22 and steps == dict.fromkeys(steps, 1)
+
+
 def test_planted_mix_ups_are_found_where_they_are_and_every_wait_is_counted():
-    fake_device.on_device(on_device.report)
-    assert Path("report.json").exists(), Path("out.txt").read_text()
-    waits, mixups = json.loads(Path("report.json").read_text())
+    _, (waits, mixups) = reported(on_device.report_faults)
     assert waits == {name: int(not name.startswith("nothing")) for name in waits}
     for plant, file in on_device.PLANTS.items():
         assert [text for text in mixups[plant.__name__] if f" at {file}:" in text], (plant, mixups)

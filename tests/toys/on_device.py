@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import fake_device
 import numpy as np
 import torch
 from fake_device import DEVICE, MixUp, OnDevice, found
@@ -13,6 +14,9 @@ from fake_device import DEVICE, MixUp, OnDevice, found
 import core
 import lab.train.loss
 import run_preference
+from lab.data import tokenizers
+from lab.models import encoders, int4, loha_lokr
+from lab.train.device import read_step
 
 WORLD = core.World(device=DEVICE)
 
@@ -22,9 +26,9 @@ def stays(tensor, device):
     return tensor
 
 
-def on_host() -> core.GPT:
+def on_host(**changes) -> core.GPT:
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 8, "positions": "rotary"}
-    return core.GPT(core.GPTConfig(23, 16, **shape))
+    return core.GPT(core.GPTConfig(23, 16, **shape | changes))
 
 
 def blocks() -> core.Blocks:
@@ -117,8 +121,73 @@ def weighed() -> dict:
     }
 
 
-def report():
-    """Writes what was found of all of these to report.json."""
+KINDS = ("full", "lora", "loha", "lokr", "int4")
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+def kinds_of_gpt(kind, dtype) -> int:
+    """A step of a GPT tuned in some way, in bf16 evaluation and generation, too; the waits of the step."""
+    model, precision = on_host(n_layer=2, tie_head=kind == "full", dropout=0.1), core.Precision(dtype, WORLD)
+    if kind == "lora":
+        core.add_lora(model, 2, 4, head=True)
+    elif kind == "int4":
+        int4.insert_fake_quant(model, 8)
+        int4.switch(model, True)
+    elif kind != "full":
+        loha_lokr.add_adapters(model, kind, 2, 4.0)
+    waits = one_step(precision.prepare(model).train(), precision, lambda rows: blocks().batch(rows, DEVICE))
+    if dtype != "bf16":
+        return waits
+    for each in (model, int4.convert(model, 8)) if kind == "int4" else (model,):
+        core.evaluate(each, blocks(), SimpleNamespace(dtype=dtype, eval_batch=2), WORLD)
+        with precision.autocast():
+            core.generate(each, [[1, 2], [3]], 2, top_k=3, top_p=0.9)
+    return waits
+
+
+def families_of_encoders(family, dtype) -> int:
+    """A step of a scorer of pairs of different lengths; its waits."""
+    tokenizer = tokenizers.encoder_tokenizer("tiny:", ["one two three four five six"])
+    encoder = core.load_encoder(f"tiny:{family}", tokenizer, dropout=0.1)
+    model = core.PairScorer(encoder, joint=False, pooling="mean", head="mlp", dropout=0.1)
+    precision, lengths = core.Precision(dtype, WORLD), [4, 3, 1, 2]
+    ids = there(*([4] * length + [0] * (4 - length) for length in lengths))
+
+    def scored(ids, lengths, size):
+        return core.sum_cross_entropy(model(ids, lengths, size=size).mean(0), there(0, 2))
+
+    precision.prepare(model)
+    return one_step(model, precision, lambda rows: (ids, lengths, 2), scored)
+
+
+def one_step(model, precision, batch, loss_of=None) -> int:
+    """Waits of two micro-batches and an update."""
+    optimizer, losses = core.make_optimizer(model, "adamw", 0.1), []
+    found.waits.clear()
+    for rows in ([0, 1], [2, 3]):
+        with precision.autocast():
+            losses.append((loss_of or model)(*batch(rows)))
+        core.scaled_backward(losses[-1], WORLD, 30, precision)
+    norm = core.gradient_norm(optimizer, precision)
+    _, known = read_step(losses, norm)
+    core.optimizer_step(optimizer, precision, 1.0, 1e-3, None, norm, known=known)
+    return sum(found.waits.values())
+
+
+def report_steps():
+    """Writes the waits of a step of every kind of model to report.json."""
+    steps = {}
+    for dtype in DTYPES:
+        fake_device.knows_fp64[0] = dtype == "fp16"  # torch's loss scaler computes in it
+        for kind in KINDS:
+            steps[f"gpt {kind} {dtype}"] = kinds_of_gpt(kind, dtype)
+        for family in encoders.WHOLE_MASKS if dtype == "bf16" else ["bert"]:
+            steps[f"{family} {dtype}"] = families_of_encoders(family, dtype)
+    Path("report.json").write_text(json.dumps(steps))
+
+
+def report_faults():
+    """Writes the waits and the mix-ups that are found in what is faulty on purpose to report.json."""
     waits, mixups = {}, {}
     for name, code in weighed().items():
         found.waits.clear()
@@ -129,5 +198,4 @@ def report():
         with contextlib.suppress(MixUp):
             plant()
         mixups[plant.__name__] = list(found.mixups)
-    found.mixups.clear()
     Path("report.json").write_text(json.dumps([waits, mixups]))
