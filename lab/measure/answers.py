@@ -114,19 +114,26 @@ SHARE = 0.6  # of free memory: fragments, and what is not counted
 def rows_at_once(model, prompts, most, world, eval_batch, typed) -> int:
     """Prompts to answer at once, over all ranks: eval_batch on each. On a card as many as its free memory
     holds, unless eval_batch was typed: the most that all ranks can. Inside Precision.generation."""
-    device, shape = world.device, model.config
-    memory = getattr(getattr(torch, device.type, None), "mem_get_info", None)
-    if device.type == "cpu" or typed or not memory or not hasattr(shape, "n_layer"):
+    shape, kind = model.config, world.device.type
+    if kind == "cpu" or typed or not hasattr(shape, "n_layer"):
         return eval_batch * world.size
-    size = 2 if torch.is_autocast_enabled(device.type) else model.wte.weight.element_size()  # bytes
+    size = 2 if torch.is_autocast_enabled(kind) else model.wte.weight.element_size()  # bytes
     length = min(max(map(len, prompts), default=0) + most, shape.block_size)
     token = (2 * shape.n_layer + 16) * shape.n_embd * size + 4 * length  # cache, one block's work, mask
     row = length * token + 12 * shape.vocab_size
-    backend = getattr(torch, device.type)
-    free = memory(device)[0] + backend.memory_reserved(device) - backend.memory_allocated(device)
-    mine = torch.zeros(world.size, dtype=torch.int64)
-    mine[world.rank] = max(1, min(ROWS, int(SHARE * free / row)))
+    free, mine = free_bytes(world.device), torch.zeros(world.size, dtype=torch.int64)
+    mine[world.rank] = eval_batch if free is None else max(1, min(ROWS, int(SHARE * free / row)))
     return int(all_reduce_sum(world, mine).min()) * world.size
+
+
+def free_bytes(device) -> int | None:
+    """Memory of a card that this process may still take; none where the driver does not tell."""
+    backend = getattr(torch, device.type, None)
+    try:
+        unused = backend.memory_reserved(device) - backend.memory_allocated(device)
+        return backend.mem_get_info(device)[0] + unused
+    except (AttributeError, RuntimeError):
+        return None
 
 
 def sample(run, cfg, step, model, tokenizer, poll):
