@@ -64,7 +64,7 @@ class Config(core.Studied):
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory
     # optimisation
     batch: core.Count = 8  # blocks per optimizer step, over all ranks
-    micro_batch: core.Count | None = None  # blocks per forward and rank; none = all of the rank's blocks
+    micro_batch: core.Count | None = None  # blocks per forward and rank; none = all of a rank's that fit
     epochs: core.Whole | None = 10  # passes over the training rows
     max_steps: core.Whole | None = 3600  # optimizer steps; the shortest of these three ends it
     max_minutes: core.Amount | None = None  # of training, over resumes

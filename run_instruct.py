@@ -41,7 +41,7 @@ class Config(core.Studied):
     # optimisation
     batch: core.Count = 128  # rows (or packs) per optimizer step, over all ranks
     micro_batch: core.Count | None = None  # rows per forward and rank; none = groups with the least padding
-    micro_tokens: core.Count = 8192  # most tokens of such a group
+    micro_tokens: core.Count = 8192  # most tokens of such a group, fewer where these do not fit
     group_lengths: bool = True  # rows of similar length meet in a batch; the journal's met by chance
     epochs: core.Whole = 3  # passes over the training rows
     max_steps: core.Whole | None = None  # optimizer steps

@@ -56,7 +56,7 @@ class Config(core.Bookkeeping):
     # optimisation
     batch: core.Count = 128  # rows (or packs) per optimizer step, over all ranks
     micro_batch: core.Count | None = None  # per forward and rank; none = groups that waste least on padding
-    micro_tokens: core.Count = 16384  # most tokens of such a group
+    micro_tokens: core.Count = 16384  # most tokens of such a group, fewer where these do not fit
     group_lengths: bool = True  # rows of similar length meet in a batch
     epochs: core.Whole | None = None  # passes over the training rows
     max_steps: core.Whole | None = None  # the shortest of these three ends it

@@ -55,7 +55,7 @@ class Config(core.Studied):
     encoder_dropout: core.Share | None = None  # of hidden states and attention; none = as pretrained
     # optimisation
     batch: core.Count = 32  # rows per optimizer step, over all ranks
-    micro_batch: core.Count | None = None  # rows per forward and rank; none = all of the rank's rows
+    micro_batch: core.Count | None = None  # rows per forward and rank; none = all of a rank's that fit
     epochs: core.Whole = 3  # passes over the training rows
     max_steps: core.Whole | None = None  # optimizer steps (per fold)
     max_minutes: core.Amount | None = None  # of training (all folds together), over resumes

@@ -64,7 +64,7 @@ class Config(core.Bookkeeping):
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory
     # optimisation
     batch: core.Count = 64  # blocks per optimizer step, over all ranks
-    micro_batch: core.Count | None = None  # blocks per forward and rank; none = all of the rank's blocks
+    micro_batch: core.Count | None = None  # blocks per forward and rank; none = all of a rank's that fit
     max_steps: core.Whole = 20_000  # each arm reads max_steps x batch x block_size tokens
     max_minutes: core.Amount | None = None  # of training; a study has none: its arms would differ
     lr: core.Rate = 6e-4  # peak
