@@ -64,7 +64,7 @@ class Config(core.Studied):
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory
     # optimisation
     batch: core.Count = 8  # blocks per optimizer step, over all ranks
-    micro_batch: core.Count | None = None  # blocks per forward and rank; none = all of the rank's blocks
+    micro_batch: core.Count | None = None  # blocks per forward and rank; none = all of a rank's that fit
     epochs: core.Whole | None = 10  # passes over the training rows
     max_steps: core.Whole | None = 3600  # optimizer steps; the first of these three limits ends training
     max_minutes: core.Amount | None = None  # of training, over resumes
@@ -73,7 +73,7 @@ class Config(core.Studied):
     warmup: core.Share = 0.05  # fraction of all steps in which the rate rises; one_cycle's is usually 0.3
     schedule: Literal["linear", "cosine", "constant", "one_cycle", "gpt3"] = "linear"  # of the rate
     cycle_beta1: bool = True  # one_cycle moves beta1 between 0.95 and 0.85, against the rate
-    optimizer: core.Optimizer = "adamw"  # adafactor: least memory, lr is a share of a weight's size
+    optimizer: core.Optimizer = "adamw"  # sgd: momentum 0.9; adafactor: little memory, lr relative to weights
     beta1: core.within(float, 0, 0.9999) = 0.9  # of Adam: decay of the gradients' mean
     beta2: core.within(float, 0, 0.9999) = 0.99  # decay of Adam's mean of squares, of Lion's mean
     eps: core.within(float, 1e-30) = 1e-8  # of Adam

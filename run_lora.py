@@ -52,7 +52,7 @@ class Config(core.Studied):
     # optimisation
     batch: core.Count = 128  # rows (or packs) per optimizer step, over all ranks
     micro_batch: core.Count | None = None  # rows per forward and rank; none = groups with the least padding
-    micro_tokens: core.Count = 8192  # upper limit of a group's tokens
+    micro_tokens: core.Count = 8192  # upper limit of a group's tokens; less where these do not fit
     group_lengths: bool = True  # rows of similar length meet in a batch; the journal's met by chance
     epochs: core.Whole = 3  # passes over the training rows
     max_steps: core.Whole | None = None  # optimizer steps
@@ -61,7 +61,7 @@ class Config(core.Studied):
     min_lr: core.Rate = 0.0  # at the end of the schedule
     warmup: core.Share = 0.05  # fraction of all steps
     schedule: Literal["linear", "cosine", "constant"] = "cosine"  # of the rate, after the warm-up
-    optimizer: core.Optimizer = "adamw"  # adafactor: least memory, lr is a share of a weight's size
+    optimizer: core.Optimizer = "adamw"  # sgd: momentum 0.9; adafactor: little memory, lr relative to weights
     weight_decay: core.Rate = 0.0  # of A and B
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
     dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; a preset's fp32 is tf32 on a GPU

@@ -56,7 +56,7 @@ class Config(core.Bookkeeping):
     # optimisation
     batch: core.Count = 128  # rows (or packs) per optimizer step, over all ranks
     micro_batch: core.Count | None = None  # per forward and rank; none = groups that waste least on padding
-    micro_tokens: core.Count = 16384  # upper limit of a group's tokens
+    micro_tokens: core.Count = 16384  # upper limit of a group's tokens; less where these do not fit
     group_lengths: bool = True  # rows of similar length meet in a batch
     epochs: core.Whole | None = None  # passes over the training rows
     max_steps: core.Whole | None = None  # the first of these three limits ends training
@@ -66,7 +66,7 @@ class Config(core.Bookkeeping):
     warmup: core.Share = 0.05  # fraction of all steps
     schedule: Literal["linear", "cosine", "constant", "one_cycle"] = "cosine"  # of the rate
     cycle_beta1: bool = True  # one_cycle moves beta1 between 0.95 and 0.85, against the rate
-    optimizer: core.Optimizer = "adamw"  # adafactor: least memory, lr is a share of a weight's size
+    optimizer: core.Optimizer = "adamw"  # sgd: momentum 0.9; adafactor: little memory, lr relative to weights
     beta1: core.within(float, 0, 0.9999) = 0.9  # of Adam: decay of the gradients' mean
     beta2: core.within(float, 0, 0.9999) = 0.95  # decay of Adam's mean of squares, of Lion's mean (0.99)
     weight_decay: core.Rate = 0.1  # of matrices but the token embedding; Lion wants 3 to 10 times as much

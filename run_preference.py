@@ -55,7 +55,7 @@ class Config(core.Studied):
     encoder_dropout: core.Share | None = None  # of hidden states and attention; none = as pretrained
     # optimisation
     batch: core.Count = 32  # rows per optimizer step, over all ranks
-    micro_batch: core.Count | None = None  # rows per forward and rank; none = all of the rank's rows
+    micro_batch: core.Count | None = None  # rows per forward and rank; none = all of a rank's that fit
     epochs: core.Whole = 3  # passes over the training rows
     max_steps: core.Whole | None = None  # optimizer steps (per fold)
     max_minutes: core.Amount | None = None  # of training (all folds together), over resumes
@@ -65,7 +65,7 @@ class Config(core.Studied):
     min_lr: core.Rate = 0.0  # at the end of the schedule
     warmup: core.Share = 0.1  # fraction of all steps
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # of the rate, after the warm-up
-    optimizer: core.Optimizer = "adamw"  # adafactor: least memory, lr is a share of a weight's size
+    optimizer: core.Optimizer = "adamw"  # sgd: momentum 0.9; adafactor: little memory, lr relative to weights
     weight_decay: core.Rate = 0.01  # of matrices
     swap_augmentation: bool = False  # swap A and B of half the training rows, drawn anew each epoch
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off

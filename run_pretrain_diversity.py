@@ -64,14 +64,14 @@ class Config(core.Bookkeeping):
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory
     # optimisation
     batch: core.Count = 64  # blocks per optimizer step, over all ranks
-    micro_batch: core.Count | None = None  # blocks per forward and rank; none = all of the rank's blocks
+    micro_batch: core.Count | None = None  # blocks per forward and rank; none = all of a rank's that fit
     max_steps: core.Whole = 20_000  # each arm reads max_steps x batch x block_size tokens
     max_minutes: core.Amount | None = None  # of training; a study has none: its arms would differ
     lr: core.Rate = 6e-4  # peak
     min_lr: core.Rate = 6e-5  # at the end of the schedule
     warmup: core.Share = 0.02  # fraction of all steps
     schedule: Literal["linear", "cosine", "constant"] = "cosine"  # of the rate, after the warm-up
-    optimizer: core.Optimizer = "adamw"  # adafactor: least memory, lr is a share of a weight's size
+    optimizer: core.Optimizer = "adamw"  # sgd: momentum 0.9; adafactor: little memory, lr relative to weights
     beta1: core.within(float, 0, 0.9999) = 0.9  # of Adam: decay of the gradients' mean
     beta2: core.within(float, 0, 0.9999) = 0.95  # of Adam: decay of the squares' mean
     weight_decay: core.Rate = 0.1  # of matrices

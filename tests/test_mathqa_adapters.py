@@ -36,11 +36,13 @@ SMALL = [
 @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "adafactor"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_moves_every_adapter_keeps_the_base_and_is_loaded_as_it_ended(method, optimizer):
-    cfg = config(*SMALL, "--method", method, "--optimizer", optimizer)
+    base = "bf16" if optimizer == "sgd" else "auto"
+    cfg = config(*SMALL, "--method", method, "--optimizer", optimizer, "--base_dtype", base)
     result = script.main(cfg, World())
     folder = ranks.newest()
     assert result["steps"] == 2
     start, trained = script.tuned(cfg, script.open_base(cfg, World())[0], World())
+    core.narrow_base(start, base)
     known, model, _ = script.load_model(folder, World())
     assert (known.method, known.lora_rank, known.optimizer, model.training) == (method, 4, optimizer, False)
     after = numbers(core.Adapters(model))
@@ -95,3 +97,8 @@ def test_dropout_of_a_method_without_one_is_refused_in_one_line(method, capsys):
 def test_quantised_training_of_adapters_is_refused(method):
     with pytest.raises(UserError, match=f"--method full, not {method}"):
         script.Config(method=method, qat="int4")
+
+
+def test_a_base_that_is_trained_is_not_held_in_half_precision():
+    with pytest.raises(UserError, match="method full trains all weights, none is frozen"):
+        script.Config(method="full", base_dtype="bf16")

@@ -1,5 +1,6 @@
 """The order of things in training: what is saved, evaluated and agreed on before which step."""
 
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -272,7 +273,7 @@ class Weights(nn.Module):
         self.weight, self.room, self.seen = nn.Parameter(torch.ones(1)), room, []
 
     def forward(self, rows):
-        self.seen.append(len(rows))
+        self.seen.append(len(rows) if torch.is_grad_enabled() else f"{len(rows)} {self.training}")
         if len(rows) > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return (self.weight * rows).sum()
@@ -288,13 +289,13 @@ def rehearsed(run, room=10, lengths=(3, 5, 10, 2, 10, 2, 2, 2, 2, 2), grouped=Fa
     def forward_backward(rows, targets):
         steps.append((rows, targets))
         for _, batch in parts(rows):
-            core.scaled_backward(model(batch), run.world, targets, core.Precision("fp32", run.world))
+            core.scaled_backward(model(batch), run.world, targets, core.Precision("fp32", World()))
 
     batches = core.ShardedBatches(lengths, run.cfg.batch, run.world, seed=1)
     loop.rehearse(
         run, parts, ("weights", torch.optim.SGD([model.weight]), None), forward_backward, batches, steps_left
     )
-    assert model.weight.grad is None
+    assert model.weight.grad is None and model.training and parts.size != sys.maxsize
     return model.seen, steps
 
 
@@ -353,3 +354,22 @@ def test_one_rank_that_is_short_of_memory_makes_the_parts_of_all_smaller(monkeyp
     monkeypatch.setattr(loop_batches, "all_reduce_sum", lambda world, mine: mine + torch.tensor(next(others)))
     run = Recorded(batch=8)
     assert rehearsed(run)[0] == [8, 4, 4, 4, 4]
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A World whose device is no CPU, with memory of its own."""
+    nothing = SimpleNamespace(synchronize=list, empty_cache=list, reset_peak_memory_stats=list)
+    nothing.max_memory_allocated, nothing.memory_reserved = (lambda: 1e9), (lambda device: 0)
+    nothing.mem_get_info = lambda device: (8e9, 8e9)
+    monkeypatch.setattr(torch, "pretended", nothing, raising=False)
+    return World(device=SimpleNamespace(type="pretended"))
+
+
+def test_on_a_card_an_evaluation_is_rehearsed_too(card):
+    run = Recorded(card, batch=4, micro_batch=2, eval_batch=6)
+    seen, steps = rehearsed(run, room=6)
+    assert seen == [2] * 4 + ["6 False"]  # without gradients, in one part, as an evaluation has them
+    assert steps[-1] == ([2, 4, 1, 0, 3, 5], 1) and run.events[0] == "poll"
+    with pytest.raises(UserError, match="in an evaluation with 7 of the longest rows: use --eval_batch 3"):
+        rehearsed(Recorded(card, batch=4, eval_batch=7), room=6)
