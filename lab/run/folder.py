@@ -86,6 +86,7 @@ class Run:
         self.fold, self.first_step, self._last_step = 0, 0, 0  # folds follow each other on one axis of steps
         self.result, self.stopping, self.meter, self.unit = {}, None, Meter(world), unit
         self.profiled = False  # by this process, for --profile
+        self.compiles = False  # under compile auto
         self.at_peak = None  # Flops of a step, in seconds at the cards' peak
         self._lines = plan["lines"]
         if world.is_main:

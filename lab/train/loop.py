@@ -22,9 +22,11 @@ import numpy as np
 from lab.errors import Stop
 from lab.run import profiling, spikes
 from lab.run.folder import Run
-from lab.train import flops
+from lab.run.stored import read_config
+from lab.train import compiling, flops
 from lab.train.batches import length_groups, reseed, worst_case
 from lab.train.optim import optimizer_step
+from lab.train.processes import on_main
 
 
 @dataclass
@@ -127,6 +129,24 @@ def epoch_line(run, batches, step) -> str:
     return f"{fold}epoch {step / len(batches):.3g}{planned}"
 
 
+def compile_if_worth_it(run, seconds):
+    """With compile auto, on an NVIDIA card: compiles if training will take that long. config.json keeps what
+    was decided, so that a resume computes the same. All ranks."""
+    cfg = run.cfg
+    if cfg.compile != "auto" or run.world.device.type != "cuda":
+        return
+    seconds = min(seconds, 60 * (cfg.max_minutes or math.inf))
+    run.compiles = on_main(run.world, _decided, run.folder, seconds >= compiling.WORTH)
+    run.pin("compiled", run.compiles)
+    compiling.switch(run.compiles, falls_back=True)
+    if run.compiles:
+        run.say("training is compiled: its length repays some minute of start-up (--no-compile: it is not)")
+
+
+def _decided(folder, now) -> bool:
+    return read_config(folder)["facts"].get("compiled", now)
+
+
 def steps(
     run, batches, targets_of, saved, total_steps, *, evaluate_first=False, every=None, where=epoch_line
 ) -> Iterator[Evaluation | Step]:
@@ -180,6 +200,7 @@ def rehearse(run, ddp, saved, forward_backward, batches, steps_left, share_read=
     """Makes two steps of the longest rows and discards them: UserError if memory is too small. Then says what
     the run will need. steps_left: none says nothing (a later fold). share_read: of the rows' tokens."""
     cfg, world, lengths = run.cfg, run.world, np.asarray(batches.lengths)
+    compiling.switch(cfg.compile is True or run.compiles, falls_back=cfg.compile == "auto")
     reseed(cfg.seed, "worst case")
     worst = batches.longest()[: math.ceil(cfg.batch / world.size)].tolist()
     at_once = min(cfg.micro_batch or len(worst), len(worst))
@@ -193,4 +214,5 @@ def rehearse(run, ddp, saved, forward_backward, batches, steps_left, share_read=
     if steps_left is not None:
         for line in filter(None, [note]):
             run.say(line)
+        compile_if_worth_it(run, steps_left * seconds * lengths.mean() / lengths[worst].mean())
         run.forecast(*saved[:2], steps_left, seconds, lengths.mean() / lengths[worst].mean())
