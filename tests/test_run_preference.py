@@ -198,7 +198,7 @@ JOURNAL = {  # what all rows of the journal's table share; then each row
     **{"micro_batch": None, "epochs": 3, "max_steps": None, "max_minutes": None, "lr": 1e-5},
     **{"head_lr": None, "layer_decay": 1.0, "min_lr": 0.0, "warmup": 0.0, "schedule": "constant"},
     **{"optimizer": "adamw", "weight_decay": 0.01, "swap_augmentation": False, "clip": None},
-    **{"skip_spikes": False, "dtype": "fp32", "compile": False, "seed": 0, "eval_every": None},
+    **{"skip_spikes": False, "dtype": "fp32", "compile": "auto", "seed": 0, "eval_every": None},
     **{"final_eval": True, "test_weights": "last"},
 }
 ROWS = {

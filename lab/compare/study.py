@@ -230,7 +230,7 @@ def one_run(plan, cfg) -> str:
     if folder := on_main(plan.world, finished_folder, cfg, plan.script):
         plan.say(f"finished already: {folder}")
         return folder
-    if cfg.compile or plan.world.device.type != "cpu":  # each run compiles for itself, as it would alone
+    if cfg.compile is True or plan.world.device.type != "cpu":  # each compiles for itself, as alone
         torch.compiler.reset()
     if plan.world.device.type != "cpu":  # what the last run left is not this one's
         gc.collect()

@@ -92,7 +92,7 @@ class Bookkeeping(Constants):
     has the constant in its own Config."""
 
     skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
-    compile: bool = False  # the blocks, by torch.compile
+    compile: Literal["auto", True, False] = "auto"  # blocks; auto: on a card, from ten minutes of training on
     final_eval: bool = True  # the test rows, once, at the end
     keep: within(int, 2) = 2  # checkpoints: the newest, and one to fall back to
     log_every: Count = 50  # steps
@@ -207,7 +207,7 @@ def counting(cfg, **changes):
 
 
 def _parser(config_class, defaults, presets, hints, doc) -> argparse.ArgumentParser:
-    flags = ["preset", "smoke", *defaults, *(f"no-{name}" for name in hints if hints[name] is bool)]
+    flags = ["preset", "smoke", *defaults, *(f"no-{name}" for name in hints if _is_switch(hints[name]))]
 
     class OneLineParser(argparse.ArgumentParser):
         def error(self, message):
@@ -253,9 +253,14 @@ def _comments(config_class) -> dict[str, str]:
     return dict(re.findall(r"^ +(\w+): .*?# (.*)$", "".join(map(inspect.getsource, classes)), re.M))
 
 
+def _is_switch(hint) -> bool:
+    """Whether a constant is typed as --name and --no-name; it may have another value until then."""
+    return hint is bool or bool in map(type, typing.get_args(hint))
+
+
 def _flag(hint) -> dict:
     """The arguments of add_argument for a constant with this annotation."""
-    if hint is bool:
+    if _is_switch(hint):
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(hint) is Literal:
         return {"choices": typing.get_args(hint), "metavar": "|".join(map(str, typing.get_args(hint)))}
@@ -289,9 +294,9 @@ def _check_type(where, name, value, hints):
         return
     if not literal and allowed != (bool,) and not set(allowed) <= {int, float, str, types.NoneType}:
         raise UserError(f"{where}.{name}: use bool, Literal, or int, float, str and these | None")
-    fits = (
-        value in allowed if literal else type(value) in allowed or (type(value) is int and float in allowed)
-    )
+    fits = type(value) in allowed or (type(value) is int and float in allowed)
+    if literal:
+        fits = any(value == one and type(value) is type(one) for one in allowed)
     if not fits and not (where == "SMOKE" and callable(value)):
         expected = " | ".join(getattr(kind, "__name__", repr(kind)) for kind in allowed)
         what = "is none of its values" if literal else "has the wrong type"

@@ -92,6 +92,7 @@ class Run:
         self.rows_ahead = []  # this rank's of the step after the one it takes, for prefetch.py
         self.result, self.stopping, self.meter, self.unit = {}, None, Meter(world), unit
         self.profiled = False  # by this process, for --profile
+        self.compiles = False  # under compile auto
         self.at_peak = None  # Flops of a step, in seconds at the cards' peak
         self._lines = plan["lines"]
         if world.is_main:

@@ -24,12 +24,13 @@ import torch
 from lab.errors import Stop, UserError
 from lab.run import forecast, profiling, spikes
 from lab.run.folder import Run
-from lab.train import flops
+from lab.run.stored import read_config
+from lab.train import compiling, flops
 from lab.train.batches import reseed, runs_out_of_memory, worst_case
 from lab.train.device import read_step
 from lab.train.optim import optimizer_step
 from lab.train.prefetch import prepares
-from lab.train.processes import all_reduce_sum
+from lab.train.processes import all_reduce_sum, on_main
 
 
 @dataclass
@@ -146,6 +147,24 @@ def epoch_line(run, batches, step) -> str:
     return f"{fold}epoch {step / len(batches):.3g}{planned}"
 
 
+def compile_if_worth_it(run, seconds):
+    """With compile auto, on an NVIDIA card: compiles if training will take that long. config.json keeps what
+    was decided, so that a resume computes the same. All ranks."""
+    cfg = run.cfg
+    if cfg.compile != "auto" or run.world.device.type != "cuda":
+        return
+    seconds = min(seconds, 60 * (cfg.max_minutes or math.inf))
+    run.compiles = on_main(run.world, _decided, run.folder, seconds >= compiling.WORTH)
+    run.pin("compiled", run.compiles)
+    compiling.switch(run.compiles, falls_back=True)
+    if run.compiles:
+        run.say("training is compiled: its length repays some minute of start-up (--no-compile: it is not)")
+
+
+def _decided(folder, now) -> bool:
+    return read_config(folder)["facts"].get("compiled", now)
+
+
 def steps(
     run, batches, targets_of, saved, total_steps, *, evaluate_first=False, every=None, where=epoch_line
 ) -> Iterator[Evaluation | Step]:
@@ -205,6 +224,7 @@ def rehearse(run, micro_batches, saved, forward_backward, batches, steps_left, s
     smaller, if nobody has set its size; else UserError. Then says what the run will need. steps_left: none
     says nothing (a later fold). share_read: of the rows' tokens."""
     cfg, world, lengths = run.cfg, run.world, np.asarray(batches.lengths)
+    compiling.switch(cfg.compile is True or run.compiles, falls_back=cfg.compile == "auto")
     reseed(cfg.seed, "worst case")
     longest = batches.longest()
     worst = longest[: math.ceil(cfg.batch / world.size)].tolist()
@@ -225,6 +245,7 @@ def rehearse(run, micro_batches, saved, forward_backward, batches, steps_left, s
     if steps_left is not None:
         for line in filter(None, [note]):
             run.say(line)
+        compile_if_worth_it(run, steps_left * seconds * lengths.mean() / lengths[worst].mean())
         run.forecast(*saved[:2], steps_left, seconds, lengths.mean() / lengths[worst].mean())
 
 

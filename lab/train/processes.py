@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from lab.errors import LostRanks, Stop, UserError
 from lab.run.terminal import outlive_terminal
-from lab.train import heartbeat
+from lab.train import compiling, heartbeat
 from lab.train.cpu import keep_freed_memory
 from lab.train.launch import end_with_torchrun, first_sentence, heard_at_once, join, number
 from lab.train.waits import waiting
@@ -287,28 +287,13 @@ def main_first(world, function, *args):
     return results[0] if results else function(*args)
 
 
-def compile_training(part, dynamic):
-    """Compiles a module for calls that record gradients; under no_grad it runs as it is written.
-
-    Evaluation and generation would each be further graphs, of the eight that torch keeps of a piece of code,
-    and each a minute on a card, for a few percent of a run's time.
-    """
-    part.compile(dynamic=dynamic)
-    fast = part._compiled_call_impl
-
-    def call(*args, **kwargs):
-        return (fast if torch.is_grad_enabled() else part._call_impl)(*args, **kwargs)
-
-    part._compiled_call_impl = call  # what Module.compile sets, too
-
-
 def wrap_ddp(model, world, compiled=(), dynamic=True):
     """Wraps in DistributedDataParallel if there are several ranks. Evaluate and save the model itself.
 
-    compiled: parts of it to compile; dynamic: one graph for all lengths (none: once a second one comes).
+    compiled: parts of it that rehearse may compile; dynamic: one graph for all lengths (none: once a second
+    one comes).
     """
-    for part in compiled:
-        compile_training(part, dynamic)
+    compiling.prepare(compiled, dynamic)
     if world.size == 1:
         return model
     # no rank's buffers ever differ; the argument was renamed in torch 2.13

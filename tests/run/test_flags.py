@@ -125,7 +125,19 @@ def flag(config, name) -> list[str]:
     hint, default = typing.get_type_hints(config)[name], getattr(config, name)
     if default is None:
         default = {str: "x"}.get(typing.get_args(hint)[0], 1)
+    if bool in map(type, typing.get_args(hint)):  # auto is what stands there until something is typed
+        default = True
     return studies.as_flags(name, default or ("x",) if isinstance(default, tuple) else default)
+
+
+def test_a_switch_may_have_a_value_of_its_own_until_it_is_typed():
+    config = importlib.import_module("run_lora").Config
+    for words, value in [([], "auto"), (["--compile"], True), (["--no-compile"], False)]:
+        cfg = core.parsed_config(config, {}, {}, "", words)
+        assert cfg.compile == value and cfg.typed.flags == ({"compile"} if words else set())
+    for wrong in (1, "on"):
+        with pytest.raises(core.UserError, match=f"compile = {wrong!r} is none of its values"):
+            core.parsed_config(config, {"fast": {"compile": wrong}}, {}, "", [])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -19,7 +19,7 @@ CONSTANTS = {
     "eval_every": 4, "save_every": None, "test_weights": "last", "max_minutes": None, "log_every": 3,
     "epochs": 2, "folds": None, "seed": 5, "clip": None, "dtype": "fp32", "skip_spikes": False,
     "micro_batch": None, "batch": 2, "mode": "train", "profile": None,
-}  # fmt: skip
+} | {"compile": False}  # fmt: skip
 
 
 class Recorded:
@@ -29,7 +29,7 @@ class Recorded:
         self.cfg, self.world = SimpleNamespace(**(CONSTANTS | constants)), world or World()
         self.step, self.state, self.unit, self.first_step, self.fold = step, {}, "tokens", 0, 0
         self.stopping, self.events, self.agreed = None, [], 0
-        self.at_peak, self.profiled = None, False
+        self.at_peak, self.profiled, self.compiles = None, False, False
         self.clock = SimpleNamespace(share=0.0, schedule_length=lambda step, total_steps: total_steps)
         self.stops_at, self.clock_ends_at = stops_at, clock_ends_at
         self.rows_ahead, self.lines, self.noted = [], [], {}
