@@ -119,7 +119,7 @@ def trained(profile, spent_after=8) -> tuple[torch.Tensor, list[str]]:
     run.cfg = SimpleNamespace(profile=profile, **constants)
     run.step, run.state, run.unit, run.first_step, run.fold, run.at_peak = 0, {}, "rows", 0, 0, None
     run.clock = SimpleNamespace(share=0.0, schedule_length=lambda step, total_steps: total_steps)
-    run.stopping, run.save = None, lambda *given, must: None
+    run.stopping, run.save, run.has_saved = None, lambda *given, must: None, lambda step: True
 
     def agree(targets):
         run.asked += 1
