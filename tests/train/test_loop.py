@@ -359,6 +359,7 @@ def test_one_rank_that_is_short_of_memory_makes_the_parts_of_all_smaller(monkeyp
 @pytest.fixture
 def card(monkeypatch):
     """A World whose device is no CPU, with memory of its own."""
+    monkeypatch.setattr(loop.flops, "seconds_at_peak", lambda *given: (None, None))
     nothing = SimpleNamespace(synchronize=list, empty_cache=list, reset_peak_memory_stats=list)
     nothing.max_memory_allocated, nothing.memory_reserved = (lambda: 1e9), (lambda device: 0)
     nothing.mem_get_info = lambda device: (8e9, 8e9)
