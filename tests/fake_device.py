@@ -13,10 +13,12 @@ It cannot see kernels, memory, streams, NCCL, torch.compile, branches on device.
 """
 
 import contextlib
+import functools
 import importlib
 import json
 import os
 import sys
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -268,7 +270,7 @@ class Backend:
     set_device = manual_seed = manual_seed_all = empty_cache = reset_peak_memory_stats = staticmethod(
         lambda *given: None
     )
-    max_memory_allocated = max_memory_reserved = staticmethod(lambda *given: 0)
+    memory_allocated = max_memory_allocated = max_memory_reserved = staticmethod(lambda *given: 0)
     mem_get_info = staticmethod(lambda *given: (8 * 10**10, 8 * 10**10))
     get_amp_supported_dtype = staticmethod(lambda: [torch.bfloat16, torch.float16])
     get_rng_state = staticmethod(lambda *given: torch.get_rng_state())
@@ -299,6 +301,13 @@ def install(fp64=False):
     processes._pick_device = lambda *sizes: DEVICE
     _kept.extend([*add_autocast(), Everything()])
     _kept[-1].__enter__()
+    threading.Thread.run = functools.partialmethod(in_thread, threading.Thread.run)
+
+
+def in_thread(thread, run):
+    """A thread's work: modes are of one thread."""
+    with Everything():
+        run(thread)
 
 
 _kept = []

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -97,6 +98,11 @@ def there(*values) -> torch.Tensor:
     return torch.tensor(values).pin_memory().to(DEVICE, non_blocking=True)
 
 
+def in_a_thread(function, *args):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *args).result()
+
+
 def weighed() -> dict:
     """How often each of these makes the host wait."""
     a, chosen, at = there(1.0, 2.0, 3.0), there(True, False, True), there(0, 2)
@@ -118,6 +124,7 @@ def weighed() -> dict:
         "nothing: arithmetic": lambda: torch.softmax(a * 2 + a.mean(), 0),
         "nothing: a backward": lambda: (leaf * a).sum().backward(),
         "nothing: new": lambda: torch.zeros(3, device=DEVICE),
+        "nothing: in a thread": lambda: in_a_thread(there, 1.0),
     }
 
 
