@@ -21,7 +21,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import core
-from lab.train import flops, loss
+from lab.train import compiling, flops, loss
 from lab.train.loss import linear_cross_entropy
 from lab.train.precision import native_dtype
 
@@ -78,8 +78,8 @@ def our_step(stream, compiled):
     model = core.GPT(core.GPTConfig(V, T, L, H, C))
     precision = core.Precision("auto", WORLD)
     model = precision.prepare(model)
-    for block in model.h if compiled else ():
-        block.compile()
+    core.wrap_ddp(model, WORLD, model.h, dynamic=None)
+    compiling.switch(compiled)
     optimizer = core.make_optimizer(model, "adamw", 0.1)
     blocks = core.Blocks(stream, T)
     batches = core.ShardedBatches(np.full(len(blocks), T), B, WORLD, seed=0)
