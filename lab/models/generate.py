@@ -45,13 +45,11 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top
     with decoder.ready(len(rows)):
         while left and None in ended:
             poll()
-            if longest(rows, first) > size:
-                windows = zip(
-                    rows, first, strict=True
-                )  # a row slides when it is full itself, as it would alone
+            if (length := longest(rows, first)) > size:
+                windows = zip(rows, first, strict=True)
                 first = [s if len(row) - s <= size else len(row) - (size + 1) // 2 for row, s in windows]
-                reads = True
-            n = min(left, decoder.at_once if use_cache else 1, size + 1 - longest(rows, first))
+                length, reads = longest(rows, first), True  # a row slides when it is full itself, as alone
+            n = min(left, decoder.at_once if use_cache else 1, size + 1 - length)
             left -= n
             for chosen in torch.stack([write() for _ in range(n)]).tolist():  # the one wait for a card
                 for i, token in enumerate(chosen):
