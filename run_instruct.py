@@ -186,9 +186,10 @@ def train(run, cfg, world) -> dict:
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay)
     tuning.announce(run, cfg, parts, units, lines, model)
     saved = model, optimizer, precision
+    compiled = model.h if cfg.compile else ()
+    ddp = core.wrap_ddp(model, world, compiled, shard=cfg.shard, optimizer=optimizer)
     run.load(*saved)  # a resumed run's; a new one has nothing to load
     core.on_main(world, gpt_scratch.describe_model, run.folder, model, data.tokenizer)
-    ddp = core.wrap_ddp(model, world, compiled=model.h if cfg.compile else ())
 
     def forward_backward(rows, targets) -> float:
         """Adds gradients of this rank's summed loss, divided by the targets of all ranks. Returns the sum."""

@@ -253,9 +253,10 @@ def train(run, cfg, world) -> dict:
     tuning.announce(run, cfg, parts, units, lines, model)
     announce_lora(run, cfg, model)
     saved = adapters, optimizer, precision
+    compiled = model.h if cfg.compile else ()
+    ddp = core.wrap_ddp(model, world, compiled, shard=cfg.shard, optimizer=optimizer)
     run.load(*saved)  # a resumed run's; a new one has nothing to load
     core.on_main(world, keep_for_later, run.folder, cfg, data.tokenizer)
-    ddp = core.wrap_ddp(model, world, compiled=model.h if cfg.compile else ())
 
     def forward_backward(rows, targets) -> float:
         """Adds gradients of this rank's summed loss, divided by the targets of all ranks. Returns the sum."""

@@ -124,7 +124,8 @@ class Config(core.Bookkeeping):
 
 
 SEVERAL = ("both", "study", "split")  # modes that make several runs
-SHARED = ("dtype", "compile", "skip_spikes", "keep", "log_every", "note", "price_per_hour", "backend", "out")
+SHARED = ("dtype", "compile", "shard", "skip_spikes", "keep", "log_every", "note", "price_per_hour")
+SHARED += ("backend", "out")
 # The journal's rows were padded to 1,024 tokens and cut into two windows of 512, the second one mostly
 # nothing but padding: 256 windows are 128 rows. It validated on the test part; we do not. What is not
 # named here is as in Config.
@@ -273,9 +274,10 @@ def train(run, cfg, world) -> dict:
     precision, optimizer = core.Precision(cfg.dtype, world), make_optimizer(cfg, model)
     choices.announce(run, cfg, data, parts, units, lines, model)
     saved = trained, optimizer, precision
+    compiled = model.h if cfg.compile else ()
+    ddp = core.wrap_ddp(model, world, compiled, shard=cfg.shard, optimizer=optimizer)
     run.load(*saved)  # a resumed run's; a new one has nothing to load
     core.on_main(world, keep_for_later, run.folder, cfg, model, tokenizer)
-    ddp = core.wrap_ddp(model, world, model.h if cfg.compile else ())
 
     def forward_backward(rows, targets) -> float:
         """Adds gradients of this rank's summed loss, divided by the targets of all ranks. Returns the sum."""

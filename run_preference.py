@@ -251,10 +251,11 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     if fold == run.position.get("fold", 0):
         announce(run, cfg, data, rows, model)
     saved = model, optimizer, precision
+    compiled = [model.encoder] if cfg.compile else ()
+    ddp = core.wrap_ddp(model, world, compiled, shard=cfg.shard, optimizer=optimizer)
     run.load(*saved, fold=fold)
     core.on_main(world, write_encoder, run.folder / "encoder", model.encoder.config, data.tokenizer)
     core.cache_vectors(model, data, cfg, world, run.poll, run.say)
-    ddp = core.wrap_ddp(model, world, [model.encoder] if cfg.compile else ())
 
     def forward_backward(mine, targets, swaps=None) -> float:
         """Adds gradients of this rank's summed loss, divided by the targets of all ranks. Returns the sum.

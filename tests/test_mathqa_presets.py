@@ -43,7 +43,7 @@ DEFAULTS = {
     **{"micro_tokens": 16384, "group_lengths": True, "epochs": None, "max_steps": None, "max_minutes": 60.0},
     **{"lr": 5e-5, "min_lr": 0.0, "warmup": 0.05, "schedule": "cosine", "cycle_beta1": True},
     **{"optimizer": "adamw", "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "clip": 1.0},
-    **{"skip_spikes": False, "dtype": "auto", "compile": False, "seed": 0, "eval_batch": 64},
+    **{"skip_spikes": False, "shard": "none", "dtype": "auto", "compile": False, "seed": 0, "eval_batch": 64},
     **{"eval_every": 500, "eval_rows": 500, "answer_rows": 200, "sample_tokens": 24, "final_eval": True},
     **{"test_weights": "best"},
     **{"save_every": None, "keep": 2, "log_every": 25, "price_per_hour": None, "note": "", "plain": None},

@@ -16,6 +16,7 @@ import torch
 from lab.errors import UserError
 from lab.run.files import remove_leftovers, sha256_file, whole_folder, write_json
 from lab.run.stored import run_config, tested_names
+from lab.train import shard
 from lab.train.processes import on_main
 
 
@@ -195,7 +196,7 @@ class Checkpoints:
         disk is too full, or UserError if it `must` succeed."""
         if self.newest == (name := step_name(step)):
             return
-        tensors = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        tensors = {"optimizer": shard.whole_state(optimizer), "scaler": scaler.state_dict()}
         position = position | {"step": step, "kept": self.kept}
         if on_main(self.world, self._write, name, model, tensors, position, must):
             self.newest = name
@@ -204,7 +205,7 @@ class Checkpoints:
         """Restores what `save` wrote in the newest checkpoint."""
         load_weights(self.folder / self.newest, model)
         tensors = load_state(self.folder / self.newest)
-        optimizer.load_state_dict(tensors["optimizer"])
+        shard.load_whole_state(optimizer, tensors["optimizer"])
         if scaler.is_enabled():
             scaler.load_state_dict(tensors["scaler"])
 

@@ -13,6 +13,7 @@ from lab.run.meter import clock
 from lab.train import loss
 from lab.train.optim import count_parameters
 from lab.train.processes import on_main
+from lab.train.shard import kept_weights, line
 
 
 def forecast(run, model, optimizer, steps, seconds, typical) -> int | None:
@@ -35,10 +36,13 @@ def forecast(run, model, optimizer, steps, seconds, typical) -> int | None:
     hours, price = steps * seconds * typical / 3600, run.cfg.price_per_hour
     if minutes is not None:
         hours = min(hours, max(0, minutes / 60 - run.clock.seconds / 3600))
-    memory_gb = _require_memory(run.world, 0 if optimizer.state else 4 * moments * trainable / 1e6)
+    to_come = 0 if optimizer.state else 4 * moments * kept_weights(optimizer) / 1e6
+    memory_gb = _require_memory(run.world, to_come)
     for note in loss.notes:
         run.say(note)
     loss.notes.clear()
+    if shared := line(optimizer):
+        run.say(shared)
     run.say(
         f"forecast  {steps} steps  training {clock(3600 * hours)}  a step takes {memory_gb:.2f} GB  "
         f"disk {disk_mb:.0f} MB" + (f"  ${price * hours:.2f}" if price else "")

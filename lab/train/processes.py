@@ -25,6 +25,7 @@ from lab.run.terminal import outlive_terminal
 from lab.train import heartbeat
 from lab.train.cpu import keep_freed_memory
 from lab.train.launch import end_with_torchrun, first_sentence, heard_at_once, join, number
+from lab.train.shard import shard_optimizer
 
 
 @dataclass(frozen=True)
@@ -280,11 +281,14 @@ def main_first(world, function, *args):
     return results[0] if results else function(*args)
 
 
-def wrap_ddp(model, world, compiled=(), dynamic=True):
+def wrap_ddp(model, world, compiled=(), dynamic=True, shard="none", optimizer=None):
     """Wraps in DistributedDataParallel if there are several ranks. Evaluate and save the model itself.
 
     compiled: parts of it to compile; dynamic: one graph for all lengths (none: once a second one comes).
+    shard optimizer: its state, of which there is none yet, is spread over the ranks.
     """
+    if shard == "optimizer":
+        shard_optimizer(optimizer, world)
     for part in compiled:
         part.compile(dynamic=dynamic)
     if world.size == 1:

@@ -35,7 +35,7 @@ SHORT = {  # some 24 steps with several saves and evaluations, and a short last 
         *("--smoke", "--max_documents", 12, "--val_share", 0.2, "--test_share", 0.2, "--n_embd", 32),
         *("--batch", 7, "--max_steps", 24, "--eval_batch", 24),
         *("--eval_every", 8, "--save_every", 4, "--log_every", 4, "--sample_tokens", 8),
-        *("--dropout", 0.1),
+        *("--dropout", 0.1, "--shard", "optimizer"),
     ],
 }
 TUNE = [
@@ -60,7 +60,10 @@ SHORT["run_mathqa"] = [
     *(*MATHQA, "--batch", 7, "--epochs", 2, "--dropout", 0.1),
     *("--eval_every", 8, "--save_every", 5, "--log_every", 4),
 ]
-SHORT |= {"run_instruct": [*TUNE, "--skip_spikes"], "run_lora": [*TUNE, "--lora_dropout", 0.1]}
+SHORT |= {
+    "run_instruct": [*TUNE, "--skip_spikes", "--shard", "optimizer"],
+    "run_lora": [*TUNE, "--lora_dropout", 0.1],
+}
 FROZEN = [  # run_preference with its encoder run once into the cache, and folds of 12 steps each
     *("--smoke", "--max_documents", 120, "--batch", 6, "--epochs", 2, "--folds", 3, "--freeze", "all"),
     *("--eval_every", 6, "--save_every", 3, "--log_every", 4, "--dropout", 0.1),
