@@ -196,6 +196,7 @@ class Checkpoints:
         disk is too full, or UserError if it `must` succeed."""
         if self.newest == (name := step_name(step)):
             return
+        shard.fill(optimizer)
         tensors = {"optimizer": shard.whole_state(optimizer), "scaler": scaler.state_dict()}
         position = position | {"step": step, "kept": self.kept}
         if on_main(self.world, self._write, name, model, tensors, position, must):
@@ -204,6 +205,7 @@ class Checkpoints:
     def load(self, model, optimizer, scaler):
         """Restores what `save` wrote in the newest checkpoint."""
         load_weights(self.folder / self.newest, model)
+        shard.take(optimizer)
         tensors = load_state(self.folder / self.newest)
         shard.load_whole_state(optimizer, tensors["optimizer"])
         if scaler.is_enabled():

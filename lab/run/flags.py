@@ -92,7 +92,7 @@ class Bookkeeping(Constants):
 
     skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
     compile: bool = False  # the blocks, by torch.compile
-    shard: Literal["none", "optimizer"] = "none"  # optimizer: each rank keeps a share of its state (ZeRO-1)
+    shard: Literal["none", "optimizer", "full"] = "none"  # optimizer: its state (ZeRO-1); full: all (FSDP2)
     final_eval: bool = True  # the test rows, once, at the end
     keep: within(int, 2) = 2  # checkpoints: the newest, and one to fall back to
     log_every: Count = 50  # steps

@@ -11,6 +11,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from lab.errors import UserError
+from lab.train.fsdp import Sharded
 from lab.train.precision import Precision
 from lab.train.processes import all_reduce_sum, progress
 
@@ -28,6 +29,8 @@ def micro_batches(model, rows, size=None, lengths=None, most=math.inf):
         rows, lengths = [rows[i] for i in order], [int(lengths[i]) for i in order]
     sizes = length_groups(lengths, most) if lengths and not size else _equal(len(rows), size or len(rows))
     ends = list(itertools.accumulate(sizes))
+    if isinstance(model, Sharded):
+        return (yield from model.in_step([rows[end - n : end] for end, n in zip(ends, sizes, strict=True)]))
     for end, n in zip(ends, sizes, strict=True):
         alone = end < len(rows) and isinstance(model, DistributedDataParallel)
         with model.no_sync() if alone else nullcontext():

@@ -22,6 +22,7 @@ import numpy as np
 from lab.errors import Stop
 from lab.run import spikes
 from lab.run.folder import Run
+from lab.train import shard
 from lab.train.batches import length_groups, reseed, worst_case
 from lab.train.optim import optimizer_step
 
@@ -69,6 +70,7 @@ class Step:
     total_steps: int
     where: str  # after this step
     read: int  # examples or tokens of the global batch, for the rate
+    optimizer: Any = None
     loss_sum: float = math.nan
     norm: Any = None
     left_out: bool = False
@@ -83,6 +85,9 @@ class Step:
             return False
         self.spike = spikes.judge(self.run, self.step + 1, loss_sum, self.targets, float(norm))
         self.left_out = self.spike["left_out"]
+        if self.spike["odd"]:  # rank 0 will look at the model alone
+            shard.fill(self.optimizer)
+            self.spike["norms"] = shard.gradient_norms(self.optimizer)
         return bool(self.spike["odd"])
 
     def note_spike(self, model, facts):
@@ -142,6 +147,8 @@ def steps(
         saves = step % cfg.save_every == 0 if cfg.save_every else due
         if ends or (saves and step > 0):
             run.save(step, *saved, must=ends)
+        if due:
+            shard.fill(saved[1])  # evaluations, and what follows the last step, see a plain model
         if due and run.state.get("evaluated") != step:
             late = 2 * step >= total_steps
             yield Evaluation(run, step, where(run, batches, step), late, ends, ends or saves, saved[0])
@@ -161,7 +168,8 @@ def steps(
         length, read = run.clock.schedule_length(step, total_steps), len(batch)
         if run.unit == "tokens":
             read = int(batches.lengths[batch].sum())
-        at = Step(run, step, batch, rows, targets, length, total_steps, where(run, batches, step + 1), read)
+        of_run = where(run, batches, step + 1), read, saved[1]
+        at = Step(run, step, batch, rows, targets, length, total_steps, *of_run)
         yield at
         if not at.updated:
             raise RuntimeError(f"step {step} has no at.update(...)")

@@ -91,7 +91,8 @@ def gradient_norm(optimizer, precision) -> torch.Tensor:
     """Global norm of the unscaled gradients, before clipping: the same on all ranks."""
     precision.scaler.unscale_(optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    return nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of gradients that ranks share
 
 
 def optimizer_step(optimizer, precision, clip, lr, beta1=None, norm=None, leave_out=False) -> float:

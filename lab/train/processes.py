@@ -24,6 +24,7 @@ from lab.errors import LostRanks, Stop, UserError
 from lab.run.terminal import outlive_terminal
 from lab.train import heartbeat
 from lab.train.cpu import keep_freed_memory
+from lab.train.fsdp import Sharded
 from lab.train.launch import end_with_torchrun, first_sentence, heard_at_once, join, number
 from lab.train.shard import shard_optimizer
 
@@ -285,9 +286,12 @@ def wrap_ddp(model, world, compiled=(), dynamic=True, shard="none", optimizer=No
     """Wraps in DistributedDataParallel if there are several ranks. Evaluate and save the model itself.
 
     compiled: parts of it to compile; dynamic: one graph for all lengths (none: once a second one comes).
-    shard optimizer: its state, of which there is none yet, is spread over the ranks.
+    shard: the optimizer's state, of which there is none yet, or all (full) is spread over the ranks.
     """
-    if shard == "optimizer":
+    if shard == "full" and world.size > 1:
+        optimizer.shares = Sharded(model, optimizer, world)
+        return optimizer.shares
+    if shard != "none":
         shard_optimizer(optimizer, world)
     for part in compiled:
         part.compile(dynamic=dynamic)

@@ -35,6 +35,11 @@ class Shares:
         mine = zip(self.params, self.owners, strict=True)
         return sum(p.numel() for p, owner in mine if owner == self.world.rank)
 
+    def fill(self):
+        """Nothing: weights are whole on each rank."""
+
+    take = fill
+
     def own(self, states) -> dict:
         """Of the states of all parameters (number -> name -> value) those that this rank keeps."""
         return {number: s for number, s in states.items() if self.owners[number] == self.world.rank}
@@ -42,7 +47,7 @@ class Shares:
     def line(self) -> str:
         """What is said at the start."""
         if self.world.size == 1:
-            return "shard optimizer changes nothing: there is one process"
+            return "shard changes nothing: there is one process"
         total = sum(p.numel() for p in self.params)
         return f"shard optimizer  rank 0 keeps the state of {self.weights():,} of {total:,} weights"
 
@@ -96,7 +101,7 @@ def shard_optimizer(optimizer, world):
     optimizer.shares = Shares(optimizer, world)
 
 
-def shares_of(optimizer) -> Shares | None:
+def shares_of(optimizer):
     return getattr(optimizer, "shares", None)
 
 
@@ -113,6 +118,24 @@ def load_whole_state(optimizer, whole):
     if shares := shares_of(optimizer):
         whole = whole | {"state": shares.own(whole["state"])}
     optimizer.load_state_dict(whole)
+
+
+def fill(optimizer):
+    """All ranks: has a script's model hold its weights, which --shard full keeps elsewhere between uses."""
+    if shares := shares_of(optimizer):
+        shares.fill()
+
+
+def gradient_norms(optimizer) -> dict[str, float] | None:
+    """All ranks: name -> norm of its gradient, where --shard full has spread it over them."""
+    shares = shares_of(optimizer)
+    return shares.gradient_norms() if hasattr(shares, "gradient_norms") else None
+
+
+def take(optimizer):
+    """Has the shards of --shard full hold what was loaded into the script's model, which is whole."""
+    if shares := shares_of(optimizer):
+        shares.take()
 
 
 def kept_weights(optimizer) -> int:

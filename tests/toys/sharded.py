@@ -10,7 +10,10 @@ import torch
 from toys.gpt import ids, random_gpt
 
 import core
-from lab.train.shard import load_whole_state, whole_state
+from lab.train import shard
+
+KINDS = ("adamw", "lion", "sgd")
+SHARDS = ("none", "optimizer", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,55 +22,73 @@ class Config(core.Constants):
     backend: str = "auto"  # of the exchange
 
 
-def begun(world, kind, shard, dtype="fp32"):
+def begun(world, kind, how, dtype="fp32"):
     """(model, what is called, optimizer, precision) before the first step."""
     # no biases of keys, whose gradients are noise around 0: Lion steps by their signs
     wide = torch.float64 if dtype == "fp64" else torch.float32
-    model = random_gpt(std=0.05, dtype=wide, qkv_bias=False).train()
+    model = random_gpt(std=0.05, dtype=wide, qkv_bias=False, checkpointing=True).train()
     optimizer, precision = core.make_optimizer(model, kind, 0.1), core.Precision(dtype, world)
-    ddp = core.wrap_ddp(model, world, shard=shard, optimizer=optimizer)
+    ddp = core.wrap_ddp(model, world, shard=how, optimizer=optimizer)
     core.scaled_backward(ddp(ids(1, 8), ids(1, 8)), world, 1, precision)  # as in runs: DDP settles
     optimizer.zero_grad()
     return model, ddp, optimizer, precision
 
 
 def train(world, parts, steps):
-    """Steps of 7 rows each: the second is left out as a spike, the third overflows a scaler."""
+    """Steps of 7 rows each, one at a time: the second is left out as a spike, the third overflows a scaler."""
     _, ddp, optimizer, precision = parts
     for step in steps:
         rows = ids(7, 9, seed=step)[world.rank :: world.size]
-        loss = ddp(rows[:, :-1], rows[:, 1:])
-        if step == 2 and precision.scaler.is_enabled():
-            loss = loss * math.inf
-        core.scaled_backward(loss, world, 7 * 8, precision)
+        for row in core.micro_batches(ddp, rows, 1):
+            loss = ddp(row[:, :-1], row[:, 1:])
+            if step == 2 and precision.scaler.is_enabled():
+                loss = loss * math.inf
+            core.scaled_backward(loss, world, 7 * 8, precision)
         norm = core.gradient_norm(optimizer, precision)
         core.optimizer_step(optimizer, precision, 0.5, 1e-2, 0.85, norm, leave_out=step == 1)
+    shard.fill(optimizer)
 
 
-def resumed(world, kind, shard, folder, dtype="fp32"):
+def resumed(world, kind, how, folder, dtype="fp32"):
     """A model that went on for three steps from what `main` has left in `folder`, by whatever sharing."""
-    parts = begun(world, kind, shard, dtype)
+    parts = begun(world, kind, how, dtype)
+    shard.fill(parts[2])
     parts[0].load_state_dict(torch.load(f"{folder}/weights.pt"))
-    load_whole_state(parts[2], torch.load(f"{folder}/state.pt"))
+    shard.take(parts[2])
+    shard.load_whole_state(parts[2], torch.load(f"{folder}/state.pt"))
     train(world, parts, range(4, 7))
     return parts[0]
 
 
+def kept(optimizer) -> int:
+    """Numbers of state that lie on this rank."""
+    values = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
+    return sum((v.to_local() if hasattr(v, "to_local") else v).numel() for v in values)
+
+
+def ends(world, kind, how, dtype) -> list[torch.nn.Module]:
+    """The model after seven steps; those that went on behind the fourth, by each sharing."""
+    parts, folder = begun(world, kind, how, dtype), Path(f"{kind} {dtype} {how}")
+    train(world, parts, range(4))
+    whole = shard.whole_state(parts[2])
+    if world.is_main:
+        folder.mkdir()
+        torch.save(parts[0].state_dict(), folder / "weights.pt")
+        torch.save(whole, folder / "state.pt")
+    core.barrier(world)
+    train(world, parts, range(4, 7))
+    others = [resumed(world, kind, other, folder, dtype) for other in SHARDS if (other, dtype) != ("full", "fp16")]
+    return kept(parts[2]), [parts[0], *others]
+
+
 def main(cfg, world):
     said = {}
-    for kind, dtype in itertools.product(("adamw", "lion", "sgd"), ("fp16", "fp64")):
-        for shard in ("none", "optimizer"):
-            parts, folder = begun(world, kind, shard, dtype), Path(f"{kind} {dtype} {shard}")
-            train(world, parts, range(4))
-            numbers = sum(v.numel() for s in parts[2].state.values() for v in s.values() if v.dim())
-            whole = whole_state(parts[2])
-            if world.is_main:
-                folder.mkdir()
-                torch.save(parts[0].state_dict(), folder / "weights.pt")
-                torch.save(whole, folder / "state.pt")
-            core.barrier(world)
-            train(world, parts, range(4, 7))
-            ends = [resumed(world, kind, other, folder, dtype) for other in ("none", "optimizer")]
-            said[str(folder)] = [numbers, *map(core.weights_sha256, [parts[0], *ends])]
-            core.barrier(world)
+    for kind, dtype, how in itertools.product(KINDS, ("fp16", "fp64"), SHARDS):
+        if (how, dtype) == ("full", "fp16"):
+            continue
+        numbers, models = ends(world, kind, how, dtype)
+        name = f"{kind} {dtype} {how}"
+        said[name] = [numbers, *map(core.weights_sha256, models)]
+        torch.save([model.state_dict() for model in models], f"{name}/ends {world.rank}.pt")
+        core.barrier(world)
     Path(f"said {world.rank}.json").write_text(json.dumps(said))

@@ -79,7 +79,7 @@ def test_what_is_said_and_counted_of_one_share():
     assert shard.kept_weights(plain) == 16 and shard.line(plain) is None
     alone = core.make_optimizer(model, "sgd", 0.0)
     shard.shard_optimizer(alone, World())
-    assert shard.line(alone) == "shard optimizer changes nothing: there is one process"
+    assert shard.line(alone) == "shard changes nothing: there is one process"
     assert shard.kept_weights(alone) == 16
     shared = core.make_optimizer(model, "sgd", 0.0)
     shard.shard_optimizer(shared, World(size=2))
