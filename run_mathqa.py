@@ -367,7 +367,7 @@ def validate(run, cfg, model, rows, plain, batches, at):
 def finish(run, cfg, data, parts, plain, model, trained, optimizer) -> dict:
     """Hash of the last weights; then figures of the chosen ones on val and test rows, answers, forgetting."""
     facts = {"weights_sha256": core.weights_sha256(trained), "test_checkpoints": [run.checkpoint]}
-    facts |= {"steps": run.step, "state_mb": optim.state_megabytes(model, optimizer)}
+    facts |= {"steps": run.step, "state_mb": optim.state_megabytes(optimizer)}
     facts["parameters"], facts["trainable_parameters"] = core.count_parameters(model)
     optimizer.zero_grad(set_to_none=True)  # makes room for measuring
     optimizer.state.clear()

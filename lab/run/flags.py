@@ -92,7 +92,7 @@ class Bookkeeping(Constants):
 
     skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
     compile: bool = False  # the blocks, by torch.compile
-    shard: Literal["none", "optimizer", "full"] = "none"  # optimizer: its state (ZeRO-1); full: all (FSDP2)
+    shard: Literal["none", "optimizer", "full"] = "none"  # ranks share optimizer state; full: weights, too
     final_eval: bool = True  # the test rows, once, at the end
     keep: within(int, 2) = 2  # checkpoints: the newest, and one to fall back to
     log_every: Count = 50  # steps
@@ -115,8 +115,18 @@ class Bookkeeping(Constants):
     def __post_init__(self):
         if self.find_from >= self.find_to:
             raise UserError(f"find_from {self.find_from} is not below find_to {self.find_to}")
+        if self.shard == "full":
+            self._refuse_beside_full()
         if getattr(self, "mode", None) == "find_lr" and (self.resume_timestamp or self.resume_step):
             raise UserError("--resume_timestamp goes with training, not with find_lr, which keeps nothing")
+
+    def _refuse_beside_full(self):
+        """What needs whole weights while it trains, or a scaler that knows of other ranks."""
+        clash = {"compile": True, "dtype": "fp16", "mode": "find_lr", "qat": "int4"}
+        for name, value in clash.items():
+            if getattr(self, name, None) == value:
+                flag = f"--{name}" if value is True else f"--{name} {value}"
+                raise UserError(f"--shard full does not go with {flag}: use --shard optimizer")
 
 
 @dataclass(frozen=True)

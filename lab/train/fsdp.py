@@ -39,8 +39,8 @@ class Sharded:
         return self.twin.named_parameters()
 
     def in_step(self, parts):
-        """All ranks: the parts of this rank's rows, then the last one with weight 0, until all ranks have made as
-        many as the one with most."""
+        """All ranks: the parts of this rank's rows, then the last one with weight 0, until it has made as
+        many as the rank with most."""
         most = torch.tensor(len(parts))
         dist.all_reduce(most, dist.ReduceOp.MAX)
         yield from parts
@@ -59,10 +59,10 @@ class Sharded:
         self.is_whole = True
 
     def empty(self, *_):
-        """Takes the plain model's memory; its shapes stay."""
+        """Frees the plain model's memory; shapes stay, of one number repeated."""
         if self.is_whole:
             for plain, _ in self.pairs:
-                plain.untyped_storage().resize_(0)
+                plain.data = plain.data.new_empty(()).expand(plain.shape)
         self.is_whole = False
 
     @torch.no_grad()
@@ -116,8 +116,8 @@ class Sharded:
 
 
 def sharded_twin(model, world):
-    """A copy of the model with sharded parameters. It is cut block by block: beside the plain weights there is
-    memory for the shards, for nothing else."""
+    """A copy of the model with sharded parameters, which are not copied first: beside the plain weights there
+    is memory for the shards alone."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

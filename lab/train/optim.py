@@ -79,11 +79,12 @@ def make_optimizer(
     return torch.optim.SGD(groups, momentum=0.9)
 
 
-def state_megabytes(model, optimizer) -> float:
-    """MB of gradients and of the optimizer's state."""
-    tensors = [p for p in model.parameters() if p.requires_grad]
+def state_megabytes(optimizer) -> float:
+    """MB of gradients and of the optimizer's state on this rank."""
+    tensors = [p for group in optimizer.param_groups for p in group["params"]]
     for state in optimizer.state.values():
         tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    tensors = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
     return sum(t.numel() * t.element_size() for t in tensors) / 1e6
 
 

@@ -34,29 +34,41 @@ def begun(world, kind, how, dtype="fp32"):
     return model, ddp, optimizer, precision
 
 
+def as_a_spike_is_noted(world, parts, row) -> list:
+    """Name and norm of each gradient, and the loss of a row that rank 0 computes alone."""
+    model, _, optimizer, _ = parts
+    shard.fill(optimizer)
+    norms = shard.gradient_norms(optimizer)
+    norms = norms or {name: float(p.grad.norm()) for name, p in model.named_parameters()}
+    return [norms, float(model(row[:, :-1], row[:, 1:])) if world.is_main else None]
+
+
 def train(world, parts, steps):
-    """Steps of 7 rows each, one at a time: the second is left out as a spike, the third overflows a scaler."""
-    _, ddp, optimizer, precision = parts
+    """Steps of 5 rows, one at a time: the second is left out as a spike is, the third overflows a scaler."""
+    (_, ddp, optimizer, precision), noted = parts, None
     for step in steps:
-        rows = ids(7, 9, seed=step)[world.rank :: world.size]
+        rows = ids(5, 9, seed=step)[world.rank :: world.size]
         for row in core.micro_batches(ddp, rows, 1):
             loss = ddp(row[:, :-1], row[:, 1:])
             if step == 2 and precision.scaler.is_enabled():
                 loss = loss * math.inf
-            core.scaled_backward(loss, world, 7 * 8, precision)
+            core.scaled_backward(loss, world, 5 * 8, precision)
         norm = core.gradient_norm(optimizer, precision)
+        if step == 1:
+            noted = as_a_spike_is_noted(world, parts, rows[:1])
         core.optimizer_step(optimizer, precision, 0.5, 1e-2, 0.85, norm, leave_out=step == 1)
     shard.fill(optimizer)
+    return noted
 
 
 def resumed(world, kind, how, folder, dtype="fp32"):
-    """A model that went on for three steps from what `main` has left in `folder`, by whatever sharing."""
+    """A model that went on for two steps from what `main` has left in `folder`, by whatever sharing."""
     parts = begun(world, kind, how, dtype)
     shard.fill(parts[2])
     parts[0].load_state_dict(torch.load(f"{folder}/weights.pt"))
     shard.take(parts[2])
     shard.load_whole_state(parts[2], torch.load(f"{folder}/state.pt"))
-    train(world, parts, range(4, 7))
+    train(world, parts, range(4, 6))
     return parts[0]
 
 
@@ -66,29 +78,30 @@ def kept(optimizer) -> int:
     return sum((v.to_local() if hasattr(v, "to_local") else v).numel() for v in values)
 
 
-def ends(world, kind, how, dtype) -> list[torch.nn.Module]:
-    """The model after seven steps; those that went on behind the fourth, by each sharing."""
+def ends(world, kind, dtype, how) -> tuple[int, list, list[torch.nn.Module]]:
+    """Numbers of state on this rank, what was noted of a spike, and the model after six steps; behind it, of
+    adamw in fp64, those that went on after the fourth by each sharing."""
     parts, folder = begun(world, kind, how, dtype), Path(f"{kind} {dtype} {how}")
-    train(world, parts, range(4))
+    noted = train(world, parts, range(4))
     whole = shard.whole_state(parts[2])
     if world.is_main:
         folder.mkdir()
         torch.save(parts[0].state_dict(), folder / "weights.pt")
         torch.save(whole, folder / "state.pt")
     core.barrier(world)
-    train(world, parts, range(4, 7))
-    others = [resumed(world, kind, other, folder, dtype) for other in SHARDS if (other, dtype) != ("full", "fp16")]
-    return kept(parts[2]), [parts[0], *others]
+    train(world, parts, range(4, 6))
+    others = SHARDS if (kind, dtype) == ("adamw", "fp64") else ()
+    others = [resumed(world, kind, other, folder, dtype) for other in others]
+    return kept(parts[2]), noted, [parts[0], *others]
 
 
 def main(cfg, world):
-    said = {}
-    for kind, dtype, how in itertools.product(KINDS, ("fp16", "fp64"), SHARDS):
-        if (how, dtype) == ("full", "fp16"):
-            continue
-        numbers, models = ends(world, kind, how, dtype)
-        name = f"{kind} {dtype} {how}"
-        said[name] = [numbers, *map(core.weights_sha256, models)]
-        torch.save([model.state_dict() for model in models], f"{name}/ends {world.rank}.pt")
-        core.barrier(world)
+    said, cases = {}, [("adamw", "fp16"), ("adamw", "fp64"), ("lion", "fp64"), ("sgd", "fp64")]
+    for (kind, dtype), how in itertools.product(cases[: 2 if world.size > 2 else 4], SHARDS):
+        if (how, dtype) != ("full", "fp16"):
+            *facts, models = ends(world, kind, dtype, how)
+            name = f"{kind} {dtype} {how}"
+            said[name] = [*facts, *map(core.weights_sha256, models)]
+            torch.save([model.state_dict() for model in models], f"{name}/ends {world.rank}.pt")
+            core.barrier(world)
     Path(f"said {world.rank}.json").write_text(json.dumps(said))
