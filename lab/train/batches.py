@@ -127,6 +127,8 @@ def worst_case(world, model, step, optimizer, rows) -> float:
         with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
             step()
     except torch.OutOfMemoryError:
+        if isinstance(model, Sharded):  # the others wait inside the forward: torchrun ends them
+            raise UserError("out of memory with --shard full: use a smaller --micro_batch") from None
         failed += 1
     optimizer.zero_grad(set_to_none=True)
     if all_reduce_sum(world, failed).item():

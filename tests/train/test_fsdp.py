@@ -85,6 +85,16 @@ def test_a_rank_with_fewer_micro_batches_repeats_its_last_one_at_no_weight(shard
     assert float(called(torch.tensor(3.0))) == 3.0
 
 
+def test_memory_that_is_too_small_is_said_at_once_since_the_others_wait_in_an_exchange(sharded):
+    _, optimizer, called = sharded
+
+    def step():
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(UserError, match="out of memory with --shard full: use a smaller --micro_batch"):
+        batches.worst_case(World(size=2), called, step, optimizer, 4)  # a reduction would need a second rank
+
+
 def test_the_plain_model_has_memory_only_between_its_use_and_the_next_step(sharded):
     model, optimizer, called = sharded
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -37,11 +37,12 @@ def test_each_rank_keeps_its_share_of_the_state_and_no_more(trained):
 
 
 def test_with_a_shared_state_the_weights_are_ddps_to_the_bit(trained):
-    """With micro-batches, clipping, a step left out, an overflow, resumes from and into a shared state."""
+    """With micro-batches, clipping, a step left out, an overflow, a resume of what was not shared."""
     _, said = trained
     for name in {name.rpartition(" ")[0] for name in said[0]}:
-        shas = [of_rank[f"{name} {how}"][2:5] for how in ("none", "optimizer") for of_rank in said]
-        assert len({sha for of_run in shas for sha in of_run}) == 1, name
+        shas = {of_rank[f"{name} {how}"][2] for how in ("none", "optimizer") for of_rank in said}
+        assert len(shas) == 1, name
+        assert name != "adamw fp64" or {of_rank[f"{name} none"][3] for of_rank in said} == shas
 
 
 def test_fully_sharded_and_resumed_into_any_other_the_weights_are_ddps_but_for_rounding(trained):
@@ -50,17 +51,17 @@ def test_fully_sharded_and_resumed_into_any_other_the_weights_are_ddps_but_for_r
     for kind in {name.split()[0] for name in said[0]}:
         wanted = torch.load(folder / f"{kind} fp64 none" / "ends 0.pt")[0]
         ends = [end for path in folder.glob(f"{kind} fp64 */ends *.pt") for end in torch.load(path)]
-        assert len(ends) == len(said) * (12 if kind == "adamw" else 3)
+        assert len(ends) == len(said) * (6 if kind == "adamw" else 3)
         for end in ends:
             torch.testing.assert_close(end, wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_of_a_spike_all_ranks_know_the_gradients_and_rank_0_alone_can_compute_a_row(trained):
-    for of_rank in trained[1]:
-        wanted = of_rank["adamw fp64 none"][1]
-        for how in ("optimizer", "full"):
-            assert of_rank[f"adamw fp64 {how}"][1][0] == pytest.approx(wanted[0], rel=1e-9)
-            assert of_rank[f"adamw fp64 {how}"][1][1] == pytest.approx(wanted[1], rel=1e-9)
+    said = trained[1]
+    norms, loss = said[0]["adamw fp64 none"][1]
+    for how in ("optimizer", "full"):
+        assert all(of_rank[f"adamw fp64 {how}"][1][0] == pytest.approx(norms, rel=1e-9) for of_rank in said)
+        assert said[0][f"adamw fp64 {how}"][1][1] == pytest.approx(loss, rel=1e-9)
 
 
 def test_the_gathered_state_is_the_whole_one(trained):
