@@ -89,6 +89,8 @@ class Config(core.Studied):
         super().__post_init__()
         if self.freeze == "all" and "head_lr" in self.typed.flags:
             raise core.UserError("--freeze all trains the head alone, at --lr: drop --head_lr")
+        if self.shard == "full":
+            raise core.UserError("--shard full is for language models: use --shard optimizer")
         if self.symmetric and self.swap_augmentation:
             raise core.UserError(
                 "--swap_augmentation changes nothing while both orders are averaged: add --no-symmetric"

@@ -72,10 +72,11 @@ def load_weights(folder, model):
     model.load_state_dict(safetensors.torch.load_file(Path(folder) / "model.safetensors"), strict=True)
 
 
-def load_state(folder) -> dict:
-    """state.pt of a checkpoint, on the CPU. Executes no code: UserError where it holds any."""
+def load_state(folder, mapped=False) -> dict:
+    """state.pt of a checkpoint, on the CPU. Executes no code: UserError where it holds any. mapped: only what
+    is used of it is read."""
     try:
-        return torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True)
+        return torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{folder}/state.pt is no state ({reason}): resume another step") from None
@@ -206,7 +207,7 @@ class Checkpoints:
         """Restores what `save` wrote in the newest checkpoint."""
         load_weights(self.folder / self.newest, model)
         shard.take(optimizer)
-        tensors = load_state(self.folder / self.newest)
+        tensors = load_state(self.folder / self.newest, mapped=shard.shares_of(optimizer) is not None)
         shard.load_whole_state(optimizer, tensors["optimizer"])
         if scaler.is_enabled():
             scaler.load_state_dict(tensors["scaler"])

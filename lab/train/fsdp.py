@@ -94,7 +94,7 @@ class Sharded:
 
     @torch.no_grad()
     def _own(self, p, state) -> dict:
-        own = {name: torch.zeros_like(p) if v.shape == p.shape else v for name, v in state.items()}
+        own = {n: torch.zeros_like(p) if v.shape == p.shape else v.clone() for n, v in state.items()}
         for name, value in state.items():
             if value.shape == p.shape:
                 own[name].to_local().copy_(self._rows(value))

@@ -3,6 +3,8 @@ sends them to the others (ZeRO-1, Rajbhandari et al. 2020). Gradients, norm and 
 so are the weights, bit for bit.
 """
 
+import copy
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -42,7 +44,8 @@ class Shares:
 
     def own(self, states) -> dict:
         """Of the states of all parameters (number -> name -> value) those that this rank keeps."""
-        return {number: s for number, s in states.items() if self.owners[number] == self.world.rank}
+        own = {number: s for number, s in states.items() if self.owners[number] == self.world.rank}
+        return copy.deepcopy(own)  # the file that they are mapped from will be removed
 
     def line(self) -> str:
         """What is said at the start."""

@@ -12,6 +12,7 @@ import gpt_scratch
 import run_instruct
 import run_lora
 import run_mathqa
+import run_preference
 from core import UserError, World
 from lab.train import batches, fsdp
 
@@ -64,6 +65,11 @@ def test_what_does_not_go_with_it_is_refused_before_anything_starts(script, flag
     assert (
         core.parsed_config(script.Config, {}, {}, "", ["--shard", "optimizer", *flags]).shard == "optimizer"
     )
+
+
+def test_run_preference_refuses_it_before_it_reads_data():
+    with pytest.raises(UserError, match="--shard full is for language models: use --shard optimizer"):
+        core.parsed_config(run_preference.Config, {}, {}, "", ["--shard", "full"])
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 6, 7])
