@@ -313,10 +313,11 @@ def set_up(run, cfg, world, steps=None) -> Setup:
     model = precision.prepare(build_model(cfg, tokens, world))
     optimizer = make_optimizer(cfg, model)
     announce(run, cfg, tokens, blocks, batches, total_steps, model)
+    compiled = model.h if cfg.compile else ()
+    ddp = core.wrap_ddp(model, world, compiled, None, shard=cfg.shard, optimizer=optimizer)
     step = run.load(model, optimizer, precision)
     core.on_main(world, describe_model, run.folder, model, tokens.tokenizer)
     generate.stop_ids(tokens.tokenizer, cfg.stop)  # a mistake should not wait for the first sample
-    ddp = core.wrap_ddp(model, world, model.h if cfg.compile else (), dynamic=None)
     micro_batches = core.MicroBatches(run, ddp, blocks["train"].batch)
     data = tokens, blocks, batches, total_steps
     setup = Setup(cfg, world, *data, model, ddp, micro_batches, optimizer, precision, step)

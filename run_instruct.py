@@ -188,9 +188,10 @@ def train(run, cfg, world) -> dict:
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay)
     tuning.announce(run, cfg, parts, units, lines, model, total_steps)  # begins: the folder changes
     saved = model, optimizer, precision
+    compiled = model.h if cfg.compile else ()
+    ddp = core.wrap_ddp(model, world, compiled, shard=cfg.shard, optimizer=optimizer)
     run.load(*saved)  # a resumed run's checkpoint; a new run has none
     core.on_main(world, gpt_scratch.describe_model, run.folder, model, data.tokenizer)
-    ddp = core.wrap_ddp(model, world, compiled=model.h if cfg.compile else ())
 
     micro_batches = core.MicroBatches(run, ddp, units.batch, units.lengths)
 

@@ -259,9 +259,10 @@ def train(run, cfg, world) -> dict:
     tuning.announce(run, cfg, parts, units, lines, model, total_steps)  # begins: the folder changes
     announce_lora(run, cfg, model)
     saved = adapters, optimizer, precision
+    compiled = model.h if cfg.compile else ()
+    ddp = core.wrap_ddp(model, world, compiled, shard=cfg.shard, optimizer=optimizer)
     run.load(*saved)  # a resumed run's checkpoint; a new run has none
     core.on_main(world, keep_for_later, run.folder, cfg, data.tokenizer)
-    ddp = core.wrap_ddp(model, world, compiled=model.h if cfg.compile else ())
 
     micro_batches = core.MicroBatches(run, ddp, units.batch, units.lengths)
 

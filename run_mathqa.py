@@ -128,7 +128,8 @@ class Config(core.Bookkeeping):
 
 
 SEVERAL = ("both", "study", "split")  # modes that make several runs
-SHARED = ("dtype", "compile", "skip_spikes", "keep", "log_every", "note", "price_per_hour", "backend", "out")
+SHARED = ("dtype", "compile", "shard", "skip_spikes", "keep", "log_every", "note", "price_per_hour")
+SHARED += ("backend", "out")
 # The journal's rows were padded to 1,024 tokens and cut into two windows of 512, the second one mostly
 # nothing but padding: its batch of 256 windows is our batch of 128 rows. It validated on the test part; we do
 # not. What is not named here is as in Config.
@@ -279,9 +280,10 @@ def train(run, cfg, world) -> dict:
     precision, optimizer = core.Precision(cfg.dtype, world), make_optimizer(cfg, model)
     choices.announce(run, cfg, data, parts, units, lines, model, total_steps)
     saved = trained, optimizer, precision
+    compiled = model.h if cfg.compile else ()
+    ddp = core.wrap_ddp(model, world, compiled, shard=cfg.shard, optimizer=optimizer)
     run.load(*saved)  # a resumed run's checkpoint; a new run has none
     core.on_main(world, keep_for_later, run.folder, cfg, model, tokenizer)
-    ddp = core.wrap_ddp(model, world, model.h if cfg.compile else ())
 
     micro_batches = core.MicroBatches(run, ddp, units.batch, units.lengths)
 
@@ -373,7 +375,7 @@ def validate(run, cfg, model, rows, plain, batches, at):
 def finish(run, cfg, data, parts, plain, model, trained, optimizer) -> dict:
     """Hash of the last weights; then figures of the chosen ones on val and test rows, answers, forgetting."""
     facts = {"weights_sha256": core.weights_sha256(trained), "test_checkpoints": [run.checkpoint]}
-    facts |= {"steps": run.step, "state_mb": optim.state_megabytes(model, optimizer)}
+    facts |= {"steps": run.step, "state_mb": optim.state_megabytes(optimizer)}
     facts["parameters"], facts["trainable_parameters"] = core.count_parameters(model)
     optimizer.zero_grad(set_to_none=True)  # makes room for measuring
     optimizer.state.clear()

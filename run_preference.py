@@ -90,6 +90,8 @@ class Config(core.Studied):
         super().__post_init__()
         if self.freeze == "all" and "head_lr" in self.typed.flags:
             raise core.UserError("--freeze all trains the head alone, at --lr: drop --head_lr")
+        if self.shard == "full":
+            raise core.UserError("--shard full is for language models: use --shard optimizer")
         if self.symmetric and self.swap_augmentation:
             raise core.UserError(
                 "--swap_augmentation changes nothing while both orders are averaged: add --no-symmetric"
@@ -252,10 +254,11 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     if fold == run.position.get("fold", 0):
         announce(run, cfg, data, rows, model, total_steps)
     saved = model, optimizer, precision
+    compiled = [model.encoder] if cfg.compile else ()
+    ddp = core.wrap_ddp(model, world, compiled, shard=cfg.shard, optimizer=optimizer)
     run.load(*saved, fold=fold)
     core.on_main(world, write_encoder, run.folder / "encoder", model.encoder.config, data.tokenizer)
     core.cache_vectors(model, data, cfg, world, run.poll, run.say)
-    ddp = core.wrap_ddp(model, world, [model.encoder] if cfg.compile else ())
 
     lay_out = functools.partial(laid_out, data, cfg)
     micro_batches = core.MicroBatches(run, ddp, lay_out)

@@ -266,9 +266,10 @@ def train(run, cfg, world) -> dict:
     run.pin("initial_weights", core.weights_sha256(model))
     saved = model, optimizer, precision
     announce(run, cfg, text, batches, model)
+    compiled = model.h if cfg.compile else ()
+    ddp = core.wrap_ddp(model, world, compiled, None, shard=cfg.shard, optimizer=optimizer)
     step, total_steps = run.load(*saved), cfg.max_steps
     core.on_main(world, gpt_scratch.describe_model, run.folder, model, text.tokenizer)
-    ddp = core.wrap_ddp(model, world, model.h if cfg.compile else (), dynamic=None)
 
     micro_batches = core.MicroBatches(run, ddp, batches.blocks.batch)
 

@@ -79,6 +79,7 @@ OF_ALL = {
         "max_length": 1024,
         "dropout": 0.0,
         "skip_spikes": False,
+        "shard": "none",
         "group_lengths": False,
         "dtype": "auto",
         "max_steps": None,

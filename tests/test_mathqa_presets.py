@@ -45,6 +45,7 @@ DEFAULTS = {
     **{"optimizer": "adamw", "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "clip": 1.0},
     **{"skip_spikes": False, "dtype": "auto", "compile": "auto", "seed": 0, "eval_batch": 64},
     "base_dtype": "auto",
+    "shard": "none",
     **{"eval_every": 500, "eval_rows": 500, "answer_rows": 200, "sample_tokens": 24, "final_eval": True},
     **{"test_weights": "best", "profile": None},
     **{"save_every": None, "keep": 2, "log_every": 25, "price_per_hour": None, "note": "", "plain": None},

@@ -199,6 +199,7 @@ JOURNAL = {  # what all rows of the journal's table share; then each row
     **{"head_lr": None, "layer_decay": 1.0, "min_lr": 0.0, "warmup": 0.0, "schedule": "constant"},
     **{"optimizer": "adamw", "weight_decay": 0.01, "swap_augmentation": False, "clip": None},
     **{"skip_spikes": False, "dtype": "fp32", "compile": "auto", "seed": 0, "eval_every": None},
+    "shard": "none",
     **{"final_eval": True, "test_weights": "last"},
 }
 ROWS = {

@@ -46,7 +46,7 @@ def test_the_journals_preset_is_the_journals_run():
         **{"n_embd": 512, "n_layer": 8, "n_head": 8, "tokenizer": "gpt2", "passes": 1, "mode": "study"},
         **{"arms": ("pubmed", "uspto", "pubmed+uspto"), "neutral": "c4", "skip_spikes": False},
         **{"streaming": "CacheStream", "repeat": True, "max_documents": None, "max_tokens": None},
-        **{"test_weights": "last", "tag": "journal"},
+        **{"test_weights": "last", "tag": "journal", "shard": "none"},
         **{"diversity_batches": 200, "diversity_batch": 512, "diversity_length": 128, "head_epochs": 10},
     }
     assert {name: getattr(cfg, name) for name in want} == want

@@ -18,6 +18,7 @@ import torch
 from lab.errors import UserError
 from lab.run.files import remove_leftovers, seal_of, sha256_file, whole_folder, write_json
 from lab.run.stored import run_config, tested_names
+from lab.train import shard
 from lab.train.processes import on_main
 
 
@@ -69,10 +70,11 @@ def load_weights(folder, model):
     model.load_state_dict(safetensors.torch.load_file(Path(folder) / "model.safetensors"), strict=True)
 
 
-def load_state(folder) -> dict:
-    """state.pt of a checkpoint, on the CPU. Executes no code: UserError where it holds any."""
+def load_state(folder, mapped=False) -> dict:
+    """state.pt of a checkpoint, on the CPU. Executes no code: UserError where it holds any. mapped: only what
+    is used of it is read."""
     try:
-        return torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True)
+        return torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{folder}/state.pt is no state ({reason}): resume another step") from None
@@ -210,7 +212,8 @@ class Checkpoints:
             self.settle()
         if (name := step_name(step)) in (self.newest, self.pending):
             return
-        tensors = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        shard.fill(optimizer)
+        tensors = {"optimizer": shard.whole_state(optimizer), "scaler": scaler.state_dict()}
         position = position | {"step": step, "kept": self.kept}
         if on_main(self.world, self._write, name, model, tensors, position, must):
             self.pending = name
@@ -244,8 +247,9 @@ class Checkpoints:
     def load(self, model, optimizer, scaler):
         """Restores what `save` wrote in the newest checkpoint."""
         load_weights(self.folder / self.newest, model)
-        tensors = load_state(self.folder / self.newest)
-        optimizer.load_state_dict(tensors["optimizer"])
+        shard.take(optimizer)
+        tensors = load_state(self.folder / self.newest, mapped=shard.shares_of(optimizer) is not None)
+        shard.load_whole_state(optimizer, tensors["optimizer"])
         if scaler.is_enabled():
             scaler.load_state_dict(tensors["scaler"])
 

@@ -93,6 +93,7 @@ class Bookkeeping(Constants):
 
     skip_spikes: bool = False  # no update by a step whose loss or gradient norm leaves its band
     compile: Literal["auto", True, False] = "auto"  # blocks; auto: on a card, from ten minutes of training on
+    shard: Literal["none", "optimizer", "full"] = "none"  # ranks share optimizer state; full: weights, too
     final_eval: bool = True  # the test rows, once, at the end
     keep: within(int, 2) = 2  # checkpoints: the newest, and one to fall back to
     log_every: Count = 50  # steps
@@ -116,9 +117,19 @@ class Bookkeeping(Constants):
     def __post_init__(self):
         if self.find_from >= self.find_to:
             raise UserError(f"find_from {self.find_from} is not below find_to {self.find_to}")
+        if self.shard == "full":
+            self._refuse_beside_full()
         mode, resumes = getattr(self, "mode", None), self.resume_timestamp or self.resume_step is not None
         if mode in KEEPS_NOTHING and resumes:
             raise UserError(f"--resume_timestamp goes with training, not with {mode}, which keeps nothing")
+
+    def _refuse_beside_full(self):
+        """What needs whole weights while it trains, or a scaler that knows of other ranks."""
+        clash = {"compile": True, "dtype": "fp16", "mode": "find_lr", "qat": "int4", "base_dtype": "bf16"}
+        for name, value in clash.items():
+            if getattr(self, name, None) == value:
+                flag = f"--{name}" if value is True else f"--{name} {value}"
+                raise UserError(f"--shard full does not go with {flag}: use --shard optimizer")
 
 
 @dataclass(frozen=True)

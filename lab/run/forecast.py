@@ -14,6 +14,7 @@ from lab.run.meter import clock
 from lab.train import loss
 from lab.train.optim import count_parameters, state_numbers
 from lab.train.processes import all_reduce_sum, on_main
+from lab.train.shard import kept_share, line
 
 
 def forecast(run, model, optimizer, steps, seconds, typical) -> int | None:
@@ -37,6 +38,8 @@ def forecast(run, model, optimizer, steps, seconds, typical) -> int | None:
     for note in loss.notes:
         run.say(note)
     loss.notes.clear()
+    if shared := line(optimizer):
+        run.say(shared)
     run.say(
         f"forecast  {steps} steps  training {clock(3600 * hours)}  a step takes {memory_gb:.2f} GB  "
         f"disk {disk_mb:.0f} MB" + (f"  ${price * hours:.2f}" if price else "")
@@ -91,8 +94,8 @@ def has_room(world, optimizer) -> bool:
 
 
 def needed_gb(world, optimizer) -> float:
-    """GB of the peak so far and of the optimizer's state, if that is still to come."""
-    size = optimizer.param_groups[0]["params"][0].element_size()
+    """GB of the peak so far and of this rank's share of the optimizer's state, if that is still to come."""
+    size = optimizer.param_groups[0]["params"][0].element_size() * kept_share(optimizer)
     return peak_memory_mb(world) / 1e3 + (0 if optimizer.state else size * state_numbers(optimizer) / 1e9)
 
 

@@ -28,6 +28,7 @@ MAY_CHANGE = {  # what a flag may change in a resumed run: length, cadence, book
     "micro_batch",
     "micro_tokens",
     "compile",
+    "shard",
     "answer_rows",
     *FIND_CONSTANTS,  # no run that is resumed reads them
 }

@@ -53,7 +53,9 @@ def note(run, spike, model, facts):
     """Rank 0: writes a line to spikes.jsonl, with the parameter of the largest gradient and `facts` of what
     the step read, and one to the screen."""
     values, limits, names = spike["values"], spike["limits"], ("step", "odd", "left_out")
-    norms = {n: float(p.grad.norm()) for n, p in model.named_parameters() if p.grad is not None}
+    norms = spike.get("norms") or {
+        n: float(p.grad.norm()) for n, p in model.named_parameters() if p.grad is not None
+    }
     largest = max(norms, key=norms.get)
     record = {name: spike[name] for name in names} | values
     record |= {f"{name}_limit": limit for name, limit in limits.items()}

@@ -12,6 +12,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from lab.errors import OutOfMemory, UserError
+from lab.train.fsdp import Sharded
 from lab.train.precision import Precision
 from lab.train.processes import all_reduce_sum, progress
 
@@ -21,9 +22,14 @@ OVERHEAD = 128  # tokens that could be computed while a forward and backward is 
 def micro_batches(model, rows, size=None, lengths=None, most=math.inf):
     """Yields the parts of `rows` that `cut` makes. Ranks exchange gradients in the last backward only."""
     parts = cut(rows, size, lengths, most)
-    for n, part in enumerate(parts, start=1):
+    for n, part in enumerate(in_step(model, parts), start=1):
         with exchanging(model, n == len(parts)):
             yield part
+
+
+def in_step(model, parts):
+    """The parts; with --shard full, where all ranks make as many forwards, some repeat their last one."""
+    return model.in_step(parts) if isinstance(model, Sharded) else parts
 
 
 def exchanging(model, exchanges):
@@ -152,6 +158,8 @@ def _shortage(world, model, step, optimizer, fits) -> list[int]:
     will."""
     with exchanging(model, False):
         failed = runs_out_of_memory(step)
+    if failed and isinstance(model, Sharded):  # the others wait inside the forward: torchrun ends them
+        raise UserError("out of memory with --shard full: use a smaller --micro_batch")
     optimizer.zero_grad(set_to_none=True)
     return all_reduce_sum(world, torch.tensor([failed, not fits()], dtype=torch.int64)).tolist()
 

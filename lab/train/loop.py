@@ -25,9 +25,10 @@ from lab.errors import Stop, UserError
 from lab.run import forecast, profiling, spikes
 from lab.run.folder import Run
 from lab.run.stored import read_config
-from lab.train import compiling, flops
+from lab.train import compiling, flops, shard
 from lab.train.batches import reseed, runs_out_of_memory, worst_case
 from lab.train.device import read_step
+from lab.train.fsdp import Sharded
 from lab.train.optim import optimizer_step
 from lab.train.prefetch import prepares
 from lab.train.processes import all_reduce_sum, on_main
@@ -77,6 +78,7 @@ class Step:
     where: str  # after this step
     read: int  # examples or tokens of the global batch, for the rate
     at_peak: float  # seconds that its FLOPs would take at the cards' peak; 0 where that is not known
+    optimizer: Any = None
     loss_sum: float = math.nan
     norm: Any = None  # of the gradients, where they are
     grad_norm: float = math.nan  # the same as a number
@@ -96,6 +98,9 @@ class Step:
             return False
         self.spike = spikes.judge(self.run, self.step + 1, self.loss_sum, self.targets, self.grad_norm)
         self.left_out = self.spike["left_out"]
+        if self.spike["odd"]:  # rank 0 will look at the model alone
+            shard.fill(self.optimizer)
+            self.spike["norms"] = shard.gradient_norms(self.optimizer)
         return bool(self.spike["odd"])
 
     def note_spike(self, model, facts):
@@ -185,6 +190,7 @@ def steps(
             run.save(step, *saved, must=ends)
         if due:
             profile.end_at(ends)
+            shard.fill(saved[1])  # evaluations, and what follows the last step, see a plain model
         if due and (ends or run.state.get("evaluated") != step):  # the last one says that it is
             late = ends or 2 * step >= total_steps or run.clock.share >= 0.5
             safe = step == 0 or run.has_saved(step)  # the disk may have had no room
@@ -209,8 +215,8 @@ def steps(
         if run.unit == "tokens":
             read = int(batches.lengths[batch].sum())
         at_peak = run.at_peak.of(batches.lengths[batch], targets) if run.at_peak else 0.0
-        said = where(run, batches, step + 1)
-        at = Step(run, step, batch, rows, targets, length, total_steps, said, read, at_peak)
+        of_run = where(run, batches, step + 1), read, at_peak, saved[1]
+        at = Step(run, step, batch, rows, targets, length, total_steps, *of_run)
         more = prepares(world) and step + 1 < total_steps
         run.rows_ahead = batches.rank_batch(step + 1) if more else []
         yield at
@@ -237,9 +243,10 @@ def rehearse(run, micro_batches, saved, forward_backward, batches, steps_left, s
         name, before, after = micro_batches.found
         run.say(f"{name} {before} -> {after}: the largest that fits the longest rows")
         run.note(name, after)  # the constant stays none: a resume, on another card perhaps, looks anew
-    if world.device.type != "cpu":
+    model = micro_batches.model
+    if world.device.type != "cpu" and not isinstance(model, Sharded):  # whose evaluations have a plain model
         _rehearse_evaluation(run, micro_batches, forward_backward, longest)
-    model = getattr(micro_batches.model, "module", micro_batches.model)
+    model = getattr(model, "module", getattr(model, "twin", model))
     run.at_peak, note = flops.seconds_at_peak(model, world, cfg.dtype, share_read)
     steps_left = cfg.find_steps if cfg.mode == "find_lr" else steps_left
     if steps_left is not None:

@@ -94,11 +94,12 @@ def state_numbers(optimizer) -> int:
     return (2 if isinstance(optimizer, torch.optim.AdamW) else 1) * sum(map(math.prod, shapes))
 
 
-def state_megabytes(model, optimizer) -> float:
-    """MB of gradients and of the optimizer's state."""
-    tensors = [p for p in model.parameters() if p.requires_grad]
+def state_megabytes(optimizer) -> float:
+    """MB of gradients and of the optimizer's state on this rank."""
+    tensors = [p for group in optimizer.param_groups for p in group["params"]]
     for state in optimizer.state.values():
         tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    tensors = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
     return sum(t.numel() * t.element_size() for t in tensors) / 1e6
 
 
@@ -106,7 +107,8 @@ def gradient_norm(optimizer, precision) -> torch.Tensor:
     """Global norm of the unscaled gradients, before clipping: the same on all ranks."""
     precision.scaler.unscale_(optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    return nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of gradients that ranks share
 
 
 def optimizer_step(

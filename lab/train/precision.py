@@ -40,6 +40,7 @@ def with_dtype(cfg, world):
     if getattr(cfg, "base_dtype", None) != "auto":
         return cfg
     narrow = cfg.dtype == "bf16" and world.device.type != "cpu" and getattr(cfg, "method", "lora") != "full"
+    narrow = narrow and cfg.shard != "full"  # which wants one dtype
     resolved = dataclasses.replace(cfg, base_dtype="bf16" if narrow else "fp32")
     return counting(resolved, flags=cfg.typed.flags - {"base_dtype"})
 

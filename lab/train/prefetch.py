@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from lab.train.batches import cut, exchanging
+from lab.train.batches import cut, exchanging, in_step
 from lab.train.waits import waiting
 
 
@@ -33,9 +33,10 @@ class MicroBatches:
 
     def __call__(self, rows):
         parts, batches = self._prepared(rows) or (self.cut(rows), None)
-        for n, part in enumerate(parts):
+        for n, part in enumerate(in_step(self.model, parts)):
+            made = batches[min(n, len(parts) - 1)] if batches else None
             with exchanging(self.model, n == len(parts) - 1):
-                yield part, batches[n] if batches else self.lay_out(part, self.run.world.device)
+                yield part, made or self.lay_out(part, self.run.world.device)
         self._prepare(self.run.rows_ahead)  # the last backward is on its way: this thread is about to wait
 
     def cut(self, rows) -> list[list]:

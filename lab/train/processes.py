@@ -24,7 +24,9 @@ from lab.errors import LostRanks, Stop, UserError
 from lab.run.terminal import outlive_terminal
 from lab.train import compiling, heartbeat
 from lab.train.cpu import keep_freed_memory
+from lab.train.fsdp import Sharded
 from lab.train.launch import end_with_torchrun, first_sentence, heard_at_once, join, number
+from lab.train.shard import shard_optimizer
 from lab.train.waits import waiting
 
 
@@ -287,13 +289,19 @@ def main_first(world, function, *args):
     return results[0] if results else function(*args)
 
 
-def wrap_ddp(model, world, compiled=(), dynamic=True):
+def wrap_ddp(model, world, compiled=(), dynamic=True, shard="none", optimizer=None):
     """Wraps in DistributedDataParallel if there are several ranks. Evaluate and save the model itself.
 
     compiled: parts of it that rehearse may compile; dynamic: one graph for all lengths (none: once a second
-    one comes).
+    one comes). shard: the optimizer's state, of which there is none yet, or all (full) is spread over the
+    ranks.
     """
-    compiling.prepare(compiled, dynamic)
+    compiling.prepare(() if shard == "full" else compiled, dynamic)
+    if shard == "full" and world.size > 1:
+        optimizer.shares = Sharded(model, optimizer, world)
+        return optimizer.shares
+    if shard != "none":
+        shard_optimizer(optimizer, world)
     if world.size == 1:
         return model
     # no rank's buffers ever differ; the argument was renamed in torch 2.13

@@ -262,7 +262,7 @@ def test_a_step_that_is_not_ended_is_an_error():
 def test_targets_are_whole_numbers_or_one_a_row():
     batches = core.ShardedBatches([3, 4], 2, World(), seed=1)
     for targets_of, want in [(len, 2), (lambda rows: np.array([3, 4])[rows], 7)]:
-        assert next(loop.steps(Recorded(), batches, targets_of, (), 1)).targets == want
+        assert next(loop.steps(Recorded(), batches, targets_of, (None, None, None), 1)).targets == want
 
 
 class Weights(nn.Module):
