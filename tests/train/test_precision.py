@@ -83,6 +83,7 @@ def test_what_needs_fp64_is_refused_on_an_intel_card_without_it(dtype, monkeypat
 
 @dataclasses.dataclass(frozen=True)
 class Adapted(Config):
+    shard: str = "none"
     base_dtype: core.BaseDtype = "auto"
     method: Literal["full", "lora"] = "lora"
 
