@@ -236,8 +236,8 @@ ROWS = {  # the sets that are rows -> what tells them from other rows; of pairs 
 
 
 def built_in_fingerprint(name) -> str:
-    """What names a built-in set in caches and runs: SHA-256 of its rows, or of what they are drawn from, which
-    differ between versions of Python; of a text, which takes seconds to read, its package's version."""
+    """What names a built-in set in caches and runs: SHA-256 of its rows, or of what they are drawn from: they
+    differ between versions of Python. Of a text, which takes seconds to read, its package's version."""
     if name in ROWS:
         return hashlib.sha256(json.dumps(ROWS[name]()).encode()).hexdigest()
     numpy = f"numpy {np.__version__}"
