@@ -139,6 +139,11 @@ def topic_words(topic) -> list[str]:
     return [name for name in public if name not in TOPICS][:20]
 
 
+def pair_words() -> dict[str, list[str]]:
+    """All that differs in python_pairs between versions of Python."""
+    return {topic: topic_words(topic) for topic in TOPICS}
+
+
 def python_pairs(n=1500, seed=0) -> list[dict]:
     """Built-in preference rows: which answer names things of the module that the prompt asks for?
 
@@ -146,7 +151,7 @@ def python_pairs(n=1500, seed=0) -> list[dict]:
     nothing. A tie is a prompt about a third module (both wrong) or about both modules (both right).
     """
     rng = np.random.default_rng(seed)
-    words = {topic: topic_words(topic) for topic in TOPICS}
+    words = pair_words()
     openers = ["Please", "Kindly", "Now", "Next", "Quickly", "Briefly", "Today", "First"]
     verbs = ["name", "list", "show", "give", "recall", "write", "print", "tell"]
     rows = []
@@ -223,16 +228,16 @@ def built_in_problems() -> list[dict]:
     return template_problems()
 
 
-ROWS = {  # the sets that are rows
+ROWS = {  # the sets that are rows -> what tells them from other rows; of pairs the words, which take no time
     "python-instructions": python_instructions,
-    "python-pairs": python_pairs,
+    "python-pairs": pair_words,
     "template-problems": built_in_problems,
 }
 
 
 def built_in_fingerprint(name) -> str:
-    """What names a built-in set in caches and runs: SHA-256 of its rows, which differ between versions of
-    Python; of a text, which takes seconds to read, the version of the package that it comes from."""
+    """What names a built-in set in caches and runs: SHA-256 of its rows, or of what they are drawn from: they
+    differ between versions of Python. Of a text, which takes seconds to read, its package's version."""
     if name in ROWS:
         return hashlib.sha256(json.dumps(ROWS[name]()).encode()).hexdigest()
     numpy = f"numpy {np.__version__}"
