@@ -77,7 +77,7 @@ class Step:
     total_steps: int
     where: str  # after this step
     read: int  # examples or tokens of the global batch, for the rate
-    at_peak: float  # seconds that its FLOPs would take at the cards' peak; 0 where that is not known
+    at_peak: float = 0.0  # seconds that its FLOPs would take at the cards' peak; 0 where that is not known
     optimizer: Any = None
     loss_sum: float = math.nan
     norm: Any = None  # of the gradients, where they are
