@@ -127,7 +127,7 @@ class Decoder:
         return second_layouts(self.model, rows)
 
     def _logits(self, input_ids, cache):
-        return self.model.logits(self.model.hidden(input_ids, cache)[:, -1])
+        return logits_of(self.model, self.model.hidden(input_ids, cache)[:, -1])
 
     @contextmanager
     def ready(self, rows):
@@ -223,15 +223,32 @@ def beside(stream):
     here.wait_stream(stream)
 
 
+def logits_of(model, hidden) -> torch.Tensor:
+    """(B, C) -> (B, V): under autocast, too, in fp32 if the head's weights are: logits of GPT-2 lie near
+    -100, where bf16 knows only multiples of 0.5."""
+    kind = hidden.device.type
+    if not torch.is_autocast_enabled(kind):
+        return model.logits(hidden)
+    same = all(weight.dtype == hidden.dtype for weight in head_of(model).parameters())
+    with torch.autocast(kind, enabled=False) if same else nullcontext():
+        return model.logits(hidden)
+
+
+def head_of(model):
+    return model.wte if model.config.tie_head else model.lm_head
+
+
 def second_layouts(model, rows) -> dict:
     """module -> its weight for generation. On a CPU in oneDNN's own layout, in which products with few rows
     take a third to a half of the time (as torch.compile's freezing has it). Under a card's autocast in half,
-    with the bias: else each token would cast all weights again."""
+    with the bias, but for the head's: else each token would cast all weights again."""
     linears = (module for module in model.modules() if isinstance(module, Linear))
     layers = [(module, module.weight, module.bias) for module in linears]
     layers += [(model, model.wte.matrix(), None)] if model.config.tie_head else []
     kind = model.wte.weight.device.type
     if kind != "cpu":
+        apart = {model, *head_of(model).modules()}
+        layers = [layer for layer in layers if layer[0] not in apart]
         return half_copies(layers, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else {}
     fits = all(weight.device.type == "cpu" and weight.dtype == torch.float32 for _, weight, _ in layers)
     if not (fits and rows <= FEW_ROWS and ONEDNN) or torch.is_autocast_enabled("cpu"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from toys.gpt import PROMPTS, ids, lively_gpt
+from toys.gpt import PROMPTS, ids, lively_gpt, random_gpt
 
 import core
 from core import generate
@@ -221,3 +221,27 @@ def test_copies_in_half_compute_what_autocast_computes(monkeypatch):
             for module, copy in copies.items():
                 patch.setitem(SECOND_LAYOUT, module, copy)
             assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize("head", ["tied", "untied", "in half"])
+def test_under_autocast_logits_are_in_fp32_unless_the_head_is_in_half(head):
+    model = random_gpt(tie_head=head == "tied", dtype=torch.float32)
+    if head == "in half":
+        model.lm_head.to(torch.bfloat16)
+    x = torch.tensor([[1, 2, 3]])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        hidden = model.hidden(x)[:, -1]
+        logits = decoding.Decoder(model).read(x, None, 9)
+        assert logits.dtype == (torch.bfloat16 if head == "in half" else torch.float32)
+    if head != "in half":
+        assert torch.equal(logits, model.logits(hidden).detach())
+
+
+def test_a_graph_in_half_precision_writes_what_single_kernels_write_in_it(graphs, monkeypatch):
+    model = lively_gpt().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = generate(model, PROMPTS, 20, temperature=0)
+        assert rows == plainly(monkeypatch, model, PROMPTS, 20, temperature=0)
+    (graph,) = graphs
+    assert torch.bfloat16 in {out.dtype for *_, out in graph.calls if isinstance(out, torch.Tensor)}
+    assert rows != plainly(monkeypatch, model, PROMPTS, 20, temperature=0)
