@@ -19,8 +19,12 @@ OVERHEAD = 128  # tokens that could be computed while a forward and backward is 
 
 
 def micro_batches(model, rows, size=None, lengths=None, most=math.inf):
-    """Yields the parts of `rows` that `cut` makes. Ranks exchange gradients in the last backward only."""
-    parts = cut(rows, size, lengths, most)
+    """Yields the parts of `rows` that `cut` makes, in_turn."""
+    yield from in_turn(model, cut(rows, size, lengths, most))
+
+
+def in_turn(model, parts):
+    """Yields the parts of a step. Ranks exchange gradients in the last backward only."""
     for n, part in enumerate(parts, start=1):
         with exchanging(model, n == len(parts)):
             yield part

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from lab.train.batches import cut, exchanging
+from lab.train.batches import cut, in_turn
 
 
 def prepares(world) -> bool:
@@ -31,10 +31,9 @@ class MicroBatches:
         self._ahead = None  # (rows, Future of what `_whole` returns)
 
     def __call__(self, rows):
-        parts, batches = self._prepared(rows) or (self.cut(rows), None)
-        for n, part in enumerate(parts):
-            with exchanging(self.model, n == len(parts) - 1):
-                yield part, batches[n] if batches else self.lay_out(part, self.run.world.device)
+        parts = self._prepared(rows) or [(part, None) for part in self.cut(rows)]
+        for part, batch in in_turn(self.model, parts):
+            yield part, self.lay_out(part, self.run.world.device) if batch is None else batch
         self._prepare(self.run.rows_ahead)  # the last backward is on its way: this thread is about to wait
 
     def cut(self, rows) -> list[list]:
@@ -48,14 +47,13 @@ class MicroBatches:
         self._ahead = rows, pool.submit(self._whole, rows)
         pool.shutdown(wait=False)  # the thread ends with its work
 
-    def _whole(self, rows) -> tuple[list[list], list]:
-        """The parts of `rows` and their batches."""
+    def _whole(self, rows) -> list[tuple]:
+        """The parts of `rows`, each with its batch."""
         device = self.run.world.device
         getattr(torch, device.type).set_device(device)  # of this thread; else pinned memory would be GPU 0's
-        parts = self.cut(rows)
-        return parts, [self.lay_out(part, device) for part in parts]
+        return [(part, self.lay_out(part, device)) for part in self.cut(rows)]
 
-    def _prepared(self, rows) -> tuple[list[list], list] | None:
+    def _prepared(self, rows) -> list[tuple] | None:
         """What the thread has made, if it is of these rows. Raises what it raised."""
         (ahead, made), self._ahead = self._ahead or (None, None), None
         whole = made.result() if made else None
