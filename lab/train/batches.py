@@ -20,16 +20,16 @@ OVERHEAD = 128  # tokens that could be computed while a forward and backward is 
 
 
 def micro_batches(model, rows, size=None, lengths=None, most=math.inf):
-    """Yields the parts of `rows` that `cut` makes. Ranks exchange gradients in the last backward only."""
-    parts = cut(rows, size, lengths, most)
-    for n, part in enumerate(in_step(model, parts), start=1):
+    """Yields the parts of `rows` that `cut` makes, in_turn."""
+    yield from in_turn(model, cut(rows, size, lengths, most))
+
+
+def in_turn(model, parts):
+    """Yields the parts of a step. Ranks exchange gradients in the last backward only; with --shard full in
+    each, so that all make as many: some repeat their last part."""
+    for n, part in enumerate(model.in_step(parts) if isinstance(model, Sharded) else parts, start=1):
         with exchanging(model, n == len(parts)):
             yield part
-
-
-def in_step(model, parts):
-    """The parts; with --shard full, where all ranks make as many forwards, some repeat their last one."""
-    return model.in_step(parts) if isinstance(model, Sharded) else parts
 
 
 def exchanging(model, exchanges):

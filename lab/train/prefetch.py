@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from lab.train.batches import cut, exchanging, in_step
+from lab.train.batches import cut, in_turn
 from lab.train.waits import waiting
 
 
@@ -32,11 +32,9 @@ class MicroBatches:
         self._ahead = None  # (rows, Future of what `_whole` returns)
 
     def __call__(self, rows):
-        parts, batches = self._prepared(rows) or (self.cut(rows), None)
-        for n, part in enumerate(in_step(self.model, parts)):
-            made = batches[min(n, len(parts) - 1)] if batches else None
-            with exchanging(self.model, n == len(parts) - 1):
-                yield part, made or self.lay_out(part, self.run.world.device)
+        parts = self._prepared(rows) or [(part, None) for part in self.cut(rows)]
+        for part, batch in in_turn(self.model, parts):
+            yield part, self.lay_out(part, self.run.world.device) if batch is None else batch
         self._prepare(self.run.rows_ahead)  # the last backward is on its way: this thread is about to wait
 
     def cut(self, rows) -> list[list]:
@@ -50,14 +48,13 @@ class MicroBatches:
         self._ahead = rows, pool.submit(self._whole, rows)
         pool.shutdown(wait=False)  # the thread ends with its work
 
-    def _whole(self, rows) -> tuple[list[list], list]:
-        """The parts of `rows` and their batches."""
+    def _whole(self, rows) -> list[tuple]:
+        """The parts of `rows`, each with its batch."""
         device = self.run.world.device
         getattr(torch, device.type).set_device(device)  # of this thread; else pinned memory would be GPU 0's
-        parts = self.cut(rows)
-        return parts, [self.lay_out(part, device) for part in parts]
+        return [(part, self.lay_out(part, device)) for part in self.cut(rows)]
 
-    def _prepared(self, rows) -> tuple[list[list], list] | None:
+    def _prepared(self, rows) -> list[tuple] | None:
         """What the thread has made, if it is of these rows. Raises what it raised."""
         (ahead, made), self._ahead = self._ahead or (None, None), None
         with waiting("data"):
