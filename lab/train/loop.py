@@ -244,7 +244,10 @@ def rehearse(run, micro_batches, saved, forward_backward, batches, steps_left, s
         run.say(f"{name} {before} -> {after}: the largest that fits the longest rows")
         run.note(name, after)  # the constant stays none: a resume, on another card perhaps, looks anew
     model = micro_batches.model
-    if world.device.type != "cpu" and not isinstance(model, Sharded):  # whose evaluations have a plain model
+    is_sharded = isinstance(model, Sharded)
+    if is_sharded:
+        shard.fill(saved[1])  # as for an evaluation: whole weights are part of the peak
+    elif world.device.type != "cpu":
         _rehearse_evaluation(run, micro_batches, forward_backward, longest)
     model = getattr(model, "module", getattr(model, "twin", model))
     run.at_peak, note = flops.seconds_at_peak(model, world, cfg.dtype, share_read)
@@ -252,7 +255,8 @@ def rehearse(run, micro_batches, saved, forward_backward, batches, steps_left, s
     if steps_left is not None:
         for line in filter(None, [note]):
             run.say(line)
-        compile_if_worth_it(run, steps_left * seconds * lengths.mean() / lengths[worst].mean())
+        if not is_sharded:
+            compile_if_worth_it(run, steps_left * seconds * lengths.mean() / lengths[worst].mean())
         run.forecast(*saved[:2], steps_left, seconds, lengths.mean() / lengths[worst].mean())
 
 
