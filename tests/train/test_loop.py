@@ -374,3 +374,14 @@ def test_on_a_card_an_evaluation_is_rehearsed_too(card):
     assert steps[-1] == ([2, 4, 1, 0, 3, 5], 1) and run.events[0] == "poll"
     with pytest.raises(UserError, match="in an evaluation with 7 of the longest rows: use --eval_batch 3"):
         rehearsed(Recorded(card, batch=4, eval_batch=7), room=6)
+
+
+def test_weights_that_ranks_share_are_whole_once_and_training_is_not_compiled_unasked(card, monkeypatch):
+    done = []
+    monkeypatch.setattr(loop.shard, "fill", lambda optimizer: done.append("whole"))
+    monkeypatch.setattr(loop, "compile_if_worth_it", lambda run, seconds: done.append("compiled"))
+    rehearsed(Recorded(card, batch=4, eval_batch=6), room=6)
+    assert done == ["compiled"]
+    monkeypatch.setattr(loop, "Sharded", Weights)
+    seen, _ = rehearsed(Recorded(card, batch=4, eval_batch=6), room=6)
+    assert done == ["compiled", "whole"] and seen == [4, 4]  # an evaluation has the plain model
