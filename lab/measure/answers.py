@@ -11,7 +11,7 @@ import torch
 from lab.data.instructions import prompt_text
 from lab.data.tokenizers import begin_ids, id_count, prompt_ids
 from lab.measure.statistics import bootstrap, plus_minus
-from lab.models.decoding import decoder_of, note
+from lab.models.decoding import ROUND_TO, decoder_of, note
 from lab.models.generate import generate, prompt_loop
 from lab.run.files import write_json
 from lab.run.terminal import one_line
@@ -118,7 +118,8 @@ def rows_at_once(model, prompts, most, world, eval_batch, typed) -> int:
     if kind == "cpu" or typed or not hasattr(shape, "n_layer"):
         return eval_batch * world.size
     size = 2 if torch.is_autocast_enabled(kind) else model.wte.weight.element_size()  # bytes
-    length = min(max(map(len, prompts), default=0) + most, shape.block_size)
+    longest = max(map(len, prompts), default=0) + most
+    length = min(-(-longest // ROUND_TO) * ROUND_TO, shape.block_size)  # of the cache
     token = (2 * shape.n_layer + 16) * shape.n_embd * size + 4 * length  # cache, one block's work, mask
     row = length * token + 12 * shape.vocab_size
     free, mine = free_bytes(world.device), torch.zeros(world.size, dtype=torch.int64)
