@@ -214,13 +214,13 @@ def check_context(cfg, model):
 
 
 def tuned(cfg, base, world):
-    """Adds adapters or fake quantisation: (the model to train, what a checkpoint holds of it)."""
+    """Adds adapters or fake quantisation: (the model to train, on the CPU, what a checkpoint holds of it)."""
     core.reseed(cfg.seed, "adapters")
     if cfg.method != "full":
         loha_lokr.add_adapters(base, cfg.method, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
     if cfg.qat != "off":
         int4.insert_fake_quant(base, cfg.qat_group)
-    model = core.Precision(cfg.dtype, world).prepare(base)
+    model = core.Precision(cfg.dtype, world).cast(base)
     return model, model if cfg.method == "full" else core.Adapters(model)
 
 
@@ -273,7 +273,7 @@ def train(run, cfg, world) -> dict:
     model, trained = tuned(cfg, base, world)
     base_sha256 = core.state_sha256(core.base_weights(model))
     run.pin("base_sha256", base_sha256)
-    core.narrow_base(model, cfg.base_dtype)
+    core.narrow_base(model, cfg.base_dtype).to(world.device)
     held_sha256 = core.state_sha256(core.base_weights(model)) if cfg.base_dtype == "bf16" else base_sha256
     precision, optimizer = core.Precision(cfg.dtype, world), make_optimizer(cfg, model)
     choices.announce(run, cfg, data, parts, units, lines, model)
@@ -401,12 +401,12 @@ def load_model(folder, world, base_dtype=None):
         base, tokenizer = core.open_model(folder)
         model, _ = tuned(cfg, base, world)
         int4.switch(model, True)
-        return cfg, model.eval(), tokenizer
+        return cfg, model.to(world.device).eval(), tokenizer
     base, tokenizer = open_base(cfg, world)
     model, trained = tuned(cfg, base, world)
     if core.state_sha256(core.base_weights(model)) != core.read_config(folder)["facts"].get("base_sha256"):
         raise core.UserError(f"--init_from {cfg.init_from} is not the model that {folder} was trained on")
-    core.narrow_base(model, base_dtype or cfg.base_dtype)
+    core.narrow_base(model, base_dtype or cfg.base_dtype).to(world.device)
     core.load_weights(Path(folder) / "checkpoints" / core.tested_or_newest_checkpoint(folder), trained)
     return cfg, model.eval(), tokenizer
 

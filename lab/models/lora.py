@@ -172,11 +172,13 @@ def base_weights(model) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def narrow_base(model, dtype):
     """With dtype bf16, holds the frozen matrices of the blocks in it: half the memory, and what autocast
-    makes of them for each product. Embeddings, norms and the output matrix stay: they are read in fp32."""
+    makes of them for each product. Embeddings, norms and the output matrix stay: they are read in fp32.
+    Returns the model, for the device: so it never holds the wide ones."""
     if dtype == "bf16":
         for module in model.h.modules():
             if isinstance(module, nn.Linear) and not module.weight.requires_grad:
                 module.weight.data = module.weight.to(torch.bfloat16)
+    return model
 
 
 @torch.no_grad()
