@@ -183,11 +183,10 @@ def narrow_base(model, dtype):
 
 @torch.no_grad()
 def merge_lora(model) -> GPT:
-    """A model without adapters that gives the same logits. Merged matrices are new, others shared unless
-    held in bf16; `model` does not change."""
+    """A model without adapters that gives the same logits. Merged matrices are new, in the dtype of the
+    base's, others shared; `model` does not change."""
     weights = base_weights(model)
-    weights |= {name: w.float() for name, w in weights.items() if w.dtype == torch.bfloat16}
     for name, layer in adapted(model).items():
-        weights[f"{name}.weight"] = layer.base.weight + layer.delta()
+        weights[f"{name}.weight"] = (layer.base.weight + layer.delta()).to(layer.base.weight.dtype)
     merged = with_weights(model.config, weights)
     return merged.requires_grad_(False).train(model.training)
