@@ -214,7 +214,7 @@ def check_context(cfg, model):
 
 
 def tuned(cfg, base, world):
-    """Adds adapters or fake quantisation: (the model to train, on the CPU, what a checkpoint holds of it)."""
+    """Adds adapters or fake quantisation: (the model to train, what a checkpoint holds of it)."""
     core.reseed(cfg.seed, "adapters")
     if cfg.method != "full":
         loha_lokr.add_adapters(base, cfg.method, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
