@@ -188,10 +188,10 @@ def load_model(folder, world, base_dtype=None):
     cfg = core.stored_config(folder, Config, __file__)
     tokenizer = core.own_tokenizer(folder)
     core.reseed(cfg.seed, "init")  # the random weights of tiny:gpt2 come from it
-    model = core.Precision(cfg.dtype, world).prepare(build_model(cfg, tokenizer, world, folder))
+    model = core.Precision(cfg.dtype, world).cast(build_model(cfg, tokenizer, world, folder))
     if core.state_sha256(core.base_weights(model)) != core.read_config(folder)["facts"].get("base_sha256"):
         raise core.UserError(f"model {cfg.model} is not the one that {folder} was trained on")
-    core.narrow_base(model, base_dtype or cfg.base_dtype)
+    core.narrow_base(model, base_dtype or cfg.base_dtype).to(world.device)
     core.load_weights(
         Path(folder) / "checkpoints" / core.tested_or_newest_checkpoint(folder), core.Adapters(model)
     )
@@ -249,10 +249,10 @@ def train(run, cfg, world) -> dict:
     # model: the base is frozen; a checkpoint holds the adapters and their optimizer alone
     core.reseed(cfg.seed, "init")
     precision = core.Precision(cfg.dtype, world)
-    model = precision.prepare(build_model(cfg, data.tokenizer, world, run.folder))
+    model = precision.cast(build_model(cfg, data.tokenizer, world, run.folder))
     adapters, base_sha256 = core.Adapters(model), core.state_sha256(core.base_weights(model))
     run.pin("base_sha256", base_sha256)
-    core.narrow_base(model, cfg.base_dtype)
+    core.narrow_base(model, cfg.base_dtype).to(world.device)
     held_sha256 = core.state_sha256(core.base_weights(model)) if cfg.base_dtype == "bf16" else base_sha256
     largest_multiplier = max(layer.multiplier for layer in core.adapted(model).values())
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay)

@@ -222,7 +222,7 @@ def tuned(cfg, base, world):
         loha_lokr.add_adapters(base, cfg.method, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
     if cfg.qat != "off":
         int4.insert_fake_quant(base, cfg.qat_group)
-    model = core.Precision(cfg.dtype, world).prepare(base)
+    model = core.Precision(cfg.dtype, world).cast(base)
     return model, model if cfg.method == "full" else core.Adapters(model)
 
 
@@ -275,7 +275,7 @@ def train(run, cfg, world) -> dict:
     model, trained = tuned(cfg, base, world)
     base_sha256 = core.state_sha256(core.base_weights(model))
     run.pin("base_sha256", base_sha256)
-    core.narrow_base(model, cfg.base_dtype)
+    core.narrow_base(model, cfg.base_dtype).to(world.device)
     held_sha256 = core.state_sha256(core.base_weights(model)) if cfg.base_dtype == "bf16" else base_sha256
     precision, optimizer = core.Precision(cfg.dtype, world), make_optimizer(cfg, model)
     choices.announce(run, cfg, data, parts, units, lines, model, total_steps)
@@ -404,12 +404,12 @@ def load_model(folder, world, base_dtype=None):
         base, tokenizer = core.open_model(folder)
         model, _ = tuned(cfg, base, world)
         int4.switch(model, True)
-        return cfg, model.eval(), tokenizer
+        return cfg, model.to(world.device).eval(), tokenizer
     base, tokenizer = open_base(cfg, world)
     model, trained = tuned(cfg, base, world)
     if core.state_sha256(core.base_weights(model)) != core.read_config(folder)["facts"].get("base_sha256"):
         raise core.UserError(f"--init_from {cfg.init_from} is not the model that {folder} was trained on")
-    core.narrow_base(model, base_dtype or cfg.base_dtype)
+    core.narrow_base(model, base_dtype or cfg.base_dtype).to(world.device)
     core.load_weights(Path(folder) / "checkpoints" / core.tested_or_newest_checkpoint(folder), trained)
     return cfg, model.eval(), tokenizer
 
@@ -449,9 +449,15 @@ def say(world, text):
 
 
 def quantise_run(folder, cfg, world, poll) -> dict:
+<<<<<<< HEAD
     """Writes <run>/quantised_<group>/, loads it again and measures it beside the float weights, unless that
     was done before. Returns {"float": figures, "int4": figures, ...}."""
     own, model, tokenizer = load_model(folder, world)
+=======
+    """Writes <run>/quantised_<group>/, loads it again and measures it beside the float weights; not again if
+    it was measured before. Returns {"float": figures, "int4": figures, ...}."""
+    own, model, tokenizer = load_model(folder, world, "fp32")
+>>>>>>> memory
     group = own.qat_group if own.qat != "off" else cfg.qat_group  # the one it was trained for
     model, target = merged(model).eval(), Path(folder) / f"quantised_{group}"
     if known := core.on_main(world, quantised.known_figures, target, core.weights_sha256(model)):

@@ -79,13 +79,11 @@ def config_of(shape, checkpointing=False) -> core.GPTConfig:
     return core.GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, **whole)
 
 
-def step(config, rows, adapters=False, half=True):
-    """Forward and backward of a new model; returns it, with its gradients."""
+def new_model(config, adapters=False, half=True):
     model = core.GPT(config)
     if adapters:
         core.add_lora(model, rank=16, alpha=16)
         core.narrow_base(model, "bf16" if half else "fp32")
-    backward(model, rows, half)
     return model
 
 
@@ -100,7 +98,9 @@ def backward(model, rows, half=True):
 def counted(config, rows, adapters=False, half=True) -> tuple[float, float]:
     """(GB of a step's peak without AdamW's state, GB of that state)."""
     with FakeTensorMode(), Storages() as storages:
-        model = step(config, rows, adapters, half)
+        model = new_model(config, adapters, half)
+        storages.peak = storages.now  # it reaches the card as it is
+        backward(model, rows, half)
         state = optim.state_numbers(core.make_optimizer(model, "adamw", 0.1))
         del model
     return storages.peak / 1e9, 4 * state / 1e9
@@ -164,17 +164,17 @@ def rows_of(shape) -> list[tuple[str, list[str]]]:
     return [(str(cards), of) for cards, of in cells.items()]
 
 
-def table():
+def table(shapes):
     as_on_a_card()
     print(f"| | cards | {' | '.join(f'{gb} GB' for gb in CARDS)} |")
     print("|---|---" + "|---" * len(CARDS) + "|")
-    for shape in SHAPES:
+    for shape in shapes:
         for cards, cells in rows_of(shape):
             print(f"| {shape} | {cards} | {' | '.join(cells)} |", flush=True)
     alone = {mode: how for mode, how in MODES.items() if not how[2]}
     print(f"\n| GB of a step, 1 and {ROWS[1]} rows at once | {' | '.join(alone)} |")
     print("|---" * (1 + len(alone)) + "|")
-    for shape in SHAPES:
+    for shape in shapes:
         known = [peaks(shape, *how[:2]) for how in alone.values()]
         cells = [f"{peak[0] + state:.1f}, {peak[1] + state:.1f}" for peak, state in known]
         print(f"| {shape} | {' | '.join(cells)} |")
@@ -207,9 +207,10 @@ def measure(shape) -> float:
     """GB by which two real steps make this process larger."""
     SHAPES.update(CHECKED)
     cpu.keep_freed_memory()
-    step(core.GPTConfig(64, TOKENS, 1, 1, 64), 1, half=False)  # libraries are loaded, threads started
+    backward(new_model(core.GPTConfig(64, TOKENS, 1, 1, 64)), 1, half=False)  # libraries, threads
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    model = step(config_of(shape), 2, half=False)
+    model = new_model(config_of(shape))
+    backward(model, 2, half=False)
     optimizer, precision = core.make_optimizer(model, "adamw", 0.1), core.Precision("fp32", core.World())
     core.optimizer_step(optimizer, precision, 1.0, 1e-4)
     backward(model, 2, half=False)
@@ -221,12 +222,13 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--shape", choices=SHAPES, help="only this one")
     parser.add_argument("--measure", help="of --check: a process of its own for each shape")
     given = parser.parse_args()
     if given.measure:
         print(measure(given.measure))
     else:
-        check() if given.check else table()
+        check() if given.check else table([given.shape] if given.shape else SHAPES)
 
 
 if __name__ == "__main__":

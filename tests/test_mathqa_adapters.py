@@ -53,7 +53,7 @@ def test_a_run_moves_every_adapter_keeps_the_base_and_is_loaded_as_it_ended(meth
     assert result["trainable_parameters"] == sum(t.numel() for t in stored.values())
     x = torch.randint(model.config.vocab_size, (2, 16))
     with torch.no_grad():
-        assert_near(script.merged(model)(x), model(x), 1e-5)
+        assert_near(script.merged(model)(x), model(x), 1e-5 if base == "auto" else 2e-2)
 
 
 def test_a_run_is_not_loaded_onto_another_base():

@@ -20,6 +20,7 @@ from lab.run import terminal
 from lab.run.files import write_lines
 from lab.run.provenance import refuse_other_data
 from lab.run.stored import is_run, read_config, script_of
+from lab.train.batches import is_out_of_memory
 from lab.train.optim import count_parameters
 from lab.train.processes import World, main_first, on_main
 
@@ -232,6 +233,17 @@ def alarm(run, step, part, figures) -> str | None:
     return unigram_alarm({n: figures[f"{part}/{n}"] for n in names}, f"{part} loss") if step else None
 
 
+def fastest_form(run, model, merge):
+    """merge(model), or the model as it is where memory has no room for a second one."""
+    try:
+        return merge(model)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    run.say("NOTE no memory for a merged copy: answers take longer")
+    return model
+
+
 def final_figures(run, cfg, parts, plain, model, merge=None) -> dict:
     """Final figures: loss, perplexity, accuracy on val and test; forgetting; answers to the test rows; an
     alarm if nothing was learnt. merge(model): the form that generates fastest, if not its own."""
@@ -252,7 +264,7 @@ def final_figures(run, cfg, parts, plain, model, merge=None) -> dict:
     if plain:
         result |= forgetting(run, cfg, plain, model)
     if cfg.final_eval and cfg.answer_rows != 0:
-        result |= write_responses(run, cfg, parts, merge(model) if merge else model)
+        result |= write_responses(run, cfg, parts, fastest_form(run, model, merge) if merge else model)
     if spikes := run.state.get("spikes", 0):
         run.say(f"spikes  {spikes} of {run.step} steps, {run.state['left_out']} left out (spikes.jsonl)")
     run.say(f"{done}  {run.seconds / 60:.1f} min")

@@ -172,20 +172,21 @@ def base_weights(model) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def narrow_base(model, dtype):
     """With dtype bf16, holds the frozen matrices of the blocks in it: half the memory, and what autocast
-    makes of them for each product. Embeddings, norms and the output matrix stay: they are read in fp32."""
+    makes of them for each product. Embeddings, norms and the output matrix stay: they are read in fp32.
+    Returns the model, for the device: so it never holds the wide ones."""
     if dtype == "bf16":
         for module in model.h.modules():
             if isinstance(module, nn.Linear) and not module.weight.requires_grad:
                 module.weight.data = module.weight.to(torch.bfloat16)
+    return model
 
 
 @torch.no_grad()
 def merge_lora(model) -> GPT:
-    """A model without adapters that gives the same logits. Merged matrices are new, others shared unless
-    held in bf16; `model` does not change."""
+    """A model without adapters that gives the same logits. Merged matrices are new, in the dtype of the
+    base's, others shared; `model` does not change."""
     weights = base_weights(model)
-    weights |= {name: w.float() for name, w in weights.items() if w.dtype == torch.bfloat16}
     for name, layer in adapted(model).items():
-        weights[f"{name}.weight"] = layer.base.weight + layer.delta()
+        weights[f"{name}.weight"] = (layer.base.weight + layer.delta()).to(layer.base.weight.dtype)
     merged = with_weights(model.config, weights)
     return merged.requires_grad_(False).train(model.training)

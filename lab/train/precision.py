@@ -74,7 +74,11 @@ class Precision:
 
     def prepare(self, model):
         """Moves a model to the device, in fp32 or fp64."""
-        return model.to(self.world.device, torch.float64 if self.dtype == "fp64" else torch.float32)
+        return self.cast(model).to(self.world.device)
+
+    def cast(self, model):
+        """A model in fp32 or fp64, where it is."""
+        return model.to(torch.float64 if self.dtype == "fp64" else torch.float32)
 
     @contextmanager
     def autocast(self):

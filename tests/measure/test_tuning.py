@@ -1,5 +1,6 @@
 """What a tuned run announces, shows of its loss, and forgets of plain text."""
 
+import functools
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -179,3 +180,17 @@ def test_the_loss_is_shown_as_it_masks():
         "  masked:  1 2 3",
         f"  counted: 4 5 {END}",
     ]
+
+
+def test_answers_come_from_the_adapted_model_where_memory_has_no_room_for_a_merged_one():
+    said = []
+    run = SimpleNamespace(say=said.append)
+
+    def merge(model, error):
+        raise error
+
+    full = functools.partial(merge, error=torch.OutOfMemoryError("CUDA out of memory"))
+    assert tuning.fastest_form(run, "adapted", full) == "adapted" and "no memory for a merged copy" in said[0]
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        tuning.fastest_form(run, "adapted", functools.partial(merge, error=RuntimeError("shapes differ")))
+    assert tuning.fastest_form(run, "adapted", str.upper) == "ADAPTED" and len(said) == 1
