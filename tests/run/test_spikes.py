@@ -93,7 +93,7 @@ def test_a_step_that_is_left_out_moves_nothing_and_the_next_one_does():
 
 
 def a_step(run, step=0, targets=7) -> loop.Step:
-    return loop.Step(run, step, [], [], targets, 100, 100, "epoch 1", 1)
+    return loop.Step(run, step, [], [], targets, 100, 100, "epoch 1", 1, 0.0)
 
 
 def a_run(folder, said, **constants) -> SimpleNamespace:
