@@ -449,15 +449,9 @@ def say(world, text):
 
 
 def quantise_run(folder, cfg, world, poll) -> dict:
-<<<<<<< HEAD
     """Writes <run>/quantised_<group>/, loads it again and measures it beside the float weights, unless that
     was done before. Returns {"float": figures, "int4": figures, ...}."""
-    own, model, tokenizer = load_model(folder, world)
-=======
-    """Writes <run>/quantised_<group>/, loads it again and measures it beside the float weights; not again if
-    it was measured before. Returns {"float": figures, "int4": figures, ...}."""
     own, model, tokenizer = load_model(folder, world, "fp32")
->>>>>>> memory
     group = own.qat_group if own.qat != "off" else cfg.qat_group  # the one it was trained for
     model, target = merged(model).eval(), Path(folder) / f"quantised_{group}"
     if known := core.on_main(world, quantised.known_figures, target, core.weights_sha256(model)):

@@ -37,6 +37,7 @@ class Profile:
             self.began, self.waits = time.perf_counter(), dict(waits.seconds)
         if self.begun == SKIPPED + WARM + self.wanted:
             self._report()
+            self.run.clock.begin_step()  # what the report took is no part of the step
         self.begun += 1
 
     def end_at(self, evaluation_ends_run):

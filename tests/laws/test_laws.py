@@ -167,7 +167,7 @@ def same_curves(folder, want):
             continue
         steps = [step for step, _ in got[tag]]
         assert steps == sorted(set(steps)), f"{tag} is forked"
-        if not tag.endswith("_per_second"):
+        if not tag.endswith("_per_second") and not tag.startswith(("wait/", "mfu")):  # by the clock
             np.testing.assert_allclose(got[tag], points, rtol=1e-6, err_msg=tag)
 
 

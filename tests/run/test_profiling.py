@@ -13,14 +13,17 @@ from torch.autograd import DeviceType
 import core
 from core import World
 from lab.run import profiling
+from lab.run.meter import Clock
 
 CPU, GPU = DeviceType.CPU, DeviceType.CUDA
 
 
 def a_run(profile=2, world=World()):
     said = []
-    cfg = SimpleNamespace(profile=profile)
-    return SimpleNamespace(cfg=cfg, world=world, folder=Path(), said=said, say=said.append, profiled=False)
+    cfg, clock = SimpleNamespace(profile=profile), Clock(None)
+    return SimpleNamespace(
+        clock=clock, cfg=cfg, world=world, folder=Path(), said=said, say=said.append, profiled=False
+    )
 
 
 def steps(run, count, evaluations=()):
@@ -78,6 +81,13 @@ def test_a_trace_that_cannot_be_written_ends_no_run():
     assert said[0].startswith("profile  2") and said[-1] == "WARNING nowhere/trace.json could not be written"
 
 
+def test_the_time_of_the_report_is_no_part_of_a_step(monkeypatch):
+    run = a_run()
+    monkeypatch.setattr(run.clock, "begin_step", lambda: run.said.append("the clock begins anew"))
+    *_, told, last = steps(run, 9).said
+    assert told.startswith("trace: ") and last == "the clock begins anew"
+
+
 def event(name, begins, ends, kind=GPU, mark=False):
     times = SimpleNamespace(start=begins, end=ends)
     return SimpleNamespace(name=name, time_range=times, device_type=kind, is_user_annotation=mark)
@@ -118,7 +128,6 @@ def trained(profile, spent_after=8) -> tuple[torch.Tensor, list[str]]:
     run = a_run(profile)
     run.cfg = SimpleNamespace(profile=profile, **constants)
     run.step, run.state, run.unit, run.first_step, run.fold, run.at_peak = 0, {}, "rows", 0, 0, None
-    run.clock = SimpleNamespace(share=0.0, schedule_length=lambda step, total_steps: total_steps)
     run.stopping, run.save, run.has_saved = None, lambda *given, must: None, lambda step: True
 
     def agree(targets):
