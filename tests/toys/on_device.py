@@ -74,9 +74,10 @@ def labels_of_preferences():
         return {"input": torch.zeros(2, 2, 3, device=DEVICE, requires_grad=True)}
 
     data, cfg = SimpleNamespace(labels=[0, 2]), SimpleNamespace(symmetric=True, micro_batch=None)
-    how = core.Precision("fp32", WORLD), data, [(0, False), (1, True)], 2, cfg, WORLD
+    shown, precision = [(0, False), (1, True)], core.Precision("fp32", WORLD)
     with patch.object(core, "to_device", stays), patch.object(core, "collate", collated):
-        run_preference.backward_of_sum(lambda input: input, *how)
+        parts = [(shown, run_preference.laid_out(data, cfg, shown, DEVICE))]
+        run_preference.backward_of_sum(lambda input: input, precision, parts, 2, WORLD)
 
 
 def fp64_where_there_is_none():
