@@ -143,7 +143,9 @@ def kinds_of_gpt(kind, dtype) -> int:
         int4.switch(model, True)
     elif kind != "full":
         loha_lokr.add_adapters(model, kind, 2, 4.0)
-    waits = one_step(precision.prepare(model).train(), precision, lambda rows: blocks().batch(rows, DEVICE))
+    optimizer = "adafactor" if (kind, dtype) == ("full", "bf16") else "adamw"
+    model = precision.prepare(model).train()
+    waits = one_step(model, precision, lambda rows: blocks().batch(rows, DEVICE), optimizer=optimizer)
     if dtype != "bf16":
         return waits
     for each in (model, int4.convert(model, 8)) if kind == "int4" else (model,):
@@ -168,9 +170,9 @@ def families_of_encoders(family, dtype) -> int:
     return one_step(model, precision, lambda rows: (ids, lengths, 2), scored)
 
 
-def one_step(model, precision, batch, loss_of=None) -> int:
+def one_step(model, precision, batch, loss_of=None, optimizer="adamw") -> int:
     """Waits of two micro-batches and an update."""
-    optimizer, losses = core.make_optimizer(model, "adamw", 0.1), []
+    optimizer, losses = core.make_optimizer(model, optimizer, 0.1), []
     found.waits.clear()
     for rows in ([0, 1], [2, 3]):
         with precision.autocast():

@@ -114,7 +114,7 @@ def test_matrices_decay_but_not_the_embedding_norms_and_biases(shape, optimizer)
     model = random_gpt(tie_head=False, **SHAPES[shape])
     cfg = script.Config(optimizer=optimizer, weight_decay=0.3, beta1=0.8, beta2=0.97)
     of = script.make_optimizer(cfg, model)
-    kinds = {"adamw": torch.optim.AdamW, "lion": optim.Lion, "adafactor": torch.optim.Adafactor}
+    kinds = {"adamw": torch.optim.AdamW, "lion": optim.Lion, "adafactor": optim.Adafactor}
     assert type(of) is kinds.get(optimizer, torch.optim.SGD)
     names = {p: name for name, p in model.named_parameters()}
     decays = {names[p]: group["weight_decay"] for group in of.param_groups for p in group["params"]}
@@ -137,3 +137,28 @@ def test_the_schedule_moves_lions_beta1_and_rate():
     core.optimizer_step(optimizer, core.Precision("fp64", World()), None, 0.2, beta1=0.7)
     assert optimizer.param_groups[0]["betas"] == (0.7, 0.99)
     assert torch.allclose(p, torch.tensor([[0.9, 1.1], [0.9, 1.0]], dtype=torch.float64))
+
+
+def test_adafactor_on_a_card_is_torchs_without_its_waits():
+    """Its own formula, tried on the CPU, whose tensors pass for a card's."""
+    torch.manual_seed(0)
+    start = [torch.randn(6, 9), torch.randn(7), 3 * torch.randn(2, 5, 4)]
+    ours, theirs = ([nn.Parameter(t.clone()) for t in start] for _ in range(2))
+    how = {"lr": 0.02, "weight_decay": 0.1}
+    mine, reference = optim.Adafactor(ours, **how), torch.optim.Adafactor(theirs, **how)
+    for step in range(5):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = 10.0 ** (step - 2) * torch.randn_like(a)
+            b.grad = a.grad.clone()
+        reference.step()
+        for group in mine.param_groups:
+            lists = [[] for _ in range(6)]
+            mine._init_group(group, *lists)
+            for tensors in zip(*lists, strict=True):
+                with torch.no_grad():
+                    mine._update(group, *tensors)
+    for a, b, before in zip(ours, theirs, start, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        assert (a - before).abs().max() > 1e-2
+    for one, other in zip(mine.state.values(), reference.state.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
