@@ -99,6 +99,15 @@ class OnDevice(torch.Tensor):
     def __repr__(self):
         return f"OnDevice({self.host})"
 
+    @property
+    def data(self):
+        return torch.Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, new):
+        torch.Tensor.data.__set__(self, new)
+        self.host = new.host
+
     def tolist(self):
         wait("tolist")
         return self.host.tolist()

@@ -32,7 +32,7 @@ CASES = [
     ("gpt_scratch", *GPT, "--dtype", "fp16", "--checkpointing", "--dropout", 0.1, "--eval_every", 3),
     ("gpt_scratch", *GPT, "--dtype", "bf16", "--mode", "find_lr", "--find_steps", 4),
     ("run_instruct", *ROWS, "--dtype", "bf16", "--pack"),
-    ("run_lora", *ROWS, "--dtype", "fp32"),
+    ("run_lora", *ROWS, "--dtype", "bf16"),
     ("run_preference", *SHORT, "--max_documents", 60, "--dtype", "bf16"),
     ("run_mathqa", *MATHS, "--dtype", "bf16", "--qat", "int4", "--optimizer", "lion"),
     ("run_pretrain_diversity", *MIXED, "--held_out_tokens", 600, "--eval_rows", 4, "--dtype", "fp32"),
