@@ -281,7 +281,6 @@ class Backend:
     )
     memory_allocated = max_memory_allocated = max_memory_reserved = staticmethod(lambda *given: 0)
     mem_get_info = staticmethod(lambda *given: (8 * 10**10, 8 * 10**10))
-    get_device_name = staticmethod(lambda *given: "a pretend card")
     get_amp_supported_dtype = staticmethod(lambda: [torch.bfloat16, torch.float16])
     get_device_name, memory_reserved = staticmethod(lambda *given: KIND), staticmethod(lambda *given: 0)
     get_rng_state = staticmethod(lambda *given: torch.get_rng_state())
