@@ -24,7 +24,7 @@ from lab.errors import LostRanks, Stop, UserError
 from lab.run.terminal import outlive_terminal
 from lab.train import compiling, heartbeat
 from lab.train.cpu import keep_freed_memory
-from lab.train.launch import end_with_torchrun, first_sentence, heard_at_once, join, number
+from lab.train.launch import end_with_torchrun, first_sentence, heard_at_once, join, number, unused_gpu
 from lab.train.waits import waiting
 
 
@@ -66,6 +66,8 @@ def distributed(backend="auto", timeout_minutes=10):
         world = World(env["RANK"], device=device)
         if device.type == "cpu":
             keep_freed_memory()
+            if env["LOCAL_RANK"] == 0 and (note := unused_gpu()):
+                print(note, file=sys.stderr, flush=True)
         if env["WORLD_SIZE"] > 1:
             # torchrun gives each process one thread; ranks x threads should fill the cores, no more
             torch.set_num_threads(max(1, _cores() // env["LOCAL_WORLD_SIZE"]))
