@@ -20,6 +20,7 @@ from pathlib import Path
 
 WORKER = Path(__file__).with_name("gpu_rows.py")
 SECONDS = 120  # for one row
+NO_CARD = "no CUDA device"  # what a row says then
 LEAST = 10  # seconds without which a row is not begun
 ROWS = [  # what matters most first: the time may be over
     *("losses", "step, nanoGPT", "step, ours", "head, ours", "head, all logits at once"),
@@ -85,16 +86,18 @@ def keep(path, rows):
 
 def accept(names, minutes, out, tiny) -> int:
     """Measures rows by their names, one after the other. Exit code."""
-    ends, rows = time.monotonic() + 60 * minutes, {}
+    ends, rows, device = time.monotonic() + 60 * minutes, {}, None
     for name in names:
-        left = ends - time.monotonic()
-        rows[name] = (
-            measured(name, min(SECONDS, left), tiny) if left > LEAST else {"skipped": "the time is over"}
-        )
-        if sum("device" in found for found in rows.values()) == 1 and "device" in rows[name]:
-            print("  ".join(f"{key} {rows[name][key]}" for key in ("device", "torch", "dtype")))
-        print(line(name, rows[name]), flush=True)
+        left, found = ends - time.monotonic(), {"skipped": "the time is over"}
+        if left > LEAST:
+            found = measured(name, min(SECONDS, left), tiny)
+        if not device and (device := found.get("device")):
+            print(f"{device}  torch {found['torch']}  {found['dtype']}")
+        print(line(name, found), flush=True)
+        rows[name] = found
         keep(out, rows)
+        if NO_CARD in found.get("failed", ""):
+            break  # nor will the others
     for name, found in ratios(rows).items():
         print(f"{name:30} {found['times']:.2f} x {BESIDE[name][0]} (wanted: {found['wanted']:g})")
     return int(any("failed" in found for found in rows.values()))

@@ -52,9 +52,7 @@ def test_rows_are_kept_as_they_come_and_a_slow_one_costs_no_other(gpu, monkeypat
     assert kept["rows"]["lora, peft"] == {"failed": "not there after 10 s"}
     assert kept["rows"]["head, ours"] == {"failed": "exit code 1: a fault"}
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "device a card  torch 2  dtype bf16" and said[-1].endswith(
-        "1.50 x step, nanoGPT (wanted: 1.05)"
-    )
+    assert said[0] == "a card  torch 2  bf16" and said[-1].endswith("1.50 x step, nanoGPT (wanted: 1.05)")
     monkeypatch.setattr(gpu, "LEAST", 60)
     assert gpu.accept(["step, ours"], 0.5, Path("kept.json"), tiny=True) == 0
     assert json.loads(Path("kept.json").read_text())["rows"] == {

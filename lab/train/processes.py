@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from lab.errors import LostRanks, Stop, UserError
 from lab.run.terminal import outlive_terminal
-from lab.train import compiling, heartbeat
+from lab.train import compiling, heartbeat, launch
 from lab.train.cpu import keep_freed_memory
-from lab.train.launch import end_with_torchrun, first_sentence, heard_at_once, join, number, unused_gpu
+from lab.train.launch import end_with_torchrun, first_sentence, heard_at_once, join, number
 from lab.train.waits import waiting
 
 
@@ -66,7 +66,7 @@ def distributed(backend="auto", timeout_minutes=10):
         world = World(env["RANK"], device=device)
         if device.type == "cpu":
             keep_freed_memory()
-            if env["LOCAL_RANK"] == 0 and (note := unused_gpu()):
+            if env["LOCAL_RANK"] == 0 and (note := launch.unused_gpu()):
                 print(note, file=sys.stderr, flush=True)
         if env["WORLD_SIZE"] > 1:
             # torchrun gives each process one thread; ranks x threads should fill the cores, no more
