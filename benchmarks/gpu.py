@@ -1,184 +1,120 @@
-"""Training GPT-2 small on one card beside a plain nanoGPT step, and the language-model head alone.
+"""Our own acceptance on one NVIDIA card: training, the head alone and decoding beside peers at their best.
 
-python benchmarks/gpu.py            # one GPU, two minutes, no network
-python benchmarks/gpu.py --tiny     # the same on a CPU, to try the logic
+python benchmarks/gpu.py             # inside 8 minutes, no network; peft and accelerate where they are there
+python benchmarks/gpu.py --tiny      # the same on a CPU, to try the logic
 
-The peer: SDPA, half precision, fused AdamW, whole model compiled, vocabulary padded to 50,304. Ours is what
-gpt_scratch.py does in a step with nothing typed (dtype auto), then with --compile. All in one process, 4
-steps to warm up and 12 timed. MFU: of ours, by lab/train/flops.py.
+Each row is a process of its own with a deadline; it is printed, and kept in --out, as it comes. Peers:
+nanoGPT's step (whole model compiled, vocabulary padded), all logits at once, peft in transformers' Trainer,
+Trainer's dynamic padding, transformers' static cache. "ours" computes what a script of ten minutes or more
+chooses by itself: half precision, compiled. The rows are in gpu_rows.py. Exit code 1 where a row failed.
 """
 
 import argparse
-import gc
+import json
+import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import core
-from lab.train import compiling, flops, loss
-from lab.train.loss import linear_cross_entropy
-from lab.train.precision import native_dtype
-
-TINY = "--tiny" in sys.argv
-WORLD = core.World(device=torch.device("cpu" if TINY else "cuda"))
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(native_dtype(WORLD.device), torch.float32)
-FULL = native_dtype(WORLD.device) == "fp32"
-B, T, L, H, C, V = (4, 64, 2, 4, 64, 500) if TINY else (64, 1024, 12, 12, 768, 50257)
-WARM, STEPS = (1, 2) if TINY else (4, 12)
-
-
-def wait():
-    if WORLD.device.type == "cuda":
-        torch.cuda.synchronize()
+WORKER = Path(__file__).with_name("gpu_rows.py")
+SECONDS = 120  # for one row
+NO_CARD = "no CUDA device"  # what a row says then
+LEAST = 10  # seconds without which a row is not begun
+ROWS = [  # what matters most first: the time may be over
+    *("losses", "step, nanoGPT", "step, ours", "head, ours", "head, all logits at once"),
+    *("decoding 1, ours", "decoding 1, static cache", "lora, ours", "lora, peft"),
+    *("preference, ours", "preference, Trainer", "decoding 8, ours", "decoding 8, static cache"),
+    *("step, ours --no-compile", "head, ours by torch.compile", "head, ours eager"),
+    *("lora, ours --no-compile", "preference, ours --no-compile"),
+]
+BESIDE = {  # ours: (the peer, how many times its rate we want)
+    "step, ours": ("step, nanoGPT", 1.05),
+    "head, ours": ("head, all logits at once", 1.0),
+    "lora, ours": ("lora, peft", 1.5),
+    "preference, ours": ("preference, Trainer", 2.0),
+    "decoding 1, ours": ("decoding 1, static cache", 1.5),
+    "decoding 8, ours": ("decoding 8, static cache", 1.5),
+}
 
 
-def timed(step) -> dict:
-    """Milliseconds of a step, and peak memory."""
-    on_card = WORLD.device.type == "cuda"
-    for i in range(WARM + STEPS):
-        if i == WARM:
-            wait()
-            began = time.perf_counter()
-            _ = torch.cuda.reset_peak_memory_stats() if on_card else None
-        step(i)
-    wait()
-    figures = {"ms": 1e3 * (time.perf_counter() - began) / STEPS}
-    return figures | ({"peak GB": torch.cuda.max_memory_allocated() / 1e9} if on_card else {})
-
-
-def row(name, make, tokens=None):
-    """Each contender with clean memory; one that fails is a line. Printed as it comes."""
-    gc.collect()
-    torch.compiler.reset()
-    if WORLD.device.type == "cuda":
-        torch.cuda.empty_cache()
+def measured(name, seconds, tiny) -> dict:
+    """What a process of its own, which may take so long, says of a row."""
+    command = [sys.executable, str(WORKER), name, *(["--tiny"] if tiny else [])]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    one = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]  # Trainer would take all cards
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": one, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    process = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
     try:
-        figures = timed(make())
-    except Exception as error:
-        print(f"{name:44} failed: {type(error).__name__}: {error}".splitlines()[0][:100], flush=True)
-        return
-    if tokens:
-        figures["tokens/s"] = 1e3 * tokens / figures["ms"]
-        card = torch.cuda.get_device_name() if WORLD.device.type == "cuda" else "CPU"
-        if most := flops.peak(card, native_dtype(WORLD.device)):
-            with torch.device("meta"):
-                model = core.GPT(core.GPTConfig(V, T, L, H, C))
-            figures["MFU"] = 1e3 * flops.training_flops(model).of([T] * B, B * T) / figures["ms"] / most
-    print(f"{name:44}", "  ".join(f"{key} {value:.5g}" for key, value in figures.items()), flush=True)
+        said, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # a compiler's helpers with it
+        process.communicate()
+        return {"failed": f"not there after {seconds:.0f} s"}
+    try:
+        return json.loads(said.splitlines()[-1])
+    except (IndexError, ValueError):
+        last = (errors.strip().splitlines() or ["it said nothing"])[-1]
+        return {"failed": f"exit code {process.returncode}: {last[:200]}"}
 
 
-def our_step(stream, compiled):
-    """gpt_scratch.py's, from core's verbs."""
-    model = core.GPT(core.GPTConfig(V, T, L, H, C))
-    precision = core.Precision("auto", WORLD)
-    model = precision.prepare(model)
-    core.wrap_ddp(model, WORLD, model.h, dynamic=None)
-    compiling.switch(compiled)
-    optimizer = core.make_optimizer(model, "adamw", 0.1)
-    blocks = core.Blocks(stream, T)
-    batches = core.ShardedBatches(np.full(len(blocks), T), B, WORLD, seed=0)
-
-    def step(i):
-        with precision.autocast():
-            loss = model(*blocks.batch(batches.rank_batch(i), WORLD.device))
-        core.scaled_backward(loss, WORLD, B * T, precision)
-        loss.item()
-        core.optimizer_step(optimizer, precision, 1.0, 1e-4)
-
-    return step
+def line(name, found) -> str:
+    """A row of the table."""
+    shown = {key: value for key, value in found.items() if key not in ("device", "torch", "dtype")}
+    cells = [
+        f"{key} {value:.5g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()
+    ]
+    return f"{name:30} " + "  ".join(cells)
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(C), nn.LayerNorm(C)
-        self.qkv, self.out = nn.Linear(C, 3 * C), nn.Linear(C, C)
-        self.up, self.down = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
-
-    def forward(self, x):
-        q, k, v = (y.view(B, T, H, -1).transpose(1, 2) for y in self.qkv(self.norm1(x)).split(C, 2))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(y.transpose(1, 2).reshape(B, T, C))
-        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+def ratios(rows) -> dict:
+    """ours: (its rate over the peer's, what we want), where both are there."""
+    rate = {name: found["per second"] for name, found in rows.items() if "per second" in found}
+    both = {ours: peer for ours, (peer, _) in BESIDE.items() if ours in rate and peer in rate}
+    return {
+        ours: {"times": rate[ours] / rate[peer], "wanted": BESIDE[ours][1]} for ours, peer in both.items()
+    }
 
 
-class Peer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.wte, self.wpe = nn.Embedding((V + 63) // 64 * 64, C), nn.Embedding(T, C)
-        self.blocks, self.norm = nn.Sequential(*(Block() for _ in range(L))), nn.LayerNorm(C)
-        nn.init.normal_(self.wte.weight, std=0.02)
-
-    def forward(self, x, y):
-        x = self.norm(self.blocks(self.wte(x) + self.wpe.weight))
-        return F.cross_entropy((x @ self.wte.weight.t()).flatten(0, 1), y.flatten())
+def keep(path, rows):
+    """Whole at every moment: what was measured outlives whatever comes next."""
+    aside = path.with_name(f"{path.name}.new")
+    aside.write_text(json.dumps({"rows": rows, "ours : peer": ratios(rows)}, indent=1) + "\n")
+    aside.replace(path)
 
 
-def peer_step(stream):
-    model = Peer().to(WORLD.device)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    forward = model if TINY else torch.compile(model)
-    ids = torch.from_numpy(stream[: B * T + 1].astype(np.int64)).to(WORLD.device)
-
-    def step(i):
-        with torch.autocast(WORLD.device.type, HALF, enabled=not FULL):
-            forward(ids[:-1].view(B, T), ids[1:].view(B, T)).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def head_step(loss_of):
-    x = torch.randn(B * T, C, device=WORLD.device, requires_grad=True)
-    weight = (0.02 * torch.randn(V, C, device=WORLD.device)).requires_grad_()
-    labels = torch.randint(V, (B * T,), device=WORLD.device)
-
-    def step(i):
-        x.grad = weight.grad = None
-        with torch.autocast(WORLD.device.type, HALF, enabled=not FULL):
-            loss = loss_of(x, weight, labels)
-        loss.backward()
-
-    return step
-
-
-def ours(x, weight, labels):
-    return linear_cross_entropy([(x, weight)], None, labels)
-
-
-def whole(x, weight, labels):
-    """All logits at once, as nanoGPT has them."""
-    return F.cross_entropy(x @ F.pad(weight, (0, 0, 0, -V % 64)).t(), labels, reduction="sum")
+def accept(names, minutes, out, tiny) -> int:
+    """Measures rows by their names, one after the other. Exit code."""
+    ends, rows, device = time.monotonic() + 60 * minutes, {}, None
+    for name in names:
+        left, found = ends - time.monotonic(), {"skipped": "the time is over"}
+        if left > LEAST:
+            found = measured(name, min(SECONDS, left), tiny)
+        if not device and (device := found.get("device")):
+            print(f"{device}  torch {found['torch']}  {found['dtype']}")
+        print(line(name, found), flush=True)
+        rows[name] = found
+        keep(out, rows)
+        if NO_CARD in found.get("failed", ""):
+            break  # nor will the others
+    for name, found in ratios(rows).items():
+        print(f"{name:30} {found['times']:.2f} x {BESIDE[name][0]} (wanted: {found['wanted']:g})")
+    return int(any("failed" in found for found in rows.values()))
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    how = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
+    parser.add_argument("--minutes", type=float, default=8.0, help="no row begins or goes on after them")
+    parser.add_argument(
+        "--rows", nargs="+", default=[""], help="those whose names begin so, such as step or head"
     )
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     parser.add_argument("--tiny", action="store_true")
-    parser.parse_args()
-    if not TINY and not torch.cuda.is_available():
-        sys.exit("no CUDA device: use --tiny for the logic alone")
-    name = "CPU" if TINY else torch.cuda.get_device_name()
-    print(f"{name}  torch {torch.__version__}  {native_dtype(WORLD.device)}  {B} x {T} tokens a step")
-    stream = np.random.default_rng(0).integers(0, V, 2_000_001, dtype=np.uint16)
-    row("head: ours", lambda: head_step(ours))  # also lets the compiler's helpers start before the steps
-    large, loss.LARGE = loss.LARGE, sys.maxsize
-    row("head: ours, not compiled", lambda: head_step(ours))
-    loss.LARGE = large
-    row("head: all logits at once, compiled", lambda: head_step(whole if TINY else torch.compile(whole)))
-    row("step: nanoGPT's, compiled", lambda: peer_step(stream), B * T)
-    row("step: ours, nothing typed", lambda: our_step(stream, False), B * T)
-    row("step: ours, --compile", lambda: our_step(stream, not TINY), B * T)
-    row("step: nanoGPT's, compiled, again", lambda: peer_step(stream), B * T)
+    a = parser.parse_args()
+    names = [name for name in ROWS if name.startswith(tuple(a.rows))]
+    sys.exit(accept(names, a.minutes, a.out, a.tiny) if names else f"no such row: {a.rows}; there are {ROWS}")
 
 
 if __name__ == "__main__":

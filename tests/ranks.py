@@ -60,7 +60,17 @@ PLACES = {  # where a kill or a signal can be made to strike: the function that 
 
 
 def launch(
-    script, *argv, size=1, kill=None, sent=None, closed=None, again=None, crash=None, timeout=300, env=None
+    script,
+    *argv,
+    size=1,
+    kill=None,
+    sent=None,
+    closed=None,
+    again=None,
+    crash=None,
+    timeout=300,
+    env=None,
+    nodes=1,
 ) -> list[int]:
     """Runs `script argv` on `size` ranks in the current folder; returns their exit codes (-9: killed).
 
@@ -68,7 +78,8 @@ def launch(
     would; ("time", seconds, rank or "all") dies whatever it is doing then. sent: (place, n-th call, signal):
     rank 0 sends it to all ranks there. closed: (place, n-th call, signals, seconds): the other end of the
     terminal of every rank is closed there (or "time", seconds), then come the signals, so many seconds later;
-    `again`, (place, n-th call, signal) is sent by rank 0 to itself. Output of all ranks goes to out.txt.
+    `again`, (place, n-th call, signal) is sent by rank 0 to itself. nodes: as if the ranks were on so many
+    boxes, each with its share of this machine's cores. Output of all ranks goes to out.txt.
     All tests share one token cache, but for those that strike while it is made: these have ./cache.
     """
     places = [strike[0] for strike in (kill, sent, closed, again, crash) if strike]
@@ -83,7 +94,7 @@ def launch(
         _context.Process(
             target=_rank,
             args=(script, argv, rank, size, port, kill, sent or closed, crash, os.getcwd(), env),
-            kwargs={"terminal": closed and terminals[rank].name, "again": again},
+            kwargs={"terminal": closed and terminals[rank].name, "again": again, "nodes": nodes},
         )
         for rank in range(size)
     ]
@@ -214,6 +225,7 @@ def _rank(
     terminal=None,
     again=None,
     errors="out.txt",
+    nodes=1,
 ):
     os.chdir(folder)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests run under nohup would pass on that it is ignored
@@ -224,13 +236,22 @@ def _rank(
             os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
     os.environ |= env
     if size > 1:
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        local, node = size // nodes, rank // (size // nodes)
+        names = {"RANK": rank, "LOCAL_RANK": rank % local, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": local}
+        if nodes > 1:
+            cores = sorted(os.sched_getaffinity(0))
+            share = max(1, len(cores) // nodes)
+            os.sched_setaffinity(0, (cores[node * share :] or cores)[:share])
         names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in names.items()}
     sys.argv = [f"{script}.py", *map(str, argv)]
     import torch
 
     torch.set_num_threads(1)
+    if "DISKS_APART" in env:  # of a disk that the other boxes do not see
+        importlib.import_module("lab.run.disks").SIGHT_SECONDS = 1
+        os.makedirs(f"box {rank}")
+        os.chdir(f"box {rank}")
     if "WRITE_APART" in env:  # checkpoints in a thread, as beside a card
         importlib.import_module("lab.run.checkpoints").apart = bool
     if kill and kill[0] != "time" and kill[2] in (rank, "all"):

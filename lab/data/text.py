@@ -1,7 +1,6 @@
 """Text becomes token ids. A Corpus says which text, how it is split and tokenised; open_corpus gives its
 Tokens: one stream of ids for each of train, val and test, mapped into memory."""
 
-import fcntl
 import functools
 import hashlib
 import io
@@ -36,7 +35,7 @@ from lab.data.tokenizers import (
     tokenizer_fingerprint,
 )
 from lab.errors import UserError
-from lab.run.files import sha256_file, short_hash, write_json
+from lab.run.files import lock_file, sha256_file, short_hash, write_json
 from lab.train.processes import on_main, progress
 
 TEXT_CACHE_VERSION = 3  # of what a cache of tokens holds: a change there is a change here
@@ -104,7 +103,7 @@ def token_cache(corpus) -> Path:
             aside = folder.with_name(f".{folder.name}.partial")  # kept when killed
             aside.mkdir(parents=True, exist_ok=True)
             with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be building it: then this one waits
+                lock_file(lock, wait=True)  # another run may be building it: then this one waits
                 if not is_whole(folder):
                     build_cache(corpus, source, aside)
                     seal(aside)

@@ -14,6 +14,11 @@ from pathlib import Path
 
 from lab.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # native Windows, whose locks would keep others from reading the file
+    fcntl = None
+
 PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -30,6 +35,13 @@ def is_there(name) -> bool:
         raise UserError(f"{short} cannot be read ({error.strerror}): name another file") from None
     except ValueError as error:  # a NUL byte, a lone surrogate
         raise UserError(f"{str(name)[:60]!r} is no file name ({error})") from None
+
+
+def lock_file(file, wait):
+    """Locks an open file for this process. BlockingIOError where another one has it, unless it shall `wait`.
+    On native Windows nothing is locked."""
+    if fcntl:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def is_folder(name) -> bool:

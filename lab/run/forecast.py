@@ -2,7 +2,6 @@
 
 import math
 import os
-import resource
 import shutil
 import sys
 
@@ -15,6 +14,11 @@ from lab.train import loss
 from lab.train.optim import count_parameters, state_numbers
 from lab.train.processes import all_reduce_sum, on_main
 from lab.train.shard import kept_share, line
+
+try:
+    import resource
+except ImportError:  # native Windows
+    resource = None
 
 
 def forecast(run, model, optimizer, steps, seconds, typical) -> int | None:
@@ -47,7 +51,8 @@ def forecast(run, model, optimizer, steps, seconds, typical) -> int | None:
     if (runs := run.cfg.typed.runs) > 1:  # the others begin at step 0
         run.say(runs_line(runs, hours + (runs - 1) * (hours + run.clock.seconds / 3600), price))
     if "TORCHELASTIC_RUN_ID" in os.environ and checkpoint_mb > 5000:  # at some 300 MB/s written and hashed
-        run.say("a save takes over 15 s: give torchrun --shutdown-timeout 300, or it kills one after 30 s")
+        better = "give torchrun --shutdown-timeout 300 (from torch 2.13 on)"
+        run.say(f"a save takes over 15 s: {better}, or it kills one after 30 s")
     return fit
 
 
@@ -105,9 +110,12 @@ def _excess(figures) -> float:
 
 
 def peak_memory_mb(world) -> float:
-    """Peak memory in MB: allocated on the accelerator, or resident on the CPU."""
+    """Peak memory in MB: allocated on the accelerator, or resident on the CPU. 0 where no one counts it: on
+    native Windows."""
     if world.device.type != "cpu":
         return getattr(torch, world.device.type).max_memory_allocated() / 1e6
+    if resource is None:
+        return 0.0
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 

@@ -37,7 +37,8 @@ def leave_at_once(number, world):
 
 def heed(handler) -> dict:
     """Gives TERM, Ctrl-C and HUP to a handler, but for what nohup ignores. Returns the handlers before it."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    named = ("SIGTERM", "SIGINT", "SIGHUP")  # Windows knows no HUP
+    numbers = [getattr(signal, name) for name in named if hasattr(signal, name)]
     return {n: signal.signal(n, handler) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
 
 

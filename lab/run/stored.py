@@ -1,7 +1,6 @@
 """Runs that lie on the disk: their folders, their config.json, how they ended, which is the newest."""
 
 import contextlib
-import fcntl
 import os
 import re
 import socket
@@ -9,7 +8,7 @@ import time
 from pathlib import Path
 
 from lab.errors import UserError
-from lab.run.files import is_there, read_sealed
+from lab.run.files import is_there, lock_file, read_sealed
 from lab.run.flags import names_of
 
 SCRIPTS = (  # whose runs are known
@@ -41,7 +40,7 @@ def locked(folder):
         lock = open(folder / ".lock", "a+")
         for _ in range(50):  # a killed process lets go a moment later
             with contextlib.suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_file(lock, wait=False)
                 lock.truncate(0)
                 lock.write(f"process {os.getpid()} on {socket.gethostname()}")
                 lock.flush()

@@ -54,6 +54,8 @@ class _OneDNNLinear(torch.autograd.Function):
 
 def require_memory(parameters, what):
     """UserError where so many fp32 numbers, the matrices of a model alone, exceed this machine's memory."""
+    if not hasattr(os, "sysconf"):  # native Windows
+        return
     needed, memory = 4 * parameters, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         size = f"{parameters:.3g} parameters, {needed / 1e9:,.0f} GB"

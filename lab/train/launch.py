@@ -2,6 +2,7 @@
 
 import ctypes
 import datetime
+import glob
 import os
 import re
 import signal
@@ -19,6 +20,18 @@ from lab.train.heartbeat import JOIN_SECONDS, Heartbeat, wait_for_all
 _UNSET = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}  # without torchrun
 _NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # torch's own: each torchrun reads it
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl
+
+_DRIVERS = {  # what a GPU's driver puts there: whose, and the variable by which a user may hide it
+    "/dev/nvidia[0-9]*": ("NVIDIA", "CUDA_VISIBLE_DEVICES"),
+    "/dev/dxg": ("Windows", "CUDA_VISIBLE_DEVICES"),
+    "/dev/nvmap": ("NVIDIA", "CUDA_VISIBLE_DEVICES"),
+    "/dev/kfd": ("AMD", "HIP_VISIBLE_DEVICES"),
+    "/sys/class/drm/renderD*/device/vendor": ("Intel", "ONEAPI_DEVICE_SELECTOR"),
+}
+_INTEL, _BESIDE_THE_CPU = (
+    "0x8086",
+    "0000:00:02.0",
+)  # a maker; its integrated graphics' place
 
 
 def number(name) -> int:
@@ -40,6 +53,25 @@ def launcher() -> str | None:
         stat = Path(f"/proc/{parent}/stat").read_text()
         began = "/" + stat.rpartition(")")[2].split()[19]  # in ticks since the machine's start
     return f"{socket.gethostname()}/{parent}{began}"
+
+
+def unused_gpu() -> str | None:
+    """One line on a GPU that this process computes without: its driver is there, torch does not find it."""
+    if sys.platform == "darwin":
+        there = torch.backends.mps.is_available()
+        return "NOTE Apple's GPU is not used, it has no fp64: this is the CPU" if there else None
+    for pattern, (whose, variable) in _DRIVERS.items():
+        found = [path for path in sorted(glob.glob(pattern)) if whose != "Intel" or _is_card(Path(path))]
+        asked = os.environ.get(variable, "0")  # a scheduler may have set it, too
+        if found and asked not in ("", "-1") and "cpu" not in asked:
+            can = f"{found[0]}: {whose}'s GPU driver is here, but torch {torch.__version__} finds no GPU"
+            return f"NOTE {can}, so this is the CPU: `bash setup.sh` says what to install"
+    return None
+
+
+def _is_card(vendor) -> bool:
+    """Whether this is Intel's and no integrated graphics, which most laptops and many servers have."""
+    return vendor.read_text().strip() == _INTEL and vendor.parent.resolve().name != _BESIDE_THE_CPU
 
 
 launchers = []  # of all boxes, once their ranks have met

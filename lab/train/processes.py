@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from lab.errors import LostRanks, Stop, UserError
 from lab.run.terminal import outlive_terminal
-from lab.train import compiling, heartbeat
+from lab.train import compiling, heartbeat, launch
 from lab.train.cpu import keep_freed_memory
 from lab.train.fsdp import Sharded
 from lab.train.launch import end_with_torchrun, first_sentence, heard_at_once, join, number
@@ -68,6 +68,8 @@ def distributed(backend="auto", timeout_minutes=10):
         world = World(env["RANK"], device=device)
         if device.type == "cpu":
             keep_freed_memory()
+            if env["LOCAL_RANK"] == 0 and (note := launch.unused_gpu()):
+                print(note, file=sys.stderr, flush=True)
         if env["WORLD_SIZE"] > 1:
             # torchrun gives each process one thread; ranks x threads should fill the cores, no more
             torch.set_num_threads(max(1, _cores() // env["LOCAL_WORLD_SIZE"]))

@@ -10,6 +10,7 @@ import math
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -485,6 +486,20 @@ def test_no_constant_looks_like_one_of_torchruns_options(script):
     for name in core.names_of(module.Config):
         argv = ["--nproc_per_node=2", f"{script}.py", f"--{name}", "value"]
         assert get_args_parser().parse_args(argv).training_script_args == argv[2:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["run_preference", "gpt_scratch", "run_lora"])
+def test_two_boxes_with_a_process_each_train_the_weights_of_one_box_with_two(script, straight):
+    same_outcome(run(script, *SHORT[script], size=2, nodes=2), straight(script, 2)[0])
+
+
+@pytest.mark.slow
+def test_boxes_with_disks_of_their_own_are_named_before_the_first_step(script="gpt_scratch"):
+    codes = launch(script, "--out", "out", *SHORT[script], size=2, nodes=2, env={"DISKS_APART": "1"})
+    said = Path("out.txt").read_text()
+    assert codes == [2, 2] and f"rank 1 on {socket.gethostname()} does not see rank 0's out" in said, said
+    assert [path.name for path in Path().glob("box */out/*")] == [] and "step" not in said
 
 
 @pytest.mark.slow

@@ -35,6 +35,15 @@ def test_a_clean_checkout_may_start(project):
     assert core.refuse_dirty() is None
 
 
+def test_a_run_of_several_boxes_is_known_by_the_torchruns_of_all(monkeypatch):
+    """After a restart rank 0 may be on another of them."""
+    monkeypatch.setattr(provenance, "launcher", lambda: "box1/7/9")
+    monkeypatch.setattr(provenance, "launchers", [])
+    assert provenance._all_launchers() == "box1/7/9"
+    provenance.launchers += ["box1/7/9", "box2/4/6"]
+    assert provenance._all_launchers() == "box1/7/9 box2/4/6"
+
+
 @pytest.mark.parametrize("change", ["unstaged", "staged", "untracked", "untracked and hidden", "deleted"])
 def test_any_uncommitted_change_is_refused(project, change):
     if change.startswith("untracked"):

@@ -92,11 +92,12 @@ def restarted(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
 
 
-def test_a_restarted_worker_finds_the_run_of_its_torchrun_alone(restarted):
+@pytest.mark.parametrize("boxes", ["{}", "box1/17/4711 {} box3/17/4711"])  # rank 0 may have been on another
+def test_a_restarted_worker_finds_the_run_of_its_torchrun_alone(boxes, restarted):
     """Numbers of processes come again, in a container at each start; several scripts may share --out."""
     at = launcher()
     for second, facts in enumerate([{}, {"script": "other"}, {"constants": {"mode": "find_lr"}}]):
-        leave(f"20260101_00000{second}", "stopped", **{"launcher": at} | facts)
+        leave(f"20260101_00000{second}", "stopped", **{"launcher": boxes.format(at)} | facts)
     leave("20260101_000005-tagged", "stopped", launcher=at)
     leave("20260101_000006", "stopped", launcher=f"{at}1")
     assert planned()["folder"] == "out/20260101_000000"

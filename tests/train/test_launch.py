@@ -6,8 +6,10 @@ import sys
 import time
 
 import pytest
+import torch
 from ranks import free_port
 
+import core
 from core import UserError
 from lab.train import launch
 
@@ -42,6 +44,52 @@ def test_what_a_launch_lacks_is_named(named, said, monkeypatch):
 def test_torchs_errors_are_said_without_source_advice_and_stack():
     error = "[/a/gloo/pair.cc:553] Connection closed by peer [::1]:80. This is typically ...\nframe #0: c10"
     assert launch.first_sentence(RuntimeError(error)) == "Connection closed by peer [::1]:80"
+
+
+def a_vendor(path, maker):
+    """Intel's files below /sys: a card on the PCI bus, by the name of its place there."""
+    path.mkdir(parents=True)
+    (path / "vendor").write_text(f"{maker}\n")
+    return str(path / "vendor")
+
+
+CARD, SCREEN, OTHER = (("0000:03:00.0", "0x8086"), ("0000:00:02.0", "0x8086"), ("0000:04:00.0", "0x1002"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "files", "asked", "said"),
+    [
+        ("/dev/nvidia[0-9]*", ["/dev/nvidia0"], {"CUDA_VISIBLE_DEVICES": "0,1"}, "/dev/nvidia0: NVIDIA's"),
+        ("/dev/nvidia[0-9]*", ["/dev/nvidia0"], {"CUDA_VISIBLE_DEVICES": ""}, None),
+        ("/dev/kfd", ["/dev/kfd"], {}, "/dev/kfd: AMD's"),
+        ("/dev/kfd", ["/dev/kfd"], {"HIP_VISIBLE_DEVICES": "-1"}, None),
+        ("/sys/class/drm", [SCREEN, CARD], {}, "0000:03:00.0/vendor: Intel's"),
+        ("/sys/class/drm", [SCREEN, OTHER], {}, None),
+        ("/sys/class/drm", [CARD], {"ONEAPI_DEVICE_SELECTOR": "opencl:cpu"}, None),
+        ("none", [], {}, None),
+    ],
+)
+def test_a_gpu_that_torch_does_not_find_is_said_once_unless_the_user_hid_it(
+    pattern, files, asked, said, monkeypatch, tmp_path, capsys
+):
+    there = [a_vendor(tmp_path / file[0], file[1]) if isinstance(file, tuple) else file for file in files]
+    monkeypatch.setattr(launch.glob, "glob", lambda path: there if path.startswith(pattern) else [])
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ONEAPI_DEVICE_SELECTOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    with core.distributed():
+        pass
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == bool(said) and all(said in line and "this is the CPU" in line for line in lines)
+
+
+def test_apples_gpu_is_not_passed_over_in_silence(monkeypatch):
+    monkeypatch.setattr(launch.sys, "platform", "darwin")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert launch.unused_gpu() == "NOTE Apple's GPU is not used, it has no fp64: this is the CPU"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert launch.unused_gpu() is None
 
 
 ALONE = """
