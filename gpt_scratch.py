@@ -58,7 +58,7 @@ class Config(core.Studied):
     bias: bool = False  # of linear layers and LayerNorms
     qkv_bias: bool = False  # of queries, keys and values
     tie_head: bool = True  # the output matrix is the embedding
-    vocab_multiple: core.Count = 1  # the embedding has a multiple of so many rows, at least the vocabulary
+    vocab_multiple: core.Count = 1  # the embedding's rows: the vocabulary, rounded up to a multiple of this
     head_bias: bool = False  # of the output layer; with --no-tie_head
     dropout: core.Share = 0.0  # share of activations set to 0 in training
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory
@@ -80,7 +80,7 @@ class Config(core.Studied):
     weight_decay: core.Rate = 0.1  # of matrices
     decay_embedding: bool = True  # the token embedding decays, too
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
-    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; a preset's fp32 is tf32 on a GPU
+    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; fp32 not typed is tf32 on a GPU
     seed: core.Seed = 0  # of weights, order and dropout
     # evaluation and logging
     eval_batch: core.Count = 64  # blocks per evaluation step, over all ranks
@@ -180,7 +180,7 @@ NOAM_WIDE4 = {
     "test_weights": "last",
     "compile": True,
 }
-PRESETS = {  # rates as journal 003's settings have them; a bug made it train all of these at 1e-3
+PRESETS = {  # rates of journal 003 are those of its settings; a bug made it train all its models at 1e-3
     "cpu": {},
     "baby": JOURNAL | {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch": 64},
     "mini_v0": MINI,
@@ -404,7 +404,7 @@ def train(run, cfg, world) -> dict:
 
 
 def finish(run, cfg, world, setup) -> dict:
-    """Measures the chosen weights on val and test, and how many sampled words the text has: figures."""
+    """Figures of the chosen weights on val and test, and the share of sampled words that the text has."""
     sha256, measured, result = core.weights_sha256(setup.model), run.checkpoint, {}
     if cfg.test_weights == "best":
         measured = run.load_best(setup.model)
@@ -457,14 +457,14 @@ def announce(run, cfg, tokens, blocks, batches, total_steps, model):
     run.say(f"tokens per parameter  {len(tokens.parts['train']) / total:.2f} in the data, {seen} "
             f"(Hoffmann et al. 2022: {RATIO} is best)")  # fmt: skip
     if left := len(blocks["train"]) % cfg.batch:
-        run.say(f"each epoch leaves out {left} of {len(blocks['train'])} blocks, "
+        run.say(f"each epoch leaves out {left} of {len(blocks['train'])} blocks "
                 f"(other ones each time): they fill no batch of {cfg.batch}")  # fmt: skip
 
 
 def describe_block(tokenizer, ids) -> str:
     """A block, decoded from its ids: garbage here is garbage in training (journal 003, v0.0.11)."""
     text = core.one_line(tokenizer.decode(ids[:201].tolist()))
-    return f"the loss sees {len(ids) - 1} targets (all tokens of a block but its first):\n  {text[:96]}"
+    return f"the loss sees {len(ids) - 1} targets (after each token of a block, the next):\n  {text[:96]}"
 
 
 def report_validation(run, at, val, is_best):

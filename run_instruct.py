@@ -5,9 +5,9 @@
     python run_instruct.py --data rows.json --model gpt2 --pack
     python run_instruct.py --smoke
 
---data takes a Hub id, a JSON, JSONL, CSV or Parquet file with the columns instruction, input, output, or
-python-instructions (built in). Each run is a folder under runs/run_instruct/: responses.json holds the test
-rows' answers, spikes.jsonl the loss spikes; --mode ask puts questions to the model.
+--data takes python-instructions (built in), a Hub id, a folder, or a JSON, JSONL, CSV or Parquet file with
+the columns instruction, input, output. Each run is a folder under runs/run_instruct/: responses.json holds
+the test rows' answers, spikes.jsonl the loss spikes; --mode ask puts questions to the model.
 """
 
 from dataclasses import dataclass, replace
@@ -53,7 +53,7 @@ class Config(core.Studied):
     optimizer: core.Optimizer = "adamw"  # sgd: momentum 0.9; adafactor: little memory, lr relative to weights
     weight_decay: core.Rate = 0.1  # of matrices
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
-    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; a preset's fp32 is tf32 on a GPU
+    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32
     seed: core.Seed = 0  # of order, dropout and fresh weights
     # evaluation and logging
     eval_batch: core.Count = 32  # rows per evaluation step, over all ranks; answers: rows per rank
@@ -65,12 +65,12 @@ class Config(core.Studied):
     # answers and forgetting
     sample_tokens: core.Whole = 50  # limit of an answer to a fixed prompt, at evaluations; 0: no answers
     answer_rows: core.Whole | None = None  # test rows answered at the end; none = all rows, 0 = no row
-    max_new_tokens: core.Count = 256  # limit of such an answer
+    max_new_tokens: core.Count = 256  # limit of such an answer, and of one in mode ask
     plain: str | None = None  # text for forgetting; none = held-out text of the base's run, else python-docs
     plain_blocks: core.Whole = 50  # of max_length tokens; 0 = none
     prompt: str | None = None  # in mode ask: an instruction; none = a prompt loop
     # run
-    mode: Literal["train", "find_lr", "study", "ask"] = "train"  # ask: a finished run answers
+    mode: Literal["train", "find_lr", "study", "ask"] = "train"  # ask: a trained run answers
     run_folder: str | None = None  # the one that is asked; none = the newest
 
     NO_TRAINING = ("ask",)
@@ -145,7 +145,7 @@ def build_model(cfg, tokenizer, world):
 
 def load_model(folder, world):
     """(Config, model, tokenizer) of a run, from its folder alone, with the weights
-    that it was tested with."""
+    that it was tested with (of an unfinished run, its newest)."""
     cfg = core.stored_config(folder, Config, __file__)
     model, tokenizer = core.open_model(folder)
     return cfg, core.Precision(cfg.dtype, world).prepare(model).eval(), tokenizer
@@ -186,7 +186,7 @@ def train(run, cfg, world) -> dict:
     precision = core.Precision(cfg.dtype, world)
     model = precision.prepare(build_model(cfg, data.tokenizer, world))
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay)
-    tuning.announce(run, cfg, parts, units, lines, model, total_steps)  # begins: the folder changes
+    tuning.announce(run, cfg, parts, units, lines, model, total_steps)  # begins the run: writes its folder
     saved = model, optimizer, precision
     compiled = model.h if cfg.compile else ()
     ddp = core.wrap_ddp(model, world, compiled, shard=cfg.shard, optimizer=optimizer)

@@ -64,7 +64,7 @@ class Config(core.Studied):
     optimizer: core.Optimizer = "adamw"  # sgd: momentum 0.9; adafactor: little memory, lr relative to weights
     weight_decay: core.Rate = 0.0  # of A and B
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
-    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; a preset's fp32 is tf32 on a GPU
+    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32
     base_dtype: core.BaseDtype = "auto"  # of the frozen matrices; auto: bf16 on a GPU that computes in bf16
     seed: core.Seed = 0  # of order, dropout and fresh weights
     # evaluation and logging
@@ -77,7 +77,7 @@ class Config(core.Studied):
     # answers and forgetting
     sample_tokens: core.Whole = 50  # limit of an answer to a fixed prompt, at evaluations; 0: no answers
     answer_rows: core.Whole | None = None  # test rows answered at the end; none = all rows, 0 = no row
-    max_new_tokens: core.Count = 256  # limit of such an answer
+    max_new_tokens: core.Count = 256  # limit of such an answer, and of one in mode ask
     plain: str | None = None  # text for forgetting; none = held-out text of the base's run, else python-docs
     plain_blocks: core.Whole = 50  # of max_length tokens; 0 = none
     prompt: str | None = None  # in mode ask: an instruction; none = a prompt loop
@@ -173,8 +173,8 @@ def build_model(cfg, tokenizer, world, folder):
 
 
 def keep_for_later(folder, cfg, tokenizer):
-    """Writes tokenizer/ and, with --adapter, a copy of it: with the base that cfg names, what the model is
-    built from again."""
+    """Writes tokenizer/ and, with --adapter, adapter/ (its copy). From these and the base that cfg names the
+    model can be built again."""
     tokenizer.save_pretrained(folder / "tokenizer")
     if cfg.adapter and not (folder / "adapter").exists():
         with core.whole_folder(folder / "adapter") as aside:
@@ -183,8 +183,8 @@ def keep_for_later(folder, cfg, tokenizer):
 
 
 def load_model(folder, world, base_dtype=None):
-    """(Config, model, tokenizer) of a run: the adapters that it was tested with, on its base, held as in
-    training unless base_dtype says otherwise. UserError if the base has changed."""
+    """(Config, model, tokenizer) of a run: the adapters that it was tested with, on its base, in the dtype
+    of training or in base_dtype. UserError if the base has changed."""
     cfg = core.stored_config(folder, Config, __file__)
     tokenizer = core.own_tokenizer(folder)
     core.reseed(cfg.seed, "init")  # the random weights of tiny:gpt2 come from it
@@ -199,7 +199,7 @@ def load_model(folder, world, base_dtype=None):
 
 
 def announce_lora(run, cfg, model):
-    """Says where the adapters are, their multiplier, and multiplier x lr, the scale of a step."""
+    """Says on how many layers adapters are, their multiplier, and multiplier x lr, the scale of a step."""
     layers = core.adapted(model)
     multipliers = sorted({layer.multiplier for layer in layers.values()})
     ranks = "/".join(str(rank) for rank in sorted({layer.B.shape[1] for layer in layers.values()}))
@@ -256,7 +256,7 @@ def train(run, cfg, world) -> dict:
     held_sha256 = core.state_sha256(core.base_weights(model)) if cfg.base_dtype == "bf16" else base_sha256
     largest_multiplier = max(layer.multiplier for layer in core.adapted(model).values())
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay)
-    tuning.announce(run, cfg, parts, units, lines, model, total_steps)  # begins: the folder changes
+    tuning.announce(run, cfg, parts, units, lines, model, total_steps)  # begins the run: writes its folder
     announce_lora(run, cfg, model)
     saved = adapters, optimizer, precision
     compiled = model.h if cfg.compile else ()

@@ -42,7 +42,7 @@ class Config(core.Bookkeeping):
     split_seed: core.Seed = 42  # draws the held-out rows, whatever --seed is
     # model
     pretrain: str = "noam_wide4"  # the first stage: a preset of gpt_scratch.py, then name=value,...
-    init_from: str | None = None  # a run, newest, a GPT-2 or Llama folder, new; none: first stage, or newest
+    init_from: str | None = None  # run, newest, GPT-2 or Llama folder, new; none: newest; study: first stage
     init_step: core.Whole | None = None  # a checkpoint of that run; none = the one it was tested with
     method: Literal["full", "lora", "loha", "lokr"] = "full"  # all weights, or adapters on a frozen base
     lora_rank: core.Count = 16  # of all three kinds of adapter
@@ -50,7 +50,7 @@ class Config(core.Bookkeeping):
     lora_dropout: core.Share = 0.0  # of LoRA's input
     qat: Literal["off", "int4"] = "off"  # train for int4 weights and int8 activations; with method full
     qat_group: core.within(int, 2) = 256  # weights of a row that share one scale; 32 is finer
-    qat_start: core.Share = 0.25  # share of the steps trained in float before it
+    qat_start: core.Share = 0.25  # share of the steps trained in float before int4 begins
     dropout: core.Share = 0.0  # share of activations set to 0 in training
     checkpointing: bool = False  # recompute blocks in the backward: more time, less memory
     # optimisation
@@ -68,10 +68,10 @@ class Config(core.Bookkeeping):
     cycle_beta1: bool = True  # one_cycle moves beta1 between 0.95 and 0.85, against the rate
     optimizer: core.Optimizer = "adamw"  # sgd: momentum 0.9; adafactor: little memory, lr relative to weights
     beta1: core.within(float, 0, 0.9999) = 0.9  # of Adam: decay of the gradients' mean
-    beta2: core.within(float, 0, 0.9999) = 0.95  # decay of Adam's mean of squares, of Lion's mean (0.99)
+    beta2: core.within(float, 0, 0.9999) = 0.95  # decay of Adam's mean of squares, of Lion's mean (use 0.99)
     weight_decay: core.Rate = 0.1  # of matrices but the token embedding; Lion wants 3 to 10 times as much
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
-    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; a preset's fp32 is tf32 on a GPU
+    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; fp32 not typed is tf32 on a GPU
     base_dtype: core.BaseDtype = "auto"  # of matrices under adapters; auto: bf16 on a GPU computing in bf16
     seed: core.Seed = 0  # of weights, order and dropout; the first one of a study
     # evaluation and logging
@@ -79,18 +79,18 @@ class Config(core.Bookkeeping):
     eval_every: core.Count | None = 500  # steps; none = each epoch
     eval_rows: core.Count | None = 500  # validation rows looked at during training; none = all
     answer_rows: core.Whole = 200  # validation problems answered then; 0 = none
-    sample_tokens: core.Whole = 24  # most tokens of each of three sample answers; 0 = none
+    sample_tokens: core.Whole = 24  # of each of three sample answers, at most; 0 = none
     test_weights: Literal["best", "last"] = "best"  # lowest validation loss, or the final ones
     save_every: core.Count | None = None  # steps; none = at each evaluation, before it
     log_every: core.Count = 25  # steps
     plain: str | None = None  # text to measure forgetting on; none = what the base read, if known
     plain_blocks: core.Whole = 100  # of that text; 0 = none
     # study
-    arms: tuple[str, ...] = ("full", "lion", "lora", "loha", "lokr", "int4")  # the first's length is for all
+    arms: tuple[str, ...] = ("full", "lion", "lora", "loha", "lokr", "int4")  # all train as long as the first
     seeds: core.Count = 3  # of each arm: seed, seed + 1, ...
     budgets: tuple[str, ...] = ("steps", "time")  # compared at equal steps, at equal time
     shares: tuple[str, ...] = ("0.5", "0.75", "0.9")  # of mode split: pretraining's share of the whole
-    max_hours: core.Amount | None = None  # ends both, study or split between two steps; the same line goes on
+    max_hours: core.Amount | None = None  # of mode both, study or split; the same line, typed again, goes on
     # run
     mode: Mode = "both"  # train: the second stage; split: a fixed time shared out; export: a Llama folder
     run_folder: str | None = None  # the run that is quantised or exported
@@ -397,8 +397,8 @@ def stored_config(folder) -> Config:
 
 
 def load_model(folder, world, base_dtype=None):
-    """(Config, model, tokenizer) of a run as it was tested, fake-quantised as in training; so is its base
-    held, unless base_dtype says otherwise."""
+    """(Config, model, tokenizer) of a run as it was tested, fake-quantised as in training. The base has
+    the run's base_dtype, unless another is given."""
     cfg = stored_config(folder)
     if cfg.method == "full":  # the base is in the folder
         base, tokenizer = core.open_model(folder)
@@ -588,7 +588,7 @@ def several(cfg, world):
     """Modes both, study and split. Checks everything before the first step."""
     check_words(cfg)
     if cfg.init_from == "newest":
-        raise core.UserError("--init_from newest may be another run when this goes on: name its folder")
+        raise core.UserError("--init_from newest may be another run on resuming: name its folder")
     unread = OF_A_STUDY - ({"pretrain"} if cfg.init_from == "new" else set())
     plan = study.Plan(cfg, world, __file__, Config, PRESETS, SMOKE, main, ARM_MAY, unread)
     if cfg.mode == "both":
@@ -608,7 +608,7 @@ def several(cfg, world):
 def check_words(cfg):
     """UserError for --budgets and --shares that are invalid or repeated."""
     if not set(cfg.budgets) <= {"steps", "time"} or len(set(cfg.budgets)) < len(cfg.budgets):
-        raise core.UserError(f"--budgets {' '.join(cfg.budgets)}: use steps, time, or both")
+        raise core.UserError(f"--budgets {' '.join(cfg.budgets)}: use steps, time or steps time")
     try:
         shares = {f"{float(share):.4g}" for share in cfg.shares if 0 < float(share) < 1}
     except ValueError:
@@ -659,7 +659,7 @@ def forecast(stages) -> list[str]:
         return [line]
     hours = cfg.seeds * (firsts * first.max_minutes + tunings * cfg.max_minutes) / 60
     cost = f", ${hours * cfg.price_per_hour:.2f}" if cfg.price_per_hour else ""
-    return [f"{line}, at most {hours:.1f} h of training{cost}"]
+    return [f"{line}, about {hours:.1f} h of training{cost}"]
 
 
 # ------------------------------------------------------------------------------------------------------ main

@@ -11,8 +11,8 @@ An encoder reads side A and side B (prompt and answer), a head reads the two vec
     python run_preference.py --mode submit --test_csv test.csv
 
 --data takes a Hub id, a CSV, JSON, JSONL or Parquet file (also in Kaggle's zip), a folder, or python-pairs
-(built in). Each run is a folder under runs/run_preference/: log.txt ends with the report card, result.json
-and report.png hold all of it, predictions.jsonl what was said of every row, submission.csv what Kaggle wants.
+(built in). Each run is a folder under runs/run_preference/: log.txt and result.json hold the report card,
+report.png its plots, predictions.jsonl what was said of every row, submission.csv what Kaggle wants.
 """
 
 import csv
@@ -45,7 +45,7 @@ class Config(core.Studied):
     test_csv: str | None = None  # rows to predict, or Kaggle's zip of them: submission.csv is written
     # model
     model: str = "distilbert-base-uncased"  # Hub id, folder, or tiny:<family>
-    freeze: Literal["none", "all", "bottom", "blocks"] = "none"  # bottom: lower half, and embeddings
+    freeze: Literal["none", "all", "bottom", "blocks"] = "none"  # blocks: all; bottom: lower half, embeddings
     encode_once: bool = True  # with freeze all: the encoder's vectors are computed once and cached
     pooling: Literal["first", "mean"] = "first"  # a sequence's vector: of its first token, or the mean
     head: Literal["mlp", "linear"] = "mlp"  # mlp: the journal's
@@ -58,7 +58,7 @@ class Config(core.Studied):
     micro_batch: core.Count | None = None  # rows per forward and rank; none = all of a rank's that fit
     epochs: core.Whole = 3  # passes over the training rows
     max_steps: core.Whole | None = None  # optimizer steps (per fold)
-    max_minutes: core.Amount | None = None  # of training (all folds together), over resumes
+    max_minutes: core.Amount | None = None  # of training, over resumes; not with --folds
     lr: core.Rate = 2e-5  # peak
     head_lr: core.Rate | None = 2e-4  # peak rate of the head; none, or freeze all: lr
     layer_decay: core.within(float, 0.001, 1) = 1.0  # a block's rate is this times that of the block above it
@@ -69,7 +69,7 @@ class Config(core.Studied):
     weight_decay: core.Rate = 0.01  # of matrices
     swap_augmentation: bool = False  # swap A and B of half the training rows, drawn anew each epoch
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
-    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; a preset's fp32 is tf32 on a GPU
+    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; fp32 not typed is tf32 on a GPU
     seed: core.Seed = 0  # of weights, order and dropout
     # evaluation and logging
     eval_batch: core.Count = 64  # rows per evaluation step, over all ranks
@@ -98,7 +98,7 @@ class Config(core.Studied):
             )
         if self.lr == 0 and self.head_lr and self.freeze != "all":
             raise core.UserError(
-                f"--lr 0 with head_lr {self.head_lr:g}: to train the head alone, use --freeze all and --lr"
+                f"--lr 0 trains the head alone: instead use --freeze all --lr {self.head_lr:g}"
             )
         if self.mode == "submit" and not self.test_csv:
             raise core.UserError("--mode submit needs --test_csv: the rows to predict")
@@ -204,7 +204,7 @@ def rebuild(folder, world, **changes):
 
 def load_model(folder, world):
     """(Config, model, tokenizer) of a run, from its folder alone, with the weights
-    that it was tested with."""
+    that it was tested with (of an unfinished run, its newest)."""
     cfg, model, tokenizer = rebuild(folder, world)
     core.load_weights(Path(folder) / "checkpoints" / core.tested_or_newest_checkpoint(folder), model)
     return cfg, model.eval(), tokenizer
@@ -274,7 +274,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     first_here = fold == run.position.get("fold", 0)  # what follows is said once
     steps_left = ((cfg.folds or 1) - fold) * total_steps - run.step if first_here else None
     # two forwards and backwards of the longest rows: is there memory? Then the forecast of hours
-    read = 0.5 if cfg.inputs == "joint" and not cfg.symmetric else 1.0  # of the two orders one
+    read = 0.5 if cfg.inputs == "joint" and not cfg.symmetric else 1.0  # share of a row's tokens that is read
     core.rehearse(run, micro_batches, saved, forward_backward, batches, steps_left, read)
     if first_here:
         run.say(describe_row(data, rows["train"][0], cfg))
@@ -295,7 +295,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
         core.reseed(cfg.seed, fold, at.step, world.rank)  # in place of core.steps' seed, which knows no fold
         swaps = swapped(cfg, fold, at.step)
         lr = core.lr_at(cfg, at.step, at.schedule_length)  # total_steps, or what fits into max_minutes
-        if run.rows_ahead:  # this rank's of the next step, which a thread lays out
+        if run.rows_ahead:  # positions of this rank's next rows, which a thread lays out during this step
             ahead = swapped(cfg, fold, at.step + 1)[world.rank :: world.size]
             run.rows_ahead = shown_rows(rows["train"], run.rows_ahead, ahead)
         losses = forward_backward(at.rows, at.targets, swaps[world.rank :: world.size])
@@ -412,7 +412,7 @@ def report(run, cfg, data, splits, outcomes) -> dict:
         run.say(line)
     accuracy = core.plus_minus(card["accuracy"], card["accuracy_interval"])
     run.say(f"done  {where} loss {card['log_loss']:.4f}  accuracy {accuracy}  {run.seconds / 60:.1f} min")
-    run.say(f"all figures: {run.folder}/result.json, report.png")
+    run.say(f"all figures: {run.folder}/result.json")
     return result
 
 
@@ -474,8 +474,8 @@ def measure_other(folder, name, world, max_documents=None, eval_batch=None, poll
 
 
 def mean_of_folds(folder, checkpoints, cfg, model, data, world, poll, say=None) -> np.ndarray:
-    """Log-probabilities of all rows, in the shape of `evaluate`'s; several folds' models: their mean
-    probabilities. With `say`, a frozen encoder's vectors are cached, and a line says so."""
+    """Log-probabilities of all rows, shaped as `evaluate` returns them; with folds, logs of the probabilities
+    averaged over their models. With `say`, a frozen encoder's vectors are cached, and a line says so."""
     every, probs = np.arange(len(data.labels)), 0.0
     for name in checkpoints:
         core.load_weights(Path(folder) / "checkpoints" / name, model)

@@ -35,7 +35,7 @@ class Config(core.Bookkeeping):
     # data
     data: str = "pubmed+uspto"  # what mode train reads: a source, a mixture a+b, or 0.7*a+0.3*b
     arms: tuple[str, ...] = ("pubmed", "uspto", "pubmed+uspto")  # what a study compares
-    # mirrors of the journal's subsets in a format that datasets 5 reads (the patents' name is misspelt there)
+    # mirrors of the journal's subsets that datasets>=5 can read (the patents' name is misspelt there)
     sources: tuple[str, ...] = (  # name=where: a file, folder, Hub id with :config, or built-in text
         "pubmed=ArmelR/the-pile-splitted:PubMed Abstracts",
         "uspto=ArmelR/the-pile-splitted:UPSTO Backgrounds",
@@ -48,7 +48,7 @@ class Config(core.Bookkeeping):
     max_tokens: core.Count | None = None  # of each source's training text; none = what the arms need
     passes: core.Count = 1  # how often an arm reads its training text; 1 = every token once
     repeat: bool = False  # a source that runs out is read again (and counted), otherwise it is an error
-    streaming: Literal["True", "CacheStream", "False"] = "True"  # CacheStream: download; False: also shuffle
+    streaming: Literal["True", "CacheStream", "False"] = "True"  # as needed; all first; all first, shuffled
     tokenizer: str = "gpt2"  # of all arms: bpe:<size>, chars, bytes, Hub id or folder
     val_share: core.within(float, 1e-4, 0.9999) = 0.005  # of each text's documents, drawn by their hash
     test_share: core.within(float, 0, 0.9999) = 0.005  # of the text; measured after training only
@@ -76,7 +76,7 @@ class Config(core.Bookkeeping):
     beta2: core.within(float, 0, 0.9999) = 0.95  # of Adam: decay of the squares' mean
     weight_decay: core.Rate = 0.1  # of matrices
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
-    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; a preset's fp32 is tf32 on a GPU
+    dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; fp32 not typed is tf32 on a GPU
     seed: core.Seed = 0  # of weights, order and dropout; the first one of a study
     seeds: core.Count = 3  # of each arm in a study: seed, seed + 1, ...
     # evaluation and logging
@@ -117,7 +117,7 @@ class Config(core.Bookkeeping):
                 f"mode {self.mode} continues its runs by itself: drop --resume_timestamp, --resume_step"
             )
         if self.mode == "study" and self.max_minutes is not None:
-            raise core.UserError("--max_minutes: the arms of a study see the same tokens, use --max_steps")
+            raise core.UserError("--max_minutes: arms of a study see equally many tokens, use --max_steps")
         if self.mode == "study" and not self.final_eval:
             raise core.UserError("--no-final_eval: a study needs its runs measured")
         if self.diversity_batches == 1:
@@ -403,7 +403,8 @@ class DiversityStudy:
 
 
 def text_of_a_run(cfg, arm) -> dict:
-    """The constants that say what a run reads. A learnt tokenizer depends on all arms' text: these, too."""
+    """The constants that say what a run reads. A learnt tokenizer was learnt from the text of all arms:
+    then their sources are named, too."""
     taught = cfg.arms if mixture.is_learnt(cfg.tokenizer) else (arm,)
     names = sorted({name for each in taught for name in mixture.shares_of(each)})
     named = mixture.named_sources(cfg.sources)
@@ -527,7 +528,7 @@ def conclude(plan, runs, losses, coefficients, notes):
 
 
 def cache(study):
-    """Mode cache: prints how many tokens each text has; they suffice for every arm (open_study looks)."""
+    """Mode cache: prints how many tokens each text has; open_study has checked that every arm has enough."""
     texts = study.text.tokens
     parts = {part: [f"{len(tokens.parts[part]):,}" for tokens in texts.values()] for part in core.PARTS}
     documents = [f"{sum(tokens.documents.values()):,}" for tokens in texts.values()]

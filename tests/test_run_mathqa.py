@@ -481,7 +481,7 @@ def table(**columns):
         (arms("full", "lara"), "lara"),
         (arms("full", "lora,qat=int4"), "--qat int4 trains all weights"),
         (arms("full", "full"), "--arms full and full are the same run: leave one out"),
-        (budgets("steps", "money"), "--budgets steps money: use steps, time, or both"),
+        (budgets("steps", "money"), "--budgets steps money: use steps, time or steps time"),
         ([*SPLIT, "--shares", 0.5, 1], "--shares 0.5 1: use different numbers between 0 and 1"),
         ([*SPLIT, "--shares", "half"], "--shares half: use different numbers between 0 and 1"),
         ([*SPLIT, *FIRST, "--max_steps", "none", "--max_minutes", 1], "bound both stages by one of them"),
