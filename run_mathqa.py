@@ -647,7 +647,7 @@ def check_stages(stages):
 
 
 def forecast(stages) -> list[str]:
-    """A line on how many runs a study makes, how long they train at most, and the cost."""
+    """A line on how many runs a study makes, about how long they train, and the cost."""
     cfg, first = stages.rows.cfg, stages.pretraining.cfg
     if cfg.mode == "both":
         return []
