@@ -260,8 +260,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     core.on_main(world, write_encoder, run.folder / "encoder", model.encoder.config, data.tokenizer)
     core.cache_vectors(model, data, cfg, world, run.poll, run.say)
 
-    lay_out = functools.partial(laid_out, data, cfg)
-    micro_batches = core.MicroBatches(run, ddp, lay_out)
+    micro_batches = core.MicroBatches(run, ddp, functools.partial(laid_out, data, cfg))
 
     def forward_backward(mine, targets, swaps=None) -> list:
         """Adds gradients of (this rank's loss sum / targets of all ranks). Returns the sum's parts.
@@ -329,7 +328,8 @@ def laid_out(data, cfg, shown, device) -> tuple[dict, torch.Tensor]:
     """What the model takes of pairs (row, whether A and B are swapped), and their labels."""
     rows, swaps = zip(*shown, strict=True)
     labels = [encoders.SWAP[data.labels[row]] if swap else data.labels[row] for row, swap in shown]
-    sequences = core.collate(data, rows, cfg, device, 2 if cfg.symmetric else 1, swaps)
+    orders = 2 if cfg.symmetric or not torch.is_grad_enabled() else 1  # an evaluation always has both
+    sequences = core.collate(data, rows, cfg, device, orders, swaps)
     return sequences, core.to_device(torch.tensor(labels), device)
 
 

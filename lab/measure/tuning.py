@@ -12,7 +12,7 @@ from lab.data.instructions import Examples, Instructions, examples_of, load_inst
 from lab.data.split import final_parts
 from lab.data.text import Corpus, split_pieces
 from lab.data.tokenizers import AS_TEXT, document_start, token_bytes
-from lab.errors import UserError
+from lab.errors import OutOfMemory, UserError
 from lab.measure.answers import shortened, write_responses
 from lab.measure.language import evaluate, loss_lines, unigram_alarm
 from lab.measure.statistics import bootstrap, language_metrics, plus_minus
@@ -127,10 +127,13 @@ def spike_rows(cfg, model, examples, chosen, world) -> dict:
     """What a spiking step read, for spikes.jsonl: numbers, lengths and losses (without dropout) of `chosen`
     examples, and the texts of the first and the worst."""
     seen = Examples(examples.data, examples.rows[chosen], examples.max_length, examples.loss_on_prompt)
-    sums = evaluate(model, seen, cfg, World(device=world.device))
+    rows = {"rows": examples.data.numbers[seen.rows].tolist(), "lengths": seen.lengths.tolist()}
+    try:
+        sums = evaluate(model, seen, cfg, World(device=world.device))
+    except OutOfMemory:  # gradients and all else of a step are there, too: no reason to end the run
+        return rows
     losses = sums[:, 0] / sums[:, 2]
     texts = [examples.data.tokenizer.decode(seen.pair(i)[0]) for i in (0, int(losses.argmax()))]
-    rows = {"rows": examples.data.numbers[seen.rows].tolist(), "lengths": seen.lengths.tolist()}
     rows |= {"row_losses": losses.round(4).tolist(), "first_row": texts[0], "worst_row": texts[1]}
     return rows
 

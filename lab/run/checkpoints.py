@@ -1,6 +1,7 @@
 """Checkpoints: what they hold (weights, optimizer, position); whole or not there, hashed, pruned, checked
 before they are read."""
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -231,6 +232,12 @@ class Checkpoints:
             return self._settle(self._join) if self.pending else None
         except Exception as error:
             return error
+
+    def finish_writing(self, seconds):
+        """Rank 0, where a sibling is lost and this process will end: waits for a checkpoint on its way."""
+        if writing := self._writing:
+            with contextlib.suppress(Exception):  # what goes wrong is said nowhere: the loss is
+                writing.result(seconds)
 
     def _settle(self, join, *args):
         name, self.pending = self.pending, None  # of one that fails nothing is expected any more

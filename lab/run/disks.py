@@ -11,7 +11,7 @@ import torch
 from lab.errors import UserError
 from lab.run.files import PROJECT
 from lab.run.stored import prepare_folder
-from lab.train.processes import all_reduce_sum, barrier, on_main
+from lab.train.processes import all_reduce_sum, on_main
 
 SIGHT_SECONDS = 30  # network disks may remember for so long that a name was not there
 
@@ -34,7 +34,7 @@ def require_one_disk(world, *folders):
         on_main(world, token.unlink)
         if blind_ranks := all_blind.nonzero().flatten().tolist():
             host = world.store.get(f"blind/{blind_ranks[0]}").decode()
-            barrier(world)  # rank 0 may hold the store: it goes when all have read
+            all_reduce_sum(world, all_blind)  # rank 0 may hold the store: it goes when all have read
             word = "use one that all boxes share (--out, TOKEN_CACHE)"
             raise UserError(f"rank {blind_ranks[0]} on {host} does not see rank 0's {folder}: {word}")
 

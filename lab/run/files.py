@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,9 +152,13 @@ def remove_leftovers(folder, name=None, older=0):
                 path.unlink()
 
 
+_asking = threading.Lock()
+
+
 def _umask() -> int:
-    mask = os.umask(0o077)  # there is no way to ask but to set it
-    os.umask(mask)
+    with _asking:  # two threads that set it could leave the wrong one
+        mask = os.umask(0o077)  # there is no way to ask but to set it
+        os.umask(mask)
     return mask
 
 

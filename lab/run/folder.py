@@ -111,6 +111,7 @@ class Run:
     def _note_loss(self, text):
         """Where a rank is lost and this one hangs: its thread writes what __exit__ would."""
         if self.world.is_main and self.signals.deferring:
+            self.checkpoints.finish_writing(seconds=60)
             self._write_result("failed", LostRanks(text))
 
     def __exit__(self, kind, error, trace):

@@ -142,10 +142,10 @@ def worst_case(world, micro_batches, step, optimizer, rows, fits) -> float:
         n = micro_batches.at_once(rows)
         better = f"--micro_batch {n // 2}" if n > 1 else "shorter rows or a smaller model"
         raise UserError(f"out of memory with {n} of the longest rows at once: use {better}")
+    _wait_for(world.device)  # the first step's backward may be on its way
     began = time.perf_counter()
     step()
-    if world.device.type != "cpu":
-        getattr(torch, world.device.type).synchronize()
+    _wait_for(world.device)
     idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     if idle:
         raise RuntimeError(f"{len(idle)} trainable parameters get no gradient, e.g. {idle[0]}: freeze them")
@@ -153,11 +153,17 @@ def worst_case(world, micro_batches, step, optimizer, rows, fits) -> float:
     return time.perf_counter() - began
 
 
+def _wait_for(device):
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
 def _shortage(world, model, step, optimizer, fits) -> list[int]:
     """On how many ranks a step, without an exchange of gradients, ran out of memory, and what comes later
     will."""
     with exchanging(model, False):
-        failed = runs_out_of_memory(step)
+        if failed := runs_out_of_memory(step):
+            gc.collect()  # closes in_turn here, or it would leave DDP without its exchange
     if failed and isinstance(model, Sharded):  # the others wait inside the forward: torchrun ends them
         raise UserError("out of memory with --shard full: use a smaller --micro_batch")
     optimizer.zero_grad(set_to_none=True)

@@ -12,7 +12,7 @@ def to_device(tensor, device) -> torch.Tensor:
     device = torch.device(device)
     if device.type == "cpu" or tensor.device.type != "cpu":
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)  # strided ones are copied twice
 
 
 def read_step(losses, norm) -> tuple[float, float]:

@@ -152,18 +152,19 @@ def epoch_line(run, batches, step) -> str:
     return f"{fold}epoch {step / len(batches):.3g}{planned}"
 
 
-def compile_if_worth_it(run, seconds):
-    """With compile auto, on an NVIDIA card: compiles if training will take that long. config.json keeps what
-    was decided, so that a resume computes the same. All ranks."""
+def compile_if_worth_it(run, seconds) -> bool:
+    """With compile auto, on an NVIDIA card: whether training, which takes that long, is now compiled.
+    config.json keeps what was decided, so that a resume computes the same. All ranks."""
     cfg = run.cfg
     if cfg.compile != "auto" or run.world.device.type != "cuda":
-        return
+        return False
     seconds = min(seconds, 60 * (cfg.max_minutes or math.inf))
     run.compiles = on_main(run.world, _decided, run.folder, seconds >= compiling.WORTH)
     run.pin("compiled", run.compiles)
     compiling.switch(run.compiles, falls_back=True)
     if run.compiles:
         run.say("training is compiled: its length repays some minute of start-up (--no-compile: it is not)")
+    return run.compiles
 
 
 def _decided(folder, now) -> bool:
@@ -197,11 +198,13 @@ def steps(
             yield Evaluation(run, step, where(run, batches, step), late, ends, safe, saved[0])
             run.state["evaluated"] = step  # a resume does not repeat it
         if ends:
+            run.rows_ahead = []
             return
         batch = batches.global_batch(step).tolist()
         rows = batch[world.rank :: world.size]
         targets = run.agree(int(np.sum(targets_of(rows))))  # with the signals, in one small reduction
         if run.stopping:
+            profile.end_at(True)
             run.save(step, *saved, must=True)
             raise Stop(run.stopping)
         if run.clock.share >= 1:  # max_minutes are spent
@@ -247,7 +250,7 @@ def rehearse(run, micro_batches, saved, forward_backward, batches, steps_left, s
     is_sharded = isinstance(model, Sharded)
     if is_sharded:
         shard.fill(saved[1])  # as for an evaluation: whole weights are part of the peak
-    elif world.device.type != "cpu":
+    elif world.device.type != "cpu" and not getattr(cfg, "pack", False):  # evaluations are of single rows
         _rehearse_evaluation(run, micro_batches, forward_backward, longest)
     model = getattr(model, "module", getattr(model, "twin", model))
     run.at_peak, note = flops.seconds_at_peak(model, world, cfg.dtype, share_read)
@@ -255,9 +258,11 @@ def rehearse(run, micro_batches, saved, forward_backward, batches, steps_left, s
     if steps_left is not None:
         for line in filter(None, [note]):
             run.say(line)
-        if not is_sharded:
-            compile_if_worth_it(run, steps_left * seconds * lengths.mean() / lengths[worst].mean())
-        run.forecast(*saved[:2], steps_left, seconds, lengths.mean() / lengths[worst].mean())
+        typical = lengths.mean() / lengths[worst].mean()
+        if not is_sharded and compile_if_worth_it(run, steps_left * seconds * typical):
+            # compiles now, not within the clock of the first step
+            seconds = worst_case(world, micro_batches, step, saved[1], worst, fits)
+        run.forecast(*saved[:2], steps_left, seconds, typical)
 
 
 def _rehearse_evaluation(run, micro_batches, forward_backward, longest):
