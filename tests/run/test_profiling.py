@@ -1,5 +1,6 @@
 """--profile: which steps are recorded, by whom, what is said of them, and that nothing else changes."""
 
+import contextlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from torch.autograd import DeviceType
 
 import core
 from core import World
+from lab.errors import Stop
 from lab.run import profiling
 from lab.run.meter import Clock
 
@@ -119,7 +121,7 @@ def test_nothing_that_ran_covers_no_time():
     assert profiling.covered([]) == 0.0
 
 
-def trained(profile, spent_after=8) -> tuple[torch.Tensor, list[str]]:
+def trained(profile, spent_after=8, signalled_after=99) -> tuple[torch.Tensor, list[str]]:
     """The weights of a model with dropout behind eight steps of the loop, or those that its clock allows; and
     what was said."""
     world = World()
@@ -133,6 +135,7 @@ def trained(profile, spent_after=8) -> tuple[torch.Tensor, list[str]]:
     def agree(targets):
         run.asked += 1
         run.clock.share = float(run.asked > spent_after)
+        run.stopping = "SIGTERM" if run.asked > signalled_after else None
         return targets
 
     run.asked, run.agree = 0, agree
@@ -141,12 +144,13 @@ def trained(profile, spent_after=8) -> tuple[torch.Tensor, list[str]]:
     model = nn.Sequential(nn.Linear(6, 9), nn.Dropout(0.3), nn.Linear(9, 1))
     optimizer, precision = torch.optim.SGD(model.parameters()), core.Precision("fp32", world)
     batches = core.ShardedBatches(np.full(16, 3), 2, world, seed=1)
-    for at in core.steps(run, batches, len, (model, optimizer, precision), 8):
-        if not at.evaluates:
-            loss = model(torch.ones(len(at.rows), 6)).square().mean()
-            loss.backward()
-            at.spiked([loss.detach()], core.gradient_norm(optimizer, precision))
-            at.update(optimizer, precision, 0.1)
+    with contextlib.suppress(Stop):
+        for at in core.steps(run, batches, len, (model, optimizer, precision), 8):
+            if not at.evaluates:
+                loss = model(torch.ones(len(at.rows), 6)).square().mean()
+                loss.backward()
+                at.spiked([loss.detach()], core.gradient_norm(optimizer, precision))
+                at.update(optimizer, precision, 0.1)
     return torch.cat([p.detach().flatten() for p in model.parameters()]), run.said
 
 
@@ -154,6 +158,10 @@ def trained(profile, spent_after=8) -> tuple[torch.Tensor, list[str]]:
 def test_profiling_changes_no_weight(profile):
     (plain, nothing), (weights, said) = trained(None), trained(profile)
     assert torch.equal(plain, weights) and said and not nothing
+
+
+def test_a_signal_ends_the_record_and_shows_it():
+    assert trained(4, signalled_after=5)[1][0].startswith("profile  2 steps of ")
 
 
 def test_a_step_that_the_clock_forbids_is_not_counted():

@@ -299,6 +299,17 @@ def rehearsed(run, room=10, lengths=(3, 5, 10, 2, 10, 2, 2, 2, 2, 2), grouped=Fa
     return model.seen, steps
 
 
+@pytest.mark.parametrize("worth", [False, True])
+def test_what_is_compiled_unasked_is_compiled_before_the_clock_starts(worth, monkeypatch):
+    """Its first step took a minute of max_minutes, and the schedule with it."""
+    events = []
+    monkeypatch.setattr(loop, "compile_if_worth_it", lambda run, seconds: events.append("decided") or worth)
+    run = Recorded(batch=2)
+    run.forecast = lambda *given: events.append("forecast")
+    seen, _ = rehearsed(run)
+    assert events == ["decided", "forecast"] and seen == [2, 2] * (1 + worth)
+
+
 @pytest.mark.parametrize(
     ("constants", "sizes"), [({}, [2, 2]), ({"micro_batch": 1}, [1] * 4), ({"micro_tokens": 8}, [1] * 4)]
 )
