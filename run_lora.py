@@ -250,11 +250,9 @@ def train(run, cfg, world) -> dict:
     core.reseed(cfg.seed, "init")
     precision = core.Precision(cfg.dtype, world)
     model = precision.cast(build_model(cfg, data.tokenizer, world, run.folder))
-    adapters, base_sha256 = core.Adapters(model), core.state_sha256(core.base_weights(model))
-    run.pin("base_sha256", base_sha256)
-    core.narrow_base(model, cfg.base_dtype).to(world.device)
-    held_sha256 = core.state_sha256(core.base_weights(model)) if cfg.base_dtype == "bf16" else base_sha256
-    largest_multiplier = max(layer.multiplier for layer in core.adapted(model).values())
+    adapters = core.Adapters(model)
+    base_sha256, held_sha256 = tuning.hold_base(run, cfg, model, world)  # in cfg.base_dtype, on the device
+    top_multiplier = max(layer.multiplier for layer in core.adapted(model).values())
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay)
     tuning.announce(run, cfg, parts, units, lines, model, total_steps)  # begins the run: writes its folder
     announce_lora(run, cfg, model)
@@ -263,7 +261,6 @@ def train(run, cfg, world) -> dict:
     ddp = core.wrap_ddp(model, world, compiled, shard=cfg.shard, optimizer=optimizer)
     run.load(*saved)  # a resumed run's checkpoint; a new run has none
     core.on_main(world, keep_for_later, run.folder, cfg, data.tokenizer)
-
     micro_batches = core.MicroBatches(run, ddp, units.batch, units.lengths)
 
     def forward_backward(rows, targets) -> list:
@@ -279,8 +276,7 @@ def train(run, cfg, world) -> dict:
     core.rehearse(run, micro_batches, saved, forward_backward, batches, total_steps - run.step)
     run.say(tuning.describe_example(parts["train"]))
     if cfg.mode == "find_lr":
-        find = core.find_lr
-        return find(run, batches, units.targets, saved, forward_backward, multiplier=largest_multiplier)
+        return core.find_lr(run, batches, units.targets, saved, forward_backward, multiplier=top_multiplier)
 
     # core.steps draws batches from seed and step alone, saves before evaluating, stops all ranks together
     for at in core.steps(run, batches, units.targets, saved, total_steps, evaluate_first=True):
@@ -290,15 +286,13 @@ def train(run, cfg, world) -> dict:
         lr = core.lr_at(cfg, at.step, at.schedule_length)  # total_steps, or what fits into max_minutes
         losses = forward_backward(at.rows, at.targets)
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
-        figures = {"multiplier_lr": largest_multiplier * lr, **tuning.batch_facts(units, at.batch)}
+        figures = {"multiplier_lr": top_multiplier * lr, **tuning.batch_facts(units, at.batch)}
         if at.spiked(losses, norm) and world.is_main:  # spiked() asks all ranks, so it stands first
             rows = tuning.spike_rows(cfg, model, parts["train"], units.members(at.batch), world)
             at.note_spike(model, {"lr": lr, **figures, **rows})
         at.update(optimizer, precision, lr, **figures)  # clips, updates, zeroes the gradients, logs
 
-    if core.state_sha256(core.base_weights(model)) != held_sha256:
-        raise RuntimeError("weights of the frozen base have changed: this is a bug")
-    run.say("the base is unchanged (checksum)")
+    tuning.require_same_base(run, model, held_sha256)
     return finish(run, cfg, parts, plain, model, adapters, optimizer) | {"base_sha256": base_sha256}
 
 

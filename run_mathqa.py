@@ -273,10 +273,7 @@ def train(run, cfg, world) -> dict:
 
     # model: all weights are trained, or adapters alone, which are then all that a checkpoint holds
     model, trained = tuned(cfg, base, world)
-    base_sha256 = core.state_sha256(core.base_weights(model))
-    run.pin("base_sha256", base_sha256)
-    core.narrow_base(model, cfg.base_dtype).to(world.device)
-    held_sha256 = core.state_sha256(core.base_weights(model)) if cfg.base_dtype == "bf16" else base_sha256
+    base_sha256, held_sha256 = tuning.hold_base(run, cfg, model, world)  # in cfg.base_dtype, on the device
     precision, optimizer = core.Precision(cfg.dtype, world), make_optimizer(cfg, model)
     choices.announce(run, cfg, data, parts, units, lines, model, total_steps)
     saved = trained, optimizer, precision
@@ -284,7 +281,6 @@ def train(run, cfg, world) -> dict:
     ddp = core.wrap_ddp(model, world, compiled, shard=cfg.shard, optimizer=optimizer)
     run.load(*saved)  # a resumed run's checkpoint; a new run has none
     core.on_main(world, keep_for_later, run.folder, cfg, model, tokenizer)
-
     micro_batches = core.MicroBatches(run, ddp, units.batch, units.lengths)
 
     def forward_backward(rows, targets) -> list:
@@ -322,9 +318,7 @@ def train(run, cfg, world) -> dict:
         int4_if_due(run, cfg, model, at.step + 1, run.clock.schedule_length(at.step + 1, total_steps))
     int4_if_due(run, cfg, model, run.step, length=0)
     if cfg.method != "full":
-        if core.state_sha256(core.base_weights(model)) != held_sha256:
-            raise RuntimeError("weights of the frozen base have changed: this is a bug")
-        run.say("the base is unchanged (checksum)")
+        tuning.require_same_base(run, model, held_sha256)
     named = replace(cfg, plain=Path(text).name)
     return finish(run, named, data, parts, plain, model, trained, optimizer) | {"base_sha256": base_sha256}
 

@@ -93,9 +93,8 @@ class Config(core.Studied):
         if self.shard == "full":
             raise core.UserError("--shard full is for language models: use --shard optimizer")
         if self.symmetric and self.swap_augmentation:
-            raise core.UserError(
-                "--swap_augmentation changes nothing while both orders are averaged: add --no-symmetric"
-            )
+            word = "changes nothing while both orders are averaged: add --no-symmetric"
+            raise core.UserError(f"--swap_augmentation {word}")
         if self.lr == 0 and self.head_lr and self.freeze != "all":
             raise core.UserError(
                 f"--lr 0 trains the head alone: instead use --freeze all --lr {self.head_lr:g}"
@@ -259,7 +258,6 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     run.load(*saved, fold=fold)
     core.on_main(world, write_encoder, run.folder / "encoder", model.encoder.config, data.tokenizer)
     core.cache_vectors(model, data, cfg, world, run.poll, run.say)
-
     micro_batches = core.MicroBatches(run, ddp, functools.partial(laid_out, data, cfg))
 
     def forward_backward(mine, targets, swaps=None) -> list:
@@ -294,9 +292,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
         core.reseed(cfg.seed, fold, at.step, world.rank)  # in place of core.steps' seed, which knows no fold
         swaps = swapped(cfg, fold, at.step)
         lr = core.lr_at(cfg, at.step, at.schedule_length)  # total_steps, or what fits into max_minutes
-        if run.rows_ahead:  # positions of this rank's next rows, which a thread lays out during this step
-            ahead = swapped(cfg, fold, at.step + 1)[world.rank :: world.size]
-            run.rows_ahead = shown_rows(rows["train"], run.rows_ahead, ahead)
+        run.rows_ahead = next_rows(run, cfg, fold, at.step + 1, rows["train"])
         losses = forward_backward(at.rows, at.targets, swaps[world.rank :: world.size])
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
         if at.spiked(losses, norm) and world.is_main:  # spiked() asks all ranks, so it stands first
@@ -322,6 +318,12 @@ def swapped(cfg, fold, step) -> list[bool]:
 def shown_rows(train_rows, positions, swaps=None) -> list[tuple]:
     """Pairs (row, whether A and B are swapped) of positions in the training rows."""
     return list(zip(train_rows[positions].tolist(), swaps or [False] * len(positions), strict=True))
+
+
+def next_rows(run, cfg, fold, step, train_rows) -> list[tuple]:
+    """This rank's pairs of step `step`, if a thread is to lay them out meanwhile."""
+    swaps = swapped(cfg, fold, step)[run.world.rank :: run.world.size]
+    return shown_rows(train_rows, run.rows_ahead, swaps) if run.rows_ahead else []
 
 
 def laid_out(data, cfg, shown, device) -> tuple[dict, torch.Tensor]:
@@ -569,10 +571,8 @@ def announce(run, cfg, data, rows, model, total_steps):
         run.say(line)
     run.say(cut_line(data))
     if left := len(rows["train"]) % cfg.batch:
-        run.say(
-            f"each epoch leaves out {left} training rows (other ones each time): "
-            f"they fill no batch of {cfg.batch}"
-        )
+        run.say(f"each epoch leaves out {left} training rows (other ones each time): "
+                f"they fill no batch of {cfg.batch}")  # fmt: skip
 
 
 def read_outcome(path) -> dict:

@@ -130,6 +130,14 @@ def test_a_program_is_short(name):
     assert len((PROJECT / f"{name}.py").read_text().splitlines()) <= LONGER.get(name, 450)
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_train_fits_a_page(name):
+    """Data, forward, loss and validation in view; pairs with folds, and int4, take a few lines more."""
+    tree = ast.parse((PROJECT / f"{name}.py").read_text())
+    (train,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train"]
+    assert train.end_lineno - train.lineno < {"run_preference": 64, "run_mathqa": 64}.get(name, 60)
+
+
 @pytest.mark.parametrize("path", [*LAB, *sorted(PROJECT.glob("*.py"))], ids=lambda path: path.stem)
 def test_no_sentence_prints_the_name_of_a_value_instead_of_it(path):
     """Like "{cfg.passes} times" in a string that is no f-string."""

@@ -16,7 +16,9 @@ from lab.errors import OutOfMemory, UserError
 from lab.measure.answers import shortened, write_responses
 from lab.measure.language import evaluate, loss_lines, unigram_alarm
 from lab.measure.statistics import bootstrap, language_metrics, plus_minus
+from lab.models.lora import base_weights, narrow_base
 from lab.run import terminal
+from lab.run.checkpoints import state_sha256
 from lab.run.files import write_lines
 from lab.run.provenance import refuse_other_data
 from lab.run.stored import is_run, read_config, script_of
@@ -121,6 +123,22 @@ def batch_facts(units, chosen) -> dict:
         "pad_share": float(1 - lengths.sum() / (len(lengths) * lengths.max())),
         "longest": int(lengths.max()),
     }
+
+
+def hold_base(run, cfg, model, world) -> tuple[str, str]:
+    """Moves a model with adapters to the device, frozen matrices in cfg.base_dtype. Returns the base's hash,
+    by which a resume knows it, and that of what is held now."""
+    sha256 = state_sha256(base_weights(model))
+    run.pin("base_sha256", sha256)
+    narrow_base(model, cfg.base_dtype).to(world.device)
+    return sha256, state_sha256(base_weights(model)) if cfg.base_dtype == "bf16" else sha256
+
+
+def require_same_base(run, model, held_sha256):
+    """Behind training: the frozen base is what hold_base held."""
+    if state_sha256(base_weights(model)) != held_sha256:
+        raise RuntimeError("weights of the frozen base have changed: this is a bug")
+    run.say("the base is unchanged (checksum)")
 
 
 def spike_rows(cfg, model, examples, chosen, world) -> dict:
