@@ -103,7 +103,7 @@ def test_every_preset_has_a_smoke_run_without_a_network(preset):
         (["--find_from", "1", "--find_to", "1"], ["find_from 1.0", "find_to 1.0"]),
         (["--find_smoothing", "1"], ["--find_smoothing 1.0", "0 to 0.9999"]),
         (["--mode", "find_lr", "--resume_timestamp", "latest"], ["--resume_timestamp", "not with find_lr"]),
-        (["--mode", "generate", "--resume_timestamp", "auto"], ["--resume_timestamp", "not with generate"]),
+        (["--mode", "generate", "--resume_timestamp", "auto"], ["--resume_timestamp", "not by generate"]),
         (["--top_p", "1.5"], ["--top_p 1.5"]),
         (["--dropout", "1.1"], ["--dropout 1.1", "0 to 1"]),
         (["--n_layer", "0"], ["--n_layer 0", "1 or more"]),
