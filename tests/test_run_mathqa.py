@@ -476,7 +476,7 @@ def table(**columns):
     ("argv", "said"),
     [
         (arms("full", "lora,seed=3"), "'seed=3' is not a preset ("),
-        (arms("full", "lora,max_steps=3"), "or constant=value of beta1, beta2, clip, "),
+        (arms("full", "lora,max_steps=3"), "or constant=value of base_dtype, beta1, "),
         (arms("full", "lora,lr=much"), "much"),
         (arms("full", "lara"), "lara"),
         (arms("full", "lora,qat=int4"), "--qat int4 trains all weights"),

@@ -58,7 +58,7 @@ BAD_INPUT = {
     "short": (["--max_length", 3], ["--max_length 3 is out of range: use 16 or more"]),
     "swap twice": (["--swap_augmentation"], ["--swap_augmentation changes nothing while both orders"]),
     "two rates": (["--freeze", "all", "--head_lr", 1e-3], ["--freeze all", "drop --head_lr"]),
-    "no rate": (["--lr", 0, "--head_lr", 1e-3], ["--lr 0 with head_lr 0.001", "--freeze all"]),
+    "no rate": (["--lr", 0, "--head_lr", 1e-3], ["--lr 0 trains the head alone", "--freeze all --lr 0.001"]),
     "nothing to submit": (["--mode", "submit"], ["--mode submit needs --test_csv"]),
     "no test file": (["--test_csv", "absent.csv"], ["no such file or folder: absent.csv"]),
     "test columns": (["--test_csv", "column.csv"], ["column.csv lacks column(s) response_a, response_b"]),
