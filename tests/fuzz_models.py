@@ -79,12 +79,13 @@ def check_model(rng, folder):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             model, _ = pretrained.open_any(str(folder))
             with torch.no_grad():
-                logits = model(torch.tensor([[1, 2, 3]]))
+                terms, bias = model.head(model.hidden(torch.tensor([[1, 2, 3]]))[0])  # as evaluate does
+                log_probs, _ = core.token_log_probs(terms, bias, torch.tensor([2, 3, 4]))
     finally:
         if ran.exists():
             raise AssertionError("planted code has run")
-    if logits.shape[:2] != (1, 3) or logits.shape[2] < 257:
-        raise AssertionError(f"logits of shape {tuple(logits.shape)}")
+    if log_probs.shape != (3,) or len(terms[0][1]) < 257:
+        raise AssertionError(f"{log_probs.shape} of {len(terms[0][1])} tokens")
 
 
 def damage_file(folder, rng, ran):
