@@ -79,12 +79,13 @@ def check_model(rng, folder):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             model, _ = pretrained.open_any(str(folder))
             with torch.no_grad():
-                terms, bias = model.head(model.hidden(torch.tensor([[1, 2, 3]]))[0])  # as evaluate does
-                log_probs, _ = core.token_log_probs(terms, bias, torch.tensor([2, 3, 4]))
+                ids = torch.arange(1, 1 + min(3, model.config.block_size or 3))  # a limit of 1 is one
+                terms, bias = model.head(model.hidden(ids[None])[0])  # as evaluate does
+                log_probs, _ = core.token_log_probs(terms, bias, ids + 1)
     finally:
         if ran.exists():
             raise AssertionError("planted code has run")
-    if log_probs.shape != (3,) or len(terms[0][1]) < 257:
+    if log_probs.shape != ids.shape or len(terms[0][1]) < 257:
         raise AssertionError(f"{log_probs.shape} of {len(terms[0][1])} tokens")
 
 
