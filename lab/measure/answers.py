@@ -16,6 +16,7 @@ from lab.models.generate import generate, prompt_loop
 from lab.run.files import write_json
 from lab.run.terminal import one_line
 from lab.train.batches import ShardedBatches, within_memory
+from lab.train.device import free_bytes
 from lab.train.precision import Precision
 from lab.train.processes import World, all_reduce_sum, progress
 
@@ -125,16 +126,6 @@ def rows_at_once(model, prompts, most, world, eval_batch, typed) -> int:
     free, mine = free_bytes(world.device), torch.zeros(world.size, dtype=torch.int64)
     mine[world.rank] = eval_batch if free is None else max(1, min(ROWS, int(SHARE * free / row)))
     return int(all_reduce_sum(world, mine).min()) * world.size
-
-
-def free_bytes(device) -> int | None:
-    """Memory of a card that this process may still take; none where the driver does not tell."""
-    backend = getattr(torch, device.type, None)
-    try:
-        unused = backend.memory_reserved(device) - backend.memory_allocated(device)
-        return backend.mem_get_info(device)[0] + unused
-    except (AttributeError, RuntimeError):
-        return None
 
 
 def sample(run, cfg, step, model, tokenizer, poll):

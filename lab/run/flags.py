@@ -64,7 +64,7 @@ USUAL_NAMES = {  # of constants in other programs
 FIND_CONSTANTS = {"find_from", "find_to", "find_steps", "find_smoothing"}
 STUDY_CONSTANTS = {"arms", "grid", "seeds", "max_hours"}
 EVERY_MODE = {"mode", "out", "backend"}
-KEEPS_NOTHING = ("find_lr", "profile")  # modes that train, but write no checkpoint
+KEEPS_NOTHING = ("find_lr",)  # modes that train, but write no checkpoint
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from lab.errors import UserError
 from lab.run.flags import KEEPS_NOTHING
 from lab.run.meter import clock
 from lab.train import loss
+from lab.train.device import free_bytes
 from lab.train.optim import count_parameters, state_numbers
 from lab.train.processes import all_reduce_sum, on_main
 from lab.train.shard import kept_share, line
@@ -125,9 +126,7 @@ def device_memory_gb(world) -> float:
     Infinity for a CPU, whose free memory is not known."""
     if world.device.type == "cpu":
         return math.inf
-    device = getattr(torch, world.device.type)
-    try:
-        free = device.mem_get_info(world.device)[0] + device.memory_reserved(world.device)
-    except (AttributeError, RuntimeError):  # an older torch.xpu; some of Intel's drivers do not tell
-        free = device.get_device_properties(world.device).total_memory
-    return free / 1e9
+    device, free = getattr(torch, world.device.type), free_bytes(world.device)
+    if free is None:
+        return device.get_device_properties(world.device).total_memory / 1e9
+    return (free + device.memory_allocated(world.device)) / 1e9

@@ -37,9 +37,9 @@ def prepare(parts, dynamic):
 def switch(on, falls_back=False):
     """Whether training is compiled from here on. falls_back: where that fails it runs as written, with a
     warning of torch's, instead of ending in an error."""
-    if on and falls_back:
+    if on:
         import torch._dynamo
 
-        torch._dynamo.config.suppress_errors = True
+        torch._dynamo.config.suppress_errors = falls_back
     for part in _parts:
         part.on = on

@@ -1,4 +1,4 @@
-"""Between the host and a card: copies that nobody waits for, and one read a step."""
+"""Between the host and a card: copies that nobody waits for, one read a step, the memory that is free."""
 
 import torch
 
@@ -13,6 +13,16 @@ def to_device(tensor, device) -> torch.Tensor:
     if device.type == "cpu" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.contiguous().pin_memory().to(device, non_blocking=True)  # strided ones are copied twice
+
+
+def free_bytes(device) -> int | None:
+    """Memory of a card that this process may still take; none where the driver does not tell."""
+    backend = getattr(torch, device.type, None)
+    try:
+        unused = backend.memory_reserved(device) - backend.memory_allocated(device)
+        return backend.mem_get_info(device)[0] + unused
+    except (AttributeError, RuntimeError):  # an older torch.xpu; some of Intel's drivers
+        return None
 
 
 def read_step(losses, norm) -> tuple[float, float]:

@@ -28,10 +28,8 @@ _DRIVERS = {  # what a GPU's driver puts there: whose, and the variable by which
     "/dev/kfd": ("AMD", "HIP_VISIBLE_DEVICES"),
     "/sys/class/drm/renderD*/device/vendor": ("Intel", "ONEAPI_DEVICE_SELECTOR"),
 }
-_INTEL, _BESIDE_THE_CPU = (
-    "0x8086",
-    "0000:00:02.0",
-)  # a maker; its integrated graphics' place
+_INTEL = "0x8086"  # a maker
+_BESIDE_THE_CPU = "0000:00:02.0"  # its integrated graphics' place
 
 
 def number(name) -> int:

@@ -85,6 +85,8 @@ class Step:
     left_out: bool = False
     spike: dict = field(default_factory=dict)
     updated: bool = False
+    values: dict = field(default_factory=dict)  # of its line
+    name: str = "loss"  # there
     logged: bool = False
     evaluates = False
 
@@ -121,9 +123,8 @@ class Step:
         run.step_done(self.loss_sum, self.targets, self.read, self.at_peak)
         if cfg.max_minutes is not None:  # such a run is not repeated to the bit: its path is kept
             run.metrics(step, {"clock/lr": lr, "clock/share": run.clock.share}, flush=False)
-        self.values, self.name = {"lr": lr, "grad_norm": known, **values}, "loss"
-        if objective:
-            self.name = "objective"
+        self.values = {"lr": lr, "grad_norm": known, **values}
+        self.name = "objective" if objective else "loss"
         if step % cfg.log_every == 0 or step == self.total_steps:
             self.log()
         self.updated = True

@@ -145,13 +145,14 @@ def _head_on_card(xs, ws, bias, labels, to_x, needs, to_b, dtype):
                 by_x.copy_(slope @ w).mul_(1 / scale) if scale != 1 else by_x.copy_(slope @ w)
             if by_w is not None:
                 _add_product(by_w, slope.t(), x[c])
-    return loss, [None if w is None else (w / scale if scale != 1 else w)[:V] for w in to_w]
+    if scale != 1:
+        to_w = [None if w is None else w.div_(scale) for w in to_w]
+    return loss, [None if w is None else w[:V] for w in to_w]
 
 
 TILE = 64
-SLOPE_SCALE = (
-    256.0  # of fp16, whose numbers end near 6e-8: a probability of 1 / 50,000 would lose half its digits
-)
+# of fp16, whose numbers end near 6e-8: a probability of 1 / 50,000 would lose half its digits
+SLOPE_SCALE = 256.0
 
 
 def _side_by_side(tensors) -> torch.Tensor:
@@ -296,7 +297,7 @@ def scaled_backward(loss_sum, world, targets, precision):
 
     DDP averages over ranks, hence the factor of world size. Without targets gradients are zero.
     """
-    if not loss_sum.requires_grad:  # a rehearsal of what evaluations need
+    if not torch.is_grad_enabled():  # a rehearsal of what evaluations need
         return
     with precision.products():
         precision.scaler.scale(loss_sum * (world.size / max(targets, 1))).backward()

@@ -29,6 +29,7 @@ import lab.train.batches
 import lab.train.loss
 import run_instruct
 from core import UserError, World
+from lab.errors import OutOfMemory
 from lab.measure import tuning
 
 
@@ -194,3 +195,15 @@ def test_answers_come_from_the_adapted_model_where_memory_has_no_room_for_a_merg
     with pytest.raises(RuntimeError, match="shapes differ"):
         tuning.fastest_form(run, "adapted", functools.partial(merge, error=RuntimeError("shapes differ")))
     assert tuning.fastest_form(run, "adapted", str.upper) == "ADAPTED" and len(said) == 1
+
+
+def test_a_spikes_look_that_finds_no_memory_leaves_out_the_losses_and_ends_no_run(monkeypatch):
+    def full(*given):
+        raise OutOfMemory("out of memory with 2 rows")
+
+    monkeypatch.setattr(tuning, "evaluate", full)
+    parts = SimpleNamespace(data=SimpleNamespace(numbers=np.arange(9)), rows=np.array([4, 6]))
+    seen = SimpleNamespace(data=parts.data, rows=np.array([6]), lengths=np.array([3]))
+    monkeypatch.setattr(tuning, "Examples", lambda *given: seen)
+    parts.max_length, parts.loss_on_prompt = 8, False
+    assert tuning.spike_rows(None, None, parts, [1], World()) == {"rows": [6], "lengths": [3]}

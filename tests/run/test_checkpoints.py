@@ -371,3 +371,20 @@ def test_killed_while_a_thread_writes_the_one_before_stays_and_a_stop_waits_for_
     last = newest() / "checkpoints" / result()["checkpoint"]
     assert int(last.name[5:]) > 2 and checkpoints.broken(last) is None
     assert not list(last.parent.glob(".*"))
+
+
+@pytest.mark.parametrize("error", [None, OSError("the disk is full")])
+def test_a_checkpoint_on_its_way_outlives_the_loss_of_a_sibling(error, tmp_path):
+    """Then a thread ends this process: what goes wrong with the writing must not keep it from that."""
+    waited = []
+
+    def result(seconds):
+        waited.append(seconds)
+        if error:
+            raise error
+
+    kept = checkpoints.Checkpoints(tmp_path, World(), 2, print)
+    kept.finish_writing(60)  # nothing is on its way
+    kept._writing = SimpleNamespace(result=result)
+    kept.finish_writing(60)
+    assert waited == [60]

@@ -91,7 +91,7 @@ class Card:
 
     def __init__(self, peak=10e9, **changes):
         self.mem_get_info = lambda device: (9e9, 24e9)
-        self.memory_reserved = lambda device: 12e9
+        self.memory_reserved, self.memory_allocated = (lambda device: 12e9), (lambda device: 5e9)
         self.max_memory_allocated = lambda: peak
         self.get_device_properties = lambda device: SimpleNamespace(total_memory=24e9)
         vars(self).update(changes)

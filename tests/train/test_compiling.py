@@ -83,3 +83,12 @@ def test_what_was_typed_is_done(typed, layer):
     compiling.switch(typed)
     loop.compile_if_worth_it(run, 1e6)
     assert is_compiled(layer) is typed and not run.said
+
+
+def test_only_an_unasked_compilation_falls_back():
+    """A study may hold both kinds of runs in one process."""
+    import torch._dynamo
+
+    for falls_back in (True, False):
+        compiling.switch(True, falls_back=falls_back)
+        assert torch._dynamo.config.suppress_errors is falls_back

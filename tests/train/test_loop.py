@@ -372,7 +372,8 @@ def card(monkeypatch):
     """A World whose device is no CPU, with memory of its own."""
     monkeypatch.setattr(loop.flops, "seconds_at_peak", lambda *given: (None, None))
     nothing = SimpleNamespace(synchronize=list, empty_cache=list, reset_peak_memory_stats=list)
-    nothing.max_memory_allocated, nothing.memory_reserved = (lambda: 1e9), (lambda device: 0)
+    nothing.max_memory_allocated = lambda: 1e9
+    nothing.memory_reserved = nothing.memory_allocated = lambda device: 0
     nothing.mem_get_info = lambda device: (8e9, 8e9)
     monkeypatch.setattr(torch, "pretended", nothing, raising=False)
     return World(device=SimpleNamespace(type="pretended"))
