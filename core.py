@@ -38,6 +38,7 @@ from lab.data.tokenizers import (
 )
 
 # 5  models: a GPT by hand, encoders for pairs, LoRA by hand, weights from and to other people's folders
+from lab.models.backbones import load_backbone, saved_part  # an encoder or a decoder; what of it is saved
 from lab.models.encoders import PairScorer, load_encoder
 from lab.models.generate import continuations, generate
 from lab.models.gpt import GPT, GPTConfig

@@ -1,7 +1,7 @@
-"""Which of two answers does a person prefer? A / B / tie with a BERT-family encoder (journal 000, LMSYS
-Arena).
+"""Which of two answers does a person prefer? A / B / tie with a BERT-family encoder or an open decoder
+(journal 000, LMSYS Arena).
 
-An encoder reads side A and side B (prompt and answer), a head reads the two vectors, in both orders.
+A model reads side A and side B (prompt and answer), a head reads the two vectors, in both orders.
 
     torchrun --nproc_per_node=4 --shutdown-timeout 300 run_preference.py
     torchrun --nproc_per_node=4 --shutdown-timeout 300 run_preference.py --preset frozen
@@ -27,9 +27,9 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import core
-from lab.data import columns, pairs, tokenizers
+from lab.data import columns, pairs
 from lab.measure import preference
-from lab.models import encoders
+from lab.models import backbones, encoders
 from lab.run import files
 
 
@@ -44,10 +44,16 @@ class Config(core.Studied):
     max_length: core.within(int, 16) = 512  # of one sequence, special tokens too; joint: A and B share it
     test_csv: str | None = None  # rows to predict, or Kaggle's zip of them: submission.csv is written
     # model
-    model: str = "distilbert-base-uncased"  # Hub id, folder, or tiny:<family>
+    model: str = "distilbert-base-uncased"  # encoder or decoder: Hub id, folder, tiny:<family>, a GPT's run
+    method: Literal["full", "lora"] = "full"  # lora: adapters on linear layers of the blocks, and the head
+    lora_rank: core.Count = 16  # columns of B and rows of A
+    lora_alpha: core.within(float, 1e-9) = 16.0  # the multiplier of B A x is alpha / rank
+    lora_dropout: core.Share = 0.0  # of an adapter's input
+    base_dtype: core.BaseDtype = "auto"  # of a decoder under adapters; auto: bf16 on a GPU that has it
+    checkpointing: bool = False  # recompute blocks in the backward: a third more time, far less memory
     freeze: Literal["none", "all", "bottom", "blocks"] = "none"  # blocks: all; bottom: lower half, embeddings
     encode_once: bool = True  # with freeze all: the encoder's vectors are computed once and cached
-    pooling: Literal["first", "mean"] = "first"  # a sequence's vector: of its first token, or the mean
+    pooling: Literal["auto", "first", "mean", "last"] = "auto"  # of tokens; auto: first, of a decoder last
     head: Literal["mlp", "linear"] = "mlp"  # mlp: the journal's
     start_at_prior: bool = True  # the head's first bias: log of the class shares of the training rows
     symmetric: bool = True  # logits of both orders of A and B averaged, in training and in testing
@@ -88,6 +94,11 @@ class Config(core.Studied):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.method == "lora" and self.freeze != "none":
+            raise core.UserError("--method lora freezes all but adapters and head: drop --freeze")
+        own = {"lora_rank", "lora_alpha", "lora_dropout", "base_dtype"} & self.typed.flags
+        if own and self.method != "lora":
+            raise core.UserError(f"--{min(own)} is read with --method lora alone: add it")
         if self.freeze == "all" and "head_lr" in self.typed.flags:
             raise core.UserError("--freeze all trains the head alone, at --lr: drop --head_lr")
         if self.shard == "full":
@@ -117,6 +128,7 @@ JOURNAL = {  # as the journal's scripts trained, except that they truncated prom
     "head_lr": None,
     "dtype": "fp32",
     "model": "distilbert-base-uncased",
+    "pooling": "first",
     "lr": 1e-5,
     "batch": 32,
     "epochs": 3,
@@ -172,40 +184,28 @@ SMOKE = {
 # ---------------------------------------------------------------------------------- the model and its measure
 
 
-def scorer(cfg, encoder):
-    """A PairScorer: `encoder` with frozen parts and a new head. UserError for a
-    dtype it cannot compute in."""
-    if cfg.dtype in ("bf16", "fp16") and encoder.config.model_type == "deberta":  # its mask overflows
-        raise core.UserError(f"{cfg.model} cannot compute in {cfg.dtype} (deberta-v3 can): use --dtype tf32")
-    frozen = encoders.freeze(encoder, cfg.freeze)
+def scorer(cfg, backbone, precision):
+    """A PairScorer on the device: `backbone` with frozen parts or adapters and a new head."""
+    frozen = backbones.prepare(cfg, backbone)
     options = {"pooling": cfg.pooling, "head": cfg.head, "dropout": cfg.dropout, "frozen": frozen}
-    return core.PairScorer(encoder, joint=cfg.inputs == "joint", **options)
-
-
-def build_model(cfg, data, world):
-    """The pretrained encoder with a new head; the same weights on every rank."""
-    encoder = core.main_first(world, core.load_encoder, cfg.model, data.tokenizer, cfg.encoder_dropout)
-    if cfg.max_length > (most := encoders.position_limit(encoder)):
-        raise core.UserError(
-            f"--max_length {cfg.max_length} is more than the {most} positions of {cfg.model}"
-        )
-    return scorer(cfg, encoder)
+    model = core.PairScorer(backbone, joint=cfg.inputs == "joint", **options)
+    return backbones.on_device(cfg, model, precision)
 
 
 def rebuild(folder, world, **changes):
     """(Config, untrained model, tokenizer) of a run, from its folder alone; `changes` override constants."""
     before = {"symmetric": False}  # runs stored before --symmetric existed
     cfg = dataclasses.replace(core.stored_config(folder, Config, __file__, before), **changes)
-    encoder = encoders.stored_encoder(Path(folder) / "encoder")
-    model = core.Precision(cfg.dtype, world).prepare(scorer(cfg, encoder))
-    return cfg, model, tokenizers.encoder_tokenizer(str(Path(folder) / "encoder"))
+    backbone, tokenizer = backbones.backbone_of_run(folder, cfg, world)
+    return cfg, scorer(cfg, backbone, core.Precision(cfg.dtype, world)), tokenizer
 
 
 def load_model(folder, world):
     """(Config, model, tokenizer) of a run, from its folder alone, with the weights
     that it was tested with (of an unfinished run, its newest)."""
     cfg, model, tokenizer = rebuild(folder, world)
-    core.load_weights(Path(folder) / "checkpoints" / core.tested_or_newest_checkpoint(folder), model)
+    checkpoint = Path(folder) / "checkpoints" / core.tested_or_newest_checkpoint(folder)
+    core.load_weights(checkpoint, core.saved_part(model))
     return cfg, model.eval(), tokenizer
 
 
@@ -238,9 +238,11 @@ def measure(log_probs, data, rows, train_rows, symmetric) -> dict:
 
 def train(run, cfg, world, data, rows, fold) -> dict:
     """Trains a model on rows["train"] and returns its outcome (see predict)."""
-    core.reseed(cfg.seed, "init", fold)
     precision = core.Precision(cfg.dtype, world)
-    model = precision.prepare(build_model(cfg, data, world))
+    backbone = core.load_backbone(cfg, data.tokenizer, world, fold)  # pretrained
+    if not backbones.stores_all(cfg):  # a resume and eval.py read it anew
+        run.pin("base_sha256", core.state_sha256(backbone.state_dict()))
+    model = scorer(cfg, backbone, precision)
     if cfg.start_at_prior:
         model.start_at(core.class_shares(data.labels[rows["train"]], len(preference.NAMES)))
     own_rate = cfg.head_lr is not None and cfg.lr > 0 and cfg.freeze != "all"
@@ -252,11 +254,11 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     total_steps = core.count_steps(cfg, batches)
     if fold == run.position.get("fold", 0):
         announce(run, cfg, data, rows, model, total_steps)
-    saved = model, optimizer, precision
-    compiled = [model.encoder] if cfg.compile else ()
+    saved = core.saved_part(model), optimizer, precision  # all of it, or what is trained
+    compiled = backbones.compiled_parts(model.encoder) if cfg.compile else ()
     ddp = core.wrap_ddp(model, world, compiled, shard=cfg.shard, optimizer=optimizer)
     run.load(*saved, fold=fold)
-    core.on_main(world, write_encoder, run.folder / "encoder", model.encoder.config, data.tokenizer)
+    core.on_main(world, backbones.write_backbone, run.folder / "encoder", model.encoder, data.tokenizer)
     core.cache_vectors(model, data, cfg, world, run.poll, run.say)
     micro_batches = core.MicroBatches(run, ddp, functools.partial(laid_out, data, cfg))
 
@@ -277,7 +279,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
         run.say(describe_row(data, rows["train"][0], cfg))
     if cfg.mode == "find_lr":
         if own_rate:
-            run.say(f"the rates shown are the encoder's; the head's is {head_scale:g} x as large")
+            run.say(f"the rates shown are not the head's, which is {head_scale:g} x as large")
         return core.find_lr(run, batches, len, saved, forward_backward)
 
     # core.steps draws batches from seed and step alone, saves before evaluating, stops all ranks together
@@ -300,12 +302,6 @@ def train(run, cfg, world, data, rows, fold) -> dict:
         at.update(optimizer, precision, lr)  # clips, updates, zeroes the gradients, logs
 
     return predict(run, cfg, world, data, rows, model, run.step)
-
-
-def write_encoder(folder, config, tokenizer):
-    """Writes the encoder's config and the tokenizer: with them the model is built again without the Hub."""
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def swapped(cfg, fold, step) -> list[bool]:
@@ -358,9 +354,9 @@ def predict(run, cfg, world, data, rows, model, step) -> dict:
     test by the chosen ones."""
     sha256, checkpoint = core.weights_sha256(model), run.checkpoint
     if cfg.test_weights == "best":
-        checkpoint = run.load_best(model)
+        checkpoint = run.load_best(core.saved_part(model))
     if cfg.folds and checkpoint == run.checkpoint:  # later folds push this one's checkpoints out
-        checkpoint = run.keep_weights(step, model, "last", must=True)
+        checkpoint = run.keep_weights(step, core.saved_part(model), "last", must=True)
     log_probs = {
         part: evaluate(model, data, rows[part], cfg, world, run.poll).tolist()
         for part in core.final_parts(cfg)
@@ -431,7 +427,7 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
     pairs.measure_sequences(data, cfg.inputs, cfg.max_length)
     splits, outcomes = [], []
     for fold, name in enumerate(core.on_main(world, measured_checkpoints, folder, cfg)):
-        core.load_weights(Path(folder) / "checkpoints" / name, model)
+        core.load_weights(Path(folder) / "checkpoints" / name, core.saved_part(model))
         rows = pairs.split_rows(data, cfg.folds, fold, cfg.split_seed)
         log_probs_of = {
             part: evaluate(model, data, rows[part], cfg, world, poll) for part in core.final_parts(cfg)
@@ -480,7 +476,7 @@ def mean_of_folds(folder, checkpoints, cfg, model, data, world, poll, say=None) 
     averaged over their models. With `say`, a frozen encoder's vectors are cached, and a line says so."""
     every, probs = np.arange(len(data.labels)), 0.0
     for name in checkpoints:
-        core.load_weights(Path(folder) / "checkpoints" / name, model)
+        core.load_weights(Path(folder) / "checkpoints" / name, core.saved_part(model))
         if say:
             core.cache_vectors(model, data, cfg, world, poll, say)
         probs = probs + np.exp(evaluate(model, data, every, cfg, world, poll)) / len(checkpoints)

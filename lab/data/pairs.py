@@ -1,6 +1,7 @@
 """Rows of a prompt with two responses, in the columns of LMSYS Arena: reading, token cache, splits, and what
 of a row an encoder gets to see."""
 
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -15,7 +16,7 @@ from lab.data.cache import BadRows, cached_rows, is_clean, write_texts
 from lab.data.columns import LABELS, PAIR_COLUMNS, TEXTS
 from lab.data.split import split_by_group
 from lab.data.tables import data_fingerprint, hub_split, read_rows, require_columns
-from lab.data.tokenizers import encoder_tokenizer, tokenizer_fingerprint
+from lab.data.tokenizers import encoder_tokenizer, marks_of, tokenizer_fingerprint, tokenizer_of
 from lab.errors import UserError
 from lab.train.device import to_device
 from lab.train.processes import main_first, on_main
@@ -101,6 +102,11 @@ class Preferences:
     cut: np.ndarray | None = None  # (N, 3) whether prompt, A, B lost tokens
     vectors: np.ndarray | None = None  # (N, 2, h) of a frozen encoder; set by cache_vectors
 
+    @functools.cached_property
+    def marks(self) -> tuple[list[int], int]:
+        """(ids in front of a sequence, id behind each piece)"""
+        return marks_of(self.tokenizer)
+
     def truncated(self) -> dict[str, float]:
         """Share of rows in which prompt, A or B lost tokens."""
         return dict(zip(TEXTS, self.cut.mean(0).tolist(), strict=True))
@@ -119,7 +125,7 @@ def load_pairs(cfg, world, tokenizer=None) -> Preferences:
     on_main(world, hub_split, cfg.data)  # a mistyped file must not wait for a tokenizer
     # a tiny model's tokenizer is made of the rows' words
     if not tokenizer and not cfg.model.startswith("tiny:"):
-        tokenizer = main_first(world, encoder_tokenizer, cfg.model)
+        tokenizer = main_first(world, encoder_tokenizer, tokenizer_of(cfg.model))
     rows = cached_rows(world, "preference", pairs_key, write_pairs, cfg, tokenizer)
     return as_preferences(rows, tokenizer)
 
@@ -283,7 +289,7 @@ def lay_out(data, row, which, inputs, max_length) -> tuple[list[tuple[int, int, 
     most = max(len(shown), (max_length - 1) // (SHORTEST + 1) // len(shown) * len(shown))
     dropped, pieces = pieces[:-most], pieces[-most:]
     sizes = [int(data.offsets[p + 1] - data.offsets[p]) for p in pieces]
-    room = max_length - 1 - len(pieces)  # one special token in front, one behind each piece
+    room = max_length - len(data.marks[0]) - len(pieces)  # special tokens in front, one behind each piece
     if inputs == "joint":
         roles = [(p - start) % 3 for p in pieces]
         of_role = [[size for size, r in zip(sizes, roles, strict=True) if r == role] for role in range(3)]
@@ -300,14 +306,16 @@ def lay_out(data, row, which, inputs, max_length) -> tuple[list[tuple[int, int, 
 
 
 def sequence_ids(data, row, which, inputs, max_length) -> list[int]:
-    """cls, then each piece and a sep; a cut piece keeps its beginning and its end."""
-    ids = [data.tokenizer.cls_token_id]
+    """cls, then each piece and a sep (or a decoder's, see marks_of); a cut piece keeps its beginning and its
+    end."""
+    begin, end = data.marks
+    ids = [*begin]
     for start, stop, kept in lay_out(data, row, which, inputs, max_length)[0]:
         head, tail = (kept + 1) // 2, kept // 2
         whole = kept == stop - start
         ids += data.tokens[start : stop if whole else start + head].tolist()
         ids += [] if whole or not tail else data.tokens[stop - tail : stop].tolist()
-        ids.append(data.tokenizer.sep_token_id)
+        ids.append(end)
     return ids
 
 
@@ -318,7 +326,7 @@ def measure_sequences(data, inputs, max_length):
     for row in range(n):
         for which in (1, 2):
             spans, lost = lay_out(data, row, which, inputs, max_length)
-            data.lengths[row, which - 1] = 1 + sum(kept + 1 for _, _, kept in spans)
+            data.lengths[row, which - 1] = len(data.marks[0]) + sum(kept + 1 for _, _, kept in spans)
             data.cut[row, list(lost)] = True
 
 

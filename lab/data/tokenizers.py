@@ -320,14 +320,23 @@ def is_built_in(name) -> bool:
 
 
 def encoder_tokenizer(name, texts=()):
-    """A fast tokenizer with cls and sep tokens, of a Hub id or folder; of tiny:* the words of `texts`.
-    UserError without these tokens."""
+    """A fast tokenizer with marks_of, of a Hub id or folder; of tiny:* the words of `texts`. UserError for
+    one without."""
     if name.startswith("tiny:"):
         return _word_tokenizer(texts)
     tokenizer = pretrained_tokenizer(name, "tiny:bert (built in)")
-    if None in (tokenizer.cls_token_id, tokenizer.sep_token_id):
-        raise UserError(f"tokenizer of {name} has no cls and sep token: use an encoder of the BERT family")
+    if marks_of(tokenizer)[1] is None:
+        what = "has no cls and sep token and no end-of-text token"
+        raise UserError(f"tokenizer of {name} {what}: use an encoder of the BERT family, or a language model")
     return tokenizer
+
+
+def marks_of(tokenizer) -> tuple[list[int], int | None]:
+    """(ids in front of a sequence of pieces, id behind each piece): cls and sep of an encoder; begin_ids and
+    the end-of-text token of a language model, the one id in it that no text can spell."""
+    if None in (tokenizer.cls_token_id, tokenizer.sep_token_id):
+        return begin_ids(tokenizer), tokenizer.eos_token_id
+    return [tokenizer.cls_token_id], tokenizer.sep_token_id
 
 
 def _word_tokenizer(texts, size=4096):

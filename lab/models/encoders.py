@@ -1,7 +1,8 @@
 """BERT-family encoders and the scorer of pairs on top: loading, freezing, pooling, head, rates by depth.
 
 Every family of transformers that ends in one vector per token fits; tiny:<family> is a small one with
-random weights and a word tokenizer, for a machine without a network."""
+random weights and a word tokenizer, for a machine without a network. A decoder in an encoder's place is a
+GPT (backbones.py)."""
 
 import math
 
@@ -11,6 +12,7 @@ from torch import nn
 from lab.data.hub import local_or_hub
 from lab.data.tokenizers import id_count, require_ids
 from lab.errors import UserError
+from lab.models.gpt import GPT
 from lab.models.trusted import config_of, require_whole
 from lab.run.files import is_folder
 from lab.train.batches import OVERHEAD, length_groups
@@ -29,6 +31,11 @@ TINY_FAMILIES = {  # what each family needs beside TINY
     "roberta": {"max_position_embeddings": 514, "type_vocab_size": 1},
     "electra": {"embedding_size": 64},
     "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0},
+    "deberta-v2": {  # as v3 has it
+        **{"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0},
+        **{"position_buckets": 16, "norm_rel_ebd": "layer_norm", "share_att_key": True},
+        "position_biased_input": False,
+    },
     "albert": {"embedding_size": 64},
 }
 DROPOUTS = (  # what families call those of hidden states and attention
@@ -43,6 +50,8 @@ DROPOUTS = (  # what families call those of hidden states and attention
 
 def tiny(name) -> str:
     """Name of the tiny model of the same family: `microsoft/deberta-base` -> `tiny:deberta`."""
+    if "deberta-v" in name.lower():  # v3 is a v2 with other weights
+        return "tiny:deberta-v2"
     longest_first = sorted(TINY_FAMILIES, key=len, reverse=True)  # distilbert before bert
     return f"tiny:{next((family for family in longest_first if family in name.lower()), 'bert')}"
 
@@ -127,7 +136,12 @@ def _without_pooler(model):
 
 
 def position_limit(encoder) -> int:
-    """Longest sequence that the position table holds (RoBERTa's starts after the padding index), or 2048."""
+    """Longest sequence that the position table holds (RoBERTa's starts after the padding index), or 2048:
+    DeBERTa's relative positions have no end."""
+    if isinstance(encoder, GPT):
+        return encoder.config.block_size
+    if getattr(encoder.config, "relative_attention", False) and not _position_tables(encoder):
+        return max(2048, encoder.config.max_position_embeddings)
     skipped = [table.padding_idx + 1 for table in _position_tables(encoder) if table.padding_idx is not None]
     return getattr(encoder.config, "max_position_embeddings", 2048) - max(skipped, default=0)
 
@@ -139,6 +153,8 @@ def _position_tables(encoder) -> list[nn.Embedding]:
 
 def embeddings_and_blocks(encoder) -> tuple[list[nn.Module], nn.ModuleList]:
     """(embedding modules, including DeBERTa's relative positions; the blocks). ALBERT repeats one block."""
+    if isinstance(encoder, GPT):
+        return [module for name, module in encoder.named_children() if name in ("wte", "wpe")], encoder.h
     blocks = next(module for module in encoder.modules() if isinstance(module, nn.ModuleList))
     inside = set(blocks.modules())
     embeddings = [m for name, m in encoder.named_modules() if "embed" in name and m not in inside]
@@ -184,12 +200,14 @@ class PairScorer(nn.Module):
     Sequence 1 shows side A and sequence 2 side B, and the head reads both vectors; `joint`: sequence 1 shows
     A before B, sequence 2 B before A, and the head reads one vector. Either way swapping a row's sequences
     swaps A and B. Order 0 is the row as it stands, order 1 with A and B swapped, classes put back.
+    A GPT in the encoder's place reads from left to right: only its last token has seen all others.
     """
 
     def __init__(self, encoder, *, joint, pooling, head, dropout, frozen=()):
         super().__init__()
-        h = encoder.config.hidden_size
+        h = width_of(encoder)
         width = h if joint else 2 * h
+        pooling = known_pooling(encoder, pooling)
         self.encoder, self.joint, self.pooling, self.frozen = encoder, joint, pooling, list(frozen)
         self.register_buffer("swap", torch.tensor(SWAP), persistent=False)  # on the device
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, len(SWAP)))
@@ -231,7 +249,7 @@ class PairScorer(nn.Module):
         return torch.stack([logits[0], *(one[:, self.swap] for one in logits[1:])])
 
     def encode(self, input_ids, lengths):
-        """Pooled vectors (N, h) in the order given: of the first token, or the mean over tokens.
+        """Pooled vectors (N, h) in the order given: of the first or last token, or the mean over tokens.
 
         Encodes groups of similar length, because padding costs as much as text; only rounding depends on it.
         """
@@ -253,13 +271,34 @@ class PairScorer(nn.Module):
     def _encode_group(self, input_ids, ends, is_padded):
         T = input_ids.shape[1]
         mask = torch.arange(T, device=input_ids.device) < ends  # by length, never by token id
-        shown = mask.long()
-        if takes_whole_masks(self.encoder.config):  # of (B, T) it asks the card: is any false?
-            shown = mask[:, None, None].expand(-1, 1, T, -1) if is_padded else None
-        hidden = self.encoder(input_ids, attention_mask=shown).last_hidden_state
+        hidden = self._hidden(input_ids, mask, is_padded)
         if self.pooling == "first":
             return hidden[:, 0]
+        if self.pooling == "last":
+            return hidden.take_along_dim(ends[..., None] - 1, dim=1)[:, 0]
         return (hidden * mask[..., None]).sum(1) / ends
+
+    def _hidden(self, input_ids, mask, is_padded):
+        """(B, T, h)"""
+        if isinstance(self.encoder, GPT):
+            return self.encoder.hidden(input_ids)  # padding stands on the right, where no token looks
+        shown = mask.long()
+        if takes_whole_masks(self.encoder.config):  # of (B, T) it asks the card: is any false?
+            shown = mask[:, None, None].expand(-1, 1, len(mask[0]), -1) if is_padded else None
+        return self.encoder(input_ids, attention_mask=shown).last_hidden_state
+
+
+def width_of(encoder) -> int:
+    """Numbers in a token's vector."""
+    return encoder.config.n_embd if isinstance(encoder, GPT) else encoder.config.hidden_size
+
+
+def known_pooling(encoder, pooling) -> str:
+    """What pooling auto is; UserError for the first token of a decoder."""
+    is_decoder = isinstance(encoder, GPT)
+    if is_decoder and pooling == "first":
+        raise UserError("--pooling first: a decoder's first token has seen no other: use last or mean")
+    return {"auto": "last" if is_decoder else "first"}.get(pooling, pooling)
 
 
 WHOLE_MASKS = ("distilbert", "bert", "roberta", "electra", "albert")

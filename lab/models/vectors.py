@@ -1,4 +1,4 @@
-"""What a frozen encoder makes of each sequence: computed once, mapped into memory, beside the token ids."""
+"""What a frozen backbone makes of each sequence: computed once, mapped into memory, beside the token ids."""
 
 import shutil
 import time
@@ -11,7 +11,7 @@ from lab.data import pairs
 from lab.data.cache import cached_folder, is_whole
 from lab.data.pairs import collate
 from lab.errors import UserError
-from lab.models import encoders
+from lab.models import encoders, gpt
 from lab.run.checkpoints import state_sha256
 from lab.run.files import sha256_file, short_hash
 from lab.train.batches import each_once
@@ -28,7 +28,7 @@ def cache_vectors(model, data, cfg, world, poll, say):
     data.vectors, began = None, time.time()
     folder = Path(on_main(world, vector_folder, model, data, cfg))
     if not on_main(world, is_whole, folder):
-        n, width = len(data.labels), model.encoder.config.hidden_size
+        n, width = len(data.labels), encoders.width_of(model.encoder)
         out = torch.zeros(n, 2, width, dtype=next(model.parameters()).dtype)
         megabytes = out.numel() * out.element_size() / 1e6
         on_main(world, require_room, data.folder, megabytes)
@@ -51,10 +51,12 @@ def cache_vectors(model, data, cfg, world, poll, say):
 def vector_folder(model, data, cfg) -> str:
     """Cache folder, named by a hash of all that vectors depend on: weights,
     settings, and the code of rows."""
-    code = [sha256_file(module.__file__) for module in (pairs, encoders)]
-    known = [state_sha256(model.encoder.state_dict()), model.encoder.config.to_json_string(), *code]
-    known += [cfg.inputs, cfg.max_length, cfg.pooling, cfg.dtype]
-    known += [data.tokenizer.cls_token_id, data.tokenizer.sep_token_id]  # around each piece
+    code = [sha256_file(module.__file__) for module in (pairs, encoders, gpt)]
+    config = model.encoder.config
+    shape = str(config) if isinstance(config, gpt.GPTConfig) else config.to_json_string()
+    known = [state_sha256(model.encoder.state_dict()), shape, *code]
+    known += [cfg.inputs, cfg.max_length, model.pooling, cfg.dtype]
+    known += list(data.marks)  # around each piece
     return str(data.folder / f"vectors_{short_hash(known)}")
 
 
