@@ -31,7 +31,13 @@ def pretrained_tokenizer(name, built_in):
     def load():
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
+        try:
+            return AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
+        except Exception as error:  # whatever spm.model lacks, transformers asks for tiktoken last
+            if "tiktoken" not in str(error):
+                raise
+            why = "its sentencepieces are damaged, or need: pip install sentencepiece"
+            raise UserError(f"tokenizer of {name} has no tokenizer.json, and {why}") from error
 
     tokenizer = local_or_hub("tokenizer", name, load, built_in)
     if not getattr(tokenizer, "is_fast", False):

@@ -2,10 +2,12 @@
 output matrix. Loaded by name, in full or frozen under adapters; what a checkpoint holds of it."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lab.data.hub import local_or_hub
 from lab.data.tokenizers import encoder_tokenizer, id_count
@@ -48,8 +50,8 @@ def open_backbone(name, tokenizer, dropout=None, checkpointing=False) -> nn.Modu
     if is_decoder(name):
         return open_decoder(name, tokenizer, dropout or 0.0, checkpointing)
     encoder = encoders.load_encoder(name, tokenizer, dropout)
-    if checkpointing:
-        encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    for block in encoders.embeddings_and_blocks(encoder)[1] if checkpointing else ():
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     return encoder
 
 
