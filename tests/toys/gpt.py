@@ -14,7 +14,7 @@ LLAMA = {
 GROUPED = {  # all that the Llama family has beside LLAMA, in one shape
     **LLAMA,
     "n_kv_head": 2,
-    "head_size": 6,
+    "head_size": 12,
     "qk_norm": True,
     "nope_every": 2,
 }
