@@ -1,6 +1,5 @@
 """run_preference.py with decoders and with LoRA: what a run learns, keeps, and is measured with again."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from toys.gpt import random_gpt
 import core
 import run_preference as script
 from core import World
+from lab.run import checkpoints, files
 
 SHORT = ["--smoke", "--max_documents", "120", "--epochs", "1", "--batch", "12", "--out", "out"]
 
@@ -26,9 +26,7 @@ def go(*flags):
 
 
 def decoder_folder():
-    core.save_pretrained(
-        random_gpt(std=0.1, vocab_size=302, block_size=64).float(), begun_tokenizer(), "base"
-    )
+    core.save_pretrained(random_gpt(vocab_size=302, block_size=64).float(), begun_tokenizer(), "base")
     return "base"
 
 
@@ -68,14 +66,15 @@ def test_a_frozen_run_of_before_still_opens():
     got, folder = go("--freeze", "all", "--test_weights", "last")
     _, model, _ = script.load_model(folder, World())
     path = folder / "checkpoints" / got["test_checkpoints"][0]
+    (path / "manifest.json").unlink()
     save_file(model.state_dict(), path / "model.safetensors", metadata={"format": "pt"})
+    checkpoints.write_manifest(path, {"step": 8, "kept": {}})
     config = core.read_config(folder)
     config["facts"].pop("base_sha256")
     for name in ("method", "lora_rank", "lora_alpha", "lora_dropout", "base_dtype", "checkpointing"):
         config["constants"].pop(name)
     config["constants"]["pooling"] = "first"
-    config.pop("seal", None)
-    (folder / "config.json").write_text(json.dumps(config))
+    files.write_sealed(folder / "config.json", config)
     cfg, again, _ = script.load_model(folder, World())
     assert cfg.method == "full" and core.weights_sha256(again) == core.weights_sha256(model)
 
@@ -90,7 +89,7 @@ def test_adapters_on_a_decoder_learn_which_answer_is_right():
 
 
 @pytest.mark.parametrize(("flags", "said"), [
-    (["--method", "lora", "--freeze", "all"], "--method lora freezes all but adapters and head: drop --freeze"),
+    (["--method", "lora", "--freeze", "all"], "--method lora freezes all but adapters and head"),
     (["--lora_rank", "4"], "--lora_rank is read with --method lora alone: add it"),
 ])  # fmt: skip
 def test_constants_that_contradict_are_refused(flags, said):

@@ -5,18 +5,17 @@ import dataclasses
 import functools
 from pathlib import Path
 
-import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lab.data.hub import local_or_hub
-from lab.data.tokenizers import encoder_tokenizer, id_count
+from lab.data.tokenizers import encoder_tokenizer
 from lab.errors import UserError
 from lab.models import encoders
 from lab.models.gpt import GPT, GPTConfig
-from lab.models.gpt_formats import FORMATS, with_weights
+from lab.models.gpt_formats import READ, with_weights
 from lab.models.lora import Adapters, LoRALinear, add_lora, narrow_base
-from lab.models.pretrained import TINY, TINY_SCALE, open_model
+from lab.models.pretrained import TINY_KINDS, open_model, tiny_gpt
 from lab.models.trusted import config_of
 from lab.run.checkpoints import state_sha256
 from lab.run.files import is_there, read_sealed, write_sealed
@@ -24,21 +23,12 @@ from lab.run.stored import is_run, read_config
 from lab.train.batches import reseed
 from lab.train.processes import main_first
 
-TINY_DECODERS = {
-    "gpt2": {},
-    "llama": {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu"}
-    | {"bias": False, "qkv_bias": False},
-}
-
 
 def is_decoder(name) -> bool:
     """Whether a name is a language model that a GPT can be: by its config, which is all that is read."""
-    if name.startswith("tiny:"):
-        return name.removeprefix("tiny:") in TINY_DECODERS
-    return (
-        is_run(name)
-        or local_or_hub("model", name, lambda: config_of(name), "tiny:bert").model_type in FORMATS
-    )
+    if name.startswith("tiny:") or is_run(name):
+        return name in TINY_KINDS or is_run(name)
+    return local_or_hub("model", name, lambda: config_of(name), "tiny:bert (built in)").model_type in READ
 
 
 def open_backbone(name, tokenizer, dropout=None, checkpointing=False) -> nn.Module:
@@ -57,13 +47,8 @@ def open_backbone(name, tokenizer, dropout=None, checkpointing=False) -> nn.Modu
 
 def open_decoder(name, tokenizer, dropout, checkpointing) -> GPT:
     """A GPT without an output matrix of its own, which would get no gradient: DDP would wait for one."""
-    if name.startswith("tiny:"):
-        shape = TINY | TINY_DECODERS[name.removeprefix("tiny:")]
-        model = GPT(GPTConfig(id_count(tokenizer), **shape, dropout=dropout, checkpointing=checkpointing))
-        with torch.no_grad():
-            for weight in model.parameters():
-                weight.mul_(TINY_SCALE) if weight.dim() == 2 else None
-        return model
+    if name in TINY_KINDS:
+        return tiny_gpt(name, tokenizer, dropout, checkpointing)
     model, _ = open_model(name, dropout, checkpointing)
     weights = {key: value for key, value in model.state_dict().items() if not key.startswith("lm_head.")}
     return with_weights(dataclasses.replace(model.config, tie_head=True, head_bias=False), weights).float()

@@ -66,7 +66,9 @@ def load_encoder(name, tokenizer, dropout=None) -> nn.Module:
 
     if name.startswith("tiny:"):
         if (family := name.removeprefix("tiny:")) not in TINY_FAMILIES:
-            raise UserError(f"--model {name}: use tiny: with one of {', '.join(TINY_FAMILIES)}")
+            raise UserError(
+                f"--model {name}: use tiny: with gpt2, llama, or one of {', '.join(TINY_FAMILIES)}"
+            )
         ids = {"vocab_size": id_count(tokenizer), "pad_token_id": tokenizer.pad_token_id}
         config = AutoConfig.for_model(family, **TINY, **TINY_FAMILIES[family], **ids)
         return encoder_from_config(_with_dropout(config, dropout))

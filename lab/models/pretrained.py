@@ -42,14 +42,7 @@ def build_model(cfg, tokenizer, world) -> GPT:
     """The GPT to tune: a Hub id or folder of GPT-2 or of the Llama family, a run of gpt_scratch.py, or
     tiny:gpt2 or tiny:llama with random weights."""
     if cfg.model.startswith("tiny:"):
-        if cfg.model not in TINY_KINDS:
-            raise UserError(f"--model {cfg.model}: the tiny ones here are {' and '.join(TINY_KINDS)}")
-        own = {name: getattr(cfg, name) for name in ("tie_head", "dropout", "checkpointing")}
-        config = GPTConfig(id_count(tokenizer), **TINY, **TINY_KINDS[cfg.model], **own)
-        model = GPT(config)
-        with torch.no_grad():
-            for weight in model.parameters():
-                weight.mul_(TINY_SCALE) if weight.dim() == 2 else None
+        model = tiny_gpt(cfg.model, tokenizer, cfg.dropout, cfg.checkpointing, cfg.tie_head)
     else:
         dropout, checkpointing = cfg.dropout, cfg.checkpointing
         model, _ = main_first(world, open_model, cfg.model, dropout, checkpointing)
@@ -59,6 +52,18 @@ def build_model(cfg, tokenizer, world) -> GPT:
     if cfg.max_length > (most := model.config.block_size):
         raise UserError(f"--max_length {cfg.max_length} is over the {most} positions of {cfg.model}")
     require_ids(tokenizer, model.config.vocab_size, cfg.model)
+    return model
+
+
+def tiny_gpt(name, tokenizer, dropout=0.0, checkpointing=False, tie_head=True) -> GPT:
+    """A small GPT of TINY_KINDS with random weights."""
+    if name not in TINY_KINDS:
+        raise UserError(f"--model {name}: the tiny ones here are {' and '.join(TINY_KINDS)}")
+    own = {"dropout": dropout, "checkpointing": checkpointing, "tie_head": tie_head}
+    model = GPT(GPTConfig(id_count(tokenizer), **TINY, **TINY_KINDS[name], **own))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(TINY_SCALE) if weight.dim() == 2 else None
     return model
 
 
