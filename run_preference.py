@@ -135,6 +135,14 @@ JOURNAL = {  # as the journal's scripts trained, except that they truncated prom
 }
 PRESETS = {
     "recommended": {},
+    "strong": {  # these two are for a card of 24 to 48 GB, argued in docs/preference.md; not run on Arena here
+        **{"model": "microsoft/deberta-v3-base", "max_length": 768, "epochs": 2, "head_lr": 1e-4},
+        "layer_decay": 0.9,
+    },
+    "strong_decoder": {
+        **{"model": "Qwen/Qwen2.5-1.5B-Instruct", "method": "lora", "inputs": "joint", "max_length": 2048},
+        **{"epochs": 1, "lr": 2e-4, "lora_dropout": 0.05, "checkpointing": True, "head": "linear"},
+    },
     "random": JOURNAL | {"max_steps": 0},
     "baseline": JOURNAL,
     "frozen": JOURNAL | {"freeze": "all"},
@@ -239,10 +247,7 @@ def measure(log_probs, data, rows, train_rows, symmetric) -> dict:
 def train(run, cfg, world, data, rows, fold) -> dict:
     """Trains a model on rows["train"] and returns its outcome (see predict)."""
     precision = core.Precision(cfg.dtype, world)
-    backbone = core.load_backbone(cfg, data.tokenizer, world, fold)  # pretrained
-    if not backbones.stores_all(cfg):  # a resume and eval.py read it anew
-        run.pin("base_sha256", core.state_sha256(backbone.state_dict()))
-    model = scorer(cfg, backbone, precision)
+    model = scorer(cfg, core.load_backbone(cfg, data.tokenizer, world, fold, run), precision)
     if cfg.start_at_prior:
         model.start_at(core.class_shares(data.labels[rows["train"]], len(preference.NAMES)))
     own_rate = cfg.head_lr is not None and cfg.lr > 0 and cfg.freeze != "all"

@@ -77,9 +77,10 @@ def stores_all(cfg) -> bool:
     return cfg.freeze == "none" and cfg.method == "full"
 
 
-def load_backbone(cfg, tokenizer, world, fold=0) -> nn.Module:
+def load_backbone(cfg, tokenizer, world, fold=0, run=None) -> nn.Module:
     """The pretrained backbone of cfg.model, the same on every rank. Random weights (tiny:*) are drawn by the
-    seed: for every fold anew where all of them are trained, else the same ones, which no checkpoint holds."""
+    seed: for every fold anew where all of them are trained, else the same ones, which no checkpoint holds.
+    `run` notes their hash, by which a resume and eval.py know them."""
     reseed(cfg.seed, "init", fold if stores_all(cfg) else 0)
     given = cfg.model, tokenizer, cfg.encoder_dropout, cfg.checkpointing
     backbone = main_first(world, open_backbone, *given)
@@ -87,6 +88,8 @@ def load_backbone(cfg, tokenizer, world, fold=0) -> nn.Module:
         reseed(cfg.seed, "init", fold)  # of adapters and head
     if cfg.max_length > (most := encoders.position_limit(backbone)):
         raise UserError(f"--max_length {cfg.max_length} is more than the {most} positions of {cfg.model}")
+    if run and not stores_all(cfg):
+        run.pin("base_sha256", state_sha256(backbone.state_dict()))
     return backbone
 
 

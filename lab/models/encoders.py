@@ -48,10 +48,18 @@ DROPOUTS = (  # what families call those of hidden states and attention
 )
 
 
+NAMED_OTHERWISE = {  # part of a name -> its family: DeBERTa-v3 is a v2 with other weights
+    "deberta-v": "deberta-v2",
+    **dict.fromkeys(("llama", "qwen", "smollm", "mistral"), "llama"),
+    "gpt2": "gpt2",
+}
+
+
 def tiny(name) -> str:
     """Name of the tiny model of the same family: `microsoft/deberta-base` -> `tiny:deberta`."""
-    if "deberta-v" in name.lower():  # v3 is a v2 with other weights
-        return "tiny:deberta-v2"
+    for part, family in NAMED_OTHERWISE.items():
+        if part in name.lower():
+            return f"tiny:{family}"
     longest_first = sorted(TINY_FAMILIES, key=len, reverse=True)  # distilbert before bert
     return f"tiny:{next((family for family in longest_first if family in name.lower()), 'bert')}"
 
