@@ -96,8 +96,7 @@ class Config(core.Studied):
         super().__post_init__()
         if self.method == "lora" and self.freeze != "none":
             raise core.UserError("--method lora freezes all but adapters and head: drop --freeze")
-        own = {"lora_rank", "lora_alpha", "lora_dropout", "base_dtype"} & self.typed.flags
-        if own and self.method != "lora":
+        if (own := backbones.OF_LORA & self.typed.flags) and self.method != "lora":
             raise core.UserError(f"--{min(own)} is read with --method lora alone: add it")
         if self.freeze == "all" and "head_lr" in self.typed.flags:
             raise core.UserError("--freeze all trains the head alone, at --lr: drop --head_lr")
@@ -135,9 +134,9 @@ JOURNAL = {  # as the journal's scripts trained, except that they truncated prom
 }
 PRESETS = {
     "recommended": {},
-    "strong": {  # these two are for a card of 24 to 48 GB, argued in docs/preference.md; not run on Arena here
-        **{"model": "microsoft/deberta-v3-base", "max_length": 768, "epochs": 2, "head_lr": 1e-4},
-        "layer_decay": 0.9,
+    "strong": {  # argued in docs/preference.md, not run on Arena's rows here
+        **{"model": "microsoft/deberta-v3-base", "max_length": 768, "epochs": 2},
+        **{"head_lr": 1e-4, "layer_decay": 0.9},
     },
     "strong_decoder": {
         **{"model": "Qwen/Qwen2.5-1.5B-Instruct", "method": "lora", "inputs": "joint", "max_length": 2048},

@@ -24,6 +24,9 @@ from lab.train.batches import reseed
 from lab.train.processes import main_first
 
 
+OF_LORA = {"lora_rank", "lora_alpha", "lora_dropout", "base_dtype"}  # constants that only adapters read
+
+
 def is_decoder(name) -> bool:
     """Whether a name is a language model that a GPT can be: by its config, which is all that is read."""
     if name.startswith("tiny:") or is_run(name):
