@@ -58,8 +58,7 @@ def ours(cfg, data, steps, counter):
 
     cpu.keep_freed_memory()
     world, precision = core.World(), core.Precision("fp32", core.World())
-    core.reseed(0)
-    model = run_preference.build_model(cfg, data, world)
+    model = run_preference.scorer(cfg, core.load_backbone(cfg, data.tokenizer, world), precision)
     optimizer = core.make_optimizer(model, "adamw", 0.01)
     batches = core.ShardedBatches(data.lengths.sum(1), BATCH, world, seed=0)
     print("ready", flush=True)
@@ -83,7 +82,8 @@ def trainer(cfg, data, steps, counter, padded):
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.scorer = run_preference.build_model(cfg, data, core.World())
+            backbone = core.load_backbone(cfg, data.tokenizer, core.World())
+            self.scorer = run_preference.scorer(cfg, backbone, core.Precision("fp32", core.World()))
 
         def forward(self, input_ids, attention_mask, labels):
             hidden = self.scorer.encoder(input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]

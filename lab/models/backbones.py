@@ -23,7 +23,6 @@ from lab.run.stored import is_run, read_config
 from lab.train.batches import reseed
 from lab.train.processes import main_first
 
-
 OF_LORA = {"lora_rank", "lora_alpha", "lora_dropout", "base_dtype"}  # constants that only adapters read
 
 
