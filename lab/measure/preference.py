@@ -53,6 +53,11 @@ class Verdicts:
         return dataclasses.replace(self, **arrays)
 
 
+def prior(data, train_rows) -> list[float]:
+    """Class shares of the training rows of the data set that is measured, whatever other sets train."""
+    return class_shares(data.labels[data.own(train_rows)], len(NAMES))
+
+
 def combine(log_probs, symmetric) -> np.ndarray:
     """(N, 2, 3) -> (N, 3): log-probabilities of the first order, or of both orders' averaged logits."""
     if not symmetric:
@@ -107,6 +112,11 @@ def fit_temperature(log_probs, labels) -> float:
         slope = ((probs * log_probs).sum(1) - log_probs[every, labels]).mean()
         low, high = (low, beta) if slope > 0 else (beta, high)
     return 1 / beta
+
+
+def at_limit(temperature) -> bool:
+    """Whether the rows do not say what the temperature should be: all are right, or none tells anything."""
+    return not 1.01 / HOTTEST < temperature < HOTTEST / 1.01
 
 
 def tempered(log_probs, temperature) -> np.ndarray:
@@ -231,7 +241,7 @@ def card_lines(card, where, names) -> list[str]:
     tempered_line = []
     if card["temperature"] is not None:
         fitted = f"temperature  {card['temperature']:.2f}, fitted on validation"
-        fitted += " (the limit)" * (not 1.01 / HOTTEST < card["temperature"] < HOTTEST / 1.01)
+        fitted += " (the limit)" * at_limit(card["temperature"])
         loss, interval = card["tempered_log_loss"], card["tempered_log_loss_interval"]
         tempered_line = [f"{fitted} -> log loss {loss:.4f} ({span(interval)})"]
     recall = "   ".join(f"{name} {figure(f'recall_{name}')}" for name in names)
@@ -320,15 +330,14 @@ def verdicts(cfg, data, splits, outcomes, part) -> tuple[np.ndarray, Verdicts]:
     """(rows, Verdicts) of a part; with folds every row once, judged by the model that had not seen it."""
     lengths, every = data.response_lengths(), []
     for split, outcome in zip(splits, outcomes, strict=True):
-        rows, train_rows = split[part], split["train"]
+        rows, train_rows = split[part], data.own(split["train"])
         log_probs_of = {name: np.array(log_probs) for name, log_probs in outcome["log_probs"].items()}
         on_val = combine(log_probs_of["val"], cfg.symmetric)
         temperature = fit_temperature(on_val, data.labels[split["val"]])
-        prior = class_shares(data.labels[train_rows], len(NAMES))
         by_length = length_only(lengths, data.labels, train_rows, rows)
         facts = {
             "log_probs": log_probs_of[part],
-            "prior": np.tile(prior, (len(rows), 1)),
+            "prior": np.tile(prior(data, train_rows), (len(rows), 1)),
             "by_length": by_length,
         }
         every.append(facts | {"temperatures": np.full(len(rows), temperature)})
