@@ -281,7 +281,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
 
         mine: positions in rows["train"]. swaps: whether A and B of each are swapped.
         """
-        shown = shown_rows(rows["train"], mine, swaps)
+        shown = pairs.shown_rows(rows["train"], mine, swaps)
         return backward_of_sum(ddp, precision, micro_batches(shown), targets, world)
 
     first_here = fold == run.position.get("fold", 0)  # what follows is said once
@@ -306,9 +306,9 @@ def train(run, cfg, world, data, rows, fold) -> dict:
             report_validation(run, at, val, is_best)
             continue
         core.reseed(cfg.seed, fold, at.step, world.rank)  # in place of core.steps' seed, which knows no fold
-        swaps = swapped(cfg, fold, at.step)
+        swaps = pairs.swapped(cfg, fold, at.step)
         lr = core.lr_at(cfg, at.step, at.schedule_length)  # total_steps, or what fits into max_minutes
-        run.rows_ahead = next_rows(run, cfg, fold, at.step + 1, rows["train"])
+        run.rows_ahead = pairs.next_rows(run, cfg, fold, at.step + 1, rows["train"])
         losses = forward_backward(at.rows, at.targets, swaps[world.rank :: world.size])
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
         if at.spiked(losses, norm) and world.is_main:  # spiked() asks all ranks, so it stands first
@@ -322,24 +322,6 @@ def write_encoder(folder, config, tokenizer):
     """Writes the encoder's config and the tokenizer: with them the model is built again without the Hub."""
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def swapped(cfg, fold, step) -> list[bool]:
-    """Which rows of a global batch have A and B swapped; independent of the number of ranks."""
-    if not cfg.swap_augmentation:
-        return [False] * cfg.batch
-    return (np.random.default_rng([cfg.seed, fold, step]).random(cfg.batch) < 0.5).tolist()
-
-
-def shown_rows(train_rows, positions, swaps=None) -> list[tuple]:
-    """Pairs (row, whether A and B are swapped) of positions in the training rows."""
-    return list(zip(train_rows[positions].tolist(), swaps or [False] * len(positions), strict=True))
-
-
-def next_rows(run, cfg, fold, step, train_rows) -> list[tuple]:
-    """This rank's pairs of step `step`, if a thread is to lay them out meanwhile."""
-    swaps = swapped(cfg, fold, step)[run.world.rank :: run.world.size]
-    return shown_rows(train_rows, run.rows_ahead, swaps) if run.rows_ahead else []
 
 
 def laid_out(data, cfg, shown, device) -> tuple[dict, torch.Tensor, float]:
@@ -560,14 +542,6 @@ def announce(run, cfg, data, rows, model, total_steps):
                 f"they fill no batch of {cfg.batch}")  # fmt: skip
 
 
-def read_outcome(path) -> dict:
-    """What a fold's training returned. UserError if it is missing or damaged."""
-    try:
-        return files.read_sealed(path)
-    except (OSError, ValueError):
-        raise core.UserError(f"{path} is missing or damaged: use a copy of it, or start a new run") from None
-
-
 def cross_validate(run, cfg, world, data) -> tuple[list, list]:
     """Trains all folds (or the only one) and returns (splits, outcomes); a resume reads finished folds."""
     splits = [pairs.split_rows(data, cfg, fold) for fold in range(cfg.folds or 1)]
@@ -575,7 +549,7 @@ def cross_validate(run, cfg, world, data) -> tuple[list, list]:
     for fold, rows in enumerate(splits):
         done = run.folder / "folds" / f"fold_{fold + 1}.json"
         if fold < run.position.get("fold", 0):
-            outcomes.append(core.on_main(world, read_outcome, done))
+            outcomes.append(core.on_main(world, preference.read_outcome, done))
             continue
         outcomes.append(train(run, cfg, world, data, rows, fold))
         core.on_main(world, files.write_sealed, done, outcomes[-1])

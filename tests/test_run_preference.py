@@ -22,6 +22,7 @@ import core
 import run_preference as script
 from core import World
 from lab.data import builtin, columns, pairs
+from lab.measure import preference, submission
 from lab.run import files
 
 BAD_INPUT = {
@@ -133,7 +134,7 @@ def test_a_finished_run_is_rebuilt_from_its_folder_alone(smoke, cache):
     cfg, model, tokenizer = script.load_model(newest(smoke[0] / "out"), World())
     data = core.load_pairs(cfg, World())
     pairs.measure_sequences(data, cfg.inputs, cfg.max_length)
-    split = pairs.split_rows(data, cfg.folds, 0, cfg.split_seed)
+    split = pairs.split_rows(data, cfg)
     log_probs = script.evaluate(model, data, split["test"], cfg, World())
     again = script.measure(log_probs, data, split["test"], split["train"], cfg.symmetric)
     assert again["log_loss"] == pytest.approx(got["test/log_loss"], rel=1e-5)
@@ -310,7 +311,7 @@ def test_swap_augmentation_swaps_half_of_the_rows_and_ranks_agree():
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-9, msg=name)
     cfg = SimpleNamespace(swap_augmentation=True, seed=0, batch=32)
-    drawn = np.array([script.swapped(cfg, 0, step) for step in range(100)])
+    drawn = np.array([pairs.swapped(cfg, 0, step) for step in range(100)])
     assert 0.45 < drawn.mean() < 0.55 and len({tuple(line) for line in drawn.tolist()}) == 100
 
 
@@ -435,14 +436,14 @@ def test_what_a_finished_fold_left_is_believed_only_as_it_was_written():
     path = Path("folds/fold_1.json")
     outcome = {"weights_sha256": "a1", "checkpoint": "best_step_00000002", "log_probs": {"val": [[-1.0]]}}
     files.write_sealed(path, outcome)
-    assert script.read_outcome(path) == outcome
+    assert preference.read_outcome(path) == outcome
     for text in (path.read_text().replace("a1", "b1"), "{", ""):
         path.write_text(text)
         with pytest.raises(core.UserError, match=r"^folds/fold_1.json is missing or damaged: use a copy"):
-            script.read_outcome(path)
+            preference.read_outcome(path)
     path.unlink()
     with pytest.raises(core.UserError, match=r"^folds/fold_1.json is missing"):
-        script.read_outcome(path)
+        preference.read_outcome(path)
 
 
 @pytest.mark.parametrize(
@@ -485,7 +486,7 @@ def test_rows_that_a_run_was_trained_on_are_not_judged_without_a_word():
     for name, source, count in cases:
         said = []
         judged = SimpleNamespace(fingerprint={"data": source, "tokenizer": "t"})
-        script.note_known_rows(name, judged, {"data": "abc", "tokenizer": "t"}, said.append)
+        submission.note_known_rows(name, judged, {"data": "abc", "tokenizer": "t"}, said.append)
         assert len(said) == count and all("train.csv holds the rows" in line for line in said)
 
 

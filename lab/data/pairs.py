@@ -302,6 +302,24 @@ def measure_sequences(data, inputs, max_length):
             data.cut[row, list(lost)] = True
 
 
+def swapped(cfg, fold, step) -> list[bool]:
+    """Which rows of a global batch have A and B swapped; independent of the number of ranks."""
+    if not cfg.swap_augmentation:
+        return [False] * cfg.batch
+    return (np.random.default_rng([cfg.seed, fold, step]).random(cfg.batch) < 0.5).tolist()
+
+
+def shown_rows(train_rows, positions, swaps=None) -> list[tuple]:
+    """Pairs (row, whether A and B are swapped) of positions in the training rows."""
+    return list(zip(train_rows[positions].tolist(), swaps or [False] * len(positions), strict=True))
+
+
+def next_rows(run, cfg, fold, step, train_rows) -> list[tuple]:
+    """This rank's pairs of step `step`, if a thread is to lay them out meanwhile."""
+    swaps = swapped(cfg, fold, step)[run.world.rank :: run.world.size]
+    return shown_rows(train_rows, run.rows_ahead, swaps) if run.rows_ahead else []
+
+
 @waiting("data")
 def collate(data, rows, cfg, device, orders=2, swapped=None) -> dict:
     """What PairScorer.forward takes: sequence 1 of every row, then (but for joint in one order) sequence 2.

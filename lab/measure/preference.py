@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from lab.data.columns import LABELS
+from lab.errors import UserError
 from lab.measure.statistics import (
     bootstrap,
     class_shares,
@@ -18,6 +19,7 @@ from lab.measure.statistics import (
     plus_minus,
     span,
 )
+from lab.run import files
 
 NAMES = list(LABELS)  # A, B, tie: the order of classes everywhere
 BINS = 15  # of confidence, as Guo et al. (2017)
@@ -371,3 +373,11 @@ def predictions(data, rows, v, part, folds):
         line |= {} if folds is None else {"fold": int(folds[i]) + 1}
         line |= {"label": NAMES[data.labels[row]], **dict(zip(NAMES, shares.tolist(), strict=True))}
         yield line | {"as_is": orders[0].tolist(), "swapped_back": orders[1].tolist()}
+
+
+def read_outcome(path) -> dict:
+    """What a fold's training returned. UserError if it is missing or damaged."""
+    try:
+        return files.read_sealed(path)
+    except (OSError, ValueError):
+        raise UserError(f"{path} is missing or damaged: use a copy of it, or start a new run") from None

@@ -15,42 +15,9 @@ import core
 import run_preference as script
 from core import UserError, World
 from lab.data import pairs, tables
-from lab.data.cache import is_clean
 from lab.train import processes
 
 SHARED = PROJECT.parent / "shared" / "data" / "preference" / "pandalm_part1.csv"
-
-
-def test_a_row_is_turns_and_a_class_in_the_order_of_LABELS():
-    assert pairs.parse(row()) == ([["hello there", "general", "who?"], ["", "no", "yes"]], 0)
-    assert pairs.parse(row(winner="winner_model_b"))[1] == 1
-    assert pairs.parse(row(winner="winner_tie"))[1] == 2
-    assert pairs.parse({**row(), "prompt": ["as", "lists"]})[0][0][0] == "as"  # Parquet holds lists
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"prompt": '["half'}, "prompt is no JSON"),
-        ({"response_a": ""}, "response_a is empty"),
-        ({"response_b": "[]"}, "response_b is no list of strings"),
-        ({"response_b": '["x", 3]'}, "response_b is no list of strings"),
-        ({"response_a": '["\\ud83d", "x"]'}, "response_a has odd Unicode"),
-        ({"response_a": '["only one turn"]'}, "differ in their number of turns"),
-        ({"winner_model_a": 0}, "no winner"),
-        ({"winner_tie": 1}, "several winners"),
-        ({"id": None}, "no id"),
-    ],
-)
-def test_unusable_rows_are_told_apart(changes, reason):
-    with pytest.raises(ValueError, match=reason):
-        pairs.parse({**row(), **changes})
-
-
-@pytest.mark.parametrize("odd", [{"id": 3}, ["a"], 7, None])
-def test_a_row_of_another_shape_is_unusable_not_a_crash(odd):
-    with pytest.raises(ValueError):
-        pairs.parse(odd)
 
 
 def test_bad_rows_are_counted_and_named_and_many_are_an_error():
@@ -174,45 +141,10 @@ def test_real_rows_split_by_prompt(cache):
     cfg = script.Config(data=str(SHARED), model="tiny:bert")
     data = core.load_pairs(cfg, World())
     assert len(data.labels) == 499 and np.bincount(data.labels).tolist() == [211, 223, 65]
-    split = pairs.split_rows(data, cfg.folds, 0, cfg.split_seed)
+    split = pairs.split_rows(data, cfg)
     assert sum(map(len, split.values())) == 499
     prompts = [set(data.groups[rows]) for rows in split.values()]
     assert len(set.union(*prompts)) == sum(map(len, prompts)) == 82
-
-
-ODD = {  # cells of rows that must be judged all the same -> what is read
-    "an empty cell": ({"response_a": ""}, [["hello there", "", "who?"], ["", "", "yes"]]),
-    "no JSON": ({"prompt": "plain [text"}, [["plain [text", "general", "who?"], ["", "no", "yes"]]),
-    "one turn less": ({"response_b": '["x"]'}, [["hello there", "general", "x"], ["", "no", ""]]),
-    "nothing": ({"prompt": None}, [["", "general", "who?"], ["", "no", "yes"]]),
-    "half a character": ({"response_a": '["\\ud83d", "x"]'}, None),
-}
-
-
-@pytest.mark.parametrize("case", ODD)
-def test_a_row_to_be_judged_is_never_dropped(case):
-    changes, wanted = ODD[case]
-    texts, odd = pairs.parse_anyway({**row(), **changes})
-    assert odd and (wanted is None or texts == wanted)
-    assert all(is_clean(text) for turn in texts for text in turn)
-    assert pairs.parse_anyway(row()) == (pairs.parse(row())[0], None)
-
-
-def test_an_id_that_cannot_be_written_is_refused_where_it_is_read():
-    row = {"id": "a\ud800", "prompt": '["p"]', "response_a": '["a"]', "response_b": '["b"]'}
-    with pytest.raises(UserError, match=r"t\.json: row 1 has an id with odd Unicode"):
-        pairs.rows_to_judge([row], "t.json")
-    with pytest.raises(ValueError, match="id has odd Unicode"):
-        pairs.parse(row | {"winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0})
-
-
-def test_a_deep_cell_is_a_bad_row():
-    deep = {"id": "1", "prompt": "[" * 100_000, "response_a": '["a"]', "response_b": '["b"]'}
-    with pytest.raises(ValueError, match="prompt is no JSON"):
-        pairs.parse(deep)
-    assert pairs.rows_to_judge([deep], "t.json")[1] == [
-        '1 row(s) are judged as plain text: prompt is no JSON (a text is written ["text"])'
-    ]
 
 
 @pytest.mark.parametrize("load", [core.load_pairs, core.load_instructions])
@@ -226,5 +158,5 @@ def test_rank_0_alone_looks_for_the_file_and_its_word_counts_on_all_ranks(load, 
 
     everywhere(monkeypatch.setattr, processes, "on_main", on_main)
     with pytest.raises(UserError, match="not here"):
-        load(SimpleNamespace(data="rows.csv", model="tiny:"), World())
+        load(SimpleNamespace(data="rows.csv", model="tiny:", extra_data=()), World())
     assert asked == [(tables.hub_split, "rows.csv")]
