@@ -42,7 +42,7 @@ def usable_rows(rows, name, needs_winner=True) -> tuple[list, list[str]]:
         except ValueError as error:
             bad.add(number, error)
     lines = [f"left out {len(where)} row(s), {why}: {first_few(where)}" for why, where in empty.items()]
-    return usable, [f"{name}: rows are {LAYOUTS[layout]}", *lines, *bad.report(len(rows), name)]
+    return usable, [f"rows are {LAYOUTS[layout]}", *lines, *bad.report(len(rows), name)]
 
 
 def layout_of(rows, name) -> tuple:

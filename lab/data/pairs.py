@@ -153,8 +153,10 @@ def write_pairs(folder, cfg, tokenizer) -> dict:
     for number, (name, _) in enumerate(weighted_sets(cfg)):
         rows = python_pairs() if name == "python-pairs" else read_rows(name, cfg.max_documents)
         usable, said = usable_rows(rows[: cfg.max_documents], name, needs_winner=number == 0)
-        every, lines, sets = every + usable, lines + said, sets + [number] * len(usable)
-    columns = write_usable(folder, every, lines, tokenizer)
+        whose = f"{name}  " if cfg.extra_data else ""
+        lines += [whose + line for line in said + peculiarities(usable)]
+        every, sets = every + usable, sets + [number] * len(usable)
+    columns = write_usable(folder, every, tokenizer) | {"lines": lines}
     if any(soft for *_, soft in every):
         columns["soft"] = [soft or [None] * len(LABELS) for *_, soft in every]
     return columns | ({"sets": sets} if cfg.extra_data else {})
@@ -165,10 +167,10 @@ def write_unlabelled(folder, name, tokenizer) -> dict:
     rows = read_rows(name, prefer="test")
     require_columns(rows, ("id", *TEXTS), name)
     usable, lines = rows_to_judge(rows, name)
-    return write_usable(folder, usable, lines, tokenizer)
+    return write_usable(folder, usable, tokenizer) | {"lines": lines + peculiarities(usable)}
 
 
-def write_usable(folder, usable, lines, tokenizer) -> dict:
+def write_usable(folder, usable, tokenizer) -> dict:
     """Rows of pair_layouts -> token ids and tokenizer in `folder`; gives the columns to keep."""
     texts = [text for _, row_turns, *_ in usable for turn in row_turns for text in turn]
     tokenizer = tokenizer or encoder_tokenizer("tiny:", texts)
@@ -180,7 +182,6 @@ def write_usable(folder, usable, lines, tokenizer) -> dict:
         "groups": [prompt_hash(row_turns) for _, row_turns, *_ in usable],
         "labels": [label for _, _, label, _ in usable],
         "pieces": [3 * len(row_turns) for _, row_turns, *_ in usable],
-        "lines": lines + peculiarities(usable),
     }
 
 

@@ -116,11 +116,6 @@ def fit_temperature(log_probs, labels) -> float:
     return 1 / beta
 
 
-def at_limit(temperature) -> bool:
-    """Whether the rows do not say what the temperature should be: all are right, or none tells anything."""
-    return not 1.01 / HOTTEST < temperature < HOTTEST / 1.01
-
-
 def tempered(log_probs, temperature) -> np.ndarray:
     return F.log_softmax(torch.from_numpy(log_probs / temperature), dim=-1).numpy()
 
@@ -243,7 +238,7 @@ def card_lines(card, where, names) -> list[str]:
     tempered_line = []
     if card["temperature"] is not None:
         fitted = f"temperature  {card['temperature']:.2f}, fitted on validation"
-        fitted += " (the limit)" * at_limit(card["temperature"])
+        fitted += " (the limit)" * (not 1.01 / HOTTEST < card["temperature"] < HOTTEST / 1.01)
         loss, interval = card["tempered_log_loss"], card["tempered_log_loss_interval"]
         tempered_line = [f"{fitted} -> log loss {loss:.4f} ({span(interval)})"]
     recall = "   ".join(f"{name} {figure(f'recall_{name}')}" for name in names)

@@ -8,7 +8,7 @@ import numpy as np
 
 from lab.data.columns import LABELS
 from lab.data.soft_labels import read_predictions
-from lab.measure.preference import at_limit, combine, fit_temperature, tempered
+from lab.measure.preference import HOTTEST, combine, fit_temperature, tempered
 from lab.run.files import whole_file
 from lab.run.stored import newest_run, out_folder
 
@@ -29,7 +29,7 @@ def place_of(folders, cfg, script) -> str:
 
 def validated(folder, cfg) -> tuple[list[float], str]:
     """(temperature of each fold's model, a line with the validation log loss) of a run, from its
-    predictions.jsonl. A temperature is 1 without cfg.calibrate, and where the rows do not determine it."""
+    predictions.jsonl. A temperature is 1 without cfg.calibrate, and where all rows are right at any."""
     names, temperatures, losses = list(LABELS), [], []
     lines = [line for line in read_predictions(Path(folder) / "predictions.jsonl") if line["split"] == "val"]
     for fold in sorted({line.get("fold", 1) for line in lines}):
@@ -38,7 +38,7 @@ def validated(folder, cfg) -> tuple[list[float], str]:
         log_probs = combine(np.log(np.maximum(orders, 1e-300)), cfg.symmetric)
         labels = np.array([names.index(line["label"]) for line in some])
         fitted = fit_temperature(log_probs, labels) if cfg.calibrate else 1.0
-        temperatures.append(1.0 if at_limit(fitted) else fitted)
+        temperatures.append(fitted if fitted > 1.01 / HOTTEST else 1.0)
         guesses = log_probs, tempered(log_probs, temperatures[-1])
         losses.append(np.array([-guess[np.arange(len(some)), labels] for guess in guesses]))
     before, after = np.concatenate(losses, axis=1).mean(1)

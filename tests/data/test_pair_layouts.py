@@ -101,7 +101,7 @@ def test_conversations_are_turns_with_a_winner_in_words(word, label):
     line = {"question_id": "q1", "winner": word, "conversation_a": system + a}
     (found,), lines = usable(line | {"conversation_b": json.dumps(system + b)})  # of a CSV
     assert found == ("q1", [["be short\n\nhi", "yes", "no"], ["why?", "so", "thus"]], label, None)
-    assert lines == ["t.jsonl: rows are conversations A and B"]
+    assert lines == ["rows are conversations A and B"]
 
 
 @pytest.mark.parametrize(
