@@ -41,10 +41,10 @@ def test_each_folds_temperature_is_that_of_its_own_validation_rows():
     finals = [(preference.combine(log_probs, True), labels) for log_probs, labels in known.values()]
     assert temperatures == pytest.approx([preference.fit_temperature(*final) for final in finals])
     assert len(set(temperatures)) == 3
-    losses = [
-        np.mean([-preference.tempered(p, t)[np.arange(60), y].mean() for (p, y), t in zip(finals, used, strict=True)])
-        for used in ([1.0] * 3, temperatures)
-    ]  # fmt: skip
+    losses = []
+    for used in ([1.0] * 3, temperatures):
+        tempered = [preference.tempered(p, t) for (p, _), t in zip(finals, used, strict=True)]
+        losses.append(np.mean([-p[np.arange(60), y] for p, (_, y) in zip(tempered, finals, strict=True)]))
     assert line.startswith(f"run  validation log loss {losses[0]:.4f}, at temperature ")
     assert line.endswith(f" {losses[1]:.4f}") and losses[1] < losses[0]
     assert submission.validated("run", SimpleNamespace(symmetric=True, calibrate=False))[0] == [1.0] * 3
