@@ -14,7 +14,7 @@ from lab.errors import UserError
 from lab.models import encoders
 from lab.models.gpt import GPT, GPTConfig
 from lab.models.gpt_formats import READ, with_weights
-from lab.models.lora import Adapters, LoRALinear, add_lora, narrow_base
+from lab.models.lora import Adapters, LoRALinear, adapted, add_lora, narrow_base
 from lab.models.pretrained import TINY_KINDS, open_model, tiny_gpt
 from lab.models.trusted import config_of
 from lab.run.checkpoints import state_sha256
@@ -122,6 +122,15 @@ def add_adapters(backbone, rank, alpha, dropout) -> list[str]:
         adapter.initialise("fan_in")
         backbone.set_submodule(name, adapter)
     return [*layers]
+
+
+def adapter_line(cfg, model) -> str | None:
+    """On how many layers adapters are, and how large a step of B A is. None without adapters."""
+    if cfg.method != "lora":
+        return None
+    multiplier = cfg.lora_alpha / cfg.lora_rank
+    layers = f"adapters of rank {cfg.lora_rank} on {len(adapted(model))} layers"
+    return f"{layers}  multiplier {multiplier:g}  multiplier x lr {multiplier * cfg.lr:.2g}"
 
 
 def prepare(cfg, backbone) -> list[nn.Module]:

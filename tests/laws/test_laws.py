@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import core
+from lab.data import builtin, columns
 
 SHORT = {  # some 24 steps with several saves and evaluations, and a short last slice on 2 and 3 ranks
     "run_preference": [
@@ -247,9 +248,13 @@ def test_a_signal_while_a_frozen_encoder_runs_or_folds_are_judged_is_agreed_on(p
     ],
 )
 def test_a_frozen_encoder_and_folds_do_not_depend_on_ranks_or_accumulation(part, ways):
-    """Laws 1 and 2 in fp64, to 1e-9; each row is out of fold once."""
+    """Laws 1 and 2 in fp64, to 1e-9; each row is out of fold once. With rows of another set, some of them
+    with probabilities, each weighing a third."""
+    more = [line | dict.fromkeys(columns.SOFT, 1 / 3) for line in builtin.python_pairs(15, seed=3)]
+    Path("more.json").write_text(json.dumps([*more, *builtin.python_pairs(15, seed=4)]))
     flags = [*PARTLY[part], *EXACT["run_preference"], "--dtype", "fp64"]
-    flags += ["--lora_dropout", 0] if part != "frozen" else []
+    flags += ["--lora_dropout", 0] if part != "frozen" else ["--extra_data", "0.3*more.json"]
+    flags += ["--label_smoothing", 0.1, "--head", "compare"] if part == "frozen" else []
     reference = None
     for size, micro_batch in ways:
         got = run("run_preference", *flags, "--micro_batch", micro_batch, size=size)
