@@ -80,12 +80,16 @@ def test_a_frozen_run_of_before_still_opens():
 
 
 @pytest.mark.slow
-def test_adapters_on_a_decoder_learn_which_answer_is_right():
-    """As full tuning does in the smoke run."""
-    given = ["--smoke", "--model", "tiny:llama", "--method", "lora", "--lr", "5e-3", "--out", "out"]
-    cfg = core.parse_config(script.Config, script.PRESETS, script.SMOKE, script.__doc__, given)
-    got = script.main(cfg, World())
-    assert got["test/accuracy_interval"][0] >= 0.6 and got["test/alarm"] is None
+@pytest.mark.parametrize(
+    ("preset", "model", "adapts"),
+    [("strong", "tiny:deberta-v2", False), ("strong_decoder", "tiny:llama", True)],
+)
+def test_strong_presets_shrink_to_their_families(preset, model, adapts):
+    got, folder = go("--preset", preset, "--max_steps", 2)
+    assert core.read_config(folder)["constants"]["model"] == model and np.isfinite(got["test/log_loss"])
+    names = load_file(folder / "checkpoints" / got["test_checkpoints"][0] / "model.safetensors")
+    trained = {name.rpartition(".")[2] for name in names if not name.startswith("head.")}
+    assert trained == {"A", "B"} if adapts else "weight" in trained
 
 
 @pytest.mark.parametrize(("flags", "said"), [

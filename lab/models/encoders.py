@@ -168,8 +168,9 @@ def embeddings_and_blocks(encoder) -> tuple[list[nn.Module], nn.ModuleList]:
         return [module for name, module in encoder.named_children() if name in ("wte", "wpe")], encoder.h
     blocks = next(module for module in encoder.modules() if isinstance(module, nn.ModuleList))
     inside = set(blocks.modules())
-    embeddings = [m for name, m in encoder.named_modules() if "embed" in name and m not in inside]
-    return embeddings, blocks
+    named = [(name, m) for name, m in encoder.named_modules() if m not in inside]
+    # the norm is DeBERTa-v2's and -v3's, of relative positions
+    return [m for name, m in named if "embed" in name or name == "encoder.LayerNorm"], blocks
 
 
 def freeze(encoder, which) -> list[nn.Module]:

@@ -78,7 +78,7 @@ FREEZABLE = [(family, which) for family in encoders.TINY_FAMILIES for which in (
 def test_frozen_parts_stay_in_eval_mode_and_all_others_learn(family, which):
     model = scorer(family, which)
     blocks = r"\.layer\.\d|albert_layer_groups"
-    pattern = {"all": "", "blocks": blocks, "bottom": r"\.layer\.0|embed"}[which]
+    pattern = {"all": "", "blocks": blocks, "bottom": r"\.layer\.0|embed|^encoder.LayerNorm"}[which]
     names = {name for name, _ in model.encoder.named_parameters() if re.search(pattern, name)}
     ids = {id(p) for name, p in model.encoder.named_parameters() if name in names}
     frozen = [
