@@ -268,7 +268,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     total_steps = core.count_steps(cfg, batches)
     if fold == run.position.get("fold", 0):
         announce(run, cfg, data, rows, model, total_steps)
-    saved, objective = (model, optimizer, precision), bool(cfg.label_smoothing or data.soft is not None)
+    saved = model, optimizer, precision
     compiled = [model.encoder] if cfg.compile else ()
     ddp = core.wrap_ddp(model, world, compiled, shard=cfg.shard, optimizer=optimizer)
     run.load(*saved, fold=fold)
@@ -313,6 +313,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
         if at.spiked(losses, norm) and world.is_main:  # spiked() asks all ranks, so it stands first
             at.note_spike(model, spike_facts(data, rows["train"][at.batch], swaps, cfg, lr))
+        objective = soft_labels.are_learnt(data, cfg)  # the loss is more than cross-entropy to the winners
         at.update(optimizer, precision, lr, objective=objective)  # clips, updates, zeroes the gradients, logs
 
     return predict(run, cfg, world, data, rows, model, run.step)
