@@ -263,8 +263,8 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     head_scale = cfg.head_lr / cfg.lr if own_rate else 1.0
     scales = encoders.lr_scales(model, cfg.layer_decay, head_scale)
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay, scales=scales)
-    lengths, weights = data.lengths[rows["train"]].sum(1), data.weights_of(rows["train"])
-    batches = core.ShardedBatches(lengths, cfg.batch, world, seed=cfg.seed)
+    weights = data.weights_of(rows["train"])
+    batches = core.ShardedBatches(data.lengths[rows["train"]].sum(1), cfg.batch, world, seed=cfg.seed)
     total_steps = core.count_steps(cfg, batches)
     if fold == run.position.get("fold", 0):
         announce(run, cfg, data, rows, model, total_steps)
@@ -313,8 +313,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
         if at.spiked(losses, norm) and world.is_main:  # spiked() asks all ranks, so it stands first
             at.note_spike(model, spike_facts(data, rows["train"][at.batch], swaps, cfg, lr))
-        objective = soft_labels.are_learnt(data, cfg)  # the loss is more than cross-entropy to the winners
-        at.update(optimizer, precision, lr, objective=objective)  # clips, updates, zeroes the gradients, logs
+        at.update(optimizer, precision, lr, objective=soft_labels.are_learnt(data, cfg))  # clips, logs, too
 
     return predict(run, cfg, world, data, rows, model, run.step)
 
