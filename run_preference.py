@@ -492,11 +492,11 @@ def rows_to_judge(cfg, tokenizer, world):
 def submit(cfg, world, folders, tested=core.tested_checkpoints, poll=lambda: None, say=print):
     """Writes submission.csv in Kaggle's format: every row of cfg.test_csv, judged by each of the runs in
     `folders` (by all its folds); the mean of their probabilities."""
+    tested_of = {folder: core.on_main(world, tested, folder) for folder in map(Path, folders)}
     path, probs = core.on_main(world, submission.place_of, folders, cfg, __file__), 0.0
     typed = cfg.typed.flags & {"eval_batch", "dtype", "encode_once", "calibrate"}
     changes = {"test_csv": cfg.test_csv} | {name: getattr(cfg, name) for name in typed}
-    for folder in map(Path, folders):
-        checkpoints = core.on_main(world, tested, folder)
+    for folder, checkpoints in tested_of.items():
         stored, model, tokenizer = rebuild(folder, world, **changes)  # all else is as the run has it
         temperatures, line = core.on_main(world, submission.validated, folder, stored)
         say(line)
@@ -505,11 +505,11 @@ def submit(cfg, world, folders, tested=core.tested_checkpoints, poll=lambda: Non
         if cfg.mode == "submit":  # a run that trains has said it at its start
             submission.note_known_rows(cfg.test_csv, data, trained_on, say)
         log_probs = mean_of_folds(folder, checkpoints, stored, model, data, world, poll, say, temperatures)
-        probs = probs + np.exp(preference.combine(log_probs, stored.symmetric)) / len(folders)
+        probs = probs + np.exp(preference.combine(log_probs, stored.symmetric)) / len(tested_of)
         for line in [*data.lines, data.cut_line()]:
             say(line)
     core.on_main(world, submission.write_submission, Path(path), data.ids, probs)
-    say(f"written: {path}, {len(data.labels)} rows, the mean of {len(folders)} run(s)")
+    say(f"written: {path}, {len(data.labels)} rows, the mean of {len(tested_of)} run(s)")
 
 
 # ------------------------------------------------------------------------------------------------------- main
