@@ -269,13 +269,12 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     head_scale = cfg.head_lr / cfg.lr if own_rate else 1.0
     scales = encoders.lr_scales(model, cfg.layer_decay, head_scale)
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay, scales=scales)
-    lengths, weights = data.lengths[rows["train"]].sum(1), data.weights_of(rows["train"])
-    batches = core.ShardedBatches(lengths, cfg.batch, world, seed=cfg.seed)
+    weights = data.weights_of(rows["train"])
+    batches = core.ShardedBatches(data.lengths[rows["train"]].sum(1), cfg.batch, world, seed=cfg.seed)
     total_steps = core.count_steps(cfg, batches)
     if fold == run.position.get("fold", 0):
         announce(run, cfg, data, rows, model, total_steps)
     saved = core.saved_part(model), optimizer, precision  # all of it, or what is trained
-    objective = bool(cfg.label_smoothing or data.soft is not None)
     compiled = backbones.compiled_parts(model.encoder) if cfg.compile else ()
     ddp = core.wrap_ddp(model, world, compiled, shard=cfg.shard, optimizer=optimizer)
     run.load(*saved, fold=fold)
@@ -320,7 +319,7 @@ def train(run, cfg, world, data, rows, fold) -> dict:
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
         if at.spiked(losses, norm) and world.is_main:  # spiked() asks all ranks, so it stands first
             at.note_spike(model, spike_facts(data, rows["train"][at.batch], swaps, cfg, lr))
-        at.update(optimizer, precision, lr, objective=objective)  # clips, updates, zeroes the gradients, logs
+        at.update(optimizer, precision, lr, objective=soft_labels.are_learnt(data, cfg))  # clips, logs, too
 
     return predict(run, cfg, world, data, rows, model, run.step)
 
@@ -493,11 +492,11 @@ def rows_to_judge(cfg, tokenizer, world):
 def submit(cfg, world, folders, tested=core.tested_checkpoints, poll=lambda: None, say=print):
     """Writes submission.csv in Kaggle's format: every row of cfg.test_csv, judged by each of the runs in
     `folders` (by all its folds); the mean of their probabilities."""
+    tested_of = {folder: core.on_main(world, tested, folder) for folder in map(Path, folders)}
     path, probs = core.on_main(world, submission.place_of, folders, cfg, __file__), 0.0
     typed = cfg.typed.flags & {"eval_batch", "dtype", "encode_once", "calibrate"}
     changes = {"test_csv": cfg.test_csv} | {name: getattr(cfg, name) for name in typed}
-    for folder in map(Path, folders):
-        checkpoints = core.on_main(world, tested, folder)
+    for folder, checkpoints in tested_of.items():
         stored, model, tokenizer = rebuild(folder, world, **changes)  # all else is as the run has it
         temperatures, line = core.on_main(world, submission.validated, folder, stored)
         say(line)
@@ -506,11 +505,11 @@ def submit(cfg, world, folders, tested=core.tested_checkpoints, poll=lambda: Non
         if cfg.mode == "submit":  # a run that trains has said it at its start
             submission.note_known_rows(cfg.test_csv, data, trained_on, say)
         log_probs = mean_of_folds(folder, checkpoints, stored, model, data, world, poll, say, temperatures)
-        probs = probs + np.exp(preference.combine(log_probs, stored.symmetric)) / len(folders)
+        probs = probs + np.exp(preference.combine(log_probs, stored.symmetric)) / len(tested_of)
         for line in [*data.lines, data.cut_line()]:
             say(line)
     core.on_main(world, submission.write_submission, Path(path), data.ids, probs)
-    say(f"written: {path}, {len(data.labels)} rows, the mean of {len(folders)} run(s)")
+    say(f"written: {path}, {len(data.labels)} rows, the mean of {len(tested_of)} run(s)")
 
 
 # ------------------------------------------------------------------------------------------------------- main

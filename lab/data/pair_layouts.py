@@ -119,7 +119,7 @@ def probabilities(row) -> list[float] | None:
         return None
     try:
         values = [float(cell) for cell in cells]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{', '.join(SOFT)} are no three numbers") from None
     if not all(0 <= value <= 1 for value in values) or not abs(sum(values) - 1) < 0.01:
         raise ValueError(f"{', '.join(SOFT)} are no probabilities with a sum of 1")

@@ -100,12 +100,17 @@ def soft_line(data, rows, cfg) -> str | None:
     return f"soft labels  {known} training rows, KL counts {cfg.soft_share:g}; {rest} have their winner alone"
 
 
+def are_learnt(data, cfg) -> bool:
+    """Whether training looks at more than the winners."""
+    return data.soft is not None or cfg.label_smoothing > 0
+
+
 def row_targets(data, cfg, shown) -> tuple[torch.Tensor, float]:
     """Of pairs (row, whether A and B are swapped): class numbers (B,), or probabilities times the row's
     weight (B, 3). And the soft labels' entropy, by which cross-entropy exceeds their KL divergence."""
     rows, swaps = zip(*shown, strict=True)
     labels = data.labels[list(rows)]
-    if data.weights is None and data.soft is None and not cfg.label_smoothing:
+    if data.weights is None and not are_learnt(data, cfg):
         return torch.tensor([SWAP[y] if swap else int(y) for y, swap in zip(labels, swaps, strict=True)]), 0.0
     classes, entropy = len(LABELS), 0.0
     probs = (1 - cfg.label_smoothing) * np.eye(classes)[labels] + cfg.label_smoothing / classes

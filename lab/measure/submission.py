@@ -22,7 +22,8 @@ def place_of(folders, cfg, script) -> str:
     """submission.csv of a run in its folder, of several where runs are kept. An older one is removed, so that
     it is not taken for the result if this call fails."""
     path = (Path(folders[0]) if len(folders) == 1 else out_folder(cfg, script)) / "submission.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if len(folders) > 1:
+        path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     return str(path)
 

@@ -1,5 +1,6 @@
 """How rows of preferences are read: Arena's columns, conversations, chosen and rejected answers."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -197,6 +198,30 @@ def test_probabilities_stand_beside_a_winner_or_instead_of_one():
 def test_odd_probabilities_are_named(cell, reason):
     with pytest.raises(UserError, match=reason):
         usable(row() | SOFT | {"prob_a": cell})
+
+
+ODD_CELLS = [3, True, 1e400, 10**400, [], {}, [[]], [{}], ["x"], {"role": 1}, "", "[{", "[{}]", "[3]", None]
+ODD_CELLS += ["[" * 9000, "\ud800", [{"role": "user", "content": [3]}], [{"role": "assistant", "content": 7}]]
+
+
+@pytest.mark.parametrize("kind", ["Arena", "conversations", "chosen"])
+def test_whatever_a_cell_holds_the_row_is_read_or_named(kind):
+    two = {
+        "conversation_a": say("p", "x"),
+        "conversation_b": say("p", "y"),
+        "winner": "tie",
+        "question_id": 1,
+    }
+    chosen = {"prompt": "p", "instruction": "i", "input": "", "chosen": "x", "rejected": "y", "id": 1}
+    good = {"Arena": row() | SOFT, "conversations": two | SOFT, "chosen": chosen}[kind]
+    named = 0
+    for column, cell in itertools.product(good, ODD_CELLS):
+        try:
+            found, _ = usable(good | {column: cell}, needs_winner=False)
+            json.dumps(found, ensure_ascii=False).encode()  # as the cache writes it
+        except UserError as error:
+            named += "rows are unusable" in str(error)
+    assert named > 20
 
 
 def test_layouts_are_known_by_their_columns():
