@@ -3,7 +3,6 @@
 alpaca and journal are written here; chat is the template that a tokenizer brings.
 """
 
-import datetime
 import re
 
 from lab.data.cache import is_clean
@@ -17,7 +16,8 @@ PREAMBLE = "Below is an instruction that describes a task"
 ASK = "Write a response that appropriately completes the request."
 COLUMNS = {"messages": ("role", "content"), "conversations": ("from", "value")}  # the latter: ShareGPT's
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
-DAY = datetime.date(2024, 7, 26)  # what templates that write today's date are told: rows must stay the same
+# some templates write today's date: rows must be the same tomorrow, so that they are told this one
+ONE_DAY = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"
 QUESTION, ANSWER = "What is six times seven?", "Forty-two"
 PROBE = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
 
@@ -112,7 +112,7 @@ class Chat:
     def __init__(self, tokenizer):
         self.tokenizer, self.begin = tokenizer, begin_ids(tokenizer)
         try:
-            self.template = tokenizer.get_chat_template()
+            self.template = ONE_DAY + tokenizer.get_chat_template()
             before, whole = self.render(PROBE[:1], asks=True), self.render(PROBE)
         except ValueError as error:
             why = f" ({error})" if tokenizer.chat_template else ", the model's tokenizer brings none"
@@ -134,7 +134,7 @@ class Chat:
         template refuses it, as some do a system turn."""
         import jinja2
 
-        how = {"tokenize": False, "add_generation_prompt": asks, "strftime_now": DAY.strftime}
+        how = {"chat_template": self.template, "tokenize": False, "add_generation_prompt": asks}
         try:
             return self.tokenizer.apply_chat_template(messages, **how)
         except (jinja2.TemplateError, TypeError) as error:
