@@ -49,7 +49,19 @@ DIVERSE = [
     *("--held_out_tokens", 1500, "--n_embd", 32, "--block_size", 32, "--eval_rows", 20, "--eval_batch", 24),
 ]
 SHORT["run_pretrain_diversity"] = [
-    *(*DIVERSE, "--batch", 7, "--max_steps", 24, "--dropout", 0.1),
+    *(
+        *DIVERSE,
+        "--batch",
+        7,
+        "--max_steps",
+        24,
+        "--dropout",
+        0.1,
+        "--optimizer",
+        "muon",
+        "--schedule",
+        "wsd",
+    ),
     *("--eval_every", 8, "--save_every", 5, "--log_every", 4),
 ]
 MATHQA = [
@@ -63,7 +75,7 @@ SHORT["run_mathqa"] = [
 ]
 SHORT |= {
     "run_instruct": [*TUNE, "--skip_spikes", "--shard", "optimizer"],
-    "run_lora": [*TUNE, "--lora_dropout", 0.1],
+    "run_lora": [*TUNE, "--lora_dropout", 0.1, "--model", "tiny:llama"],  # keys and values that heads share
 }
 FROZEN = [  # run_preference with its encoder run once into the cache, and folds of 12 steps each
     *("--smoke", "--max_documents", 120, "--batch", 6, "--epochs", 2, "--folds", 3, "--freeze", "all"),
