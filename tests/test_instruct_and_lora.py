@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import ranks
 import torch
 from ranks import everywhere
+from toys.chat import chat_tokenizer, turns
 from toys.sft import (
     BARE,
     QUIET,
@@ -43,6 +45,31 @@ from lab.data.cache import BadRows
 from lab.data.text import split_pieces
 from lab.measure import tuning
 from lab.measure.answers import PROMPTS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "argv"), [("run_instruct", []), ("run_lora", ["--pack", "--batch", 6])])
+def test_conversations_are_learnt_to_their_end_token_and_measured_again(name, argv, capsys):
+    tokenizer = chat_tokenizer("chatml")
+    base = small_gpt(vocab_size=len(tokenizer), block_size=128, n_embd=32)
+    core.save_pretrained(base, tokenizer, "base")
+    words = ["cat", "dog", "bird", "tree", "mat"]
+    rows = [
+        turns(f"Say {words[i % 5]} {i}.", words[i % 5], "More?", f"The {words[i % 5]}") for i in range(240)
+    ]
+    argv = ["--model", "base", "--data", write_rows([{"messages": row} for row in rows]), *argv]
+    argv += ["--template", "chat", "--epochs", 8, "--plain_blocks", 0, "--max_new_tokens", 9]
+    result, folder = go(name, *argv, *(["--lora_rank", 16, "--lr", 0.02] if name == "run_lora" else []))
+    log, answers = ((folder / each).read_text() for each in ("log.txt", "responses.json"))
+    assert "  counted: The " in log and log.count("  counted: ") == 2
+    said = [row["model_response"] for row in json.loads(answers)]  # the end token comes in time
+    assert len(said) == 24 and all(re.fullmatch(r"The \w+", text) for text in said), said
+    figures, _ = SCRIPTS[name].remeasure(folder, World())
+    assert figures["test/loss"] == pytest.approx(result["test/loss"], rel=1e-6)
+    SCRIPTS[name].main(
+        config(name, "--mode", "ask", "--run_folder", folder, "--prompt", "Say cat 7."), World()
+    )
+    assert capsys.readouterr().out.split()[-1] in words
 
 
 def batches_of(monkeypatch, *argv) -> core.ShardedBatches:

@@ -15,7 +15,7 @@ from lab.compare import prompts
 from lab.data import instructions, templates
 from lab.data.templates import Chat
 from lab.data.tokenizers import named_tokenizer
-from lab.measure import answers, tuning
+from lab.measure import answers, other_data, tuning
 
 ONE, TWO = turns("The cat?", "sat on the mat."), turns("A bird?", "sang.", "Where?", "in the tree, é 日.")
 THREE = turns("a", "b", "c", "", "e", "f\n\ng")
@@ -222,6 +222,7 @@ def test_rows_of_messages_are_asked_as_they_were_learnt():
     tokenizer = chat_tokenizer("chatml")
     rows = [{"messages": TWO, "id": 7}, {"messages": turns("x")}, {"instruction": "i", "input": "j"}]
     asked, texts = prompts.read_prompts(write_rows(rows), None, "chat")
+    assert other_data.kind_of(write_rows(rows[:1], "turns.json"), "text") == "rows"
     data = load([{"messages": TWO}], tokenizer)
     assert prompts.as_ids(tokenizer, texts, "d")[0] == data.prompt(0)
     assert prompts.as_ids(tokenizer, texts, "d")[2] == templates.question_ids(tokenizer, "i", "j", "chat")
