@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import os
-import re
 import signal
 from pathlib import Path
 
@@ -48,28 +47,24 @@ from lab.measure.answers import PROMPTS
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "argv"), [("run_instruct", []), ("run_lora", ["--pack", "--batch", 6])])
-def test_conversations_are_learnt_to_their_end_token_and_measured_again(name, argv, capsys):
+def test_conversations_are_learnt_to_their_end_token_and_measured_again(capsys):
     tokenizer = chat_tokenizer("chatml")
-    base = small_gpt(vocab_size=len(tokenizer), block_size=128, n_embd=32)
-    core.save_pretrained(base, tokenizer, "base")
-    words = ["cat", "dog", "bird", "tree", "mat"]
-    rows = [
-        turns(f"Say {words[i % 5]} {i}.", words[i % 5], "More?", f"The {words[i % 5]}") for i in range(240)
-    ]
-    argv = ["--model", "base", "--data", write_rows([{"messages": row} for row in rows]), *argv]
-    argv += ["--template", "chat", "--epochs", 8, "--plain_blocks", 0, "--max_new_tokens", 9]
-    result, folder = go(name, *argv, *(["--lora_rank", 16, "--lr", 0.02] if name == "run_lora" else []))
+    core.reseed(0, "init")
+    shape = core.GPTConfig(len(tokenizer), block_size=128, n_layer=2, n_head=4, n_embd=64)
+    core.save_pretrained(core.GPT(shape), tokenizer, "base")
+    rows = [{"messages": turns(f"Say {i}.", "sat", "More?", "The mat.")} for i in range(100)]
+    argv = ["--model", "base", "--data", write_rows(rows), "--template", "chat", "--epochs", 7, "--batch", 10]
+    argv += ["--plain_blocks", 0, "--max_new_tokens", 9, "--sample_tokens", 9]
+    result, folder = go("run_instruct", *argv)
     log, answers = ((folder / each).read_text() for each in ("log.txt", "responses.json"))
-    assert "  counted: The " in log and log.count("  counted: ") == 2
+    assert "  counted: sat<|im_end|>\n" in log and "  counted: The mat.<|im_end|>\n" in log
     said = [row["model_response"] for row in json.loads(answers)]  # the end token comes in time
-    assert len(said) == 24 and all(re.fullmatch(r"The \w+", text) for text in said), said
-    figures, _ = SCRIPTS[name].remeasure(folder, World())
+    assert len(said) == 10 and {*said} == {"The mat."}
+    figures, _ = run_instruct.remeasure(folder, World())
     assert figures["test/loss"] == pytest.approx(result["test/loss"], rel=1e-6)
-    SCRIPTS[name].main(
-        config(name, "--mode", "ask", "--run_folder", folder, "--prompt", "Say cat 7."), World()
-    )
-    assert capsys.readouterr().out.split()[-1] in words
+    asked = config("run_instruct", "--mode", "ask", "--run_folder", folder, "--prompt", "Say 7.")
+    run_instruct.main(asked, World())
+    assert capsys.readouterr().out.splitlines()[-1] == "sat"
 
 
 def batches_of(monkeypatch, *argv) -> core.ShardedBatches:
