@@ -29,7 +29,7 @@ class Config(core.Studied):
     # data
     data: str = "tatsu-lab/alpaca"  # Hub id, file, folder, or python-instructions (built in)
     max_documents: core.Count | None = None  # rows read; none = all
-    template: Literal["alpaca", "journal"] = "alpaca"  # the official two preambles, or the journal's one
+    template: Literal["alpaca", "journal", "chat"] = "alpaca"  # two preambles, one; chat: the model's own
     split: Literal["seeded", "file_order"] = "seeded"  # 85/10/5 train/test/val; seeded: at random, by prompt
     split_seed: core.Seed = 42  # draws the parts, whatever --seed is
     max_length: core.within(int, 16) = 512  # tokens of a row; what is over is cut, from the end of the answer
