@@ -215,7 +215,8 @@ def scorer(cfg, backbone, precision):
 
 
 def rebuild(folder, world, **changes):
-    """(Config, untrained model, tokenizer) of a run, from its folder alone; `changes` override constants."""
+    """(Config, model without what was trained, tokenizer) of a run, from its folder, and what was frozen from
+    cfg.model; `changes` override constants."""
     before = {"symmetric": False}  # runs stored before --symmetric existed
     changes = {"extra_data": (), "teacher": ()} | changes  # only trained on
     cfg = dataclasses.replace(core.stored_config(folder, Config, __file__, before), **changes)
@@ -224,8 +225,8 @@ def rebuild(folder, world, **changes):
 
 
 def load_model(folder, world):
-    """(Config, model, tokenizer) of a run, from its folder alone, with the weights
-    that it was tested with (of an unfinished run, its newest)."""
+    """(Config, model, tokenizer) of a run, with the weights that it was tested with (of an unfinished run,
+    its newest)."""
     cfg, model, tokenizer = rebuild(folder, world)
     checkpoint = Path(folder) / "checkpoints" / core.tested_or_newest_checkpoint(folder)
     core.load_weights(checkpoint, core.saved_part(model))
