@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lab.errors import UserError
+from lab.models import packed
 from lab.train import cpu
 from lab.train.cpu import onednn, require_memory
 from lab.train.device import to_device
@@ -127,7 +128,10 @@ class Attention(nn.Module):
             k, v = remember(k, v)  # (B, H, S, D)
         dropout = self.dropout if self.training else 0.0
         causal = mask is None and (remember is None or T > 1)  # whatever T is: one graph
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+        if isinstance(mask, packed.Spans):
+            y = packed.attention(q, k, v, mask)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -202,7 +206,7 @@ class GPT(nn.Module):
 
         weights (B, T) of the targets and `options` (label_smoothing, z_loss, of_logits): see objective.py;
         labels and weights may be on the host. For several rows packed into one, `segments` (B, T) numbers
-        them: none sees another, positions restart.
+        them, better on the host, too: none sees another, positions restart.
         """
         hidden = self.hidden(input_ids, segments=segments)
         if labels is None:
@@ -235,8 +239,9 @@ class GPT(nn.Module):
         positions = cache.positions(T, device) if cache else torch.arange(T, device=device)  # (T,) or (B, T)
         x, rotary, mask = self.wte(input_ids), None, cache.mask(T, device) if cache else None
         if segments is not None:
-            mask = (segments[:, :, None] == segments[:, None, :]).tril()[:, None]  # (B, 1, T, T)
-            positions = mask.sum(-1)[:, 0] - 1  # (B, T)
+            size, dropout = self.config.n_embd // self.config.n_head, self.config.dropout * self.training
+            layout = packed.spans if packed.has_kernel(device, size, dropout) else packed.dense_mask
+            mask, positions = layout(segments, device)  # positions (B, T)
         if self.config.positions == "learned":
             x = x + self.wpe(positions)
         else:
