@@ -5,6 +5,7 @@ of T^2 entries, and no work over pairs of different rows.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -45,27 +46,30 @@ def spans(segments, device) -> tuple[Spans, torch.Tensor]:
 
 
 def attention(q, k, v, rows: Spans):
-    """Causal attention of q, k, v (B, H, T, D) in half precision, within each of the rows."""
+    """Causal attention of q (B, H, T, D) to k and v (B, KV, T, D), within each of the rows, in v's dtype."""
     from torch.nn.attention.varlen import varlen_attn  # which imports the compiler (seconds)
 
     B, H, T, D = q.shape
-    q, k, v = (y.transpose(1, 2).reshape(B * T, -1, D) for y in (q, k, v))
-    y = varlen_attn(q, k, v, rows.starts, rows.starts, rows.longest, rows.longest, window_size=(-1, 0))
-    return y.view(B, T, H, D).transpose(1, 2)
+    grouped = {"enable_gqa": True} if k.shape[1] < H else {}  # torch 2.11 does not know the word
+    q, k, v = (x.transpose(1, 2).reshape(B * T, -1, D).to(v.dtype) for x in (q, k, v))
+    limits = rows.starts, rows.starts, rows.longest, rows.longest
+    return varlen_attn(q, k, v, *limits, window_size=(-1, 0), **grouped).view(B, T, H, D).transpose(1, 2)
 
 
-def has_kernel(device, head_size, dropout) -> bool:
+def has_kernel(device, config, training) -> bool:
     """Whether packed rows have the kernel: in half precision on an NVIDIA card, without dropout."""
-    if device.type != "cuda" or torch.version.hip or not torch.is_autocast_enabled("cuda") or dropout:
+    half = device.type == "cuda" and not torch.version.hip and torch.is_autocast_enabled("cuda")
+    if not half or (training and config.dropout):
         return False
-    return _works(device, torch.get_autocast_dtype("cuda"), head_size)
+    heads, shared = (size // config.head_dim for size in config.qkv_sizes[:2])
+    return _works(device, torch.get_autocast_dtype("cuda"), config.head_dim, heads // shared)
 
 
 @functools.cache  # once a process
-def _works(device, dtype, head_size) -> bool:
+def _works(device, dtype, head_dim, groups) -> bool:
     """Whether the kernel computes here what the mask does, tried on two rows; if not, why is noted."""
     try:
-        for one, other in zip(*_both_ways(device, dtype, head_size), strict=True):
+        for one, other in zip(*_both_ways(device, dtype, head_dim, groups), strict=True):
             if not torch.allclose(one.float(), other.float(), rtol=0.03, atol=0.03):
                 raise RuntimeError("it computes other numbers than the mask")
         return True
@@ -77,12 +81,16 @@ def _works(device, dtype, head_size) -> bool:
         return False
 
 
-def _both_ways(device, dtype, head_size) -> list[list[torch.Tensor]]:
+def _both_ways(device, dtype, head_dim, groups) -> list[list[torch.Tensor]]:
     """[output and slopes by q, k, v] of two short rows by the kernel, and by the mask."""
     segments, found = torch.tensor([[0] * 5 + [1] * 19]), []
-    values = torch.arange(3 * 2 * 24 * head_size, device=device).sin()  # nothing is drawn
-    for layout, compute in ((spans, attention), (dense_mask, F.scaled_dot_product_attention)):
-        leaves = [x.to(dtype).requires_grad_() for x in values.view(3, 1, 2, 24, head_size)]
+    shapes = [(1, 2 * groups, 24, head_dim), (1, 2, 24, head_dim), (1, 2, 24, head_dim)]  # of q, k, v
+    dense = functools.partial(F.scaled_dot_product_attention, enable_gqa=groups > 1)
+    for layout, compute in ((spans, attention), (dense_mask, dense)):
+        leaves = [
+            torch.arange(math.prod(shape), device=device).add(i).sin().to(dtype).view(shape).requires_grad_()
+            for i, shape in enumerate(shapes)  # nothing is drawn
+        ]
         with torch.enable_grad(), torch.autocast(device.type, enabled=False):
             y = compute(*leaves, layout(segments, device)[0])
             found.append([y.detach(), *torch.autograd.grad(y.sin().sum(), leaves)])

@@ -19,7 +19,7 @@ STARTS = [0, 7, 15, 16, 17, 27, 32, 35, 48]
 
 def attended(q, k, v):
     """One row (t, H, D): what it attends to (H, t, D), by which weights (H, t, t)."""
-    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    q, k, v = (x.transpose(0, 1).repeat_interleave(q.shape[1] // x.shape[1], 0) for x in (q, k, v))
     unseen = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
     weights = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(unseen, -torch.inf).softmax(-1)
     return weights @ v, weights
@@ -27,11 +27,13 @@ def attended(q, k, v):
 
 def slopes(q, k, v, slope):
     """By q, k and v, each (t, H, D), of one row."""
-    _, weights = attended(q, k, v)
-    q, k, v, slope = (x.transpose(0, 1) for x in (q, k, v, slope))
+    (_, weights), shared = attended(q, k, v), k.shape[1]
+    heads = (x.transpose(0, 1).repeat_interleave(q.shape[1] // x.shape[1], 0) for x in (q, k, v, slope))
+    q, k, v, slope = heads
     by_weights = slope @ v.mT
     by_scores = weights * (by_weights - (by_weights * weights).sum(-1, keepdim=True)) / q.shape[-1] ** 0.5
-    return [x.transpose(0, 1) for x in (by_scores @ k, by_scores.mT @ q, weights.mT @ slope)]
+    by_k, by_v = (x.unflatten(0, (shared, -1)).sum(1) for x in (by_scores.mT @ q, weights.mT @ slope))
+    return [x.transpose(0, 1) for x in (by_scores @ k, by_k, by_v)]
 
 
 def forward(q, k, v, starts, starts_k, longest, longest_k, dropout, causal, *_, **how):
@@ -62,7 +64,7 @@ def kernel(monkeypatch):
     """A CPU with the kernel, for any dtype. Yields how often it ran."""
     seen.clear()
     packed._works.cache_clear()
-    monkeypatch.setattr(packed, "has_kernel", lambda device, size, dropout: not dropout)
+    monkeypatch.setattr(packed, "has_kernel", lambda device, config, training: True)
     with torch.library._scoped_library("aten", "IMPL") as library:
         library.impl("_flash_attention_forward", forward, "CPU")
         library.impl("_flash_attention_backward", backward, "CPU")
@@ -76,7 +78,10 @@ def loss_and_slopes(model):
     return [total, *torch.autograd.grad(total, [p for p in model.parameters() if p.requires_grad])]
 
 
-@pytest.mark.parametrize("options", [{"checkpointing": True}, LLAMA], ids=["gpt2", "llama"])
+GROUPED = LLAMA | {"n_kv_head": 2, "qk_norm": True}
+
+
+@pytest.mark.parametrize("options", [{"checkpointing": True}, LLAMA, GROUPED], ids=["gpt2", "llama", "gqa"])
 def test_the_kernel_and_the_mask_give_the_same_loss_and_slopes(options, kernel, monkeypatch):
     model = random_gpt(**options).train()
     by_kernel = loss_and_slopes(model)
@@ -110,6 +115,9 @@ def test_the_kernel_is_given_half_precision_by_every_kind_of_layer(kind, kernel)
     with torch.autocast("cpu", torch.bfloat16):
         loss_and_slopes(model)
     assert set(kernel) == {torch.bfloat16}
+    q, k, v = torch.randn(1, 2, 16, 8), torch.randn(1, 2, 16, 8), torch.randn(1, 2, 16, 8).bfloat16()
+    packed.attention(q, k, v, packed.spans(SEGMENTS[:1], "cpu")[0])  # norms of q and k may leave fp32
+    assert kernel[-1] == torch.bfloat16
 
 
 @pytest.mark.slow
@@ -135,38 +143,35 @@ def test_packs_of_all_sizes_share_a_compiled_block(kernel, monkeypatch):
     assert kernel and len(graphs) == 2
 
 
-@pytest.fixture
-def on_nvidia(monkeypatch):
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
-    monkeypatch.setattr(packed, "_works", lambda device, dtype, size: dtype in (torch.bfloat16, torch.half))
-
-
-@pytest.mark.usefixtures("on_nvidia")
 def test_only_half_precision_on_nvidias_cards_without_dropout_has_it(monkeypatch):
-    assert packed.has_kernel(torch.device("cuda"), 64, 0.0)
-    assert not packed.has_kernel(torch.device("cuda"), 64, 0.1)
-    assert not packed.has_kernel(torch.device("cpu"), 64, 0.0)
+    card, config, asked = torch.device("cuda"), random_gpt(n_kv_head=2, dropout=0.1).config, []
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+    monkeypatch.setattr(packed, "_works", lambda *given: asked.append(given) or True)
+    assert packed.has_kernel(card, config, training=False)
+    assert asked == [(card, torch.get_autocast_dtype("cuda"), 8, 2)]
+    assert not packed.has_kernel(card, config, training=True)
+    assert not packed.has_kernel(torch.device("cpu"), config, training=False)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)
-    assert not packed.has_kernel(torch.device("cuda"), 64, 0.0)
+    assert not packed.has_kernel(card, config, training=False)
 
 
-def works():
+def works(groups=1):
     """Whether the CPU's kernel passes its trial, and what is noted."""
     packed._works.cache_clear()
     loss.notes.clear()
-    found = [packed._works(torch.device("cpu"), torch.bfloat16, 8) for _ in range(2)], list(loss.notes)
+    found = [packed._works(torch.device("cpu"), torch.bfloat16, 8, groups) for _ in range(2)]
+    noted = list(loss.notes)
     loss.notes.clear()
     packed._works.cache_clear()
-    return found
+    return found, noted
 
 
 def test_a_kernel_is_tried_once_against_the_mask_and_left_out_with_a_note(kernel, monkeypatch):
-    assert works() == ([True, True], [])
+    assert works() == works(groups=2) == ([True, True], [])
     monkeypatch.setattr(varlen, "varlen_attn", lambda q, k, v, *_, window_size: q + k + v)
     passed, (note,) = works()
-    assert passed == [False, False]
+    assert passed == [False, False] and len(note) <= 100
     assert note.startswith("NOTE packed rows go by a mask, which is slower: RuntimeError: it computes ")
-    assert len(note) <= 100
     monkeypatch.setattr(varlen, "varlen_attn", lambda q, *_, is_causal: q)
     assert "TypeError" in works()[1][0]  # torch 2.10's
 
