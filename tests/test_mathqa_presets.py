@@ -53,7 +53,7 @@ DEFAULTS = {
     **{"arms": ("full", "lion", "lora", "loha", "lokr", "int4"), "max_hours": None},
     **{"mode": "both", "run_folder": None, "out": None, "tag": "recommended", "resume_timestamp": None},
     **{"resume_step": None, "backend": "auto"},
-    **{"find_from": 1e-6, "find_to": 1.0, "find_steps": 100, "find_smoothing": 0.8},
+    **{"wsd_decay": 0.2, "find_from": 1e-6, "find_to": 1.0, "find_steps": 100, "find_smoothing": 0.8},
 }
 RESOLVED = {
     "recommended": {},

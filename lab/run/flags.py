@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 
 from lab.errors import UserError
 from lab.run.files import PROJECT
-from lab.run.limits import Amount, Count, Whole, limits_of, within
+from lab.run.limits import Amount, Count, Share, Whole, limits_of, within
 from lab.run.terminal import outlive_terminal
 
 ALIASES = {"run_folder": "run"}  # torchrun takes --run for its own --run_path: --run_folder works under both
@@ -105,6 +105,7 @@ class Bookkeeping(Constants):
     resume_timestamp: str | None = None  # a timestamp, latest, or auto (resume, skip if finished, else start)
     resume_step: Whole | None = None  # an older checkpoint than the newest
     backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"  # auto: nccl, xccl, or gloo on CPUs
+    wsd_decay: Share = 0.2  # share of all steps, at the end, in which the rate falls with schedule wsd
     find_from: within(float, 1e-30) = 1e-6  # lowest rate of mode find_lr
     find_to: within(float, 1e-30) = 1.0  # highest
     find_steps: Count = 100  # of mode find_lr
@@ -119,6 +120,9 @@ class Bookkeeping(Constants):
             raise UserError(f"find_from {self.find_from} is not below find_to {self.find_to}")
         if self.shard == "full":
             self._refuse_beside_full()
+        schedule, min_lr = getattr(self, "schedule", None), getattr(self, "min_lr", 0)
+        if schedule in ("one_cycle", "gpt3") and min_lr:
+            raise UserError(f"--min_lr {min_lr}: {schedule} sets its last rate itself, use --min_lr 0")
         mode, resumes = getattr(self, "mode", None), self.resume_timestamp or self.resume_step is not None
         if mode in KEEPS_NOTHING and resumes:
             raise UserError(f"--resume_timestamp goes with training, not with {mode}, which keeps nothing")
