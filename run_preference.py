@@ -69,8 +69,8 @@ class Config(core.Studied):
     layer_decay: core.within(float, 0.001, 1) = 1.0  # a block's rate is this times that of the block above it
     min_lr: core.Rate = 0.0  # at the end of the schedule
     warmup: core.Share = 0.1  # fraction of all steps
-    schedule: Literal["linear", "cosine", "constant"] = "linear"  # of the rate, after the warm-up
-    optimizer: core.Optimizer = "adamw"  # sgd: momentum 0.9; adafactor: little memory, lr relative to weights
+    schedule: core.Schedule = "linear"  # of the rate, after the warm-up
+    optimizer: core.Optimizer = "adamw"  # muon: adamw's lr; adafactor: little memory, lr relative to weights
     weight_decay: core.Rate = 0.01  # of matrices
     label_smoothing: core.Share = 0.0  # of the winner's probability, shared out over A, B and tie
     soft_share: core.Share = 0.5  # of a row's loss: KL to its soft label; the rest is its winner's

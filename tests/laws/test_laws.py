@@ -50,7 +50,19 @@ DIVERSE = [
     *("--held_out_tokens", 1500, "--n_embd", 32, "--block_size", 32, "--eval_rows", 20, "--eval_batch", 24),
 ]
 SHORT["run_pretrain_diversity"] = [
-    *(*DIVERSE, "--batch", 7, "--max_steps", 24, "--dropout", 0.1),
+    *(
+        *DIVERSE,
+        "--batch",
+        7,
+        "--max_steps",
+        24,
+        "--dropout",
+        0.1,
+        "--optimizer",
+        "muon",
+        "--schedule",
+        "wsd",
+    ),
     *("--eval_every", 8, "--save_every", 5, "--log_every", 4),
 ]
 MATHQA = [
