@@ -127,7 +127,7 @@ class Config(core.Bookkeeping):
 
 SEVERAL = ("both", "study", "split")  # modes that make several runs
 SHARED = ("dtype", "compile", "shard", "skip_spikes", "keep", "log_every", "note", "price_per_hour")
-SHARED += ("backend", "out")
+SHARED += ("backend", "out", "profile")
 # The journal's rows were padded to 1,024 tokens and cut into two windows of 512, the second one mostly
 # nothing but padding: its batch of 256 windows is our batch of 128 rows. It validated on the test part; we do
 # not. What is not named here is as in Config.

@@ -372,7 +372,8 @@ class Packs:
 
     @waiting("data")
     def batch(self, packs, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(input_ids, labels, segments), all (B, T); the segment of padding is -1; labels on the host."""
+        """(input_ids, labels, segments), all (B, T); the segment of padding is -1. The last two stay on the
+        host."""
         shape = len(packs), int(self.lengths[list(packs)].max())
         both = torch.zeros(*shape, dtype=torch.int64), torch.full(shape, IGNORE_INDEX)
         segments = torch.full(shape, -1)
@@ -384,7 +385,7 @@ class Packs:
                 for tensor, values in zip(both, pair, strict=True):
                     tensor[i, start:end] = torch.tensor(values)
                 segments[i, start:end], start = number, end
-        return to_device(both[0], device), both[1], to_device(segments, device)
+        return to_device(both[0], device), both[1], segments
 
     def members(self, units) -> list[int]:
         return [example for unit in units for example in self.packs[unit]]

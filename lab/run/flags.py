@@ -269,14 +269,17 @@ def _comments(config_class) -> dict[str, str]:
 
 
 def _is_switch(hint) -> bool:
-    """Whether a constant is typed as --name and --no-name; it may have another value until then."""
+    """Whether a constant is typed as --name and --no-name; other values that it has as --name VALUE."""
     return hint is bool or bool in map(type, typing.get_args(hint))
 
 
 def _flag(hint) -> dict:
     """The arguments of add_argument for a constant with this annotation."""
-    if _is_switch(hint):
+    if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
+    if _is_switch(hint):
+        words = {str(value).lower(): value for value in typing.get_args(hint)}
+        return {"action": _Switch, "words": words, "metavar": "|".join(words)}
     if typing.get_origin(hint) is Literal:
         return {"choices": typing.get_args(hint), "metavar": "|".join(map(str, typing.get_args(hint)))}
     if typing.get_origin(hint) is tuple:
@@ -293,6 +296,21 @@ def _flag(hint) -> dict:
 
     convert.__name__ = " or ".join(kind.__name__.removesuffix("Type").lower() for kind in kinds)
     return {"type": convert, "metavar": convert.__name__.replace(" or ", "|").upper()}
+
+
+class _Switch(argparse.BooleanOptionalAction):
+    """--name, --no-name, or --name and one of `words` (word -> value)."""
+
+    def __init__(self, *args, words, metavar, **how):
+        super().__init__(*args, **how)
+        self.words, self.nargs, self.metavar = words, "?", metavar
+
+    def __call__(self, parser, namespace, word, option):
+        if word is not None and (word not in self.words or option.startswith("--no-")):
+            name = option.replace("--no-", "--")
+            parser.error(f"{option} {word}: use {name}, --no-{name[2:]} or {name} {self.metavar}")
+        value = not option.startswith("--no-") if word is None else self.words[word]
+        setattr(namespace, self.dest, value)
 
 
 def _check_type(where, name, value, hints):

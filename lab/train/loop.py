@@ -251,7 +251,7 @@ def rehearse(run, micro_batches, saved, forward_backward, batches, steps_left, s
     is_sharded = isinstance(model, Sharded)
     if is_sharded:
         shard.fill(saved[1])  # as for an evaluation: whole weights are part of the peak
-    elif world.device.type != "cpu" and not getattr(cfg, "pack", False):  # evaluations are of single rows
+    if world.device.type != "cpu" and not getattr(cfg, "pack", False):  # evaluations are of single rows
         _rehearse_evaluation(run, micro_batches, forward_backward, longest)
     model = getattr(model, "module", getattr(model, "twin", model))
     run.at_peak, note = flops.seconds_at_peak(model, world, cfg.dtype, share_read)
