@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lab.errors import UserError
-from lab.models.lora import Adapter, add_lora, layer_names
+from lab.models.lora import add_lora, layer_names
+from lab.models.lora_layers import Adapter
 from lab.train.cpu import linear
 
 METHODS = ("lora", "loha", "lokr")
