@@ -46,7 +46,7 @@ class Config(core.Studied):
     split_seed: core.Seed = 42  # of what is held out
     block_size: core.Count = 64  # tokens of context
     # model
-    model: str = "new"  # or where to start from: a run, newest, a GPT-2 or Llama folder, a Hub id
+    model: str = "new"  # or where to start from: a run, newest, GPT-2 or Llama family by folder or Hub id
     model_step: core.Whole | None = None  # a checkpoint of that run; none = the one it was tested with
     n_layer: core.Count = 4  # blocks
     n_head: core.Count = 4  # attention heads

@@ -33,7 +33,7 @@ class Config(core.Studied):
     loss_on_prompt: bool = False  # prompt tokens count in the loss, too
     pack: bool = False  # rows share max_length tokens (none sees another); batch then counts such packs
     # model
-    model: str = "gpt2-medium"  # Hub id, folder (GPT-2, or a run of gpt_scratch.py), or tiny:gpt2
+    model: str = "gpt2-medium"  # Hub id, folder, run of gpt_scratch.py, or tiny:gpt2 or tiny:llama
     tie_head: bool = True  # the output matrix is the embedding; the journal trained a copy apart
     freeze_blocks: core.Whole = 0  # so many of the lowest, with positions and, if untied, the embedding
     dropout: core.Share = 0.0  # in the model

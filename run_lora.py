@@ -36,7 +36,7 @@ class Config(core.Studied):
     loss_on_prompt: bool = False  # prompt tokens count in the loss, too
     pack: bool = False  # rows share max_length tokens (none sees another); batch then counts such packs
     # model
-    model: str = "gpt2-medium"  # Hub id, folder (GPT-2, or a run of gpt_scratch.py), or tiny:gpt2
+    model: str = "gpt2-medium"  # Hub id, folder, run of gpt_scratch.py, or tiny:gpt2 or tiny:llama
     tie_head: bool = True  # the output matrix is the embedding; the journal trained a copy apart
     lora_rank: core.Count = 16  # columns of B and rows of A
     lora_alpha: core.within(float, 1e-9) = 16.0  # the multiplier follows from it, as lora_scaling says

@@ -42,7 +42,7 @@ class Config(core.Bookkeeping):
     split_seed: core.Seed = 42  # draws the held-out rows, whatever --seed is
     # model
     pretrain: str = "noam_wide4"  # the first stage: a preset of gpt_scratch.py, then name=value,...
-    init_from: str | None = None  # run, newest, GPT-2 or Llama folder, new; none: newest; study: first stage
+    init_from: str | None = None  # run, newest, new, GPT-2 or Llama family; none: newest; study: first stage
     init_step: core.Whole | None = None  # a checkpoint of that run; none = the one it was tested with
     method: Literal["full", "lora", "loha", "lokr"] = "full"  # all weights, or adapters on a frozen base
     lora_rank: core.Count = 16  # of all three kinds of adapter

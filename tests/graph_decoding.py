@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from toys.gpt import PROMPTS, lively_gpt
+from toys.gpt import GROUPED, PROMPTS, lively_gpt
 
 import core
 from lab.models import decoding
 
 CHOICES = [{"temperature": 0}, {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 3}]
-SHAPES = [{}, {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False}]
+SHAPES = [{}, GROUPED]
 
 
 def main(kind, half):

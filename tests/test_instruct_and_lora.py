@@ -352,7 +352,7 @@ def test_a_short_smoke_run_of_adapters_learns(adapted):
 
 
 TUNE = [(name, *case) for name in SCRIPTS for case in [
-    (["--model", "tiny:foo"], "--model tiny:foo: the only tiny one here is tiny:gpt2"),
+    (["--model", "tiny:foo"], "--model tiny:foo: the tiny ones here are tiny:gpt2 and tiny:llama"),
     (["--data", "absent.json"], "no such file or folder: absent.json"),
     (["--data", "odd.json"], "odd.json lacks column(s) instruction, output; found: question, answer"),
     (["--data", "long.json", "--max_length", 64], "prompts of all 20 rows fill 64 tokens: use a larger"),

@@ -121,7 +121,8 @@ def rows_at_once(model, prompts, most, world, eval_batch, typed) -> int:
     size = 2 if torch.is_autocast_enabled(kind) else model.wte.weight.element_size()  # bytes
     longest = max(map(len, prompts), default=0) + most
     length = min(-(-longest // ROUND_TO) * ROUND_TO, shape.block_size)  # of the cache
-    token = (2 * shape.n_layer + 16) * shape.n_embd * size + 4 * length  # cache, one block's work, mask
+    cache = 2 * shape.n_layer * shape.qkv_sizes[1]  # keys and values
+    token = (cache + 16 * shape.n_embd) * size + 4 * length  # cache, one block's work, mask
     row = length * token + 12 * shape.vocab_size
     free, mine = free_bytes(world.device), torch.zeros(world.size, dtype=torch.int64)
     mine[world.rank] = eval_batch if free is None else max(1, min(ROWS, int(SHARE * free / row)))

@@ -1,4 +1,4 @@
-"""A GPT written by hand: GPT-2's and Llama's layers, one class."""
+"""A GPT written by hand: the layers of GPT-2 and of the Llama family, one class."""
 
 import functools
 import math
@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lab.errors import UserError
+from lab.models.rotary import require_scaling, rotary_angles, rotate
 from lab.train import cpu
 from lab.train.cpu import onednn, require_memory
 from lab.train.device import to_device
@@ -46,6 +47,11 @@ class GPTConfig:
     dropout: float = 0.0
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # of rotary positions, as transformers' rope_parameters have it
+    nope_every: int | None = None  # every so many blocks one knows no positions (SmolLM3: 4); none = all do
+    n_kv_head: int | None = None  # heads of keys and values, n_head / n_kv_head queries each; none = n_head
+    head_size: int | None = None  # none = n_embd / n_head
+    qk_norm: bool = False  # RMSNorm of each query and key before it is rotated, as in Qwen 3
     checkpointing: bool = False  # recompute each block in the backward: a third more time, far less memory
 
     def __post_init__(self):
@@ -53,12 +59,16 @@ class GPTConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value <= most:
                 raise UserError(f"a model with {name} {value}: use a whole number from 1 to {most:,}")
-        if self.n_embd % self.n_head:
+        if self.head_size is None and self.n_embd % self.n_head:
             raise UserError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
-        if self.positions == "rotary" and self.n_embd // self.n_head % 2:
-            raise UserError(
-                f"rotary positions need an even n_embd / n_head: it is {self.n_embd // self.n_head}"
-            )
+        for name in ("n_kv_head", "head_size", "nope_every"):
+            if (value := getattr(self, name)) is not None and (not isinstance(value, int) or value < 1):
+                raise UserError(f"a model with {name} {value}: use a whole number from 1, or none")
+        if self.n_head % (self.n_kv_head or 1):
+            raise UserError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise UserError(f"rotary positions need an even n_embd / n_head: it is {self.head_dim}")
+        require_scaling(self.rope_scaling)
         if self.tie_head and self.head_bias:
             raise UserError("head_bias needs --no-tie_head")
 
@@ -68,10 +78,20 @@ class GPTConfig:
         return self.n_inner or wide
 
     @property
+    def head_dim(self) -> int:
+        return self.head_size or self.n_embd // self.n_head
+
+    @property
+    def qkv_sizes(self) -> tuple[int, int, int]:
+        """Rows of c_attn that make queries, keys and values."""
+        shared = (self.n_kv_head or self.n_head) * self.head_dim
+        return self.n_head * self.head_dim, shared, shared
+
+    @property
     def parameters(self) -> int:
         """Of the matrices alone, computed without making any."""
         width, matrices = self.n_embd, 3 if self.activation == "swiglu" else 2
-        block = 4 * width**2 + matrices * width * self.inner
+        block = width * (sum(self.qkv_sizes) + self.qkv_sizes[0]) + matrices * width * self.inner
         learned = self.block_size if self.positions == "learned" else 0
         return self.n_layer * block + width * (learned + self.vocab_size * (1 if self.tie_head else 2))
 
@@ -112,30 +132,42 @@ SECOND_LAYOUT = {}  # module -> weight; as an attribute of the module it would h
 
 
 class Attention(nn.Module):
+    """Self-attention. Groups of heads may share keys and values (Ainslie et al. 2023)."""
+
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.sizes, self.head_dim, self.dropout = config.qkv_sizes, config.head_dim, config.dropout
+        self.c_attn = Linear(config.n_embd, sum(self.sizes), bias=config.qkv_bias)
+        self.c_proj = Linear(self.sizes[0], config.n_embd, bias=config.bias)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim, config.norm_eps) for _ in "qk")
 
     def forward(self, x, rotary, mask, remember):
-        B, T, C = x.shape
-        q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))
+        B, T, _ = x.shape
+        heads = (B, T, -1, self.head_dim)
+        q, k, v = (y.view(heads).transpose(1, 2) for y in self.c_attn(x).split(self.sizes, dim=2))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         if remember is not None:
-            k, v = remember(k, v)  # (B, H, S, D)
+            k, v = remember(k, v)  # (B, KV, S, D)
         dropout = self.dropout if self.training else 0.0
         causal = mask is None and (remember is None or T > 1)  # whatever T is: one graph
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        y = attend(q, k, v, mask, dropout, causal)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
-def rotate(x, rotary):
-    """Turns the pairs (x[i], x[i + D / 2]) of x (B, H, T, D) by the angles of rotary (2, ..., T, D / 2)."""
-    cos, sin = rotary
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+def attend(q, k, v, mask, dropout, causal):
+    """Attention of q (B, H, T, D) to k and v (B, KV, S, D), each shared by H / KV heads -> (B, H, T, D)."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and q.shape[2] == 1 and not causal:  # decoding: heads of a group are rows of one product
+        y = F.scaled_dot_product_attention(q.view(len(q), -1, groups, q.shape[3]), k, v, mask, dropout)
+        return y.reshape(q.shape)
+    if groups > 1 and mask is not None and q.device.type != "cpu":  # no fused kernel there has both
+        k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=groups > 1)
 
 
 class MLP(nn.Module):
@@ -242,20 +274,13 @@ class GPT(nn.Module):
         else:
             rotary = self.angles[:, positions]  # (2, T, D / 2), or with padding (2, B, T, D / 2):
             rotary = rotary if positions.dim() == 1 else rotary.unsqueeze(2)  # the same for all heads
-        x = self.dropout(x)
+        x, every = self.dropout(x), self.config.nope_every
         for i, block in enumerate(self.h):
+            turned = rotary if not every or (i + 1) % every else None
             if self.config.checkpointing and self.training:
-                x = checkpoint(block, x, rotary, mask, use_reentrant=False)
+                x = checkpoint(block, x, turned, mask, use_reentrant=False)
             else:
-                x = block(x, rotary, mask, functools.partial(cache.append, i) if cache else None)
+                x = block(x, turned, mask, functools.partial(cache.append, i) if cache else None)
         if cache:
             cache.advance(T)
         return self.ln_f(x)
-
-
-def rotary_angles(config) -> torch.Tensor:
-    """(2, block_size, D / 2): cosine and sine of position x theta^(-2 i / D) (Su et al. 2021)."""
-    dim = config.n_embd // config.n_head
-    rates = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    angles = torch.arange(config.block_size, dtype=torch.float64)[:, None] * rates
-    return torch.stack([angles.cos(), angles.sin()]).float()

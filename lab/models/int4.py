@@ -15,7 +15,8 @@ from torch import nn
 
 from lab.data.tokenizers import own_tokenizer
 from lab.errors import UserError
-from lab.models.gpt import GPT, Embedding, GPTConfig, Linear, rotary_angles
+from lab.models.gpt import GPT, Embedding, GPTConfig, Linear
+from lab.models.rotary import rotary_angles
 from lab.run.files import is_there, whole_folder, write_json
 from lab.train.cpu import linear
 

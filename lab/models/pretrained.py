@@ -1,4 +1,4 @@
-"""Any language model by name: a run, a folder, a Hub id, tiny:gpt2. Models that
+"""Any language model by name: a run, a folder, a Hub id, tiny:gpt2 or tiny:llama. Models that
 gpt.py cannot build are wrapped, so that they can be measured and asked."""
 
 from dataclasses import replace
@@ -25,16 +25,27 @@ from lab.train.processes import main_first
 
 TINY_SCALE = 5  # a vector of 64 numbers then starts as large as one of 768 does
 TINY = {"block_size": 256, "n_layer": 2, "n_head": 4, "n_embd": 64}
+TINY_KINDS = {  # what each has beside these sizes
+    "tiny:gpt2": {},
+    "tiny:llama": {
+        "positions": "rotary",
+        "norm": "rmsnorm",
+        "activation": "swiglu",
+        "bias": False,
+        "qkv_bias": False,
+        "n_kv_head": 2,
+    },
+}
 
 
 def build_model(cfg, tokenizer, world) -> GPT:
-    """The GPT to tune: a Hub id or folder of GPT-2, a run of gpt_scratch.py, or
-    tiny:gpt2 with random weights."""
+    """The GPT to tune: a Hub id or folder of GPT-2 or of the Llama family, a run of gpt_scratch.py, or
+    tiny:gpt2 or tiny:llama with random weights."""
     if cfg.model.startswith("tiny:"):
-        if cfg.model != "tiny:gpt2":
-            raise UserError(f"--model {cfg.model}: the only tiny one here is tiny:gpt2")
+        if cfg.model not in TINY_KINDS:
+            raise UserError(f"--model {cfg.model}: the tiny ones here are {' and '.join(TINY_KINDS)}")
         own = {name: getattr(cfg, name) for name in ("tie_head", "dropout", "checkpointing")}
-        config = GPTConfig(id_count(tokenizer), **TINY, **own)
+        config = GPTConfig(id_count(tokenizer), **TINY, **TINY_KINDS[cfg.model], **own)
         model = GPT(config)
         with torch.no_grad():
             for weight in model.parameters():
@@ -72,7 +83,7 @@ def open_any(name, tokenizer=None):
 def load_other(name):
     """Loads a causal model as OtherModel. UserError for one that is not causal, or does more for its logits
     than multiply by a matrix."""
-    model = load_causal(name, "a gpt2 or a llama")
+    model = load_causal(name, "a gpt2 or one of the Llama family")
     wrapped = OtherModel(model)
     kind = f"model {name} ({model.config.model_type})"
     if wrapped.config.block_size < 2:
@@ -172,8 +183,9 @@ def refuse_no_model(name, step, flag):
 
 
 def open_model(name, dropout=0.0, checkpointing=False, step=None, flag="--model"):
-    """Opens (model, tokenizer) of a run folder (in its fp32 or fp64), a GPT-2 or Llama folder, or a Hub id,
-    on the CPU. step: of a checkpoint of the run; none: the one it was tested with. flag: that named it."""
+    """Opens (model, tokenizer) of a run folder (in its fp32 or fp64), a folder or Hub id of GPT-2 or the Llama
+    family, on the CPU. step: of a checkpoint of the run; none: the one it was tested with. flag: that named
+    it."""
     refuse_no_model(str(name), step, flag)
     if not is_run(name):
         model, tokenizer = (

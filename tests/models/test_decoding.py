@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from toys.gpt import PROMPTS, ids, lively_gpt, random_gpt
+from toys.gpt import GROUPED, PROMPTS, ids, lively_gpt, random_gpt
 
 import core
 from core import generate
@@ -67,6 +67,7 @@ SAMPLED = {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "seed": 3}
 SHAPES = {
     "gpt2": {},
     "llama": {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False},
+    "grouped": GROUPED,
 }
 
 

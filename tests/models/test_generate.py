@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from toys.gpt import PROMPTS, ids, lively_gpt, random_gpt, transformers_model
+from toys.gpt import GROUPED, PROMPTS, ids, lively_gpt, random_gpt, transformers_model
 
 from core import UserError, generate
 from lab.models import gpt_formats
@@ -21,10 +21,13 @@ def written_out(model, prompt, n, pick=lambda logits: int(logits.argmax())):
     return row[len(prompt) :]
 
 
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
+SHAPES = {"learned": {}, "rotary": {"positions": "rotary"}, "grouped": GROUPED}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_a_row_of_a_greedy_batch_is_the_row_alone(positions, use_cache):
-    model = lively_gpt(positions=positions)
+def test_a_row_of_a_greedy_batch_is_the_row_alone(shape, use_cache):
+    model = lively_gpt(**SHAPES[shape])
     batch = generate(model, PROMPTS, 9, temperature=0, use_cache=use_cache)  # the longest fills block_size
     assert batch == [written_out(model, prompt, 9) for prompt in PROMPTS]
     assert min(len(set(row)) for row in batch) > 2
@@ -45,11 +48,11 @@ def test_a_row_is_the_row_alone_even_when_another_rows_window_slides():
     assert generate(model, prompts, 14, temperature=0)[1] == written_out(model, prompts[1], 14)
 
 
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("choice", [{"temperature": 0}, {}, {"temperature": 0.8, "top_k": 9, "top_p": 0.9}],
                          ids=["greedy", "sampled", "top k and p"])  # fmt: skip
-def test_the_cache_changes_no_token(positions, choice):
-    model = lively_gpt(positions=positions)
+def test_the_cache_changes_no_token(shape, choice):
+    model = lively_gpt(**SHAPES[shape])
     cached = generate(model, PROMPTS, 30, **choice, seed=3)
     assert cached == generate(model, PROMPTS, 30, **choice, seed=3, use_cache=False)
     assert [len(row) for row in cached] == [30] * 3 and min(len(set(row)) for row in cached) > 4

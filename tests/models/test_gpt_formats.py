@@ -4,49 +4,108 @@ import dataclasses
 
 import pytest
 import torch
-from toys.gpt import GPT2_SIZES, LLAMA, ids, on_meta, random_gpt, shape, transformers_model
+import torch.nn.functional as F
+from toys.gpt import FAMILY, GPT2_SIZES, GROUPED, LLAMA, ids, on_meta, random_gpt, shape, transformers_model
 
 import core
 from core import UserError
-from lab.models import gpt_formats
+from lab.models import decoding, gpt_formats
+from lab.models.rotary import rotary_angles
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}
+MSCALE = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 100.0, "mscale": 0.7}
+MSCALE["original_max_position_embeddings"] = 8
 
 
 def assert_close_logits(ours, theirs):
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
-FORMATS = {"gpt2": {}, "gpt2 with relu": {"activation": "relu", "n_inner": 48}, "llama": LLAMA}
+FORMATS = {  # shape -> (ours, transformers' class)
+    "gpt2": ({}, "GPT2LMHeadModel"),
+    "relu": ({"activation": "relu", "n_inner": 48, "tie_head": False}, "GPT2LMHeadModel"),
+    "llama": (LLAMA, "LlamaForCausalLM"),
+    "grouped": (LLAMA | {"n_kv_head": 2, "head_size": 6, "tie_head": False}, "LlamaForCausalLM"),
+    "qwen2": (LLAMA | {"qkv_bias": True, "n_kv_head": 1}, "Qwen2ForCausalLM"),
+    "qwen3": (LLAMA | {"qk_norm": True, "head_size": 6, "tie_head": False}, "Qwen3ForCausalLM"),
+    "smollm3": (LLAMA | {"nope_every": 2, "n_kv_head": 2}, "SmolLM3ForCausalLM"),
+}
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", FORMATS)
-def test_transformers_computes_our_logits_from_saved_weights_and_they_come_back(tmp_path, kind, tied):
+def test_transformers_computes_our_logits_from_saved_weights_and_they_come_back(tmp_path, kind):
     from transformers import AutoModelForCausalLM
 
-    model = random_gpt(dtype=torch.float32, tie_head=tied, norm_eps=1e-3, **FORMATS[kind])
+    config, their_class = FORMATS[kind]
+    model = random_gpt(dtype=torch.float32, norm_eps=1e-3, **config)
     core.save_pretrained(model, None, tmp_path / "out")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     again = gpt_formats.load_pretrained(str(tmp_path / "out"))
     x = ids(3, 16)
     with torch.no_grad():
         assert_close_logits(model(x), theirs(x).logits)
-    assert type(theirs).__name__ == ("LlamaForCausalLM" if kind == "llama" else "GPT2LMHeadModel")
+    assert type(theirs).__name__ == their_class
     assert dataclasses.replace(again.config, n_inner=None) == dataclasses.replace(model.config, n_inner=None)
     assert again.config.inner == model.config.inner
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_we_compute_the_logits_of_transformers_models(tmp_path, kind, tied):
-    theirs = transformers_model(kind, tie_word_embeddings=tied)
-    theirs.save_pretrained(tmp_path)
-    model = gpt_formats.load_pretrained(str(tmp_path), dropout=0.25, checkpointing=True).eval()
-    assert (model.config.tie_head, model.config.dropout, model.config.checkpointing) == (tied, 0.25, True)
-    x = ids(3, 16)
+def in_fp64(model):
+    """transformers' model with its norms in fp64, too, which it computes in fp32 whatever it is."""
+    from torch.nn import RMSNorm
+
+    for name, module in [*model.double().named_modules()]:
+        if type(module).__name__.endswith("RMSNorm"):
+            norm = RMSNorm(len(module.weight), module.variance_epsilon, dtype=torch.float64)
+            norm.weight = module.weight
+            model.set_submodule(name, norm)
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_logits_loss_and_gradients_are_those_of_transformers(tmp_path, monkeypatch, name):
+    kind, changes = FAMILY[name]
+    theirs, x = transformers_model(kind, **changes), ids(3, 16)
+    theirs.save_pretrained(tmp_path, max_shard_size="8KB")  # several files of weights
+    assert len([*tmp_path.glob("*.safetensors")]) > 1
+    ours = gpt_formats.load_pretrained(str(tmp_path), dropout=0.25, checkpointing=True).eval()
+    options = ours.config.tie_head, ours.config.dropout, ours.config.checkpointing
+    assert options == (theirs.config.tie_word_embeddings, 0.25, True)
     with torch.no_grad():
-        assert_close_logits(model(x), theirs(x).logits)
+        assert_close_logits(ours(x), theirs(x).logits)
+    ours, theirs = ours.double(), in_fp64(theirs)
+    if kind != "gpt2":
+        ours.angles = rotary_angles(ours.config, torch.float64)
+        cos, sin = (torch.cat([half, half], dim=-1)[None] for half in ours.angles)  # test_rotary checks them
+        monkeypatch.setattr(theirs.model.rotary_emb, "forward", lambda x, position_ids: (cos, sin))
+    double = {n: p.double() for n, p in theirs.state_dict().items()}
+    ours.load_state_dict(gpt_formats.from_theirs(double, ours.config, kind))
+    labels = torch.cat([x[:, 1:], torch.full((3, 1), core.IGNORE_INDEX)], dim=1)
+    logits, loss = theirs(x).logits, ours(x, labels)
+    wanted_loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    torch.testing.assert_close(ours(x), logits, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(loss, wanted_loss, rtol=1e-10, atol=0)
+    loss.backward()
+    wanted_loss.backward()
+    gradients = {n: p.grad for n, p in theirs.named_parameters()}
+    wanted = gpt_formats.from_theirs(gradients, ours.config, kind)
+    assert not gradients  # every one of theirs is one of ours
+    for n, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, wanted[n], rtol=1e-10, atol=1e-10 * float(wanted[n].abs().max()))
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("mistral", {}), ("qwen2", {"use_sliding_window": True})])
+def test_a_model_that_looks_back_less_is_read_as_far_as_it_looks(tmp_path, capsys, kind, changes):
+    window = {"sliding_window": 8, "max_window_layers": 1} | changes
+    theirs = transformers_model(kind, **window)
+    theirs.save_pretrained(tmp_path)
+    decoding.note.cache_clear()
+    ours = gpt_formats.load_pretrained(str(tmp_path)).eval()
+    assert ours.config.block_size == 8
+    assert "looks back 8 tokens: read as a model of 8 positions, not 16" in capsys.readouterr().err
+    with torch.no_grad():
+        assert_close_logits(ours(ids(3, 8)), theirs(ids(3, 8)).logits)
 
 
 @pytest.mark.parametrize("size", GPT2_SIZES)
@@ -73,6 +132,7 @@ def test_every_gpt2_maps_onto_transformers_names_and_shapes(size):
         ({"qkv_bias": False}, ["gpt2 knows no qkv_bias False"]),
         ({**LLAMA, "bias": True}, ["llama knows no bias True"]),
         ({**LLAMA, "activation": "gelu"}, ["llama knows no activation gelu"]),
+        (GROUPED, ["llama knows no nope_every 2, qk_norm True"]),
     ],
 )
 def test_what_transformers_cannot_express_is_refused_by_name(tmp_path, config, words):
@@ -85,10 +145,11 @@ def test_what_transformers_cannot_express_is_refused_by_name(tmp_path, config, w
 @pytest.mark.parametrize(
     ("kind", "changes", "words"),
     [
-        ("llama", {"num_key_value_heads": 2}, ["shares keys between heads (2)"]),
-        ("llama", {"attention_bias": True}, ["has biases"]),
-        ("llama", {"hidden_act": "gelu"}, ["gelu"]),
-        ("llama", {"head_dim": 16}, ["head"]),  # wider heads than n_embd / n_head
+        ("llama", {"attention_bias": True}, ["has attention_bias: not supported"]),
+        ("llama", {"mlp_bias": True, "hidden_act": "gelu"}, ["has mlp_bias, hidden_act gelu: not"]),
+        ("llama", {"rope_parameters": DYNAMIC}, ["has rope_type dynamic: not supported"]),
+        ("qwen2", {"rope_parameters": MSCALE}, ["has mscale: not supported"]),
+        ("smollm3", {"no_rope_layers": [0, 1]}, ["irregular no_rope_layers"]),
         ("gpt2", {"activation_function": "gelu"}, ["gelu", "not GPT-2's"]),  # the one of erf
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, ["scaling of attention"]),
     ],
@@ -112,5 +173,5 @@ def test_a_folder_that_lacks_a_weight_or_holds_another_model_is_refused(tmp_path
         gpt_formats.load_pretrained(str(tmp_path))
     tiny = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     BertLMHeadModel(BertConfig(vocab_size=9, is_decoder=True, **tiny)).save_pretrained(tmp_path / "bert")
-    with pytest.raises(UserError, match="is a bert: use a gpt2 or a llama"):
+    with pytest.raises(UserError, match="is a bert: use a gpt2, llama, qwen2, qwen3, smollm3 or mistral"):
         gpt_formats.load_pretrained(str(tmp_path / "bert"))
