@@ -161,6 +161,12 @@ class DoRALinear(LoRALinear):
             return gain
         return gain.new_ones(self.base.out_features).index_copy(0, self.rows, gain)
 
+    def magnitudes(self) -> torch.Tensor:
+        """(out,): of all rows; without an adapter it is the norm of the base's."""
+        if self.rows is None:
+            return self.magnitude
+        return torch.linalg.vector_norm(self.base.weight, dim=1).index_copy(0, self.rows, self.magnitude)
+
     @torch.no_grad()
     def norms(self) -> torch.Tensor:
         """(rows,): norms of the rows of W + D; of a row of zeros tiny, for it is divided by."""
