@@ -39,8 +39,11 @@ class LoRALinear(Adapter):
         self.dropout, device = nn.Dropout(dropout), base.weight.device
         rows = torch.cat([torch.arange(first, end) for first, end in self.parts])  # that have an adapter
         first, end = torch.tensor(self.parts).T
-        off = (rows[:, None] < first) | (rows[:, None] >= end)  # (rows, parts): not of this part
-        self.register_buffer("off", off[..., None].to(device), persistent=False)
+        own = (rows[:, None] >= first) & (rows[:, None] < end)
+        factors = multiplier * own[..., None].to(
+            device, base.weight.dtype
+        )  # (rows, parts, 1): 0 off its part
+        self.register_buffer("factors", factors, persistent=False)
         some = len(rows) < base.out_features
         self.register_buffer("rows", rows.to(device) if some else None, persistent=False)
         self.A = nn.Parameter(base.weight.new_empty(len(self.parts) * rank, base.in_features))
@@ -53,10 +56,10 @@ class LoRALinear(Adapter):
 
     def add_to(self, out, x):
         """out + multiplier * B A dropout(x); out (..., out)."""
-        low, B = self.low(x), self.wide(self.plain()[1])
+        low, B = self.low(x), self.plain()[1]
         if x.device.type == "cpu":
-            return out + linear(low * self.multiplier, B)
-        return add_product(out, low, B, self.multiplier)
+            return out + linear(low * self.multiplier, self.wide(B))
+        return add_product(out, low, self.wide(B, self.factors))
 
     def terms(self, x):
         """forward(x) unmultiplied, for linear_cross_entropy: makes nothing of the size of base.weight."""
@@ -80,10 +83,13 @@ class LoRALinear(Adapter):
             return self.A, self.B
         return self.side_by_side(self.A, self.A0, 0), torch.cat([self.B, -self.B0], 1)
 
-    def wide(self, B) -> torch.Tensor:
-        """B (rows, rank) -> (out, parts * rank): its parts on a diagonal, zero in rows without an adapter."""
-        if len(self.parts) > 1:
-            B = B[:, None].masked_fill(self.off, 0).flatten(1)
+    def wide(self, B, factors=None) -> torch.Tensor:
+        """B (rows, rank) -> (out, parts * rank): its parts on a diagonal, zero in rows without an adapter;
+        with `factors` times the multiplier, in the same launch of a card."""
+        if factors is not None:
+            B = (B[:, None] * factors).flatten(1)
+        elif len(self.parts) > 1:
+            B = B[:, None].masked_fill(self.factors == 0, 0).flatten(1)
         if self.rows is None:
             return B
         return B.new_zeros(self.base.out_features, B.shape[1]).index_copy(0, self.rows, B)
@@ -115,9 +121,9 @@ class LoRALinear(Adapter):
         self.A0, self.B0 = (nn.Parameter(value.clone(), requires_grad=False) for value in (self.A, self.B))
 
 
-def add_product(out, low, B, factor):
-    """out + factor * low @ B.T in one launch, which rounds once: the sums of a card."""
-    return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), B.t(), alpha=factor).view(out.shape)
+def add_product(out, low, B):
+    """out + low @ B.T in one launch, which rounds once: the sums of a card."""
+    return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), B.t()).view(out.shape)
 
 
 def principal(weight, rank, multiplier) -> tuple[torch.Tensor, torch.Tensor]:
