@@ -183,7 +183,7 @@ def refuse_no_model(name, step, flag):
 
 
 def open_model(name, dropout=0.0, checkpointing=False, step=None, flag="--model"):
-    """Opens (model, tokenizer) of a run folder (in its fp32 or fp64), a folder or Hub id of GPT-2 or the Llama
+    """Opens (model, tokenizer) of a run (in its fp32 or fp64), or a folder or Hub id of GPT-2 or the Llama
     family, on the CPU. step: of a checkpoint of the run; none: the one it was tested with. flag: that named
     it."""
     refuse_no_model(str(name), step, flag)
