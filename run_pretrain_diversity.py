@@ -86,13 +86,7 @@ class Config(core.Bookkeeping):
     test_weights: Literal["best", "last"] = "last"  # lowest validation loss, or the final ones
     save_every: core.Count | None = 2000  # steps; none = at each evaluation, before it
     # diversity coefficient
-<<<<<<< HEAD
-    probe: str = (
-        "gpt2"  # GPT-2 or Llama family by folder or Hub id, a run, or study: the last arm's first run
-    )
-=======
     probe: str = "gpt2"  # GPT-2 or Llama family (folder, Hub id), a run, or study: the last arm's first run
->>>>>>> main
     procedure: Literal["clean", "published"] = "clean"  # lab/measure/task2vec.py says how they differ
     diversity_batches: core.Whole = 200  # of each arm; 0 = a study without coefficients
     diversity_batch: core.within(int, 2) = 512  # sequences
