@@ -28,14 +28,17 @@ from lab.models import gpt
 from lab.train import cpu, loss, optim
 
 LLAMA = {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "qkv_bias": False}
+QWEN = LLAMA | {"qkv_bias": True, "vocab_size": 151_936}
 SHAPES = {  # layers, heads, width, and what is not GPT-2's
     "gpt2 (0.12B)": (12, 12, 768, {}),
     "gpt2-medium (0.35B)": (24, 16, 1024, {}),
     "gpt2-large (0.77B)": (36, 20, 1280, {}),
     "gpt2-xl (1.6B)": (48, 25, 1600, {}),
-    "Llama shape, 0.5B": (20, 20, 1280, LLAMA | {"vocab_size": 32_000, "tie_head": False}),
-    "Llama shape, 1.3B": (22, 32, 2048, LLAMA | {"vocab_size": 32_000, "tie_head": False}),
-    "Llama shape, 3.4B": (26, 32, 3200, LLAMA | {"vocab_size": 32_000, "tie_head": False, "n_inner": 8640}),
+    "SmolLM2-360M": (32, 15, 960, {**LLAMA, "vocab_size": 49_152, "n_inner": 2560, "n_kv_head": 5}),
+    "Qwen2.5-0.5B": (24, 14, 896, {**QWEN, "n_inner": 4864, "n_kv_head": 2}),
+    "Llama-3.2-1B": (16, 32, 2048, {**LLAMA, "vocab_size": 128_256, "n_inner": 8192, "n_kv_head": 8}),
+    "Qwen2.5-1.5B": (28, 12, 1536, {**QWEN, "n_inner": 8960, "n_kv_head": 2}),
+    "Qwen2.5-3B": (36, 16, 2048, {**QWEN, "n_inner": 11_008, "n_kv_head": 2}),
 }
 TOKENS = 1024  # of a row
 CARDS = (16, 24, 48, 80)  # GB

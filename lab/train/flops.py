@@ -101,9 +101,9 @@ def _tables(body) -> set[nn.Parameter]:
 
 
 def _shape(config) -> tuple[int, int]:
-    """(width, layers), whatever they are called."""
-    if hasattr(config, "n_embd"):
-        return config.n_embd, config.n_layer
+    """(width of all heads' queries, layers), whatever they are called."""
+    if hasattr(config, "qkv_sizes"):
+        return config.qkv_sizes[0], config.n_layer
     return config.hidden_size, config.num_hidden_layers
 
 

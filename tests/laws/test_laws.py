@@ -63,7 +63,7 @@ SHORT["run_mathqa"] = [
 ]
 SHORT |= {
     "run_instruct": [*TUNE, "--skip_spikes", "--shard", "optimizer"],
-    "run_lora": [*TUNE, "--lora_dropout", 0.1],
+    "run_lora": [*TUNE, "--lora_dropout", 0.1, "--model", "tiny:llama"],  # keys and values that heads share
 }
 FROZEN = [  # run_preference with its encoder run once into the cache, and folds of 12 steps each
     *("--smoke", "--max_documents", 120, "--batch", 6, "--epochs", 2, "--folds", 3, "--freeze", "all"),
