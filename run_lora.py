@@ -179,6 +179,12 @@ def build_model(cfg, tokenizer, world, folder):
     return model
 
 
+def make_optimizer(cfg, model):
+    """The optimizer of the adapters; with LoRA+ their B has a rate of its own."""
+    rates = core.rate_factors(model, cfg.lora_plus)
+    return core.make_optimizer(model, cfg.optimizer, cfg.weight_decay, scales=rates)
+
+
 def keep_for_later(folder, cfg, tokenizer):
     """Writes tokenizer/ and, with --adapter, adapter/ (its copy). From these and the base that cfg names the
     model can be built again."""
@@ -263,8 +269,7 @@ def train(run, cfg, world) -> dict:
     adapters = core.Adapters(model)
     base_sha256, held_sha256 = tuning.hold_base(run, cfg, model, world)  # in cfg.base_dtype, on the device
     top_multiplier = max(layer.multiplier for layer in core.adapted(model).values())
-    rates = core.rate_factors(model, cfg.lora_plus)
-    optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay, scales=rates)
+    optimizer = make_optimizer(cfg, model)
     tuning.announce(run, cfg, parts, units, lines, model, total_steps)  # begins the run: writes its folder
     announce_lora(run, cfg, model)
     saved = adapters, optimizer, precision
