@@ -66,8 +66,8 @@ def add_lora(
 
 
 def target_names(targets) -> list[str]:
-    """Which of TARGETS the constant lora_targets names."""
-    names = GROUPS.get(targets) or targets.split(",")
+    """Which of TARGETS the constant lora_targets names: q,v or, in an arm of a study, q+v."""
+    names = GROUPS.get(targets) or re.split("[,+]", targets)
     if not set(names) <= TARGETS.keys() or len(set(names)) < len(names):
         every = f"all, attention, mlp, or some of {','.join(TARGETS)}"
         raise UserError(f"--lora_targets {targets}: use {every}")
@@ -112,7 +112,7 @@ def by_pattern(constant, patterns, layers, default, kind) -> dict:
     """Layer -> its value by the first of `patterns` (name=value,...) that is a dotted part of its name.
     UserError for one that is none, or that fits no layer."""
     values = dict.fromkeys(layers, default)
-    pairs = [pair.partition("=")[::2] for pair in patterns.split(",")] if patterns else []
+    pairs = [pair.partition("=")[::2] for pair in re.split("[,+]", patterns)] if patterns else []
     for pattern, text in reversed(pairs):
         try:
             value = kind(text)

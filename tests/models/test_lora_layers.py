@@ -370,7 +370,7 @@ def test_what_cannot_be_is_refused_by_name(how, words):
 def test_targets_and_patterns_are_where_they_were_asked_for():
     model = random_gpt(**GROUPED)  # 4 heads of 12 rows, 2 for keys and values
     core.add_lora(
-        model, 4, 8, targets="k,v,gate", rank_pattern="h.1.mlp.c_gate=2,mlp=3", alpha_pattern="h.1=2"
+        model, 4, 8, targets="k,v+gate", rank_pattern="h.1.mlp.c_gate=2,mlp=3", alpha_pattern="h.1=2"
     )
     found = {
         name: (layer.parts, layer.B.shape, layer.multiplier) for name, layer in core.adapted(model).items()
