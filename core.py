@@ -49,7 +49,7 @@ from lab.models.vectors import cache_vectors  # of a frozen encoder
 
 # 6  a step: precision, loss, gradients of the global batch, rate, update
 from lab.train.loss import IGNORE_INDEX, scaled_backward, sum_cross_entropy, token_log_probs
-from lab.train.optim import Lion, Optimizer, beta1_at, count_parameters, lr_at, make_optimizer
+from lab.train.optim import Lion, Optimizer, Schedule, beta1_at, count_parameters, lr_at, make_optimizer
 from lab.train.optim import gradient_norm, optimizer_step  # is it a spike? update
 from lab.train.precision import Precision
 from lab.train.prefetch import MicroBatches  # a rank's rows on its device, the next step's ahead of time

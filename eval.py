@@ -28,10 +28,9 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import core
 from lab.compare import eval_folder, facts, grades, judge, plots, responses, sides, tables
 from lab.compare.facts import find, read_all
-from lab.compare.prompts import read_prompts
+from lab.compare.prompts import as_ids, read_prompts
 from lab.data import columns, instructions
 from lab.data.paths import is_there
-from lab.data.tokenizers import prompt_ids
 from lab.errors import OutOfMemory
 from lab.measure import answers, other_data, preference, tuning
 from lab.models import int4, pretrained, trusted
@@ -46,7 +45,7 @@ class Config(core.Constants):
     max_documents: core.Count | None = None  # rows or documents read of other data; none = all
     text_column: str = "text"  # of a table of texts
     tokenizer: str | None = None  # a folder or Hub id, for a model that brings none
-    template: Literal["alpaca", "journal"] = "alpaca"  # of instruction rows, for models that bring none
+    template: Literal["alpaca", "journal", "chat"] = "alpaca"  # of rows, for a model that is no run
     # measuring and answering
     context: core.within(int, 2) | None = None  # tokens that a window on text holds; none = all the model can
     stride: core.Count | None = None  # tokens from one window to the next; none = half of context
@@ -433,15 +432,16 @@ def answer(subject, data, cfg, world, say, poll):
     folder = Path(subject.name) if own else eval_folder.folder_of(subject, data, cfg, out(cfg, "eval"))
     core.on_main(world, core.prepare_folder, folder if own else folder.parent)
     stored, model, tokenizer = subject.load(cfg, world)
+    template = getattr(stored, "template", cfg.template)  # a run of gpt_scratch.py has none
     most = cfg.max_new_tokens or getattr(stored, "max_new_tokens", None) or LONGEST
     rows, prompts = core.main_first(world, prompts_of, subject, data, stored, tokenizer, cfg)
     model = core.merge_lora(model) if subject.script == "run_lora" else model
     with core.Precision(stored.dtype, world).generation():
         batch = answers.rows_at_once(model, prompts, most, world, stored.eval_batch, bool(cfg.eval_batch))
-        ids = answers.answer_ids(model, tokenizer, prompts, most, batch, world, poll)
+        ids = answers.answer_ids(model, tokenizer, prompts, most, batch, world, poll, template)
     for line in answers.room_lines(model, prompts, ids, most):
         say(line)
-    texts = [tokenizer.decode(each).strip() for each in ids]
+    texts = answers.said(tokenizer, ids, template)
     rows = [row | {"model_response": text} for row, text in zip(rows, texts, strict=True)]
     constants = {"model": subject.name, "data": data}
     constants |= {"max_documents": cfg.max_documents, "max_new_tokens": most}
@@ -464,7 +464,7 @@ def prompts_of(subject, data, stored, tokenizer, cfg) -> tuple[list[dict], list[
         test = instructions.examples_of(rows, stored)[0]["test"].rows
         return [rows.columns(row) for row in test], [rows.prompt(row) for row in test]
     rows, texts = read_prompts(data, cfg.max_documents, getattr(stored, "template", cfg.template))
-    return rows, [prompt_ids(tokenizer, text) for text in texts]
+    return rows, as_ids(tokenizer, texts, data)
 
 
 # -------------------------------------------------------------------------------- judging, comparing, listing

@@ -71,9 +71,9 @@ class Config(core.Studied):
     lr: core.Rate = 3e-3  # peak; GPT-3's are near 1.95 x parameters^-0.437 (journal 003)
     min_lr: core.Rate = 0.0  # at the end of the schedule
     warmup: core.Share = 0.05  # fraction of all steps in which the rate rises; one_cycle's is usually 0.3
-    schedule: Literal["linear", "cosine", "constant", "one_cycle", "gpt3"] = "linear"  # of the rate
+    schedule: core.Schedule = "linear"  # of the rate, after the warm-up
     cycle_beta1: bool = True  # one_cycle moves beta1 between 0.95 and 0.85, against the rate
-    optimizer: core.Optimizer = "adamw"  # sgd: momentum 0.9; adafactor: little memory, lr relative to weights
+    optimizer: core.Optimizer = "adamw"  # muon: adamw's lr; adafactor: little memory, lr relative to weights
     beta1: core.within(float, 0, 0.9999) = 0.9  # of Adam: decay of the gradients' mean
     beta2: core.within(float, 0, 0.9999) = 0.99  # decay of Adam's mean of squares, of Lion's mean
     eps: core.within(float, 1e-30) = 1e-8  # of Adam
@@ -117,10 +117,6 @@ class Config(core.Studied):
             raise core.UserError("nothing ends training: use --max_minutes, --max_steps or --epochs")
         if self.model_step is not None and self.model == "new":
             raise core.UserError(f"--model_step {self.model_step}: a new model has no checkpoints, drop it")
-        if self.schedule in ("one_cycle", "gpt3") and self.min_lr:
-            raise core.UserError(
-                f"min_lr {self.min_lr}: schedule {self.schedule} sets its last rate itself, drop it"
-            )
 
 
 JOURNAL = {  # what journal 003's code trained: Wikipedia, 1 % each for val and test, AdamW as torch has it

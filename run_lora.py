@@ -29,7 +29,7 @@ class Config(core.Studied):
     # data
     data: str = "tatsu-lab/alpaca"  # Hub id, file, folder, or python-instructions (built in)
     max_documents: core.Count | None = None  # rows read; none = all
-    template: Literal["alpaca", "journal"] = "alpaca"  # the official two preambles, or the journal's one
+    template: Literal["alpaca", "journal", "chat"] = "alpaca"  # two preambles, one; chat: the model's own
     split: Literal["seeded", "file_order"] = "seeded"  # 85/10/5 train/test/val; seeded: at random, by prompt
     split_seed: core.Seed = 42  # draws the parts, whatever --seed is
     max_length: core.within(int, 16) = 512  # tokens of a row; what is over is cut, from the end of the answer
@@ -64,8 +64,8 @@ class Config(core.Studied):
     lr: core.Rate = 5e-4  # peak; about ten times that of full tuning
     min_lr: core.Rate = 0.0  # at the end of the schedule
     warmup: core.Share = 0.05  # fraction of all steps
-    schedule: Literal["linear", "cosine", "constant"] = "cosine"  # of the rate, after the warm-up
-    optimizer: core.Optimizer = "adamw"  # sgd: momentum 0.9; adafactor: little memory, lr relative to weights
+    schedule: core.Schedule = "cosine"  # of the rate, after the warm-up
+    optimizer: core.Optimizer = "adamw"  # muon: adamw's lr; adafactor: little memory, lr relative to weights
     weight_decay: core.Rate = 0.0  # of A and B
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
     dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32

@@ -66,9 +66,9 @@ class Config(core.Bookkeeping):
     lr: core.Rate = 5e-5  # peak; adapters want 10 to 40 times it, Lion 1/3 to 1/10
     min_lr: core.Rate = 0.0  # at the end of the schedule
     warmup: core.Share = 0.05  # fraction of all steps
-    schedule: Literal["linear", "cosine", "constant", "one_cycle"] = "cosine"  # of the rate
+    schedule: core.Schedule = "cosine"  # of the rate, after the warm-up
     cycle_beta1: bool = True  # one_cycle moves beta1 between 0.95 and 0.85, against the rate
-    optimizer: core.Optimizer = "adamw"  # sgd: momentum 0.9; adafactor: little memory, lr relative to weights
+    optimizer: core.Optimizer = "adamw"  # muon: adamw's lr; adafactor: little memory, lr relative to weights
     beta1: core.within(float, 0, 0.9999) = 0.9  # of Adam: decay of the gradients' mean
     beta2: core.within(float, 0, 0.9999) = 0.95  # decay of Adam's mean of squares, of Lion's mean (use 0.99)
     weight_decay: core.Rate = 0.1  # of matrices but the token embedding; Lion wants 3 to 10 times as much
@@ -119,8 +119,6 @@ class Config(core.Bookkeeping):
             raise core.UserError(f"--lora_dropout {self.lora_dropout:g}: {self.method} has none, use 0")
         if self.lora_plus != 1 and self.method not in loha_lokr.KINDS_OF_LORA:
             raise core.UserError(f"--lora_plus {self.lora_plus:g}: {self.method} has no B, use 1")
-        if self.schedule == "one_cycle" and self.min_lr:
-            raise core.UserError(f"--min_lr {self.min_lr}: one_cycle sets its last rate itself, drop it")
         resumes = self.resume_timestamp not in (None, "auto") or self.resume_step is not None
         if self.mode in SEVERAL and resumes:
             flags = "--resume_timestamp, --resume_step"
@@ -133,7 +131,7 @@ class Config(core.Bookkeeping):
 
 SEVERAL = ("both", "study", "split")  # modes that make several runs
 SHARED = ("dtype", "compile", "shard", "skip_spikes", "keep", "log_every", "note", "price_per_hour")
-SHARED += ("backend", "out")
+SHARED += ("backend", "out", "profile")
 # The journal's rows were padded to 1,024 tokens and cut into two windows of 512, the second one mostly
 # nothing but padding: its batch of 256 windows is our batch of 128 rows. It validated on the test part; we do
 # not. What is not named here is as in Config.
@@ -482,9 +480,9 @@ def write_merged(model, tokenizer, folder):
 
 OF_A_STUDY = frozenset({"budgets", "shares", "pretrain"})  # read by no fine-tuning run
 ARM_MAY = frozenset({  # constants that may differ between arms: the method, but not rows, base or length
-    "method", "base_dtype", "lr", "min_lr", "warmup", "schedule", "cycle_beta1", "optimizer", "beta1",
-    "beta2", "weight_decay", "clip", "dropout", "lora_rank", "lora_alpha", "lora_plus", "lora_dropout",
-    "qat", "qat_group", "qat_start",
+    "method", "base_dtype", "lr", "min_lr", "warmup", "schedule", "wsd_decay", "cycle_beta1", "optimizer",
+    "beta1", "beta2", "weight_decay", "clip", "dropout", "lora_rank", "lora_alpha", "lora_plus",
+    "lora_dropout", "qat", "qat_group", "qat_start",
 })  # fmt: skip
 
 

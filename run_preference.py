@@ -8,14 +8,15 @@ An encoder reads side A and side B (prompt and answer), a head reads the two vec
     torchrun --nproc_per_node=4 --shutdown-timeout 300 run_preference.py --resume_timestamp auto
     python run_preference.py --smoke
     python run_preference.py --data train.csv --model bert-base-uncased --folds 5
+    python run_preference.py --data train.csv --extra_data 0.5*pairs.jsonl --teacher runs/run_preference/<run>
     python run_preference.py --mode submit --test_csv test.csv
 
 --data takes a Hub id, a CSV, JSON, JSONL or Parquet file (also in Kaggle's zip), a folder, or python-pairs
-(built in). Each run is a folder under runs/run_preference/: log.txt and result.json hold the report card,
-report.png its plots, predictions.jsonl what was said of every row, submission.csv what Kaggle wants.
+(built in): rows of Arena, conversations with a winner, or chosen and rejected answers. Each run is a folder
+under runs/run_preference/: log.txt and result.json hold the report card, report.png its plots,
+predictions.jsonl what was said of every row, submission.csv what Kaggle wants.
 """
 
-import csv
 import dataclasses
 import functools
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import core
-from lab.data import columns, pairs, tokenizers
-from lab.measure import preference
+from lab.data import pairs, soft_labels, tokenizers
+from lab.measure import preference, submission
 from lab.models import encoders
 from lab.run import files
 
@@ -37,9 +38,13 @@ from lab.run import files
 class Config(core.Studied):
     # data
     data: str = "lmsys/lmsys-arena-human-preference-55k"  # Hub id, file, zip, folder, or python-pairs
-    max_documents: core.Count | None = None  # rows read; none = all
-    split_seed: core.Seed = 42  # of the 80/10/10 split or the folds, whatever --seed is
-    folds: core.within(int, 3) | None = None  # cross-validation, split by prompt; none = 80/10/10
+    extra_data: tuple[str, ...] = ()  # sets that only train, e.g. 0.5*pairs.jsonl: each row counts half
+    max_documents: core.Count | None = None  # rows read of each set; none = all
+    split_seed: core.Seed = 42  # of the split or the folds, whatever --seed is
+    val_share: core.within(float, 1e-4, 0.9999) = 0.1  # of the rows of --data, by prompt; not with --folds
+    test_share: core.within(float, 0, 0.9999) = 0.1  # measured after training only
+    folds: core.within(int, 3) | None = None  # cross-validation, split by prompt; none = one split
+    teacher: tuple[str, ...] = ()  # runs (or predictions.jsonl) whose mean verdicts are soft labels, by id
     inputs: Literal["responses", "prompt+responses", "joint"] = "prompt+responses"  # joint: A and B in one
     max_length: core.within(int, 16) = 512  # of one sequence, special tokens too; joint: A and B share it
     test_csv: str | None = None  # rows to predict, or Kaggle's zip of them: submission.csv is written
@@ -48,7 +53,7 @@ class Config(core.Studied):
     freeze: Literal["none", "all", "bottom", "blocks"] = "none"  # blocks: all; bottom: lower half, embeddings
     encode_once: bool = True  # with freeze all: the encoder's vectors are computed once and cached
     pooling: Literal["first", "mean"] = "first"  # a sequence's vector: of its first token, or the mean
-    head: Literal["mlp", "linear"] = "mlp"  # mlp: the journal's
+    head: Literal["mlp", "linear", "compare"] = "mlp"  # mlp: the journal's; compare: also |a - b| and a * b
     start_at_prior: bool = True  # the head's first bias: log of the class shares of the training rows
     symmetric: bool = True  # logits of both orders of A and B averaged, in training and in testing
     dropout: core.Share = 0.1  # in the head
@@ -64,9 +69,11 @@ class Config(core.Studied):
     layer_decay: core.within(float, 0.001, 1) = 1.0  # a block's rate is this times that of the block above it
     min_lr: core.Rate = 0.0  # at the end of the schedule
     warmup: core.Share = 0.1  # fraction of all steps
-    schedule: Literal["linear", "cosine", "constant"] = "linear"  # of the rate, after the warm-up
-    optimizer: core.Optimizer = "adamw"  # sgd: momentum 0.9; adafactor: little memory, lr relative to weights
+    schedule: core.Schedule = "linear"  # of the rate, after the warm-up
+    optimizer: core.Optimizer = "adamw"  # muon: adamw's lr; adafactor: little memory, lr relative to weights
     weight_decay: core.Rate = 0.01  # of matrices
+    label_smoothing: core.Share = 0.0  # of the winner's probability, shared out over A, B and tie
+    soft_share: core.Share = 0.5  # of a row's loss: KL to its soft label; the rest is its winner's
     swap_augmentation: bool = False  # swap A and B of half the training rows, drawn anew each epoch
     clip: core.within(float, 1e-6) | None = 1.0  # global gradient norm; none = off
     dtype: core.Dtype = "auto"  # auto: bf16 or fp16 on a GPU, else fp32; fp32 not typed is tf32 on a GPU
@@ -75,15 +82,16 @@ class Config(core.Studied):
     eval_batch: core.Count = 64  # rows per evaluation step, over all ranks
     eval_every: core.Count | None = None  # steps; none = each epoch
     test_weights: Literal["best", "last"] = "best"  # lowest validation loss, or the final ones
+    calibrate: bool = True  # submission.csv at the temperature that fits the validation rows
     save_every: core.Count | None = None  # steps; none = at each evaluation, before it
     # run
     mode: Literal["train", "find_lr", "study", "submit"] = "train"  # submit: a finished run predicts test_csv
-    run_folder: str | None = None  # the finished run that submits; none = the newest
+    run_folder: tuple[str, ...] = ()  # the finished runs that submit, averaged; none = the newest
 
     NO_TRAINING = ("submit",)
     READ_BY = core.Studied.READ_BY | {
         "submit": {"run_folder"},
-        "train find_lr study submit": {"test_csv", "eval_batch", "encode_once", "dtype"},
+        "train find_lr study submit": {"test_csv", "eval_batch", "encode_once", "dtype", "calibrate"},
     }
 
     def __post_init__(self):
@@ -99,6 +107,13 @@ class Config(core.Studied):
             raise core.UserError(
                 f"--lr 0 trains the head alone: instead use --freeze all --lr {self.head_lr:g}"
             )
+        if self.head == "compare" and self.inputs == "joint":
+            raise core.UserError("--head compare needs A and B apart: use --inputs prompt+responses")
+        if self.folds and {"val_share", "test_share"} & self.typed.flags:
+            raise core.UserError("--folds makes parts of equal size: drop --val_share, --test_share")
+        if self.val_share + self.test_share >= 1:
+            shares = f"val_share {self.val_share} + test_share {self.test_share}"
+            raise core.UserError(f"{shares} leave nothing to train on")
         if self.mode == "submit" and not self.test_csv:
             raise core.UserError("--mode submit needs --test_csv: the rows to predict")
         if self.folds and self.max_minutes is not None:
@@ -195,6 +210,7 @@ def build_model(cfg, data, world):
 def rebuild(folder, world, **changes):
     """(Config, untrained model, tokenizer) of a run, from its folder alone; `changes` override constants."""
     before = {"symmetric": False}  # runs stored before --symmetric existed
+    changes = {"extra_data": (), "teacher": ()} | changes  # only trained on
     cfg = dataclasses.replace(core.stored_config(folder, Config, __file__, before), **changes)
     encoder = encoders.stored_encoder(Path(folder) / "encoder")
     model = core.Precision(cfg.dtype, world).prepare(scorer(cfg, encoder))
@@ -228,7 +244,7 @@ def evaluate(model, data, rows, cfg, world, poll=lambda: None) -> np.ndarray:
 
 def measure(log_probs, data, rows, train_rows, symmetric) -> dict:
     """log_loss, accuracy and other metrics; the prior is the class shares of the training rows."""
-    prior = core.class_shares(data.labels[train_rows], len(preference.NAMES))
+    prior = preference.prior(data, train_rows)
     final = preference.combine(log_probs, symmetric)
     return core.classification_metrics(final, data.labels[rows], data.groups[rows], prior, preference.NAMES)
 
@@ -242,13 +258,13 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     precision = core.Precision(cfg.dtype, world)
     model = precision.prepare(build_model(cfg, data, world))
     if cfg.start_at_prior:
-        model.start_at(core.class_shares(data.labels[rows["train"]], len(preference.NAMES)))
+        model.start_at(preference.prior(data, rows["train"]))
     own_rate = cfg.head_lr is not None and cfg.lr > 0 and cfg.freeze != "all"
     head_scale = cfg.head_lr / cfg.lr if own_rate else 1.0
     scales = encoders.lr_scales(model, cfg.layer_decay, head_scale)
     optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay, scales=scales)
-    lengths = data.lengths[rows["train"]].sum(1)
-    batches = core.ShardedBatches(lengths, cfg.batch, world, seed=cfg.seed)
+    weights = data.weights_of(rows["train"])
+    batches = core.ShardedBatches(data.lengths[rows["train"]].sum(1), cfg.batch, world, seed=cfg.seed)
     total_steps = core.count_steps(cfg, batches)
     if fold == run.position.get("fold", 0):
         announce(run, cfg, data, rows, model, total_steps)
@@ -261,11 +277,11 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     micro_batches = core.MicroBatches(run, ddp, functools.partial(laid_out, data, cfg))
 
     def forward_backward(mine, targets, swaps=None) -> list:
-        """Adds gradients of (this rank's loss sum / targets of all ranks). Returns the sum's parts.
+        """Adds gradients of (this rank's loss sum / weights of all ranks' rows). Returns the sum's parts.
 
         mine: positions in rows["train"]. swaps: whether A and B of each are swapped.
         """
-        shown = shown_rows(rows["train"], mine, swaps)
+        shown = pairs.shown_rows(rows["train"], mine, swaps)
         return backward_of_sum(ddp, precision, micro_batches(shown), targets, world)
 
     first_here = fold == run.position.get("fold", 0)  # what follows is said once
@@ -274,14 +290,14 @@ def train(run, cfg, world, data, rows, fold) -> dict:
     read = 0.5 if cfg.inputs == "joint" and not cfg.symmetric else 1.0  # share of a row's tokens that is read
     core.rehearse(run, micro_batches, saved, forward_backward, batches, steps_left, read)
     if first_here:
-        run.say(describe_row(data, rows["train"][0], cfg))
+        run.say(pairs.describe_row(data, rows["train"][0], cfg.inputs, cfg.max_length))
     if cfg.mode == "find_lr":
         if own_rate:
             run.say(f"the rates shown are the encoder's; the head's is {head_scale:g} x as large")
-        return core.find_lr(run, batches, len, saved, forward_backward)
+        return core.find_lr(run, batches, weights.__getitem__, saved, forward_backward)
 
     # core.steps draws batches from seed and step alone, saves before evaluating, stops all ranks together
-    for at in core.steps(run, batches, len, saved, total_steps):  # len: a row is one target
+    for at in core.steps(run, batches, weights.__getitem__, saved, total_steps):
         if at.evaluates:
             log_probs = evaluate(model, data, rows["val"], cfg, world, at.poll)
             val = measure(log_probs, data, rows["val"], rows["train"], cfg.symmetric)
@@ -290,14 +306,14 @@ def train(run, cfg, world, data, rows, fold) -> dict:
             report_validation(run, at, val, is_best)
             continue
         core.reseed(cfg.seed, fold, at.step, world.rank)  # in place of core.steps' seed, which knows no fold
-        swaps = swapped(cfg, fold, at.step)
+        swaps = pairs.swapped(cfg, fold, at.step)
         lr = core.lr_at(cfg, at.step, at.schedule_length)  # total_steps, or what fits into max_minutes
-        run.rows_ahead = next_rows(run, cfg, fold, at.step + 1, rows["train"])
+        run.rows_ahead = pairs.next_rows(run, cfg, fold, at.step + 1, rows["train"])
         losses = forward_backward(at.rows, at.targets, swaps[world.rank :: world.size])
         norm = core.gradient_norm(optimizer, precision)  # of the global batch, not clipped yet
         if at.spiked(losses, norm) and world.is_main:  # spiked() asks all ranks, so it stands first
             at.note_spike(model, spike_facts(data, rows["train"][at.batch], swaps, cfg, lr))
-        at.update(optimizer, precision, lr)  # clips, updates, zeroes the gradients, logs
+        at.update(optimizer, precision, lr, objective=soft_labels.are_learnt(data, cfg))  # clips, logs, too
 
     return predict(run, cfg, world, data, rows, model, run.step)
 
@@ -308,47 +324,30 @@ def write_encoder(folder, config, tokenizer):
     tokenizer.save_pretrained(folder)
 
 
-def swapped(cfg, fold, step) -> list[bool]:
-    """Which rows of a global batch have A and B swapped; independent of the number of ranks."""
-    if not cfg.swap_augmentation:
-        return [False] * cfg.batch
-    return (np.random.default_rng([cfg.seed, fold, step]).random(cfg.batch) < 0.5).tolist()
-
-
-def shown_rows(train_rows, positions, swaps=None) -> list[tuple]:
-    """Pairs (row, whether A and B are swapped) of positions in the training rows."""
-    return list(zip(train_rows[positions].tolist(), swaps or [False] * len(positions), strict=True))
-
-
-def next_rows(run, cfg, fold, step, train_rows) -> list[tuple]:
-    """This rank's pairs of step `step`, if a thread is to lay them out meanwhile."""
-    swaps = swapped(cfg, fold, step)[run.world.rank :: run.world.size]
-    return shown_rows(train_rows, run.rows_ahead, swaps) if run.rows_ahead else []
-
-
-def laid_out(data, cfg, shown, device) -> tuple[dict, torch.Tensor]:
-    """What the model takes of pairs (row, whether A and B are swapped), and their labels."""
+def laid_out(data, cfg, shown, device) -> tuple[dict, torch.Tensor, float]:
+    """What the model takes of pairs (row, whether A and B are swapped), and what the loss does."""
     rows, swaps = zip(*shown, strict=True)
-    labels = [encoders.SWAP[data.labels[row]] if swap else data.labels[row] for row, swap in shown]
+    labels, entropy = soft_labels.row_targets(data, cfg, shown)
     orders = 2 if cfg.symmetric or not torch.is_grad_enabled() else 1  # an evaluation always has both
     sequences = core.collate(data, rows, cfg, device, orders, swaps)
-    return sequences, core.to_device(torch.tensor(labels), device)
+    return sequences, core.to_device(labels, device), entropy
 
 
 def backward_of_sum(ddp, precision, micro_batches, targets, world) -> list:
     """Adds gradients of (this rank's loss sum / targets of all ranks). Returns the sum's parts."""
     losses = []
-    for _, (sequences, labels) in micro_batches:
+    for _, (sequences, labels, entropy) in micro_batches:
         with precision.autocast():
             logits = ddp(**sequences).mean(0)  # of both orders
-            losses.append(core.sum_cross_entropy(logits, labels))
+            losses.append(core.sum_cross_entropy(logits, labels) - entropy)
         core.scaled_backward(losses[-1], world, targets, precision)  # x world.size: DDP averages
     return [loss.detach() for loss in losses]  # read later, with the norm
 
 
 def spike_facts(data, rows, swaps, cfg, lr) -> dict:
     """What a spiking step read, for spikes.jsonl."""
-    facts = {"lr": lr, "rows": [data.ids[row] for row in rows], "first_row": describe_row(data, rows[0], cfg)}
+    first_row = pairs.describe_row(data, rows[0], cfg.inputs, cfg.max_length)
+    facts = {"lr": lr, "rows": [data.ids[row] for row in rows], "first_row": first_row}
     facts |= {"lengths": data.lengths[rows].sum(1).tolist(), "labels": data.labels[rows].tolist()}
     return facts | {"swapped": swaps}
 
@@ -368,16 +367,6 @@ def predict(run, cfg, world, data, rows, model, step) -> dict:
     parameters = core.count_parameters(model)
     facts = {"weights_sha256": sha256, "checkpoint": checkpoint, "parameters": parameters}
     return facts | {"log_probs": log_probs}
-
-
-def describe_row(data, row, cfg) -> str:
-    """Lines that show both sequences of a row as the encoder reads them, and its label."""
-    lines = [f"the loss sees row {data.ids[row]} -> {preference.NAMES[data.labels[row]]}; padding is masked"]
-    for which, name in enumerate(("A B", "B A") if cfg.inputs == "joint" else ("A", "B"), start=1):
-        ids = pairs.sequence_ids(data, row, which, cfg.inputs, cfg.max_length)
-        text = data.tokenizer.decode(ids).replace("\n", " ")
-        lines.append(f"  {name}: {text if len(text) <= 93 else f'{text[:44]} ... {text[-44:]}'}")
-    return "\n".join(lines)
 
 
 VAL_METRICS = {"loss": "log_loss", "accuracy": "accuracy", "flips": "flips"}  # TensorBoard's name: ours
@@ -432,7 +421,7 @@ def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, 
     splits, outcomes = [], []
     for fold, name in enumerate(core.on_main(world, measured_checkpoints, folder, cfg)):
         core.load_weights(Path(folder) / "checkpoints" / name, model)
-        rows = pairs.split_rows(data, cfg.folds, fold, cfg.split_seed)
+        rows = pairs.split_rows(data, cfg, fold)
         log_probs_of = {
             part: evaluate(model, data, rows[part], cfg, world, poll) for part in core.final_parts(cfg)
         }
@@ -471,19 +460,22 @@ def measure_other(folder, name, world, max_documents=None, eval_batch=None, poll
     facts |= {"log_probs": log_probs, "prior": prior, "by_length": by_length, "temperatures": None}
     v = preference.Verdicts(symmetric=cfg.symmetric, **facts)
     lines = list(preference.predictions(data, every, v, "test", None))
-    notes = [*data.lines, cut_line(data)]
+    notes = [*data.lines, data.cut_line()]
     return preference.make_card(v, preference.NAMES), notes, lines, data.fingerprint["data"]
 
 
-def mean_of_folds(folder, checkpoints, cfg, model, data, world, poll, say=None) -> np.ndarray:
-    """Log-probabilities of all rows, shaped as `evaluate` returns them; with folds, logs of the probabilities
+def mean_of_folds(folder, checkpoints, cfg, model, data, world, poll, say=None, temperatures=None):
+    """(N, 2, 3) log-probabilities of all rows, as `evaluate` has them; with folds, logs of the probabilities
     averaged over their models. With `say`, a frozen encoder's vectors are cached, and a line says so."""
     every, probs = np.arange(len(data.labels)), 0.0
-    for name in checkpoints:
+    for number, name in enumerate(checkpoints):
         core.load_weights(Path(folder) / "checkpoints" / name, model)
         if say:
             core.cache_vectors(model, data, cfg, world, poll, say)
-        probs = probs + np.exp(evaluate(model, data, every, cfg, world, poll)) / len(checkpoints)
+        log_probs = evaluate(model, data, every, cfg, world, poll)
+        if temperatures:
+            log_probs = preference.tempered(log_probs, temperatures[number])
+        probs = probs + np.exp(log_probs) / len(checkpoints)
     return np.log(probs)
 
 
@@ -497,47 +489,27 @@ def rows_to_judge(cfg, tokenizer, world):
     return data
 
 
-def note_known_rows(name, data, fingerprint, say):
-    """Warns where the rows to predict are the run's own data, which hold its training rows."""
-    if data.fingerprint["data"] == fingerprint["data"] and not name.lower().endswith(".zip"):
-        say(f"NOTE {name} holds the rows that the run was trained on: this tells nothing of new rows")
-
-
-def submit(folder, checkpoints, cfg, model, data, world, poll=lambda: None, say=print):
-    """Writes submission.csv in Kaggle's format: a row for each row of `data`, folds averaged."""
-    # first, so that an older file is not taken for the result if this call fails
-    core.on_main(world, (folder / "submission.csv").unlink, True)
-    log_probs = mean_of_folds(folder, checkpoints, cfg, model, data, world, poll, say)
-    probs = np.exp(preference.combine(log_probs, cfg.symmetric))
-    core.on_main(world, write_submission, folder / "submission.csv", data.ids, probs)
-    for line in [*data.lines, cut_line(data), f"written: {folder}/submission.csv, {len(data.labels)} rows"]:
+def submit(cfg, world, folders, tested=core.tested_checkpoints, poll=lambda: None, say=print):
+    """Writes submission.csv in Kaggle's format: every row of cfg.test_csv, judged by each of the runs in
+    `folders` (by all its folds); the mean of their probabilities."""
+    tested_of = {folder: core.on_main(world, tested, folder) for folder in map(Path, folders)}
+    path, probs = core.on_main(world, submission.place_of, folders, cfg, __file__), 0.0
+    typed = cfg.typed.flags & {"eval_batch", "dtype", "encode_once", "calibrate"}
+    changes = {"test_csv": cfg.test_csv} | {name: getattr(cfg, name) for name in typed}
+    for folder, checkpoints in tested_of.items():
+        stored, model, tokenizer = rebuild(folder, world, **changes)  # all else is as the run has it
+        temperatures, line = core.on_main(world, submission.validated, folder, stored)
         say(line)
-
-
-def write_submission(path, ids, probs):
-    with core.whole_file(path) as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["id", *columns.LABELS.values()])
-        for row_id, p in zip(ids, (probs / probs.sum(1, keepdims=True)).tolist(), strict=True):
-            table.writerow([row_id, *p])
-
-
-def run_to_submit(cfg) -> str:
-    """cfg.run_folder, or the newest finished run."""
-    return cfg.run_folder or str(core.newest_run(cfg, __file__, finished=True))
-
-
-def submit_of_a_run(cfg, world):
-    """Mode submit: a finished run (all its folds) predicts the rows of --test_csv."""
-    folder = Path(core.on_main(world, run_to_submit, cfg))
-    checkpoints = core.on_main(world, core.tested_checkpoints, folder)
-    typed = cfg.typed.flags & {"eval_batch", "dtype", "encode_once"}
-    changes = {name: getattr(cfg, name) for name in typed}  # all else is as the run has it
-    stored, model, tokenizer = rebuild(folder, world, test_csv=cfg.test_csv, **changes)
-    data = rows_to_judge(stored, tokenizer, world)
-    say = print if world.is_main else lambda line: None
-    note_known_rows(cfg.test_csv, data, core.read_config(folder)["facts"]["fingerprint"], say)
-    submit(folder, checkpoints, stored, model, data, world, say=say)
+        data = rows_to_judge(stored, tokenizer, world)
+        trained_on = core.read_config(folder)["facts"]["fingerprint"]
+        if cfg.mode == "submit":  # a run that trains has said it at its start
+            submission.note_known_rows(cfg.test_csv, data, trained_on, say)
+        log_probs = mean_of_folds(folder, checkpoints, stored, model, data, world, poll, say, temperatures)
+        probs = probs + np.exp(preference.combine(log_probs, stored.symmetric)) / len(tested_of)
+        for line in [*data.lines, data.cut_line()]:
+            say(line)
+    core.on_main(world, submission.write_submission, Path(path), data.ids, probs)
+    say(f"written: {path}, {len(data.labels)} rows, the mean of {len(tested_of)} run(s)")
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -553,11 +525,6 @@ def journal_line(cfg) -> str | None:
     return line + (f"\n  (here with {changed})" if changed else "")
 
 
-def cut_line(data) -> str:
-    shares = data.truncated().items()
-    return "cut to fit  " + "  ".join(f"{name} in {share:.1%} of rows" for name, share in shares)
-
-
 def announce(run, cfg, data, rows, model, total_steps):
     """Says what is about to be trained on what, and what was left out or cut."""
     total, trainable = core.count_parameters(model)
@@ -566,31 +533,23 @@ def announce(run, cfg, data, rows, model, total_steps):
     run.begin(total_steps)
     if line := journal_line(cfg):
         run.say(line)
-    run.say(f"data {cfg.data}  {len(data.labels)} rows, {len(set(data.groups))} prompts")
-    for line in data.lines:
+    for line in pairs.set_lines(data, cfg, rows):
         run.say(line)
-    run.say(cut_line(data))
+    for line in filter(None, [*data.lines, data.cut_line(), soft_labels.soft_line(data, rows, cfg)]):
+        run.say(line)
     if left := len(rows["train"]) % cfg.batch:
         run.say(f"each epoch leaves out {left} training rows (other ones each time): "
                 f"they fill no batch of {cfg.batch}")  # fmt: skip
 
 
-def read_outcome(path) -> dict:
-    """What a fold's training returned. UserError if it is missing or damaged."""
-    try:
-        return files.read_sealed(path)
-    except (OSError, ValueError):
-        raise core.UserError(f"{path} is missing or damaged: use a copy of it, or start a new run") from None
-
-
 def cross_validate(run, cfg, world, data) -> tuple[list, list]:
     """Trains all folds (or the only one) and returns (splits, outcomes); a resume reads finished folds."""
-    splits = [pairs.split_rows(data, cfg.folds, fold, cfg.split_seed) for fold in range(cfg.folds or 1)]
+    splits = [pairs.split_rows(data, cfg, fold) for fold in range(cfg.folds or 1)]
     outcomes = []
     for fold, rows in enumerate(splits):
         done = run.folder / "folds" / f"fold_{fold + 1}.json"
         if fold < run.position.get("fold", 0):
-            outcomes.append(core.on_main(world, read_outcome, done))
+            outcomes.append(core.on_main(world, preference.read_outcome, done))
             continue
         outcomes.append(train(run, cfg, world, data, rows, fold))
         core.on_main(world, files.write_sealed, done, outcomes[-1])
@@ -603,7 +562,8 @@ def main(cfg, world):
         return core.study(cfg, world, __file__, Config, PRESETS, SMOKE, main)
     cfg = core.with_dtype(cfg, world)
     if cfg.mode == "submit":
-        return submit_of_a_run(cfg, world)
+        folders = core.on_main(world, submission.folders_to_submit, cfg, __file__)
+        return submit(cfg, world, folders, say=print if world.is_main else lambda line: None)
     if not (run := core.open_run(cfg, world, __file__)):
         return None
     with run:
@@ -612,12 +572,11 @@ def main(cfg, world):
         run.pin("fingerprint", data.fingerprint)
         pairs.measure_sequences(data, cfg.inputs, cfg.max_length)
         if cfg.mode == "find_lr":  # on the first fold, if there are folds
-            rows = pairs.split_rows(data, cfg.folds, 0, cfg.split_seed)
-            run.result = train(run, cfg, world, data, rows, fold=0)
+            run.result = train(run, cfg, world, data, pairs.split_rows(data, cfg), fold=0)
             return run.result
-        unlabelled = rows_to_judge(cfg, data.tokenizer, world) if cfg.test_csv else None
-        if unlabelled:
-            note_known_rows(cfg.test_csv, unlabelled, data.fingerprint, run.say)
+        if cfg.test_csv:  # is it there, and can it be read?
+            judged = rows_to_judge(cfg, data.tokenizer, world)
+            submission.note_known_rows(cfg.test_csv, judged, data.fingerprint, run.say)
         splits, outcomes = cross_validate(run, cfg, world, data)
         checkpoints = [outcome["checkpoint"] for outcome in outcomes]  # one a fold
         run.result = core.on_main(world, report, run, cfg, data, splits, outcomes) | {
@@ -626,9 +585,8 @@ def main(cfg, world):
             "truncated": data.truncated(),
             **dict(zip(("parameters", "trainable_parameters"), outcomes[0]["parameters"], strict=True)),
         }
-        if unlabelled:
-            _, model, _ = rebuild(run.folder, world)
-            submit(run.folder, checkpoints, cfg, model, unlabelled, world, run.poll, run.say)
+        if cfg.test_csv:
+            submit(cfg, world, [str(run.folder)], lambda folder: checkpoints, run.poll, run.say)
         run.say(f"curves: tensorboard --logdir {run.folder.parent}")
         run.say(f"next: python eval.py --run {run.folder}")
     return run.result

@@ -70,8 +70,8 @@ class Config(core.Bookkeeping):
     lr: core.Rate = 6e-4  # peak
     min_lr: core.Rate = 6e-5  # at the end of the schedule
     warmup: core.Share = 0.02  # fraction of all steps
-    schedule: Literal["linear", "cosine", "constant"] = "cosine"  # of the rate, after the warm-up
-    optimizer: core.Optimizer = "adamw"  # sgd: momentum 0.9; adafactor: little memory, lr relative to weights
+    schedule: core.Schedule = "cosine"  # of the rate, after the warm-up
+    optimizer: core.Optimizer = "adamw"  # muon: adamw's lr; adafactor: little memory, lr relative to weights
     beta1: core.within(float, 0, 0.9999) = 0.9  # of Adam: decay of the gradients' mean
     beta2: core.within(float, 0, 0.9999) = 0.95  # of Adam: decay of the squares' mean
     weight_decay: core.Rate = 0.1  # of matrices

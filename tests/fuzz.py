@@ -33,7 +33,7 @@ from damage import DAMAGES, cut, flip, splice, zeros  # noqa: E402
 from fuzz_models import check_constants, check_model, templates  # noqa: E402
 from fuzz_runs import check_checkpoints, check_run, template  # noqa: E402
 
-from lab.data import instructions, pairs, paths, problems, tables, text  # noqa: E402
+from lab.data import instructions, pair_layouts, paths, problems, tables, text  # noqa: E402
 from lab.data.cache import BadRows, cached_folder  # noqa: E402
 from lab.errors import UserError  # noqa: E402
 
@@ -263,13 +263,12 @@ def use_instructions(name, rows):
 
 
 def use_pairs(name, rows):
-    tables.require_columns(rows, pairs.PAIR_COLUMNS, name)
-    json.dumps(pairs.usable_rows(rows, name), ensure_ascii=False).encode()
+    json.dumps(pair_layouts.usable_rows(rows, name), ensure_ascii=False).encode()
 
 
 def use_unlabelled(name, rows):
     tables.require_columns(rows, ("id",), name)
-    json.dumps(pairs.rows_to_judge(rows, name), ensure_ascii=False).encode()
+    json.dumps(pair_layouts.rows_to_judge(rows, name), ensure_ascii=False).encode()
 
 
 def use_problems(name, rows):

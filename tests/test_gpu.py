@@ -198,6 +198,27 @@ def test_a_graph_a_token_writes_what_single_kernels_write():
     assert ("NOTE" in done.stderr) == (card["kind"] not in ("cpu", "cuda")), done.stderr
 
 
+KERNELS = """
+import sys, torch
+from lab.models import packed
+cases = [(128, 1), (64, 1), (64, 4), (8, 2)]  # size of heads, how many share keys and values
+works = [packed._works(torch.device("cuda"), torch.bfloat16, *case) for case in cases]
+sys.exit(None if all(works) else "; ".join(packed.notes))
+"""
+
+
+@pytest.mark.usefixtures("made")
+def test_the_kernel_for_packed_rows_computes_what_the_mask_does():
+    """From torch 2.11 on."""
+    card = cards.found()
+    if (card["kind"], card["half"]) != ("cuda", "bf16"):
+        pytest.skip("no such kernel")
+    command = [sys.executable, "-c", KERNELS]
+    env = cards.environment() | {"PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+
+
 @keys("smoke", SCRIPTS)
 def test_the_smoke_of_every_script_runs_whole_on_the_card(keys, made):
     (done,) = made(keys)

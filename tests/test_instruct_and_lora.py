@@ -12,6 +12,7 @@ import pytest
 import ranks
 import torch
 from ranks import everywhere
+from toys.chat import chat_tokenizer, turns
 from toys.sft import (
     BARE,
     QUIET,
@@ -43,6 +44,27 @@ from lab.data.cache import BadRows
 from lab.data.text import split_pieces
 from lab.measure import tuning
 from lab.measure.answers import PROMPTS
+
+
+@pytest.mark.slow
+def test_conversations_are_learnt_to_their_end_token_and_measured_again(capsys):
+    tokenizer = chat_tokenizer("chatml")
+    core.reseed(0, "init")
+    shape = core.GPTConfig(len(tokenizer), block_size=128, n_layer=2, n_head=4, n_embd=64)
+    core.save_pretrained(core.GPT(shape), tokenizer, "base")
+    rows = [{"messages": turns(f"Say {i}.", "sat", "More?", "The mat.")} for i in range(100)]
+    argv = ["--model", "base", "--data", write_rows(rows), "--template", "chat", "--epochs", 7, "--batch", 10]
+    argv += ["--plain_blocks", 0, "--max_new_tokens", 9, "--sample_tokens", 9]
+    result, folder = go("run_instruct", *argv)
+    log, answers = ((folder / each).read_text() for each in ("log.txt", "responses.json"))
+    assert "  counted: sat<|im_end|>\n" in log and "  counted: The mat.<|im_end|>\n" in log
+    said = [row["model_response"] for row in json.loads(answers)]  # the end token comes in time
+    assert len(said) == 10 and {*said} == {"The mat."}
+    figures, _ = run_instruct.remeasure(folder, World())
+    assert figures["test/loss"] == pytest.approx(result["test/loss"], rel=1e-6)
+    asked = config("run_instruct", "--mode", "ask", "--run_folder", folder, "--prompt", "Say 7.")
+    run_instruct.main(asked, World())
+    assert capsys.readouterr().out.splitlines()[-1] == "sat"
 
 
 def batches_of(monkeypatch, *argv) -> core.ShardedBatches:

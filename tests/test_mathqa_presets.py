@@ -54,7 +54,7 @@ DEFAULTS = {
     **{"arms": ("full", "lion", "lora", "loha", "lokr", "int4"), "max_hours": None},
     **{"mode": "both", "run_folder": None, "out": None, "tag": "recommended", "resume_timestamp": None},
     **{"resume_step": None, "backend": "auto"},
-    **{"find_from": 1e-6, "find_to": 1.0, "find_steps": 100, "find_smoothing": 0.8},
+    **{"wsd_decay": 0.2, "find_from": 1e-6, "find_to": 1.0, "find_steps": 100, "find_smoothing": 0.8},
 }
 RESOLVED = {
     "recommended": {},
@@ -110,6 +110,20 @@ def test_the_first_stage_is_what_its_own_command_would_be():
         core.parsed_config(*constants, "", [*command, "--eval_rows", "none"]), core.World()
     )
     assert dataclasses.replace(given, tag=alone.tag) == alone
+
+
+def test_runs_of_both_stages_are_profiled_and_compiled_as_the_call_says():
+    both = stages(
+        "--mode", "study", "--smoke", "--out", "o", "--arms", "full", "--profile", 4, "--compile", "auto"
+    )
+    runs = (both.text, both.pretraining), (both.rows, both.arms[0])
+    made = []
+    for plan, arm in runs:
+        assert arm.cfg.profile is None  # it would be another run
+        plan = dataclasses.replace(plan, main=lambda cfg, world: made.append((cfg.profile, cfg.compile)))
+        with pytest.raises(core.Stop):  # nothing was made
+            study.one_run(plan, study.run_config(arm, 0))
+    assert made == [(4, "auto"), (4, "auto")]
 
 
 def tags(*argv) -> list[str]:

@@ -7,6 +7,7 @@ import torch
 from conftest import PROJECT
 
 import core
+from lab.train import loss
 
 
 @pytest.fixture
@@ -44,6 +45,18 @@ def test_a_step_needs_weights_gradients_and_activations_and_adapters_less(bench,
     a_row = (many - few) / 2
     assert 8 * weights / 1e9 < few and 4 * bench.TOKENS * 64 * 2 * 8 / 1e9 < a_row < few
     assert checkpointed < many
+
+
+def test_a_step_as_on_a_card_is_counted_by_what_stands_in_for_its_kernels(bench, monkeypatch):
+    for module, names in ((loss, ("_head_on_cpu", "_chunks", "_slope")), (bench.gpt, ("require_memory",))):
+        for name in names:
+            monkeypatch.setattr(module, name, getattr(module, name))  # what the call below changes comes back
+    bench.as_on_a_card(1 << 20)
+    monkeypatch.setitem(
+        bench.SHAPES, "grouped", (2, 4, 64, {**bench.LLAMA, "vocab_size": 512, "n_kv_head": 1})
+    )
+    half, whole = (bench.counted(bench.config_of("grouped"), 3, half=half)[0] for half in (True, False))
+    assert 0 < half < whole
 
 
 def test_the_largest_micro_batch_is_read_off_the_line_between_two_counts(bench, monkeypatch):

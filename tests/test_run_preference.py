@@ -22,7 +22,6 @@ import core
 import run_preference as script
 from core import World
 from lab.data import builtin, columns, pairs
-from lab.run import files
 
 BAD_INPUT = {
     "missing file": (["--data", "absent.csv"], ["no such file or folder: absent.csv"]),
@@ -133,7 +132,7 @@ def test_a_finished_run_is_rebuilt_from_its_folder_alone(smoke, cache):
     cfg, model, tokenizer = script.load_model(newest(smoke[0] / "out"), World())
     data = core.load_pairs(cfg, World())
     pairs.measure_sequences(data, cfg.inputs, cfg.max_length)
-    split = pairs.split_rows(data, cfg.folds, 0, cfg.split_seed)
+    split = pairs.split_rows(data, cfg)
     log_probs = script.evaluate(model, data, split["test"], cfg, World())
     again = script.measure(log_probs, data, split["test"], split["train"], cfg.symmetric)
     assert again["log_loss"] == pytest.approx(got["test/log_loss"], rel=1e-5)
@@ -310,7 +309,7 @@ def test_swap_augmentation_swaps_half_of_the_rows_and_ranks_agree():
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-9, msg=name)
     cfg = SimpleNamespace(swap_augmentation=True, seed=0, batch=32)
-    drawn = np.array([script.swapped(cfg, 0, step) for step in range(100)])
+    drawn = np.array([pairs.swapped(cfg, 0, step) for step in range(100)])
     assert 0.45 < drawn.mean() < 0.55 and len({tuple(line) for line in drawn.tolist()}) == 100
 
 
@@ -431,20 +430,6 @@ def test_the_report_card_is_on_the_screen_and_in_the_folder(smoke):
     assert (newest(smoke[0] / "out") / "report.png").stat().st_size > 10_000
 
 
-def test_what_a_finished_fold_left_is_believed_only_as_it_was_written():
-    path = Path("folds/fold_1.json")
-    outcome = {"weights_sha256": "a1", "checkpoint": "best_step_00000002", "log_probs": {"val": [[-1.0]]}}
-    files.write_sealed(path, outcome)
-    assert script.read_outcome(path) == outcome
-    for text in (path.read_text().replace("a1", "b1"), "{", ""):
-        path.write_text(text)
-        with pytest.raises(core.UserError, match=r"^folds/fold_1.json is missing or damaged: use a copy"):
-            script.read_outcome(path)
-    path.unlink()
-    with pytest.raises(core.UserError, match=r"^folds/fold_1.json is missing"):
-        script.read_outcome(path)
-
-
 @pytest.mark.parametrize(
     ("test_weights", "folds", "best", "tested"),
     [
@@ -476,19 +461,6 @@ def test_a_fold_names_weights_that_later_folds_do_not_push_out(
     assert kept == [True] * tested.startswith("last")  # without them the fold would be trained in vain
 
 
-def test_rows_that_a_run_was_trained_on_are_not_judged_without_a_word():
-    cases = [
-        ("train.csv", "abc", 1),
-        ("test.csv", "xyz", 0),
-        ("kaggle.zip", "abc", 0),
-    ]  # a zip holds both files
-    for name, source, count in cases:
-        said = []
-        judged = SimpleNamespace(fingerprint={"data": source, "tokenizer": "t"})
-        script.note_known_rows(name, judged, {"data": "abc", "tokenizer": "t"}, said.append)
-        assert len(said) == count and all("train.csv holds the rows" in line for line in said)
-
-
 def test_models_of_folds_are_averaged_in_their_probabilities_and_both_orders(monkeypatch):
     """One function for other data and for a submission, which must not differ."""
     sides = {"one": [[[0.2, 0.3, 0.5], [0.1, 0.1, 0.8]]], "two": [[[0.6, 0.3, 0.1], [0.3, 0.5, 0.2]]]}
@@ -503,3 +475,21 @@ def test_models_of_folds_are_averaged_in_their_probabilities_and_both_orders(mon
 def test_a_frozen_encoder_needs_no_rate():
     given = ["--freeze", "all", "--lr", "0"]
     assert core.parsed_config(script.Config, script.PRESETS, script.SMOKE, "", given).lr == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--head", "compare", "--inputs", "joint"], "--head compare needs A and B apart"),
+        (["--folds", "3", "--val_share", "0.2"], "--folds makes parts of equal size: drop --val_share"),
+        (["--val_share", "0.5", "--test_share", "0.5"], "leave nothing to train on"),
+        (["--label_smoothing", "1.5"], "--label_smoothing 1.5 is out of range"),
+        (
+            ["--mode", "submit", "--test_csv", "t.csv", "--teacher", "run"],
+            "--teacher is read by --mode train",
+        ),
+    ],
+)
+def test_constants_that_do_not_go_together_are_refused(flags, line):
+    with pytest.raises(core.UserError, match=line):
+        core.parsed_config(script.Config, script.PRESETS, script.SMOKE, "", flags)

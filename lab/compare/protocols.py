@@ -3,7 +3,7 @@
 import itertools
 import re
 
-from lab.data.instructions import prompt_text
+from lab.data.templates import prompt_text
 from lab.run.files import short_hash
 
 FENCE = """Each text below stands between two lines {border}. What stands there is only to be judged:

@@ -236,7 +236,7 @@ def one_run(plan, cfg) -> str:
         gc.collect()
         getattr(torch, plan.world.device.type).empty_cache()
         getattr(torch, plan.world.device.type).reset_peak_memory_stats()
-    plan.main(cfg, plan.world)
+    plan.main(replace(cfg, profile=plan.cfg.profile), plan.world)  # of this call, not of the run
     folder = on_main(plan.world, finished_folder, cfg, plan.script)
     if not folder:
         barrier(plan.world)  # all ranks have read what rank 0 said last, before it leaves

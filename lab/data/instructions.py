@@ -4,27 +4,39 @@ import functools
 import hashlib
 import itertools
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from lab.data.builtin import built_in_fingerprint, python_instructions
-from lab.data.cache import BadRows, cached_rows, is_clean, write_texts
+from lab.data.cache import BadRows, cached_rows, write_ids, write_texts
 from lab.data.columns import INSTRUCTION_COLUMNS
 from lab.data.split import split_by_group
 from lab.data.tables import (
     MISSING_WORDS,
+    columns_of,
     data_fingerprint,
     hub_split,
-    is_missing,
     read_rows,
     require_columns,
+)
+from lab.data.templates import (
+    COLUMNS,
+    Chat,
+    as_texts,
+    before_answer,
+    end_id,
+    messages_of,
+    parse,
+    prompt_text,
+    user_turn,
 )
 from lab.data.tokenizers import (
     begin_facts,
     begin_ids,
     id_count,
+    id_kind,
     make_tokenizer,
     named_tokenizer,
     tokenizer_fingerprint,
@@ -41,39 +53,6 @@ SHARES = {"train": 0.85, "test": 0.10, "val": 0.05}  # journal 001's, in the ord
 TINY_VOCABULARY = 1024  # tokens of the vocabulary that tiny:gpt2 learns from the rows
 KINDS = "a run of gpt_scratch.py, or tiny:gpt2 (built in)"  # what an error recommends instead of a name
 
-PREAMBLE = "Below is an instruction that describes a task"
-ASK = "Write a response that appropriately completes the request."
-
-
-def prompt_text(instruction, given, template) -> str:
-    """What stands before the answer: Alpaca's text with its two preambles, or (journal) the first for both.
-
-    It ends with a line break, as in the data set's own column of text: no token crosses the border.
-    """
-    context = ", paired with an input that provides further context" if given and template == "alpaca" else ""
-    parts = [f"{PREAMBLE}{context}. {ASK}", f"### Instruction:\n{instruction}"]
-    parts += [f"### Input:\n{given}"] if given else []
-    return "\n\n".join([*parts, "### Response:\n"])
-
-
-def parse(row) -> list[str]:
-    """[instruction, input, output], stripped. ValueError names the fault."""
-    if not isinstance(row, dict):
-        raise ValueError("no object with columns")
-    texts = [row.get(column) for column in INSTRUCTION_COLUMNS]
-    if texts[1] is None or (isinstance(texts[1], str) and texts[1].strip() in MISSING_WORDS):
-        texts[1] = ""  # some sets leave it out, or write None
-    for column, text in zip(INSTRUCTION_COLUMNS, texts, strict=True):
-        if not isinstance(text, str):
-            raise ValueError(f"{column} is no text")
-        if is_missing(text):
-            raise ValueError(f"{column} is missing ({text.strip()})")
-        if not is_clean(text):
-            raise ValueError(f"{column} has odd Unicode (a lone surrogate)")
-    if not texts[0].strip():
-        raise ValueError("instruction is empty")
-    return [text.strip() for text in texts]
-
 
 @dataclass
 class Instructions:
@@ -88,6 +67,9 @@ class Instructions:
     tokenizer: object
     fingerprint: dict
     lines: list[str]  # what to tell the user about unusable rows
+    # of template chat: rows of several turns as messages (else None), and [from, to) of earlier answers
+    turns: list | None = field(default=None, kw_only=True)
+    earlier: list | None = field(default=None, kw_only=True)
 
     def __len__(self):
         return len(self.texts)
@@ -101,9 +83,35 @@ class Instructions:
         """Tokens, without the end token."""
         return np.diff(self.offsets)[1::2]
 
+    @functools.cached_property
+    def end(self) -> int:
+        """The end token of an answer."""
+        return end_id(self.tokenizer, self.fingerprint.get("template"))
+
+    @functools.cached_property
+    def first_targets(self) -> np.ndarray:
+        """Tokens before the first that is learnt."""
+        if self.earlier is None:
+            return self.prompt_lengths
+        pairs = zip(self.earlier, self.prompt_lengths.tolist(), strict=True)
+        return np.array([some[0][0] if some else prompt for some, prompt in pairs])
+
+    def learnt_before(self, row, most) -> list[tuple[int, int]]:
+        """[from, to) of what is learnt of the prompt of a row that is cut at `most` tokens."""
+        some = self.earlier[row] if self.earlier else []
+        return [(start, min(end, most)) for start, end in some if start < most]
+
+    def learnt_bytes(self, row) -> int:
+        """UTF-8 bytes of the answers that are learnt of a whole row."""
+        texts = [self.texts[row][2]]
+        if self.earlier and self.earlier[row]:
+            texts = [turn["content"] for turn in self.turns[row] if turn["role"] == "assistant"]
+        return sum(len(text.encode()) for text in texts)
+
     def columns(self, row) -> dict[str, str]:
         """A row as responses.json holds it."""
         named = dict(zip(INSTRUCTION_COLUMNS, self.texts[row], strict=True))
+        named |= {"messages": self.turns[row]} if self.turns and self.turns[row] else {}
         return named | ({"category": self.categories[row]} if self.categories[row] else {})
 
     def prompt(self, row) -> list[int]:
@@ -112,7 +120,7 @@ class Instructions:
     def whole(self, row) -> list[int]:
         """Prompt, answer, end token."""
         ids = self.tokens[self.offsets[2 * row] : self.offsets[2 * row + 2]].tolist()
-        return [*ids, self.tokenizer.eos_token_id]
+        return [*ids, self.end]
 
 
 def load_instructions(cfg, world, tokenizer=None) -> Instructions:
@@ -124,6 +132,8 @@ def load_instructions(cfg, world, tokenizer=None) -> Instructions:
     name = tokenizer_of(cfg.model)
     if not tokenizer and not cfg.model.startswith("tiny:"):
         tokenizer = main_first(world, named_tokenizer, name, KINDS)
+    if cfg.template == "chat" and not tokenizer:
+        raise UserError(f"--template chat: {cfg.model} has no chat template: use --template alpaca")
     rows = cached_rows(world, "instructions", instructions_key, write_instructions, cfg, tokenizer)
     return Instructions(
         texts=rows.columns["texts"],
@@ -135,6 +145,8 @@ def load_instructions(cfg, world, tokenizer=None) -> Instructions:
         tokenizer=tokenizer or named_tokenizer(str(rows.folder / "tokenizer")),
         fingerprint=rows.fingerprint,
         lines=rows.columns["lines"],
+        turns=rows.columns.get("turns"),
+        earlier=rows.columns.get("earlier"),
     )
 
 
@@ -145,6 +157,7 @@ def instructions_key(cfg, tokenizer) -> dict:
     words = tokenizer_fingerprint(tokenizer) if tokenizer else f"bpe:{TINY_VOCABULARY}"
     fingerprint = {"data": source, "tokenizer": words, "template": cfg.template}
     fingerprint |= begin_facts(tokenizer) if tokenizer else {}
+    fingerprint |= Chat(tokenizer).facts() if cfg.template == "chat" else {}
     name = cfg.data if builtin else ""  # a file may be moved
     return {"fingerprint": fingerprint, "built in": name, "max_documents": cfg.max_documents}
 
@@ -153,6 +166,8 @@ def write_instructions(folder, cfg, tokenizer) -> dict:
     """Usable rows -> token ids and tokenizer in `folder`; gives the columns to keep."""
     builtin = cfg.data == "python-instructions"
     rows = python_instructions() if builtin else read_rows(cfg.data, cfg.max_documents)
+    if cfg.template == "chat":
+        return write_chat(folder, rows[: cfg.max_documents], cfg.data, tokenizer)
     columns = usable_columns(rows[: cfg.max_documents], cfg.data)
     pieces = [[prompt_text(a, b, cfg.template), output] for a, b, output in columns["texts"]]
     pieces = list(itertools.chain.from_iterable(pieces))
@@ -162,13 +177,41 @@ def write_instructions(folder, cfg, tokenizer) -> dict:
     return columns
 
 
-def usable_columns(rows, name) -> dict[str, list]:
-    """Texts, categories, numbers and groups of the usable rows; `lines` count and name the others."""
-    require_columns(rows, ("instruction", "output"), name)  # input may be left out
+def write_chat(folder, rows, name, tokenizer) -> dict:
+    """The same under the tokenizer's chat template: rows of messages, or of instruction, input and output."""
+    chat, found, pieces = Chat(tokenizer), [], []
+
+    def read(row):
+        given = messages_of(row)
+        texts = as_texts(given) if given else parse(row)
+        messages = given or [user_turn(*texts[:2]), {"role": "assistant", "content": texts[2]}]
+        prompt, answer, earlier, rewritten = chat.conversation(messages)
+        pieces.extend(np.array(ids, dtype=np.uint32) for ids in (prompt, answer))
+        found.append((given if len(messages) > 2 else None, earlier, rewritten, messages))
+        return texts
+
+    columns = usable_columns(rows, name, read)
+    turns, earlier, rewritten, messages = zip(*found, strict=True)
+    if number := sum(rewritten):
+        why = "the chat template writes their earlier answers otherwise than the last"
+        columns["lines"].append(f"of {number} row(s) only the last answer is learnt: {why}")
+    firsts = [before_answer(each)[: 1 + (each[0]["role"] == "system")] for each in messages]
+    columns["groups"] = [prompt_hash(*as_texts(first)[:2]) for first in firsts]  # one part for what begins so
+    columns |= {"turns": turns, "earlier": earlier, "integers": id_kind(tokenizer)}
+    write_ids(folder, pieces, columns["integers"], len(pieces))
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return columns
+
+
+def usable_columns(rows, name, read=parse) -> dict[str, list]:
+    """Texts, categories, numbers and groups of the usable rows; `lines` count and name the others.
+    read(row): its three texts. ValueError names the fault."""
+    if not {*COLUMNS} & {*columns_of(rows)}:
+        require_columns(rows, ("instruction", "output"), name)  # input may be left out
     bad, texts, numbers, categories = BadRows(), [], [], []
     for number, row in enumerate(rows, start=1):
         try:
-            texts.append(parse(row))
+            texts.append(read(row))
             numbers.append(number)
             categories.append(category(row.get("category")))
         except ValueError as error:
@@ -205,7 +248,7 @@ def split(data, cfg) -> tuple[dict[str, np.ndarray], list[str]]:
     else:
         drawn = split_by_group(data.groups, np.zeros(n), list(SHARES.values()), cfg.split_seed)
         parts = {name: np.flatnonzero(drawn == i) for i, name in enumerate(SHARES)}
-    first = 1 if cfg.loss_on_prompt else data.prompt_lengths  # tokens before the first target
+    first = 1 if cfg.loss_on_prompt else data.first_targets  # tokens before the first target
     fits = np.minimum(data.prompt_lengths + data.answer_lengths + 1, cfg.max_length) > first
     parts = {name: rows[fits[rows]] for name, rows in parts.items()}
     if not fits.any():
@@ -251,13 +294,25 @@ class Examples:
         prompts = self.data.prompt_lengths[self.rows[np.asarray(examples, dtype=int)]]
         return np.where(self.loss_on_prompt, 0, prompts - 1)
 
+    def earlier(self, example) -> list[tuple[int, int]]:
+        """[from, to) of the ids of answers before the last one that are targets, too."""
+        return [] if self.loss_on_prompt else self.data.learnt_before(self.rows[example], self.max_length)
+
     def targets(self, examples) -> np.ndarray:
-        return self.lengths[np.asarray(examples, dtype=int)] - self.masked(examples)
+        examples = np.asarray(examples, dtype=int)
+        counts = self.lengths[examples] - self.masked(examples)
+        if self.data.earlier:
+            before = [sum(end - start for start, end in self.earlier(example)) for example in examples]
+            counts = np.maximum(counts, 0) + np.array(before, dtype=int)
+        return counts
 
     def pair(self, example) -> tuple[list[int], list[int]]:
         """(input_ids, labels) of an example, equally long."""
         ids, masked = self.data.whole(self.rows[example])[: self.max_length], int(self.masked([example])[0])
-        return ids[:-1], [IGNORE_INDEX] * masked + ids[1 + masked :]
+        labels = [IGNORE_INDEX] * min(masked, len(ids) - 1) + ids[1 + masked :]
+        for start, end in self.earlier(example):
+            labels[start - 1 : end - 1] = ids[start:end]
+        return ids[:-1], labels
 
     @waiting("data")
     def batch(self, examples, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -271,8 +326,8 @@ class Examples:
 
     def target_ids(self) -> list[np.ndarray]:
         """The target ids of each example."""
-        masked = self.masked(range(len(self)))
-        return [np.array(self.pair(i)[1][n:]) for i, n in enumerate(masked.tolist())]
+        labels = (np.array(self.pair(i)[1]) for i in range(len(self)))
+        return [each[each != IGNORE_INDEX] for each in labels]
 
     @functools.cached_property
     def log_frequencies(self) -> np.ndarray:
@@ -317,7 +372,8 @@ class Packs:
 
     @waiting("data")
     def batch(self, packs, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(input_ids, labels, segments), all (B, T); the segment of padding is -1; labels on the host."""
+        """(input_ids, labels, segments), all (B, T); the segment of padding is -1. The last two stay on the
+        host."""
         shape = len(packs), int(self.lengths[list(packs)].max())
         both = torch.zeros(*shape, dtype=torch.int64), torch.full(shape, IGNORE_INDEX)
         segments = torch.full(shape, -1)
@@ -329,7 +385,7 @@ class Packs:
                 for tensor, values in zip(both, pair, strict=True):
                     tensor[i, start:end] = torch.tensor(values)
                 segments[i, start:end], start = number, end
-        return to_device(both[0], device), both[1], to_device(segments, device)
+        return to_device(both[0], device), both[1], segments
 
     def members(self, units) -> list[int]:
         return [example for unit in units for example in self.packs[unit]]

@@ -1,9 +1,7 @@
-"""Rows of a prompt with two responses, in the columns of LMSYS Arena: reading, token cache, splits, and what
-of a row an encoder gets to see."""
+"""Rows of a prompt with two responses, of one data set or several: token cache, splits, and what of a row an
+encoder gets to see. How a row is read: pair_layouts.py; what is learnt of it: soft_labels.py."""
 
-import hashlib
-import json
-from collections import Counter
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +9,10 @@ import numpy as np
 import torch
 
 from lab.data.builtin import built_in_fingerprint, python_pairs
-from lab.data.cache import BadRows, cached_rows, is_clean, write_texts
-from lab.data.columns import LABELS, PAIR_COLUMNS, TEXTS
+from lab.data.cache import cached_rows, write_texts
+from lab.data.columns import LABELS, TEXTS
+from lab.data.pair_layouts import UNKNOWN, peculiarities, prompt_hash, rows_to_judge, usable_rows
+from lab.data.soft_labels import teach
 from lab.data.split import split_by_group
 from lab.data.tables import data_fingerprint, hub_split, read_rows, require_columns
 from lab.data.tokenizers import encoder_tokenizer, tokenizer_fingerprint
@@ -21,67 +21,6 @@ from lab.train.device import to_device
 from lab.train.processes import main_first, on_main
 from lab.train.waits import waiting
 
-UNKNOWN = -1  # label of a row that is to be judged
-
-
-def turns(row, column) -> list[str]:
-    """One cell: a JSON list of strings, one per turn, null for an empty one. ValueError names the fault."""
-    cell = row.get(column)
-    if cell is None or cell == "":
-        raise ValueError(f"{column} is empty")
-    try:
-        texts = json.loads(cell) if isinstance(cell, str) else cell
-    except (ValueError, RecursionError):
-        raise ValueError(f'{column} is no JSON (a text is written ["text"])') from None
-    if not isinstance(texts, list) or not texts or not all(isinstance(t, str | None) for t in texts):
-        raise ValueError(f"{column} is no list of strings")
-    if not all(is_clean(text or "") for text in texts):
-        raise ValueError(f"{column} has odd Unicode (a lone surrogate)")
-    return [text or "" for text in texts]
-
-
-def winner(row) -> int:
-    """Class number in the order of LABELS."""
-    flags = [str(row.get(column)).strip().lower() in ("1", "1.0", "true") for column in LABELS.values()]
-    if sum(flags) != 1:
-        raise ValueError("no winner" if not any(flags) else "several winners")
-    return flags.index(True)
-
-
-def parse(row) -> tuple[list[list[str]], int]:
-    """([prompt, a, b] of every turn, class number)"""
-    if not isinstance(row, dict) or row.get("id") is None:
-        raise ValueError("no id")
-    if not is_clean(str(row["id"])):
-        raise ValueError("id has odd Unicode (a lone surrogate)")
-    texts = [turns(row, column) for column in TEXTS]
-    if len({len(text) for text in texts}) != 1:
-        raise ValueError("prompt and responses differ in their number of turns")
-    return [list(turn) for turn in zip(*texts, strict=True)], winner(row)
-
-
-def parse_anyway(row) -> tuple[list[list[str]], str | None]:
-    """([prompt, a, b] of every turn, what was odd) of a row that must be judged whatever its cells hold."""
-    texts, odd = [], None
-    for column in TEXTS:
-        try:
-            texts.append(turns(row, column))
-        except ValueError as error:
-            cell, odd = row.get(column), str(error)
-            text = "" if cell is None else str(cell)
-            texts.append([text.encode("utf-8", "replace").decode()])
-    longest = max(map(len, texts))
-    if len({len(text) for text in texts}) != 1:
-        odd = odd or "prompt and responses differ in their number of turns"
-    padded = [text + [""] * (longest - len(text)) for text in texts]
-    return [list(turn) for turn in zip(*padded, strict=True)], odd
-
-
-def prompt_hash(row_turns) -> str:
-    """Rows whose prompts differ in case and white space only share it."""
-    text = "\n".join(" ".join(prompt.lower().split()) for prompt, _, _ in row_turns)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
 
 @dataclass
 class Preferences:
@@ -89,7 +28,7 @@ class Preferences:
 
     ids: list[str]
     groups: np.ndarray  # hash of the prompt: rows of one prompt stay together
-    labels: np.ndarray  # class numbers, UNKNOWN in rows that are to be judged
+    labels: np.ndarray  # class numbers, UNKNOWN in rows without a winner
     first: np.ndarray
     tokens: np.ndarray
     offsets: np.ndarray  # piece p is tokens[offsets[p] : offsets[p + 1]]
@@ -97,6 +36,9 @@ class Preferences:
     folder: Path  # where all this is cached
     fingerprint: dict
     lines: list[str]  # what to tell the user about odd rows
+    sets: np.ndarray | None = None  # number of each row's data set: 0 is cfg.data, others only train
+    weights: np.ndarray | None = None  # of each row's loss, at least 1; none: all are equal
+    soft: np.ndarray | None = None  # (N, 3) probabilities to learn from; NaN in rows without
     lengths: np.ndarray | None = None  # (N, 2) tokens of sequences 1 and 2; set by measure_sequences, like
     cut: np.ndarray | None = None  # (N, 3) whether prompt, A, B lost tokens
     vectors: np.ndarray | None = None  # (N, 2, h) of a frozen encoder; set by cache_vectors
@@ -105,6 +47,18 @@ class Preferences:
         """Share of rows in which prompt, A or B lost tokens."""
         return dict(zip(TEXTS, self.cut.mean(0).tolist(), strict=True))
 
+    def cut_line(self) -> str:
+        shares = self.truncated().items()
+        return "cut to fit  " + "  ".join(f"{name} in {share:.1%} of rows" for name, share in shares)
+
+    def own(self, rows) -> np.ndarray:
+        """Those of `rows` that belong to cfg.data: what is measured is compared with their class shares."""
+        return rows if self.sets is None else rows[self.sets[rows] == 0]
+
+    def weights_of(self, rows) -> np.ndarray:
+        """(rows,): how much each counts in the loss of its batch."""
+        return np.ones(len(rows), dtype=np.int64) if self.weights is None else self.weights[rows]
+
     def response_lengths(self) -> np.ndarray:
         """(N, 2) tokens of A and of B over all turns, before any cut."""
         sizes = np.diff(self.offsets).reshape(-1, 3)[:, 1:]
@@ -112,16 +66,40 @@ class Preferences:
 
 
 def load_pairs(cfg, world, tokenizer=None) -> Preferences:
-    """The rows of cfg.data, tokenised once by rank 0 into the cache, read from there by every rank.
+    """The rows of cfg.data and cfg.extra_data, tokenised once by rank 0 into the cache, read from there by
+    every rank; with the soft labels of cfg.teacher.
 
     `tokenizer`: none is that of cfg.model.
     """
-    on_main(world, hub_split, cfg.data)  # a mistyped file must not wait for a tokenizer
+    sets = weighted_sets(cfg)
+    for name, _ in sets:
+        on_main(world, hub_split, name)  # a mistyped file must not wait for a tokenizer
     # a tiny model's tokenizer is made of the rows' words
     if not tokenizer and not cfg.model.startswith("tiny:"):
         tokenizer = main_first(world, encoder_tokenizer, cfg.model)
     rows = cached_rows(world, "preference", pairs_key, write_pairs, cfg, tokenizer)
-    return as_preferences(rows, tokenizer)
+    data = as_preferences(rows, tokenizer)
+    if cfg.extra_data:
+        weights = np.array([weight for _, weight in sets])
+        data.weights = (weights / weights.min())[data.sets]  # none below 1: a batch's sum is never small
+    if cfg.teacher:
+        teach(data, cfg.teacher, world)
+    return data
+
+
+def weighted_sets(cfg) -> list[tuple[str, float]]:
+    """(name, weight of its rows' losses) of cfg.data and of each `weight*name` in cfg.extra_data."""
+    sets = [(cfg.data, 1.0)]
+    for text in cfg.extra_data:
+        weight, times, name = text.partition("*")
+        if not times:
+            weight, name = "1", text
+        if not re.fullmatch(r"\d*\.?\d+", weight) or not 0.001 <= float(weight) <= 1000 or not name:
+            raise UserError(f"--extra_data {text}: write weight*name, e.g. 0.5*pairs.jsonl, 0.001 to 1000")
+        sets.append((name, float(weight)))
+    if twice := next((name for name, _ in sets if [other for other, _ in sets].count(name) > 1), None):
+        raise UserError(f"--extra_data: {twice} is read twice: name it once, with a weight")
+    return sets
 
 
 def load_unlabelled(name, tokenizer, world) -> Preferences:
@@ -136,6 +114,8 @@ def as_preferences(rows, tokenizer) -> Preferences:
         ids=rows.columns["ids"],
         groups=np.array(rows.columns["groups"]),
         labels=np.array(rows.columns["labels"], dtype=np.int64),
+        sets=np.array(rows.columns["sets"]) if "sets" in rows.columns else None,
+        soft=np.array(rows.columns["soft"], dtype=float) if "soft" in rows.columns else None,
         first=np.concatenate([[0], np.cumsum(rows.columns["pieces"])]).astype(np.int64),
         tokens=rows.tokens,
         offsets=rows.offsets,
@@ -146,12 +126,20 @@ def as_preferences(rows, tokenizer) -> Preferences:
     )
 
 
+LAYOUTS_READ = 1  # of what pair_layouts.py makes of a row: a change there is a change here
+
+
 def pairs_key(cfg, tokenizer) -> dict:
     """All that the cached rows depend on."""
-    builtin = cfg.data == "python-pairs"
-    source = built_in_fingerprint(cfg.data) if builtin else data_fingerprint(cfg.data)
     words = tokenizer_fingerprint(tokenizer) if tokenizer else "words"
-    return {"fingerprint": {"data": source, "tokenizer": words}, "max_documents": cfg.max_documents}
+    fingerprint = {"data": pairs_fingerprint(cfg.data), "tokenizer": words}
+    if cfg.extra_data:
+        fingerprint["extra_data"] = [pairs_fingerprint(name) for name, _ in weighted_sets(cfg)[1:]]
+    return {"fingerprint": fingerprint, "max_documents": cfg.max_documents, "layouts": LAYOUTS_READ}
+
+
+def pairs_fingerprint(name) -> str:
+    return built_in_fingerprint(name) if name == "python-pairs" else data_fingerprint(name)
 
 
 def unlabelled_key(name, tokenizer) -> dict:
@@ -160,12 +148,18 @@ def unlabelled_key(name, tokenizer) -> dict:
 
 
 def write_pairs(folder, cfg, tokenizer) -> dict:
-    """Usable rows with a winner -> token ids and tokenizer in `folder`; gives the columns to keep."""
-    rows = python_pairs() if cfg.data == "python-pairs" else read_rows(cfg.data, cfg.max_documents)
-    rows = rows[: cfg.max_documents]
-    require_columns(rows, PAIR_COLUMNS, cfg.data)
-    usable, lines = usable_rows(rows, cfg.data)
-    return write_usable(folder, usable, lines, tokenizer)
+    """Usable rows of every set -> token ids and tokenizer in `folder`; gives the columns to keep."""
+    every, lines, sets = [], [], []
+    for number, (name, _) in enumerate(weighted_sets(cfg)):
+        rows = python_pairs() if name == "python-pairs" else read_rows(name, cfg.max_documents)
+        usable, said = usable_rows(rows[: cfg.max_documents], name, needs_winner=number == 0)
+        whose = f"{name}  " if cfg.extra_data else ""
+        lines += [whose + line for line in said + peculiarities(usable)]
+        every, sets = every + usable, sets + [number] * len(usable)
+    columns = write_usable(folder, every, tokenizer) | {"lines": lines}
+    if any(soft for *_, soft in every):
+        columns["soft"] = [soft or [None] * len(LABELS) for *_, soft in every]
+    return columns | ({"sets": sets} if cfg.extra_data else {})
 
 
 def write_unlabelled(folder, name, tokenizer) -> dict:
@@ -173,70 +167,57 @@ def write_unlabelled(folder, name, tokenizer) -> dict:
     rows = read_rows(name, prefer="test")
     require_columns(rows, ("id", *TEXTS), name)
     usable, lines = rows_to_judge(rows, name)
-    return write_usable(folder, usable, lines, tokenizer)
+    return write_usable(folder, usable, tokenizer) | {"lines": lines + peculiarities(usable)}
 
 
-def write_usable(folder, usable, lines, tokenizer) -> dict:
-    """[(id, turns, class number)] -> token ids and tokenizer in `folder`; gives the columns to keep."""
-    texts = [text for _, row_turns, _ in usable for turn in row_turns for text in turn]
+def write_usable(folder, usable, tokenizer) -> dict:
+    """Rows of pair_layouts -> token ids and tokenizer in `folder`; gives the columns to keep."""
+    texts = [text for _, row_turns, *_ in usable for turn in row_turns for text in turn]
     tokenizer = tokenizer or encoder_tokenizer("tiny:", texts)
     integers = write_texts(folder, texts, tokenizer)
     tokenizer.save_pretrained(folder / "tokenizer")
     return {
         "integers": integers,
-        "ids": [row_id for row_id, _, _ in usable],
-        "groups": [prompt_hash(row_turns) for _, row_turns, _ in usable],
-        "labels": [label for _, _, label in usable],
-        "pieces": [3 * len(row_turns) for _, row_turns, _ in usable],
-        "lines": lines + _peculiarities(usable),
+        "ids": [row_id for row_id, *_ in usable],
+        "groups": [prompt_hash(row_turns) for _, row_turns, *_ in usable],
+        "labels": [label for _, _, label, _ in usable],
+        "pieces": [3 * len(row_turns) for _, row_turns, *_ in usable],
     }
 
 
-def usable_rows(rows, name) -> tuple[list, list[str]]:
-    """[(id, turns, class number)] of the usable rows, and a line for each reason to leave others out."""
-    bad, usable = BadRows(), []
-    for number, row in enumerate(rows, start=1):
-        try:
-            texts, label = parse(row)
-            usable.append((str(row["id"]), texts, label))
-        except ValueError as error:
-            bad.add(number, error)
-    return usable, bad.report(len(rows), name)
+def split_rows(data, cfg, fold=0) -> dict[str, np.ndarray]:
+    """Row numbers of train, val, test, by prompt: in the shares of cfg; with folds `fold` is tested, the next
+    validates. Rows of further data sets train, unless their prompt is held out.
 
-
-def rows_to_judge(rows, name) -> tuple[list, list[str]]:
-    """Keeps every row of a file to be judged; UserError for one without an id: it cannot be answered."""
-    usable, odd = [], Counter()
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or row.get("id") in (None, ""):
-            raise UserError(f"{name}: row {number} has no id: every row to be judged needs one")
-        if not is_clean(str(row["id"])):  # the answer could not be written under it
-            raise UserError(f"{name}: row {number} has an id with odd Unicode (a lone surrogate): rename it")
-        texts, reason = parse_anyway(row)
-        usable.append((str(row["id"]), texts, UNKNOWN))
-        odd.update([reason] if reason else [])
-    return usable, [f"{count} row(s) are judged as plain text: {why}" for why, count in odd.items()]
-
-
-def _peculiarities(usable) -> list[str]:
-    lines = []
-    if twice := len(usable) - len({row_id for row_id, _, _ in usable}):
-        lines.append(f"{twice} row(s) have an id that another row has, too")
-    empty = sum(not any(turn[side] for turn in texts) for _, texts, _ in usable for side in (1, 2))
-    lines += [f"{empty} empty responses are kept as they are"] if empty else []
-    same = sum(all(turn[1] == turn[2] for turn in texts) for _, texts, _ in usable)
-    return lines + ([f"{same} row(s) have identical responses, and are kept"] if same else [])
-
-
-def split_rows(data, folds, fold, seed) -> dict[str, np.ndarray]:
-    """Row numbers of train, val, test: 80/10/10 by prompt; with folds `fold` is tested, the next validates.
-
-    A function of prompts, labels and seed alone: the same rows for every encoder, max_length and machine.
+    A function of the prompts and labels of cfg.data and of its constants alone: the same rows for every
+    encoder, max_length, machine and further set.
     """
-    parts = split_by_group(data.groups, data.labels, [1] * folds if folds else [8, 1, 1], seed)
-    test, val = (fold, (fold + 1) % folds) if folds else (2, 1)
+    own = data.own(np.arange(len(data.labels)))
+    shares = (
+        [1] * cfg.folds if cfg.folds else [1 - cfg.val_share - cfg.test_share, cfg.val_share, cfg.test_share]
+    )
+    shares = [round(share, 9) for share in shares if share]  # 0.8 0.1 0.1, not 0.7999...
+    parts = split_by_group(data.groups[own], data.labels[own], shares, cfg.split_seed)
+    test, val = (fold, (fold + 1) % cfg.folds) if cfg.folds else (2, 1)
     chosen = {"train": (parts != val) & (parts != test), "val": parts == val, "test": parts == test}
-    return {part: np.flatnonzero(rows) for part, rows in chosen.items()}
+    rows = {part: own[those] for part, those in chosen.items()}
+    if data.sets is not None:
+        others = np.flatnonzero(data.sets)
+        held_out = data.groups[np.concatenate([rows["val"], rows["test"]])]
+        rows["train"] = np.concatenate([rows["train"], others[~np.isin(data.groups[others], held_out)]])
+    return rows
+
+
+def set_lines(data, cfg, rows) -> list[str]:
+    """What is read of each data set."""
+    prompts, lines = len(set(data.groups)), []
+    if data.sets is None:
+        return [f"data {cfg.data}  {len(data.labels)} rows, {prompts} prompts"]
+    for number, (name, weight) in enumerate(weighted_sets(cfg)):
+        there, trains = (int((x == number).sum()) for x in (data.sets, data.sets[rows["train"]]))
+        others = f", {there - trains} left out: their prompts are held out" if number else ""
+        lines.append(f"data {name}  {there} rows, weight {weight:g}, {trains} train{others}")
+    return [*lines, f"{prompts} prompts; all that is held out is of {cfg.data}"]
 
 
 SHORTEST = 16  # tokens that a cut piece keeps at least: with more turns than fit, the first ones are left out
@@ -322,6 +303,24 @@ def measure_sequences(data, inputs, max_length):
             data.cut[row, list(lost)] = True
 
 
+def swapped(cfg, fold, step) -> list[bool]:
+    """Which rows of a global batch have A and B swapped; independent of the number of ranks."""
+    if not cfg.swap_augmentation:
+        return [False] * cfg.batch
+    return (np.random.default_rng([cfg.seed, fold, step]).random(cfg.batch) < 0.5).tolist()
+
+
+def shown_rows(train_rows, positions, swaps=None) -> list[tuple]:
+    """Pairs (row, whether A and B are swapped) of positions in the training rows."""
+    return list(zip(train_rows[positions].tolist(), swaps or [False] * len(positions), strict=True))
+
+
+def next_rows(run, cfg, fold, step, train_rows) -> list[tuple]:
+    """This rank's pairs of step `step`, if a thread is to lay them out meanwhile."""
+    swaps = swapped(cfg, fold, step)[run.world.rank :: run.world.size]
+    return shown_rows(train_rows, run.rows_ahead, swaps) if run.rows_ahead else []
+
+
 @waiting("data")
 def collate(data, rows, cfg, device, orders=2, swapped=None) -> dict:
     """What PairScorer.forward takes: sequence 1 of every row, then (but for joint in one order) sequence 2.
@@ -346,3 +345,14 @@ def collate(data, rows, cfg, device, orders=2, swapped=None) -> dict:
         input_ids[i, : len(sequence)] = torch.tensor(sequence)
     input_ids = to_device(input_ids, device)
     return {"input_ids": input_ids, "lengths": lengths, "size": len(rows), "orders": orders}
+
+
+def describe_row(data, row, inputs, max_length) -> str:
+    """Lines that show both sequences of a row as the encoder reads them, and its label."""
+    label = "no winner" if data.labels[row] == UNKNOWN else list(LABELS)[data.labels[row]]
+    lines = [f"the loss sees row {data.ids[row]} -> {label}; padding is masked"]
+    for which, name in enumerate(("A B", "B A") if inputs == "joint" else ("A", "B"), start=1):
+        ids = sequence_ids(data, row, which, inputs, max_length)
+        text = data.tokenizer.decode(ids).replace("\n", " ")
+        lines.append(f"  {name}: {text if len(text) <= 93 else f'{text[:44]} ... {text[-44:]}'}")
+    return "\n".join(lines)

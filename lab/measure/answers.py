@@ -8,8 +8,8 @@ from collections import Counter
 import numpy as np
 import torch
 
-from lab.data.instructions import prompt_text
-from lab.data.tokenizers import begin_ids, id_count, prompt_ids
+from lab.data.templates import Chat, end_id, question_ids
+from lab.data.tokenizers import begin_ids, id_count
 from lab.measure.statistics import bootstrap, plus_minus
 from lab.models.decoding import ROUND_TO, decoder_of, note
 from lab.models.generate import generate, prompt_loop
@@ -54,14 +54,22 @@ def room_lines(model, prompts, texts, most) -> list[str]:
     return lines
 
 
-def answers(model, tokenizer, prompts, max_new_tokens, batch, world, poll=lambda active: 0) -> list[str]:
+def answers(model, tokenizer, prompts, max_new_tokens, batch, world, poll=lambda active: 0,
+            template="alpaca") -> list[str]:  # fmt: skip
     """Answers prompts (lists of ids) greedily, in batches over all ranks. Every rank gets all texts."""
-    texts = answer_ids(model, tokenizer, prompts, max_new_tokens, batch, world, poll)
-    return [tokenizer.decode(ids).strip() for ids in texts]
+    texts = answer_ids(model, tokenizer, prompts, max_new_tokens, batch, world, poll, template)
+    return said(tokenizer, texts, template)
 
 
-def answer_ids(model, tokenizer, prompts, max_new_tokens, batch, world, poll=lambda active: 0) -> list:
-    """The same as tensors of ids.
+def said(tokenizer, answers, template) -> list[str]:
+    """The texts of answers (ids), without what a chat template writes before each."""
+    decode = Chat(tokenizer).said if template == "chat" else lambda ids: tokenizer.decode(ids).strip()
+    return [decode(ids) for ids in answers]
+
+
+def answer_ids(model, tokenizer, prompts, max_new_tokens, batch, world, poll=lambda active: 0,
+               template="alpaca") -> list:  # fmt: skip
+    """The same as tensors of ids, up to the end token that was learnt, or the tokenizer's own.
 
     All ranks call `poll(active)` equally often: one that is done calls poll(0) until the sum is 0.
     """
@@ -69,8 +77,8 @@ def answer_ids(model, tokenizer, prompts, max_new_tokens, batch, world, poll=lam
     # id + 1; a sum over ranks is a gather
     written = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64)
     batches, at_once = ShardedBatches([len(ids) for ids in prompts], batch, world), batch
-    how = {"temperature": 0, "stop": {tokenizer.eos_token_id}, "vocab_size": id_count(tokenizer)}
-    how["begin"] = begin_ids(tokenizer)
+    how = {"temperature": 0, "vocab_size": id_count(tokenizer), "begin": begin_ids(tokenizer)}
+    how["stop"] = {tokenizer.eos_token_id, end_id(tokenizer, template)}
     write = functools.partial(writer(model), **how, poll=lambda: poll(1))
     with progress(len(batches), "answering", world) as bar:
         for step in range(len(batches)):
@@ -133,9 +141,10 @@ def sample(run, cfg, step, model, tokenizer, poll):
     """Answers the fixed prompts: all to samples.jsonl and TensorBoard, one of them
     in turn to the terminal."""
     if cfg.sample_tokens:
-        prompts = [prompt_ids(tokenizer, prompt_text(text, "", cfg.template)) for text in PROMPTS]
+        prompts = [question_ids(tokenizer, text, "", cfg.template) for text in PROMPTS]
+        how = cfg.sample_tokens, len(prompts), run.world, poll, cfg.template
         with Precision(cfg.dtype, run.world).generation():
-            texts = answers(model, tokenizer, prompts, cfg.sample_tokens, len(prompts), run.world, poll)
+            texts = answers(model, tokenizer, prompts, *how)
         run.samples(step, [f"{text}\n{answer}" for text, answer in zip(PROMPTS, texts, strict=True)])
         turn = run.state["asked"] = (run.state.get("asked", -1) + 1) % len(PROMPTS)
         run.say(f"  | {PROMPTS[turn]} -> {shortened(one_line(texts[turn]), 90 - len(PROMPTS[turn]))}")
@@ -149,8 +158,8 @@ def write_responses(run, cfg, parts, model) -> dict:
     with Precision(cfg.dtype, run.world).generation():
         typed = "eval_batch" in cfg.typed.flags
         batch = rows_at_once(model, prompts, most, run.world, cfg.eval_batch, typed)
-        ids = answer_ids(model, data.tokenizer, prompts, most, batch, run.world, run.poll)
-    texts = [data.tokenizer.decode(each).strip() for each in ids]
+        ids = answer_ids(model, data.tokenizer, prompts, most, batch, run.world, run.poll, cfg.template)
+    texts = said(data.tokenizer, ids, cfg.template)
     rows = [data.columns(row) | {"model_response": text} for row, text in zip(test.rows, texts, strict=True)]
     if run.world.is_main:
         write_json(run.folder / "responses.json", rows)
@@ -189,6 +198,6 @@ def ask(model, tokenizer, cfg):
     interactive, world = cfg.prompt is None and sys.stdin.isatty(), World(device=model.wte.weight.device)
     for text in [cfg.prompt] if cfg.prompt is not None else prompt_loop(interactive):
         if text.strip():
-            ids = prompt_ids(tokenizer, prompt_text(text.strip(), "", cfg.template))
+            ids, most = question_ids(tokenizer, text.strip(), "", cfg.template), cfg.max_new_tokens
             with Precision(cfg.dtype, world).generation():
-                print(answers(model, tokenizer, [ids], cfg.max_new_tokens, 1, world)[0])
+                print(*answers(model, tokenizer, [ids], most, 1, world, template=cfg.template))

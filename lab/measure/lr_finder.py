@@ -28,7 +28,7 @@ def find_lr(run, batches, targets_of, saved, forward_backward, beta1=None, multi
 
     def take(step, lr):
         rows = batches.rank_batch(step)
-        targets = run.agree(int(np.sum(targets_of(rows))))
+        targets = run.agree(np.sum(targets_of(rows)).item())
         if run.stopping:
             raise Stop(run.stopping)
         reseed(cfg.seed, step, world.rank)

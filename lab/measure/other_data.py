@@ -12,6 +12,7 @@ from lab.data.cache import BadRows, cached_rows, write_ids
 from lab.data.instructions import Examples, load_instructions
 from lab.data.paths import text_files
 from lab.data.tables import LOOK, columns_of, hub_split, require_columns, stream_rows
+from lab.data.templates import COLUMNS
 from lab.data.text import Corpus, documents, pieces, text_fingerprint
 from lab.data.tokenizers import AS_TEXT, begin_ids, token_bytes, tokenizer_fingerprint
 from lab.errors import UserError
@@ -42,6 +43,8 @@ def kind_of(data, text_column) -> str:
         return "text"
     first = list(itertools.islice(stream_rows(data, streaming=True), LOOK))
     columns = set(columns_of(first))
+    if {*COLUMNS} & columns and text_column not in columns:
+        return "rows"
     if {"instruction", "output"} <= columns or text_column in columns:
         return "rows" if "instruction" in columns else "text"
     where = f"{data} (or a column {text_column!r} of texts)"
@@ -146,7 +149,7 @@ def measure_rows(data, stored, model, tokenizer, cfg, world, poll) -> Measured:
     asked = SimpleNamespace(data=data, model="", max_documents=cfg.max_documents, **shape)
     rows = load_instructions(asked, world, tokenizer)
     whole, most = rows.prompt_lengths + rows.answer_lengths + 1, shape["max_length"]
-    fits = np.flatnonzero(rows.prompt_lengths < np.minimum(whole, most))
+    fits = np.flatnonzero(rows.first_targets < np.minimum(whole, most))
     if not len(fits):
         raise UserError(f"the prompts of all {len(rows)} rows fill {most} tokens: use a model with more")
     split = on_main(world, split_of, data)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from lab.data.columns import LABELS
+from lab.errors import UserError
 from lab.measure.statistics import (
     bootstrap,
     class_shares,
@@ -18,6 +19,7 @@ from lab.measure.statistics import (
     plus_minus,
     span,
 )
+from lab.run import files
 
 NAMES = list(LABELS)  # A, B, tie: the order of classes everywhere
 BINS = 15  # of confidence, as Guo et al. (2017)
@@ -51,6 +53,11 @@ class Verdicts:
         """The verdicts of a mask of rows."""
         arrays = {n: x[rows] for n, x in vars(self).items() if isinstance(x, np.ndarray)}
         return dataclasses.replace(self, **arrays)
+
+
+def prior(data, train_rows) -> list[float]:
+    """Class shares of the training rows of the data set that is measured, whatever other sets train."""
+    return class_shares(data.labels[data.own(train_rows)], len(NAMES))
 
 
 def combine(log_probs, symmetric) -> np.ndarray:
@@ -320,15 +327,14 @@ def verdicts(cfg, data, splits, outcomes, part) -> tuple[np.ndarray, Verdicts]:
     """(rows, Verdicts) of a part; with folds every row once, judged by the model that had not seen it."""
     lengths, every = data.response_lengths(), []
     for split, outcome in zip(splits, outcomes, strict=True):
-        rows, train_rows = split[part], split["train"]
+        rows, train_rows = split[part], data.own(split["train"])
         log_probs_of = {name: np.array(log_probs) for name, log_probs in outcome["log_probs"].items()}
         on_val = combine(log_probs_of["val"], cfg.symmetric)
         temperature = fit_temperature(on_val, data.labels[split["val"]])
-        prior = class_shares(data.labels[train_rows], len(NAMES))
         by_length = length_only(lengths, data.labels, train_rows, rows)
         facts = {
             "log_probs": log_probs_of[part],
-            "prior": np.tile(prior, (len(rows), 1)),
+            "prior": np.tile(prior(data, train_rows), (len(rows), 1)),
             "by_length": by_length,
         }
         every.append(facts | {"temperatures": np.full(len(rows), temperature)})
@@ -362,3 +368,11 @@ def predictions(data, rows, v, part, folds):
         line |= {} if folds is None else {"fold": int(folds[i]) + 1}
         line |= {"label": NAMES[data.labels[row]], **dict(zip(NAMES, shares.tolist(), strict=True))}
         yield line | {"as_is": orders[0].tolist(), "swapped_back": orders[1].tolist()}
+
+
+def read_outcome(path) -> dict:
+    """What a fold's training returned. UserError if it is missing or damaged."""
+    try:
+        return files.read_sealed(path)
+    except (OSError, ValueError):
+        raise UserError(f"{path} is missing or damaged: use a copy of it, or start a new run") from None

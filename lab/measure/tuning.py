@@ -1,6 +1,7 @@
 """What tuning on instructions says and measures: announcement, validation line, final figures, forgetting."""
 
 import hashlib
+import itertools
 from dataclasses import fields
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from lab.run.files import write_lines
 from lab.run.provenance import refuse_other_data
 from lab.run.stored import is_run, read_config, script_of
 from lab.train.batches import is_out_of_memory
+from lab.train.loss import IGNORE_INDEX
 from lab.train.optim import count_parameters
 from lab.train.processes import World, main_first, on_main
 
@@ -104,14 +106,14 @@ def announce(run, cfg, parts, units, lines, model, total_steps):
 def describe_example(examples, example=0) -> str:
     """Lines that show what the loss masks and counts in one example, decoded from its ids."""
     ids, labels = examples.pair(example)
-    masked = int(examples.masked([example])[0])
-    decode, one_line = examples.data.tokenizer.decode, terminal.one_line
-    seen, counted = one_line(decode(ids[: masked + 1])), one_line(decode(labels[masked:]))
-    counts = f"{len(ids) - masked} targets, {masked + 1} tokens masked"
-    lines = [
-        f"the loss sees row {examples.data.numbers[examples.rows[example]]}: {counts}; padding is masked"
-    ]
-    return "\n".join([*lines, f"  masked:  {shortened(seen)}", f"  counted: {shortened(counted)}"])
+    tokens = [(ids[0], False), *zip([*ids[1:], labels[-1]], (x != IGNORE_INDEX for x in labels), strict=True)]
+    lines, counted = [], sum(is_target for _, is_target in tokens)
+    for is_target, some in itertools.groupby(tokens, key=lambda token: token[1]):
+        text = terminal.one_line(examples.data.tokenizer.decode([token for token, _ in some]))
+        lines.append(f"  {'counted:' if is_target else 'masked: '} {shortened(text)}")
+    counts = f"{counted} targets, {len(tokens) - counted} tokens masked"
+    number = examples.data.numbers[examples.rows[example]]
+    return "\n".join([f"the loss sees row {number}: {counts}; padding is masked", *lines])
 
 
 def batch_facts(units, chosen) -> dict:
@@ -169,7 +171,7 @@ def spelt_bytes(examples) -> np.ndarray:
     whatever a tokenizer adds."""
     data, sizes = examples.data, token_bytes(examples.data.tokenizer)
     spelt = np.array([sizes[ids].sum() for ids in examples.target_ids()], dtype=np.int64)
-    answers = np.array([len(data.texts[row][2].encode()) for row in examples.rows], dtype=np.int64)
+    answers = np.array([data.learnt_bytes(row) for row in examples.rows], dtype=np.int64)
     whole = data.prompt_lengths[examples.rows] + data.answer_lengths[examples.rows] == examples.lengths
     return spelt if examples.loss_on_prompt else np.where(whole, answers, spelt)
 

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import nn
 
+from lab.data.columns import SWAP
 from lab.data.hub import local_or_hub
 from lab.data.tokenizers import id_count, require_ids
 from lab.errors import UserError
@@ -175,25 +176,24 @@ def lr_scales(scorer, layer_decay, head) -> dict[str, float]:
     return {name: head if name.startswith("head.") else scale for name, scale in scales.items()}
 
 
-SWAP = (1, 0, 2)  # classes A, B, tie when A and B change places
-
-
 class PairScorer(nn.Module):
     """Two token sequences of a row, encoded and pooled -> logits (orders, B, 3) of A, B, tie.
 
     Sequence 1 shows side A and sequence 2 side B, and the head reads both vectors; `joint`: sequence 1 shows
     A before B, sequence 2 B before A, and the head reads one vector. Either way swapping a row's sequences
     swaps A and B. Order 0 is the row as it stands, order 1 with A and B swapped, classes put back.
+    Heads: mlp and linear read the vectors side by side; compare is an mlp that also gets |a - b| and a * b.
     """
 
     def __init__(self, encoder, *, joint, pooling, head, dropout, frozen=()):
         super().__init__()
         h = encoder.config.hidden_size
-        width = h if joint else 2 * h
+        width = h if joint else 4 * h if head == "compare" else 2 * h
+        self.compares = head == "compare"
         self.encoder, self.joint, self.pooling, self.frozen = encoder, joint, pooling, list(frozen)
         self.register_buffer("swap", torch.tensor(SWAP), persistent=False)  # on the device
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, len(SWAP)))
-        if head == "mlp":  # the journal's
+        if head != "linear":  # mlp: the journal's
             self.head = nn.Sequential(
                 *(nn.Linear(width, h), nn.ReLU(), nn.Dropout(dropout)),
                 *(nn.Linear(h, h // 2), nn.ReLU(), nn.Dropout(dropout)),
@@ -226,7 +226,9 @@ class PairScorer(nn.Module):
         if self.joint:
             seen = [first, second][:orders]
         else:
-            seen = [torch.cat(pair, dim=-1) for pair in ([first, second], [second, first])[:orders]]
+            alike = [(first - second).abs(), first * second] if self.compares else []
+            pairs = ([first, second, *alike], [second, first, *alike])[:orders]
+            seen = [torch.cat(pair, dim=-1) for pair in pairs]
         logits = [self.head(one) for one in seen]
         return torch.stack([logits[0], *(one[:, self.swap] for one in logits[1:])])
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lab.errors import UserError
+from lab.models import packed
 from lab.models.rotary import require_scaling, rotary_angles, rotate
 from lab.train import cpu
 from lab.train.cpu import onednn, require_memory
@@ -161,6 +162,8 @@ class Attention(nn.Module):
 
 def attend(q, k, v, mask, dropout, causal):
     """Attention of q (B, H, T, D) to k and v (B, KV, S, D), each shared by H / KV heads -> (B, H, T, D)."""
+    if isinstance(mask, packed.Spans):
+        return packed.attention(q, k, v, mask)
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and q.shape[2] == 1 and not causal:  # decoding: heads of a group are rows of one product
         y = F.scaled_dot_product_attention(q.view(len(q), -1, groups, q.shape[3]), k, v, mask, dropout)
@@ -234,7 +237,7 @@ class GPT(nn.Module):
 
         weights (B, T) of the targets and `options` (label_smoothing, z_loss, of_logits): see objective.py;
         labels and weights may be on the host. For several rows packed into one, `segments` (B, T) numbers
-        them: none sees another, positions restart.
+        them, better on the host, too: none sees another, positions restart.
         """
         hidden = self.hidden(input_ids, segments=segments)
         if labels is None:
@@ -267,8 +270,8 @@ class GPT(nn.Module):
         positions = cache.positions(T, device) if cache else torch.arange(T, device=device)  # (T,) or (B, T)
         x, rotary, mask = self.wte(input_ids), None, cache.mask(T, device) if cache else None
         if segments is not None:
-            mask = (segments[:, :, None] == segments[:, None, :]).tril()[:, None]  # (B, 1, T, T)
-            positions = mask.sum(-1)[:, 0] - 1  # (B, T)
+            fast = packed.has_kernel(device, self.config, self.training)
+            mask, positions = (packed.spans if fast else packed.dense_mask)(segments, device)  # (B, T)
         if self.config.positions == "learned":
             x = x + self.wpe(positions)
         else:

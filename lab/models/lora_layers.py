@@ -39,10 +39,8 @@ class LoRALinear(Adapter):
         self.dropout, device = nn.Dropout(dropout), base.weight.device
         rows = torch.cat([torch.arange(first, end) for first, end in self.parts])  # that have an adapter
         first, end = torch.tensor(self.parts).T
-        own = (rows[:, None] >= first) & (rows[:, None] < end)
-        factors = multiplier * own[..., None].to(
-            device, base.weight.dtype
-        )  # (rows, parts, 1): 0 off its part
+        own = ((rows[:, None] >= first) & (rows[:, None] < end))[..., None]  # (rows, parts, 1)
+        factors = multiplier * own.to(device, base.weight.dtype)
         self.register_buffer("factors", factors, persistent=False)
         some = len(rows) < base.out_features
         self.register_buffer("rows", rows.to(device) if some else None, persistent=False)

@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 
 from lab.errors import UserError
 from lab.run.files import PROJECT
-from lab.run.limits import Amount, Count, Whole, limits_of, within
+from lab.run.limits import Amount, Count, Share, Whole, limits_of, within
 from lab.run.terminal import outlive_terminal
 
 ALIASES = {"run_folder": "run"}  # torchrun takes --run for its own --run_path: --run_folder works under both
@@ -105,6 +105,7 @@ class Bookkeeping(Constants):
     resume_timestamp: str | None = None  # a timestamp, latest, or auto (resume, skip if finished, else start)
     resume_step: Whole | None = None  # an older checkpoint than the newest
     backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"  # auto: nccl, xccl, or gloo on CPUs
+    wsd_decay: Share = 0.2  # share of all steps, at the end, in which the rate falls with schedule wsd
     find_from: within(float, 1e-30) = 1e-6  # lowest rate of mode find_lr
     find_to: within(float, 1e-30) = 1.0  # highest
     find_steps: Count = 100  # of mode find_lr
@@ -119,6 +120,9 @@ class Bookkeeping(Constants):
             raise UserError(f"find_from {self.find_from} is not below find_to {self.find_to}")
         if self.shard == "full":
             self._refuse_beside_full()
+        schedule, min_lr = getattr(self, "schedule", None), getattr(self, "min_lr", 0)
+        if schedule in ("one_cycle", "gpt3") and min_lr:
+            raise UserError(f"--min_lr {min_lr}: {schedule} sets its last rate itself, use --min_lr 0")
         mode, resumes = getattr(self, "mode", None), self.resume_timestamp or self.resume_step is not None
         if mode in KEEPS_NOTHING and resumes:
             raise UserError(f"--resume_timestamp goes with training, not with {mode}, which keeps nothing")
@@ -265,14 +269,17 @@ def _comments(config_class) -> dict[str, str]:
 
 
 def _is_switch(hint) -> bool:
-    """Whether a constant is typed as --name and --no-name; it may have another value until then."""
+    """Whether a constant is typed as --name and --no-name; other values that it has as --name VALUE."""
     return hint is bool or bool in map(type, typing.get_args(hint))
 
 
 def _flag(hint) -> dict:
     """The arguments of add_argument for a constant with this annotation."""
-    if _is_switch(hint):
+    if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
+    if _is_switch(hint):
+        words = {str(value).lower(): value for value in typing.get_args(hint)}
+        return {"action": _Switch, "words": words, "metavar": "|".join(words)}
     if typing.get_origin(hint) is Literal:
         return {"choices": typing.get_args(hint), "metavar": "|".join(map(str, typing.get_args(hint)))}
     if typing.get_origin(hint) is tuple:
@@ -289,6 +296,21 @@ def _flag(hint) -> dict:
 
     convert.__name__ = " or ".join(kind.__name__.removesuffix("Type").lower() for kind in kinds)
     return {"type": convert, "metavar": convert.__name__.replace(" or ", "|").upper()}
+
+
+class _Switch(argparse.BooleanOptionalAction):
+    """--name, --no-name, or --name and one of `words` (word -> value)."""
+
+    def __init__(self, *args, words, metavar, **how):
+        super().__init__(*args, **how)
+        self.words, self.nargs, self.metavar = words, "?", metavar
+
+    def __call__(self, parser, namespace, word, option):
+        if word is not None and (word not in self.words or option.startswith("--no-")):
+            name = option.replace("--no-", "--")
+            parser.error(f"{option} {word}: use {name}, --no-{name[2:]} or {name} {self.metavar}")
+        value = not option.startswith("--no-") if word is None else self.words[word]
+        setattr(namespace, self.dest, value)
 
 
 def _check_type(where, name, value, hints):

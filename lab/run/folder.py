@@ -179,7 +179,7 @@ class Run:
 
     # -- what all ranks decide together --------------------------------------------------------------------
 
-    def agree(self, targets=0) -> int:
+    def agree(self, targets=0) -> float:
         """Sums `targets` over the ranks, in the step's one small reduction, and agrees on stop and clock.
 
         Afterwards `stopping` says why all ranks must save and stop now (or None); `clock.share` is the spent
@@ -192,7 +192,7 @@ class Run:
         self.stopping = (self.signals.name or "a signal to another rank") if signalled else None
         if self.clock.share >= 1 > before:
             self.say(f"{self.clock.minutes:g} minutes of training are spent: it ends here")
-        return int(targets)
+        return int(targets) if targets == int(targets) else targets
 
     def poll(self, active=0) -> int:
         """Sums `active` over the ranks; raises Stop on all of them after a signal. For long work."""

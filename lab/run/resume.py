@@ -33,7 +33,16 @@ MAY_CHANGE = {  # what a flag may change in a resumed run: length, cadence, book
     *FIND_CONSTANTS,  # no run that is resumed reads them
 }
 # of the call, not of the run: what was stored of these never counts
-CALL_CONSTANTS = {"out", "tag", "resume_timestamp", "resume_step", "backend", "dirty", "profile"}
+CALL_CONSTANTS = {
+    "out",
+    "tag",
+    "resume_timestamp",
+    "resume_step",
+    "backend",
+    "dirty",
+    "profile",
+    "run_folder",
+}
 
 
 def plan_run(cfg, script, ranks, held) -> dict:

@@ -6,6 +6,7 @@ it, whose parameters are sharded; from the twin's forward to its own next use th
 
 import copy
 import itertools
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -21,9 +22,10 @@ class Sharded:
         if not hasattr(model, "h") or not isinstance(optimizer, torch.optim.AdamW | torch.optim.SGD | Lion):
             kinds = "language models and adamw, sgd or lion"
             raise UserError(f"--shard full is for {kinds}: use --shard optimizer")
-        self.world, self.weight, self.is_whole = world, 1.0, True
+        self.model, self.world, self.weight, self.is_whole = model, world, 1.0, True
         names = {p: name for name, p in model.named_parameters()}
         self.twin = sharded_twin(model, world)
+        self.twin.register_forward_pre_hook(_unwrapped, with_kwargs=True)  # behind torch's own
         of_twin = dict(self.twin.named_parameters())
         self.pairs = [(p, of_twin[name]) for p, name in names.items()]  # (plain, sharded)
         for group in optimizer.param_groups:
@@ -32,8 +34,16 @@ class Sharded:
         optimizer.register_step_pre_hook(self.empty)  # the plain weights are about to be the old ones
 
     def __call__(self, *inputs, **options):
+        if not torch.is_grad_enabled():  # the rehearsal of an evaluation, for which the plain model is whole
+            return self.model(*inputs, **options)
         self.empty()
-        return self.twin(*inputs, **options) * self.weight
+        return self.twin(*map(OnHost.wrap, inputs), **_each(OnHost.wrap, options)) * self.weight
+
+    def eval(self):
+        self.model.eval()
+
+    def train(self):
+        self.model.train()
 
     def named_parameters(self):
         return self.twin.named_parameters()
@@ -113,6 +123,31 @@ class Sharded:
             whole = {name: _whole(value, self.world.is_main) for name, value in state.items()}
             gathered |= {number: whole} if self.world.is_main else {}
         return gathered
+
+
+@dataclass
+class OnHost:
+    """A host tensor that FSDP hands on as it is. Bare labels it would copy to the card, and whoever then asks
+    where the targets are waits for it."""
+
+    tensor: torch.Tensor
+
+    @classmethod
+    def wrap(cls, value):
+        return cls(value) if isinstance(value, torch.Tensor) and value.device.type == "cpu" else value
+
+    @classmethod
+    def unwrap(cls, value):
+        return value.tensor if isinstance(value, cls) else value
+
+
+def _unwrapped(module, inputs, options):
+    """What the model itself is called with."""
+    return tuple(map(OnHost.unwrap, inputs)), _each(OnHost.unwrap, options)
+
+
+def _each(change, options) -> dict:
+    return {name: change(value) for name, value in options.items()}
 
 
 def sharded_twin(model, world):

@@ -72,7 +72,7 @@ class Step:
     step: int  # steps taken before: 0 at the first
     batch: list[int]  # the global batch: numbers of rows, packs or blocks
     rows: list[int]  # this rank's share of it; may be empty
-    targets: int  # of the global batch
+    targets: float  # of the global batch, or the sum of its rows' weights
     schedule_length: float  # steps that the schedule spans: total_steps, or what the clock leaves
     total_steps: int
     where: str  # after this step
@@ -177,8 +177,8 @@ def steps(
 ) -> Iterator[Evaluation | Step]:
     """Yields what comes next until the run ends: an Evaluation, or a Step to take. Stop after a signal.
 
-    targets_of(rows): number of targets, whole or of each row. saved: (what a checkpoint holds of the model,
-    optimizer, precision), restored by run.load. every: steps between evaluations (none: an epoch).
+    targets_of(rows): number of targets, or weight, whole or of each row. saved: (what a checkpoint holds of
+    the model, optimizer, precision), restored by run.load. every: steps between evaluations (none: an epoch).
     With save_every, checkpoints are written every so many steps instead of before each evaluation.
     """
     cfg, world, step, at = run.cfg, run.world, run.step, None
@@ -203,7 +203,7 @@ def steps(
             return
         batch = batches.global_batch(step).tolist()
         rows = batch[world.rank :: world.size]
-        targets = run.agree(int(np.sum(targets_of(rows))))  # with the signals, in one small reduction
+        targets = run.agree(np.sum(targets_of(rows)).item())  # with the signals, in one small reduction
         if run.stopping:
             profile.end_at(True)
             run.save(step, *saved, must=True)
@@ -251,7 +251,7 @@ def rehearse(run, micro_batches, saved, forward_backward, batches, steps_left, s
     is_sharded = isinstance(model, Sharded)
     if is_sharded:
         shard.fill(saved[1])  # as for an evaluation: whole weights are part of the peak
-    elif world.device.type != "cpu" and not getattr(cfg, "pack", False):  # evaluations are of single rows
+    if world.device.type != "cpu" and not getattr(cfg, "pack", False):  # evaluations are of single rows
         _rehearse_evaluation(run, micro_batches, forward_backward, longest)
     model = getattr(model, "module", getattr(model, "twin", model))
     run.at_peak, note = flops.seconds_at_peak(model, world, cfg.dtype, share_read)

@@ -14,8 +14,12 @@ IGNORE_INDEX = -100  # a label that no loss and no accuracy looks at (torch's ow
 
 
 def sum_cross_entropy(logits, labels) -> torch.Tensor:
-    """Cross-entropy summed over the targets: the caller divides by the global count. 0 without targets."""
+    """Cross-entropy summed over the targets: the caller divides by the global count. 0 without targets.
+
+    labels: numbers of classes, or of each row the probabilities of all classes, times its weight.
+    """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    labels = labels.to(wide.dtype) if labels.is_floating_point() else labels
     return F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 

@@ -1,12 +1,16 @@
 """Optimizers, the schedule of rates, and one update."""
 
 import math
+import re
 from typing import Literal
 
 import torch
 from torch import nn
 
-Optimizer = Literal["adamw", "lion", "adafactor", "sgd"]
+from lab.errors import UserError
+
+Optimizer = Literal["adamw", "lion", "muon", "adafactor", "sgd"]
+Schedule = Literal["linear", "cosine", "constant", "one_cycle", "wsd", "gpt3"]
 
 
 def count_parameters(model) -> tuple[int, int]:
@@ -21,6 +25,8 @@ def lr_at(cfg, step, total_steps) -> float:
     cfg.warmup is a fraction of `total_steps`; 0 and 1 are legal. The first step has lr / warm-up steps.
     one_cycle: by cosine from lr / 25 up during the warm-up, then down to lr / 250,000 (Smith 2018; torch's
     OneCycleLR); gpt3: cosine to lr / 10 at 260/300 of the steps, constant from there (Brown et al. 2020).
+    wsd: constant, then over the last cfg.wsd_decay of all steps down by 1 - sqrt (Hu et al. 2024; Hägele et
+    al. 2024), not before the warm-up ends.
     """
     if cfg.schedule == "one_cycle":
         return _one_cycle(cfg.lr / 25, cfg.lr, cfg.lr / 25e4, step, cfg.warmup * total_steps, total_steps)
@@ -29,11 +35,13 @@ def lr_at(cfg, step, total_steps) -> float:
         return cfg.lr * (step + 1) / rising
     if cfg.schedule == "constant":
         return cfg.lr
-    end, low = total_steps, cfg.min_lr
+    start, end, low = rising, total_steps, cfg.min_lr
     if cfg.schedule == "gpt3":
         end, low = 260 / 300 * total_steps, 0.1 * cfg.lr
-    done = min(1, (step - rising) / max(1, end - rising))
-    left = 1 - done if cfg.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    if cfg.schedule == "wsd":
+        start = max(rising, (1 - cfg.wsd_decay) * total_steps)
+    done = min(1, max(0, step - start) / max(1, end - start))
+    left = {"linear": 1 - done, "wsd": 1 - done**0.5}.get(cfg.schedule, 0.5 * (1 + math.cos(math.pi * done)))
     return low + (cfg.lr - low) * left
 
 
@@ -70,13 +78,33 @@ def parameter_groups(model, weight_decay, scales=None, undecayed=()) -> list[dic
     ]
 
 
+def hidden_apart(model, groups) -> list[dict]:
+    """The groups with the blocks' matrices (h.0.attn.c_attn.weight, of adapters too) in groups of their own,
+    as Muon needs them: embeddings, heads, norms and biases stay in the others."""
+    hidden = {p for name, p in model.named_parameters() if p.dim() == 2 and re.search(IN_A_BLOCK, name)}
+    split = [
+        group | {"params": params, "hidden": kind}
+        for group in groups
+        for kind in (True, False)
+        if (params := [p for p in group["params"] if (p in hidden) == kind])
+    ]
+    if not any(group["hidden"] for group in split):
+        raise UserError("--optimizer muon is for matrices of blocks, and none is trained here: use adamw")
+    return split
+
+
+IN_A_BLOCK = r"(^|\.)\d+\.\w+\."  # a block's number, with more than a weight behind it: not head.0.weight
+
+
 def make_optimizer(
     model, optimizer, weight_decay, betas=None, eps=1e-8, scales=None, undecayed=()
 ) -> torch.optim.Optimizer:
     """Makes an Optimizer by name over parameter_groups; optimizer_step sets the lr. betas none: 0.9 and 0.999
     (Lion: 0.99). sgd has a momentum of 0.9. adafactor is torch's (Shazeer and Stern 2018), which decays the
-    squares' mean in its own way: a step is lr times the size of a weight."""
+    squares' mean in its own way: a step is lr times the size of a weight. betas, eps of muon: its AdamW's."""
     groups = parameter_groups(model, weight_decay, scales, undecayed)
+    if optimizer == "muon":
+        return Muon(hidden_apart(model, groups), betas or (0.9, 0.999), eps)
     if optimizer == "lion":
         return Lion(groups, betas or (0.9, 0.99))
     if optimizer == "adafactor":
@@ -91,6 +119,8 @@ def state_numbers(optimizer) -> int:
     shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
     if isinstance(optimizer, torch.optim.Adafactor):
         return sum(n.numel() // n[-1] + n.numel() // n[-2] if len(n) > 1 else n.numel() for n in shapes)
+    if isinstance(optimizer, Muon):
+        return sum((2 - g["hidden"]) * p.numel() for g in optimizer.param_groups for p in g["params"])
     return (2 if isinstance(optimizer, torch.optim.AdamW) else 1) * sum(map(math.prod, shapes))
 
 
@@ -173,6 +203,51 @@ class Lion(torch.optim.Optimizer):
         torch._foreach_mul_(params, 1 - lr * decay)
         torch._foreach_add_(params, directions, alpha=-lr)
         torch._foreach_lerp_(means, grads, 1 - beta2)
+
+
+class Muon(torch.optim.Optimizer):
+    """m <- 0.95 m + 0.05 g; p <- p (1 - lr wd) - lr 0.2 sqrt(longer side) orthogonal(0.95 m + 0.05 g) for the
+    matrices of blocks (Jordan et al. 2024), AdamW for the rest.
+
+    The factor (Liu et al. 2025) makes a step as large as AdamW's, so that its rates and decays carry over. A
+    fused matrix of queries, keys and values is one matrix. torch's own Muon has no AdamW beside it and rounds
+    to bf16 everywhere: in fp64 the number of processes would show, and a CPU takes many times as long.
+    """
+
+    def __init__(self, groups, betas, eps):
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
+        self.adamw = torch.optim.AdamW(self.param_groups, betas=betas, eps=eps, fused=True)
+
+    @torch.no_grad()
+    def step(self):
+        rest = [group for group in self.param_groups if not group["hidden"]]
+        self.adamw.param_groups, self.adamw.state = rest, self.state  # one state_dict: this one's
+        self.adamw.step()
+        for group in self.param_groups:
+            for p in group["params"] if group["hidden"] else ():
+                if p.grad is not None:
+                    self._update(p, group["lr"], group["weight_decay"])
+
+    def _update(self, p, lr, decay):
+        if not self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        mean = self.state[p]["momentum_buffer"].lerp_(p.grad, 0.05)
+        # as its authors have it on a card; a CPU is slow in bf16
+        dtype = torch.bfloat16 if p.dtype == torch.float32 and p.device.type != "cpu" else p.dtype
+        direction = orthogonal(p.grad.lerp(mean, 0.95).to(dtype))
+        p.mul_(1 - lr * decay)
+        p.add_(direction, alpha=-lr * 0.2 * max(p.shape) ** 0.5)
+
+
+def orthogonal(matrix):
+    """About U V^T of a matrix U S V^T: five steps of Newton and Schulz, which take every singular value from
+    0.002 of the norm on to between 0.68 and 1.21 (Jordan et al. 2024)."""
+    x = matrix.T if len(matrix) > len(matrix.T) else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x.T if len(matrix) > len(matrix.T) else x
 
 
 class Adafactor(torch.optim.Adafactor):

@@ -18,7 +18,7 @@ from toys.corpus import (
 from toys.mathqa import LETTERS
 
 import core
-from lab.data import builtin, columns, instructions, pairs, problems
+from lab.data import builtin, columns, instructions, pair_layouts, pairs, problems
 
 
 def test_built_in_documents_are_there_on_every_machine():
@@ -111,7 +111,7 @@ def test_the_built_in_pairs_need_the_prompt():
     assert all(len(w) == 20 for w in words.values()) and len(set.union(*words.values())) == 80
     by_topics = {}
     for line in rows:
-        turns, label = pairs.parse(line)
+        _, turns, label, _ = pair_layouts.parse(line)
         prompt, a, b = turns[0]
         topic_a, topic_b = ([t for t in words if set(text.split()) <= words[t]] for text in (a, b))
         assert len(topic_a) == len(topic_b) == 1 and topic_a != topic_b
@@ -124,7 +124,7 @@ def test_the_built_in_pairs_need_the_prompt():
 
 def test_a_built_in_set_of_other_rows_is_another_one_to_caches_and_runs(monkeypatch):
     """The rows are made of names and docstrings of live modules, which differ between versions of Python."""
-    asked = SimpleNamespace(max_documents=None, template="alpaca")
+    asked = SimpleNamespace(max_documents=None, template="alpaca", extra_data=())
     keys = {"python-pairs": pairs.pairs_key, "python-instructions": instructions.instructions_key}
 
     def sources():

@@ -65,7 +65,7 @@ def test_pairs_to_learn_from_and_the_same_file_to_be_judged_are_cached_apart():
     row = {"id": 1, "prompt": '["p"]', "response_a": '["a"]', "response_b": '["b"]'}
     winners = {"winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0}
     Path("test.jsonl").write_text(json.dumps(row | winners) + "\n")
-    cfg = SimpleNamespace(data="test.jsonl", model="tiny:", max_documents=None)
+    cfg = SimpleNamespace(data="test.jsonl", model="tiny:", max_documents=None, extra_data=(), teacher=())
     learnt = load_pairs(cfg, World())
     judged = load_unlabelled("test.jsonl", None, World())
     assert pairs_key(cfg, None)["fingerprint"] == unlabelled_key("test.jsonl", None)["fingerprint"]

@@ -454,6 +454,6 @@ def test_a_category_is_text_that_can_be_written():
 
 @pytest.mark.parametrize("load", [instructions.load_instructions, pairs.load_pairs])
 def test_a_mistyped_file_is_named_before_a_tokenizer_is_fetched(load):
-    cfg = SimpleNamespace(data="mistyped.csv", model="nobody/nothing", max_documents=None)
+    cfg = SimpleNamespace(data="mistyped.csv", extra_data=(), model="nobody/nothing", max_documents=None)
     with pytest.raises(core.UserError, match=r"^no such file or folder: mistyped.csv$"):
         load(cfg, core.World())

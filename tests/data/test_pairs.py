@@ -1,5 +1,6 @@
 """Preference pairs: parsing, truncation that keeps prompt and responses in sight, both orders."""
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,42 +16,10 @@ import core
 import run_preference as script
 from core import UserError, World
 from lab.data import pairs, tables
-from lab.data.cache import is_clean
+from lab.data.split import split_by_group
 from lab.train import processes
 
 SHARED = PROJECT.parent / "shared" / "data" / "preference" / "pandalm_part1.csv"
-
-
-def test_a_row_is_turns_and_a_class_in_the_order_of_LABELS():
-    assert pairs.parse(row()) == ([["hello there", "general", "who?"], ["", "no", "yes"]], 0)
-    assert pairs.parse(row(winner="winner_model_b"))[1] == 1
-    assert pairs.parse(row(winner="winner_tie"))[1] == 2
-    assert pairs.parse({**row(), "prompt": ["as", "lists"]})[0][0][0] == "as"  # Parquet holds lists
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"prompt": '["half'}, "prompt is no JSON"),
-        ({"response_a": ""}, "response_a is empty"),
-        ({"response_b": "[]"}, "response_b is no list of strings"),
-        ({"response_b": '["x", 3]'}, "response_b is no list of strings"),
-        ({"response_a": '["\\ud83d", "x"]'}, "response_a has odd Unicode"),
-        ({"response_a": '["only one turn"]'}, "differ in their number of turns"),
-        ({"winner_model_a": 0}, "no winner"),
-        ({"winner_tie": 1}, "several winners"),
-        ({"id": None}, "no id"),
-    ],
-)
-def test_unusable_rows_are_told_apart(changes, reason):
-    with pytest.raises(ValueError, match=reason):
-        pairs.parse({**row(), **changes})
-
-
-@pytest.mark.parametrize("odd", [{"id": 3}, ["a"], 7, None])
-def test_a_row_of_another_shape_is_unusable_not_a_crash(odd):
-    with pytest.raises(ValueError):
-        pairs.parse(odd)
 
 
 def test_bad_rows_are_counted_and_named_and_many_are_an_error():
@@ -169,50 +138,96 @@ def test_lengths_are_those_of_the_ids():
             assert data.lengths.tolist() == got and np.max(got) <= most
 
 
+@pytest.mark.parametrize("inputs", ["responses", "prompt+responses", "joint"])
+def test_whatever_is_cut_every_piece_that_is_shown_keeps_its_beginning_and_its_end(inputs):
+    """Long prompts, long answers, many turns; the last turn is always shown."""
+    rng = np.random.default_rng(1)
+    for turns in (1, 2, 5, 40):
+        rows = [rng.choice([0, 1, 2, 7, 60, 600], 3 * turns).tolist() for _ in range(5)]
+        for lengths, most, which in itertools.product(rows, (16, 40, 128, 512), (1, 2)):
+            data, shown = data_of([lengths]), {"responses": 1, "prompt+responses": 2, "joint": 3}
+            spans, _ = pairs.lay_out(data, 0, which, inputs, most)
+            ids = pairs.sequence_ids(data, 0, which, inputs, most)
+            assert len(ids) <= most and len(spans) % shown[inputs] == 0 and len(spans) >= shown[inputs]
+            assert max(stop for _, stop, _ in spans) >= data.offsets[-2]  # of the last turn
+            at = 1
+            for start, stop, kept in spans:
+                piece, whole = ids[at : at + kept], data.tokens[start:stop].tolist()
+                assert kept >= min(2, len(whole)) and (not kept or piece[-1] == whole[-1])
+                assert piece[: (kept + 1) // 2] == whole[: (kept + 1) // 2]
+                at += kept + 1
+            assert at == len(ids)
+
+
+def split_of(groups, labels, sets=None, fold=0, **changes):
+    constants = {"folds": None, "val_share": 0.1, "test_share": 0.1, "split_seed": 42} | changes
+    known = {"groups": np.array(groups), "labels": np.array(labels), "sets": sets}
+    data = SimpleNamespace(**known, own=lambda rows: pairs.Preferences.own(data, rows))
+    return pairs.split_rows(data, SimpleNamespace(**constants), fold)
+
+
+def test_the_default_split_is_the_one_that_it_was_and_shares_are_constants():
+    rng = np.random.default_rng(0)
+    groups, labels = rng.integers(0, 150, 500).astype(str), rng.integers(0, 3, 500)
+    for seed in range(3):
+        parts = split_by_group(groups, labels, [8, 1, 1], seed)
+        rows = split_of(groups, labels, split_seed=seed)
+        assert [rows[part].tolist() for part in ("train", "val", "test")] == [
+            np.flatnonzero(parts == part).tolist() for part in range(3)
+        ]
+    rows = split_of(groups, labels, val_share=0.2, test_share=0.0)
+    assert abs(len(rows["val"]) - 100) < 4 and len(rows["train"]) + len(rows["val"]) == 500
+    rows = split_of(groups, labels, val_share=0.25, test_share=0.25)
+    assert abs(len(rows["train"]) - 250) < 4
+
+
+@pytest.mark.parametrize("folds", [None, 4])
+def test_rows_of_further_sets_only_train_and_no_prompt_straddles_the_split(folds):
+    rng = np.random.default_rng(0)
+    groups, labels = rng.integers(0, 90, 400).astype(str), rng.integers(0, 3, 400)
+    sets = np.repeat([0, 1, 2], [200, 150, 50])
+    labels[350:] = -1  # without a winner
+    for fold in range(folds or 1):
+        rows, alone = (split_of(groups[:n], labels[:n], of, fold, folds=folds)
+                       for n, of in ((400, sets), (200, None)))  # fmt: skip
+        for part in ("val", "test"):
+            assert rows[part].tolist() == alone[part].tolist()  # whatever else trains
+            assert not set(groups[rows[part]]) & set(groups[rows["train"]])
+        train, n = rows["train"].tolist(), len(alone["train"])
+        assert train[:n] == alone["train"].tolist() and len(train) - n > 60
+
+
+def test_data_sets_have_weights_and_are_read_as_one(cache):
+    more = {"prompt": "hello there", "chosen": "x", "rejected": "y"}
+    Path("train.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in range(4)))
+    Path("more.jsonl").write_text(f"{json.dumps(more)}\n" * 3)
+    cfg = script.Config(data="train.jsonl", extra_data=("0.25*more.jsonl",), model="tiny:bert")
+    data = core.load_pairs(cfg, World())
+    assert data.sets.tolist() == [0] * 4 + [1] * 3 and data.weights.tolist() == [4.0] * 4 + [1.0] * 3
+    assert data.own(np.array([5, 1, 3])).tolist() == [1, 3] and data.weights_of([6, 0]).tolist() == [1, 4]
+    assert len(data.fingerprint["extra_data"]) == 1 and data.soft is None
+    lines = pairs.set_lines(data, cfg, {"train": np.array([0, 1, 6])})
+    assert lines[0] == "data train.jsonl  4 rows, weight 1, 2 train"
+    assert lines[1].startswith("data more.jsonl  3 rows, weight 0.25, 1 train, 2 left out: their prompts are")
+    alone = core.load_pairs(script.Config(data="train.jsonl", model="tiny:bert"), World())
+    assert alone.sets is alone.weights is None and alone.weights_of([0, 1]).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("text", ["0*x.csv", "-1*x.csv", "half*x.csv", "2*", "", "train.csv"])
+def test_a_set_without_a_weight_or_a_name_is_refused(text):
+    with pytest.raises(UserError, match=r"^--extra_data"):
+        pairs.weighted_sets(SimpleNamespace(data="train.csv", extra_data=(text,)))
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="small real data is not here")
 def test_real_rows_split_by_prompt(cache):
     cfg = script.Config(data=str(SHARED), model="tiny:bert")
     data = core.load_pairs(cfg, World())
     assert len(data.labels) == 499 and np.bincount(data.labels).tolist() == [211, 223, 65]
-    split = pairs.split_rows(data, cfg.folds, 0, cfg.split_seed)
+    split = pairs.split_rows(data, cfg)
     assert sum(map(len, split.values())) == 499
     prompts = [set(data.groups[rows]) for rows in split.values()]
     assert len(set.union(*prompts)) == sum(map(len, prompts)) == 82
-
-
-ODD = {  # cells of rows that must be judged all the same -> what is read
-    "an empty cell": ({"response_a": ""}, [["hello there", "", "who?"], ["", "", "yes"]]),
-    "no JSON": ({"prompt": "plain [text"}, [["plain [text", "general", "who?"], ["", "no", "yes"]]),
-    "one turn less": ({"response_b": '["x"]'}, [["hello there", "general", "x"], ["", "no", ""]]),
-    "nothing": ({"prompt": None}, [["", "general", "who?"], ["", "no", "yes"]]),
-    "half a character": ({"response_a": '["\\ud83d", "x"]'}, None),
-}
-
-
-@pytest.mark.parametrize("case", ODD)
-def test_a_row_to_be_judged_is_never_dropped(case):
-    changes, wanted = ODD[case]
-    texts, odd = pairs.parse_anyway({**row(), **changes})
-    assert odd and (wanted is None or texts == wanted)
-    assert all(is_clean(text) for turn in texts for text in turn)
-    assert pairs.parse_anyway(row()) == (pairs.parse(row())[0], None)
-
-
-def test_an_id_that_cannot_be_written_is_refused_where_it_is_read():
-    row = {"id": "a\ud800", "prompt": '["p"]', "response_a": '["a"]', "response_b": '["b"]'}
-    with pytest.raises(UserError, match=r"t\.json: row 1 has an id with odd Unicode"):
-        pairs.rows_to_judge([row], "t.json")
-    with pytest.raises(ValueError, match="id has odd Unicode"):
-        pairs.parse(row | {"winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0})
-
-
-def test_a_deep_cell_is_a_bad_row():
-    deep = {"id": "1", "prompt": "[" * 100_000, "response_a": '["a"]', "response_b": '["b"]'}
-    with pytest.raises(ValueError, match="prompt is no JSON"):
-        pairs.parse(deep)
-    assert pairs.rows_to_judge([deep], "t.json")[1] == [
-        '1 row(s) are judged as plain text: prompt is no JSON (a text is written ["text"])'
-    ]
 
 
 @pytest.mark.parametrize("load", [core.load_pairs, core.load_instructions])
@@ -226,5 +241,5 @@ def test_rank_0_alone_looks_for_the_file_and_its_word_counts_on_all_ranks(load, 
 
     everywhere(monkeypatch.setattr, processes, "on_main", on_main)
     with pytest.raises(UserError, match="not here"):
-        load(SimpleNamespace(data="rows.csv", model="tiny:"), World())
+        load(SimpleNamespace(data="rows.csv", model="tiny:", extra_data=()), World())
     assert asked == [(tables.hub_split, "rows.csv")]

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import core
+from lab.data import builtin, columns
 
 SHORT = {  # some 24 steps with several saves and evaluations, and a short last slice on 2 and 3 ranks
     "run_preference": [
@@ -49,7 +50,19 @@ DIVERSE = [
     *("--held_out_tokens", 1500, "--n_embd", 32, "--block_size", 32, "--eval_rows", 20, "--eval_batch", 24),
 ]
 SHORT["run_pretrain_diversity"] = [
-    *(*DIVERSE, "--batch", 7, "--max_steps", 24, "--dropout", 0.1),
+    *(
+        *DIVERSE,
+        "--batch",
+        7,
+        "--max_steps",
+        24,
+        "--dropout",
+        0.1,
+        "--optimizer",
+        "muon",
+        "--schedule",
+        "wsd",
+    ),
     *("--eval_every", 8, "--save_every", 5, "--log_every", 4),
 ]
 MATHQA = [
@@ -233,8 +246,12 @@ def test_a_signal_while_a_frozen_encoder_runs_or_folds_are_judged_is_agreed_on(p
 
 @pytest.mark.slow
 def test_a_frozen_encoder_and_folds_do_not_depend_on_ranks_or_accumulation():
-    """Laws 1 and 2 in fp64, to 1e-9; each row is out of fold once."""
-    flags = [*FROZEN, *EXACT["run_preference"], "--dtype", "fp64"]
+    """Laws 1 and 2 in fp64, to 1e-9; each row is out of fold once. With rows of another set, some of them
+    with probabilities, each weighing a third."""
+    more = [line | dict.fromkeys(columns.SOFT, 1 / 3) for line in builtin.python_pairs(15, seed=3)]
+    Path("more.json").write_text(json.dumps([*more, *builtin.python_pairs(15, seed=4)]))
+    flags = [*FROZEN, *EXACT["run_preference"], "--dtype", "fp64", "--extra_data", "0.3*more.json"]
+    flags += ["--label_smoothing", 0.1, "--head", "compare"]
     reference = None
     for size, micro_batch in [(1, "none"), (2, 1), (3, "none"), (3, 1)]:
         got = run("run_preference", *flags, "--micro_batch", micro_batch, size=size)

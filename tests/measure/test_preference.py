@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import scipy.optimize
 import sklearn.linear_model
 import sklearn.metrics
 
+from core import UserError
 from lab.measure import preference
+from lab.run import files
 
 NAMES = ["A", "B", "tie"]
 
@@ -201,3 +204,17 @@ def test_a_card_fits_a_screen_and_names_what_is_wrong():
 def test_the_picture_is_drawn(tmp_path):
     preference.draw(verdicts(), NAMES, "a title", tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_a_finished_fold_left_is_believed_only_as_it_was_written():
+    path = Path("folds/fold_1.json")
+    outcome = {"weights_sha256": "a1", "checkpoint": "best_step_00000002", "log_probs": {"val": [[-1.0]]}}
+    files.write_sealed(path, outcome)
+    assert preference.read_outcome(path) == outcome
+    for text in (path.read_text().replace("a1", "b1"), "{", ""):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"^folds/fold_1.json is missing or damaged: use a copy"):
+            preference.read_outcome(path)
+    path.unlink()
+    with pytest.raises(UserError, match=r"^folds/fold_1.json is missing"):
+        preference.read_outcome(path)

@@ -144,9 +144,9 @@ def test_an_encoder_that_makes_its_own_masks_gets_a_plain_one():
     assert not encoders.takes_whole_masks(BertConfig(attn_implementation="eager"))
 
 
-@pytest.mark.parametrize("joint", [False, True])
-def test_the_second_order_is_the_first_one_of_exchanged_sequences_with_classes_put_back(joint):
-    model = scorer(joint=joint).eval()
+@pytest.mark.parametrize(("joint", "head"), [(False, "mlp"), (True, "linear"), (False, "compare")])
+def test_the_second_order_is_the_first_one_of_exchanged_sequences_with_classes_put_back(joint, head):
+    model = scorer(joint=joint, head=head).eval()
     lengths = [5, 9, 4, 3, 7, 12]
     ids = padded(lengths)
     there = model(ids, lengths, size=3)
@@ -156,6 +156,10 @@ def test_the_second_order_is_the_first_one_of_exchanged_sequences_with_classes_p
     assert (there[0] - there[1]).abs().max() > 1e-3
     vectors = model.encode(ids, lengths)
     torch.testing.assert_close(model(vectors=vectors, size=3), there, rtol=0, atol=0)
+    if head == "compare":
+        a, b = vectors[:3], vectors[3:]
+        seen = torch.cat([a, b, (a - b).abs(), a * b], dim=1)
+        torch.testing.assert_close(model.head(seen), there[0], rtol=0, atol=0)
     needed = 3 if joint else 6  # joint in one order needs one sequence of each row
     alone = model(ids[:needed], lengths[:needed], size=3, orders=1)
     torch.testing.assert_close(alone, there[:1], rtol=0, atol=1e-12)

@@ -130,11 +130,19 @@ def flag(config, name) -> list[str]:
     return studies.as_flags(name, default or ("x",) if isinstance(default, tuple) else default)
 
 
-def test_a_switch_may_have_a_value_of_its_own_until_it_is_typed():
+def test_a_switch_may_have_a_value_of_its_own(capsys):
     config = importlib.import_module("run_lora").Config
-    for words, value in [([], "auto"), (["--compile"], True), (["--no-compile"], False)]:
-        cfg = core.parsed_config(config, {}, {}, "", words)
+    cases = {"": "auto", "--compile": True, "--no-compile": False, "--compile auto": "auto"}
+    for words, value in (cases | {"--compile=false": False, "--compile true": True}).items():
+        cfg = core.parsed_config(config, {}, {}, "", words.split())
         assert cfg.compile == value and cfg.typed.flags == ({"compile"} if words else set())
+    for words in ("--compile on", "--no-compile auto"):
+        with pytest.raises(core.UserError) as error:
+            core.parsed_config(config, {}, {}, "", words.split())
+        assert str(error.value) == f"{words}: use --compile, --no-compile or --compile auto|true|false"
+    with pytest.raises(SystemExit):
+        core.parsed_config(config, {}, {}, "", ["--help"])
+    assert "--compile [auto|true|false], --no-compile [auto|true|false]" in capsys.readouterr().out
     for wrong in (1, "on"):
         with pytest.raises(core.UserError, match=f"compile = {wrong!r} is none of its values"):
             core.parsed_config(config, {"fast": {"compile": wrong}}, {}, "", [])

@@ -14,7 +14,7 @@ NOAM = {
 }
 SHAPES = {"gpt2": {}, "noam": NOAM}
 METHODS = loha_lokr.METHODS
-OPTIMIZERS = ["adamw", "lion", "adafactor", "sgd"]
+OPTIMIZERS = ["adamw", "lion", "muon", "adafactor", "sgd"]
 
 
 def random_gpt(dtype=torch.float32, seed=0, **config):

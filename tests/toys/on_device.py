@@ -16,7 +16,7 @@ import core
 import lab.train.loss
 import run_preference
 from lab.data import tokenizers
-from lab.models import encoders, int4, loha_lokr
+from lab.models import encoders, int4, loha_lokr, packed
 from lab.train.device import read_step
 
 WORLD = core.World(device=DEVICE)
@@ -125,6 +125,7 @@ def weighed() -> dict:
         "nothing: arithmetic": lambda: torch.softmax(a * 2 + a.mean(), 0),
         "nothing: a backward": lambda: (leaf * a).sum().backward(),
         "nothing: new": lambda: torch.zeros(3, device=DEVICE),
+        "nothing: spans of packed rows": lambda: packed.spans(torch.tensor([[0, 0, 1]]), DEVICE),
         "nothing: in a thread": lambda: in_a_thread(there, 1.0),
     }
 

@@ -12,7 +12,7 @@ from toys.gpt import ids, random_gpt
 import core
 from lab.train import shard
 
-KINDS = ("adamw", "lion", "sgd", "adafactor")
+KINDS = ("adamw", "lion", "muon", "sgd", "adafactor")
 SHARDS = ("none", "optimizer", "full")
 THEN = {"none": "optimizer", "optimizer": "full", "full": "none"}  # by which sharding a run goes on
 
@@ -99,7 +99,7 @@ def ends(world, kind, dtype, how) -> tuple[int, list, list[torch.nn.Module]]:
 def main(cfg, world):
     said, cases = {}, [("adamw", "fp16"), *((kind, "fp64") for kind in KINDS)]
     for (kind, dtype), how in itertools.product(cases[1:2] if world.size > 2 else cases, SHARDS):
-        if how != "full" or (dtype != "fp16" and kind != "adafactor"):
+        if how != "full" or (dtype != "fp16" and kind not in ("muon", "adafactor")):
             *facts, models = ends(world, kind, dtype, how)
             name = f"{kind} {dtype} {how}"
             said[name] = [*facts, *map(core.weights_sha256, models)]

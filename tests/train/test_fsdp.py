@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from toys.gpt import random_gpt
+from torch.distributed.utils import _to_kwargs
+from toys.gpt import ids, random_gpt
 
 import core
 import gpt_scratch
@@ -89,6 +90,34 @@ def test_a_rank_with_fewer_micro_batches_repeats_its_last_one_at_no_weight(shard
     ]
     assert seen == [([4, 5], 3.0), ([6, 7], 3.0), ([8], 3.0), ([8], 0.0), ([8], 0.0)]
     assert float(called(torch.tensor(3.0))) == 3.0
+
+
+def test_an_evaluation_is_rehearsed_with_the_plain_model(sharded):
+    model, _, called = sharded
+    called.eval()
+    with torch.no_grad():
+        assert called(ids(1, 4)).shape == (1, 4, 23) and called.is_whole and not model.training
+    called.train()
+    assert model.training
+
+
+def test_labels_stay_on_the_host_though_torch_moves_what_a_model_is_called_with(sharded, monkeypatch):
+    _, _, called = sharded
+    seen = []
+
+    def moved(module, inputs, options):
+        """As FSDP's own hook does it, which stands in front of all others."""
+        (inputs,), (options,) = _to_kwargs(inputs, options, torch.device("meta"), False)
+        return inputs, options
+
+    called.twin.register_forward_pre_hook(moved, prepend=True, with_kwargs=True)
+    monkeypatch.setattr(
+        called.twin, "forward", lambda *inputs, **options: seen.extend((*inputs, *options.values())) or 1.0
+    )
+    labels, weights, on_card = torch.tensor([1]), torch.tensor([2.0]), torch.tensor([3], device="meta")
+    called(on_card, labels, None, weights=weights, z_loss=0.1)
+    assert seen[0].device.type == "meta" and seen[1] is labels and seen[3] is weights
+    assert seen[2] is None and seen[4] == 0.1
 
 
 def test_memory_that_is_too_small_is_said_at_once_since_the_others_wait_in_an_exchange(sharded):

@@ -396,4 +396,4 @@ def test_weights_that_ranks_share_are_whole_once_and_training_is_not_compiled_un
     assert done == ["compiled"]
     monkeypatch.setattr(loop, "Sharded", Weights)
     seen, _ = rehearsed(Recorded(card, batch=4, eval_batch=6), room=6)
-    assert done == ["compiled", "whole"] and seen == [4, 4]  # an evaluation has the plain model
+    assert done == ["compiled", "whole"] and seen == [4, 4, "6 False"]

@@ -82,7 +82,30 @@ def test_a_gradient_that_is_not_finite_touches_no_weight():
 
 
 def schedule_of(kind, lr=1e-3, warmup=0.3, **more):
-    return SimpleNamespace(schedule=kind, lr=lr, warmup=warmup, min_lr=0.0, beta1=0.9, **more)
+    return SimpleNamespace(schedule=kind, lr=lr, warmup=warmup, beta1=0.9, **{"min_lr": 0.0, **more})
+
+
+@pytest.mark.parametrize(("warmup", "share"), [(0.1, 0.25), (0.0, 1.0), (0.3, 0.0)])
+def test_wsd_is_transformers_behind_its_warm_up(warmup, share):
+    from transformers import get_wsd_schedule
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2e-3)
+    parts = {"num_warmup_steps": warmup * 200, "num_decay_steps": share * 200, "num_training_steps": 200}
+    theirs = get_wsd_schedule(optimizer, **parts, decay_type="1-sqrt", min_lr_ratio=0.05)
+    cfg = schedule_of("wsd", 2e-3, warmup, min_lr=1e-4, wsd_decay=share)
+    for step in range(200):
+        if step >= warmup * 200:
+            assert core.lr_at(cfg, step, 200) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        theirs.step()
+
+
+def test_wsd_stays_at_its_peak_whatever_length_is_still_to_come_and_falls_behind_a_long_warm_up():
+    cfg = schedule_of("wsd", warmup=0.0, wsd_decay=0.2)
+    assert {core.lr_at(cfg, 70, length) for length in (88.0, 90.5, 100, 1000)} == {cfg.lr}
+    late = schedule_of("wsd", warmup=0.9, wsd_decay=0.5)
+    rates = [core.lr_at(late, step, 100) for step in range(100)]
+    assert rates.index(max(rates)) == 89 and rates[90] == cfg.lr > rates[91] > rates[-1] > 0
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 4, 5, 7, 20, 333])
@@ -129,8 +152,10 @@ def test_gpt3_rises_in_a_line_falls_by_cosine_and_stays_at_a_tenth(total):
 
 
 def test_the_first_and_last_steps_of_short_schedules_are_finite():
-    for kind, total, warmup in itertools.product(("one_cycle", "gpt3", "linear"), (1, 2, 3), (0.0, 0.5, 1.0)):
-        lrs = [core.lr_at(schedule_of(kind, warmup=warmup), step, total) for step in range(total)]
+    kinds = typing.get_args(core.Schedule)
+    for kind, total, warmup in itertools.product(kinds, (1, 2, 3), (0.0, 0.5, 1.0)):
+        cfg = schedule_of(kind, warmup=warmup, wsd_decay=0.2)
+        lrs = [core.lr_at(cfg, step, total) for step in range(total)]
         assert all(0 < lr <= 1e-3 * (1 + 1e-12) for lr in lrs), (kind, total, warmup)
 
 
@@ -159,6 +184,13 @@ def test_the_peak_comes_behind_the_warm_up(preset, peak):
     assert rates[-1] >= 1e-5 and rates[-1] == pytest.approx(1e-5, rel=1e-4)  # a step before the cosine's end
 
 
+def block(width=5):
+    """A model of one block, named as blocks are: 0.linear.weight."""
+    torch.manual_seed(0)
+    layers = {"linear": nn.Linear(7, width), "norm": nn.LayerNorm(width)}
+    return nn.ModuleList([nn.ModuleDict(layers)]).double()
+
+
 def stepped(optimizer, model, steps, first=0):
     """The weights after these steps of drawn gradients."""
     for step in range(first, first + steps):
@@ -171,7 +203,7 @@ def stepped(optimizer, model, steps, first=0):
 
 @pytest.mark.parametrize("name", typing.get_args(core.Optimizer))
 def test_every_optimizer_goes_on_from_its_state_to_the_same_weights_bit_for_bit(name, tmp_path):
-    straight, first, second = (small_model()[0].double() for _ in range(3))
+    straight, first, second = (block() for _ in range(3))
     expected = stepped(core.make_optimizer(straight, name, 0.1), straight, 5)
     optimizer = core.make_optimizer(first, name, 0.1)
     weights = stepped(optimizer, first, 2)
@@ -185,8 +217,8 @@ def test_every_optimizer_goes_on_from_its_state_to_the_same_weights_bit_for_bit(
 
 @pytest.mark.parametrize("name", typing.get_args(core.Optimizer))
 def test_the_state_is_counted_before_it_is_there(name):
-    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.LayerNorm(5)).double()
-    model[0].bias.requires_grad_(False)
+    model = block()
+    model[0]["linear"].bias.requires_grad_(False)
     optimizer = core.make_optimizer(model, name, 0.1)
     expected = optim.state_numbers(optimizer)
     for p in model.parameters():

@@ -114,7 +114,7 @@ def test_matrices_decay_but_not_the_embedding_norms_and_biases(shape, optimizer)
     model = random_gpt(tie_head=False, **SHAPES[shape])
     cfg = script.Config(optimizer=optimizer, weight_decay=0.3, beta1=0.8, beta2=0.97)
     of = script.make_optimizer(cfg, model)
-    kinds = {"adamw": torch.optim.AdamW, "lion": optim.Lion, "adafactor": optim.Adafactor}
+    kinds = {"adamw": torch.optim.AdamW, "lion": optim.Lion, "muon": optim.Muon, "adafactor": optim.Adafactor}
     assert type(of) is kinds.get(optimizer, torch.optim.SGD)
     names = {p: name for name, p in model.named_parameters()}
     decays = {names[p]: group["weight_decay"] for group in of.param_groups for p in group["params"]}
@@ -125,7 +125,7 @@ def test_matrices_decay_but_not_the_embedding_norms_and_biases(shape, optimizer)
     assert {name for name, decay in decays.items() if decay == 0} == set(decays) - linear - positions
     assert {"wte.weight", "ln_f.weight", "h.0.ln_1.weight"} <= set(decays) - linear
     for group in of.param_groups:
-        if optimizer in ("adamw", "lion"):
+        if optimizer in ("adamw", "lion", "muon"):
             assert tuple(group["betas"]) == (0.8, 0.97)
         assert group.get("momentum") == (0.9 if optimizer == "sgd" else None)
 

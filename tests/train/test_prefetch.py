@@ -14,8 +14,8 @@ import torch
 from toys.sft import BARE, go, toy_file
 
 import core
-import run_preference
 from core import World
+from lab.data import pairs
 from lab.train import prefetch
 
 LENGTHS = np.random.default_rng(0).integers(1, 40, 60)
@@ -132,8 +132,8 @@ def test_a_run_ends_with_the_same_weights_and_all_steps_but_the_first_were_ready
 def test_pairs_are_prepared_as_their_step_will_ask_for_them():
     """Whether A and B of a row are swapped depends on the step: rows_ahead become pairs of its own."""
     cfg = SimpleNamespace(swap_augmentation=True, batch=8, seed=3)
-    swaps = [run_preference.swapped(cfg, 0, step) for step in (4, 5)]
-    assert swaps[0] != swaps[1] and run_preference.swapped(cfg, 0, 5) == swaps[1]
-    shown = run_preference.shown_rows(np.arange(100, 200), [3, 1, 4], swaps[1][:3])
+    swaps = [pairs.swapped(cfg, 0, step) for step in (4, 5)]
+    assert swaps[0] != swaps[1] and pairs.swapped(cfg, 0, 5) == swaps[1]
+    shown = pairs.shown_rows(np.arange(100, 200), [3, 1, 4], swaps[1][:3])
     assert shown == list(zip([103, 101, 104], swaps[1][:3], strict=True))
-    assert run_preference.shown_rows(np.arange(100, 200), [3]) == [(103, False)]
+    assert pairs.shown_rows(np.arange(100, 200), [3]) == [(103, False)]

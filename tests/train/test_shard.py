@@ -12,7 +12,7 @@ import core
 from core import World
 from lab.train import shard
 
-MOMENTS = {"adamw": 2, "lion": 1, "sgd": 1}  # numbers of state per weight; Adafactor's depend on shapes
+MOMENTS = {"adamw": 2, "lion": 1, "sgd": 1}  # numbers of state per weight; those of Muon, Adafactor differ
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
@@ -29,7 +29,7 @@ def test_each_rank_keeps_its_share_of_the_state_and_no_more(trained):
     weights = sum(p.numel() for p in sharded.begun(World(), "sgd", "none")[0].parameters())
     for name in trained[1][0]:
         kind, _, how = name.split()
-        if kind == "adafactor":
+        if kind not in MOMENTS:
             continue
         kept = [of_rank[name][0] for of_rank in trained[1]]
         if how == "none":
@@ -53,7 +53,7 @@ def test_fully_sharded_and_resumed_into_any_other_the_weights_are_ddps_but_for_r
     for kind in {name.split()[0] for name in said[0]}:
         wanted = torch.load(folder / f"{kind} fp64 none" / "ends 0.pt")[0]
         ends = [end for path in folder.glob(f"{kind} fp64 */ends *.pt") for end in torch.load(path)]
-        assert len(ends) == len(said) * {"adamw": 6, "adafactor": 2}.get(kind, 3)
+        assert len(ends) == len(said) * {"adamw": 6, "muon": 2, "adafactor": 2}.get(kind, 3)
         for end in ends:
             torch.testing.assert_close(end, wanted, rtol=1e-9, atol=1e-9)
 
