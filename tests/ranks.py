@@ -81,6 +81,7 @@ def launch(
     `again`, (place, n-th call, signal) is sent by rank 0 to itself. nodes: as if the ranks were on so many
     boxes, each with its share of this machine's cores. Output of all ranks goes to out.txt.
     All tests share one token cache, but for those that strike while it is made: these have ./cache.
+    report.png is drawn only with PICTURES in `env`.
     """
     places = [strike[0] for strike in (kill, sent, closed, again, crash) if strike]
     own = {"caching", "encoding"} & {*places} or Path("cache").exists()
@@ -248,6 +249,8 @@ def _rank(
     import torch
 
     torch.set_num_threads(1)
+    if "PICTURES" not in env:  # a third of a short run_preference, and nobody looks at them
+        everywhere(setattr, importlib.import_module("lab.measure.preference"), "draw", _no_picture)
     if "DISKS_APART" in env:  # of a disk that the other boxes do not see
         importlib.import_module("lab.run.disks").SIGHT_SECONDS = 1
         os.makedirs(f"box {rank}")
@@ -263,6 +266,10 @@ def _rank(
     if again and rank == 0:
         strike(script, *again[:2], lambda: os.kill(os.getpid(), again[2]))
     main(script)
+
+
+def _no_picture(verdicts, names, title, path):
+    Path(path).touch()
 
 
 def _crash():

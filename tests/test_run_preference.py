@@ -109,7 +109,7 @@ def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smoke")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        run("run_preference", "--smoke")
+        run("run_preference", "--smoke", env={"PICTURES": "drawn"})
     return folder, (folder / "out.txt").read_text()
 
 

@@ -1,6 +1,7 @@
 """What a run notes of where it came from: sources, versions, git, device, data."""
 
 import datetime
+import functools
 import os
 import platform
 import shlex
@@ -80,6 +81,7 @@ def _sources(script) -> dict[str, Path]:
     return named if script in mine else named | {script.name: script}
 
 
+@functools.cache  # looks through all that is installed
 def _versions() -> dict[str, str | None]:
     from importlib.metadata import distributions
 

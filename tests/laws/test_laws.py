@@ -7,6 +7,7 @@ import importlib
 import itertools
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -26,6 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import core
 from lab.data import builtin, columns
+from lab.run.files import short_hash
 
 SHORT = {  # some 24 steps with several saves and evaluations, and a short last slice on 2 and 3 ranks
     "run_preference": [
@@ -137,23 +139,34 @@ _known = {}
 
 @pytest.fixture(scope="session")
 def straight(tmp_path_factory):
-    """What an uninterrupted run on `size` ranks ends with: (result, curve of TensorBoard)."""
-    known = _known  # test_terminals.py asks for the same runs
+    """What an uninterrupted run on `size` ranks ends with: (result, curve of TensorBoard). Made once for all
+    files and, under a lock, for all workers of pytest-xdist."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
 
     def reference(script, size, flags=None):
         key = (script, size, str(flags))
-        if key not in known:
-            here, folder = Path.cwd(), tmp_path_factory.mktemp(f"straight_{script}_{size}")
-            with pytest.MonkeyPatch.context() as patch:
+        if key not in _known:
+            folder = straight_folder(shared, *key)
+            folder.mkdir(exist_ok=True)
+            with open(folder / "lock", "w") as lock, pytest.MonkeyPatch.context() as patch:
+                fcntl.flock(lock, fcntl.LOCK_EX)
                 patch.chdir(folder)
-                known[key] = run(script, *(flags or SHORT[script]), size=size), curves(newest())
+                if not Path("known.json").exists():
+                    ended = run(script, *(flags or SHORT[script]), "--note", "a word", size=size)
+                    seen = curves(newest()) | {"samples": samples(newest())}
+                    Path("known.json").write_text(json.dumps([ended, seen]))
+                _known[key] = json.loads(Path("known.json").read_text())
                 constants = json.loads((newest() / "config.json").read_text())["constants"]
                 assert constants["dtype"] == "fp32"  # what auto became
-                known[key][1]["samples"] = samples(newest())
-            assert Path.cwd() == here
-        return known[key]
+        return _known[key]
 
+    reference.folder = lambda script, size: newest(straight_folder(shared, script, size, "None") / "out")
     return reference
+
+
+def straight_folder(shared, *key) -> Path:
+    return shared / f"straight_{key[0]}_{key[1]}_{short_hash(key)}"
 
 
 def curves(folder) -> dict[str, list]:
@@ -218,9 +231,7 @@ def test_killed_and_resumed_ends_in_the_same_weights(script, place, nth, who, si
     [
         ("encoding", 1, 0, 1),
         ("encoding", 3, "all", 2),  # in the second fold
-        ("step", 30, 0, 1),
         ("evaluation", 15, 1, 2),
-        ("save", 12, 0, 2),
         ("step", 26, 2, 3),
     ],
 )
@@ -253,7 +264,7 @@ def test_a_frozen_encoder_and_folds_do_not_depend_on_ranks_or_accumulation():
     flags = [*FROZEN, *EXACT["run_preference"], "--dtype", "fp64", "--extra_data", "0.3*more.json"]
     flags += ["--label_smoothing", 0.1, "--head", "compare"]
     reference = None
-    for size, micro_batch in [(1, "none"), (2, 1), (3, "none"), (3, 1)]:
+    for size, micro_batch in [(1, "none"), (2, "none"), (3, 1)]:
         got = run("run_preference", *flags, "--micro_batch", micro_batch, size=size)
         checkpoints = newest() / "checkpoints"
         folds = [load_file(checkpoints / name / "model.safetensors") for name in got["test_checkpoints"]]
@@ -315,8 +326,7 @@ def test_a_signal_saves_and_leaves(script, number, place, nth, size, straight):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_signal_while_rank_0_samples_is_heard_there(size, straight):
+def test_a_signal_while_rank_0_samples_is_heard_there(straight, size=2):
     """Law 5: the twelfth token is the fourth of the samples after step 16, which are then not written."""
     script = "gpt_scratch"
     codes = launch(script, "--out", "out", *SHORT[script], size=size, sent=("sampling", 12, signal.SIGTERM))
@@ -328,8 +338,7 @@ def test_a_signal_while_rank_0_samples_is_heard_there(size, straight):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_signal_while_all_ranks_answer_is_agreed_on(size, straight):
+def test_a_signal_while_all_ranks_answer_is_agreed_on(straight, size=2):
     """Law 5: the second token of the test rows' answers; ranks that are done keep polling."""
     script = "run_instruct"
     flags = [*SHORT[script], "--sample_tokens", 0]
@@ -422,11 +431,11 @@ def test_no_whole_checkpoint_is_an_error_not_a_restart(script):
 
 @pytest.mark.parametrize("script", on_every_script(()))
 def test_weights_do_not_depend_on_ranks_or_accumulation(script):
-    """Law 1, proved in fp64: 1, 2, 3 ranks x micro-batches of all, 1 and 3 rows, to 1e-9. Weights that ranks
-    share (--shard full) are no exception."""
+    """Law 1, proved in fp64: 1, 2, 3 ranks x micro-batches of all, 3 and 1 rows, to 1e-9. Weights that ranks
+    share (--shard full) are no exception. Whole slices: test_a_resume_on_another_number_of_ranks_..."""
     flags = [*SHORT[script], *EXACT[script], "--dtype", "fp64", "--max_steps", 12, "--test_weights", "last"]
     reference = None
-    for size, micro_batch in [(1, "none"), (1, 3), (2, "none"), (3, 1)]:
+    for size, micro_batch in [(1, "none"), (2, 3), (3, 1)]:
         shared = SHARED if size == 3 and script == "run_lora" else ()
         got = run(script, *flags, "--micro_batch", micro_batch, *shared, size=size)
         weights = load_file(newest() / "checkpoints" / got["checkpoint"] / "model.safetensors")
@@ -442,8 +451,8 @@ def test_weights_do_not_depend_on_ranks_or_accumulation(script):
 @pytest.mark.parametrize("script", on_every_script((), quick=0))
 def test_losses_agree_in_fp32_on_another_number_of_ranks(script):
     losses = []
-    for size in (1, 3):
-        run(script, *SHORT[script], *EXACT[script], "--max_steps", 16, size=size)
+    for size in (1, 2):  # of which one has a row more
+        run(script, *SHORT[script], *EXACT[script], "--max_steps", 8, size=size)
         losses.append([loss for _, loss in curves(newest())["train/loss"]])
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
@@ -451,25 +460,24 @@ def test_losses_agree_in_fp32_on_another_number_of_ranks(script):
 @pytest.mark.parametrize("script", on_every_script((), quick=0))
 def test_evaluation_counts_every_row_once(script):
     """Law 2: the same figures on 1, 2, 3 ranks and batches that leave a row over."""
-    figures = []
-    count = run(script, *FEW[script])[COUNT[script]]
-    rows = math.ceil(count / ROW[script])
-    for size, batch in [(1, rows - 1), (2, 1), (3, (rows - 1) // 3)]:
-        got = run(script, *FEW[script], "--eval_batch", max(1, batch), size=size)
-        figures.append((got[COUNT[script]], got["test/accuracy"], got[LOSS[script]]))
-    assert all(counted == count for counted, _, _ in figures)
-    np.testing.assert_allclose([f[1:] for f in figures], [figures[0][1:]] * len(figures), rtol=1e-5)
+    want = run(script, *FEW[script])
+    rows = math.ceil(want[COUNT[script]] / ROW[script])
+    for size, batch in [(2, rows - 1), (3, 2)]:  # the last batch, or every one, leaves ranks without a row
+        got = run(script, *FEW[script], "--eval_batch", batch, size=size)
+        assert got[COUNT[script]] == want[COUNT[script]] and rows > 2
+        for name in ("test/accuracy", LOSS[script]):
+            assert got[name] == pytest.approx(want[name], rel=1e-5), (size, name)
 
 
 @pytest.mark.parametrize("script", on_every_script((), quick=0))
 def test_a_resume_on_another_number_of_ranks_ends_in_the_same_weights(script):
     """Law 1 holds over a resume: to 1e-9 in fp64."""
-    flags = [*SHORT[script], *EXACT[script], "--dtype", "fp64", "--test_weights", "last"]
+    flags = [*SHORT[script], *EXACT[script], "--dtype", "fp64", "--test_weights", "last", "--max_steps", 12]
     want = run(script, *flags)
     weights = load_file(newest() / "checkpoints" / want["checkpoint"] / "model.safetensors")
     shutil.rmtree("out")
     shared = SHARED if script == "run_lora" else ()
-    launch(script, "--out", "out", *flags, *shared, size=2, kill=("step", 13, 0))
+    launch(script, "--out", "out", *flags, *shared, size=2, kill=("step", 8, 0))
     got = run(script, *flags, "--shard", "optimizer", *AUTO, size=3)
     for name, value in load_file(newest() / "checkpoints" / got["checkpoint"] / "model.safetensors").items():
         torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-9, msg=name)
@@ -477,9 +485,9 @@ def test_a_resume_on_another_number_of_ranks_ends_in_the_same_weights(script):
 
 
 @pytest.mark.parametrize("script", on_every_script(()))
-def test_the_run_folder_is_complete(script, straight, tmp_path):
-    run(script, *SHORT[script], "--note", "a word")
-    folder = newest()
+def test_the_run_folder_is_complete(script, straight):
+    ended = straight(script, 1)[0]
+    folder = straight.folder(script, 1)
     config = json.loads((folder / "config.json").read_text())
     assert config["constants"]["note"] == "a word" and config["smoke"] and config["versions"]["torch"]
     names = {path.name for path in folder.iterdir()}
@@ -491,7 +499,7 @@ def test_the_run_folder_is_complete(script, straight, tmp_path):
     assert {f"{script}.py", "core.py", "lab/run/folder.py"} <= ran <= project
     assert len(list(folder.glob("checkpoints/step_*"))) == 2
     keys = {"status", "step", "seconds", "train_seconds", "peak_memory_mb", "parameters", RATE[script]}
-    assert keys | {"weights_sha256"} <= set(result())
+    assert keys | {"weights_sha256"} <= set(ended)
     log = (folder / "log.txt").read_text()
     assert max(map(len, log.splitlines())) <= 100, max(log.splitlines(), key=len)
     assert "\r" not in log
@@ -509,7 +517,7 @@ def test_no_constant_looks_like_one_of_torchruns_options(script):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["run_preference", "gpt_scratch", "run_lora"])
+@pytest.mark.parametrize("script", TWO)
 def test_two_boxes_with_a_process_each_train_the_weights_of_one_box_with_two(script, straight):
     same_outcome(run(script, *SHORT[script], size=2, nodes=2), straight(script, 2)[0])
 
@@ -542,7 +550,7 @@ ranks.main("{script}")
         "--max-restarts=1",
     ]
     command = [*start, "struck.py", "--out", "out", *map(str, SHORT[script])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert len(list(Path("out").iterdir())) == 1 and "resumes " in done.stdout
     same_outcome(result(), straight(script, 2)[0])

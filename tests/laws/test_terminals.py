@@ -52,19 +52,9 @@ def first_heard(how) -> signal.Signals:
         pytest.param("run_mathqa", "answering", 1, "once", 1, marks=slow),
         pytest.param("run_pretrain_diversity", "step", 7, "twice", 1, marks=slow),
         pytest.param("run_lora", "step", 9, "twice at once", 2, marks=slow),
-        *(
-            pytest.param(script, place, nth, how, size, marks=slow)
-            for at, script in enumerate(ranks.SCRIPTS)
-            for of, (place, nth) in enumerate(
-                [("worst case", 1), ("step", 6), ("step", 22), ("evaluation", 8), ("save", 2), ("result", 1)]
-            )
-            if (at + of) % 6 == 0  # one of the six places in each script
-            for how in [list(HOW)[(at + of // 2) % len(HOW)]]
-            for size in [1 + (at // 2 + of) % 2]
-        ),
-        pytest.param("run_instruct", "sampling", 2, "twice", 1, marks=slow),
+        pytest.param("run_preference", "worst case", 1, "once", 1, marks=slow),
+        pytest.param("gpt_scratch", "result", 1, "with TERM", 2, marks=slow),
         pytest.param("run_instruct", "sampling", 3, "with TERM", 2, marks=slow),
-        pytest.param("run_lora", "sampling", 3, "once", 1, marks=slow),
         pytest.param("run_preference", "evaluation", 4, "TERM first", 1, marks=slow),
     ],
 )
@@ -90,11 +80,9 @@ def test_a_closed_terminal_saves_and_the_same_command_goes_on(script, place, nth
     ("script", "how", "size"),
     [
         ("gpt_scratch", "twice at once", 1),
-        *(
-            (script, how, size)
-            for at, script in enumerate(ranks.SCRIPTS)
-            for how, size in [(list(HOW)[at % len(HOW)], 1 + at % 2)]
-        ),
+        ("run_preference", "once", 1),
+        ("run_lora", "with TERM", 2),
+        ("run_pretrain_diversity", "TERM first", 1),
     ],
 )
 def test_a_terminal_closed_while_a_run_caches_damages_nothing(script, how, size, straight):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from toys.results import refused
 
 import core
@@ -83,7 +84,7 @@ def test_a_submission_is_the_mean_of_runs_and_of_their_folds_at_their_temperatur
     data.fingerprint = {"data": "new"}
 
     def rebuild(folder, world, **changes):
-        return SimpleNamespace(symmetric=folder.name == "a", calibrate=True), None, None
+        return SimpleNamespace(symmetric=folder.name == "a", calibrate=True), torch.nn.Linear(1, 1), None
 
     monkeypatch.setattr(core, "load_weights", lambda path, model: loaded.append(path.name))
     monkeypatch.setattr(core, "cache_vectors", lambda *given: None)
