@@ -43,7 +43,8 @@ from lab.models.encoders import PairScorer, load_encoder
 from lab.models.generate import continuations, generate
 from lab.models.gpt import GPT, GPTConfig
 from lab.models.gpt_formats import save_pretrained, with_weights
-from lab.models.lora import Adapters, LoRALinear, adapted, add_lora, base_weights, merge_lora, narrow_base
+from lab.models.lora import Adapters, adapted, add_lora, base_weights, merge_lora, narrow_base, rate_factors
+from lab.models.lora_layers import LoRALinear
 from lab.models.pretrained import build_model, open_model  # any language model, by its name
 from lab.models.vectors import cache_vectors  # of a frozen encoder
 

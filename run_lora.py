@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import core
 from lab.measure import answers, tuning
-from lab.models import lora_peft
+from lab.models import lora, lora_peft
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,14 @@ class Config(core.Studied):
     tie_head: bool = True  # the output matrix is the embedding; the journal trained a copy apart
     lora_rank: core.Count = 16  # columns of B and rows of A
     lora_alpha: core.within(float, 1e-9) = 16.0  # the multiplier follows from it, as lora_scaling says
+    lora_rank_pattern: str | None = None  # other ranks of some layers, as in attn.c_attn=8,h.0.mlp=32
+    lora_alpha_pattern: str | None = None  # other alphas, likewise
     lora_scaling: Literal["alpha/r", "alpha", "alpha/sqrt(r)"] = "alpha/r"  # multiplier of B A x
-    lora_init: Literal["fan_in", "rank"] = "fan_in"  # A begins uniform within ±1 / sqrt(fan_in or rank)
+    lora_init: Literal["fan_in", "rank", "pissa"] = "fan_in"  # A within ±1 / sqrt(fan_in or rank), or by SVD
+    lora_dora: bool = False  # DoRA: trains the length of each row of a matrix apart from its direction
+    lora_plus: core.within(float, 1e-3) = 1.0  # LoRA+: B's rate, in multiples of A's
     lora_dropout: core.Share = 0.0  # of an adapter's input
-    lora_targets: Literal["all", "attention", "mlp"] = "all"  # linear layers of the blocks
+    lora_targets: str = "all"  # in the blocks: all, attention, mlp, or some of q,k,v,o,gate,up,down
     lora_head: bool = False  # the output matrix too; needs --no-tie_head
     lora_layers: core.Whole | None = None  # only this many of the last blocks; none = all
     adapter: str | None = None  # a peft folder to continue from: rank, alpha, targets are then its own
@@ -94,7 +98,9 @@ class Config(core.Studied):
 
     def __post_init__(self):
         super().__post_init__()
-        own = {f"lora_{name}" for name in ("rank", "alpha", "scaling", "init", "targets", "head", "layers")}
+        lora.target_names(self.lora_targets)
+        of_optimizer = {"lora_plus", "lora_dropout"}
+        own = {name for name in core.names_of(Config) if name.startswith("lora_")} - of_optimizer
         if self.adapter and (typed := sorted(own & self.typed.flags)):
             raise core.UserError(f"--adapter brings its own {', '.join(typed)}: drop these flags")
 
@@ -166,10 +172,17 @@ def build_model(cfg, tokenizer, world, folder):
         lora_peft.load_peft(model, kept if kept.exists() else cfg.adapter, cfg.lora_dropout)
     else:
         core.add_lora(
-            model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_scaling, cfg.lora_dropout,
-            cfg.lora_targets, cfg.lora_head, cfg.lora_layers, cfg.lora_init,
+            model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_scaling, cfg.lora_dropout, cfg.lora_targets,
+            cfg.lora_head, cfg.lora_layers, cfg.lora_init, dora=cfg.lora_dora,
+            rank_pattern=cfg.lora_rank_pattern, alpha_pattern=cfg.lora_alpha_pattern,
         )  # fmt: skip
     return model
+
+
+def make_optimizer(cfg, model):
+    """The optimizer of the adapters; with LoRA+ their B has a rate of its own."""
+    rates = core.rate_factors(model, cfg.lora_plus)
+    return core.make_optimizer(model, cfg.optimizer, cfg.weight_decay, scales=rates)
 
 
 def keep_for_later(folder, cfg, tokenizer):
@@ -210,10 +223,13 @@ def announce_lora(run, cfg, model):
             ((kept if kept.exists() else Path(cfg.adapter)) / "adapter_config.json").read_text()
         )
         kind = f"from {cfg.adapter}, made for {config.get('base_model_name_or_path')}"
+    kind += "  DoRA" * any(hasattr(layer, "magnitude") for layer in layers.values())
+    kind += "  PiSSA" * any(layer.A0 is not None for layer in layers.values())
     count = core.count_parameters(model)[1]
     run.say(f"adapters {count:,} parameters on {len(layers)} layers  rank {ranks}  {kind}")
-    effective = "/".join(f"{m:g}" for m in multipliers)
-    run.say(f"multiplier {effective}  largest multiplier x lr {multipliers[-1] * cfg.lr:.2g}")
+    effective, plus = "/".join(f"{m:g}" for m in multipliers), cfg.lora_plus
+    faster = f"  rate of B x {plus:g} (LoRA+)" if plus != 1 else ""
+    run.say(f"multiplier {effective}  largest multiplier x lr {multipliers[-1] * cfg.lr:.2g}{faster}")
 
 
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, dict[str, list]]:
@@ -253,7 +269,7 @@ def train(run, cfg, world) -> dict:
     adapters = core.Adapters(model)
     base_sha256, held_sha256 = tuning.hold_base(run, cfg, model, world)  # in cfg.base_dtype, on the device
     top_multiplier = max(layer.multiplier for layer in core.adapted(model).values())
-    optimizer = core.make_optimizer(model, cfg.optimizer, cfg.weight_decay)
+    optimizer = make_optimizer(cfg, model)
     tuning.announce(run, cfg, parts, units, lines, model, total_steps)  # begins the run: writes its folder
     announce_lora(run, cfg, model)
     saved = adapters, optimizer, precision

@@ -28,6 +28,7 @@ from lab.models import int4, loha_lokr
 from lab.train import optim
 
 Mode = Literal["both", "train", "find_lr", "study", "split", "quantise", "export"]
+Method = Literal["full", "lora", "dora", "pissa", "loha", "lokr"]
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,10 @@ class Config(core.Bookkeeping):
     pretrain: str = "noam_wide4"  # the first stage: a preset of gpt_scratch.py, then name=value,...
     init_from: str | None = None  # run, newest, new, GPT-2 or Llama family; none: newest; study: first stage
     init_step: core.Whole | None = None  # a checkpoint of that run; none = the one it was tested with
-    method: Literal["full", "lora", "loha", "lokr"] = "full"  # all weights, or adapters on a frozen base
-    lora_rank: core.Count = 16  # of all three kinds of adapter
+    method: Method = "full"  # all weights, or adapters on a frozen base; dora, pissa: kinds of lora
+    lora_rank: core.Count = 16  # of all kinds of adapter
     lora_alpha: core.within(float, 1e-9) = 32.0  # adapters' outputs are multiplied by lora_alpha / lora_rank
+    lora_plus: core.within(float, 1e-3) = 1.0  # LoRA+: B's rate, in multiples of A's
     lora_dropout: core.Share = 0.0  # of LoRA's input
     qat: Literal["off", "int4"] = "off"  # train for int4 weights and int8 activations; with method full
     qat_group: core.within(int, 2) = 256  # weights of a row that share one scale; 32 is finer
@@ -115,6 +117,8 @@ class Config(core.Bookkeeping):
             raise core.UserError("--base_dtype bf16: method full trains all weights, none is frozen: drop it")
         if self.lora_dropout and self.method in ("loha", "lokr"):
             raise core.UserError(f"--lora_dropout {self.lora_dropout:g}: {self.method} has none, use 0")
+        if self.lora_plus != 1 and self.method not in loha_lokr.KINDS_OF_LORA:
+            raise core.UserError(f"--lora_plus {self.lora_plus:g}: {self.method} has no B, use 1")
         resumes = self.resume_timestamp not in (None, "auto") or self.resume_step is not None
         if self.mode in SEVERAL and resumes:
             flags = "--resume_timestamp, --resume_step"
@@ -144,6 +148,8 @@ SECOND_STAGE_FULL = {
 PRESETS = {  # the last six are arms of a study, with rates that suit each kind of tuning
     "recommended": {},
     "second_stage_full": SECOND_STAGE_FULL,
+    # of github.com/huggingface/alignment-handbook, whose constants of LoRA the journal took over
+    "alignment_handbook": {"method": "lora", "lora_alpha": 16.0, "lora_dropout": 0.05, "lr": 2e-4},
     "full": {},
     "lion": {"optimizer": "lion", "lr": 1e-5, "weight_decay": 1.0, "beta2": 0.99},
     "lora": {"method": "lora", "lr": 5e-4},
@@ -323,8 +329,9 @@ def train(run, cfg, world) -> dict:
 
 def make_optimizer(cfg, model):
     """The optimizer of the trained parameters, after adapters and fake quantisation are in place."""
-    betas, undecayed = (cfg.beta1, cfg.beta2), ("wte.weight",)
-    return core.make_optimizer(model, cfg.optimizer, cfg.weight_decay, betas, undecayed=undecayed)
+    rates = core.rate_factors(model, cfg.lora_plus)
+    how = {"betas": (cfg.beta1, cfg.beta2), "scales": rates, "undecayed": ("wte.weight",)}
+    return core.make_optimizer(model, cfg.optimizer, cfg.weight_decay, **how)
 
 
 def keep_for_later(folder, cfg, model, tokenizer):
@@ -414,22 +421,16 @@ def own_rows(folder, cfg, tokenizer, world):
 
 
 def remeasure(folder, world, eval_batch=None, poll=lambda: None) -> tuple[dict, dict[str, list]]:
-    """Measures a run's own val and test data again. Returns (figures, file name -> its
-    lines)."""
+    """Measures a run's own val and test data again. Returns (figures, file name -> its lines)."""
     cfg, model, tokenizer = load_model(folder, world)
-    cfg = replace(cfg, eval_batch=eval_batch or cfg.eval_batch)
-    figures, losses, lines = choices.measure_parts(
-        model, *own_rows(folder, cfg, tokenizer, world), cfg, world, poll
-    )
+    cfg, rows = replace(cfg, eval_batch=eval_batch or cfg.eval_batch), own_rows(folder, cfg, tokenizer, world)
+    figures, losses, lines = choices.measure_parts(model, *rows, cfg, world, poll)
     return figures, {"losses.jsonl": losses, "answers.jsonl": lines}
 
 
 def merged(model) -> core.GPT:
     """A plain float GPT of a trained model: adapters merged, fake quantisation removed."""
-    if core.adapted(model):
-        return core.merge_lora(model)
-    plain = core.with_weights(model.config, model.state_dict())
-    return plain.requires_grad_(False).train(model.training)
+    return core.merge_lora(model)  # which has nothing to merge where there are none
 
 
 # -------------------------------------------------------------------------------------------- int4 and export
@@ -480,8 +481,8 @@ def write_merged(model, tokenizer, folder):
 OF_A_STUDY = frozenset({"budgets", "shares", "pretrain"})  # read by no fine-tuning run
 ARM_MAY = frozenset({  # constants that may differ between arms: the method, but not rows, base or length
     "method", "base_dtype", "lr", "min_lr", "warmup", "schedule", "wsd_decay", "cycle_beta1", "optimizer",
-    "beta1", "beta2", "weight_decay", "clip", "dropout", "lora_rank", "lora_alpha", "lora_dropout", "qat",
-    "qat_group", "qat_start",
+    "beta1", "beta2", "weight_decay", "clip", "dropout", "lora_rank", "lora_alpha", "lora_plus",
+    "lora_dropout", "qat", "qat_group", "qat_start",
 })  # fmt: skip
 
 

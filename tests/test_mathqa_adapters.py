@@ -56,6 +56,26 @@ def test_a_run_moves_every_adapter_keeps_the_base_and_is_loaded_as_it_ended(meth
         assert_near(script.merged(model)(x), model(x), 1e-5 if base == "auto" else 2e-2)
 
 
+@pytest.mark.parametrize("method", ["dora", "pissa"])
+def test_a_run_of_a_kind_of_lora_is_loaded_as_it_ended(method):
+    result = script.main(config(*SMALL, "--method", method, "--lora_plus", 4), World())
+    _, model, _ = script.load_model(ranks.newest(), World())
+    cfg = config(*SMALL, "--method", method)
+    _, start = script.tuned(cfg, script.open_base(cfg, World())[0], World())
+    before, after = numbers(start), numbers(core.Adapters(model))
+    still = {name for name in after if name.endswith(("A0", "B0"))}
+    assert moved(before, after) == after.keys() - still and bool(still) == (method == "pissa")
+    assert result["trainable_parameters"] == sum(t.numel() for name, t in after.items() if name not in still)
+    x = torch.randint(model.config.vocab_size, (2, 16))
+    with torch.no_grad():
+        assert_near(script.merged(model)(x), model(x), 1e-5)
+
+
+def test_a_rate_of_B_is_refused_where_there_is_none():
+    with pytest.raises(UserError, match=r"--lora_plus 4: loha has no B, use 1"):
+        script.Config(method="loha", lora_plus=4.0)
+
+
 def test_a_run_is_not_loaded_onto_another_base():
     script.main(config(*SMALL, "--method", "lokr"), World())
     path = ranks.newest() / "config.json"

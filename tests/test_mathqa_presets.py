@@ -38,6 +38,7 @@ DEFAULTS = {
     **{"data": "kinit/math_qa", "max_documents": None, "answer_format": "text", "loss_on_prompt": False},
     **{"max_length": 512, "pack": False, "split_seed": 42, "pretrain": "noam_wide4", "init_from": None},
     **{"init_step": None, "method": "full", "lora_rank": 16, "lora_alpha": 32.0, "lora_dropout": 0.0},
+    "lora_plus": 1.0,
     **{"qat": "off", "qat_group": 256, "qat_start": 0.25, "dropout": 0.0, "checkpointing": False},
     **{"batch": 128, "micro_batch": None},
     **{"micro_tokens": 16384, "group_lengths": True, "epochs": None, "max_steps": None, "max_minutes": 60.0},
@@ -59,6 +60,8 @@ RESOLVED = {
     "recommended": {},
     "second_stage_full": {"mode": "train", "test_weights": "last", "loss_on_prompt": True}
     | {"group_lengths": False, "lr": 5e-6, "min_lr": 5e-7, "eval_rows": 1536, "compile": True},
+    "alignment_handbook": {"method": "lora", "lora_rank": 16, "lora_alpha": 16.0, "lora_dropout": 0.05}
+    | {"lr": 2e-4},
     "full": {},
     "lion": {"optimizer": "lion", "lr": 1e-5, "weight_decay": 1.0, "beta2": 0.99},
     "lora": {"method": "lora", "lr": 5e-4},

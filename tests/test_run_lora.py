@@ -28,7 +28,7 @@ import core
 import run_lora
 from core import UserError, World
 from lab.data import tokenizers
-from lab.models import gpt_formats
+from lab.models import gpt_formats, lora_layers
 
 
 def test_a_run_that_was_killed_before_it_knew_its_base_can_be_exported_in_the_end():
@@ -176,6 +176,50 @@ def test_a_second_export_takes_the_place_of_the_first(gpt2_folder):
     assert all(torch.equal(after[name], expected[name]) for name in expected)
     for kind in ("peft", "merged"):
         assert any(not torch.equal(after[n], before[n]) for n in after if n.startswith(kind))
+
+
+FAMILY = [
+    *["--lora_targets", "q,v,down", "--lora_init", "pissa", "--lora_dora", "--lora_plus", 4],
+    *["--lora_rank_pattern", "h.0.mlp=2,h.1.attn=3", "--lora_alpha_pattern", "mlp=9", "--lora_dropout", 0.1],
+]
+
+
+@pytest.mark.slow
+def test_a_run_of_dora_pissa_and_lora_plus_resumes_and_is_exported(gpt2_folder, monkeypatch):
+    import peft
+    from transformers import GPT2LMHeadModel
+
+    steady = ["--schedule", "constant", "--warmup", 0, "--test_weights", "last", "--no-final_eval"]
+    whole, _ = tune_folder(gpt2_folder, *steady, *FAMILY, "--max_steps", 6, out="whole")
+    _, folder = tune_folder(gpt2_folder, *steady, *FAMILY, "--max_steps", 3)
+    log = (folder / "log.txt").read_text()
+    assert "rank 2/3/16  alpha 16  scaling alpha/r  DoRA  PiSSA" in log and "rate of B x 4 (LoRA+)" in log
+    exact = lora_layers.principal
+    monkeypatch.setattr(lora_layers, "principal", lambda *how: [-1.001 * x for x in exact(*how)])
+    again = ["--max_steps", 6, "--resume_timestamp", folder.name[:15]]
+    resumed, _ = tune_folder(gpt2_folder, *steady, *FAMILY, *again)  # where the SVD gives other numbers
+    assert resumed["weights_sha256"] == whole["weights_sha256"]
+    assert resumed["base_sha256"] == whole["base_sha256"]
+    assert "the base is unchanged (checksum)" in (folder / "log.txt").read_text()
+    exported(folder)
+    cfg, model, _ = run_lora.load_model(folder, World())
+    ids = parts_of(cfg)[1]["test"].batch(range(4), "cpu")[0]
+    base = GPT2LMHeadModel.from_pretrained(gpt2_folder).eval()
+    merged = gpt_formats.load_pretrained(str(folder / "merged")).eval()
+    with torch.no_grad():
+        expected, plain = model(ids), base(ids).logits
+        theirs = peft.PeftModel.from_pretrained(base, folder / "peft").eval()(ids).logits
+        for logits in (theirs, merged(ids)):
+            assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (plain - expected).abs().max() > 0.01 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["rank", "targets", "dora", "init", "rank_pattern"])
+def test_an_adapter_brings_its_own_constants(name):
+    value = {"rank": [2], "targets": ["q"], "dora": [], "init": ["pissa"], "rank_pattern": ["mlp=2"]}[name]
+    with pytest.raises(SystemExit):
+        config("run_lora", "--adapter", "mine", f"--lora_{name}", *value)
+    assert config("run_lora", "--adapter", "mine", "--lora_plus", 4, "--lora_dropout", 0.1).lora_plus == 4
 
 
 @pytest.mark.parametrize("how", ["fresh", "adapter"])

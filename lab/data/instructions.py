@@ -45,7 +45,7 @@ from lab.data.tokenizers import (
 from lab.errors import UserError
 from lab.train.device import to_device
 from lab.train.loss import IGNORE_INDEX
-from lab.train.processes import main_first, on_main
+from lab.train.processes import main_first, on_main, progress
 from lab.train.waits import waiting
 
 SHARES = {"train": 0.85, "test": 0.10, "val": 0.05}  # journal 001's, in the order in which it took them
@@ -84,8 +84,7 @@ class Instructions:
         return np.diff(self.offsets)[1::2]
 
     @functools.cached_property
-    def end(self) -> int:
-        """The end token of an answer."""
+    def end(self) -> int:  # the end token of an answer
         return end_id(self.tokenizer, self.fingerprint.get("template"))
 
     @functools.cached_property
@@ -182,6 +181,7 @@ def write_chat(folder, rows, name, tokenizer) -> dict:
     chat, found, pieces = Chat(tokenizer), [], []
 
     def read(row):
+        bar.update()
         given = messages_of(row)
         texts = as_texts(given) if given else parse(row)
         messages = given or [user_turn(*texts[:2]), {"role": "assistant", "content": texts[2]}]
@@ -190,11 +190,12 @@ def write_chat(folder, rows, name, tokenizer) -> dict:
         found.append((given if len(messages) > 2 else None, earlier, rewritten, messages))
         return texts
 
-    columns = usable_columns(rows, name, read)
+    with progress(len(rows), "rendering") as bar:
+        columns = usable_columns(rows, name, read)
     turns, earlier, rewritten, messages = zip(*found, strict=True)
     if number := sum(rewritten):
-        why = "the chat template writes their earlier answers otherwise than the last"
-        columns["lines"].append(f"of {number} row(s) only the last answer is learnt: {why}")
+        said = f"of {number} row(s) only the last answer is learnt: the chat template writes "
+        columns["lines"].append(said + "their earlier answers otherwise than the last")
     firsts = [before_answer(each)[: 1 + (each[0]["role"] == "system")] for each in messages]
     columns["groups"] = [prompt_hash(*as_texts(first)[:2]) for first in firsts]  # one part for what begins so
     columns |= {"turns": turns, "earlier": earlier, "integers": id_kind(tokenizer)}

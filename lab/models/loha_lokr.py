@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from lab.errors import UserError
-from lab.models.lora import Adapter, add_lora, layer_names
+from lab.models.lora import add_lora, layer_names
+from lab.models.lora_layers import Adapter
 from lab.train.cpu import linear
 
 METHODS = ("lora", "loha", "lokr")
+KINDS_OF_LORA = ("lora", "dora", "pissa")
 
 
 class LoHaLinear(Adapter):
@@ -124,12 +126,14 @@ def uniform(*matrices):
 
 
 def add_adapters(model, method, rank, alpha, dropout=0.0) -> list[str]:
-    """Freezes a GPT and puts lora, loha or lokr on every linear layer of its blocks; returns their names.
+    """Freezes a GPT and puts lora (dora, pissa), loha or lokr on every linear layer of its blocks; returns
+    their names.
 
     A fused layer gets one adapter. `dropout` applies to what LoRA reads; LoHa and LoKr have none, as in peft.
     """
-    if method == "lora":
-        return add_lora(model, rank, alpha, dropout=dropout, parts=1)
+    if method in KINDS_OF_LORA:
+        init = "pissa" if method == "pissa" else "fan_in"
+        return add_lora(model, rank, alpha, dropout=dropout, init=init, parts=1, dora=method == "dora")
     if dropout:
         raise UserError(f"--lora_dropout {dropout:g}: {method} has no dropout of inputs, use 0")
     model.requires_grad_(False)

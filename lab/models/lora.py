@@ -2,6 +2,7 @@
 
 A layer W x becomes W x + s B A x, with A (rank, in) drawn and B (out, rank) zero at the start, so that
 training begins at the base. s is the multiplier: alpha / rank today, alpha in the ancestor of journal 001.
+PiSSA begins A and B elsewhere, DoRA trains the lengths of the rows apart, LoRA+ gives B a rate of its own.
 """
 
 import math
@@ -13,72 +14,23 @@ from torch import nn
 from lab.errors import UserError
 from lab.models.gpt import GPT
 from lab.models.gpt_formats import with_weights
-from lab.train.cpu import linear
+from lab.models.lora_layers import Adapter, DoRALinear, LoRALinear
 
 SCALINGS = {  # alpha, rank -> multiplier
     "alpha/r": lambda alpha, rank: alpha / rank,
     "alpha": lambda alpha, rank: alpha,  # rasbt's LLMs-from-scratch until September 2025
     "alpha/sqrt(r)": lambda alpha, rank: alpha / math.sqrt(rank),  # rsLoRA, Kalajdzievski 2023
 }
-FUSED = {"attn.c_attn": 3}  # query, key and value: one matrix in GPT-2, an adapter for each of them here
-
-
-class Adapter(nn.Module):
-    """A frozen linear layer `base` with trained tensors that add `delta()` to its weight."""
-
-    def __init__(self, base, multiplier):
-        super().__init__()
-        self.base, self.multiplier = base, multiplier
-
-    def delta(self) -> torch.Tensor:
-        """What the adapter adds to base.weight, (out, in)."""
-        raise NotImplementedError
-
-    def tensors(self) -> dict[str, nn.Parameter]:
-        """The trained tensors, by name."""
-        return {name: p for name, p in self.named_parameters() if not name.startswith("base.")}
-
-
-class LoRALinear(Adapter):
-    """base(x) + multiplier * B A dropout(x); the output of a fused layer in `parts` with an A and B each.
-
-    A (parts * rank, in), B (out, rank): the rows of B of part i belong to rows i * rank ... of A.
-    """
-
-    def __init__(self, base, rank, multiplier, dropout=0.0, parts=1):
-        super().__init__(base, multiplier)
-        self.dropout, self.parts = nn.Dropout(dropout), parts
-        like = {"device": base.weight.device, "dtype": base.weight.dtype}
-        self.A = nn.Parameter(torch.empty(parts * rank, base.in_features, **like))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
-
-    def forward(self, x):
-        return self.base(x) + linear(self.low(x), self.wide_B())
-
-    def terms(self, x):
-        """forward(x) unmultiplied, for linear_cross_entropy: makes nothing of the size of base.weight."""
-        terms, bias = self.base.terms(x)
-        return [*terms, (self.low(x), self.wide_B())], bias
-
-    def low(self, x):
-        """multiplier * A dropout(x): (..., in) -> (..., parts * rank)"""
-        return linear(self.dropout(x), self.A) * self.multiplier
-
-    def wide_B(self) -> torch.Tensor:
-        """(out, parts * rank): the parts of B on a diagonal."""
-        return self.B if self.parts == 1 else torch.block_diag(*self.B.chunk(self.parts))
-
-    def delta(self) -> torch.Tensor:
-        return self.multiplier * (self.wide_B() @ self.A)
-
-    @torch.no_grad()
-    def initialise(self, kind):
-        """A uniform within 1 / sqrt(in) as nn.Linear and peft have it; `rank`: 1 / sqrt(rank), as journal
-        001's ancestor did, whose A is stored as (in, rank) and so takes the rank for its input.
-        """
-        limit = 1 / math.sqrt(self.base.in_features if kind == "fan_in" else self.B.shape[1])
-        self.A.uniform_(-limit, limit)
-        self.B.zero_()
+TARGETS = {  # what may get an adapter, by the names that Llama has made usual -> the layer of a block
+    "q": "attn.c_attn",  # query, key and value are one matrix here, with an adapter for each of them
+    "k": "attn.c_attn",
+    "v": "attn.c_attn",
+    "o": "attn.c_proj",
+    "gate": "mlp.c_gate",
+    "up": "mlp.c_fc",
+    "down": "mlp.c_proj",
+}
+GROUPS = {"all": [*TARGETS], "attention": ["q", "k", "v", "o"], "mlp": ["gate", "up", "down"]}
 
 
 def add_lora(
@@ -92,43 +44,103 @@ def add_lora(
     last_layers=None,
     init="fan_in",
     parts=None,
+    dora=False,
+    rank_pattern=None,
+    alpha_pattern=None,
 ):
     """Freezes the model and puts adapters on layers of its blocks, in place; returns the layers' names.
 
-    targets: all | attention | mlp; head: the output matrix too; last_layers: only so many blocks at the top;
-    parts: adapters per fused layer; none: one for each of its matrices (FUSED).
+    targets: all | attention | mlp | some of TARGETS, as in q,v; head: the output matrix too; last_layers:
+    only so many blocks at the top; parts 1: one adapter for all matrices of a fused layer, not one for each;
+    patterns: other ranks and alphas, as in attn.c_attn=8,h.0.mlp=32.
     """
+    layers = chosen_layers(model, targets, head, last_layers)
+    ranks = by_pattern("lora_rank_pattern", rank_pattern, layers, rank, int)
+    alphas = by_pattern("lora_alpha_pattern", alpha_pattern, layers, alpha, float)
     model.requires_grad_(False)  # first: the adapters are to train
-    names = layer_names(model, targets, head, last_layers)
-    for name in names:
-        layer = wrap_layer(model, name, rank, SCALINGS[scaling](alpha, rank), dropout, parts)
+    for name, rows in layers.items():
+        multiplier = SCALINGS[scaling](alphas[name], ranks[name])
+        layer = wrap_layer(model, name, ranks[name], multiplier, dropout, None if parts == 1 else rows, dora)
         layer.initialise(init)
+    return list(layers)
+
+
+def target_names(targets) -> list[str]:
+    """Which of TARGETS the constant lora_targets names: q,v or, in an arm of a study, q+v."""
+    names = GROUPS.get(targets) or re.split("[,+]", targets)
+    if not set(names) <= TARGETS.keys() or len(set(names)) < len(names):
+        every = f"all, attention, mlp, or some of {','.join(TARGETS)}"
+        raise UserError(f"--lora_targets {targets}: use {every}")
     return names
 
 
-def layer_names(model, targets="all", head=False, last_layers=None) -> list[str]:
-    """Names of the linear layers that get an adapter."""
+def chosen_layers(model, targets="all", head=False, last_layers=None) -> dict[str, list | None]:
+    """Names of the linear layers that get an adapter -> ranges of rows that get one each; none: all rows."""
     if head and model.config.tie_head:
         raise UserError("the output matrix is the embedding: use --no-tie_head, or --no-lora_head")
     if last_layers is not None and last_layers > len(model.h):
         raise UserError(f"--lora_layers {last_layers} is more than the model's {len(model.h)} blocks")
     first = len(model.h) - (len(model.h) if last_layers is None else last_layers)
-    kinds = {"all": ("attn", "mlp"), "attention": ("attn",), "mlp": ("mlp",)}[targets]
-    names = [name for name, module in model.h.named_modules(prefix="h") if isinstance(module, nn.Linear)]
-    names = [n for n in names if int(n.split(".")[1]) >= first and n.split(".")[2] in kinds]
-    if not (names or head):
+    wanted = target_names(targets)
+    there = {name for name, module in model.h.named_modules(prefix="h") if isinstance(module, nn.Linear)}
+    lacks = [t for t in wanted if not any(name.endswith(TARGETS[t]) for name in there)]
+    if lacks and targets not in GROUPS:
+        has = ",".join(t for t in TARGETS if t not in lacks)
+        raise UserError(f"--lora_targets {targets}: the model has no {lacks[0]}, it has {has}")
+    of_block = dict.fromkeys(TARGETS[t] for t in TARGETS if t in wanted)
+    names = [f"h.{i}.{layer}" for i in range(first, len(model.h)) for layer in of_block]
+    layers = {name: matrix_rows(model.config, name, wanted) for name in names if name in there}
+    if not (layers or head):
         raise UserError("no layer gets an adapter: use more --lora_layers, or --lora_head")
-    return [*names, *(["lm_head"] if head else [])]
+    return layers | ({"lm_head": None} if head else {})
 
 
-def wrap_layer(model, name, rank, multiplier, dropout=0.0, parts=None) -> LoRALinear:
-    layer = LoRALinear(model.get_submodule(name), rank, multiplier, dropout, parts or fused_parts(name))
+def layer_names(model, targets="all", head=False, last_layers=None) -> list[str]:
+    """Names of the linear layers that get an adapter."""
+    return list(chosen_layers(model, targets, head, last_layers))
+
+
+def matrix_rows(config, name, wanted=TARGETS) -> list[tuple[int, int]] | None:
+    """Ranges of rows of the wanted matrices in a fused layer; None for a layer of one matrix."""
+    if not name.endswith("attn.c_attn"):
+        return None
+    ends = torch.tensor(config.qkv_sizes).cumsum(0).tolist()
+    return [rows for t, rows in zip("qkv", zip([0, *ends], ends, strict=False), strict=False) if t in wanted]
+
+
+def by_pattern(constant, patterns, layers, default, kind) -> dict:
+    """Layer -> its value by the first of `patterns` (name=value,...) that is a dotted part of its name.
+    UserError for one that is none, or that fits no layer."""
+    values = dict.fromkeys(layers, default)
+    pairs = [pair.partition("=")[::2] for pair in re.split("[,+]", patterns)] if patterns else []
+    for pattern, text in reversed(pairs):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        fits = [name for name in layers if f".{pattern}." in f".{name}."]
+        if not value > 0 or not fits:
+            why = (
+                f"{pattern} is no layer with an adapter" if value > 0 else f"{text or 'nothing'} is no value"
+            )
+            raise UserError(f"--{constant} {patterns}: {why}, use e.g. {next(iter(layers))}={default}")
+        values |= dict.fromkeys(fits, value)
+    return values
+
+
+def wrap_layer(model, name, rank, multiplier, dropout=0.0, parts=None, dora=False) -> LoRALinear:
+    kind = DoRALinear if dora else LoRALinear
+    layer = kind(model.get_submodule(name), rank, multiplier, dropout, parts)
     model.set_submodule(name, layer)
     return layer
 
 
-def fused_parts(name) -> int:
-    return FUSED.get(name.split(".", 2)[-1], 1)
+def rate_factors(model, ratio) -> dict[str, float]:
+    """LoRA+ (Hayou et al. 2024): parameter -> factor of its rate, `ratio` for B and, as in peft, DoRA's
+    magnitudes."""
+    return {
+        name: ratio for name, _ in Adapters(model).named_parameters() if name.endswith((".B", ".magnitude"))
+    }
 
 
 def adapted(model) -> dict[str, Adapter]:

@@ -78,7 +78,10 @@ SHORT["run_mathqa"] = [
 ]
 SHORT |= {
     "run_instruct": [*TUNE, "--skip_spikes", "--shard", "optimizer"],
-    "run_lora": [*TUNE, "--lora_dropout", 0.1, "--model", "tiny:llama"],  # keys and values that heads share
+    "run_lora": [
+        *[*TUNE, "--lora_dropout", 0.1, "--model", "tiny:llama"],  # keys and values that heads share
+        *["--lora_dora", "--lora_init", "pissa", "--lora_plus", 2, "--lora_rank", 4],
+    ],
 }
 FOLDS = [  # of run_preference, with 12 steps each
     *("--smoke", "--max_documents", 120, "--batch", 6, "--epochs", 2, "--folds", 3),

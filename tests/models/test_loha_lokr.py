@@ -346,7 +346,7 @@ def test_every_linear_layer_of_the_blocks_gets_one_adapter_and_nothing_else_trai
 def test_dropout_is_of_what_lora_reads():
     model = random_gpt(**NOAM)
     loha_lokr.add_adapters(model, "lora", 4, 7, dropout=0.5)
-    assert {(layer.dropout.p, layer.parts) for layer in core.adapted(model).values()} == {(0.5, 1)}
+    assert {(layer.dropout.p, len(layer.parts)) for layer in core.adapted(model).values()} == {(0.5, 1)}
 
 
 def counts(method, rank):

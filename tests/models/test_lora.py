@@ -65,7 +65,7 @@ def test_A_is_drawn_as_peft_does_or_as_the_ancestor_did_who_kept_it_transposed(n
     width = 128 if name == "h.0.mlp.c_proj" else 32
     torch.manual_seed(3)
     layer.initialise(init)
-    expected = kaiming(layer.parts, *((5, width) if init == "fan_in" else (width, 5)))
+    expected = kaiming(len(layer.parts), *((5, width) if init == "fan_in" else (width, 5)))
     # the same draws in the same order; the reference's sqrt(3) sqrt(1/3) / sqrt(n) has roundings more
     torch.testing.assert_close(layer.A.detach().flatten(), expected.flatten(), rtol=1e-6, atol=0)
     bound = 1 / math.sqrt({"fan_in": width, "rank": 5}[init])
@@ -177,8 +177,9 @@ def test_logits_and_gradients_are_those_of_peft(tmp_path, scaling, head):
         their = f"base_model.model.{'' if name == 'lm_head' else 'transformer.'}{name}.lora_%s.default.weight"
         A, B = reference[their % "A"].grad, reference[their % "B"].grad
         assert_close(layer.A.grad, A)
-        n, r = len(B) // layer.parts, A.shape[0] // layer.parts  # what we have not lies beside the diagonal
-        diagonal = [B[i * n : (i + 1) * n, i * r : (i + 1) * r] for i in range(layer.parts)]
+        count = len(layer.parts)
+        n, r = len(B) // count, A.shape[0] // count  # what we have not lies beside the diagonal
+        diagonal = [B[i * n : (i + 1) * n, i * r : (i + 1) * r] for i in range(count)]
         assert_close(layer.B.grad, torch.cat(diagonal))
     assert all(w.grad is None for name, w in ours.named_parameters() if not name.endswith((".A", ".B")))
 
@@ -186,7 +187,8 @@ def test_logits_and_gradients_are_those_of_peft(tmp_path, scaling, head):
 @pytest.mark.parametrize("parts", [1, 3])
 def test_a_layer_is_what_its_formula_says(parts):
     torch.manual_seed(0)
-    layer = core.LoRALinear(gpt.Linear(8, 12).double(), 2, 0.7, parts=parts)
+    rows = [(12 // parts * i, 12 // parts * (i + 1)) for i in range(parts)]
+    layer = core.LoRALinear(gpt.Linear(8, 12).double(), 2, 0.7, parts=rows)
     nn.init.normal_(layer.A)
     nn.init.normal_(layer.B)
     x = torch.randn(5, 3, 8, dtype=torch.float64)
@@ -266,7 +268,9 @@ def test_dropout_acts_in_training_only_and_on_the_adapters_path_only():
         torch.manual_seed(4)
         got = layer(x)
         torch.manual_seed(4)
-        expected = layer.base(x) + layer.multiplier * (F.dropout(x, 0.5) @ layer.A.t()) @ layer.wide_B().t()
+        expected = (
+            layer.base(x) + layer.multiplier * (F.dropout(x, 0.5) @ layer.A.t()) @ layer.wide(layer.B).t()
+        )
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)  # fp32, numbers up to 10
 
 

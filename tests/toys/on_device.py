@@ -138,7 +138,8 @@ def kinds_of_gpt(kind, dtype) -> int:
     """A step of a GPT tuned in some way, in bf16 evaluation and generation, too; the waits of the step."""
     model, precision = on_host(n_layer=2, tie_head=kind == "full", dropout=0.1), core.Precision(dtype, WORLD)
     if kind == "lora":
-        core.add_lora(model, 2, 4, head=True)
+        init = "pissa" if dtype == "fp16" else "fan_in"
+        core.add_lora(model, 2, 4, head=True, dora=dtype == "bf16", init=init)
     elif kind == "int4":
         int4.insert_fake_quant(model, 8)
         int4.switch(model, True)
