@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import heapq
+import importlib
 import itertools
 import re
 import string
@@ -33,16 +34,23 @@ def pretrained_tokenizer(name, built_in):
 
         try:
             return AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
-        except Exception as error:  # whatever spm.model lacks, transformers asks for tiktoken last
-            if "tiktoken" not in str(error):
-                raise
-            why = "its sentencepieces are damaged, or need: pip install sentencepiece"
-            raise UserError(f"tokenizer of {name} has no tokenizer.json, and {why}") from error
+        except Exception as error:  # whatever is missing, transformers asks for tiktoken last
+            raise (_unreadable(name) if "tiktoken" in str(error) else error) from None
 
     tokenizer = local_or_hub("tokenizer", name, load, built_in)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"tokenizer of {name} is not a fast one: use one with a tokenizer.json")
     return tokenizer
+
+
+def _unreadable(name) -> Exception:
+    """What to say of a tokenizer without tokenizer.json that could not be made of sentencepieces either."""
+    try:
+        importlib.import_module("sentencepiece")
+    except ImportError:
+        need = "to read sentencepieces (spm.model): pip install sentencepiece"
+        return UserError(f"tokenizer of {name} has no tokenizer.json; {need}")
+    return OSError("it has no tokenizer.json, and no sentencepieces (spm.model) that can be read")
 
 
 def own_tokenizer(folder):

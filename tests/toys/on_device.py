@@ -73,7 +73,8 @@ def labels_of_preferences():
     def collated(*given):
         return {"input": torch.zeros(2, 2, 3, device=DEVICE, requires_grad=True)}
 
-    data, cfg = SimpleNamespace(labels=[0, 2]), SimpleNamespace(symmetric=True, micro_batch=None)
+    data = SimpleNamespace(labels=np.array([0, 2]), weights=None, soft=None)
+    cfg = SimpleNamespace(symmetric=True, micro_batch=None, label_smoothing=0.0)
     shown, precision = [(0, False), (1, True)], core.Precision("fp32", WORLD)
     with patch.object(core, "to_device", stays), patch.object(core, "collate", collated):
         parts = [(shown, run_preference.laid_out(data, cfg, shown, DEVICE))]
