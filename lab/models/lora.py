@@ -5,6 +5,7 @@ training begins at the base. s is the multiplier: alpha / rank today, alpha in t
 PiSSA begins A and B elsewhere, DoRA trains the lengths of the rows apart, LoRA+ gives B a rate of its own.
 """
 
+import itertools
 import math
 import re
 
@@ -104,7 +105,7 @@ def matrix_rows(config, name, wanted=TARGETS) -> list[tuple[int, int]] | None:
     """Ranges of rows of the wanted matrices in a fused layer; None for a layer of one matrix."""
     if not name.endswith("attn.c_attn"):
         return None
-    ends = torch.tensor(config.qkv_sizes).cumsum(0).tolist()
+    ends = list(itertools.accumulate(config.qkv_sizes))
     return [rows for t, rows in zip("qkv", zip([0, *ends], ends, strict=False), strict=False) if t in wanted]
 
 
