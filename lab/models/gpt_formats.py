@@ -141,8 +141,9 @@ def save_pretrained(model, tokenizer, folder):
     from transformers import AutoModelForCausalLM
 
     c, kind = model.config, export_kind(model.config)
+    config = their_config(c, kind, tokenizer and tokenizer.eos_token_id)
     with torch.device("meta"):
-        theirs = AutoModelForCausalLM.from_config(their_config(c, kind, tokenizer and tokenizer.eos_token_id))
+        theirs = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     weights = {name: w.detach().cpu() for name, w in model.state_dict().items()}
     weights = to_gpt2(weights) if kind == "gpt2" else to_llama(weights, c)
     weights = {name: w.contiguous() for name, w in weights.items()}
