@@ -130,7 +130,8 @@ def nothing(parameters, what):
     """Instead of a refusal."""
 
 
-ROWS = (1, 4, 12)  # counted; in between and beyond, lines through the next two
+ROWS = (1, 4, 16, 64, 256)  # counted; straight lines between them, and no guess beyond: few rows need no more
+# memory than the gradients do at the end of the backward, so a line through them would be flat
 
 
 @functools.cache
@@ -147,7 +148,7 @@ def most_rows(shape, mode, cards, gb) -> int:
     room, rows = 0.92 * (gb - 0.6) - state / (cards if shared else 1), 0
     for first, last, low, high in zip(ROWS, ROWS[1:], known, known[1:], strict=False):
         if room >= low:
-            rows = first + int((room - low) / (high - low) * (last - first))
+            rows = min(last, first + int((room - low) / max(high - low, 1e-9) * (last - first)))
     return rows
 
 
@@ -155,7 +156,7 @@ def cell(shape, cards, gb) -> str:
     """The first of MODES that fits, and with how many rows at once."""
     for mode in MODES:
         if (rows := most_rows(shape, mode, cards, gb)) and not (MODES[mode][2] and cards == 1):
-            return f"{mode}, {rows}"
+            return f"{mode}, {rows}{'+' if rows == ROWS[-1] else ''}"
     return "-"
 
 
