@@ -42,6 +42,8 @@ def usable_rows(rows, name, needs_winner=True) -> tuple[list, list[str]]:
         except ValueError as error:
             bad.add(number, error)
     lines = [f"left out {len(where)} row(s), {why}: {first_few(where)}" for why, where in empty.items()]
+    if empty and not usable:
+        raise UserError(f"{name}: no row is left to learn from: {'; '.join(lines)}")
     return usable, [f"rows are {LAYOUTS[layout]}", *lines, *bad.report(len(rows), name)]
 
 

@@ -96,8 +96,9 @@ def soft_line(data, rows, cfg) -> str | None:
             "use a teacher run with --folds, which judges every row" if cfg.teacher else "drop the columns"
         )
         raise UserError(f"no training row has a soft label: {better}")
-    rest = len(rows["train"]) - known
-    return f"soft labels  {known} training rows, KL counts {cfg.soft_share:g}; {rest} have their winner alone"
+    rest, silent = len(rows["train"]) - known, int((data.labels[rows["train"]] == UNKNOWN).sum())
+    counts = f"{cfg.soft_share:g}" + f" (1 in {silent} without a winner)" * (silent > 0)
+    return f"soft labels  {known} training rows, KL counts {counts}; {rest} have their winner alone"
 
 
 def are_learnt(data, cfg) -> bool:

@@ -176,6 +176,8 @@ def test_chosen_rows_that_say_nothing_are_counted_however_many_and_odd_ones_are_
     found, lines = usable(*good, *same, *odd)
     assert len(found) == 200 and "left out 50 row(s), chosen and rejected are the same" in lines[1]
     assert "answer different prompts: 251" in lines[2] and "no prompt: use a column" in lines[3]
+    with pytest.raises(UserError, match="t: no row is left to learn from: left out 50 row"):
+        usable_rows(same, "t")
 
 
 SOFT = {"prob_a": 0.2, "prob_b": "0.3", "prob_tie": 0.5}

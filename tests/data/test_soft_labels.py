@@ -108,6 +108,10 @@ def test_training_rows_with_and_without_a_soft_label_are_counted_and_none_is_an_
     data, typed = data_of([0, 1, 2], soft=soft), SimpleNamespace(flags=frozenset({"soft_share"}))
     line = soft_labels.soft_line(data, {"train": np.array([0, 1])}, CFG)
     assert line == "soft labels  1 training rows, KL counts 0.5; 1 have their winner alone"
+    data.labels[0] = -1
+    assert "KL counts 0.5 (1 in 1 without a winner); 1" in soft_labels.soft_line(
+        data, {"train": np.array([0, 1])}, CFG
+    )
     cfg = SimpleNamespace(**vars(CFG) | {"teacher": ("run",), "typed": typed})
     refused("no training row has a soft label: use a teacher run with --folds", soft_labels.soft_line,
             data, {"train": np.array([1, 2])}, cfg)  # fmt: skip
