@@ -546,8 +546,8 @@ def announce(run, cfg, data, rows, model, total_steps):
 
 def cross_validate(run, cfg, world, data) -> tuple[list, list]:
     """Trains all folds (or the only one) and returns (splits, outcomes); a resume reads finished folds."""
-    splits = [pairs.split_rows(data, cfg, fold) for fold in range(cfg.folds or 1)]
-    outcomes = []
+    splits, outcomes = [pairs.split_rows(data, cfg, fold) for fold in range(cfg.folds or 1)], []
+    soft_labels.soft_line(data, splits[0], cfg)  # refuses a wrong teacher before a model is read
     for fold, rows in enumerate(splits):
         done = run.folder / "folds" / f"fold_{fold + 1}.json"
         if fold < run.position.get("fold", 0):

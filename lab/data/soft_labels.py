@@ -92,9 +92,11 @@ def soft_line(data, rows, cfg) -> str | None:
         return None
     known = int((~np.isnan(data.soft[rows["train"], 0])).sum())
     if not known:
-        better = (
-            "use a teacher run with --folds, which judges every row" if cfg.teacher else "drop the columns"
-        )
+        better = "drop the columns"
+        if cfg.teacher:
+            better = "use a teacher run with --folds, which judges every row"
+        if cfg.teacher and np.isnan(data.soft).all():
+            better = "the teacher has judged other rows (they are matched by id and prompt)"
         raise UserError(f"no training row has a soft label: {better}")
     rest, silent = len(rows["train"]) - known, int((data.labels[rows["train"]] == UNKNOWN).sum())
     counts = f"{cfg.soft_share:g}" + f" (1 in {silent} without a winner)" * (silent > 0)

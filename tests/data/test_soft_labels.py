@@ -115,6 +115,8 @@ def test_training_rows_with_and_without_a_soft_label_are_counted_and_none_is_an_
     cfg = SimpleNamespace(**vars(CFG) | {"teacher": ("run",), "typed": typed})
     refused("no training row has a soft label: use a teacher run with --folds", soft_labels.soft_line,
             data, {"train": np.array([1, 2])}, cfg)  # fmt: skip
+    refused("no training row has a soft label: the teacher has judged other rows", soft_labels.soft_line,
+            data_of([0], soft=soft[1:2]), {"train": np.array([0])}, cfg)  # fmt: skip
     refused("--soft_share is of soft labels, and there are none", soft_labels.soft_line,
             data_of([0]), {"train": np.array([0])}, cfg)  # fmt: skip
     assert soft_labels.soft_line(data_of([0]), {"train": np.array([0])}, CFG) is None
