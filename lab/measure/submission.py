@@ -49,7 +49,8 @@ def validated(folder, cfg) -> tuple[list[float], str]:
 
 def note_known_rows(name, data, fingerprint, say):
     """Warns where the rows to predict are the run's own data, which hold its training rows."""
-    if data.fingerprint["data"] == fingerprint["data"] and not name.lower().endswith(".zip"):
+    known = [fingerprint["data"], *fingerprint.get("extra_data", [])]
+    if data.fingerprint["data"] in known and not name.lower().endswith(".zip"):
         say(f"NOTE {name} holds the rows that the run was trained on: this tells nothing of new rows")
 
 

@@ -113,11 +113,13 @@ def test_a_submission_is_the_mean_of_runs_and_of_their_folds_at_their_temperatur
 def test_rows_that_a_run_was_trained_on_are_not_judged_without_a_word():
     cases = [
         ("train.csv", "abc", 1),
+        ("train.csv", "more", 1),
         ("test.csv", "xyz", 0),
         ("kaggle.zip", "abc", 0),
     ]  # a zip holds both files
     for name, source, count in cases:
         said = []
         judged = SimpleNamespace(fingerprint={"data": source, "tokenizer": "t"})
-        submission.note_known_rows(name, judged, {"data": "abc", "tokenizer": "t"}, said.append)
+        trained_on = {"data": "abc", "extra_data": ["more"], "tokenizer": "t"}
+        submission.note_known_rows(name, judged, trained_on, said.append)
         assert len(said) == count and all("train.csv holds the rows" in line for line in said)
