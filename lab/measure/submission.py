@@ -8,14 +8,18 @@ import numpy as np
 
 from lab.data.columns import LABELS
 from lab.data.soft_labels import read_predictions
+from lab.errors import UserError
 from lab.measure.preference import HOTTEST, combine, fit_temperature, tempered
 from lab.run.files import whole_file
 from lab.run.stored import newest_run, out_folder
 
 
 def folders_to_submit(cfg, script) -> list[str]:
-    """cfg.run_folder, or the newest finished run."""
-    return list(cfg.run_folder or [str(newest_run(cfg, script, finished=True))])
+    """cfg.run_folder, or the newest finished run. UserError for one that is named twice."""
+    folders = list(cfg.run_folder or [str(newest_run(cfg, script, finished=True))])
+    if len({Path(folder).resolve() for folder in folders}) < len(folders):
+        raise UserError(f"--run_folder {' '.join(folders)}: a run is named twice, name each once")
+    return folders
 
 
 def place_of(folders, cfg, script) -> str:

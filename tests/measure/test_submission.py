@@ -63,6 +63,8 @@ def test_a_run_without_its_predictions_is_one_line():
 def test_one_run_submits_into_its_folder_several_beside_them():
     cfg = SimpleNamespace(out="runs", run_folder=("a", "b"))
     assert submission.folders_to_submit(cfg, "x.py") == ["a", "b"]
+    twice = SimpleNamespace(run_folder=("a", "./a/"))
+    refused("--run_folder a ./a/: a run is named twice", submission.folders_to_submit, twice, "x.py")
     Path("a").mkdir()
     Path("a/submission.csv").write_text("old")
     assert submission.place_of(["a"], cfg, "x.py") == "a/submission.csv"
