@@ -104,7 +104,10 @@ def backbone_of_run(folder, cfg, world) -> tuple[nn.Module, object]:
         backbone = stored_backbone(kept)
         return backbone, encoder_tokenizer(str(kept))
     tokenizer = encoder_tokenizer(str(kept))
-    backbone = load_backbone(cfg, tokenizer, world)
+    try:
+        backbone = load_backbone(cfg, tokenizer, world)
+    except UserError as error:
+        raise UserError(f"{folder} needs the model that it was trained on: {error}") from None
     if state_sha256(backbone.state_dict()) != pinned:
         raise UserError(f"model {cfg.model} is not the one that {folder} was trained on")
     return backbone, tokenizer

@@ -187,6 +187,9 @@ def test_a_base_that_has_changed_is_not_taken_for_the_runs(tmp_path, monkeypatch
     core.save_pretrained(random_gpt(vocab_size=302, seed=1).float(), tokenizer, tmp_path / "base")
     with pytest.raises(UserError, match=r"base is not the one that .* was trained on"):
         backbones.backbone_of_run(tmp_path, cfg, World())
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="needs the model that it was trained on: no such folder"):
+        backbones.backbone_of_run(tmp_path, cfg, World())
 
 
 def test_a_base_under_adapters_is_the_same_in_all_folds_and_adapters_are_not():
