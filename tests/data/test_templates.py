@@ -147,6 +147,7 @@ def test_rows_of_messages_are_read_under_the_other_templates_if_they_hold_one_qu
         ("text", "messages is no list of turns"),
         (["text"], "messages is no list of turns"),
         ([{"role": "user", "content": None}], "turn 1 of messages is no text"),
+        ([ONE[0], ONE[1] | {"tool_calls": [{}]}], "turn 2 of messages has tool_calls, which are not read"),
         ([{"role": ["user"], "content": "x"}], "not user and assistant by turns"),
         (turns("x", "\ud800"), "turn 2 of messages has odd Unicode"),
         ([*ONE, *turns("x", system="late")], "a system turn that is not its first"),

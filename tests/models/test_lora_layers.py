@@ -358,6 +358,7 @@ def test_a_card_gets_the_same_sum_in_fewer_launches():
         ({"rank_pattern": "attn.c_atn=8"}, ["--lora_rank_pattern", "attn.c_atn is no layer with an adapter"]),
         ({"rank_pattern": "mlp=8.5"}, ["8.5 is no value", "use e.g. h.0.attn.c_attn=4"]),
         ({"alpha_pattern": "mlp"}, ["--lora_alpha_pattern mlp", "nothing is no value"]),
+        ({"alpha_pattern": "mlp=inf"}, ["inf is no value"]),
         ({"init": "pissa", "rank_pattern": "mlp=99"}, ["rank 99 of PiSSA", "32 singular values"]),
     ],
 )
