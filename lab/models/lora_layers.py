@@ -170,7 +170,8 @@ class DoRALinear(LoRALinear):
         """(out,): of all rows; without an adapter it is the norm of the base's."""
         if self.rows is None:
             return self.magnitude
-        return torch.linalg.vector_norm(self.base.weight, dim=1).index_copy(0, self.rows, self.magnitude)
+        norms = torch.linalg.vector_norm(self.base.weight, dim=1, dtype=self.magnitude.dtype)
+        return norms.index_copy(0, self.rows, self.magnitude)
 
     @torch.no_grad()
     def norms(self) -> torch.Tensor:

@@ -258,6 +258,15 @@ def test_a_base_held_in_bf16_is_what_autocast_makes_of_it_anyway():
     assert torch.equal(*out)
 
 
+def test_doras_lengths_of_all_rows_are_there_beside_a_base_held_in_bf16():
+    model = random_gpt(dtype=torch.float32)
+    core.add_lora(model, 4, 7, targets="q,v", dora=True)
+    layer = model.h[0].attn.c_attn
+    wanted = torch.linalg.vector_norm(layer.base.weight, dim=1)
+    core.narrow_base(model, "bf16")
+    torch.testing.assert_close(layer.magnitudes(), wanted, rtol=1e-3, atol=0)
+
+
 def test_what_a_checkpoint_of_pissa_holds_is_exact_whatever_another_machine_makes_of_the_base():
     first, second = (random_gpt(dtype=torch.float32) for _ in range(2))
     core.add_lora(first, 4, 7, init="pissa")
