@@ -2,11 +2,13 @@
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/instruct_speed.py rows.json gpt2 [steps]        # a tokenizer: folder or Hub id
+    python benchmarks/instruct_speed.py rows.json <SmolLM2> 12 smollm2
 
-Random-weight GPT-2 small, batch 16, prompts masked, the same batches for all, each contender a process of
-its own. loop: transformers' GPT-2 in a plain loop, padded to the longest row, every logit computed; trl:
-SFTTrainer with completion_only_loss; peft: Trainer with rank 16 on all linear layers of the blocks. ours and
-lora are what run_instruct.py and run_lora.py do in a step.
+Random weights of GPT-2 small, or of SmolLM2-135M (nine heads share the keys and values of three), batch 16,
+prompts masked, the same batches for all, each contender a process of its own. loop: transformers' model in a
+plain loop, padded to the longest row, every logit computed; trl: SFTTrainer with completion_only_loss; peft:
+Trainer with rank 16 on all linear layers of the blocks. ours and lora are what run_instruct.py and
+run_lora.py do in a step.
 """
 
 import resource
@@ -20,7 +22,8 @@ from types import SimpleNamespace
 
 PROJECT = Path(__file__).resolve().parent.parent
 BATCH, LORA = 16, {"lora", "peft"}
-CONTENDERS = ("loop", "trl", "ours", "peft", "lora")
+CONTENDERS = {"gpt2": ("loop", "trl", "ours", "peft", "lora"), "smollm2": ("loop", "ours", "peft", "lora")}
+PARAMETERS = {"gpt2": 124_439_808, "smollm2": 134_515_008}
 
 
 def peak() -> float:
@@ -57,7 +60,32 @@ def examples_of(data, tokenizer, steps):
     return examples, order[: steps * BATCH].reshape(steps, BATCH).tolist()
 
 
-def ours(who, examples, batches, counter):
+def our_config(shape):
+    import core
+
+    if shape == "gpt2":
+        return core.GPTConfig(50257)
+    llama = {
+        "positions": "rotary",
+        "norm": "rmsnorm",
+        "activation": "swiglu",
+        "bias": False,
+        "qkv_bias": False,
+    }
+    return core.GPTConfig(49152, 2048, 30, 9, 576, 1536, **llama, n_kv_head=3, rope_theta=1e5)
+
+
+def their_model(shape):
+    from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+    if shape == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+    sizes = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    sizes |= {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes))
+
+
+def ours(who, shape, examples, batches, counter):
     import torch
 
     import core
@@ -65,7 +93,7 @@ def ours(who, examples, batches, counter):
 
     cpu.keep_freed_memory()
     world, precision = core.World(), core.Precision("fp32", core.World())
-    model = core.GPT(core.GPTConfig(50257))
+    model = core.GPT(our_config(shape))
     if who == "lora":
         core.add_lora(model, 16, 16)
     optimizer = core.make_optimizer(model, "adamw", 0.0)
@@ -79,12 +107,12 @@ def ours(who, examples, batches, counter):
         counter.end(targets)
 
 
-def peer(who, examples, batches, counter):
+def peer(who, shape, examples, batches, counter):
     import torch
     from torch.utils.data import SequentialSampler
-    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+    model = their_model(shape).train()
     if who == "loop":
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)
         print("ready", flush=True)
@@ -142,9 +170,8 @@ def peer(who, examples, batches, counter):
             def _get_train_sampler(self, *args):
                 return SequentialSampler(self.train_dataset)
 
-        adapted = LoraConfig(
-            r=16, lora_alpha=16, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True
-        )
+        layers = ["c_attn", "c_proj", "c_fc"] if shape == "gpt2" else "all-linear"
+        adapted = LoraConfig(r=16, lora_alpha=16, target_modules=layers, fan_in_fan_out=shape == "gpt2")
 
         def collate(numbers):
             input_ids, labels = examples.batch(numbers, "cpu")  # labels shifted; the model shifts by itself
@@ -169,11 +196,11 @@ def peer(who, examples, batches, counter):
     trainer.train()
 
 
-def contender(who, data, tokenizer, steps):
+def contender(who, data, tokenizer, steps, shape):
     sys.path.insert(0, str(PROJECT))
     examples, batches = examples_of(data, tokenizer, int(steps))
     print("base", peak(), flush=True)  # libraries and rows, no model yet
-    (ours if who in ("ours", "lora") else peer)(who, examples, batches, Steps())
+    (ours if who in ("ours", "lora") else peer)(who, shape, examples, batches, Steps())
 
 
 def read(process, word):
@@ -183,16 +210,17 @@ def read(process, word):
     return [float(x) for x in line.split()[1:]]
 
 
-def compare(data, tokenizer, steps):
+def compare(data, tokenizer, steps, shape):
+    words = data, tokenizer, str(steps + 2), shape
     processes = {
-        who: subprocess.Popen([sys.executable, __file__, "--worker", who, data, tokenizer, str(steps + 2)],
+        who: subprocess.Popen([sys.executable, __file__, "--worker", who, *words],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for who in CONTENDERS
+        for who in CONTENDERS[shape]
     }  # fmt: skip
     base = {who: read(process, "base")[0] for who, process in processes.items()}
     for process in processes.values():
         read(process, "ready")
-    turns = {who: [] for who in CONTENDERS}
+    turns = {who: [] for who in processes}
     for _ in range(steps + 2):
         for who, process in processes.items():
             process.stdin.write("go\n")
@@ -201,7 +229,9 @@ def compare(data, tokenizer, steps):
     for who, rows in turns.items():
         seconds, targets = (sum(row[i] for row in rows[2:]) for i in range(2))
         memory, own = rows[-1][2], "lora" if who in LORA else "ours"
-        state = 4 * 124_439_808 / 1e6 * (1 if who in LORA else 4)  # weights, or weights, gradients, moments
+        state = (
+            4 * PARAMETERS[shape] / 1e6 * (1 if who in LORA else 4)
+        )  # weights, or weights, gradients, moments
         ratio = statistics.median(a[0] / b[0] for a, b in zip(rows[2:], turns[own][2:], strict=True))
         above = memory - state
         print(
@@ -216,4 +246,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "--worker":
         contender(*sys.argv[2:])
     else:
-        compare(sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 12)
+        data, tokenizer, *rest = sys.argv[1:]
+        steps, shape = [*rest, *("12", "gpt2")[len(rest) :]]
+        compare(data, tokenizer, int(steps), shape)

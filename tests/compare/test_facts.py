@@ -90,7 +90,9 @@ def test_a_runs_source_is_what_it_imported(tmp_path):
     assert not {"lab/compare/judge.py", "gpt_scratch.py", "tests/conftest.py", "eval.py"} & names
     code = facts.read(folder).code  # of what the index names, only what the script says counts
     assert {"run_preference.py", "lab/run/folder.py", "lab/data/pairs.py", "lab/errors.py"} <= set(code)
-    assert not {"core.py", "lab/models/gpt.py", "lab/data/mixture.py", "lab/models/lora.py"} & set(code)
+    assert not {"core.py", "lab/data/mixture.py", "lab/measure/choices.py", "lab/models/loha_lokr.py"} & set(
+        code
+    )
 
 
 @pytest.mark.parametrize("file", ["config.json", "result.json", "metrics.jsonl", "judged.json"])
