@@ -40,7 +40,8 @@ def parse(row, answered=True) -> list[str]:
     the fault. answered: messages end with an answer."""
     if not isinstance(row, dict):
         raise ValueError("no object with columns")
-    if "instruction" not in row and (messages := messages_of(row, answered)):
+    # a table of both kinds of rows holds None in the other kind's columns
+    if row.get("instruction") is None and (messages := messages_of(row, answered)):
         if sum(turn["role"] == "user" for turn in messages) > 1:
             raise ValueError("it has several questions, which --template chat takes")
         return as_texts(messages)
