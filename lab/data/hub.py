@@ -25,7 +25,9 @@ def from_hub(what, name, load, instead):
 
 
 def first_line(error) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    most = 2 if lines[0].endswith(":") else 1  # what follows a colon is the reason
+    return " ".join(line.strip() for line in lines[:most])[:160]
 
 
 def _quietly(load):
@@ -97,6 +99,8 @@ def _what_it_is(folder) -> str | None:
     """Words for a folder in which nobody has put a model: there is none, or runs are; none for another."""
     if is_there(folder / "config.json") or any(folder.glob("tokenizer*")):
         return None
+    if is_there(folder / "adapter_config.json"):
+        return f"it holds an adapter, which wants its base: --model BASE --adapter {folder}"
     if runs := sorted(path.parent for path in folder.glob("*/config.json")):
         return f"it holds runs, name one, e.g. {runs[-1]}"
     return "it has no config.json and no tokenizer.json"
