@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 
 from lab.errors import UserError
-from lab.run.files import is_folder, is_there
+from lab.run.files import is_file, is_folder, is_there
 
 
 def from_hub(what, name, load, instead):
@@ -85,6 +85,8 @@ def local_or_hub(what, name, load, built_in):
     if not is_folder(name):
         if name[:1] in ("", ".", "/", "~"):
             raise UserError(f"no such folder: {name or repr(name)}")
+        if is_file(name):
+            raise UserError(f"{what} {name} is a file: use a folder, or {built_in}")
         return from_hub(what, name, load, f"a local folder, or {built_in}")
     try:
         return _quietly(load)
@@ -100,7 +102,7 @@ def _what_it_is(folder) -> str | None:
     if is_there(folder / "config.json") or any(folder.glob("tokenizer*")):
         return None
     if is_there(folder / "adapter_config.json"):
-        return f"it holds an adapter, which wants its base: --model BASE --adapter {folder}"
+        return f"it holds an adapter: run_lora.py --model BASE --adapter {folder}"
     if runs := sorted(path.parent for path in folder.glob("*/config.json")):
         return f"it holds runs, name one, e.g. {runs[-1]}"
     return "it has no config.json and no tokenizer.json"

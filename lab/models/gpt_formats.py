@@ -182,7 +182,12 @@ def config_from(name, c) -> GPTConfig:
     """The GPT's config for transformers' config `c`. OtherKind for what a GPT cannot express."""
     if c.model_type not in READ:
         raise OtherKind(f"model {name} is a {c.model_type}: use a {', '.join(READ[:-1])} or {READ[-1]}")
-    return (gpt2_config if c.model_type == "gpt2" else llama_config)(name, c)
+    try:
+        return (gpt2_config if c.model_type == "gpt2" else llama_config)(name, c)
+    except OtherKind:
+        raise
+    except UserError as error:  # of GPTConfig, which knows no name
+        raise UserError(f"model {name}: {error}") from None
 
 
 def with_weights(config, weights) -> GPT:

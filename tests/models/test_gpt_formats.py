@@ -149,6 +149,7 @@ def test_what_transformers_cannot_express_is_refused_by_name(tmp_path, config, w
         ("llama", {"mlp_bias": True, "hidden_act": "gelu"}, ["has mlp_bias, hidden_act gelu: not"]),
         ("llama", {"rope_parameters": DYNAMIC}, ["has rope_type dynamic: not supported"]),
         ("qwen2", {"rope_parameters": MSCALE}, ["has mscale: not supported"]),
+        ("llama", {"num_key_value_heads": 3}, [": n_head 4 is no multiple of n_kv_head 3"]),
         ("mistral", {"sliding_window": 0}, ["is damaged, transformers cannot compute it"]),
         ("smollm3", {"no_rope_layers": [0, 1]}, ["irregular no_rope_layers"]),
         ("gpt2", {"activation_function": "gelu"}, ["gelu", "not GPT-2's"]),  # the one of erf
