@@ -83,10 +83,10 @@ def _silence() -> str:
 def local_or_hub(what, name, load, built_in):
     """Calls `load()` for a folder or Hub id; every failure is a UserError of one line."""
     if not is_folder(name):
-        if name[:1] in ("", ".", "/", "~"):
-            raise UserError(f"no such folder: {name or repr(name)}")
         if is_file(name):
             raise UserError(f"{what} {name} is a file: use a folder, or {built_in}")
+        if name[:1] in ("", ".", "/", "~"):
+            raise UserError(f"no such folder: {name or repr(name)}")
         return from_hub(what, name, load, f"a local folder, or {built_in}")
     try:
         return _quietly(load)
