@@ -82,7 +82,7 @@ def their_model(shape):
         return GPT2LMHeadModel(GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
     sizes = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
     sizes |= {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes))
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes), trust_remote_code=False)
 
 
 def ours(who, shape, examples, batches, counter):

@@ -88,9 +88,11 @@ def writable(row, number, data) -> dict:
     """A row of a table as JSON holds it: dates, times and decimals as their text. UserError for other cells
     (bytes), which would be found when all prompts were answered."""
     cells = {}
-    if "instruction" not in row:  # messages alone
+    if row.get("instruction") is None:  # messages alone
         cells = dict(zip(INSTRUCTION_COLUMNS, as_texts(turns_of(row, number, data)), strict=True))
     for name, cell in row.items():
+        if cell is None and name in cells:
+            continue
         try:
             cells[name] = json.loads(json.dumps(cell, default=as_text))
         except TypeError as error:

@@ -197,7 +197,7 @@ def write_chat(folder, rows, name, tokenizer) -> dict:
         said = f"of {number} row(s) only the last answer is learnt: the chat template writes "
         columns["lines"].append(said + "their earlier answers otherwise than the last")
     firsts = [before_answer(each)[: 1 + (each[0]["role"] == "system")] for each in messages]
-    columns["groups"] = [prompt_hash(*as_texts(first)[:2]) for first in firsts]  # one part for what begins so
+    columns["groups"] = [prompt_hash(*as_texts(first)[:2]) for first in firsts]  # of what begins alike
     columns |= {"turns": turns, "earlier": earlier, "integers": id_kind(tokenizer)}
     write_ids(folder, pieces, columns["integers"], len(pieces))
     tokenizer.save_pretrained(folder / "tokenizer")

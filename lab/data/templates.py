@@ -16,7 +16,9 @@ PREAMBLE = "Below is an instruction that describes a task"
 ASK = "Write a response that appropriately completes the request."
 COLUMNS = {"messages": ("role", "content"), "conversations": ("from", "value")}  # the latter: ShareGPT's
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
-# some templates write today's date: rows must be the same tomorrow, so that they are told this one
+# of a turn, beside its content: the model would learn to say nothing where it should call a tool
+UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
+# some templates write today's date; they are told this one, for rows must be the same tomorrow
 ONE_DAY = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"
 QUESTION, ANSWER = "What is six times seven?", "Forty-two"
 PROBE = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
@@ -38,7 +40,8 @@ def parse(row, answered=True) -> list[str]:
     the fault. answered: messages end with an answer."""
     if not isinstance(row, dict):
         raise ValueError("no object with columns")
-    if "instruction" not in row and (messages := messages_of(row, answered)):
+    # a table of both kinds of rows holds None in the other kind's columns
+    if row.get("instruction") is None and (messages := messages_of(row, answered)):
         if sum(turn["role"] == "user" for turn in messages) > 1:
             raise ValueError("it has several questions, which --template chat takes")
         return as_texts(messages)
@@ -67,7 +70,9 @@ def messages_of(row, answered=True) -> list[dict] | None:
         raise ValueError(f"{name} is no list of turns")
     role, content = COLUMNS[name]
     turns = [(ROLES.get(str(turn.get(role)), turn.get(role)), turn.get(content)) for turn in row[name]]
-    for number, (_, text) in enumerate(turns, start=1):
+    for number, (turn, (_, text)) in enumerate(zip(row[name], turns, strict=True), start=1):
+        if unread := [key for key in UNREAD if turn.get(key)]:
+            raise ValueError(f"turn {number} of {name} has {unread[0]}, which are not read")
         if not isinstance(text, str):
             raise ValueError(f"turn {number} of {name} is no text")
         if not is_clean(text):

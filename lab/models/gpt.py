@@ -49,7 +49,7 @@ class GPTConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # of rotary positions, as transformers' rope_parameters have it
-    nope_every: int | None = None  # every so many blocks one knows no positions (SmolLM3: 4); none = all do
+    nope_every: int | None = None  # every n-th block knows no positions (SmolLM3: 4th); none = all do
     n_kv_head: int | None = None  # heads of keys and values, n_head / n_kv_head queries each; none = n_head
     head_size: int | None = None  # none = n_embd / n_head
     qk_norm: bool = False  # RMSNorm of each query and key before it is rotated, as in Qwen 3
@@ -68,7 +68,8 @@ class GPTConfig:
         if self.n_head % (self.n_kv_head or 1):
             raise UserError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
         if self.positions == "rotary" and self.head_dim % 2:
-            raise UserError(f"rotary positions need an even n_embd / n_head: it is {self.head_dim}")
+            size = "head_size" if self.head_size else "n_embd / n_head"
+            raise UserError(f"rotary positions need an even {size}: it is {self.head_dim}")
         require_scaling(self.rope_scaling)
         if self.tie_head and self.head_bias:
             raise UserError("head_bias needs --no-tie_head")
@@ -153,7 +154,7 @@ class Attention(nn.Module):
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         if remember is not None:
-            k, v = remember(k, v)  # (B, KV, S, D)
+            k, v = remember(k.type_as(v), v)  # (B, KV, S, D); k_norm leaves k in fp32 under a card's autocast
         dropout = self.dropout if self.training else 0.0
         causal = mask is None and (remember is None or T > 1)  # whatever T is: one graph
         y = attend(q, k, v, mask, dropout, causal)

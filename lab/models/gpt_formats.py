@@ -186,8 +186,8 @@ def config_from(name, c) -> GPTConfig:
         return (gpt2_config if c.model_type == "gpt2" else llama_config)(name, c)
     except OtherKind:
         raise
-    except UserError as error:  # of GPTConfig, which knows no name
-        raise UserError(f"model {name}: {error}") from None
+    except UserError as error:  # of GPTConfig, which does not know the name
+        raise OtherKind(f"model {name}: {error}") from None
 
 
 def with_weights(config, weights) -> GPT:
@@ -248,7 +248,8 @@ def beyond_llama(c, rope) -> list[str]:
     odd += [key for key in ("mscale", "mscale_all_dim") if rope.get(key)]
     odd += ["partial_rotary_factor"] if rope.get("partial_rotary_factor", 1) != 1 else []
     if c.model_type == "smollm3":
-        regular = [int((i + 1) % c.no_rope_layer_interval != 0) for i in range(c.num_hidden_layers)]
+        every = c.no_rope_layer_interval
+        regular = every > 0 and [int((i + 1) % every != 0) for i in range(c.num_hidden_layers)]
         odd += ["irregular no_rope_layers"] if c.no_rope_layers != regular else []
     return odd
 

@@ -111,7 +111,7 @@ def matrix_rows(config, name, wanted=TARGETS) -> list[tuple[int, int]] | None:
 
 def by_pattern(constant, patterns, layers, default, kind) -> dict:
     """Layer -> its value by the first of `patterns` (name=value,...) that is a dotted part of its name.
-    UserError for one that is none, or that fits no layer."""
+    UserError for a pattern that fits no layer, and for a value that is no number over 0."""
     values = dict.fromkeys(layers, default)
     pairs = [pair.partition("=")[::2] for pair in re.split("[,+]", patterns)] if patterns else []
     for pattern, text in reversed(pairs):
@@ -120,10 +120,9 @@ def by_pattern(constant, patterns, layers, default, kind) -> dict:
         except ValueError:
             value = 0
         fits = [name for name in layers if f".{pattern}." in f".{name}."]
-        if not value > 0 or not fits:
-            why = (
-                f"{pattern} is no layer with an adapter" if value > 0 else f"{text or 'nothing'} is no value"
-            )
+        right = 0 < value < math.inf
+        if not right or not fits:
+            why = f"{pattern} is no layer with an adapter" if right else f"{text or 'nothing'} is no value"
             raise UserError(f"--{constant} {patterns}: {why}, use e.g. {next(iter(layers))}={default}")
         values |= dict.fromkeys(fits, value)
     return values

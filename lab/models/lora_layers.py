@@ -30,7 +30,7 @@ class LoRALinear(Adapter):
     the output's rows, in ascending order; none: one adapter of all rows.
 
     A (parts * rank, in), B (rows of all parts, rank): part i owns rows i * rank ... of A and its rows of B.
-    PiSSA's layers have A0 and B0, too, what A and B began with: their product counts as taken off the base.
+    PiSSA's layers have A0 and B0, too, what A and B began with: their product is subtracted from the base.
     """
 
     def __init__(self, base, rank, multiplier, dropout=0.0, parts=None):
@@ -112,8 +112,8 @@ class LoRALinear(Adapter):
 
     @torch.no_grad()
     def begin_at(self, A, B):
-        """Takes A and B, and counts their product as taken off the base (PiSSA). They are kept beside what is
-        trained: so the base stays what it is, to the bit, and has nothing to round once more."""
+        """Begins at A and B, with their product subtracted from the base (PiSSA). It is subtracted in each
+        forward, from A0 and B0: so the base stays what it is, to the bit, and is not rounded once more."""
         self.A.copy_(A)
         self.B.copy_(B)
         self.A0, self.B0 = (nn.Parameter(value.clone(), requires_grad=False) for value in (self.A, self.B))
@@ -150,7 +150,8 @@ class DoRALinear(LoRALinear):
     def forward(self, x):
         out, bias = super().forward(x), self.base.bias
         more = (self.gain() - 1).to(out.dtype)
-        return out + more * (out if bias is None else out - bias)  # at the start out itself, to the bit
+        # at the start out itself, to the bit, unless the base was held in bf16 after its norms were taken
+        return out + more * (out if bias is None else out - bias)
 
     def terms(self, x):
         """Here every matrix is multiplied by the rows' gain: a second one as large as base.weight."""
@@ -169,7 +170,8 @@ class DoRALinear(LoRALinear):
         """(out,): of all rows; without an adapter it is the norm of the base's."""
         if self.rows is None:
             return self.magnitude
-        return torch.linalg.vector_norm(self.base.weight, dim=1).index_copy(0, self.rows, self.magnitude)
+        norms = torch.linalg.vector_norm(self.base.weight, dim=1, dtype=self.magnitude.dtype)
+        return norms.index_copy(0, self.rows, self.magnitude)
 
     @torch.no_grad()
     def norms(self) -> torch.Tensor:

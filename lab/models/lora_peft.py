@@ -97,8 +97,8 @@ def _adapter_of(layer, module) -> dict[str, torch.Tensor]:
 def load_peft(model, folder, dropout=0.0) -> list[str]:
     """Adds the adapters of a peft folder, with their rank, alpha and layers. Returns the layers' names.
 
-    One adapter of a fused c_attn becomes three: A copied, B sliced. UserError for what is neither LoRA nor
-    DoRA, or begins elsewhere than PiSSA.
+    One adapter of a fused c_attn becomes three: A copied, B sliced. UserError for anything but LoRA and DoRA,
+    and where A and B began in a way that changed the base, but for PiSSA's.
     """
     config, tensors = _read_peft(Path(folder))
     dora, pissa = bool(config.get("use_dora")), _initial(config) == "pissa"

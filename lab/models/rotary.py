@@ -11,6 +11,7 @@ SCALINGS = {  # rope_type -> what it needs beside it, as transformers' rope_para
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
+OPTIONAL = {"yarn": ("attention_factor", "beta_fast", "beta_slow")}  # none = the paper's
 
 
 def require_scaling(scaling):
@@ -20,10 +21,14 @@ def require_scaling(scaling):
     kind = scaling.get("rope_type") if isinstance(scaling, dict) else scaling
     if kind not in SCALINGS:
         raise UserError(f"rope_scaling {kind} is unknown: use one of {', '.join(SCALINGS)}")
-    for name in SCALINGS[kind]:
+    given = [name for name in OPTIONAL.get(kind, ()) if scaling.get(name) is not None]
+    for name in (*SCALINGS[kind], *given):
         value = scaling.get(name)
         if not isinstance(value, int | float) or not 0 < value < math.inf:
             raise UserError(f"rope_scaling {kind} with {name} {value}: use a number over 0")
+    if kind == "llama3" and scaling["low_freq_factor"] >= (high := scaling["high_freq_factor"]):
+        low = f"low_freq_factor {scaling['low_freq_factor']}"
+        raise UserError(f"rope_scaling llama3 with {low}: use one below high_freq_factor {high}")
 
 
 def rotate(x, rotary):
@@ -60,7 +65,8 @@ def llama3(rates, scaling, theta):
 
 
 def yarn(rates, scaling, theta):
-    """Peng et al. 2023: as llama3, but the straight line is one over pairs, from 32 turns to 1."""
+    """Peng et al. 2023: as llama3's, but the straight line runs over the numbers of the pairs, from the one
+    that turns beta_fast times in the original context to the one that turns beta_slow times."""
     pairs, context = len(rates), scaling["original_max_position_embeddings"]
 
     def pair_of(turns):  # the pair that turns so often in the original context

@@ -130,7 +130,9 @@ GPT = [
 
 
 def test_rows_of_messages_are_read_under_the_other_templates_if_they_hold_one_question():
-    assert templates.parse({"messages": ONE}) == ["The cat?", "", "sat on the mat."]
+    for columns in ({}, {"instruction": None, "input": None, "output": None}):  # of a table of both kinds
+        assert templates.parse({"messages": ONE} | columns) == ["The cat?", "", "sat on the mat."]
+        assert prompts.writable({"messages": ONE} | columns, 1, "d")["instruction"] == "The cat?"
     assert templates.parse({"conversations": GPT}) == ["x", "Be brief.", "y"]
     assert templates.parse({"messages": TWO, "instruction": "i", "output": "o"}) == ["i", "", "o"]
     with pytest.raises(ValueError, match="several questions, which --template chat takes"):
@@ -150,6 +152,7 @@ def test_rows_of_messages_are_read_under_the_other_templates_if_they_hold_one_qu
         ("text", "messages is no list of turns"),
         (["text"], "messages is no list of turns"),
         ([{"role": "user", "content": None}], "turn 1 of messages is no text"),
+        ([ONE[0], ONE[1] | {"tool_calls": [{}]}], "turn 2 of messages has tool_calls, which are not read"),
         ([{"role": ["user"], "content": "x"}], "not user and assistant by turns"),
         (turns("x", "\ud800"), "turn 2 of messages has odd Unicode"),
         ([*ONE, *turns("x", system="late")], "a system turn that is not its first"),

@@ -238,6 +238,18 @@ def test_under_autocast_logits_are_in_fp32_unless_the_head_is_in_half(head):
         assert torch.equal(logits, model.logits(hidden).detach())
 
 
+def test_under_autocast_normed_keys_are_kept_in_half_as_values_are(monkeypatch):
+    """A card's autocast computes norms in fp32: such keys would be cast anew with every token."""
+    model, norm = random_gpt(dtype=torch.float32, **GROUPED), torch.nn.RMSNorm.forward
+    monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda self, x: norm(self, x.float()))
+    decoder = decoding.Decoder(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        decoder.read(torch.tensor([[1, 2, 3]]), None, 9)
+        decoder.step(torch.tensor([4]))
+    kept = {tensor.dtype for tensor in (*decoder.cache.keys, *decoder.cache.values)}
+    assert kept == {torch.bfloat16}
+
+
 def test_a_graph_in_half_precision_writes_what_single_kernels_write_in_it(graphs, monkeypatch):
     model = lively_gpt().float()
     with torch.autocast("cpu", torch.bfloat16):

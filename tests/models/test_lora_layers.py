@@ -258,6 +258,15 @@ def test_a_base_held_in_bf16_is_what_autocast_makes_of_it_anyway():
     assert torch.equal(*out)
 
 
+def test_doras_lengths_of_all_rows_are_there_beside_a_base_held_in_bf16():
+    model = random_gpt(dtype=torch.float32)
+    core.add_lora(model, 4, 7, targets="q,v", dora=True)
+    layer = model.h[0].attn.c_attn
+    wanted = torch.linalg.vector_norm(layer.base.weight, dim=1)
+    core.narrow_base(model, "bf16")
+    torch.testing.assert_close(layer.magnitudes(), wanted, rtol=2**-8, atol=0)  # of bf16
+
+
 def test_what_a_checkpoint_of_pissa_holds_is_exact_whatever_another_machine_makes_of_the_base():
     first, second = (random_gpt(dtype=torch.float32) for _ in range(2))
     core.add_lora(first, 4, 7, init="pissa")
@@ -358,6 +367,7 @@ def test_a_card_gets_the_same_sum_in_fewer_launches():
         ({"rank_pattern": "attn.c_atn=8"}, ["--lora_rank_pattern", "attn.c_atn is no layer with an adapter"]),
         ({"rank_pattern": "mlp=8.5"}, ["8.5 is no value", "use e.g. h.0.attn.c_attn=4"]),
         ({"alpha_pattern": "mlp"}, ["--lora_alpha_pattern mlp", "nothing is no value"]),
+        ({"alpha_pattern": "mlp=inf"}, ["inf is no value"]),
         ({"init": "pissa", "rank_pattern": "mlp=99"}, ["rank 99 of PiSSA", "32 singular values"]),
     ],
 )

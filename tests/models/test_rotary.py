@@ -40,6 +40,8 @@ def test_angles_are_those_of_transformers(name):
         ("x", "rope_scaling x is unknown"),
         ({"rope_type": "linear"}, "rope_scaling linear with factor None: use a number over 0"),
         ({"rope_type": "yarn", "factor": float("nan")}, "rope_scaling yarn with factor nan"),
+        (YARN | {"attention_factor": "x"}, "rope_scaling yarn with attention_factor x: use a number over 0"),
+        (LLAMA3 | {"low_freq_factor": 4.0}, "low_freq_factor 4.0: use one below high_freq_factor 4.0"),
     ],
 )
 def test_an_unknown_or_damaged_scaling_is_refused(scaling, words):
