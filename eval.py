@@ -291,7 +291,8 @@ def measure(cfg, world, say, poll):
                 failed.append(f"{subject.name} on {data}: {error}")  # the others still count
                 say(f"FAILED {failed[-1]}")
             else:
-                rows.append({"model": Path(subject.name).name, "data": Path(data).name, **cells(metrics)})
+                row = {"model": eval_folder.called(subject.name), "data": Path(data).name}
+                rows.append(row | cells(metrics))
         subject.loaded = None  # its memory is the next one's
     if len(rows) > 1:
         headers = dict.fromkeys(header for row in rows for header in row)

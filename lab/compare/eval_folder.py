@@ -20,6 +20,12 @@ from lab.run.files import (
 from lab.run.provenance import device_name, git_state
 
 
+def called(name) -> str:
+    """A model in a table: the last part of its name; of what lies in a run (merged, say) the run's, too."""
+    path = Path(name)
+    return f"{path.parent.name}/{path.name}" if is_there(path.parent / "checkpoints") else path.name
+
+
 def folder_of(subject, data, cfg, root) -> Path:
     """<root>/<model>-<data>-<hash of their paths and of the flags that figures and answers depend on>."""
     words = "-".join(slug(Path(name).name) for name in (subject.name, data))

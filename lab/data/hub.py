@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 
 from lab.errors import UserError
-from lab.run.files import is_folder, is_there
+from lab.run.files import is_file, is_folder, is_there
 
 
 def from_hub(what, name, load, instead):
@@ -25,7 +25,9 @@ def from_hub(what, name, load, instead):
 
 
 def first_line(error) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    most = 2 if lines[0].endswith(":") else 1  # what follows a colon is the reason
+    return " ".join(line.strip() for line in lines[:most])[:160]
 
 
 def _quietly(load):
@@ -81,6 +83,8 @@ def _silence() -> str:
 def local_or_hub(what, name, load, built_in):
     """Calls `load()` for a folder or Hub id; every failure is a UserError of one line."""
     if not is_folder(name):
+        if is_file(name):
+            raise UserError(f"{what} {name} is a file: use a folder, or {built_in}")
         if name[:1] in ("", ".", "/", "~"):
             raise UserError(f"no such folder: {name or repr(name)}")
         return from_hub(what, name, load, f"a local folder, or {built_in}")
@@ -97,6 +101,8 @@ def _what_it_is(folder) -> str | None:
     """Words for a folder in which nobody has put a model: there is none, or runs are; none for another."""
     if is_there(folder / "config.json") or any(folder.glob("tokenizer*")):
         return None
+    if is_there(folder / "adapter_config.json"):
+        return f"it holds an adapter: run_lora.py --model BASE --adapter {folder}"
     if runs := sorted(path.parent for path in folder.glob("*/config.json")):
         return f"it holds runs, name one, e.g. {runs[-1]}"
     return "it has no config.json and no tokenizer.json"

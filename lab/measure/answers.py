@@ -10,6 +10,7 @@ import torch
 
 from lab.data.templates import Chat, end_id, question_ids
 from lab.data.tokenizers import begin_ids, id_count
+from lab.errors import UserError
 from lab.measure.statistics import bootstrap, plus_minus
 from lab.models.decoding import ROUND_TO, decoder_of, note
 from lab.models.generate import generate, prompt_loop
@@ -198,6 +199,14 @@ def ask(model, tokenizer, cfg):
     interactive, world = cfg.prompt is None and sys.stdin.isatty(), World(device=model.wte.weight.device)
     for text in [cfg.prompt] if cfg.prompt is not None else prompt_loop(interactive):
         if text.strip():
-            ids, most = question_ids(tokenizer, text.strip(), "", cfg.template), cfg.max_new_tokens
+            try:
+                ids, most = question_ids(tokenizer, text.strip(), "", cfg.template), cfg.max_new_tokens
+            except UserError as error:
+                if not interactive:
+                    raise
+                print(error)  # the next line may be a better one
+                continue
+            if len(ids) > (size := model.config.block_size):
+                note(f"{len(ids)} tokens, of which the model holds {size}: the beginning is not read")
             with Precision(cfg.dtype, world).generation():
                 print(*answers(model, tokenizer, [ids], most, 1, world, template=cfg.template))

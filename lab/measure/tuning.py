@@ -105,14 +105,15 @@ def announce(run, cfg, parts, units, lines, model, total_steps):
 
 def describe_example(examples, example=0) -> str:
     """Lines that show what the loss masks and counts in one example, decoded from its ids."""
-    ids, labels = examples.pair(example)
-    tokens = [(ids[0], False), *zip([*ids[1:], labels[-1]], (x != IGNORE_INDEX for x in labels), strict=True)]
+    labels, row = examples.pair(example)[1], examples.rows[example]
+    ids = examples.data.whole(row)[: len(labels) + 1]  # the last label is -100 where a later prompt is cut
+    tokens = [(ids[0], False), *zip(ids[1:], (x != IGNORE_INDEX for x in labels), strict=True)]
     lines, counted = [], sum(is_target for _, is_target in tokens)
     for is_target, some in itertools.groupby(tokens, key=lambda token: token[1]):
         text = terminal.one_line(examples.data.tokenizer.decode([token for token, _ in some]))
         lines.append(f"  {'counted:' if is_target else 'masked: '} {shortened(text)}")
     counts = f"{counted} targets, {len(tokens) - counted} tokens masked"
-    number = examples.data.numbers[examples.rows[example]]
+    number = examples.data.numbers[row]
     return "\n".join([f"the loss sees row {number}: {counts}; padding is masked", *lines])
 
 

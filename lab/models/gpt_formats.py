@@ -9,7 +9,7 @@ from lab.errors import UserError
 from lab.models.decoding import note
 from lab.models.gpt import GPT, GPTConfig
 from lab.models.rotary import SCALINGS, rotary_angles
-from lab.models.trusted import load_causal, probe, same
+from lab.models.trusted import load_causal, probe, same, their_logits
 
 LLAMA = {  # our module -> transformers' in the Llama family; rotary positions are half-split in both
     "wte": ["model.embed_tokens"],
@@ -168,8 +168,7 @@ def load_pretrained(name, dropout=0.0, checkpointing=False) -> GPT:
     kind, config = theirs.config.model_type, config_from(name, theirs.config)
     config = replace(config, dropout=dropout, checkpointing=checkpointing)
     input_ids = probe(config.vocab_size, config.block_size)[:1]
-    with torch.no_grad():
-        wanted = theirs(input_ids=input_ids).logits
+    wanted = their_logits(name, theirs, input_ids)
     weights = theirs.state_dict()
     del theirs  # so that each matrix can go when its transpose is there
     model = with_weights(config, from_theirs(weights, config, kind)).eval()

@@ -19,6 +19,7 @@ from lab.run.files import is_there, whole_folder, write_json
 
 PREFIX = "base_model.model."
 FILES = ("adapter_config.json", "adapter_model.safetensors")
+COPY = ".base_layer.weight"
 LETTERS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
 
 
@@ -103,10 +104,12 @@ def load_peft(model, folder, dropout=0.0) -> list[str]:
     dora, pissa = bool(config.get("use_dora")), _initial(config) == "pissa"
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     modules = {_bare(m.name): m for name in linear for m in their_modules(model, name)}
+    _drop_copies(folder, model, modules, tensors)
     layers = {}  # of ours -> [(module, its tensors, multiplier)]
     for name in sorted({key.rpartition(".lora_")[0] for key in tensors}):
         if name not in modules:
-            raise UserError(f"{folder} adapts {name}: the model lacks it (a head needs --no-tie_head)")
+            why = "a head needs --no-tie_head" if name == "lm_head" else "it belongs to another model"
+            raise UserError(f"{folder} adapts {name}: the model lacks it ({why})")
         module = modules[name]
         own = {k: tensors.get(f"{name}{end}", torch.empty(0)) for k, end in LETTERS.items()}
         _check_shapes(folder, model, module, own, dora)
@@ -122,6 +125,16 @@ def load_peft(model, folder, dropout=0.0) -> list[str]:
     for name, found in layers.items():
         _add_layer(model, name, sorted(found, key=lambda each: each[0].first), dropout, dora, pissa)
     return list(layers)
+
+
+def _drop_copies(folder, model, modules, tensors):
+    """Takes out the base's own head, which peft writes beside adapters of it. UserError where the model has
+    another one."""
+    for key in [key for key in tensors if key.endswith(COPY)]:
+        name, copy = key.removesuffix(COPY), tensors.pop(key)
+        own = model.get_submodule(name).weight if name in modules else copy  # none: its A and B are refused
+        if not torch.equal(own.to(copy), copy):
+            raise UserError(f"{folder} brings another {name} than the model's: merge it with peft first")
 
 
 def _check_shapes(folder, model, module, own, dora):
@@ -192,9 +205,10 @@ def _read_peft(folder) -> tuple[dict, dict]:
     odd = [key for key in NOT_PLAIN if config.get(key)]
     odd += [f"bias {kind}" for kind in [config.get("bias", "none")] if kind != "none"]
     odd += [f"init_lora_weights {init}"] if init.startswith(MOVES_BASE) and init != "pissa" else []
-    odd += [key for key in tensors if not re.fullmatch(rf"base_model\.model\..+{kinds}", key)]
-    lengths = sum(key.endswith(LETTERS["magnitude"]) for key in tensors)
-    odd += ["use_dora without its magnitudes"] if dora and 3 * lengths != len(tensors) else []
+    own = [key for key in tensors if key != f"{PREFIX}lm_head{COPY}"]
+    odd += [key for key in own if not re.fullmatch(rf"base_model\.model\..+{kinds}", key)]
+    lengths = sum(key.endswith(LETTERS["magnitude"]) for key in own)
+    odd += ["use_dora without its magnitudes"] if dora and 3 * lengths != len(own) else []
     if odd or config.get("peft_type") != "LORA":
         what = ", ".join(odd[:2]) or config.get("peft_type")
         raise UserError(f"{folder} holds more than plain LoRA ({what}): merge it with peft first")

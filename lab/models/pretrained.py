@@ -16,7 +16,7 @@ from lab.models.generate import in_context, left_padded
 from lab.models.gpt import GPT, GPTConfig
 from lab.models.gpt_formats import OtherKind, load_pretrained, untied, with_weights
 from lab.models.int4 import is_quantised, load
-from lab.models.trusted import load_causal, probe, same
+from lab.models.trusted import load_causal, probe, same, their_logits
 from lab.run.checkpoints import broken, step_name, tested_or_newest_checkpoint
 from lab.run.files import is_file, is_folder, is_there, read_sealed
 from lab.run.stored import is_run
@@ -95,8 +95,8 @@ def load_other(name):
         raise UserError(f"{kind} has {wrapped.config.block_size} position by its config.json: it needs 2")
     input_ids = probe(wrapped.config.vocab_size, wrapped.config.block_size)
     half = input_ids.shape[1] // 2
+    wanted = their_logits(name, model, input_ids)
     with torch.no_grad():
-        wanted = model(input_ids=input_ids).logits
         if not same(*wanted[:, :half]):
             raise UserError(f"{kind} is not causal: later tokens change what it says of earlier ones")
         hidden = wrapped.hidden(input_ids)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lab.data.hub import local_or_hub
+from lab.data.hub import first_line, local_or_hub
 from lab.errors import UserError
 from lab.run.files import is_there
 from lab.train.cpu import require_memory
@@ -94,6 +94,17 @@ def load_causal(name, instead, check=None):
         raise UserError(f"model {name} lacks {len(missing)} weights, e.g. {missing[0]}")
     require_whole(name, model, info["unexpected_keys"])
     return model.eval()
+
+
+@torch.no_grad()
+def their_logits(name, model, input_ids) -> torch.Tensor:
+    """What transformers' model says of these ids. UserError where it cannot: settings may be read, and not
+    fit each other."""
+    try:
+        return model(input_ids=input_ids).logits
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        why = f"transformers cannot compute it ({first_line(error)})"
+        raise UserError(f"model {name} is damaged, {why}: look at its config.json") from error
 
 
 def probe(vocab_size, positions) -> torch.Tensor:

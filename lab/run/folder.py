@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lab.errors import LostRanks, Stop, UserError
+from lab.errors import LostRanks, OutOfMemory, Stop, UserError
 from lab.run import forecast
 from lab.run.checkpoints import Checkpoints, step_name
 from lab.run.curves import Curves, keep_rows
@@ -123,7 +123,8 @@ class Run:
         status = "finished" if kind is None else "stopped" if kind is Stop else "failed"
         heartbeat.last_words.clear()
         worked = self.resumed or self.checkpoint or self.clock.seconds or self.checkpoints.kept
-        unborn = kind is UserError and not worked  # hours may lie behind it though no save found room
+        refused = kind and issubclass(kind, UserError) and kind is not OutOfMemory
+        unborn = refused and not worked  # hours may lie behind it though no save found room
         touched = self.signals.deferring or not self.resumed
         self.signals.deferring = True  # a signal must not break this off
         if self.world.is_main:

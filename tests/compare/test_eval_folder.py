@@ -37,6 +37,12 @@ def test_a_folder_is_named_by_every_flag_that_figures_or_answers_depend_on(subje
     assert len(folder_of(long).name.encode()) < 200
 
 
+def test_what_two_runs_exported_has_two_names_in_a_table():
+    Path("runs/run_lora/a/checkpoints").mkdir(parents=True)
+    names = "runs/run_lora/a", "runs/run_lora/a/merged", "gpt2", "HuggingFaceTB/SmolLM2-135M"
+    assert [*map(eval_folder.called, names)] == ["a", "a/merged", "gpt2", "SmolLM2-135M"]
+
+
 def test_answers_say_what_they_are_of_each_time_and_a_measure_keeps_that_and_is_kept(monkeypatch):
     monkeypatch.setattr(eval_folder, "tested_or_newest_checkpoint", lambda name: checkpoint)
     folder, world = Path("folder"), core.World()

@@ -138,6 +138,12 @@ def test_what_is_answered_and_continued_is_the_prompt_by_the_same_rule(around, m
     asked.clear()
     answers.ask(model, tokenizer, cfg)
     assert asked == [names.prompt_ids(tokenizer, instructions.prompt_text("The </s> cat", "", "alpaca"))]
+    answers.note.cache_clear()
+    model.config.block_size, there = 7, capsys.readouterr().err
+    answers.ask(model, tokenizer, cfg)
+    said = f"{len(asked[0])} tokens, of which the model holds 7: the beginning is not read"
+    assert said not in there and said in capsys.readouterr().err
+    asked.clear()
     Path("prompts.txt").write_text("The </s> cat\n")
     subject = SimpleNamespace(name="m", script=None)
     _, prompts = script.prompts_of(subject, "prompts.txt", None, tokenizer, script.Config())

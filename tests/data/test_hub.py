@@ -40,6 +40,12 @@ def test_a_folder_without_a_model_is_called_so_and_its_runs_are_named():
             hub.local_or_hub(what, "texts", fails, "none")
         with pytest.raises(UserError, match=r"holds runs, name one, e.g. runs/gpt_scratch/2026"):
             hub.local_or_hub(what, "runs/gpt_scratch", fails, "none")
+    Path("texts/adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds an adapter: run_lora.py --model BASE --adapter texts$"):
+        hub.local_or_hub("tokenizer", "texts", fails, "none")
+    with pytest.raises(UserError, match=r"^model texts/a.txt is a file: use a folder, or none$"):
+        hub.local_or_hub("model", "texts/a.txt", fails, "none")
+    assert hub.first_line(ValueError("of field 'n':\n    no integer\nmore")) == "of field 'n': no integer"
     Path("texts/config.json").write_text("{}")
     with pytest.raises(UserError, match=r"^model in folder texts cannot be loaded: of several lines$"):
         hub.local_or_hub("model", "texts", fails, "none")

@@ -106,6 +106,9 @@ def test_packs_bytes_and_the_shown_mask_know_several_answers():
     assert f"{examples.targets([0])[0]} targets, {masked} tokens masked; padding is masked" in lines[0]
     assert [line[:10].strip() for line in lines[1:]] == ["masked:", "counted:"] * 2
     assert lines[2] == "  counted: sang.<|im_end|>" and lines[4] == "  counted: in the tree, é 日.<|im_end|>"
+    cut = int(data.prompt_lengths[0]) - 2  # within the last question: an id that is masked ends the row
+    lines = tuning.describe_example(core.Examples(data, np.arange(4), cut)).splitlines()
+    assert [line[:10].strip() for line in lines[1:]] == ["masked:", "counted:", "masked:"]
     prompt = core.Examples(data, np.arange(4), 256, loss_on_prompt=True)
     assert prompt.pair(0)[1] == data.whole(0)[1:] and prompt.targets([0]) == len(data.whole(0)) - 1
 

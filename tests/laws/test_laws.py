@@ -237,7 +237,7 @@ def test_killed_and_resumed_ends_in_the_same_weights(script, place, nth, who, si
     ("part", "place", "nth", "who", "size"),
     [
         ("frozen", "encoding", 1, 0, 1),
-        ("frozen", "encoding", 3, "all", 2),  # in the second fold
+        ("frozen", "encoding", 2, "all", 2),
         ("lora on a decoder", "evaluation", 15, 1, 2),
         ("lora", "step", 26, 2, 3),
     ],

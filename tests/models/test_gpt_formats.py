@@ -160,6 +160,7 @@ def test_what_transformers_cannot_express_is_refused_by_name(tmp_path, config, w
         ("llama", {"mlp_bias": True, "hidden_act": "gelu"}, ["has mlp_bias, hidden_act gelu: not"]),
         ("llama", {"rope_parameters": DYNAMIC}, ["has rope_type dynamic: not supported"]),
         ("qwen2", {"rope_parameters": MSCALE}, ["has mscale: not supported"]),
+        ("llama", {"num_key_value_heads": 3}, [": n_head 4 is no multiple of n_kv_head 3"]),
         ("qwen2", {"rope_parameters": YARN | {"factor": None}}, ["rope_scaling yarn with factor None"]),
         ("smollm3", {"no_rope_layers": [0, 1]}, ["irregular no_rope_layers"]),
         ("smollm3", {"no_rope_layers": [1, 1], "no_rope_layer_interval": 0}, ["irregular no_rope_layers"]),
@@ -172,6 +173,12 @@ def test_what_we_cannot_express_is_refused_by_name(tmp_path, kind, changes, word
     with pytest.raises(gpt_formats.OtherKind) as error:  # so that eval.py takes the model as it is
         gpt_formats.load_pretrained(str(tmp_path))
     assert all(word in str(error.value) for word in [*words, str(tmp_path)])
+
+
+def test_a_config_that_transformers_reads_and_cannot_compute_is_one_line(tmp_path):
+    transformers_model("mistral", sliding_window=0).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is damaged, transformers cannot compute it"):
+        gpt_formats.load_pretrained(str(tmp_path))
 
 
 def test_a_folder_that_lacks_a_weight_or_holds_another_model_is_refused(tmp_path):

@@ -117,7 +117,7 @@ def lora_config(**changes):
 def test_we_compute_the_logits_of_what_peft_trained(tmp_path, changes):
     untied = {"tie_head": False}
     base = base_folder(tmp_path, **untied)
-    theirs = peft_writes(tmp_path / "adapter", base, lora_config(**changes))
+    theirs = peft_writes(tmp_path / "adapter", base, lora_config(**changes), "auto")  # a head is copied, too
     model = gpt_formats.load_pretrained(str(base)).eval()
     before = numbers(model)
     plain = logits(model)
@@ -297,6 +297,9 @@ def test_an_adapter_of_the_head_needs_a_head(tmp_path):
     lora_peft.save_peft(model, tmp_path / "adapter", "base")
     message = refusal(random_gpt(), tmp_path / "adapter")
     assert "adapts lm_head: the model lacks it" in message and "--no-tie_head" in message
+    base = base_folder(tmp_path, tie_head=False)
+    peft_writes(tmp_path / "copied", base, lora_config(target_modules=["lm_head"]), "auto")
+    assert "another lm_head" in refusal(random_gpt(tie_head=False, seed=1), tmp_path / "copied")
 
 
 ODD_ALPHAS = [

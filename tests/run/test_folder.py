@@ -17,6 +17,7 @@ from torch import nn
 
 import core
 from core import UserError, World
+from lab.models.gpt_formats import OtherKind
 from lab.run import checkpoints, folder
 from lab.run.resume import plan_run
 
@@ -64,9 +65,10 @@ def script(monkeypatch):
 
 
 def test_a_mistake_leaves_no_folder_and_a_fault_says_what_it_was():
-    with pytest.raises(UserError), start():
-        raise UserError("a mistake")
-    assert list(Path("out").iterdir()) == []
+    for kind in (UserError, OtherKind):
+        with pytest.raises(kind), start():
+            raise kind("a mistake")
+        assert list(Path("out").iterdir()) == []
     with pytest.raises(ZeroDivisionError), start() as run:
         one_step(run)
         1 / 0  # noqa: B018
