@@ -535,7 +535,7 @@ def test_no_constant_looks_like_one_of_torchruns_options(script):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", TWO)
+@pytest.mark.parametrize("script", [*TWO, "run_lora"])
 def test_two_boxes_with_a_process_each_train_the_weights_of_one_box_with_two(script, straight):
     same_outcome(run(script, *SHORT[script], size=2, nodes=2), straight(script, 2)[0])
 
