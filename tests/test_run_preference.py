@@ -472,7 +472,8 @@ def test_models_of_folds_are_averaged_in_their_probabilities_and_both_orders(mon
     monkeypatch.setattr(core, "load_weights", lambda path, model: loaded.append(Path(path).name))
     monkeypatch.setattr(script, "evaluate", lambda *_: np.log(sides[loaded[-1]]))
     data = SimpleNamespace(labels=[0])
-    found = script.mean_of_folds("run", ["one", "two"], None, None, data, World(), None)
+    model = torch.nn.Linear(1, 1)
+    found = script.mean_of_folds("run", ["one", "two"], None, model, data, World(), None)
     np.testing.assert_allclose(np.exp(found), [[[0.4, 0.3, 0.3], [0.2, 0.3, 0.5]]])
 
 
