@@ -330,7 +330,7 @@ def test_every_matrix_of_a_prepared_model_is_quantised():
 
 @pytest.mark.parametrize("kind", ["adamw", "lion", "sgd"])
 def test_prepare_may_come_before_or_after_the_optimizer(kind):
-    cfg = SimpleNamespace(optimizer=kind, weight_decay=0.1, beta1=0.9, beta2=0.95)
+    cfg = SimpleNamespace(optimizer=kind, weight_decay=0.1, beta1=0.9, beta2=0.95, lora_plus=1.0)
     ended = []
     for first in (True, False):
         model = random_gpt(**LLAMA)
