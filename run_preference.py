@@ -8,7 +8,7 @@ A model reads side A and side B (prompt and answer), a head reads the two vector
     torchrun --nproc_per_node=4 --shutdown-timeout 300 run_preference.py --resume_timestamp auto
     python run_preference.py --smoke
     python run_preference.py --data train.csv --model bert-base-uncased --folds 5
-    python run_preference.py --data train.csv --extra_data '0.5*pairs.jsonl' --teacher runs/run_preference/<run>
+    python run_preference.py --data a.csv --extra_data '0.5*more.jsonl' --teacher runs/run_preference/<run>
     python run_preference.py --mode submit --test_csv test.csv
 
 --data takes a Hub id, a CSV, JSON, JSONL or Parquet file (also in Kaggle's zip), a folder, or python-pairs
