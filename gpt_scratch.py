@@ -26,6 +26,7 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import core
+from lab.data import templates
 from lab.measure import language
 from lab.models import generate
 from lab.run import files
@@ -534,7 +535,9 @@ def export(cfg, world):
     if not core.is_run(cfg.model):
         raise core.UserError(f"--mode export needs --model with a run of gpt_scratch.py, not {cfg.model}")
     folder = Path(cfg.out or Path(cfg.model) / "transformers")
-    core.save_pretrained(*core.open_model(cfg.model), folder)
+    model, tokenizer = core.open_model(cfg.model)
+    template = core.read_config(cfg.model)["constants"].get("template")  # of a run of run_instruct.py
+    core.save_pretrained(model, tokenizer, folder, templates.end_id(tokenizer, template))
     print(f"written: {folder}")
 
 

@@ -20,6 +20,7 @@ from typing import Literal
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import core
+from lab.data import templates
 from lab.measure import answers, tuning
 from lab.models import lora, lora_peft
 
@@ -332,8 +333,9 @@ def one_process(cfg, world):
     asked = replace(stored, prompt=cfg.prompt, max_new_tokens=cfg.max_new_tokens)
     if cfg.mode == "ask":
         return core.ask(core.merge_lora(model), tokenizer, asked)
+    end = templates.end_id(tokenizer, stored.template)
     with core.whole_folder(folder / "merged", replace=True) as aside:
-        core.save_pretrained(core.merge_lora(model), tokenizer, aside)
+        core.save_pretrained(core.merge_lora(model), tokenizer, aside, end)
     print(f"written: {folder}/merged\nnext: python gpt_scratch.py --mode generate --model {folder}/merged")
     base = stored.model
     if base.startswith("tiny:") or core.is_run(base) or "lm_head" in core.adapted(model):

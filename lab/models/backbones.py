@@ -98,12 +98,10 @@ def load_backbone(cfg, tokenizer, world, fold=0, run=None) -> nn.Module:
 def backbone_of_run(folder, cfg, world) -> tuple[nn.Module, object]:
     """(backbone, tokenizer) of a run. Where its checkpoints lack what was frozen, that is read anew from
     cfg.model: UserError if it is another one now."""
-    kept = Path(folder) / "encoder"
-    pinned = read_config(folder)["facts"].get("base_sha256")
-    if pinned is None:  # checkpoints are whole
-        backbone = stored_backbone(kept)
-        return backbone, encoder_tokenizer(str(kept))
+    kept, pinned = Path(folder) / "encoder", read_config(folder)["facts"].get("base_sha256")
     tokenizer = encoder_tokenizer(str(kept))
+    if pinned is None:  # checkpoints are whole
+        return stored_backbone(kept), tokenizer
     try:
         backbone = load_backbone(cfg, tokenizer, world)
     except UserError as error:

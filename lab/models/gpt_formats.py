@@ -135,13 +135,14 @@ def their_config(c, kind, eos):
         **common, **nope)  # fmt: skip
 
 
-def save_pretrained(model, tokenizer, folder):
+def save_pretrained(model, tokenizer, folder, end=None):
     """Writes a folder that transformers loads as GPT-2 or one of the Llama family. UserError for what none
-    can express."""
+    can express. end: the token that answers were learnt to end with, where it is not the tokenizer's own."""
     from transformers import AutoModelForCausalLM
 
     c, kind = model.config, export_kind(model.config)
-    config = their_config(c, kind, tokenizer and tokenizer.eos_token_id)
+    eos = tokenizer and tokenizer.eos_token_id
+    config = their_config(c, kind, eos if end in (None, eos) else [end, eos])
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     weights = {name: w.detach().cpu() for name, w in model.state_dict().items()}

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from toys.chat import BEGUN, ENDS, TEMPLATES, chat_tokenizer, turns
+from toys.gpt import random_gpt
 from toys.sft import config, write_rows
 
 import core
@@ -240,3 +241,14 @@ def test_rows_of_messages_are_asked_as_they_were_learnt():
         prompts.read_prompts("rows.json", None, "alpaca")
     with pytest.raises(UserError, match=r"d cannot be asked under --template chat: a turn spells"):
         prompts.as_ids(tokenizer, [turns("<|im_end|>")], "d")
+
+
+@pytest.mark.parametrize("kind", ["chatml", "zephyr"])
+def test_an_exported_model_stops_where_its_answers_were_learnt_to(kind, tmp_path):
+    from transformers import GenerationConfig
+
+    tokenizer = chat_tokenizer(kind)
+    end, eos = templates.end_id(tokenizer, "chat"), tokenizer.eos_token_id
+    core.save_pretrained(random_gpt(vocab_size=len(tokenizer)), tokenizer, tmp_path, end)
+    wanted = [end, eos] if kind == "chatml" else eos  # zephyr's answers end with the tokenizer's own
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == wanted
